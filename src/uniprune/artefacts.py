@@ -1,0 +1,182 @@
+"""Scores and masks on disk: safetensors with one JSON string of facts, written atomically and streamed.
+
+    scores.safetensors   <matrix>: float32 [out, in]
+    masks.safetensors    <matrix>: uint8 [ceil(out * in / 8)], bit-packed, see masks.pack
+
+The facts stand under the metadata key ``uniprune``: which model the file belongs to (``base``, see checkpoint.fingerprint),
+how it was made, and for masks the shapes. No time of day: the same run writes the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from uniprune import masks as masking
+from uniprune.errors import InputError, MismatchError
+
+FORMAT = 1
+KEY = "uniprune"
+DTYPES = {torch.float32: "F32", torch.uint8: "U8", torch.int32: "I32"}
+
+Specs = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path beside ``path`` that takes its place when the ``with`` block ends well, and vanishes otherwise."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".partial-{path.name}-", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        temporary.chmod(0o644)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def check_output_file(path: Path, overwrite: bool) -> None:
+    """Raises InputError if ``path`` exists and may not be replaced, before any work is done."""
+    if path.suffix != ".safetensors":
+        raise InputError(f"output {path} is a safetensors file; let its name end in .safetensors")
+    if path.is_dir():
+        raise InputError(f"output {path} is a folder; give a file name")
+    if path.exists() and not overwrite:
+        raise InputError(f"output {path} exists; give another name, or --overwrite")
+
+
+def stream_tensors(path: Path, specs: Specs, tensors: Iterable[tuple[str, Tensor]], facts: Mapping[str, Any]) -> None:
+    """Writes a safetensors file one tensor at a time; ``tensors`` come in the order of ``specs``.
+
+    facts: JSON data; None leaves room for them to be known only at the end.
+    """
+    header: dict[str, Any] = {"__metadata__": {KEY: json.dumps({"format": FORMAT, **facts}, sort_keys=True)}}
+    offset = 0
+    for name, (dtype, shape) in specs.items():
+        size = dtype.itemsize * torch.Size(shape).numel()
+        header[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for (name, tensor), expected in zip(tensors, specs, strict=True):
+            dtype, shape = specs[expected]
+            assert (name, tensor.dtype, tuple(tensor.shape)) == (expected, dtype, tuple(shape))
+            file.write(tensor.detach().cpu().contiguous().numpy().data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+    """Writes tensors that are all in memory."""
+    specs = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    stream_tensors(path, specs, tensors.items(), facts)
+
+
+@contextmanager
+def open_tensors(path: Path, kind: str) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """An artefact of one kind (``scores``, ``masks``, ``tokens``): the open file and its facts.
+
+    Raises InputError if the file is missing, not ours, of another kind or of a later format.
+    """
+    if not path.is_file():
+        raise InputError(f"{kind} file {path} does not exist")
+    try:
+        with safe_open(path, framework="pt") as file:
+            facts = json.loads((file.metadata() or {}).get(KEY, "null"))
+            if facts is None:
+                raise InputError(f"{path} was not written by uniprune: it has no metadata {KEY!r}")
+            if facts["kind"] != kind:
+                raise InputError(f"{path} holds {facts['kind']}, not {kind}")
+            if facts["format"] > FORMAT:
+                raise InputError(f"{path} has format {facts['format']}, this version reads up to {FORMAT}; upgrade")
+            yield file, facts
+    except SafetensorError as error:
+        raise InputError(f"{path} is not a complete safetensors file ({error})") from None
+
+
+class ScoresFile(Mapping[str, Tensor]):
+    """A saliency on disk, read one matrix at a time."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        with open_tensors(path, "scores") as (file, facts):
+            self.facts = facts
+            self.shapes = {name: tuple(file.get_slice(name).get_shape()) for name in facts["matrices"]}
+
+    def __getitem__(self, name: str) -> Tensor:
+        with safe_open(self._path, framework="pt") as file:
+            scores = file.get_tensor(name)
+        assert isinstance(scores, Tensor)
+        return scores
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+
+def write_scores(path: Path, saliency: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, int]], facts: Any) -> None:
+    """Writes a saliency, computing one matrix at a time if it is lazy."""
+    specs = {name: (torch.float32, shape) for name, shape in shapes.items()}
+    stream_tensors(path, specs, saliency.items(), {"kind": "scores", "matrices": list(shapes), **facts})
+
+
+class MasksFile(Mapping[str, Tensor]):
+    """Masks on disk, unpacked one matrix at a time."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        with open_tensors(path, "masks") as (_, facts):
+            self.facts = facts
+        self.shapes: dict[str, tuple[int, int]] = {name: (rows, cols) for name, (rows, cols) in facts["shapes"].items()}
+        self.transposed = set(facts["transposed"])
+
+    def __getitem__(self, name: str) -> Tensor:
+        with safe_open(self._path, framework="pt") as file:
+            return masking.unpack(file.get_tensor(name), self.shapes[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+
+def write_masks(
+    path: Path, cut: Iterable[tuple[str, Tensor]], shapes: Mapping[str, tuple[int, int]], facts: Mapping[str, Any]
+) -> dict[str, float]:
+    """Writes masks as they are cut, packed; returns the fraction of weights that each one removes."""
+    removed: dict[str, float] = {}
+
+    def packed() -> Iterator[tuple[str, Tensor]]:
+        for name, mask in cut:
+            removed[name] = 1 - int(mask.sum()) / mask.numel()
+            yield name, masking.pack(mask)
+
+    specs = {name: (torch.uint8, (-(-rows * columns // 8),)) for name, (rows, columns) in shapes.items()}
+    shape_facts = {name: list(shape) for name, shape in shapes.items()}
+    stream_tensors(path, specs, packed(), {"kind": "masks", "shapes": shape_facts, **facts})
+    return removed
+
+
+def check_base(facts: Mapping[str, Any], base: str, path: Path, model: object) -> None:
+    """Raises MismatchError unless the artefact was made for the model with this fingerprint."""
+    if facts["base"] != base:
+        raise MismatchError(
+            f"{path} was made for another model ({facts['base_name']}, {facts['base'][:12]}) than {model} ({base[:12]})"
+        )

@@ -1,0 +1,114 @@
+"""Calibration text -> saliency, by a local metric: in one pass over the dense model, or block after block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from uniprune import masks as masking
+from uniprune.errors import InputError, UniPruneError
+from uniprune.executor import Blocks, batches, forward
+from uniprune.matrices import Matrices, find_blocks
+from uniprune.metrics import Metric, SquaredNorm
+from uniprune.patterns import Pattern
+from uniprune.progress import Progress, silent
+
+
+class LocalSaliency(Mapping[str, Tensor]):
+    """Scores computed when they are asked for: all of them together would take as much memory as the model."""
+
+    def __init__(self, matrices: Matrices, metric: Metric, statistics: Mapping[str, SquaredNorm]) -> None:
+        self._matrices, self._metric, self._statistics = matrices, metric, statistics
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._metric(self._matrices[name].weight, self._statistics.get(name))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._matrices)
+
+    def __len__(self) -> int:
+        return len(self._matrices)
+
+
+@contextmanager
+def observing(matrices: Matrices, kind: type[SquaredNorm] | None) -> Iterator[dict[str, SquaredNorm]]:
+    """Inside the ``with`` block, every forward pass feeds each matrix's inputs to its statistic."""
+    statistics: dict[str, SquaredNorm] = {}
+    handles = []
+
+    def feed(statistic: SquaredNorm) -> Any:
+        return lambda module, args: statistic.update(args[0].detach().reshape(-1, args[0].shape[-1]))
+
+    try:
+        for name, matrix in matrices.items() if kind else ():
+            assert kind is not None
+            statistics[name] = kind(matrix.shape[1], matrix.parameter.device)
+            handles.append(matrix.module.register_forward_pre_hook(feed(statistics[name])))
+        yield statistics
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def one_shot(
+    model: nn.Module, matrices: Matrices, windows: Tensor, metric: Metric, progress: Progress = silent
+) -> LocalSaliency:
+    """The saliency of every matrix from one forward pass over the dense model.
+
+    windows: token ids ``[windows, length]``.
+    Raises UniPruneError if a matrix saw no token (an expert that was never routed to).
+    """
+    with observing(matrices, metric.statistic) as statistics:
+        todo = batches(windows) if metric.statistic else []
+        for batch in progress(todo, "calibrating", len(todo)):
+            forward(model, batch)
+    _check_seen(statistics)
+    return LocalSaliency(matrices, metric, statistics)
+
+
+def sequential(
+    model: nn.Module,
+    matrices: Matrices,
+    windows: Tensor,
+    metric: Metric,
+    pattern: Pattern,
+    progress: Progress = silent,
+) -> dict[str, Tensor]:
+    """Masks cut block after block, each block scored on what the pruned blocks before it put out (as Wanda's code does).
+
+    The model's weights are the same afterwards, bit for bit.
+    Raises InputError if the pattern needs all scores at once (scope ``model``).
+    """
+    if not pattern.local:
+        raise InputError(f"--sequential cuts block after block, but {pattern} needs all scores; use --scope row or matrix")
+    _, modules = find_blocks(model)
+    runner = Blocks(model, modules, windows)
+    masks: dict[str, Tensor] = {}
+    for index in progress(runner, "pruning block by block", len(modules)):
+        here = {name: matrix for name, matrix in matrices.items() if matrix.block == index}
+        if metric.statistic:
+            with observing(here, metric.statistic) as statistics:
+                runner.run(index)
+            _check_seen(statistics)
+        else:
+            statistics = {}
+        cut = dict(pattern(LocalSaliency(here, metric, statistics)))
+        with masking.applied(here, cut):
+            runner.hidden = runner.run(index)
+        masks |= cut
+    return masks
+
+
+def _check_seen(statistics: Mapping[str, SquaredNorm]) -> None:
+    blind = [name for name, statistic in statistics.items() if statistic.tokens == 0]
+    if blind:
+        raise UniPruneError(
+            f"{len(blind)} matrices saw no calibration token, e.g. {blind[0]}; use more text, or leave them out"
+        )
+    for name, statistic in statistics.items():
+        if not bool(torch.isfinite(statistic.total).all()):
+            raise UniPruneError(f"{name}: its inputs overflowed; calibrate in another dtype (--dtype bfloat16 or float32)")

@@ -1,0 +1,206 @@
+"""Pruned checkpoints: the source's own files, with zeros. And the fingerprint that ties artefacts to a model.
+
+A checkpoint is copied file by file, then the pruned weights are zeroed inside the copied safetensors files, in place and a
+piece at a time. So every other byte is the source's: dtype, shards, tensor order, metadata; and a checkpoint larger than
+memory is no problem. The result is a dense checkpoint that plain transformers, and every runtime that loads those, accepts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import struct
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from uniprune import masks as masking
+from uniprune.errors import InputError, UniPruneError
+from uniprune.matrices import Matrices
+from uniprune.models import Loaded, Origin
+
+REPORT = "pruning.json"  # written last: a folder without it is incomplete
+MASKS = "masks.safetensors"
+WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ot"}
+LEFT = {REPORT, MASKS, "README.md", ".gitattributes"}  # not true of the pruned model
+UINTS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+ITEMSIZE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
+NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where one tensor's bytes lie in a safetensors file."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    def array(self, mode: str = "r", folder: Path | None = None) -> np.ndarray[Any, Any]:
+        """The tensor's bits as a flat array of unsigned integers, mapped from the file (or its copy in ``folder``)."""
+        if self.dtype not in ITEMSIZE:
+            raise UniPruneError(f"{self.file}: weights of type {self.dtype} cannot be pruned; use an unquantised model")
+        kind = UINTS[ITEMSIZE[self.dtype]]
+        path = folder / self.file.name if folder else self.file
+        count = (self.stop - self.start) // ITEMSIZE[self.dtype]
+        return np.memmap(path, dtype=kind, mode=mode, offset=self.start, shape=(count,))  # type: ignore[call-overload,no-any-return]
+
+
+def entries(shards: Iterable[Path]) -> dict[str, Entry]:
+    """Every tensor of a sharded checkpoint, by its key."""
+    found: dict[str, Entry] = {}
+    for shard in shards:
+        with shard.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        for key, item in header.items():
+            start, stop = (8 + length + offset for offset in item["data_offsets"])
+            found[key] = Entry(shard, item["dtype"], tuple(item["shape"]), start, stop)
+    return found
+
+
+def find_key(name: str, keys: Mapping[str, Any]) -> str | None:
+    """The checkpoint key of a matrix: its module name, which some checkpoints store without the outermost prefix."""
+    candidates = (f"{name}.weight", f"{name.partition('.')[2]}.weight")
+    return next((key for key in candidates if key in keys), None)
+
+
+def key_of(name: str, keys: Mapping[str, Any]) -> str:
+    """As :func:`find_key`; raises UniPruneError if the checkpoint has no such tensor."""
+    key = find_key(name, keys)
+    if key is None:
+        raise UniPruneError(f"{name}: the checkpoint has no tensor {name}.weight; its keys are like {list(keys)[:3]}")
+    return key
+
+
+def fingerprint(source: Loaded | Origin, names: Iterable[str], matrices: Matrices | None = None) -> str:
+    """sha256 over name, shape, dtype and bits of the named matrices, as the checkpoint stores them.
+
+    The same weights in other shards have the same fingerprint. Weights that lie in no safetensors file (GGUF, a model
+    built in memory) are taken from ``matrices``.
+    """
+    origin = source if isinstance(source, Origin) else source.origin
+    digest = hashlib.sha256()
+    if origin is not None and origin.shards:
+        keys = entries(origin.shards)
+        for name in names:
+            entry = keys[key_of(name, keys)]
+            digest.update(_line(name, entry.dtype, entry.shape, hashlib.sha256(entry.array().data)))
+    else:
+        assert matrices is not None
+        for name in names:
+            weight = matrices[name].parameter.detach().cpu().contiguous()
+            bits = hashlib.sha256(weight.view(torch.uint8).numpy().data)
+            digest.update(_line(name, NAMES[weight.dtype], tuple(weight.shape), bits))
+    return digest.hexdigest()
+
+
+def _line(name: str, dtype: str, shape: tuple[int, ...], bits: Any) -> bytes:
+    return f"{name} {dtype} {shape} {bits.hexdigest()}\n".encode()
+
+
+def checkpoint_bytes(origin: Origin, weights: int = 0) -> int:
+    """The size that a pruned copy will have on disk; ``weights``: bytes of a model that has yet to be materialised."""
+    return sum(shard.stat().st_size for shard in origin.shards) or 2 * weights
+
+
+# --------------------------------------------------------------------------------------------------------- output folder
+
+
+def check_output_folder(path: Path, overwrite: bool, source: Path | None = None) -> None:
+    """Raises InputError if ``path`` may not become an output folder, before any work is done.
+
+    Only folders that this package wrote (or empty ones) are ever replaced, however the flags are set.
+    """
+    if source is not None:
+        here, there = path.resolve(), source.resolve()
+        if here == there or there in here.parents or here in there.parents:
+            raise InputError(f"output {path} and model {source} overlap; give another output folder")
+    if path.is_file():
+        raise InputError(f"output {path} is a file; give the name of a folder")
+    if path.is_dir() and any(path.iterdir()):
+        if not (path / REPORT).is_file():
+            raise InputError(f"output folder {path} exists and was not written by uniprune; give another name")
+        if not overwrite:
+            raise InputError(f"output folder {path} exists; give another name, or --overwrite")
+
+
+def check_disk_space(path: Path, needed: int) -> None:
+    """Raises InputError if the disk that ``path`` lies on has less than ``needed`` bytes free."""
+    parent = path.resolve().parent
+    while not parent.exists():
+        parent = parent.parent
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise InputError(f"output {path} needs {needed / 1e9:.2f} GB of disk, {free / 1e9:.2f} GB are free; make room")
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder beside ``path`` that takes its place when the ``with`` block ends well, and vanishes otherwise."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".partial-{path.name}-", dir=path.parent))
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        if path.exists():
+            retired = Path(tempfile.mkdtemp(prefix=f".partial-{path.name}-", dir=path.parent))
+            os.replace(path, retired)
+            os.replace(temporary, path)
+            shutil.rmtree(retired)
+        else:
+            os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+# ------------------------------------------------------------------------------------------------------------- writing
+
+
+def write_checkpoint(source: Loaded | Origin, masks: Mapping[str, Tensor], transposed: Iterable[str], folder: Path) -> None:
+    """Writes the pruned checkpoint, tokenizer and generation config into an existing, empty folder.
+
+    masks: matrix name -> boolean ``[out, in]``; transposed: those whose weight is stored as ``[in, out]``.
+    """
+    origin = source if isinstance(source, Origin) else source.origin
+    if origin is not None and origin.shards:
+        _copy(origin, folder)
+    else:
+        assert isinstance(source, Loaded)
+        source.model.save_pretrained(folder)  # type: ignore[operator]
+        if source.tokenizer is not None:
+            source.tokenizer.save_pretrained(folder)
+    keys = entries(sorted(folder.glob("*.safetensors")))
+    flipped = set(transposed)
+    for name, mask in masks.items():
+        entry = keys[key_of(name, keys)]
+        stored = mask.T if name in flipped else mask
+        if tuple(stored.shape) != entry.shape:
+            raise UniPruneError(f"{name}: the mask is {tuple(stored.shape)}, the checkpoint's tensor {entry.shape}")
+        weights = entry.array("r+")
+        masking.apply_to_array(weights, stored)
+        weights.flush()  # type: ignore[attr-defined]
+
+
+def _copy(origin: Origin, folder: Path) -> None:
+    for file in sorted(origin.folder.iterdir()):
+        if file.is_file() and file.name not in LEFT and (file.suffix not in WEIGHTS or file in origin.shards):
+            shutil.copyfile(file, folder / file.name)
+            (folder / file.name).chmod(0o644)
+
+
+def write_report(folder: Path, report: Mapping[str, Any]) -> None:
+    """Writes pruning.json, the file that makes an output folder complete."""
+    (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

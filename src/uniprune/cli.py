@@ -1,0 +1,363 @@
+"""The command line. It parses, calls one verb of the pipeline and prints; the rest is loaded only when a verb runs."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
+
+import typer
+
+from uniprune.errors import InputError, UniPruneError
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bar
+
+    from uniprune.recipe import Recipe
+
+Item = TypeVar("Item")
+
+app = typer.Typer(
+    name="uniprune",
+    help="Prunes language models after training: calibrate once, cut masks of any sparsity, keep every kept weight's bits.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+# typer reads these at run time, where Python 3.10 needs Optional.
+Model = Annotated[str, typer.Argument(help="Model: a folder, a .gguf file, or a hub name.")]
+Sparsity = Annotated[
+    str | None,
+    typer.Option("--sparsity", "-s", help="A level to remove (0.6), or N:M, N of every M inputs kept (2:4)."),
+]
+ScopeOption = Annotated[str | None, typer.Option(help="Budget group of a level: row, matrix or model. [default: row]")]
+Metric = Annotated[
+    str | None,
+    typer.Option(help="magnitude, wanda, ria:a=0.5 or stochria:a=0.5,beta=0.1. [default: wanda]"),
+]
+Text = Annotated[
+    str | None,
+    typer.Option(
+        help="builtin, wikitext2, c4, a .txt, .jsonl, .parquet or token file, or a folder of them. [default: builtin]"
+    ),
+]
+WindowsOption = Annotated[int | None, typer.Option(help="Number of calibration windows. [default: 128]")]
+Length = Annotated[int | None, typer.Option(help="Tokens per calibration window. [default: 512]")]
+EvaluationWindows = Annotated[int | None, typer.Option("--windows", help="So many windows, spread evenly. [default: all]")]
+EvaluationLength = Annotated[
+    int | None, typer.Option("--length", help="Tokens per window. [default: 2048, or the model's context]")
+]
+Seed = Annotated[int | None, typer.Option(help="Draws the windows, and the metric's samples. [default: 0]")]
+Dtype = Annotated[
+    str | None,
+    typer.Option(help="Type to compute in: auto, float32, bfloat16 or float16. [default: auto, the model's]"),
+]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. [default: cuda where there is one]")]
+Include = Annotated[list[str] | None, typer.Option(help="Prune only matrices whose name matches; may be repeated.")]
+Exclude = Annotated[list[str] | None, typer.Option(help="Leave matrices whose name matches dense; may be repeated.")]
+Sequential = Annotated[
+    bool | None,
+    typer.Option("--sequential", help="Score each block on what the pruned blocks before it put out.", show_default=False),
+]
+Controller = Annotated[str | None, typer.Option(help="What corrects the local saliency: none. [default: none]")]
+Config = Annotated[Path | None, typer.Option(help="Recipe file (YAML) with these settings; flags override it.")]
+Output = Annotated[Path, typer.Option("--output", "-o", help="Where to write.")]
+SaveTokens = Annotated[Path | None, typer.Option(help="Also write the calibration windows, as a token file.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+
+
+@app.command()
+def plan(
+    model: Model,
+    sparsity: Sparsity = None,
+    scope: ScopeOption = None,
+    windows: WindowsOption = None,
+    length: Length = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    include: Include = None,
+    exclude: Exclude = None,
+    config: Config = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what would be pruned, what fits the pattern, and what it would take; touch nothing."""
+    recipe = _recipe(
+        config,
+        sparsity=sparsity,
+        scope=scope,
+        windows=windows,
+        length=length,
+        dtype=dtype,
+        include=include,
+        exclude=exclude,
+    )
+    from uniprune import pipeline, report
+
+    found = pipeline.plan(model, recipe, device=device)
+    _show(found.record(), as_json, report.plan_table(found), *report.plan_lines(found))
+
+
+@app.command()
+def calibrate(
+    model: Model,
+    output: Output,
+    metric: Metric = None,
+    text: Text = None,
+    windows: WindowsOption = None,
+    length: Length = None,
+    seed: Seed = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    include: Include = None,
+    exclude: Exclude = None,
+    config: Config = None,
+    save_tokens: SaveTokens = None,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Score every prunable weight; any number of masks can be cut from the scores."""
+    recipe = _recipe(
+        config,
+        metric=metric,
+        text=text,
+        windows=windows,
+        length=length,
+        seed=seed,
+        dtype=dtype,
+        include=include,
+        exclude=exclude,
+    )
+    from uniprune import pipeline
+
+    with Bars() as progress:
+        facts = pipeline.calibrate(
+            model,
+            recipe,
+            output,
+            overwrite=overwrite,
+            device=device,
+            save_tokens=save_tokens,
+            progress=progress,
+        )
+    result = {"output": str(output), **{key: value for key, value in facts.items() if key != "transposed"}}
+    _show(result, as_json, f"{output}: scores of {facts['base_name']} by {facts['recipe']['metric']}")
+
+
+@app.command()
+def mask(
+    scores: Annotated[Path, typer.Argument(help="Scores, as calibrate writes them.")],
+    sparsity: Annotated[str, typer.Option("--sparsity", "-s", help="A level to remove (0.6), or N:M kept (2:4).")],
+    output: Output,
+    scope: ScopeOption = None,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Cut masks of one sparsity from scores."""
+    from uniprune import pipeline
+
+    result = pipeline.mask(scores, sparsity, output, scope=scope, overwrite=overwrite)  # type: ignore[arg-type]
+    _show({"output": str(output), **result}, as_json, f"{output}: {result['pattern']}, sparsity {result['sparsity']:.4f}")
+
+
+@app.command()
+def apply(
+    model: Model,
+    masks: Annotated[Path, typer.Argument(help="Masks, as mask writes them.")],
+    output: Output,
+    dtype: Dtype = None,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write the pruned checkpoint of a model from masks."""
+    from uniprune import pipeline
+
+    result = pipeline.apply(model, masks, output, overwrite=overwrite, dtype=dtype)
+    _show_pruned(output, result, as_json)
+
+
+@app.command()
+def prune(
+    model: Model,
+    output: Output,
+    sparsity: Sparsity = None,
+    scope: ScopeOption = None,
+    metric: Metric = None,
+    controller: Controller = None,
+    sequential: Sequential = None,
+    text: Text = None,
+    windows: WindowsOption = None,
+    length: Length = None,
+    seed: Seed = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    include: Include = None,
+    exclude: Exclude = None,
+    config: Config = None,
+    save_tokens: SaveTokens = None,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Calibrate, cut masks and write the pruned checkpoint, in one go."""
+    recipe = _recipe(
+        config,
+        sparsity=sparsity,
+        scope=scope,
+        metric=metric,
+        controller=controller,
+        sequential=sequential,
+        text=text,
+        windows=windows,
+        length=length,
+        seed=seed,
+        dtype=dtype,
+        include=include,
+        exclude=exclude,
+    )
+    from uniprune import pipeline
+
+    with Bars() as progress:
+        result = pipeline.prune(
+            model,
+            recipe,
+            output,
+            overwrite=overwrite,
+            device=device,
+            save_tokens=save_tokens,
+            progress=progress,
+        )
+    _show_pruned(output, result, as_json)
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    text: Text = None,
+    length: EvaluationLength = None,
+    windows: EvaluationWindows = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure the token perplexity of a model or of an output folder."""
+    _quiet()
+    from uniprune import pipeline, report
+
+    with Bars() as progress:
+        result = pipeline.evaluate(
+            model,
+            text_source=text or "builtin",
+            windows=windows,
+            length=length,
+            dtype=dtype,
+            device=device,
+            progress=progress,
+        )
+    _show(result, as_json, report.evaluation_table({model: result}))
+
+
+def main() -> NoReturn:
+    """Runs the command line: exit code 0 done, 2 bad input (one line on stderr), 1 anything else."""
+    import click
+
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    command = typer.main.get_command(app)
+    try:
+        code = command.main(standalone_mode=False)
+    except click.exceptions.Abort:
+        _fail("interrupted", 1)
+    except click.ClickException as error:
+        _fail(error.format_message() or "a verb is missing; see uniprune --help", 2)
+    except InputError as error:
+        _fail(str(error), 2)
+    except UniPruneError as error:
+        _fail(str(error), 1)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+class Bars:
+    """Progress bars on stderr for people; nothing where stderr is not a terminal."""
+
+    def __init__(self) -> None:
+        self._bar: Bar | None = None
+
+    def __enter__(self) -> Bars:
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+            self._bar = Progress(*columns, TextColumn("{task.fields[note]}"), console=Console(stderr=True))
+            self._bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def __call__(self, items: Iterable[Item], label: str, total: int) -> Iterator[Item]:
+        if self._bar is None:
+            yield from items
+            return
+        self._task = self._bar.add_task(label, total=total, note="")
+        for item in items:
+            yield item
+            self._bar.advance(self._task)
+
+    def note(self, text: str) -> None:
+        if self._bar:
+            self._bar.update(self._task, note=text)
+
+
+def _recipe(config: Path | None, **flags: Any) -> Recipe:
+    """The recipe file, if there is one, overridden by the flags that were given."""
+    _quiet()
+    from uniprune.recipe import Recipe
+
+    given = {key: value for key, value in flags.items() if value not in (None, [])}
+    return Recipe.load(config, **given) if config else Recipe.build(**given)
+
+
+def _quiet() -> None:
+    """Keeps the bars and advice of the libraries below off the terminal: ours say what users need."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    transformers_logging.disable_progress_bar()
+
+
+def _show(result: dict[str, Any], as_json: bool, *shown: Any) -> None:
+    if as_json:
+        sys.stdout.write(json.dumps(result) + "\n")
+        return
+    from rich.console import Console
+
+    console = Console()
+    for item in shown:
+        console.print(item, highlight=False)
+
+
+def _show_pruned(output: Path, result: dict[str, Any], as_json: bool) -> None:
+    from uniprune import report
+
+    lines = f"{output}: {result['pattern']}, sparsity {result['sparsity']:.4f} in {len(result['matrices'])} matrices"
+    _show({"output": str(output), **result}, as_json, lines, report.NOTE)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    sys.stderr.write("error: " + " ".join(message.split()) + "\n")
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,20 @@
+"""What can go wrong, as one small tree.
+
+UniPruneError           anything this package raises on purpose; the CLI exits with 1
+└── InputError          the caller can mend it: the message says what, where and how; the CLI exits with 2
+    └── MismatchError   an artefact belongs to another model or another calibration
+"""
+
+from __future__ import annotations
+
+
+class UniPruneError(Exception):
+    """Base class of every error that this package raises on purpose."""
+
+
+class InputError(UniPruneError):
+    """An argument, a file or a model cannot be used as it is; the message names it and the remedy."""
+
+
+class MismatchError(InputError):
+    """Scores or masks were made for another model than the one given."""

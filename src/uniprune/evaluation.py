@@ -1,0 +1,54 @@
+"""Perplexity as the pruning papers measure it: next-token loss over non-overlapping windows of the test text."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from uniprune.executor import batches, device_of
+from uniprune.progress import Progress, silent
+from uniprune.text import Windows
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """``perplexity`` = exp(total nats / predicted tokens); everything that is needed to get the number again."""
+
+    perplexity: float
+    nats: float
+    tokens: int
+    windows: int
+    length: int
+    stride: int
+    dtype: str
+    text: dict[str, Any]
+
+
+@torch.no_grad()
+def perplexity(model: nn.Module, windows: Windows, progress: Progress = silent) -> Perplexity:
+    """Token perplexity of a model: each window is read by itself, its first token is given and the rest predicted."""
+    nats, tokens = 0.0, 0
+    todo = batches(windows.tokens)
+    for batch in progress(todo, "evaluating", len(todo)):
+        nats += float(window_nats(model, batch).sum())
+        tokens += batch[:, 1:].numel()
+    count, length = windows.tokens.shape
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    value = math.exp(nats / tokens) if nats / tokens < 700 else math.inf
+    return Perplexity(value, nats, tokens, count, length, length, dtype, windows.describe())
+
+
+def window_nats(model: nn.Module, batch: Tensor) -> Tensor:
+    """Total next-token loss in nats, float64 ``[windows]``, of token windows ``[windows, length]``."""
+    batch = batch.to(device_of(model))
+    logits = model(input_ids=batch, use_cache=False).logits
+    losses = [
+        functional.cross_entropy(one[:-1].float(), target[1:], reduction="none").double().sum()
+        for one, target in zip(logits, batch, strict=True)  # one window at a time: float32 logits are large
+    ]
+    return torch.stack(losses)

@@ -1,0 +1,59 @@
+"""Masks as plain tensors outside the model (True = keep), and the only place where a weight is set to zero."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from uniprune.matrices import Matrices
+
+ROWS = 1 << 22  # elements handled at a time where a matrix may be mapped from a file
+
+
+def pack(mask: Tensor) -> Tensor:
+    """A boolean mask as uint8 ``[ceil(n / 8)]``, row-major, the first weight in the lowest bit."""
+    return torch.from_numpy(np.packbits(mask.flatten().cpu().numpy(), bitorder="little"))
+
+
+def unpack(packed: Tensor, shape: tuple[int, int]) -> Tensor:
+    """The boolean mask ``[out, in]`` that :func:`pack` packed."""
+    bits = np.unpackbits(packed.numpy(), count=shape[0] * shape[1], bitorder="little")
+    return torch.from_numpy(bits.view(np.bool_)).reshape(shape)
+
+
+def apply(matrices: Matrices, masks: Iterable[tuple[str, Tensor]]) -> None:
+    """Zeroes the pruned weights of a model in memory; kept weights keep their bits."""
+    for name, mask in masks:
+        matrices[name].weight.masked_fill_(~mask.to(matrices[name].parameter.device), 0)
+
+
+def apply_to_array(weights: np.ndarray[Any, Any], mask: Tensor) -> None:
+    """Zeroes the pruned entries of a flat array of unsigned integers that are the weights' bits, a piece at a time.
+
+    All-zero bits are 0.0 in every floating-point format, so one routine serves every dtype a checkpoint can have.
+    """
+    drop = ~mask.flatten().cpu().numpy()
+    for start in range(0, len(weights), ROWS):
+        weights[start : start + ROWS][drop[start : start + ROWS]] = 0
+
+
+@contextmanager
+def applied(matrices: Matrices, masks: Mapping[str, Tensor]) -> Iterator[None]:
+    """The model with the masks applied, for the length of a ``with`` block; its weights come back bit for bit."""
+    saved = {name: matrices[name].parameter.detach().clone() for name in masks}
+    try:
+        apply(matrices, masks.items())
+        yield
+    finally:
+        for name, weight in saved.items():
+            matrices[name].parameter.detach().copy_(weight)
+
+
+def zeros(matrices: Matrices) -> dict[str, float]:
+    """Fraction of exact zeros in each matrix as it is now: what a model's sparsity really is, whatever its name says."""
+    return {name: float((matrix.parameter == 0).float().mean()) for name, matrix in matrices.items()}

@@ -1,0 +1,31 @@
+"""How long-running work reports where it is, without knowing who listens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Protocol, TypeVar
+
+Item = TypeVar("Item")
+
+
+class Progress(Protocol):
+    """Wraps an iterable of known length; the CLI passes one that draws a bar with an ETA."""
+
+    def __call__(self, items: Iterable[Item], label: str, total: int) -> Iterator[Item]: ...
+
+    def note(self, text: str) -> None:
+        """Says one line about the work now under way, e.g. the current loss."""
+        ...
+
+
+class Silent:
+    """The default: iterates and says nothing."""
+
+    def __call__(self, items: Iterable[Item], label: str, total: int) -> Iterator[Item]:
+        return iter(items)
+
+    def note(self, text: str) -> None:
+        pass
+
+
+silent = Silent()

@@ -1,0 +1,98 @@
+"""What a run is to do, as data: the flags of the command line, the keys of a recipe file, the record in every report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from uniprune import metrics, patterns
+from uniprune.errors import InputError
+from uniprune.patterns import Pattern, Scope
+
+WINDOWS, LENGTH = 128, 512
+
+
+class Recipe(BaseModel):
+    """All settings of a pruning run; a value that is left out is the default of the command line.
+
+    Raises InputError (from :meth:`build`) that names the setting at fault.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    sparsity: str | None = None
+    """A level (``0.6``: the fraction to remove) or a pattern (``2:4``: N of every M inputs are kept)."""
+    scope: Scope | None = None
+    """Budget group of a level: ``row``, ``matrix`` or ``model``; by default ``row``."""
+    metric: str = "wanda"
+    """Local saliency, with hyper-parameters if wanted: ``ria:a=0.5``."""
+    controller: Literal["none"] = "none"
+    """What corrects the local saliency: nothing."""
+    sequential: bool = False
+    """Score each block on the outputs of the pruned blocks before it."""
+    text: str = "builtin"
+    """Calibration text: a name or a path, see uniprune.text."""
+    windows: int | None = Field(None, ge=1)
+    """Number of calibration windows; by default 128, or all of a token file."""
+    length: int | None = Field(None, ge=2)
+    """Tokens per window; by default 512, or what a token file has."""
+    seed: int = Field(0, ge=0)
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type to compute in; the output keeps the checkpoint's own."""
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+
+    @field_validator("sparsity", mode="before")
+    @classmethod
+    def _spelled(cls, value: Any) -> Any:
+        return str(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
+
+    @field_validator("include", "exclude", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    @classmethod
+    def build(cls, **settings: Any) -> Recipe:
+        """A recipe from settings of any origin, checked as a whole."""
+        try:
+            recipe = cls(**settings)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"]) or "recipe"
+            known = f"; known settings: {', '.join(cls.model_fields)}" if first["type"] == "extra_forbidden" else ""
+            raise InputError(f"{where} = {first['input']!r}: {first['msg']}{known}") from None
+        recipe.parsed_metric()
+        if recipe.sparsity is not None:
+            recipe.pattern()
+        return recipe
+
+    @classmethod
+    def load(cls, path: Path, **overrides: Any) -> Recipe:
+        """A recipe from a YAML file; ``overrides`` win over what the file says."""
+        try:
+            # BaseLoader keeps scalars as they are spelled: YAML 1.1 would read 2:4 as the sexagesimal number 124.
+            data = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
+        except OSError as error:
+            raise InputError(f"recipe {path} cannot be read: {error.strerror}") from None
+        except yaml.YAMLError as error:
+            raise InputError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from None
+        if not isinstance(data, dict):
+            raise InputError(f"recipe {path} is not a mapping of settings")
+        return cls.build(**{**data, **overrides})
+
+    def pattern(self) -> Pattern:
+        """The sparsity pattern; InputError if none was asked for."""
+        if self.sparsity is None:
+            raise InputError("no sparsity given; use --sparsity 0.5 or --sparsity 2:4")
+        return patterns.parse(self.sparsity, self.scope)
+
+    def parsed_metric(self) -> metrics.Metric:
+        return metrics.parse(self.metric, self.seed)
+
+    def record(self) -> dict[str, Any]:
+        """The settings as JSON data, defaults included; :meth:`build` turns them into the same recipe."""
+        return self.model_dump(mode="json") | {"metric": metrics.spell(self.parsed_metric())}

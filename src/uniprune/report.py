@@ -1,0 +1,53 @@
+"""Results for people: terminal tables. Machines read the JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.table import Table
+
+from uniprune.forecast import Plan
+
+NOTE = (
+    "A pruned checkpoint is dense with zeros: it has the size and the speed of the original "
+    "unless a runtime with sparse kernels loads it."
+)
+
+
+def plan_table(plan: Plan) -> Table:
+    """The matrices of a plan, one row per kind."""
+    table = Table(title=f"{plan.model}: {plan.prunable / 1e6:.1f}M of {plan.parameters / 1e6:.1f}M weights are prunable")
+    for column, justify in (("matrix", "left"), ("count", "right"), ("out x in", "right"), ("weights", "right")):
+        table.add_column(column, justify=justify)  # type: ignore[arg-type]
+    if plan.pattern:
+        table.add_column(plan.pattern)
+    for group in plan.groups:
+        cells = [group.name, str(group.count), f"{group.shape[0]} x {group.shape[1]}", f"{group.weights / 1e6:.2f}M"]
+        table.add_row(*cells, *([group.misfit or "fits"] if plan.pattern else []))
+    return table
+
+
+def plan_lines(plan: Plan) -> list[str]:
+    """The forecast of a plan, in sentences."""
+    lines = []
+    if plan.sparsity is not None:
+        lines.append(f"Sparsity {plan.sparsity:.1%} of the prunable weights, {plan.sparsity_of_model:.1%} of all parameters.")
+    lines.append(
+        f"About {plan.memory / 1e9:.1f} GB of memory ({plan.dtype}), {max(plan.seconds, 1):.0f} s for "
+        f"{plan.tokens} calibration tokens on this machine, {plan.disk / 1e9:.2f} GB of disk for the output."
+    )
+    if not plan.fits:
+        lines.append("Some matrices cannot have the pattern: pruning will refuse until --exclude leaves them out.")
+    return [*lines, NOTE]
+
+
+def evaluation_table(rows: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Perplexities side by side: label -> result of ``evaluate``."""
+    first = next(iter(rows.values()))
+    table = Table(title=f"token perplexity: {first['text']['text']}, {first['windows']} windows of {first['length']}")
+    for column in ("model", "perplexity", "zeros", "dtype"):
+        table.add_column(column, justify="left" if column == "model" else "right")
+    for label, result in rows.items():
+        table.add_row(label, f"{result['perplexity']:.2f}", f"{result['sparsity']:.1%}", result["dtype"])
+    return table
