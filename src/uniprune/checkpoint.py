@@ -95,12 +95,12 @@ def fingerprint(source: Loaded | Origin, names: Iterable[str], matrices: Matrice
     digest = hashlib.sha256()
     if origin is not None and origin.shards:
         keys = entries(origin.shards)
-        for name in names:
+        for name in sorted(names):
             entry = keys[key_of(name, keys)]
             digest.update(_line(name, entry.dtype, entry.shape, hashlib.sha256(entry.array().data)))
     else:
         assert matrices is not None
-        for name in names:
+        for name in sorted(names):
             weight = matrices[name].parameter.detach().cpu().contiguous()
             bits = hashlib.sha256(weight.view(torch.uint8).numpy().data)
             digest.update(_line(name, NAMES[weight.dtype], tuple(weight.shape), bits))

