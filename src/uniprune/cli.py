@@ -264,20 +264,21 @@ def evaluate(
 
 def main() -> NoReturn:
     """Runs the command line: exit code 0 done, 2 bad input (one line on stderr), 1 anything else."""
-    import click
-
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     command = typer.main.get_command(app)
     try:
         code = command.main(standalone_mode=False)
-    except click.exceptions.Abort:
+    except (typer.Abort, KeyboardInterrupt):
         _fail("interrupted", 1)
-    except click.ClickException as error:
-        _fail(error.format_message() or "a verb is missing; see uniprune --help", 2)
     except InputError as error:
         _fail(str(error), 2)
     except UniPruneError as error:
         _fail(str(error), 1)
+    except Exception as error:
+        # typer has its own copy of click's usage errors, and exports no base class of them.
+        if not hasattr(error, "format_message"):
+            raise
+        _fail(error.format_message() or "a verb is missing; see uniprune --help", 2)
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -344,7 +345,7 @@ def _show(result: dict[str, Any], as_json: bool, *shown: Any) -> None:
 
     console = Console()
     for item in shown:
-        console.print(item, highlight=False)
+        console.print(item, highlight=False, soft_wrap=isinstance(item, str))  # a path is not to be broken
 
 
 def _show_pruned(output: Path, result: dict[str, Any], as_json: bool) -> None:

@@ -266,7 +266,7 @@ def _prepare(
 
 
 def _calibration_windows(recipe: Recipe, tokenizer: Any, model: torch.nn.Module) -> Windows:
-    length = _window_length(recipe.text, recipe.length, LENGTH)
+    length = _window_length(recipe.text, recipe.length, min(LENGTH, _context(model.config)))
     _check_context(model.config, length)
     count = recipe.windows or (None if recipe.text.endswith(".safetensors") else WINDOWS)
     return text.load_windows(recipe.text, tokenizer, use="calibration", length=length, count=count, seed=recipe.seed)

