@@ -3,8 +3,8 @@
     python -m venv PEER && PEER/bin/pip install torch==2.13.0 && PEER/bin/pip install llmcompressor==0.14.0.1
     python benchmarks/peer.py PEER/bin/python
 
-llm-compressor needs an older transformers than ours, hence the second environment. Each run loads the model from disk, prunes it
-and saves it; wall time and peak memory are those of the whole process, as the operating system counts them.
+llm-compressor needs an older transformers than ours, hence the second environment. Each run loads the model from disk, prunes
+it and saves it; wall time and peak memory are those of the whole process, as the operating system counts them.
 """
 
 from __future__ import annotations

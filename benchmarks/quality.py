@@ -17,7 +17,7 @@ from uniprune.matrices import find_matrices
 from uniprune.text import load_windows
 
 METHODS = ("magnitude", "wanda", "ria:a=0.5", "stochria")
-PATTERNS = (("0.5", "row"), ("0.5", "matrix"), ("0.5", "model"), ("0.6", "row"), ("0.7", "row"), ("2:4", None), ("4:8", None))
+PATTERNS = (("0.5", "row"), ("0.5", "model"), ("0.6", "row"), ("0.7", "row"), ("2:4", None), ("4:8", None))
 FULL = {("wanda", "0.5", "row"), ("wanda", "2:4", None), ("ria:a=0.5", "0.5", "row"), ("ria:a=0.5", "2:4", None)}
 
 
