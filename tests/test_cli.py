@@ -14,11 +14,12 @@ from uniprune import cli
 
 FLAGS = {
     "plan": "config device dtype exclude include json length scope sparsity windows",
-    "calibrate": "config device dtype exclude include json length metric output overwrite save-tokens seed text windows",
+    "calibrate": "budget-tokens config controller device dtype exclude include json length metric output overwrite save-tokens"
+    " scope seed sparsity steps text windows",
     "mask": "json output overwrite scope sparsity",
     "apply": "dtype json output overwrite",
-    "prune": "config controller device dtype exclude include json length metric output overwrite save-tokens scope seed"
-    " sequential sparsity text windows",
+    "prune": "budget-tokens config controller device dtype exclude include json length metric output overwrite save-tokens"
+    " scope seed sequential sparsity steps text windows",
     "evaluate": "device dtype json length text windows",
 }
 

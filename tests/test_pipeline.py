@@ -55,17 +55,38 @@ def test_sparsity_zero_is_the_identity(folder, tmp_path):
         assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
 
 
-@pytest.mark.parametrize(("sparsity", "scope"), [("2:4", None), ("0.6", None), ("0.6", "matrix"), ("0.6", "model")])
-def test_the_three_steps_are_prune(folder, tmp_path, sparsity, scope):
+@pytest.mark.parametrize(
+    ("sparsity", "scope", "controller"),
+    [
+        ("2:4", None, "none"),
+        ("0.6", None, "none"),
+        ("0.6", "matrix", "none"),
+        ("0.6", "model", "none"),
+        ("2:4", None, "feedback"),
+        ("0.6", None, "feedback"),
+    ],
+)
+def test_the_three_steps_are_prune(folder, tmp_path, sparsity, scope, controller):
+    """With the controller, too, if calibrate is told the one target."""
     scores, masks = tmp_path / "scores.safetensors", tmp_path / "masks.safetensors"
-    uniprune.calibrate(str(folder), Recipe.build(**SMALL), scores)
+    recipe = Recipe.build(sparsity=sparsity, scope=scope, controller=controller, **SMALL)
+    uniprune.calibrate(str(folder), recipe, scores)
     uniprune.mask(scores, sparsity, masks, scope=scope)
     uniprune.apply(str(folder), masks, tmp_path / "steps")
-    report = uniprune.prune(str(folder), Recipe.build(sparsity=sparsity, scope=scope, **SMALL), tmp_path / "once")
+    report = uniprune.prune(str(folder), recipe, tmp_path / "once")
     steps, once = weights(tmp_path / "steps"), weights(tmp_path / "once")
     assert steps.keys() == once.keys()
     assert all(torch.equal(steps[key], once[key]) for key in once)
     assert json.loads((tmp_path / "steps" / "pruning.json").read_text())["sparsity"] == report["sparsity"]
+
+
+def test_one_calibration_serves_every_sparsity(folder, tmp_path):
+    scores = tmp_path / "scores.safetensors"
+    facts = uniprune.calibrate(str(folder), Recipe.build(**SMALL), scores)
+    assert facts["controller"]["targets"] == ["0.5 by model", "0.6 by model", "0.7 by model", "2:4", "4:8"]
+    for sparsity, expected in {"0.31": 0.31, "0.8": 0.8, "1:4": 0.75, "7:8": 0.125}.items():
+        cut = uniprune.mask(scores, sparsity, tmp_path / "masks.safetensors", overwrite=True)
+        assert cut["sparsity"] == pytest.approx(expected, abs=1e-4)
 
 
 def test_a_report_replays_its_run(folder, tmp_path):
@@ -77,7 +98,7 @@ def test_a_report_replays_its_run(folder, tmp_path):
 
 def test_a_model_in_memory_is_pruned_in_place(loaded):
     dense = {name: p.clone() for name, p in loaded.model.named_parameters()}
-    report = uniprune.prune(loaded, Recipe.build(sparsity="0.5", exclude="down_proj", **SMALL))
+    report = uniprune.prune(loaded, Recipe.build(sparsity="0.5", exclude="down_proj", scope="row", **SMALL))
     assert report["sparsity"] == pytest.approx(0.5)
     assert len(report["matrices"]) == 18
     for name, parameter in loaded.model.named_parameters():

@@ -20,6 +20,8 @@ RANK = {
     "artefacts": 3,
     "models": 1,
     "calibration": 4,
+    "mirror_descent": 4,
+    "straight_through": 2,
     "checkpoint": 3,
     "evaluation": 5,
     "forecast": 2,

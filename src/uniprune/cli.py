@@ -30,13 +30,15 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-# typer reads these at run time, where Python 3.10 needs Optional.
 Model = Annotated[str, typer.Argument(help="Model: a folder, a .gguf file, or a hub name.")]
 Sparsity = Annotated[
     str | None,
     typer.Option("--sparsity", "-s", help="A level to remove (0.6), or N:M, N of every M inputs kept (2:4)."),
 ]
-ScopeOption = Annotated[str | None, typer.Option(help="Budget group of a level: row, matrix or model. [default: row]")]
+ScopeOption = Annotated[
+    str | None,
+    typer.Option(help="Budget group of a level: row, matrix or model. [default: model with the controller, else row]"),
+]
 Metric = Annotated[
     str | None,
     typer.Option(help="magnitude, wanda, ria:a=0.5 or stochria:a=0.5,beta=0.1. [default: wanda]"),
@@ -65,7 +67,14 @@ Sequential = Annotated[
     bool | None,
     typer.Option("--sequential", help="Score each block on what the pruned blocks before it put out.", show_default=False),
 ]
-Controller = Annotated[str | None, typer.Option(help="What corrects the local saliency: none. [default: none]")]
+Controller = Annotated[
+    str | None,
+    typer.Option(help="Corrects the local saliency by the loss of the pruned model: feedback, or none. [default: feedback]"),
+]
+Steps = Annotated[int | None, typer.Option(help="Steps of the controller, of 1024 tokens. [default: by --budget-tokens]")]
+BudgetTokens = Annotated[
+    int | None, typer.Option(help="Tokens for the controller, repeats included. [default: each calibration window once]")
+]
 Config = Annotated[Path | None, typer.Option(help="Recipe file (YAML) with these settings; flags override it.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Where to write.")]
 SaveTokens = Annotated[Path | None, typer.Option(help="Also write the calibration windows, as a token file.")]
@@ -108,7 +117,12 @@ def plan(
 def calibrate(
     model: Model,
     output: Output,
+    sparsity: Sparsity = None,
+    scope: ScopeOption = None,
     metric: Metric = None,
+    controller: Controller = None,
+    steps: Steps = None,
+    budget_tokens: BudgetTokens = None,
     text: Text = None,
     windows: WindowsOption = None,
     length: Length = None,
@@ -122,10 +136,15 @@ def calibrate(
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
-    """Score every prunable weight; any number of masks can be cut from the scores."""
+    """Score every prunable weight: for any sparsity, or better for one if --sparsity names it."""
     recipe = _recipe(
         config,
+        sparsity=sparsity,
+        scope=scope,
         metric=metric,
+        controller=controller,
+        steps=steps,
+        budget_tokens=budget_tokens,
         text=text,
         windows=windows,
         length=length,
@@ -190,6 +209,8 @@ def prune(
     scope: ScopeOption = None,
     metric: Metric = None,
     controller: Controller = None,
+    steps: Steps = None,
+    budget_tokens: BudgetTokens = None,
     sequential: Sequential = None,
     text: Text = None,
     windows: WindowsOption = None,
@@ -211,6 +232,8 @@ def prune(
         scope=scope,
         metric=metric,
         controller=controller,
+        steps=steps,
+        budget_tokens=budget_tokens,
         sequential=sequential,
         text=text,
         windows=windows,
@@ -328,6 +351,7 @@ def _recipe(config: Path | None, **flags: Any) -> Recipe:
 def _quiet() -> None:
     """Keeps the bars and advice of the libraries below off the terminal: ours say what users need."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")  # bars of the GGUF reader; ours are not tqdm's
     from huggingface_hub.utils.tqdm import disable_progress_bars
     from transformers.utils import logging as transformers_logging
 

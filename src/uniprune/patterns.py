@@ -114,10 +114,10 @@ class NM:
             yield name, top(scores.reshape(-1, self.m), self.n).reshape(scores.shape)
 
 
-def parse(spec: str | float | Pattern, scope: Scope | None = None) -> Pattern:
+def parse(spec: str | float | Pattern, scope: Scope | None = None, default: Scope = "row") -> Pattern:
     """A pattern from its spelling: a level (``0.6``) or N of M kept (``2:4``).
 
-    scope: the budget group of a level, ``row`` unless given; an N:M pattern has its own and refuses one.
+    scope: the budget group of a level, ``default`` unless given; an N:M pattern has its own and refuses one.
     Raises InputError for anything else.
     """
     if isinstance(spec, (Unstructured, NM)):
@@ -131,7 +131,7 @@ def parse(spec: str | float | Pattern, scope: Scope | None = None) -> Pattern:
         level = float(text)
     except ValueError:
         raise InputError(f"sparsity {text!r} is neither a level such as 0.6 nor a pattern such as 2:4") from None
-    return Unstructured(level, scope or "row")
+    return Unstructured(level, scope or default)
 
 
 def top(scores: Tensor, keep: int) -> Tensor:

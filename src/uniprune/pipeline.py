@@ -9,7 +9,7 @@ import hashlib
 import importlib.metadata
 import platform
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from uniprune import artefacts, calibration, checkpoint, evaluation, forecast, metrics, patterns, text
+from uniprune import artefacts, calibration, checkpoint, evaluation, forecast, metrics, mirror_descent, patterns, text
 from uniprune import masks as masking
 from uniprune.errors import InputError, MismatchError
 from uniprune.matrices import Matrices, check_finite, check_fit, find_matrices
@@ -50,27 +50,27 @@ def prune(
     watch = Stopwatch()
     with watch("prepare"):
         job = _prepare(source, recipe, output, overwrite, device, pattern, save_tokens)
+    descent: dict[str, Any] = {}
     with watch("calibrate"):
         if recipe.sequential:
-            metric = recipe.parsed_metric()
-            cut: Any = calibration.sequential(
-                job.loaded.model, job.matrices, job.windows.tokens, metric, pattern, progress
-            ).items()
+            metric, tokens = recipe.parsed_metric(), job.windows.tokens
+            cut: Any = calibration.sequential(job.loaded.model, job.matrices, tokens, metric, pattern, progress).items()
         else:
-            saliency = _saliency(job, recipe, progress)
-            cut = pattern(saliency if pattern.local else metrics.Comparable(saliency))
+            saliency, descent = _saliency(job, recipe, [pattern], progress)
+            cut = pattern(saliency if pattern.local or recipe.feedback else metrics.Comparable(saliency))
     if output is None:
         with watch("mask"):
             cut = dict(cut)
             masking.apply(job.matrices, cut.items())
-        return _report(recipe, job, {name: 1 - float(mask.float().mean()) for name, mask in cut.items()}, watch)
+        removed = {name: 1 - int(mask.sum()) / mask.numel() for name, mask in cut.items()}
+        return _report(recipe, job, removed, watch) | descent
     with checkpoint.new_folder(output) as folder:
         file = folder / checkpoint.MASKS
         with watch("mask"):
             removed = artefacts.write_masks(file, cut, job.shapes, job.facts() | {"pattern": str(pattern)})
         with watch("write"):
             checkpoint.write_checkpoint(job.loaded, artefacts.MasksFile(file), job.transposed, folder)
-        report = _report(recipe, job, removed, watch) | {"masks_sha256": _sha256(file)}
+        report = _report(recipe, job, removed, watch) | descent | {"masks_sha256": _sha256(file)}
         checkpoint.write_report(folder, report)
     return report
 
@@ -92,15 +92,19 @@ def calibrate(
     if recipe.sequential:
         raise InputError("--sequential needs the masks while it calibrates; use it with prune")
     artefacts.check_output_file(output, overwrite)
-    job = _prepare(source, recipe, None, overwrite, device, None, save_tokens)
+    target = recipe.pattern() if recipe.sparsity is not None else None
+    job = _prepare(source, recipe, None, overwrite, device, target, save_tokens)
     checkpoint.check_disk_space(output, 4 * sum(matrix.size for matrix in job.matrices.values()))
+    targets = [target] if target else _fitting(mirror_descent.any_sparsity(), job.shapes)
+    saliency, descent = _saliency(job, recipe, targets, progress)
     facts = job.facts() | {
         "recipe": recipe.record(),
         "calibration": job.windows.describe(),
-        "comparable": False,
+        "comparable": recipe.feedback,
         "versions": versions(),
+        **descent,
     }
-    artefacts.write_scores(output, _saliency(job, recipe, progress), job.shapes, facts)
+    artefacts.write_scores(output, saliency, job.shapes, facts)
     return facts
 
 
@@ -109,8 +113,8 @@ def mask(
 ) -> dict[str, Any]:
     """Cuts masks of one sparsity from a scores file and writes them; returns the realised sparsity."""
     artefacts.check_output_file(output, overwrite)
-    pattern = patterns.parse(sparsity, scope)
     saliency = artefacts.ScoresFile(scores)
+    pattern = patterns.parse(sparsity, scope, default="model" if saliency.facts["comparable"] else "row")
     check_fit(saliency.shapes.items(), pattern)
     facts = {key: saliency.facts[key] for key in ("base", "base_name", "transposed")}
     comparable: Saliency = saliency if pattern.local or saliency.facts["comparable"] else metrics.Comparable(saliency)
@@ -296,9 +300,27 @@ def _stored_dtype(origin: Origin, matrices: Matrices) -> torch.dtype:
     return by_name.get(keys[checkpoint.key_of(next(iter(matrices)), keys)].dtype, torch.float32) if keys else torch.float32
 
 
-def _saliency(job: Job, recipe: Recipe, progress: Progress) -> Saliency:
-    metric = recipe.parsed_metric()
-    return calibration.one_shot(job.loaded.model, job.matrices, job.windows.tokens, metric, progress)
+def _saliency(
+    job: Job, recipe: Recipe, targets: Sequence[patterns.Pattern], progress: Progress
+) -> tuple[Saliency, dict[str, Any]]:
+    """The saliency that masks are cut from, and the record of the controller's descent if it ran."""
+    model, tokens = job.loaded.model, job.windows.tokens
+    local = calibration.one_shot(model, job.matrices, tokens, recipe.parsed_metric(), progress)
+    if not recipe.feedback:
+        return local, {}
+    steps = recipe.steps
+    if recipe.budget_tokens is not None:
+        within = recipe.budget_tokens // mirror_descent.MirrorDescent().batch_tokens
+        steps = min(steps or within, within)
+    duals, record = mirror_descent.descend(
+        model, job.matrices, tokens, local, targets, steps, seed=recipe.seed, progress=progress
+    )
+    return duals, {"controller": {"targets": [str(target) for target in targets], **record}}
+
+
+def _fitting(targets: Sequence[patterns.Pattern], shapes: Mapping[str, tuple[int, int]]) -> list[patterns.Pattern]:
+    """The targets that every matrix can have."""
+    return [target for target in targets if not any(target.misfit(*shape) for shape in shapes.values())]
 
 
 def _check_names(origin: Origin, file: artefacts.MasksFile, matrices: Matrices | None, path: Path) -> None:

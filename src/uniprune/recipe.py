@@ -26,11 +26,16 @@ class Recipe(BaseModel):
     sparsity: str | None = None
     """A level (``0.6``: the fraction to remove) or a pattern (``2:4``: N of every M inputs are kept)."""
     scope: Scope | None = None
-    """Budget group of a level: ``row``, ``matrix`` or ``model``; by default ``row``."""
+    """Budget group of a level: ``row``, ``matrix`` or ``model``; by default ``model`` with the controller, else ``row``."""
     metric: str = "wanda"
     """Local saliency, with hyper-parameters if wanted: ``ria:a=0.5``."""
-    controller: Literal["none"] = "none"
-    """What corrects the local saliency: nothing."""
+    controller: Literal["none", "feedback"] | None = None
+    """What corrects the local saliency: mirror descent on the loss of the pruned model (``feedback``, the default), or ``none``
+    (the default with ``sequential``)."""
+    steps: int | None = Field(None, ge=1)
+    """Steps of the controller, 1024 tokens each; by default as many as ``budget_tokens`` allows."""
+    budget_tokens: int | None = Field(None, ge=1024)
+    """Tokens that the controller descends on, repeats included; by default each calibration window once."""
     sequential: bool = False
     """Score each block on the outputs of the pruned blocks before it."""
     text: str = "builtin"
@@ -68,6 +73,8 @@ class Recipe(BaseModel):
         recipe.parsed_metric()
         if recipe.sparsity is not None:
             pattern = recipe.pattern()
+            if recipe.sequential and recipe.controller == "feedback":
+                raise InputError("--sequential and --controller feedback exclude each other; use one of them")
             if recipe.sequential and not pattern.local:
                 raise InputError(f"--sequential cuts block after block, but {pattern} needs all scores; use another --scope")
         return recipe
@@ -90,11 +97,17 @@ class Recipe(BaseModel):
         """The sparsity pattern; InputError if none was asked for."""
         if self.sparsity is None:
             raise InputError("no sparsity given; use --sparsity 0.5 or --sparsity 2:4")
-        return patterns.parse(self.sparsity, self.scope)
+        return patterns.parse(self.sparsity, self.scope, default="model" if self.feedback else "row")
+
+    @property
+    def feedback(self) -> bool:
+        """Whether the controller runs."""
+        return self.controller == "feedback" or (self.controller is None and not self.sequential)
 
     def parsed_metric(self) -> metrics.Metric:
         return metrics.parse(self.metric, self.seed)
 
     def record(self) -> dict[str, Any]:
         """The settings as JSON data, defaults included; :meth:`build` turns them into the same recipe."""
-        return self.model_dump(mode="json") | {"metric": metrics.spell(self.parsed_metric())}
+        resolved = {"metric": metrics.spell(self.parsed_metric()), "controller": "feedback" if self.feedback else "none"}
+        return self.model_dump(mode="json") | resolved

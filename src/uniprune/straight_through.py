@@ -1,0 +1,88 @@
+"""The pruned model in the forward pass, a gradient for every weight in the backward pass.
+
+The weights are never touched: each matrix multiplies by ``weight * mask`` on the fly, and in the backward pass hands over the
+gradient with respect to that product, for pruned and kept weights alike (the straight-through estimator). It is handed over
+matrix by matrix and not stored, so that the gradients of a model never exist all at once. With the masks off, the same model is
+the dense one: a teacher that takes no memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from uniprune.matrices import Matrices, Matrix
+
+Sink = Callable[[str, Tensor], None]
+
+
+class StraightThrough:
+    """Routes the matrices of a model through masks, inside ``with``; afterwards the model is as it was.
+
+    masks: matrix name -> boolean ``[out, in]``, to be replaced at will between passes; without an entry a matrix is dense.
+    sink: receives (name, dL/d(weight * mask)) during the backward pass, in the model's dtype.
+    """
+
+    def __init__(self, matrices: Matrices, sink: Sink) -> None:
+        self.matrices = matrices
+        self.masks: dict[str, Tensor] = {}
+        self._sink = sink
+        self._dense = False
+
+    def __enter__(self) -> StraightThrough:
+        for matrix in self.matrices.values():
+            matrix.module.forward = self._route(matrix)  # type: ignore[method-assign]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for matrix in self.matrices.values():
+            del matrix.module.forward  # the class's own forward shows again
+
+    @contextmanager
+    def dense(self) -> Iterator[None]:
+        """The unpruned model, without gradients."""
+        self._dense = True
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self._dense = False
+
+    def _route(self, matrix: Matrix) -> Callable[[Tensor], Tensor]:
+        # Autograd builds a graph only behind something that requires a gradient, and no parameter does.
+        spark = torch.zeros((), requires_grad=True)
+        original = matrix.module.forward
+
+        def forward(x: Tensor) -> Tensor:
+            if self._dense:
+                return original(x)  # type: ignore[no-any-return]
+            y: Tensor = _MaskedLinear.apply(x, spark, matrix, self.masks.get(matrix.name), self._sink)  # type: ignore[no-untyped-call]
+            bias = matrix.module.bias
+            return y + bias if isinstance(bias, Tensor) else y
+
+        return forward
+
+
+class _MaskedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, spark: Tensor, matrix: Matrix, mask: Tensor | None, sink: Sink) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(x)
+        ctx.matrix, ctx.mask, ctx.sink = matrix, mask, sink
+        return functional.linear(x, _masked(matrix.weight, mask))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        (x,) = ctx.saved_tensors
+        gradient_x = gradient @ _masked(ctx.matrix.weight, ctx.mask) if ctx.needs_input_grad[0] else None
+        flat = gradient.reshape(-1, gradient.shape[-1])
+        ctx.sink(ctx.matrix.name, flat.T @ x.reshape(-1, x.shape[-1]))
+        return gradient_x, None, None, None, None
+
+
+def _masked(weight: Tensor, mask: Tensor | None) -> Tensor:
+    return weight if mask is None else weight * mask

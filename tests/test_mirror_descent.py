@@ -1,0 +1,179 @@
+"""The controller against plain autograd, torch's Adam, and its own promises."""
+
+import pytest
+import torch
+from torch.nn import functional
+
+from conftest import VOCABULARY, tiny_model
+from uniprune.calibration import one_shot
+from uniprune.errors import InputError
+from uniprune.matrices import find_matrices
+from uniprune.metrics import Wanda
+from uniprune.mirror_descent import Loss, MirrorDescent, any_sparsity, cut, descend, output_gradients
+from uniprune.patterns import NM, Unstructured
+from uniprune.straight_through import StraightThrough
+
+
+def tokens(count=8, length=16):
+    return torch.randint(0, VOCABULARY, (count, length), generator=torch.Generator().manual_seed(0))
+
+
+def random_masks(matrices):
+    generator = torch.Generator().manual_seed(1)
+    return {name: torch.rand(matrix.shape, generator=generator) < 0.5 for name, matrix in matrices.items()}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_straight_through_gradients_are_those_of_the_pruned_model(family):
+    """The same model with its weights really pruned, by plain autograd."""
+    ids = tokens(2)
+    model, pruned = tiny_model(family), tiny_model(family)
+    matrices, reference = find_matrices(model), find_matrices(pruned)
+    masks = random_masks(matrices)
+    for name, matrix in reference.items():
+        matrix.weight.mul_(masks[name])
+        matrix.parameter.requires_grad_(True)
+    expected = pruned(input_ids=ids, labels=ids).loss
+    expected.backward()
+    found = {}
+    with StraightThrough(matrices, found.__setitem__) as network:
+        network.masks = masks
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+    torch.testing.assert_close(loss, expected)
+    for name, matrix in reference.items():
+        gradient = matrix.parameter.grad.T if matrix.transposed else matrix.parameter.grad
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-7)
+
+
+def test_the_model_is_as_before_and_the_teacher_is_dense():
+    ids = tokens(2)
+    model = tiny_model()
+    matrices = find_matrices(model)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    dense = model(input_ids=ids).logits
+    with StraightThrough(matrices, lambda name, gradient: None) as network:
+        network.masks = random_masks(matrices)
+        pruned = model(input_ids=ids).logits
+        with network.dense():
+            assert torch.equal(model(input_ids=ids).logits, dense)
+    assert not torch.allclose(pruned, dense)
+    assert torch.equal(model(input_ids=ids).logits, dense)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert all("forward" not in vars(matrix.module) for matrix in matrices.values())
+
+
+def test_the_step_is_adams_on_the_dual():
+    settings = MirrorDescent(mean_decay=0.9, rms_decay=0.95)
+    state = settings.init(torch.rand(4, 6) + 0.1, torch.ones(4))
+    dual = torch.nn.Parameter(state.dual.clone())
+    adam = torch.optim.Adam([dual], lr=0.02, betas=(0.9, 0.95), eps=1e-30)
+    for step in range(20):
+        gradient = torch.randn(4, 6, generator=torch.Generator().manual_seed(step)) * 1e-4
+        state = settings.step(state, gradient, 0.02)
+        dual.grad = gradient
+        adam.step()
+    torch.testing.assert_close(state.dual, dual.detach(), rtol=0, atol=5e-3)  # the moments are kept in bfloat16
+    assert (state.dual.dtype, state.mean.dtype, state.rms.dtype) == (torch.float32, torch.bfloat16, torch.bfloat16)
+
+
+def test_the_start_is_the_log_of_the_local_saliency():
+    local = torch.tensor([[0.5, 2.0], [0.0, 1.0]])
+    dual = MirrorDescent().init(local, torch.tensor([1.0, 3.0])).dual
+    assert dual[0].tolist() == pytest.approx([-0.693147, 0.693147], rel=1e-5)
+    assert dual[1, 1].item() == pytest.approx(1.098612, rel=1e-5)
+    assert bool(torch.isfinite(dual).all())
+
+
+def test_the_anchor_pulls_back():
+    settings = MirrorDescent(anchor=1.0)
+    start = torch.zeros(2, 2)
+    state = settings.init(torch.ones(2, 2), torch.ones(2))._replace(dual=torch.ones(2, 2))
+    moved = settings.step(state, torch.zeros(2, 2), 0.1, start).dual
+    assert moved.flatten().tolist() == pytest.approx([0.9] * 4)
+
+
+def test_output_gradients_by_hand():
+    """The last block's last matrix adds straight into the stream: its output gradient is that of the stream."""
+    model, ids = tiny_model(), tokens(3)
+    name = "model.layers.2.mlp.down_proj"
+    found = output_gradients(model, find_matrices(model), ids)[name]
+    total = torch.zeros(32)
+    for window in ids:
+        stream = []
+        handle = model.model.norm.register_forward_pre_hook(
+            lambda m, a, seen=stream: seen.append(a[0].requires_grad_()) or None
+        )
+        logits = model(input_ids=window[None]).logits[0, :-1]
+        handle.remove()
+        (gradient,) = torch.autograd.grad(functional.cross_entropy(logits, window[1:], reduction="sum"), stream[0])
+        total += gradient[0].square().sum(0)
+    torch.testing.assert_close(found, (total / ids.numel()).sqrt(), rtol=1e-4, atol=1e-8)
+
+
+def test_the_loss_is_the_kl_of_the_whole_distributions():
+    model, ids = tiny_model(), tokens(2)
+    matrices = find_matrices(model)
+    settings = MirrorDescent(hidden=0.0)
+    found = {}
+    with StraightThrough(matrices, found.__setitem__) as network:
+        network.masks = random_masks(matrices)
+        loss = Loss(model, network, ids, settings)
+        kl = loss.backward(ids)
+        gradients = dict(found)
+        assert loss.held_out(ids) == pytest.approx(kl, rel=1e-4)
+        with network.dense():
+            target = model(input_ids=ids).logits.log_softmax(-1)
+        predicted = model(input_ids=ids).logits.log_softmax(-1)
+        expected = functional.kl_div(predicted, target, log_target=True, reduction="sum") / ids.numel()
+        expected.backward()
+    assert kl == pytest.approx(float(expected.detach()), rel=1e-4)
+    for name in matrices:
+        torch.testing.assert_close(gradients[name], found[name], rtol=1e-3, atol=1e-7)
+
+
+def test_sampled_thresholds_are_close_to_the_exact_ones():
+    duals = {name: torch.randn(200, 300, generator=torch.Generator().manual_seed(i)) for i, name in enumerate("ab")}
+    target = Unstructured(0.7, "model")
+    kept = sum(int(mask.sum()) for mask in cut(target, duals).values())
+    assert kept == pytest.approx(target.keep(120_000), rel=0.03)
+
+
+def setting(**changes):
+    model = tiny_model(initializer_range=0.3)
+    matrices = find_matrices(model)
+    ids = tokens(32, 32)
+    return model, matrices, ids, one_shot(model, matrices, ids, Wanda()), MirrorDescent(batch_tokens=128, **changes)
+
+
+def test_descent_lowers_the_held_out_loss():
+    model, matrices, ids, local, settings = setting(step_size=0.05)
+    duals, record = descend(model, matrices, ids, local, [NM(2, 4)], 24, settings)
+    assert duals.keys() == matrices.keys()
+    assert record["best_held_out_kl"] < 0.97 * record["held_out_kl"][0]
+    assert record["tokens"] == 24 * 128
+
+
+def test_a_diverging_descent_backs_off_and_keeps_the_start():
+    model, matrices, ids, local, settings = setting(step_size=1000.0)
+    duals, record = descend(model, matrices, ids, local, [NM(2, 4)], 8, settings)
+    assert record["best_held_out_kl"] <= record["held_out_kl"][0]
+    if record["best_held_out_kl"] == record["held_out_kl"][0]:
+        gradients = output_gradients(model, matrices, ids[:16])
+        for name in matrices:
+            assert torch.equal(duals[name], settings.init(local[name], gradients[name]).dual)
+
+
+def test_same_seed_same_duals():
+    model, matrices, ids, local, settings = setting(step_size=0.05, checks=1)
+    runs = [descend(model, matrices, ids, local, any_sparsity(), 6, settings, seed=seed) for seed in (3, 3, 4)]
+    (first, record), (again, same_record), (_, other_record) = runs
+    assert all(torch.equal(first[name], again[name]) for name in matrices)
+    assert record == same_record
+    assert record["held_out_kl"] != other_record["held_out_kl"]
+
+
+def test_too_few_windows_are_refused():
+    model, matrices, ids, local, settings = setting()
+    with pytest.raises(InputError, match="--windows 2 or more"):
+        descend(model, matrices, ids[:1], local, [NM(2, 4)], 2, settings)
