@@ -35,6 +35,8 @@ format: $(READY)
 bench: $(READY)
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/speed.py
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/quality.py
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/full.py
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/controller.py 2:4 0.5 any
 	$(BIN)/python benchmarks/tables.py
 
 clean:

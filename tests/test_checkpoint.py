@@ -123,3 +123,13 @@ def test_quantised_checkpoints_are_refused(folder, tmp_path):
     with pytest.raises(UniPruneError, match="type I8"):
         checkpoint.fingerprint(Origin("q", tmp_path), ["model.layers.0.x"])
     shutil.rmtree(tmp_path)
+
+
+def test_weights_in_a_second_layout_are_not_part_of_the_model(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "model")
+    shutil.copyfile(next(folder.glob("*.safetensors")), tmp_path / "model" / "consolidated.safetensors")
+    origin = Origin("two layouts", tmp_path / "model")
+    assert [shard.name for shard in origin.shards] == [shard.name for shard in Origin("one", folder).shards]
+    (tmp_path / "out").mkdir()
+    checkpoint.write_checkpoint(origin, {}, [], tmp_path / "out")
+    assert not (tmp_path / "out" / "consolidated.safetensors").exists()

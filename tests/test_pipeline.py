@@ -26,7 +26,7 @@ def weights(folder):
 @pytest.mark.parametrize("settings", [{}, {"sequential": True}, {"metric": "ria:a=0.5"}, {"metric": "magnitude"}])
 def test_prune_writes_what_plain_transformers_runs(folder, tmp_path, settings):
     out = tmp_path / "out"
-    report = uniprune.prune(str(folder), Recipe.build(sparsity="2:4", **SMALL, **settings), out)
+    report = uniprune.prune(str(folder), Recipe(sparsity="2:4", **SMALL, **settings), out)
     assert report["sparsity"] == 0.5
     assert json.loads((out / "pruning.json").read_text()) == json.loads(json.dumps(report))
     model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
@@ -41,7 +41,7 @@ def test_prune_writes_what_plain_transformers_runs(folder, tmp_path, settings):
 
 
 def test_one_seed_one_file(folder, tmp_path):
-    recipe = Recipe.build(sparsity="0.5", metric="stochria", **SMALL)
+    recipe = Recipe(sparsity="0.5", metric="stochria", **SMALL)
     first = uniprune.prune(str(folder), recipe, tmp_path / "first")
     again = uniprune.prune(str(folder), recipe, tmp_path / "again")
     other = uniprune.prune(str(folder), recipe.model_copy(update={"seed": 1}), tmp_path / "other")
@@ -50,7 +50,7 @@ def test_one_seed_one_file(folder, tmp_path):
 
 
 def test_sparsity_zero_is_the_identity(folder, tmp_path):
-    uniprune.prune(str(folder), Recipe.build(sparsity="0", **SMALL), tmp_path / "out")
+    uniprune.prune(str(folder), Recipe(sparsity="0", **SMALL), tmp_path / "out")
     for file in folder.iterdir():
         assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
 
@@ -69,7 +69,7 @@ def test_sparsity_zero_is_the_identity(folder, tmp_path):
 def test_the_three_steps_are_prune(folder, tmp_path, sparsity, scope, controller):
     """With the controller, too, if calibrate is told the one target."""
     scores, masks = tmp_path / "scores.safetensors", tmp_path / "masks.safetensors"
-    recipe = Recipe.build(sparsity=sparsity, scope=scope, controller=controller, **SMALL)
+    recipe = Recipe(sparsity=sparsity, scope=scope, controller=controller, **SMALL)
     uniprune.calibrate(str(folder), recipe, scores)
     uniprune.mask(scores, sparsity, masks, scope=scope)
     uniprune.apply(str(folder), masks, tmp_path / "steps")
@@ -82,7 +82,7 @@ def test_the_three_steps_are_prune(folder, tmp_path, sparsity, scope, controller
 
 def test_one_calibration_serves_every_sparsity(folder, tmp_path):
     scores = tmp_path / "scores.safetensors"
-    facts = uniprune.calibrate(str(folder), Recipe.build(**SMALL), scores)
+    facts = uniprune.calibrate(str(folder), Recipe(**SMALL), scores)
     assert facts["controller"]["targets"] == ["0.5 by model", "0.6 by model", "0.7 by model", "2:4", "4:8"]
     for sparsity, expected in {"0.31": 0.31, "0.8": 0.8, "1:4": 0.75, "7:8": 0.125}.items():
         cut = uniprune.mask(scores, sparsity, tmp_path / "masks.safetensors", overwrite=True)
@@ -90,15 +90,15 @@ def test_one_calibration_serves_every_sparsity(folder, tmp_path):
 
 
 def test_a_report_replays_its_run(folder, tmp_path):
-    recipe = Recipe.build(sparsity="0.3", scope="matrix", metric="ria:a=0.7", exclude="down_proj", seed=3, **SMALL)
+    recipe = Recipe(sparsity="0.3", scope="matrix", metric="ria:a=0.7", exclude="down_proj", seed=3, **SMALL)
     report = uniprune.prune(str(folder), recipe, tmp_path / "out")
-    again = uniprune.prune(str(folder), Recipe.build(**report["recipe"]), tmp_path / "again")
+    again = uniprune.prune(str(folder), Recipe(**report["recipe"]), tmp_path / "again")
     assert again["masks_sha256"] == report["masks_sha256"]
 
 
 def test_a_model_in_memory_is_pruned_in_place(loaded):
     dense = {name: p.clone() for name, p in loaded.model.named_parameters()}
-    report = uniprune.prune(loaded, Recipe.build(sparsity="0.5", exclude="down_proj", scope="row", **SMALL))
+    report = uniprune.prune(loaded, Recipe(sparsity="0.5", exclude="down_proj", scope="row", **SMALL))
     assert report["sparsity"] == pytest.approx(0.5)
     assert len(report["matrices"]) == 18
     for name, parameter in loaded.model.named_parameters():
@@ -109,7 +109,7 @@ def test_a_model_in_memory_is_pruned_in_place(loaded):
 
 def test_masks_of_another_model_are_refused(folder, tmp_path, tokenizer):
     scores, masks = tmp_path / "scores.safetensors", tmp_path / "masks.safetensors"
-    uniprune.calibrate(str(folder), Recipe.build(metric="magnitude", **SMALL), scores)
+    uniprune.calibrate(str(folder), Recipe(metric="magnitude", **SMALL), scores)
     uniprune.mask(scores, "2:4", masks)
     same_shapes, other_shapes = tmp_path / "same", tmp_path / "other"
     tiny_model(rms_norm_eps=1e-3, initializer_range=0.03).to(torch.bfloat16).save_pretrained(same_shapes)
@@ -121,7 +121,7 @@ def test_masks_of_another_model_are_refused(folder, tmp_path, tokenizer):
 
 
 def test_evaluate_says_how_sparse_the_model_really_is(folder, tmp_path):
-    uniprune.prune(str(folder), Recipe.build(sparsity="0.75", **SMALL), tmp_path / "out")
+    uniprune.prune(str(folder), Recipe(sparsity="0.75", **SMALL), tmp_path / "out")
     dense = uniprune.evaluate(str(folder), length=64, windows=4)
     pruned = uniprune.evaluate(str(tmp_path / "out"), length=64, windows=4)
     assert dense["sparsity"] < 0.01
@@ -133,7 +133,7 @@ def test_evaluate_says_how_sparse_the_model_really_is(folder, tmp_path):
 def test_gpt2_goes_the_whole_way(tmp_path, tokenizer):
     tiny_model("gpt2").save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    report = uniprune.prune(str(tmp_path / "model"), Recipe.build(sparsity="1:4", **SMALL), tmp_path / "out")
+    report = uniprune.prune(str(tmp_path / "model"), Recipe(sparsity="1:4", **SMALL), tmp_path / "out")
     assert report["sparsity"] == 0.75
     for matrix in find_matrices(AutoModelForCausalLM.from_pretrained(tmp_path / "out")).values():
         assert int((matrix.weight.reshape(-1, 4) != 0).sum(1).max()) == 1
@@ -145,7 +145,7 @@ def test_pickled_checkpoints_become_safetensors(tmp_path, tokenizer):
     model.config.save_pretrained(tmp_path / "model")
     torch.save(model.state_dict(), tmp_path / "model" / "pytorch_model.bin")
     tokenizer.save_pretrained(tmp_path / "model")
-    uniprune.prune(str(tmp_path / "model"), Recipe.build(sparsity="2:4", **SMALL), tmp_path / "out")
+    uniprune.prune(str(tmp_path / "model"), Recipe(sparsity="2:4", **SMALL), tmp_path / "out")
     assert not list((tmp_path / "out").glob("*.bin"))
     pruned = find_matrices(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
     for name, matrix in find_matrices(model).items():
@@ -161,23 +161,23 @@ def test_plan_reads_no_weight(folder, tmp_path):
             header = 8 + int.from_bytes(data[:8], "little")
             data = data[:header] + b"\xff" * (len(data) - header)
         (tmp_path / file.name).write_bytes(data)
-    plan = uniprune.plan(str(tmp_path), Recipe.build(sparsity="3:8"))
+    plan = uniprune.plan(str(tmp_path), Recipe(sparsity="3:8"))
     assert plan.prunable == sum(matrix.size for matrix in find_matrices(tiny_model()).values())
     assert plan.sparsity == 0.625
     assert plan.dtype == "bfloat16"
     assert plan.fits
-    assert not uniprune.plan(str(tmp_path), Recipe.build(sparsity="2:5")).fits
+    assert not uniprune.plan(str(tmp_path), Recipe(sparsity="2:5")).fits
 
 
 def test_calibration_refuses_what_it_cannot_do(folder, tmp_path):
     with pytest.raises(InputError, match=r"3:7, e\.g"):
-        uniprune.prune(str(folder), Recipe.build(sparsity="3:7", **SMALL), tmp_path / "out")
+        uniprune.prune(str(folder), Recipe(sparsity="3:7", **SMALL), tmp_path / "out")
     with pytest.raises(InputError, match="context of 128"):
-        uniprune.prune(str(folder), Recipe.build(sparsity="2:4", windows=1, length=129), tmp_path / "out")
+        uniprune.prune(str(folder), Recipe(sparsity="2:4", windows=1, length=129), tmp_path / "out")
     with pytest.raises(InputError, match="no sparsity"):
-        uniprune.prune(str(folder), Recipe.build(**SMALL), tmp_path / "out")
+        uniprune.prune(str(folder), Recipe(**SMALL), tmp_path / "out")
     with pytest.raises(InputError, match="use it with prune"):
-        uniprune.calibrate(str(folder), Recipe.build(sequential=True), tmp_path / "s.safetensors")
+        uniprune.calibrate(str(folder), Recipe(sequential=True), tmp_path / "s.safetensors")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -187,7 +187,7 @@ def test_the_real_model_end_to_end(smollm2, tmp_path):
     small = {"windows": 8, "length": 256, "text": "builtin"}
     evaluation = {"windows": 4, "length": 256}
     out = tmp_path / "wanda"
-    report = uniprune.prune(str(smollm2), Recipe.build(sparsity="2:4", **small), out)
+    report = uniprune.prune(str(smollm2), Recipe(sparsity="2:4", **small), out)
     assert report["sparsity"] == 0.5
     assert len(report["matrices"]) == 210
     dense = uniprune.load(smollm2)
@@ -201,7 +201,7 @@ def test_the_real_model_end_to_end(smollm2, tmp_path):
         kept = matrix.weight != 0
         assert torch.equal(matrix.weight[kept], original[name].weight[kept])
     in_place = Loaded(dense.model, dense.tokenizer)
-    uniprune.prune(in_place, Recipe.build(sparsity="2:4", metric="magnitude", **small))
+    uniprune.prune(in_place, Recipe(sparsity="2:4", metric="magnitude", **small))
     assert uniprune.evaluate(in_place, **evaluation)["perplexity"] > 2 * after["perplexity"]
 
 
@@ -220,3 +220,10 @@ def test_hub_names_that_are_not_here(tmp_path):
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
     assert "InputError: model 'nobody/nothing' is no folder here and cannot be had from the hub" in done.stderr
+
+
+def test_no_safetensors_but_the_weights_lie_beside_the_config(folder, tmp_path):
+    """Runtimes that load every safetensors file of a folder must not meet the masks."""
+    uniprune.prune(str(folder), Recipe(sparsity="2:4", controller="none", **SMALL), tmp_path / "out")
+    assert {f.name for f in (tmp_path / "out").glob("*.safetensors")} == {f.name for f in folder.glob("*.safetensors")}
+    assert (tmp_path / "out" / "pruning" / "masks.safetensors").is_file()

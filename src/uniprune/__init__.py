@@ -1,7 +1,7 @@
 """Post-training pruning of language models: local saliency, one budget, masks, and no weight ever updated.
 
     >>> import uniprune
-    >>> recipe = uniprune.Recipe(sparsity="2:4", metric="wanda", text="builtin")
+    >>> recipe = uniprune.Recipe(sparsity="2:4", text="c4")
     >>> report = uniprune.prune("HuggingFaceTB/SmolLM2-135M", recipe, Path("pruned"))  # doctest: +SKIP
 
 The names below are loaded when they are first used: importing PyTorch takes seconds.

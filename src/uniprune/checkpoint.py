@@ -29,9 +29,9 @@ from uniprune.matrices import Matrices
 from uniprune.models import Loaded, Origin
 
 REPORT = "pruning.json"  # written last: a folder without it is incomplete
-MASKS = "masks.safetensors"
+MASKS = "pruning/masks.safetensors"  # not beside the weights: some runtimes load every safetensors file that lies there
 WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ot"}
-LEFT = {REPORT, MASKS, "README.md", ".gitattributes"}  # not true of the pruned model
+LEFT = {REPORT, "README.md", ".gitattributes"}  # not true of the pruned model
 UINTS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 ITEMSIZE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
 NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -182,7 +182,7 @@ def write_checkpoint(source: Loaded | Origin, masks: Mapping[str, Tensor], trans
         source.model.save_pretrained(folder)  # type: ignore[operator]
         if source.tokenizer is not None:
             source.tokenizer.save_pretrained(folder)
-    keys = entries(sorted(folder.glob("*.safetensors")))
+    keys = entries(Origin("output", folder).shards)
     flipped = set(transposed)
     for name, mask in masks.items():
         entry = keys[key_of(name, keys)]

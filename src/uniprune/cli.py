@@ -345,7 +345,7 @@ def _recipe(config: Path | None, **flags: Any) -> Recipe:
     from uniprune.recipe import Recipe
 
     given = {key: value for key, value in flags.items() if value not in (None, [])}
-    return Recipe.load(config, **given) if config else Recipe.build(**given)
+    return Recipe.load(config, **given) if config else Recipe(**given)
 
 
 def _quiet() -> None:

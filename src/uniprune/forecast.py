@@ -60,8 +60,12 @@ def make_plan(
     dtype: torch.dtype,
     tokens: int,
     device: torch.device,
+    feedback: bool,
 ) -> Plan:
-    """The plan of pruning ``matrices`` of ``model`` (which may be on the meta device) with ``tokens`` of calibration."""
+    """The plan of pruning ``matrices`` of ``model`` (which may be on the meta device) with ``tokens`` of calibration.
+
+    feedback: whether the controller runs.
+    """
     groups: dict[tuple[str, tuple[int, int]], list[str]] = defaultdict(list)
     for name, matrix in matrices.items():
         groups[re.sub(r"\.\d+\.", ".*.", name), matrix.shape].append(name)
@@ -84,10 +88,15 @@ def make_plan(
         sparsity_of_model=removed / parameters if removed is not None else None,
         dtype=str(dtype).removeprefix("torch."),
         tokens=tokens,
-        # weights, one matrix of float32 scores with what cutting it needs, and the activations of one batch
-        memory=parameters * dtype.itemsize + 16 * largest + 2048 * 4 * 64 * max(m.shape[1] for m in matrices.values()),
+        # weights; one matrix of float32 scores and what cutting it needs; the activations of one batch;
+        # the controller's state, masks and activations of all blocks
+        memory=parameters * dtype.itemsize
+        + 16 * largest
+        + 2048 * 4 * 64 * max(m.shape[1] for m in matrices.values())
+        + feedback * (9 * prunable + 1024 * dtype.itemsize * sum(sum(m.shape) for m in matrices.values())),
         disk=(sum(shard.stat().st_size for shard in origin.shards) or parameters * dtype.itemsize) + prunable // 8,
-        seconds=2 * prunable * tokens / _flops(dtype, device),
+        # a multiply and an add per weight and token; the controller runs the dense model, the pruned one, and it backwards
+        seconds=(8 if feedback else 2) * prunable * tokens / _flops(dtype, device),
     )
 
 

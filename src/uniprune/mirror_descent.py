@@ -40,6 +40,7 @@ from uniprune.straight_through import StraightThrough
 logger = logging.getLogger(__name__)
 
 TINY = 1e-20
+START_WINDOWS = 16  # calibration windows whose statistics make the start
 SAMPLE = 37  # every 37th dual estimates the model-wide threshold while descending; the final masks are cut exactly
 
 
@@ -125,7 +126,7 @@ def descend(
     todo = batches(windows, settings.batch_tokens)
     steps = steps or len(todo)
     generator = torch.Generator().manual_seed(seed)
-    gradients = output_gradients(model, matrices, windows[:16])
+    gradients = output_gradients(model, matrices, windows[:START_WINDOWS])
     states = {name: settings.init(local[name], gradients[name]) for name in matrices}
     starts = {name: state.dual.bfloat16() for name, state in states.items()} if settings.anchor else {}
     size = 0.0

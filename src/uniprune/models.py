@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,8 +33,17 @@ class Origin:
 
     @property
     def shards(self) -> list[Path]:
-        """The safetensors files that hold the weights; empty for other formats."""
-        return [] if self.gguf else sorted(self.folder.glob("*.safetensors"))
+        """The safetensors files that transformers loads the weights from; empty for other formats.
+
+        Some repositories carry the weights a second time in another layout; those files are not part of the model.
+        """
+        if self.gguf:
+            return []
+        index = self.folder / "model.safetensors.index.json"
+        if index.is_file():
+            return sorted({self.folder / name for name in json.loads(index.read_text())["weight_map"].values()})
+        single = self.folder / "model.safetensors"
+        return [single] if single.is_file() else sorted(self.folder.glob("*.safetensors"))
 
     def options(self, dtype: torch.dtype | None = None) -> dict[str, Any]:
         """Keyword arguments for every ``from_pretrained`` of this model."""

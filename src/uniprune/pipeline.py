@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import platform
+import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -148,7 +149,8 @@ def apply(
         checkpoint.check_disk_space(output, checkpoint.checkpoint_bytes(origin, size))
     with checkpoint.new_folder(output) as folder:
         with watch("write"):
-            (folder / checkpoint.MASKS).write_bytes(masks.read_bytes())
+            (folder / checkpoint.MASKS).parent.mkdir()
+            shutil.copyfile(masks, folder / checkpoint.MASKS)
             checkpoint.write_checkpoint(loaded, file, file.transposed, folder)
         removed = {name: 1 - int(kept.sum()) / kept.numel() for name, kept in file.items()}
         report = {
@@ -171,7 +173,8 @@ def plan(source: str | Path, recipe: Recipe, *, device: str | None = None) -> fo
     dtype = parse_dtype(recipe.dtype) or (torch.float32 if origin.gguf else _stored_dtype(origin, matrices))
     pattern = recipe.pattern() if recipe.sparsity is not None else None
     tokens = (recipe.windows or WINDOWS) * (recipe.length or LENGTH)
-    return forecast.make_plan(origin, model, matrices, pattern, dtype, tokens, parse_device(device))
+    place = parse_device(device)
+    return forecast.make_plan(origin, model, matrices, pattern, dtype, tokens, place, recipe.feedback)
 
 
 def evaluate(
@@ -200,11 +203,7 @@ def evaluate(
         assert origin is not None
         loaded = Loaded(load_weights(origin, parse_dtype(dtype), parse_device(device)), tokenizer, origin)
     result = asdict(evaluation.perplexity(loaded.model, chosen, progress))
-    matrices = find_matrices(loaded.model)
-    sizes = {name: matrix.size for name, matrix in matrices.items()}
-    zeros = masking.zeros(matrices)
-    sparsity = sum(zeros[name] * sizes[name] for name in zeros) / sum(sizes.values())
-    return {"model": str(loaded), **result, "sparsity": sparsity, "versions": versions()}
+    return {"model": str(loaded), **result, "sparsity": _zeros(loaded.model), "versions": versions()}
 
 
 # ------------------------------------------------------------------------------------------------------------- parts
@@ -305,7 +304,8 @@ def _saliency(
 ) -> tuple[Saliency, dict[str, Any]]:
     """The saliency that masks are cut from, and the record of the controller's descent if it ran."""
     model, tokens = job.loaded.model, job.windows.tokens
-    local = calibration.one_shot(model, job.matrices, tokens, recipe.parsed_metric(), progress)
+    sample = tokens[: mirror_descent.START_WINDOWS] if recipe.feedback else tokens
+    local = calibration.one_shot(model, job.matrices, sample, recipe.parsed_metric(), progress)
     if not recipe.feedback:
         return local, {}
     steps = recipe.steps
@@ -329,6 +329,16 @@ def _check_names(origin: Origin, file: artefacts.MasksFile, matrices: Matrices |
     for name in file:
         if name not in matrices if matrices is not None else not checkpoint.find_key(name, keys):
             raise MismatchError(f"{path} was made for another model: {origin} has no matrix {name}")
+
+
+def _zeros(model: torch.nn.Module) -> float | None:
+    """Fraction of exact zeros among the prunable weights; None for a model that can be evaluated, but not pruned."""
+    try:
+        matrices = find_matrices(model)
+    except InputError:
+        return None
+    zeros = masking.zeros(matrices)
+    return sum(zeros[name] * matrix.size for name, matrix in matrices.items()) / sum(m.size for m in matrices.values())
 
 
 def _report(recipe: Recipe, job: Job, removed: Mapping[str, float], watch: Stopwatch) -> dict[str, Any]:

@@ -18,7 +18,7 @@ WINDOWS, LENGTH = 128, 512
 class Recipe(BaseModel):
     """All settings of a pruning run; a value that is left out is the default of the command line.
 
-    Raises InputError (from :meth:`build`) that names the setting at fault.
+    Raises InputError that names the setting at fault.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -60,24 +60,21 @@ class Recipe(BaseModel):
     def _listed(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
 
-    @classmethod
-    def build(cls, **settings: Any) -> Recipe:
-        """A recipe from settings of any origin, checked as a whole."""
+    def __init__(self, **settings: Any) -> None:
         try:
-            recipe = cls(**settings)
+            super().__init__(**settings)
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"]) or "recipe"
-            known = f"; known settings: {', '.join(cls.model_fields)}" if first["type"] == "extra_forbidden" else ""
+            known = f"; known settings: {', '.join(type(self).model_fields)}" if first["type"] == "extra_forbidden" else ""
             raise InputError(f"{where} = {first['input']!r}: {first['msg']}{known}") from None
-        recipe.parsed_metric()
-        if recipe.sparsity is not None:
-            pattern = recipe.pattern()
-            if recipe.sequential and recipe.controller == "feedback":
-                raise InputError("--sequential and --controller feedback exclude each other; use one of them")
-            if recipe.sequential and not pattern.local:
+        self.parsed_metric()
+        if self.sequential and self.controller == "feedback":
+            raise InputError("--sequential and --controller feedback exclude each other; use one of them")
+        if self.sparsity is not None:
+            pattern = self.pattern()
+            if self.sequential and not pattern.local:
                 raise InputError(f"--sequential cuts block after block, but {pattern} needs all scores; use another --scope")
-        return recipe
 
     @classmethod
     def load(cls, path: Path, **overrides: Any) -> Recipe:
@@ -91,7 +88,7 @@ class Recipe(BaseModel):
             raise InputError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from None
         if not isinstance(data, dict):
             raise InputError(f"recipe {path} is not a mapping of settings")
-        return cls.build(**{**data, **overrides})
+        return cls(**{**data, **overrides})
 
     def pattern(self) -> Pattern:
         """The sparsity pattern; InputError if none was asked for."""
@@ -108,6 +105,6 @@ class Recipe(BaseModel):
         return metrics.parse(self.metric, self.seed)
 
     def record(self) -> dict[str, Any]:
-        """The settings as JSON data, defaults included; :meth:`build` turns them into the same recipe."""
+        """The settings as JSON data, defaults included; ``Recipe(**record)`` is the same recipe."""
         resolved = {"metric": metrics.spell(self.parsed_metric()), "controller": "feedback" if self.feedback else "none"}
         return self.model_dump(mode="json") | resolved

@@ -49,5 +49,9 @@ def evaluation_table(rows: Mapping[str, Mapping[str, Any]]) -> Table:
     for column in ("model", "perplexity", "zeros", "dtype"):
         table.add_column(column, justify="left" if column == "model" else "right")
     for label, result in rows.items():
-        table.add_row(label, f"{result['perplexity']:.2f}", f"{result['sparsity']:.1%}", result["dtype"])
+        table.add_row(label, f"{result['perplexity']:.2f}", _percent(result["sparsity"]), result["dtype"])
     return table
+
+
+def _percent(fraction: float | None) -> str:
+    return "unknown" if fraction is None else f"{fraction:.1%}"
