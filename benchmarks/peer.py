@@ -40,7 +40,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
         dense, tokens = work / "dense", work / "tokens.safetensors"
-        recipe = uniprune.Recipe(sparsity="0", metric="magnitude", text=str(CALIBRATION), windows=64, length=512)
+        recipe = uniprune.Recipe(sparsity="0", controller="none", text=str(CALIBRATION), windows=64, length=512)
         calibration = uniprune.prune(smollm2(), recipe, dense, save_tokens=tokens)["calibration"]
         for name, (sparsity, structure) in TASKS.items():
             ours = [sys.executable, "-m", "uniprune.cli", "prune", str(dense), "--controller", "none", "--metric", "wanda"]

@@ -60,7 +60,7 @@ class MirrorDescent:
     step_size: of the dual (nats of log-saliency), falling linearly to 0. mean_decay, rms_decay: of the running mean and RMS
     of the gradients, in (0, 1). anchor: pull towards the start, per unit of step size. hidden: weight of the hidden
     states' distance beside the KL divergence. vocabulary: the KL runs over this many tokens, the commonest of the calibration
-    text; it saves a fifth of the time. batch_tokens: per step. held_out: so many windows, but at most
+    text, which saves time. batch_tokens: per step. held_out: so many windows, but at most
     an eighth, judge and are never descended on. checks: how often they do.
     """
 
