@@ -275,8 +275,10 @@ class Loss:
         if self._settings.hidden:
             for ours, theirs in zip(states, teacher_states, strict=True):
                 distance = distance + (_unit(ours) - _unit(theirs)).square().mean() / len(states)
+        # Sums over the tokens, not means: the step does not see the scale, and float16 would lose small gradients.
         if distance.requires_grad:
-            torch.autograd.backward([student, self._settings.hidden * distance], [gradient, torch.ones_like(distance)])
+            weight = torch.full_like(distance, self._settings.hidden * batch.numel())
+            torch.autograd.backward([student, distance], [gradient, weight])
         else:
             torch.autograd.backward([student], [gradient])
         return kl
@@ -293,19 +295,20 @@ class Loss:
         return total / windows.numel()
 
     def _kl(self, student: Tensor, teacher: Tensor, differentiate: bool = True) -> tuple[float, Tensor]:
-        """Mean KL(dense || pruned) per token and its gradient, a window at a time: logits are large."""
-        total, gradients, tokens = 0.0, [], student.shape[0] * student.shape[1]
+        """Mean KL(dense || pruned) per token, and the gradient of its sum, a window at a time: logits are large."""
+        total, gradients = 0.0, []
         for ours, theirs in zip(student, teacher, strict=True):
             with torch.no_grad():
                 target = functional.log_softmax(self._logits(theirs), -1)
             with torch.set_grad_enabled(differentiate):
                 ours = ours.detach().requires_grad_(differentiate)
                 predicted = functional.log_softmax(self._logits(ours), -1)
-                kl = functional.kl_div(predicted, target, log_target=True, reduction="sum") / tokens
+                kl = functional.kl_div(predicted, target, log_target=True, reduction="sum")
             if differentiate:
                 gradients.append(torch.autograd.grad(kl, ours)[0])
             total += float(kl.detach())
-        return total, torch.stack(gradients) if gradients else student
+        tokens = student.shape[0] * student.shape[1]
+        return total / tokens, torch.stack(gradients) if gradients else student
 
 
 def _unit(hidden: Tensor) -> Tensor:
