@@ -45,6 +45,12 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def load(name: str) -> dict[str, Any]:
+    """What results/<name>.json holds, if it is there."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else {}  # type: ignore[no-any-return]
+
+
 def save(name: str, results: dict[str, Any]) -> None:
     """Writes results/<name>.json with the software and hardware they were had on."""
     machine = {"cpu": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}

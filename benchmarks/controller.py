@@ -10,14 +10,13 @@ judge. Descends in bfloat16 (`--dtype bfloat16`), twice as fast on a CPU that ha
 
 from __future__ import annotations
 
-import json
 import sys
 import tempfile
 import time
 from pathlib import Path
 
 import uniprune
-from common import CALIBRATION, EVALUATION, RESULTS, peak_memory, save, smollm2
+from common import CALIBRATION, EVALUATION, load, peak_memory, save, smollm2
 from uniprune import artefacts, evaluation, masks
 from uniprune.matrices import find_matrices
 from uniprune.text import load_windows
@@ -59,8 +58,7 @@ def main() -> None:
 
 
 def keep(row: dict[str, object]) -> None:
-    path = RESULTS / "controller.json"
-    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    rows = load("controller").get("rows", [])
     kind = ("pattern", "targets", "seed")
     rows = [other for other in rows if [other[key] for key in kind] != [row[key] for key in kind]]
     save("controller", {"rows": [*rows, row]})

@@ -11,7 +11,7 @@ from uniprune import calibration, evaluation, masks, metrics, patterns
 from uniprune.matrices import find_matrices
 from uniprune.text import load_windows
 
-ROWS = (("wanda", "0.5"), ("wanda", "2:4"))
+ROWS = (("wanda", "2:4"), ("wanda", "0.5"))
 
 
 def main() -> None:

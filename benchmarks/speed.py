@@ -33,7 +33,7 @@ def timed(work: Callable[[], object]) -> float:
 def main() -> None:
     loaded = uniprune.load(smollm2(), device="cpu")
     model, matrices = loaded.model, find_matrices(loaded.model)
-    windows = load_windows(CALIBRATION, loaded.tokenizer, use="calibration", length=512, count=64)
+    windows = load_windows(CALIBRATION, loaded.tokenizer, use="calibration", length=512, count=32)
 
     def bare() -> None:
         with torch.no_grad():

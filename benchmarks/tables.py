@@ -5,19 +5,13 @@ python benchmarks/tables.py
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from typing import Any
 
-from common import RESULTS, ROOT
+from common import ROOT, load
 
 START, END = "<!-- {}: written by benchmarks/tables.py -->", "<!-- /{} -->"
-
-
-def read(name: str) -> dict[str, Any] | None:
-    path = RESULTS / f"{name}.json"
-    return json.loads(path.read_text()) if path.exists() else None
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -91,13 +85,13 @@ def fill(path: Any, sections: dict[str, str]) -> None:
 
 def main() -> None:
     sections = {}
-    baseline = read("local")
+    baseline = load("local")
     if baseline:
         sections["local"] = local(baseline)
-        if results := read("controller"):
+        if results := load("controller"):
             sections["controller"] = controller(results, baseline)
     for name, write in {"full": full, "peer": peer, "speed": speed}.items():
-        if results := read(name):
+        if results := load(name):
             sections[name] = write(results)
     fill(ROOT / "docs" / "results.md", sections)
     fill(ROOT / "README.md", {"results": "\n\n".join(sections[name] for name in ("controller", "local") if name in sections)})
