@@ -20,7 +20,7 @@ demo: $(READY)
 	HF_HUB_OFFLINE=1 $(BIN)/python examples/demo.py
 
 test: $(READY)
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2
 
 check: $(READY)
 	$(BIN)/ruff check .

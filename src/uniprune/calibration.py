@@ -98,7 +98,7 @@ def sequential(
             statistics = {}
         cut = dict(pattern(LocalSaliency(here, metric, statistics)))
         with masking.applied(here, cut):
-            runner.hidden = runner.run(index)
+            runner.run(index, advance=True)
         masks |= cut
     return masks
 

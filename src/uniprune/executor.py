@@ -73,12 +73,13 @@ class Blocks:
         return iter(range(len(self.blocks)))
 
     @torch.no_grad()
-    def run(self, index: int) -> list[Tensor]:
-        """The outputs of one block on the current hidden states, one batch at a time."""
+    def run(self, index: int, advance: bool = False) -> None:
+        """Runs one block on the current hidden states; with ``advance`` its outputs take their place."""
         block = self.blocks[index]
-        return [
-            self._calls[batch.shape][index](block, hidden) for batch, hidden in zip(self._batches, self.hidden, strict=True)
-        ]
+        for number, batch in enumerate(self._batches):
+            output = self._calls[batch.shape][index](block, self.hidden[number])
+            if advance:
+                self.hidden[number] = output
 
     def _verify(self, model: nn.Module, batch: Tensor) -> None:
         """Replays other tokens of the same shape, which must give what the model itself gives."""
