@@ -10,8 +10,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import time
 from pathlib import Path
+
+os.environ.setdefault("TQDM_DISABLE", "1")  # the GGUF reader's bars
 
 from rich.console import Console
 from transformers.utils import logging
@@ -33,15 +36,15 @@ def main() -> None:
     model = next(Path(spec.origin).parent.glob("*.gguf"))
 
     console.print(f"model: {model.name}; pruning to 2:4 with the controller ...")
-    recipe = uniprune.Recipe(sparsity="2:4", text="builtin", windows=24, length=512)
+    recipe = uniprune.Recipe(sparsity="2:4", text="builtin", windows=16, length=512)
     pruned = uniprune.prune(str(model), recipe, OUT / "pruned", overwrite=True)
 
     console.print("pruning by Wanda alone, evaluating ...")
     loaded = uniprune.load(str(model))
-    rows = {"dense": uniprune.evaluate(loaded, windows=12, length=512)}
+    rows = {"dense": uniprune.evaluate(loaded, windows=6, length=512)}
     uniprune.prune(loaded, recipe.model_copy(update={"controller": "none"}))
-    rows["2:4, Wanda"] = uniprune.evaluate(loaded, windows=12, length=512)
-    rows["2:4, controller"] = uniprune.evaluate(str(OUT / "pruned"), windows=12, length=512)
+    rows["2:4, Wanda"] = uniprune.evaluate(loaded, windows=6, length=512)
+    rows["2:4, controller"] = uniprune.evaluate(str(OUT / "pruned"), windows=6, length=512)
     table = report.evaluation_table(rows)
     console.print(table)
     console.print(report.NOTE)
