@@ -97,16 +97,7 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Show what would be pruned, what fits the pattern, and what it would take; touch nothing."""
-    recipe = _recipe(
-        config,
-        sparsity=sparsity,
-        scope=scope,
-        windows=windows,
-        length=length,
-        dtype=dtype,
-        include=include,
-        exclude=exclude,
-    )
+    recipe = _recipe(**locals())
     from uniprune import pipeline, report
 
     found = pipeline.plan(model, recipe, device=device)
@@ -137,22 +128,7 @@ def calibrate(
     as_json: AsJson = False,
 ) -> None:
     """Score every prunable weight: for any sparsity, or better for one if --sparsity names it."""
-    recipe = _recipe(
-        config,
-        sparsity=sparsity,
-        scope=scope,
-        metric=metric,
-        controller=controller,
-        steps=steps,
-        budget_tokens=budget_tokens,
-        text=text,
-        windows=windows,
-        length=length,
-        seed=seed,
-        dtype=dtype,
-        include=include,
-        exclude=exclude,
-    )
+    recipe = _recipe(**locals())
     from uniprune import pipeline
 
     with Bars() as progress:
@@ -226,23 +202,7 @@ def prune(
     as_json: AsJson = False,
 ) -> None:
     """Calibrate, cut masks and write the pruned checkpoint, in one go."""
-    recipe = _recipe(
-        config,
-        sparsity=sparsity,
-        scope=scope,
-        metric=metric,
-        controller=controller,
-        steps=steps,
-        budget_tokens=budget_tokens,
-        sequential=sequential,
-        text=text,
-        windows=windows,
-        length=length,
-        seed=seed,
-        dtype=dtype,
-        include=include,
-        exclude=exclude,
-    )
+    recipe = _recipe(**locals())
     from uniprune import pipeline
 
     with Bars() as progress:
@@ -339,12 +299,12 @@ class Bars:
             self._bar.update(self._task, note=text)
 
 
-def _recipe(config: Path | None, **flags: Any) -> Recipe:
-    """The recipe file, if there is one, overridden by the flags that were given."""
+def _recipe(config: Path | None, **arguments: Any) -> Recipe:
+    """The recipe of a verb's arguments: those that are settings and were given, over what the recipe file says."""
     _quiet()
     from uniprune.recipe import Recipe
 
-    given = {key: value for key, value in flags.items() if value not in (None, [])}
+    given = {key: arguments[key] for key in Recipe.model_fields.keys() & arguments if arguments[key] not in (None, [])}
     return Recipe.load(config, **given) if config else Recipe(**given)
 
 
