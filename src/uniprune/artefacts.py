@@ -60,7 +60,7 @@ def check_output_file(path: Path, overwrite: bool) -> None:
 def stream_tensors(path: Path, specs: Specs, tensors: Iterable[tuple[str, Tensor]], facts: Mapping[str, Any]) -> None:
     """Writes a safetensors file one tensor at a time; ``tensors`` come in the order of ``specs``.
 
-    facts: JSON data; None leaves room for them to be known only at the end.
+    facts: JSON data, written under the metadata key ``uniprune``.
     """
     header: dict[str, Any] = {"__metadata__": {KEY: json.dumps({"format": FORMAT, **facts}, sort_keys=True)}}
     offset = 0

@@ -47,14 +47,13 @@ class Entry:
     start: int
     stop: int
 
-    def array(self, mode: str = "r", folder: Path | None = None) -> np.ndarray[Any, Any]:
-        """The tensor's bits as a flat array of unsigned integers, mapped from the file (or its copy in ``folder``)."""
+    def array(self, mode: str = "r") -> np.ndarray[Any, Any]:
+        """The tensor's bits as a flat array of unsigned integers, mapped from the file."""
         if self.dtype not in ITEMSIZE:
             raise UniPruneError(f"{self.file}: weights of type {self.dtype} cannot be pruned; use an unquantised model")
         kind = UINTS[ITEMSIZE[self.dtype]]
-        path = folder / self.file.name if folder else self.file
         count = (self.stop - self.start) // ITEMSIZE[self.dtype]
-        return np.memmap(path, dtype=kind, mode=mode, offset=self.start, shape=(count,))  # type: ignore[call-overload,no-any-return]
+        return np.memmap(self.file, dtype=kind, mode=mode, offset=self.start, shape=(count,))  # type: ignore[call-overload,no-any-return]
 
 
 def entries(shards: Iterable[Path]) -> dict[str, Entry]:

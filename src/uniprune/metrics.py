@@ -17,18 +17,11 @@ from torch import Tensor
 from uniprune.errors import InputError
 
 
-class Statistic(Protocol):
-    """Sums over the inputs of one matrix: mergeable, independent of the order, float32."""
-
-    def __init__(self, columns: int, device: torch.device) -> None: ...
-
-    def update(self, x: Tensor) -> None:
-        """Takes in activations ``[tokens, in]`` of any dtype."""
-        ...
-
-
 class SquaredNorm:
-    """Per input channel: sum of squares over the tokens, and how many tokens there were."""
+    """Per input channel: sum of squares over the tokens, and how many tokens there were.
+
+    Float32 sums and a count: mergeable, and independent of the order.
+    """
 
     def __init__(self, columns: int, device: torch.device) -> None:
         self.total = torch.zeros(columns, dtype=torch.float32, device=device)

@@ -45,11 +45,9 @@ class Origin:
         single = self.folder / "model.safetensors"
         return [single] if single.is_file() else sorted(self.folder.glob("*.safetensors"))
 
-    def options(self, dtype: torch.dtype | None = None) -> dict[str, Any]:
+    def options(self) -> dict[str, Any]:
         """Keyword arguments for every ``from_pretrained`` of this model."""
-        if not self.gguf:
-            return {}
-        return {"gguf_file": self.gguf}
+        return {"gguf_file": self.gguf} if self.gguf else {}
 
 
 @dataclass
