@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from uniprune import masks as masking
+from uniprune import refine as refining
 from uniprune.errors import InputError, UniPruneError
 from uniprune.executor import Blocks, batches, forward
 from uniprune.matrices import Matrices, find_blocks
-from uniprune.metrics import Metric, SquaredNorm
+from uniprune.metrics import Gram, Metric, SquaredNorm
 from uniprune.patterns import Pattern
 from uniprune.progress import Progress, silent
 
@@ -39,9 +40,15 @@ def observing(matrices: Matrices, kind: type[SquaredNorm] | None) -> Iterator[di
     """Inside the ``with`` block, every forward pass feeds each matrix's inputs to its statistic."""
     statistics: dict[str, SquaredNorm] = {}
     handles = []
+    latest: list[Any] = [None, None]  # q, k, v and gate, up are called on one tensor, whose sums are computed once
 
     def feed(statistic: SquaredNorm) -> Any:
-        return lambda module, args: statistic.update(args[0].detach().reshape(-1, args[0].shape[-1]))
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            if args[0] is not latest[0]:
+                latest[:] = args[0], statistic.sums(args[0].detach().reshape(-1, args[0].shape[-1]))
+            statistic.add(latest[1], args[0].shape[:-1].numel())
+
+        return hook
 
     try:
         for name, matrix in matrices.items() if kind else ():
@@ -77,26 +84,34 @@ def sequential(
     metric: Metric,
     pattern: Pattern,
     progress: Progress = silent,
+    refine: bool = False,
 ) -> dict[str, Tensor]:
     """Masks cut block after block, each block scored on what the pruned blocks before it put out (as Wanda's code does).
 
+    refine: lower each matrix's reconstruction error on those inputs before its block runs on (see uniprune.refine); that
+    takes a Gram matrix per matrix of one block, in float32.
     The model's weights are the same afterwards, bit for bit.
-    Raises InputError if the pattern needs all scores at once (scope ``model``).
+    Raises InputError if the pattern needs all scores at once (scope ``model``), or with ``refine`` has no budget by row.
     """
     if not pattern.local:
         raise InputError(f"--sequential cuts block after block, but {pattern} needs all scores; use --scope row or matrix")
+    if refine:
+        refining.check(pattern)
+    kind = Gram if refine else metric.statistic
     _, modules = find_blocks(model)
     runner = Blocks(model, modules, windows)
     masks: dict[str, Tensor] = {}
     for index in progress(runner, "pruning block by block", len(modules)):
         here = {name: matrix for name, matrix in matrices.items() if matrix.block == index}
-        if metric.statistic:
-            with observing(here, metric.statistic) as statistics:
+        if kind:
+            with observing(here, kind) as statistics:
                 runner.run(index)
             _check_seen(statistics)
         else:
             statistics = {}
         cut = dict(pattern(LocalSaliency(here, metric, statistics)))
+        if refine:
+            cut = {name: refining.refine(here[name].weight, m, statistics[name].mean, pattern) for name, m in cut.items()}
         with masking.applied(here, cut):
             runner.run(index, advance=True)
         masks |= cut

@@ -24,22 +24,46 @@ class SquaredNorm:
     """
 
     def __init__(self, columns: int, device: torch.device) -> None:
-        self.total = torch.zeros(columns, dtype=torch.float32, device=device)
+        self.total = self.sums(torch.zeros(0, columns, device=device))
         self.tokens = 0
 
+    @staticmethod
+    def sums(x: Tensor) -> Tensor:
+        """What the inputs ``[tokens, in]`` add to the total."""
+        return x.float().square().sum(0)
+
+    def add(self, sums: Tensor, tokens: int) -> None:
+        self.total += sums
+        self.tokens += tokens
+
     def update(self, x: Tensor) -> None:
-        self.total += x.float().square().sum(0)
-        self.tokens += len(x)
+        self.add(self.sums(x), len(x))
 
     def merge(self, other: SquaredNorm) -> None:
         """Adds the sums of other tokens, e.g. of another rank."""
-        self.total += other.total
-        self.tokens += other.tokens
+        self.add(other.total, other.tokens)
+
+    @property
+    def mean(self) -> Tensor:
+        """The total per token."""
+        return self.total / max(self.tokens, 1)
 
     @property
     def rms(self) -> Tensor:
         """Root mean square ``[in]`` of each input channel."""
-        return (self.total / max(self.tokens, 1)).sqrt()
+        return self.mean.sqrt()
+
+
+class Gram(SquaredNorm):
+    """Sum of outer products ``[in, in]`` over the tokens, for refinement; its diagonal holds the squared norms."""
+
+    @staticmethod
+    def sums(x: Tensor) -> Tensor:
+        return x.float().T @ x.float()
+
+    @property
+    def rms(self) -> Tensor:
+        return self.mean.diagonal().sqrt()
 
 
 class Metric(Protocol):
