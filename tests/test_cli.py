@@ -19,7 +19,7 @@ FLAGS = {
     "mask": "json output overwrite scope sparsity",
     "apply": "dtype json output overwrite",
     "prune": "budget-tokens config controller device dtype exclude include json length metric output overwrite save-tokens"
-    " scope seed sequential sparsity steps text windows",
+    " refine scope seed sequential sparsity steps text windows",
     "evaluate": "device dtype json length text windows",
 }
 
@@ -114,6 +114,9 @@ def test_recipe_files_and_flags_over_them(capsys, monkeypatch, folder, tmp_path)
         (["prune", "FOLDER", "-s", "2:4", "--device", "abacus"], "device 'abacus'"),
         (["prune", "FOLDER", "-s", "2:4", "--scope", "row"], "scope 'row' does not go with 2:4"),
         (["prune", "FOLDER", "-s", "0.5", "--scope", "model", "--sequential"], "needs all scores"),
+        (["prune", "FOLDER", "-s", "0.5", "--scope", "matrix", "--refine"], "0.5 by matrix has no budget by row"),
+        (["prune", "FOLDER", "-s", "0.5", "--scope", "model", "--refine"], "0.5 by model has no budget by row"),
+        (["prune", "FOLDER", "-s", "2:4", "--controller", "feedback", "--refine"], "--refine and --controller feedback"),
         (["prune", "FOLDER"], "no sparsity given"),
         (["prune", "FOLDER", "-s", "2:4", "--config", "RECIPE"], "sparsty"),
         (["prune", "NAN", "-s", "2:4"], "contain NaN"),

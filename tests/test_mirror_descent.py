@@ -8,9 +8,10 @@ from conftest import VOCABULARY, tiny_model
 from test_matrices import FAMILIES, family_model
 from uniprune.calibration import one_shot
 from uniprune.errors import InputError
+from uniprune.loss import Loss
 from uniprune.matrices import find_matrices
 from uniprune.metrics import Wanda
-from uniprune.mirror_descent import Loss, MirrorDescent, any_sparsity, cut, descend, output_gradients
+from uniprune.mirror_descent import Evener, MirrorDescent, any_sparsity, cut, descend, sensitivities
 from uniprune.patterns import NM, Unstructured
 from uniprune.straight_through import StraightThrough
 
@@ -68,7 +69,7 @@ def test_the_step_is_adams_on_the_dual():
     settings = MirrorDescent(mean_decay=0.9, rms_decay=0.95)
     state = settings.init(torch.rand(4, 6) + 0.1, torch.ones(4))
     dual = torch.nn.Parameter(state.dual.clone())
-    adam = torch.optim.Adam([dual], lr=0.02, betas=(0.9, 0.95), eps=1e-30)
+    adam = torch.optim.Adam([dual], lr=0.02 * float(state.dual.mean()), betas=(0.9, 0.95), eps=1e-30)
     for step in range(20):
         gradient = torch.randn(4, 6, generator=torch.Generator().manual_seed(step)) * 1e-4
         state = settings.step(state, gradient, 0.02)
@@ -78,12 +79,21 @@ def test_the_step_is_adams_on_the_dual():
     assert (state.dual.dtype, state.mean.dtype, state.rms.dtype) == (torch.float32, torch.bfloat16, torch.bfloat16)
 
 
-def test_the_start_is_the_log_of_the_local_saliency():
+def test_the_start_is_a_power_of_the_local_saliency():
     local = torch.tensor([[0.5, 2.0], [0.0, 1.0]])
-    dual = MirrorDescent().init(local, torch.tensor([1.0, 3.0])).dual
-    assert dual[0].tolist() == pytest.approx([-0.693147, 0.693147], rel=1e-5)
-    assert dual[1, 1].item() == pytest.approx(1.098612, rel=1e-5)
-    assert bool(torch.isfinite(dual).all())
+    dual = MirrorDescent(power=0.5).init(local, torch.tensor([1.0, 3.0])).dual
+    assert dual[0].tolist() == pytest.approx([0.5**0.5, 2**0.5])
+    assert dual[1].tolist() == pytest.approx([0, 3**0.5], abs=1e-6)
+
+
+def test_the_evener_by_hand():
+    """Two channels, three tokens; sizes in units of the channels' own."""
+    evener = Evener({"w": torch.tensor([1.0, 2.0])}, {"w": torch.tensor([4.0])})
+    x = torch.tensor([[1.0, 2.0], [2.0, 4.0], [1.0, 2.0]])
+    gradient = torch.tensor([[4.0], [4.0], [16.0]])
+    weights = evener("w", x, gradient)
+    assert weights.mean() == pytest.approx(1)
+    assert (weights / weights[0]).tolist() == pytest.approx([1, 1 / 2, 1 / 2])  # input twice as loud; output gradient 4 times
 
 
 def test_the_anchor_pulls_back():
@@ -94,11 +104,13 @@ def test_the_anchor_pulls_back():
     assert moved.flatten().tolist() == pytest.approx([0.9] * 4)
 
 
-def test_output_gradients_by_hand():
+def test_sensitivities_by_hand():
     """The last block's last matrix adds straight into the stream: its output gradient is that of the stream."""
     model, ids = tiny_model(), tokens(3)
     name = "model.layers.2.mlp.down_proj"
-    found = output_gradients(model, find_matrices(model), ids)[name]
+    inputs, gradients = sensitivities(model, find_matrices(model), ids)
+    statistic = one_shot(model, find_matrices(model), ids, Wanda())._statistics[name]
+    torch.testing.assert_close(inputs[name], statistic.rms)
     total = torch.zeros(32)
     for window in ids:
         stream = []
@@ -109,17 +121,16 @@ def test_output_gradients_by_hand():
         handle.remove()
         (gradient,) = torch.autograd.grad(functional.cross_entropy(logits, window[1:], reduction="sum"), stream[0])
         total += gradient[0].square().sum(0)
-    torch.testing.assert_close(found, (total / ids.numel()).sqrt(), rtol=1e-4, atol=1e-8)
+    torch.testing.assert_close(gradients[name], (total / ids.numel()).sqrt(), rtol=1e-4, atol=1e-8)
 
 
 def test_the_loss_is_the_kl_of_the_whole_distributions():
     model, ids = tiny_model(), tokens(2)
     matrices = find_matrices(model)
-    settings = MirrorDescent(hidden=0.0)
     found = {}
     with StraightThrough(matrices, found.__setitem__) as network:
         network.masks = random_masks(matrices)
-        loss = Loss(model, network, ids, settings)
+        loss = Loss(model, network, ids)
         kl = loss.backward(ids)
         gradients = dict(found)
         assert loss.held_out(ids) == pytest.approx(kl, rel=1e-4)
@@ -160,7 +171,7 @@ def test_a_diverging_descent_backs_off_and_keeps_the_start():
     duals, record = descend(model, matrices, ids, local, [NM(2, 4)], 8, settings)
     assert record["best_held_out_kl"] <= record["held_out_kl"][0]
     if record["best_held_out_kl"] == record["held_out_kl"][0]:
-        gradients = output_gradients(model, matrices, ids[:16])
+        _, gradients = sensitivities(model, matrices, ids[:16])
         for name in matrices:
             assert torch.equal(duals[name], settings.init(local[name], gradients[name]).dual)
 
@@ -187,7 +198,7 @@ def test_every_family_can_be_descended_on(family):
     matrices = find_matrices(model)
     local = one_shot(model, matrices, ids, Wanda())
     with StraightThrough(matrices, lambda name, gradient: None) as network:
-        assert Loss(model, network, ids, MirrorDescent()).held_out(ids) == pytest.approx(0, abs=1e-4)
+        assert Loss(model, network, ids).held_out(ids) == pytest.approx(0, abs=1e-4)
     duals, record = descend(model, matrices, ids, local, [NM(2, 4)], 2, MirrorDescent(batch_tokens=32))
     assert record["held_out_kl"][0] > 0
     assert all(bool(torch.isfinite(dual).all()) for dual in duals.values())

@@ -23,7 +23,9 @@ def weights(folder):
     return {key: value for shard in sorted(folder.glob("*.safetensors")) for key, value in load_file(shard).items()}
 
 
-@pytest.mark.parametrize("settings", [{}, {"sequential": True}, {"metric": "ria:a=0.5"}, {"metric": "magnitude"}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"sequential": True}, {"refine": True}, {"metric": "ria:a=0.5"}, {"metric": "magnitude"}]
+)
 def test_prune_writes_what_plain_transformers_runs(folder, tmp_path, settings):
     out = tmp_path / "out"
     report = uniprune.prune(str(folder), Recipe(sparsity="2:4", **SMALL, **settings), out)
@@ -178,6 +180,8 @@ def test_calibration_refuses_what_it_cannot_do(folder, tmp_path):
         uniprune.prune(str(folder), Recipe(**SMALL), tmp_path / "out")
     with pytest.raises(InputError, match="use it with prune"):
         uniprune.calibrate(str(folder), Recipe(sequential=True), tmp_path / "s.safetensors")
+    with pytest.raises(InputError, match="--refine needs the masks"):
+        uniprune.calibrate(str(folder), Recipe(refine=True), tmp_path / "s.safetensors")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -22,13 +22,18 @@ RANK = {
     "calibration": 4,
     "mirror_descent": 4,
     "straight_through": 2,
+    "prox": 2,
+    "paper": 5,
     "checkpoint": 3,
+    "baselines": 5,
     "evaluation": 5,
     "forecast": 2,
-    "recipe": 2,
+    "loss": 3,
+    "recipe": 6,
+    "refine": 2,
     "report": 3,
-    "pipeline": 6,
-    "cli": 7,
+    "pipeline": 7,
+    "cli": 8,
 }
 MODULES = {path.stem: path for path in Path(uniprune.__file__).parent.glob("*.py") if path.stem != "__init__"}
 

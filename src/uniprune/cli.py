@@ -67,6 +67,10 @@ Sequential = Annotated[
     bool | None,
     typer.Option("--sequential", help="Score each block on what the pruned blocks before it put out.", show_default=False),
 ]
+Refine = Annotated[
+    bool | None,
+    typer.Option("--refine", help="Exchange weights by each matrix's reconstruction error, too.", show_default=False),
+]
 Controller = Annotated[
     str | None,
     typer.Option(help="Corrects the local saliency by the loss of the pruned model: feedback, or none. [default: feedback]"),
@@ -188,6 +192,7 @@ def prune(
     steps: Steps = None,
     budget_tokens: BudgetTokens = None,
     sequential: Sequential = None,
+    refine: Refine = None,
     text: Text = None,
     windows: WindowsOption = None,
     length: Length = None,

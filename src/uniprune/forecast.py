@@ -14,6 +14,11 @@ from uniprune.matrices import Matrices
 from uniprune.models import Origin
 from uniprune.patterns import Pattern
 
+# Bytes per prunable weight that a controller holds beside the model: duals and moments, masks, a working copy.
+STATE = {"none": 0, "feedback": 9, "paper": 20}
+# Floating-point operations per prunable weight and token: a forward pass takes 2, a backward pass 4.
+WORK = {"none": 2, "feedback": 8, "paper": 6}
+
 
 @dataclass(frozen=True)
 class Group:
@@ -60,11 +65,11 @@ def make_plan(
     dtype: torch.dtype,
     tokens: int,
     device: torch.device,
-    feedback: bool,
+    controller: str,
 ) -> Plan:
     """The plan of pruning ``matrices`` of ``model`` (which may be on the meta device) with ``tokens`` of calibration.
 
-    feedback: whether the controller runs.
+    controller: what corrects the local saliency.
     """
     groups: dict[tuple[str, tuple[int, int]], list[str]] = defaultdict(list)
     for name, matrix in matrices.items():
@@ -93,10 +98,10 @@ def make_plan(
         memory=parameters * dtype.itemsize
         + 16 * largest
         + 2048 * 4 * 64 * max(m.shape[1] for m in matrices.values())
-        + feedback * (9 * prunable + 1024 * dtype.itemsize * sum(sum(m.shape) for m in matrices.values())),
+        + STATE[controller] * prunable
+        + (controller != "none") * 1024 * dtype.itemsize * sum(sum(m.shape) for m in matrices.values()),
         disk=(sum(shard.stat().st_size for shard in origin.shards) or parameters * dtype.itemsize) + prunable // 8,
-        # a multiply and an add per weight and token; the controller runs the dense model, the pruned one, and it backwards
-        seconds=(8 if feedback else 2) * prunable * tokens / _flops(dtype, device),
+        seconds=WORK[controller] * prunable * tokens / _flops(dtype, device),
     )
 
 

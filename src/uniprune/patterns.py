@@ -22,6 +22,7 @@ from uniprune.errors import InputError
 Saliency = Mapping[str, Tensor]
 Masks = Mapping[str, Tensor]
 Scope = Literal["row", "matrix", "model"]
+SHORT = 16  # longest row that is ranked pair by pair
 
 
 class Pattern(Protocol):
@@ -141,10 +142,9 @@ def top(scores: Tensor, keep: int) -> Tensor:
         return torch.ones_like(scores, dtype=torch.bool)
     if keep <= 0:
         return torch.zeros_like(scores, dtype=torch.bool)
-    if size <= 32:  # topk is the faster selection in short rows
-        threshold = scores.topk(keep, dim=1).values[:, -1:]
-    else:
-        threshold = scores.kthvalue(size - keep + 1, dim=1, keepdim=True).values
+    if size <= SHORT:
+        return _ranks(scores) < keep
+    threshold = scores.kthvalue(size - keep + 1, dim=1, keepdim=True).values
     mask = scores >= threshold
     # Only rows with more ties at the threshold than places left need the (slow) count from the left.
     crowded = (mask.sum(1) > keep).nonzero().squeeze(1)
@@ -154,6 +154,18 @@ def top(scores: Tensor, keep: int) -> Tensor:
         places = keep - above.sum(1, keepdim=True)
         mask[crowded] = above | (ties & (ties.cumsum(1) <= places))
     return mask
+
+
+def _ranks(scores: Tensor) -> Tensor:
+    """How many others of its row ``[groups, n]`` go before each score. All pairs: in short rows no sort is as fast."""
+    columns = scores.T.contiguous()
+    ranks = torch.zeros_like(columns, dtype=torch.uint8)
+    for later in range(1, len(columns)):
+        for earlier in range(later):
+            first = columns[earlier] >= columns[later]
+            ranks[later] += first
+            ranks[earlier] += ~first
+    return ranks.T
 
 
 def _finite(items: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:

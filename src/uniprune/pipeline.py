@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from uniprune import artefacts, calibration, checkpoint, evaluation, forecast, metrics, mirror_descent, patterns, text
+from uniprune import artefacts, calibration, checkpoint, evaluation, forecast, metrics, mirror_descent, paper, patterns, text
 from uniprune import masks as masking
 from uniprune.errors import InputError, MismatchError
 from uniprune.matrices import Matrices, check_finite, check_fit, find_matrices
@@ -55,10 +55,11 @@ def prune(
     with watch("calibrate"):
         if recipe.sequential:
             metric, tokens = recipe.parsed_metric(), job.windows.tokens
-            cut: Any = calibration.sequential(job.loaded.model, job.matrices, tokens, metric, pattern, progress).items()
+            model, refine = job.loaded.model, recipe.refine
+            cut: Any = calibration.sequential(model, job.matrices, tokens, metric, pattern, progress, refine).items()
         else:
             saliency, descent = _saliency(job, recipe, [pattern], progress)
-            cut = pattern(saliency if pattern.local or recipe.feedback else metrics.Comparable(saliency))
+            cut = pattern(_on_one_scale(saliency, pattern, recipe.comparable))
     if output is None:
         with watch("mask"):
             cut = dict(cut)
@@ -91,7 +92,8 @@ def calibrate(
     Returns the facts that stand in the file's metadata.
     """
     if recipe.sequential:
-        raise InputError("--sequential needs the masks while it calibrates; use it with prune")
+        flag = "--refine" if recipe.refine else "--sequential"
+        raise InputError(f"{flag} needs the masks while it calibrates; use it with prune")
     artefacts.check_output_file(output, overwrite)
     target = recipe.pattern() if recipe.sparsity is not None else None
     job = _prepare(source, recipe, None, overwrite, device, target, save_tokens)
@@ -101,7 +103,7 @@ def calibrate(
     facts = job.facts() | {
         "recipe": recipe.record(),
         "calibration": job.windows.describe(),
-        "comparable": recipe.feedback,
+        "comparable": recipe.comparable,
         "versions": versions(),
         **descent,
     }
@@ -118,8 +120,8 @@ def mask(
     pattern = patterns.parse(sparsity, scope, default="model" if saliency.facts["comparable"] else "row")
     check_fit(saliency.shapes.items(), pattern)
     facts = {key: saliency.facts[key] for key in ("base", "base_name", "transposed")}
-    comparable: Saliency = saliency if pattern.local or saliency.facts["comparable"] else metrics.Comparable(saliency)
-    removed = artefacts.write_masks(output, pattern(comparable), saliency.shapes, facts | {"pattern": str(pattern)})
+    cut = pattern(_on_one_scale(saliency, pattern, saliency.facts["comparable"]))
+    removed = artefacts.write_masks(output, cut, saliency.shapes, facts | {"pattern": str(pattern)})
     return {"pattern": str(pattern)} | _realised(removed, saliency.shapes)
 
 
@@ -174,7 +176,7 @@ def plan(source: str | Path, recipe: Recipe, *, device: str | None = None) -> fo
     pattern = recipe.pattern() if recipe.sparsity is not None else None
     tokens = (recipe.windows or WINDOWS) * (recipe.length or LENGTH)
     place = parse_device(device)
-    return forecast.make_plan(origin, model, matrices, pattern, dtype, tokens, place, recipe.feedback)
+    return forecast.make_plan(origin, model, matrices, pattern, dtype, tokens, place, recipe.resolved_controller)
 
 
 def evaluate(
@@ -303,19 +305,29 @@ def _saliency(
     job: Job, recipe: Recipe, targets: Sequence[patterns.Pattern], progress: Progress
 ) -> tuple[Saliency, dict[str, Any]]:
     """The saliency that masks are cut from, and the record of the controller's descent if it ran."""
-    model, tokens = job.loaded.model, job.windows.tokens
-    sample = tokens[: mirror_descent.START_WINDOWS] if recipe.feedback else tokens
-    local = calibration.one_shot(model, job.matrices, sample, recipe.parsed_metric(), progress)
-    if not recipe.feedback:
-        return local, {}
+    model, tokens, metric = job.loaded.model, job.windows.tokens, recipe.parsed_metric()
+    settings = recipe.parsed_tuning()
+    if not recipe.corrected:
+        return calibration.one_shot(model, job.matrices, tokens, metric, progress), {}
+    per_step = settings.batch_windows * tokens.shape[1] if isinstance(settings, paper.Paper) else settings.batch_tokens
     steps = recipe.steps
     if recipe.budget_tokens is not None:
-        within = recipe.budget_tokens // mirror_descent.MirrorDescent().batch_tokens
+        within = max(1, recipe.budget_tokens // per_step)
         steps = min(steps or within, within)
-    duals, record = mirror_descent.descend(
-        model, job.matrices, tokens, local, targets, steps, seed=recipe.seed, progress=progress
-    )
+    duals: Saliency
+    if isinstance(settings, paper.Paper):
+        duals, record = paper.descend(model, job.matrices, tokens, metric, targets, steps, settings, recipe.seed, progress)
+    else:
+        local = calibration.one_shot(model, job.matrices, tokens[: mirror_descent.START_WINDOWS], metric, progress)
+        duals, record = mirror_descent.descend(
+            model, job.matrices, tokens, local, targets, steps, settings, recipe.seed, progress
+        )
     return duals, {"controller": {"targets": [str(target) for target in targets], **record}}
+
+
+def _on_one_scale(saliency: Saliency, pattern: patterns.Pattern, comparable: bool) -> Saliency:
+    """One budget over all matrices needs their scores on one scale."""
+    return saliency if pattern.local or comparable else metrics.Comparable(saliency)
 
 
 def _fitting(targets: Sequence[patterns.Pattern], shapes: Mapping[str, tuple[int, int]]) -> list[patterns.Pattern]:

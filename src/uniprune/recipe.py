@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,9 +10,13 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from uniprune import metrics, patterns
+from uniprune import refine as refining
 from uniprune.errors import InputError
+from uniprune.mirror_descent import MirrorDescent
+from uniprune.paper import Paper
 from uniprune.patterns import Pattern, Scope
 
+Controller = Literal["none", "feedback", "paper"]
 WINDOWS, LENGTH = 128, 512
 
 
@@ -29,13 +34,17 @@ class Recipe(BaseModel):
     """Budget group of a level: ``row``, ``matrix`` or ``model``; by default ``model`` with the controller, else ``row``."""
     metric: str = "wanda"
     """Local saliency, with hyper-parameters if wanted: ``ria:a=0.5``."""
-    controller: Literal["none", "feedback"] | None = None
-    """What corrects the local saliency: mirror descent on the loss of the pruned model (``feedback``, the default), or ``none``
-    (the default with ``sequential``)."""
+    controller: Controller | None = None
+    """What corrects the local saliency: mirror descent on the loss of the pruned model (``feedback``, the default), the
+    published objective (``paper``), or ``none`` (the default with ``sequential``)."""
+    tuning: dict[str, float] = {}
+    """Settings of the controller by name: fields of ``mirror_descent.MirrorDescent`` or ``paper.Paper``."""
     steps: int | None = Field(None, ge=1)
-    """Steps of the controller, 1024 tokens each; by default as many as ``budget_tokens`` allows."""
+    """Steps of the controller, 1024 tokens (``paper``: one window) each; by default as many as ``budget_tokens`` allows."""
     budget_tokens: int | None = Field(None, ge=1024)
     """Tokens that the controller descends on, repeats included; by default each calibration window once."""
+    refine: bool = False
+    """Then exchange weights by each matrix's reconstruction error; implies ``sequential``."""
     sequential: bool = False
     """Score each block on the outputs of the pruned blocks before it."""
     text: str = "builtin"
@@ -61,6 +70,8 @@ class Recipe(BaseModel):
         return (value,) if isinstance(value, str) else value
 
     def __init__(self, **settings: Any) -> None:
+        if "refine" in settings:  # as it is spelled, and nobody's no to sequential is overridden
+            settings = {"sequential": settings["refine"]} | settings
         try:
             super().__init__(**settings)
         except ValidationError as error:
@@ -69,10 +80,16 @@ class Recipe(BaseModel):
             known = f"; known settings: {', '.join(type(self).model_fields)}" if first["type"] == "extra_forbidden" else ""
             raise InputError(f"{where} = {first['input']!r}: {first['msg']}{known}") from None
         self.parsed_metric()
-        if self.sequential and self.controller == "feedback":
-            raise InputError("--sequential and --controller feedback exclude each other; use one of them")
+        if self.refine and not self.sequential:
+            raise InputError("--refine works block after block, but sequential is set to false; leave one of them out")
+        if self.sequential and self.corrected:
+            flag = "--refine" if self.refine else "--sequential"
+            raise InputError(f"{flag} and --controller {self.controller} exclude each other; use one of them")
+        self.parsed_tuning()
         if self.sparsity is not None:
             pattern = self.pattern()
+            if self.refine:
+                refining.check(pattern)
             if self.sequential and not pattern.local:
                 raise InputError(f"--sequential cuts block after block, but {pattern} needs all scores; use another --scope")
 
@@ -94,17 +111,35 @@ class Recipe(BaseModel):
         """The sparsity pattern; InputError if none was asked for."""
         if self.sparsity is None:
             raise InputError("no sparsity given; use --sparsity 0.5 or --sparsity 2:4")
-        return patterns.parse(self.sparsity, self.scope, default="model" if self.feedback else "row")
+        return patterns.parse(self.sparsity, self.scope, default="model" if self.comparable else "row")
 
     @property
-    def feedback(self) -> bool:
-        """Whether the controller runs."""
-        return self.controller == "feedback" or (self.controller is None and not self.sequential)
+    def resolved_controller(self) -> Controller:
+        return self.controller or ("none" if self.sequential else "feedback")
+
+    @property
+    def corrected(self) -> bool:
+        """Whether a controller runs."""
+        return self.resolved_controller != "none"
+
+    @property
+    def comparable(self) -> bool:
+        """Whether the scores of all matrices will be on one scale."""
+        return self.resolved_controller == "feedback"
+
+    def parsed_tuning(self) -> MirrorDescent | Paper:
+        """The settings of the controller."""
+        kind: type[MirrorDescent] | type[Paper] = Paper if self.resolved_controller == "paper" else MirrorDescent
+        defaults: dict[str, Any] = dataclasses.asdict(kind())
+        for name in self.tuning:
+            if name not in defaults:
+                raise InputError(f"tuning: {name!r} is not a setting of {kind.__name__}; it has: {', '.join(defaults)}")
+        return kind(**{name: type(defaults[name])(value) for name, value in self.tuning.items()})
 
     def parsed_metric(self) -> metrics.Metric:
         return metrics.parse(self.metric, self.seed)
 
     def record(self) -> dict[str, Any]:
         """The settings as JSON data, defaults included; ``Recipe(**record)`` is the same recipe."""
-        resolved = {"metric": metrics.spell(self.parsed_metric()), "controller": "feedback" if self.feedback else "none"}
+        resolved = {"metric": metrics.spell(self.parsed_metric()), "controller": self.resolved_controller}
         return self.model_dump(mode="json") | resolved

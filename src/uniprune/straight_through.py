@@ -19,19 +19,22 @@ from torch.nn import functional
 from uniprune.matrices import Matrices, Matrix
 
 Sink = Callable[[str, Tensor], None]
+Weigh = Callable[[str, Tensor, Tensor], Tensor]
 
 
 class StraightThrough:
     """Routes the matrices of a model through masks, inside ``with``; afterwards the model is as it was.
 
-    masks: matrix name -> boolean ``[out, in]``, to be replaced at will between passes; without an entry a matrix is dense.
-    sink: receives (name, dL/d(weight * mask)) during the backward pass, in the model's dtype.
+    masks: matrix name -> mask ``[out, in]``, boolean or relaxed (in [0, 1]), to be replaced at will between passes; without an
+    entry a matrix is dense. sink: receives (name, dL/d(weight * mask)) during the backward pass, in the model's dtype.
+    weigh: given (name, inputs ``[tokens, in]``, output gradients ``[tokens, out]``), the weight ``[tokens]`` of each token in
+    that gradient; without it all weigh 1.
     """
 
-    def __init__(self, matrices: Matrices, sink: Sink) -> None:
+    def __init__(self, matrices: Matrices, sink: Sink, weigh: Weigh | None = None) -> None:
         self.matrices = matrices
         self.masks: dict[str, Tensor] = {}
-        self._sink = sink
+        self.sink, self.weigh = sink, weigh
         self._dense = False
 
     def __enter__(self) -> StraightThrough:
@@ -61,7 +64,7 @@ class StraightThrough:
         def forward(x: Tensor) -> Tensor:
             if self._dense:
                 return original(x)  # type: ignore[no-any-return]
-            y: Tensor = _MaskedLinear.apply(x, spark, matrix, self.masks.get(matrix.name), self._sink)  # type: ignore[no-untyped-call]
+            y: Tensor = _MaskedLinear.apply(x, spark, matrix, self)  # type: ignore[no-untyped-call]
             bias = matrix.module.bias
             return y + bias if isinstance(bias, Tensor) else y
 
@@ -70,19 +73,22 @@ class StraightThrough:
 
 class _MaskedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, spark: Tensor, matrix: Matrix, mask: Tensor | None, sink: Sink) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, spark: Tensor, matrix: Matrix, network: StraightThrough) -> Tensor:  # type: ignore[override]
         ctx.save_for_backward(x)
-        ctx.matrix, ctx.mask, ctx.sink = matrix, mask, sink
-        return functional.linear(x, _masked(matrix.weight, mask))
+        ctx.matrix, ctx.mask, ctx.network = matrix, network.masks.get(matrix.name), network
+        return functional.linear(x, _masked(matrix.weight, ctx.mask))
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         (x,) = ctx.saved_tensors
         gradient_x = gradient @ _masked(ctx.matrix.weight, ctx.mask) if ctx.needs_input_grad[0] else None
-        flat = gradient.reshape(-1, gradient.shape[-1])
-        ctx.sink(ctx.matrix.name, flat.T @ x.reshape(-1, x.shape[-1]))
-        return gradient_x, None, None, None, None
+        name, network = ctx.matrix.name, ctx.network
+        x, gradient = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
+        if network.weigh:
+            gradient = gradient * network.weigh(name, x, gradient)[:, None]
+        network.sink(name, gradient.T @ x)
+        return gradient_x, None, None, None
 
 
 def _masked(weight: Tensor, mask: Tensor | None) -> Tensor:
-    return weight if mask is None else weight * mask
+    return weight if mask is None else weight * mask.to(weight.dtype)
