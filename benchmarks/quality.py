@@ -1,52 +1,183 @@
-"""Perplexity of the local metrics: SmolLM2-135M, C4 calibration (64 windows of 512), WikiText-2 raw test, float32.
+"""Every method on SmolLM2-135M: C4 calibration, WikiText-2 raw test, float32, 24 windows of 512 spread over the test text.
 
-python benchmarks/quality.py            # short protocol: 24 windows of 512 tokens spread over the test text
-python benchmarks/quality.py --full     # also the whole test text at 2048, for the rows marked full
+    python benchmarks/quality.py METHOD [PATTERN ...] [--seed N]
+
+METHOD: dense, a local metric (magnitude, wanda, ria, stochria), fisher, owl, sparsegpt, refine, paper, feedback (the
+controller, calibrated for each pattern alone), any (one calibration of the controller, all patterns cut from it). A level such
+as 0.5 is cut with the method's own kind of budget: by row, but for fisher and the controller, which have one for the model.
+
+Local methods see 64 windows of 512 tokens, the controllers 131,072 tokens in all, counted with repeats, start and judging
+included. Controllers descend in bfloat16 (the faster type here). Rows accumulate in results/quality.json, keyed by method,
+pattern and seed. At 2:4 and 50 % they have other domains too: encyclopedia articles, and questions with their right answers.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
+import tempfile
 import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
 
 import uniprune
-from common import CALIBRATION, EVALUATION, peak_memory, relative, save, smollm2
-from uniprune import calibration, evaluation, masks, metrics, patterns
+from common import CALIBRATION, DATA, EVALUATION, load, peak_memory, relative, save, smollm2
+from uniprune import baselines, calibration, evaluation, masks, metrics, mirror_descent, paper, patterns
 from uniprune.matrices import find_matrices
+from uniprune.patterns import Masks, Pattern
 from uniprune.text import load_windows
 
-PATTERNS = (("0.5", "row"), ("2:4", None), ("0.5", "model"), ("0.6", "row"), ("0.7", "row"), ("4:8", None))
-METHODS = {"wanda": PATTERNS, "ria:a=0.5": PATTERNS[:2], "magnitude": PATTERNS[:2], "stochria": PATTERNS[:2]}
+PATTERNS = ("2:4", "0.5", "0.6", "0.7", "4:8")
+TRANSFER = ("0", "2:4", "0.5")
+BUDGET = 131_072
+WINDOWS, LENGTH = 64, 512
+Cut = Iterator[tuple[str, Pattern, Masks, int]]  # spelling, pattern, masks, calibration tokens
 
 
 def main() -> None:
-    loaded = uniprune.load(smollm2(), device="cpu")
-    model, matrices = loaded.model, find_matrices(loaded.model)
-    windows = load_windows(CALIBRATION, loaded.tokenizer, use="calibration", length=512, count=64)
-    short = load_windows(EVALUATION, loaded.tokenizer, use="evaluation", length=512, count=24)
-    rows = []
-
-    def record(method: str, pattern: str, scope: str | None, seconds: float) -> None:
-        row = {"method": method, "pattern": pattern, "scope": scope, "seconds": seconds, "peak_bytes": peak_memory()}
-        row["perplexity"] = evaluation.perplexity(model, short).perplexity
-        rows.append(row)
-        print(row, flush=True)
-        results = {"calibration": windows.describe(), "evaluation": short.describe(), "rows": rows}
-        for text in (results["calibration"], results["evaluation"]):
-            text["text"] = relative(text["text"])
-        save("local", results)
-
-    record("dense", "-", None, 0)
-    for method, wanted in METHODS.items():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("method")
+    parser.add_argument("patterns", nargs="*")
+    parser.add_argument("--seed", type=int, default=0)
+    chosen = parser.parse_args()
+    bench = Bench(chosen.seed)
+    method = {"dense": bench.dense, "fisher": bench.fisher, "owl": bench.owl, "sparsegpt": bench.sparsegpt}
+    method |= {"refine": bench.refine, "paper": bench.paper, "feedback": bench.feedback, "any": bench.any}
+    run = method.get(chosen.method, lambda specs: bench.local(chosen.method, specs))
+    start = time.perf_counter()
+    for spec, pattern, cut, tokens in run(chosen.patterns or PATTERNS):
+        row = {"method": chosen.method, "pattern": spec, "scope": getattr(pattern, "scope", None), "seed": chosen.seed}
+        row |= {"tokens": tokens, "seconds": time.perf_counter() - start, "peak_bytes": peak_memory()}
+        row["sparsity"] = 1 - sum(int(m.sum()) for m in cut.values()) / max(1, sum(m.numel() for m in cut.values()))
+        keep(row | bench.evaluate(cut, transfer=spec in TRANSFER))
         start = time.perf_counter()
-        saliency = calibration.one_shot(model, matrices, windows.tokens, metrics.parse(method))
-        calibrated = time.perf_counter() - start
-        for spec, scope in wanted:
-            start = time.perf_counter()
-            pattern = patterns.parse(spec, scope)
-            cut = dict(pattern(saliency if pattern.local else metrics.Comparable(saliency)))
-            seconds = calibrated + time.perf_counter() - start
-            with masks.applied(matrices, cut):
-                record(method, spec, scope, seconds)
+
+
+class Bench:
+    """The model, the text, and each method's way from them to masks."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self.reload()
+
+    def reload(self, dtype: str = "float32") -> None:
+        self.loaded = uniprune.load(smollm2(), dtype=dtype, device="cpu")
+        self.model, self.matrices = self.loaded.model, find_matrices(self.loaded.model)
+
+    def text(self, windows: int = WINDOWS) -> torch.Tensor:
+        return self.windows(CALIBRATION, "calibration", windows)
+
+    def windows(self, path: Path, use: str, count: int) -> torch.Tensor:
+        return load_windows(path, self.loaded.tokenizer, use=use, length=LENGTH, count=count, seed=self.seed).tokens
+
+    def evaluate(self, cut: Masks, transfer: bool) -> dict[str, float]:
+        """Perplexity of the model that is loaded, under masks, in float32; ``transfer``: on the other domains, too."""
+        if self.model.dtype != torch.float32:
+            self.reload()
+        with tempfile.TemporaryDirectory() as scratch, masks.applied(self.matrices, cut):
+            answers = Path(scratch) / "answers.txt"
+            answers.write_text("\n\n".join(right_answers()))
+            texts = {"perplexity": (EVALUATION, 24)}
+            if transfer:
+                texts |= {"articles": (DATA / "wiki_demo" / "wiki_demo.txt", 8), "answers": (answers, 8)}
+            return {name: self.perplexity(*text) for name, text in texts.items()}
+
+    def perplexity(self, path: Path, count: int) -> float:
+        windows = load_windows(path, self.loaded.tokenizer, use="evaluation", length=LENGTH, count=count)
+        return evaluation.perplexity(self.model, windows).perplexity
+
+    def dense(self, specs: list[str]) -> Cut:
+        yield "0", patterns.parse("0"), {}, 0
+
+    def local(self, method: str, specs: list[str]) -> Cut:
+        tokens = self.text()
+        saliency = calibration.one_shot(self.model, self.matrices, tokens, metrics.parse(method, self.seed))
+        for spec in specs:
+            pattern = patterns.parse(spec)
+            yield spec, pattern, dict(pattern(saliency)), tokens.numel()
+
+    def fisher(self, specs: list[str]) -> Cut:
+        tokens = self.text()
+        saliency = baselines.fisher(self.model, self.matrices, tokens)
+        for spec in specs:
+            pattern = patterns.parse(spec, default="model")
+            yield spec, pattern, dict(pattern(saliency)), tokens.numel()
+
+    def owl(self, specs: list[str]) -> Cut:
+        tokens = self.text()
+        saliency = calibration.one_shot(self.model, self.matrices, tokens, metrics.Wanda())
+        for spec in (spec for spec in specs if ":" not in spec):
+            cut = baselines.owl_masks(self.matrices, saliency, float(spec))
+            yield spec, patterns.parse(spec), cut, tokens.numel()
+
+    def sparsegpt(self, specs: list[str]) -> Cut:
+        for spec in specs:
+            tokens, pattern = self.text(), patterns.parse(spec)
+            yield spec, pattern, baselines.sparsegpt(self.model, self.matrices, tokens, pattern), tokens.numel()
+            self.reload()  # it changed the weights
+
+    def refine(self, specs: list[str]) -> Cut:
+        for spec in specs:
+            tokens, pattern = self.text(), patterns.parse(spec)
+            cut = calibration.sequential(self.model, self.matrices, tokens, metrics.Wanda(), pattern, refine=True)
+            yield spec, pattern, cut, tokens.numel()
+
+    def paper(self, specs: list[str]) -> Cut:
+        """128 windows, each seen once by the local metric and once by a step. stochRIA is the paper's own metric."""
+        tokens = self.text(BUDGET // LENGTH // 2)
+        for spec in specs:
+            self.reload("bfloat16")
+            pattern = patterns.parse(spec)
+            metric = metrics.StochRIA(seed=self.seed)
+            saliency, _ = paper.descend(self.model, self.matrices, tokens, metric, [pattern], seed=self.seed)
+            yield spec, pattern, dict(pattern(saliency)), BUDGET
+
+    def feedback(self, specs: list[str]) -> Cut:
+        for spec in specs:
+            pattern = patterns.parse(spec, default="model")
+            saliency, tokens = self.descend([pattern])
+            yield spec, pattern, dict(pattern(saliency)), tokens
+
+    def any(self, specs: list[str]) -> Cut:
+        saliency, tokens = self.descend(mirror_descent.any_sparsity())
+        for spec in specs:
+            pattern = patterns.parse(spec, default="model")
+            yield spec, pattern, dict(pattern(saliency)), tokens
+
+    def descend(self, targets: Any, budget: int = BUDGET, **settings: Any) -> tuple[dict[str, torch.Tensor], int]:
+        """As many steps as the budget leaves after the start and the judging."""
+        self.reload("bfloat16")
+        tuned = mirror_descent.MirrorDescent(**settings)
+        judged = tuned.held_out * LENGTH * (tuned.checks + 1)
+        steps = (budget - mirror_descent.START_WINDOWS * LENGTH - judged) // tuned.batch_tokens
+        windows = self.text(steps * tuned.batch_tokens // LENGTH + tuned.held_out)
+        saliency, record = mirror_descent.descend(
+            self.model, self.matrices, windows, metrics.Wanda(), targets, steps, tuned, self.seed
+        )
+        print(record, flush=True)
+        return saliency, record["tokens"] + mirror_descent.START_WINDOWS * LENGTH + judged
+
+
+def right_answers() -> Iterator[str]:
+    """Questions of ARC-Easy and PIQA, each with its right answer."""
+    for line in (DATA / "zeroshot" / "arc_easy.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        right = row["choices"]["label"].index(row["answerKey"])
+        yield f"Question: {row['question']}\nAnswer: {row['choices']['text'][right]}"
+    for line in (DATA / "zeroshot" / "piqa.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        yield f"Question: {row['goal']}\nAnswer: {row['sol2' if row['label'] else 'sol1']}"
+
+
+def keep(row: dict[str, Any]) -> None:
+    rows = load("quality").get("rows", [])
+    key = ("method", "pattern", "scope", "seed")
+    rows = [other for other in rows if [other[k] for k in key] != [row[k] for k in key]]
+    save("quality", {"calibration": relative(CALIBRATION), "evaluation": relative(EVALUATION), "rows": [*rows, row]})
+    print(row, flush=True)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ RANK = {
     "artefacts": 3,
     "models": 1,
     "calibration": 4,
-    "mirror_descent": 4,
+    "mirror_descent": 5,
     "straight_through": 2,
     "prox": 2,
     "paper": 5,

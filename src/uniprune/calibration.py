@@ -73,7 +73,7 @@ def one_shot(
         todo = batches(windows) if metric.statistic else []
         for batch in progress(todo, "calibrating", len(todo)):
             forward(model, batch)
-    _check_seen(statistics)
+    check_seen(statistics)
     return LocalSaliency(matrices, metric, statistics)
 
 
@@ -106,7 +106,7 @@ def sequential(
         if kind:
             with observing(here, kind) as statistics:
                 runner.run(index)
-            _check_seen(statistics)
+            check_seen(statistics)
         else:
             statistics = {}
         cut = dict(pattern(LocalSaliency(here, metric, statistics)))
@@ -118,7 +118,8 @@ def sequential(
     return masks
 
 
-def _check_seen(statistics: Mapping[str, SquaredNorm]) -> None:
+def check_seen(statistics: Mapping[str, SquaredNorm]) -> None:
+    """Raises UniPruneError if a matrix saw no token, or if its sums overflowed."""
     blind = [name for name, statistic in statistics.items() if statistic.tokens == 0]
     if blind:
         raise UniPruneError(

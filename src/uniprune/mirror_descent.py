@@ -15,8 +15,10 @@ amount. The loss is that of ``loss.Loss``: by default the divergence from the de
 they are. Idea: UniPruning, arXiv 2510.03291; departures: the gradient comes from the pruned model itself instead of from a
 drifting copy of the weights, so there is no such copy (that variant is ``paper``).
 
-A gradient sums over tokens, and a few loud ones drown the rest. So tokens are evened out twice: in the loss (its ``evenness``),
-and in each matrix's gradient, by the sizes of the input and the output gradient that a token has there (:class:`Evener`).
+What limits a descent on few tokens is the noise of the gradients, so three things make it smaller. Rows and columns move by
+how far their gradients agree from step to step (:func:`confidence`). And a few loud tokens would drown the rest, so tokens are
+evened out twice: in the loss (its ``evenness``), and in each matrix's gradient, by the sizes of the input and the output
+gradient that a token has there (:class:`Evener`).
 """
 
 from __future__ import annotations
@@ -34,10 +36,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from uniprune.artefacts import ScoresFile, write_scores
+from uniprune.calibration import LocalSaliency, check_seen, observing
 from uniprune.errors import InputError
 from uniprune.executor import batches, device_of
 from uniprune.loss import Loss
 from uniprune.matrices import Matrices
+from uniprune.metrics import Metric, SquaredNorm
 from uniprune.patterns import NM, Pattern, Unstructured, top
 from uniprune.progress import Progress, silent
 from uniprune.prox import relaxed
@@ -46,6 +50,7 @@ from uniprune.straight_through import StraightThrough
 logger = logging.getLogger(__name__)
 
 TINY = 1e-20
+LEAST, MOST = 0.02, 5.0  # signal share of a row or column, and factor of a weight, in confidence()
 START_WINDOWS = 16  # calibration windows whose statistics make the start
 SAMPLE = 37  # every 37th dual estimates the model-wide threshold while descending; the final masks are cut exactly
 
@@ -68,7 +73,8 @@ class MirrorDescent:
     mean and RMS of the gradients, in (0, 1). power: of the saliency that the dual is, > 0. anchor: pull towards the start, per
     unit of step size. temperature: of relaxed masks (``prox.relaxed``), in units of the mean dual, falling linearly to 0; 0
     has hard masks throughout. labels, evenness, hidden, vocabulary: of the loss, see ``loss.Loss``. even_tokens: whether each
-    matrix's gradient evens its tokens out. batch_tokens: per step. held_out: so many windows, but at most an eighth, judge and
+    matrix's gradient evens its tokens out. focus: whether rows and columns move by how far their gradients agree from step to
+    step (:func:`confidence`). batch_tokens: per step. held_out: so many windows, but at most an eighth, judge and
     are never descended on. checks: how often they do.
     """
 
@@ -83,6 +89,7 @@ class MirrorDescent:
     hidden: float = 0.0
     vocabulary: int = 8192
     even_tokens: bool = True
+    focus: bool = True
     batch_tokens: int = 1024
     held_out: int = 4
     checks: int = 4
@@ -98,12 +105,28 @@ class MirrorDescent:
         steps = state.steps + 1
         mean = torch.lerp(gradient, state.mean.float(), self.mean_decay)
         rms = torch.lerp(gradient.square(), state.rms.float().square(), self.rms_decay).sqrt_()
-        scale = state.unit * math.sqrt(1 - self.rms_decay**steps) / (1 - self.mean_decay**steps)
         move = mean / rms.clamp_min(1e-30)
-        move *= scale
+        move *= math.sqrt(1 - self.rms_decay**steps) / (1 - self.mean_decay**steps)
+        if self.focus and steps > 2:
+            move *= confidence(move, self.mean_decay, steps)
+        move *= state.unit
         if start is not None:
             move += self.anchor * (state.dual - start)
         return State(state.dual - size * move, mean.bfloat16(), rms.bfloat16(), state.unit, steps)
+
+
+def confidence(move: Tensor, decay: float, steps: int) -> Tensor:
+    """Factors ``[out, in]`` with mean 1 that trust rows and columns as far as their gradients agree from step to step.
+
+    move: running mean over RMS of the gradients after ``steps`` steps, ``decay`` that of the mean. In pure noise its square is
+    the sum of the mean's squared weights; what a row or a column has beyond that is signal. Its share, by row times by column,
+    is the factor of a weight (Wiener's, with the signal of a row and of a column estimated from all of it), at most MOST.
+    """
+    noise = (1 - decay) / (1 + decay) * (1 + decay**steps) / (1 - decay**steps)
+    energy = move.square()
+    shares = [(energy.mean(axis, keepdim=True) - noise).clamp_min(LEAST * (1 - noise)) for axis in (0, 1)]
+    factor = shares[0] * shares[1]
+    return (factor / factor.mean()).clamp_max_(MOST)
 
 
 class Evener:
@@ -113,8 +136,8 @@ class Evener:
     with the evenness of the loss: the gradient of 6,144 tokens then has the information of one of 10,000 tokens.
     """
 
-    def __init__(self, inputs: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> None:
-        self._inputs = {name: rms.clamp_min(1e-9).reciprocal() for name, rms in inputs.items()}
+    def __init__(self, inputs: Mapping[str, SquaredNorm], gradients: Mapping[str, Tensor]) -> None:
+        self._inputs = {name: norm.rms.clamp_min(1e-9).reciprocal() for name, norm in inputs.items()}
         self._gradients = {name: rms.clamp_min(TINY).reciprocal() for name, rms in gradients.items()}
 
     def __call__(self, name: str, x: Tensor, gradient: Tensor) -> Tensor:
@@ -134,7 +157,7 @@ def descend(
     model: nn.Module,
     matrices: Matrices,
     windows: Tensor,
-    local: Mapping[str, Tensor],
+    metric: Metric,
     targets: Sequence[Pattern],
     steps: int | None = None,
     settings: MirrorDescent | None = None,
@@ -143,8 +166,9 @@ def descend(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The global saliency (duals) and a record of the descent.
 
-    windows: token ids ``[windows, length]``; the last few judge the state and are never descended on. local: the local
-    saliency. targets: the patterns whose masks the loss is taken at, one per step, drawn by ``seed`` in shuffled rounds.
+    windows: token ids ``[windows, length]``; the last few judge the state and are never descended on, the first few also make
+    the start. metric: the local saliency. targets: the patterns whose masks the loss is taken at, one per step, drawn by
+    ``seed`` in shuffled rounds.
     steps: by default so many that each window is used once.
     The state with the lowest held-out KL is returned: it is never worse there than the start. A descent that diverges is set
     back to the best state and goes on at half the step size; one that stops improving is stopped.
@@ -158,6 +182,7 @@ def descend(
     steps = steps or len(todo)
     order = _drawn(targets, seed)
     inputs, gradients = sensitivities(model, matrices, windows[:START_WINDOWS])
+    local = LocalSaliency(matrices, metric, inputs)
     states = {name: settings.init(local[name], gradients[name]) for name in matrices}
     starts = {name: state.dual.bfloat16() for name, state in states.items()} if settings.anchor else {}
     slope: dict[str, Tensor] = {}  # of the relaxed masks
@@ -277,38 +302,27 @@ class Best:
         return [(name, dual.to(self._device[name])) for name, dual in ScoresFile(self._path).items()]
 
 
-def sensitivities(model: nn.Module, matrices: Matrices, windows: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """RMS of each matrix's inputs ``[in]`` in the dense model, and of the next-token loss gradient at its outputs ``[out]``."""
-    device = device_of(model)
-    inputs = {name: torch.zeros(matrix.shape[1], device=matrix.parameter.device) for name, matrix in matrices.items()}
-    outputs = {name: torch.zeros(matrix.shape[0], device=matrix.parameter.device) for name, matrix in matrices.items()}
+def sensitivities(model: nn.Module, matrices: Matrices, windows: Tensor) -> tuple[dict[str, SquaredNorm], dict[str, Tensor]]:
+    """The inputs of each matrix in the dense model, and the RMS ``[out]`` of its next-token loss gradient at the outputs."""
+    totals = {name: torch.zeros(matrix.shape[0], device=matrix.parameter.device) for name, matrix in matrices.items()}
 
     def watch(name: str) -> Any:
-        def backwards(gradient: Tensor) -> None:
-            outputs[name] += _squares(gradient)
+        def add(gradient: Tensor) -> None:
+            totals[name] += gradient.float().square().flatten(0, -2).sum(0)
 
-        def forwards(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            inputs[name] += _squares(args[0].detach())
-            output.register_hook(backwards)  # type: ignore[no-untyped-call]
-
-        return forwards
+        return lambda module, args, output: output.register_hook(add) and None
 
     handles = [matrix.module.register_forward_hook(watch(name)) for name, matrix in matrices.items()]
     embedding = model.get_input_embeddings()  # type: ignore[operator]
     handles.append(embedding.register_forward_hook(lambda module, args, output: output.requires_grad_()))
     try:
-        with torch.enable_grad():
+        with torch.enable_grad(), observing(matrices, SquaredNorm) as inputs:
             for window in windows:
-                ids = window[None].to(device)
+                ids = window[None].to(device_of(model))
                 logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
                 functional.cross_entropy(logits.float(), ids[0, 1:], reduction="sum").backward()  # type: ignore[no-untyped-call]
     finally:
         for handle in handles:
             handle.remove()
-    tokens = windows.numel()
-    inputs, outputs = ({name: (total / tokens).sqrt() for name, total in sums.items()} for sums in (inputs, outputs))
-    return inputs, outputs
-
-
-def _squares(x: Tensor) -> Tensor:
-    return x.float().square().flatten(0, -2).sum(0)
+    check_seen(inputs)
+    return inputs, {name: (total / windows.numel()).sqrt() for name, total in totals.items()}

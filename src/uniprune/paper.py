@@ -21,7 +21,7 @@ Departures and choices, where the published values do nothing:
 - W' moves on L alone. The coupling's own gradient, rho * (S - Gamma) * dS/dW', is left out.
 - The prox is a proximal gradient step: its weight is lambda2 times the learning rate, in the plain metric, not in Adam's. At
   2:4 it takes h_t * lambda2 * (the sum of the products of the others by twos) off a weight. With the published lambda2 = 1e-3
-  and weights of 0.05 that is below float32's resolution; at about 1 / (3 weight^2), some hundred, it pulls as hard as Adam.
+  and weights of 0.05 that is under the last bit of a float32; at about 1 / (3 weight^2), about 130, it pulls as hard as Adam.
 - The inputs X are those of the forward pass of the step, made by W' before the step: no second pass.
 
 Memory: per prunable weight 16 bytes (copy, gradient, two moments) besides the model, 4 for V, and what autograd keeps of one

@@ -314,14 +314,11 @@ def _saliency(
     if recipe.budget_tokens is not None:
         within = max(1, recipe.budget_tokens // per_step)
         steps = min(steps or within, within)
-    duals: Saliency
+    arguments = model, job.matrices, tokens, metric, targets, steps
     if isinstance(settings, paper.Paper):
-        duals, record = paper.descend(model, job.matrices, tokens, metric, targets, steps, settings, recipe.seed, progress)
+        duals, record = paper.descend(*arguments, settings, recipe.seed, progress)
     else:
-        local = calibration.one_shot(model, job.matrices, tokens[: mirror_descent.START_WINDOWS], metric, progress)
-        duals, record = mirror_descent.descend(
-            model, job.matrices, tokens, local, targets, steps, settings, recipe.seed, progress
-        )
+        duals, record = mirror_descent.descend(*arguments, settings, recipe.seed, progress)
     return duals, {"controller": {"targets": [str(target) for target in targets], **record}}
 
 
