@@ -34,9 +34,12 @@ format: $(READY)
 # Rewrites benchmarks/results/*.json and docs/results.md. Hours on a small CPU.
 bench: $(READY)
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/speed.py
-	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/quality.py
-	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/full.py
-	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/controller.py 2:4 0.5 any
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/quality.py dense --full
+	for method in magnitude wanda ria stochria fisher owl sparsegpt refine paper any feedback; do \
+		HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/quality.py $$method || exit 1; done
+	for seed in 1 2; do \
+		HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/quality.py feedback 2:4 0.5 --seed $$seed || exit 1; done
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/ablations.py
 	$(BIN)/python benchmarks/tables.py
 
 clean:

@@ -1,6 +1,6 @@
 """Every method on SmolLM2-135M: C4 calibration, WikiText-2 raw test, float32, 24 windows of 512 spread over the test text.
 
-    python benchmarks/quality.py METHOD [PATTERN ...] [--seed N]
+    python benchmarks/quality.py METHOD [PATTERN ...] [--seed N] [--full]
 
 METHOD: dense, a local metric (magnitude, wanda, ria, stochria), fisher, owl, sparsegpt, refine, paper, feedback (the
 controller, calibrated for each pattern alone), any (one calibration of the controller, all patterns cut from it). A level such
@@ -9,6 +9,7 @@ as 0.5 is cut with the method's own kind of budget: by row, but for fisher and t
 Local methods see 64 windows of 512 tokens, the controllers 131,072 tokens in all, counted with repeats, start and judging
 included. Controllers descend in bfloat16 (the faster type here). Rows accumulate in results/quality.json, keyed by method,
 pattern and seed. At 2:4 and 50 % they have other domains too: encyclopedia articles, and questions with their right answers.
+--full adds the whole test text in windows of 2048, in bfloat16 (minutes).
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ def main() -> None:
     parser.add_argument("method")
     parser.add_argument("patterns", nargs="*")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--full", action="store_true")
     chosen = parser.parse_args()
     bench = Bench(chosen.seed)
     method = {"dense": bench.dense, "fisher": bench.fisher, "owl": bench.owl, "sparsegpt": bench.sparsegpt}
@@ -52,7 +54,7 @@ def main() -> None:
         row = {"method": chosen.method, "pattern": spec, "scope": getattr(pattern, "scope", None), "seed": chosen.seed}
         row |= {"tokens": tokens, "seconds": time.perf_counter() - start, "peak_bytes": peak_memory()}
         row["sparsity"] = 1 - sum(int(m.sum()) for m in cut.values()) / max(1, sum(m.numel() for m in cut.values()))
-        keep(row | bench.evaluate(cut, transfer=spec in TRANSFER))
+        keep(row | bench.evaluate(cut, transfer=spec in TRANSFER) | (bench.whole(cut) if chosen.full else {}))
         start = time.perf_counter()
 
 
@@ -84,6 +86,13 @@ class Bench:
             if transfer:
                 texts |= {"articles": (DATA / "wiki_demo" / "wiki_demo.txt", 8), "answers": (answers, 8)}
             return {name: self.perplexity(*text) for name, text in texts.items()}
+
+    def whole(self, cut: Masks) -> dict[str, float]:
+        """Perplexity over the whole test text in windows of 2048, bfloat16."""
+        self.model.to(torch.bfloat16)
+        windows = load_windows(EVALUATION, self.loaded.tokenizer, use="evaluation", length=2048)
+        with masks.applied(self.matrices, cut):
+            return {"full": evaluation.perplexity(self.model, windows).perplexity}
 
     def perplexity(self, path: Path, count: int) -> float:
         windows = load_windows(path, self.loaded.tokenizer, use="evaluation", length=LENGTH, count=count)

@@ -1,26 +1,34 @@
-"""What calibration costs: statistics, scores and masks against bare forward passes over the same tokens, in one run.
+"""What calibration, a step of the controller and a second pattern cost; each against the bare model in the same run.
 
     python benchmarks/speed.py
 
-Alternates the two, because the machine's speed drifts, and reports the ratio of each pair.
+- local: Wanda's statistics, scores and masks against forward passes over the same tokens.
+- step: one step of the controller, masks cut and duals moved, against a forward and a backward pass with gradients for every
+  prunable weight plus the teacher's forward pass, over the same tokens; float32 and bfloat16.
+- again: masks of another pattern from a scores file, without the model, in seconds.
+
+The sides of a ratio alternate, because the machine's speed drifts; the median ratio counts.
 """
 
 from __future__ import annotations
 
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
 
 import uniprune
 from common import CALIBRATION, relative, save, smollm2
-from uniprune import calibration, metrics, patterns
+from uniprune import artefacts, calibration, metrics, mirror_descent, patterns
 from uniprune.executor import batches
 from uniprune.matrices import find_matrices
 from uniprune.text import load_windows
 
-ROUNDS = 2
+ROUNDS = 3
 PATTERNS = ("0.5", "2:4")
 
 
@@ -30,32 +38,81 @@ def timed(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def main() -> None:
-    loaded = uniprune.load(smollm2(), device="cpu")
-    model, matrices = loaded.model, find_matrices(loaded.model)
-    windows = load_windows(CALIBRATION, loaded.tokenizer, use="calibration", length=512, count=32)
+class Bench:
+    def __init__(self, dtype: str) -> None:
+        loaded = uniprune.load(smollm2(), dtype=dtype, device="cpu")
+        self.model, self.matrices = loaded.model, find_matrices(loaded.model)
+        tokens = load_windows(CALIBRATION, loaded.tokenizer, use="calibration", length=512, count=32)
+        self.tokens = tokens.tokens
 
-    def bare() -> None:
+    def forwards(self) -> None:
         with torch.no_grad():
-            for batch in batches(windows.tokens):
-                model(input_ids=batch, use_cache=False)
+            for batch in batches(self.tokens):
+                self.model(input_ids=batch, use_cache=False)
 
-    def cut(spec: str) -> None:
-        for _ in patterns.parse(spec)(saliency):  # scores are computed as they are asked for
-            pass
+    def local(self) -> dict[str, float]:
+        rows = []
+        for _ in range(ROUNDS):
+            bare, start = timed(self.forwards), time.perf_counter()
+            saliency = calibration.one_shot(self.model, self.matrices, self.tokens, metrics.Wanda())
+            calibrated = time.perf_counter() - start
+            cut = {spec: timed(lambda spec=spec, of=saliency: list(patterns.parse(spec)(of))) for spec in PATTERNS}
+            rows.append({spec: (calibrated + seconds) / bare for spec, seconds in cut.items()})
+            print(rows[-1], flush=True)
+        return {spec: statistics.median(row[spec] for row in rows) for spec in PATTERNS}
 
-    rows = []
-    for _ in range(ROUNDS):
-        seconds = {"bare": timed(bare)}
-        start = time.perf_counter()
-        saliency = calibration.one_shot(model, matrices, windows.tokens, metrics.Wanda())
-        seconds["calibrate"] = time.perf_counter() - start
-        seconds |= {spec: timed(lambda spec=spec: cut(spec)) for spec in PATTERNS}
-        ratio = {spec: (seconds["calibrate"] + seconds[spec]) / seconds["bare"] for spec in PATTERNS}
-        rows.append({"seconds": seconds, "ratio": ratio})
-        print(rows[-1], flush=True)
-    median = {spec: statistics.median(row["ratio"][spec] for row in rows) for spec in PATTERNS}
-    save("speed", {"tokens": windows.tokens.numel(), "text": relative(CALIBRATION), "rows": rows, "median_ratio": median})
+    def bare_step(self, batch: torch.Tensor) -> None:
+        """What a trainer's step does before its optimiser, and the teacher's forward pass."""
+        with torch.no_grad():
+            self.model(input_ids=batch, use_cache=False)
+        for matrix in self.matrices.values():
+            matrix.parameter.requires_grad_(True).grad = None
+        self.model(input_ids=batch, labels=batch, use_cache=False).loss.backward()
+        for matrix in self.matrices.values():
+            matrix.parameter.requires_grad_(False).grad = None
+
+    def steps(self, target: patterns.Pattern, count: int) -> float:
+        settings = mirror_descent.MirrorDescent(checks=1, held_out=1)
+        return timed(
+            lambda: mirror_descent.descend(
+                self.model, self.matrices, self.tokens[:20], metrics.Wanda(), [target], count, settings
+            )
+        )
+
+    def step(self) -> dict[str, float]:
+        """The start and the judging cost the same whatever the number of steps, so the difference is that of steps."""
+        ratios: dict[str, list[float]] = {spec: [] for spec in PATTERNS}
+        for _ in range(ROUNDS):
+            for spec, found in ratios.items():
+                target = patterns.parse(spec, default="model")
+                ours = (self.steps(target, 7) - self.steps(target, 1)) / 6
+                bare = statistics.median(timed(lambda: self.bare_step(self.tokens[:2])) for _ in range(5))
+                found.append(ours / bare)
+                print(spec, found, flush=True)
+        return {spec: statistics.median(found) for spec, found in ratios.items()}
+
+    def state(self) -> float:
+        """Bytes per prunable weight that the controller keeps from step to step, beside the masks (1 byte)."""
+        matrix = next(iter(self.matrices.values()))
+        state = mirror_descent.MirrorDescent().init(torch.ones(matrix.shape), torch.ones(matrix.shape[0]))
+        return sum(part.nbytes for part in state if isinstance(part, torch.Tensor)) / matrix.size
+
+    def again(self) -> dict[str, float]:
+        shapes = {name: matrix.shape for name, matrix in self.matrices.items()}
+        saliency = calibration.one_shot(self.model, self.matrices, self.tokens[:2], metrics.Wanda())
+        facts: dict[str, Any] = {"base": "", "base_name": "", "transposed": [], "comparable": True}
+        with tempfile.TemporaryDirectory() as scratch:
+            scores, out = Path(scratch) / "scores.safetensors", Path(scratch) / "masks.safetensors"
+            artefacts.write_scores(scores, saliency, shapes, facts)
+            return {spec: timed(lambda spec=spec: uniprune.mask(scores, spec, out, overwrite=True)) for spec in PATTERNS}
+
+
+def main() -> None:
+    single = Bench("float32")
+    results: dict[str, Any] = {"text": relative(CALIBRATION), "tokens": single.tokens.numel()}
+    results |= {"local": single.local(), "again_seconds": single.again(), "state_bytes_per_weight": single.state()}
+    results["step"] = {"float32": single.step(), "bfloat16": Bench("bfloat16").step()}
+    save("speed", results)
 
 
 if __name__ == "__main__":

@@ -29,35 +29,96 @@ def label(pattern: str, scope: str | None) -> str:
     return pattern if scope is None else f"{float(pattern):.0%} by {scope}"
 
 
-def local(results: dict[str, Any]) -> str:
-    rows = [row for row in results["rows"] if row["method"] != "dense"]
-    dense = results["rows"][0]["perplexity"]
-    columns = list(dict.fromkeys((row["pattern"], row["scope"]) for row in rows))
-    found = {(row["method"], row["pattern"], row["scope"]): row["perplexity"] for row in rows}
-    methods = list(dict.fromkeys(row["method"] for row in rows))
-    lines = [[method, *(number(found.get((method, *column))) for column in columns)] for method in methods]
-    lines.insert(0, ["dense", *[number(dense)] * len(columns)])
-    return table(["method", *(label(*column) for column in columns)], lines)
+PATTERNS = ("50%", "60%", "70%", "2:4", "4:8")
+METHODS = {
+    "magnitude": "magnitude",
+    "wanda": "Wanda",
+    "ria": "RIA",
+    "stochria": "stochRIA",
+    "fisher": "Fisher, one budget for the model",
+    "owl": "OWL",
+    "sparsegpt": "SparseGPT (updates weights)",
+    "refine": "ours, `--refine`",
+    "paper": "published controller (`paper`)",
+    "any": "**ours, one calibration for all**",
+    "feedback": "**ours, calibrated for each**",
+}
 
 
-def controller(results: dict[str, Any], baseline: dict[str, Any]) -> str:
-    """Recovered gap R = (ln ppl_Wanda - ln ppl) / (ln ppl_Wanda - ln ppl_dense), by row where Wanda has the choice."""
-    dense = baseline["rows"][0]["perplexity"]
-    wanda = {(r["pattern"], r["scope"]): r["perplexity"] for r in baseline["rows"] if r["method"] == "wanda"}
-    lines = []
-    for row in results["rows"]:
-        start = wanda[row["pattern"], None if ":" in row["pattern"] else "row"]
-        recovered = math.log(start / row["perplexity"]) / math.log(start / dense)
-        name = label(row["pattern"], row["scope"])
-        lines.append([name, number(start), number(row["perplexity"]), f"{recovered:.2f}", str(row["tokens"]), row["targets"]])
-    return table(["pattern", "Wanda", "controller", "R", "tokens", "calibrated for"], lines)
+class Quality:
+    """The rows of results/quality.json by method and pattern, each a mean over seeds."""
+
+    def __init__(self, results: dict[str, Any]) -> None:
+        self.rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
+        for row in results["rows"]:
+            pattern = row["pattern"] if ":" in row["pattern"] else f"{float(row['pattern']):.0%}"
+            self.rows.setdefault((row["method"], pattern), []).append(row)
+
+    def mean(self, method: str, pattern: str, column: str = "perplexity") -> float | None:
+        """Geometric over seeds; None where nothing was measured."""
+        values = [row[column] for row in self.rows.get((method, pattern), []) if column in row]
+        return math.exp(sum(map(math.log, values)) / len(values)) if values else None
+
+    @property
+    def dense(self) -> dict[str, float]:
+        return self.rows["dense", "0%"][0]
+
+    def recovered(self, method: str, pattern: str) -> float | None:
+        """R = (ln ppl_Wanda - ln ppl) / (ln ppl_Wanda - ln ppl_dense)."""
+        start, found = self.mean("wanda", pattern), self.mean(method, pattern)
+        return math.log(start / found) / math.log(start / self.dense["perplexity"]) if start and found else None
+
+    def methods(self) -> list[str]:
+        return [method for method in METHODS if any(key[0] == method for key in self.rows)]
+
+    def perplexities(self) -> str:
+        lines = [["dense", *[number(self.dense["perplexity"])] * len(PATTERNS)]]
+        lines += [[METHODS[m], *(number(self.mean(m, p)) for p in PATTERNS)] for m in self.methods()]
+        return table(["method", *PATTERNS], lines)
+
+    def gaps(self) -> str:
+        def share(value: float | None) -> str:
+            return "" if value is None else f"{value:.2f}"
+
+        shown = [m for m in self.methods() if m not in ("magnitude", "wanda")]
+        return table(["R", *PATTERNS], [[METHODS[m], *(share(self.recovered(m, p)) for p in PATTERNS)] for m in shown])
+
+    def transfer(self) -> str:
+        columns = [(p, c) for p in ("50%", "2:4") for c in ("perplexity", "articles", "answers")]
+        names = {"perplexity": "WikiText-2", "articles": "articles", "answers": "answers"}
+        lines = [["dense", *[number(self.dense[c]) for _, c in columns]]]
+        lines += [[METHODS[m], *(number(self.mean(m, p, c)) for p, c in columns)] for m in self.methods()]
+        return table(["method", *(f"{p}, {names[c]}" for p, c in columns)], lines)
+
+    def whole(self) -> str:
+        lines = [["dense", number(self.dense.get("full")), ""]]
+        for method in self.methods():
+            for pattern in PATTERNS:
+                if value := self.mean(method, pattern, "full"):
+                    lines.append([f"{METHODS[method]}, {pattern}", number(value), number(self.mean(method, pattern))])
+        return table(["method", "whole text, windows of 2048", "24 windows of 512"], lines)
+
+    def costs(self) -> str:
+        lines = []
+        for (method, pattern), rows in self.rows.items():
+            if method in METHODS and pattern == "2:4":
+                start = self.rows["wanda", "2:4"][0]
+                ratios = [f"{rows[0][key] / start[key]:.1f}" for key in ("seconds", "peak_bytes")]
+                lines.append([METHODS[method], f"{rows[0]['tokens']:,}", *ratios])
+        return table(["method, 2:4", "tokens", "time / Wanda's", "peak memory / Wanda's"], lines)
+
+    def seeds(self) -> str:
+        lines = []
+        for (method, pattern), rows in self.rows.items():
+            if len(rows) > 1:
+                values = [row["perplexity"] for row in rows]
+                lines.append([f"{METHODS[method]}, {pattern}", str(len(rows)), number(min(values)), number(max(values))])
+        return table(["method", "calibration seeds", "lowest", "highest"], lines)
 
 
-def full(results: dict[str, Any]) -> str:
-    lines = [
-        [r["method"], label(r["pattern"], r["scope"]) if r["pattern"] else "", number(r["perplexity"])] for r in results["rows"]
-    ]
-    return table(["method", "pattern", "perplexity"], lines)
+def ablations(results: dict[str, Any]) -> str:
+    lines = [[r["name"], r["pattern"], number(r["perplexity"]), f"{r['held_out_kl']:.3f}"] for r in results["rows"]]
+    return table(["variant", "pattern", "perplexity (validation)", "held-out KL, nats a token"], lines)
 
 
 def peer(results: dict[str, Any]) -> str:
@@ -70,8 +131,12 @@ def peer(results: dict[str, Any]) -> str:
 
 
 def speed(results: dict[str, Any]) -> str:
-    lines = [[spec, f"{ratio:.2f}"] for spec, ratio in results["median_ratio"].items()]
-    return table(["pattern", "calibration + scores + masks / bare forward passes"], lines)
+    lines = [[f"Wanda's calibration, scores and masks, {p} / forward passes", f"{r:.2f}"] for p, r in results["local"].items()]
+    for dtype, ratios in results["step"].items():
+        lines += [[f"a step of the controller, {p}, {dtype} / bare passes", f"{r:.2f}"] for p, r in ratios.items()]
+    lines.append(["bytes per weight that the controller keeps between steps", f"{results['state_bytes_per_weight']:.0f}"])
+    lines += [[f"masks of {p} from a scores file, seconds", f"{s:.1f}"] for p, s in results["again_seconds"].items()]
+    return table(["what", ""], lines)
 
 
 def fill(path: Any, sections: dict[str, str]) -> None:
@@ -85,16 +150,15 @@ def fill(path: Any, sections: dict[str, str]) -> None:
 
 def main() -> None:
     sections = {}
-    baseline = load("local")
-    if baseline:
-        sections["local"] = local(baseline)
-        if results := load("controller"):
-            sections["controller"] = controller(results, baseline)
-    for name, write in {"full": full, "peer": peer, "speed": speed}.items():
+    if results := load("quality"):
+        quality = Quality(results)
+        names = ("perplexities", "gaps", "whole", "transfer", "costs", "seeds")
+        sections = {name: getattr(quality, name)() for name in names}
+    for name, write in {"ablations": ablations, "peer": peer, "speed": speed}.items():
         if results := load(name):
             sections[name] = write(results)
     fill(ROOT / "docs" / "results.md", sections)
-    fill(ROOT / "README.md", {"results": "\n\n".join(sections[name] for name in ("controller", "local") if name in sections)})
+    fill(ROOT / "README.md", {"results": sections["perplexities"]})
 
 
 if __name__ == "__main__":

@@ -1,0 +1,92 @@
+"""What each part of the controller does: one change at a time, 2:4 (or as named), SmolLM2-135M, one seed.
+
+    python benchmarks/ablations.py [NAME ...]
+
+A small budget, 32,768 tokens in all, so that many rows fit; compare rows of this table with each other only. Settings are
+chosen by such rows, so they look at the *validation* part of WikiText-2 and at held-out calibration text, never at the test
+part: 24 windows of 512, bfloat16. Rows accumulate in results/ablations.json.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+
+from common import DATA, load, save
+from quality import Bench
+from uniprune import evaluation, masks, metrics, patterns
+from uniprune.mirror_descent import MirrorDescent, any_sparsity, descend
+from uniprune.text import load_windows
+
+TOKENS = 32_768
+# name: settings, metric of the start, patterns descended on, pattern evaluated, budget
+VARIANTS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "no controller: its start alone": {"steps": 0},
+    "cross-entropy instead of KL": {"settings": {"labels": 1.0}},
+    "half cross-entropy, half KL": {"settings": {"labels": 0.5}},
+    "hidden states' distance added": {"settings": {"hidden": 4.0}},
+    "tokens not evened in the loss": {"settings": {"evenness": 0.0}},
+    "tokens not evened in the gradients": {"settings": {"even_tokens": False}},
+    "rows and columns move alike": {"settings": {"focus": False}},
+    "nothing against noise": {"settings": {"evenness": 0.0, "even_tokens": False, "focus": False}},
+    "relaxed masks, temperature 0.2": {"settings": {"temperature": 0.2}},
+    "anchor 0.5": {"settings": {"anchor": 0.5}},
+    "anchor 2": {"settings": {"anchor": 2.0}},
+    "step size halved": {"settings": {"step_size": 0.00225}},
+    "step size doubled": {"settings": {"step_size": 0.009}},
+    "power 0.1 (nearly a logarithm)": {"settings": {"power": 0.1, "step_size": 0.001}},
+    "power 1": {"settings": {"power": 1.0, "step_size": 0.009}},
+    "start: magnitude": {"metric": "magnitude"},
+    "start: RIA": {"metric": "ria"},
+    "start: stochRIA": {"metric": "stochria"},
+    "512 tokens a step": {"settings": {"batch_tokens": 512}},
+    "2048 tokens a step": {"settings": {"batch_tokens": 2048}},
+    "twice the tokens": {"tokens": 2 * TOKENS},
+    "calibrated for any": {"targets": "any"},
+    "50 % by row": {"pattern": "0.5", "scope": "row"},
+    "50 % by matrix": {"pattern": "0.5", "scope": "matrix"},
+    "50 % by model": {"pattern": "0.5", "scope": "model"},
+}
+
+
+def main() -> None:
+    bench = Bench(seed=0)
+    for name in sys.argv[1:] or VARIANTS:
+        row = {"name": name, **run(bench, **VARIANTS[name])}
+        rows = [other for other in load("ablations").get("rows", []) if other["name"] != name]
+        save("ablations", {"tokens": TOKENS, "rows": [*rows, row]})
+        print(row, flush=True)
+
+
+def run(
+    bench: Bench,
+    settings: dict[str, Any] | None = None,
+    metric: str = "wanda",
+    targets: str = "one",
+    pattern: str = "2:4",
+    scope: Any = None,
+    tokens: int = TOKENS,
+    steps: int | None = None,
+) -> dict[str, Any]:
+    if bench.model.dtype != torch.bfloat16:
+        bench.reload("bfloat16")
+    tuned, target = MirrorDescent(**{"checks": 1, **(settings or {})}), patterns.parse(pattern, scope)
+    if steps is None:
+        steps = (tokens - 8192 - 4096) // tuned.batch_tokens
+    if steps:
+        windows = bench.text(steps * tuned.batch_tokens // 512 + tuned.held_out)
+    else:  # a step of size 0 leaves the start
+        windows, steps, tuned = bench.text(24), 1, MirrorDescent(step_size=0.0)
+    wanted = any_sparsity() if targets == "any" else [target]
+    saliency, record = descend(bench.model, bench.matrices, windows, metrics.parse(metric), wanted, steps, tuned)
+    valid = load_windows(DATA / "wikitext2" / "wiki.valid.raw", bench.loaded.tokenizer, use="evaluation", length=512, count=24)
+    with masks.applied(bench.matrices, dict(target(saliency))):
+        perplexity = evaluation.perplexity(bench.model, valid).perplexity
+    return {"perplexity": perplexity, "held_out_kl": record["best_held_out_kl"], "pattern": str(target), "steps": steps}
+
+
+if __name__ == "__main__":
+    main()
