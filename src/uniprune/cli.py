@@ -73,9 +73,9 @@ Refine = Annotated[
 ]
 Controller = Annotated[
     str | None,
-    typer.Option(help="Corrects the local saliency by the loss of the pruned model: feedback, or none. [default: feedback]"),
+    typer.Option(help="Corrects the local saliency by the pruned model's loss: feedback, paper or none. [default: feedback]"),
 ]
-Steps = Annotated[int | None, typer.Option(help="Steps of the controller, of 1024 tokens. [default: by --budget-tokens]")]
+Steps = Annotated[int | None, typer.Option(help="Steps of the controller, of 1024 tokens each. [default: by --budget-tokens]")]
 BudgetTokens = Annotated[
     int | None, typer.Option(help="Tokens for the controller, repeats included. [default: each calibration window once]")
 ]
