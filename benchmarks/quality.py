@@ -53,7 +53,8 @@ def main() -> None:
     for spec, pattern, cut, tokens in run(chosen.patterns or PATTERNS):
         row = {"method": chosen.method, "pattern": spec, "scope": getattr(pattern, "scope", None), "seed": chosen.seed}
         row |= {"tokens": tokens, "seconds": time.perf_counter() - start, "peak_bytes": peak_memory()}
-        row["sparsity"] = 1 - sum(int(m.sum()) for m in cut.values()) / max(1, sum(m.numel() for m in cut.values()))
+        removed = sum(int((~mask).sum()) for mask in cut.values())
+        row["sparsity"] = removed / sum(matrix.size for matrix in bench.matrices.values())
         keep(row | bench.evaluate(cut, transfer=spec in TRANSFER) | (bench.whole(cut) if chosen.full else {}))
         start = time.perf_counter()
 

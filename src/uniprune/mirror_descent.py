@@ -27,7 +27,7 @@ import logging
 import math
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -93,6 +93,14 @@ class MirrorDescent:
     batch_tokens: int = 1024
     held_out: int = 4
     checks: int = 4
+
+    def __post_init__(self) -> None:
+        below_one = ("mean_decay", "rms_decay", "labels")
+        for name, value in asdict(self).items():
+            if not (0 <= value < math.inf) or (name in below_one and value > 1):
+                raise InputError(f"controller: {name} = {value} is not {'in [0, 1]' if name in below_one else 'a number >= 0'}")
+        if self.power == 0 or min(self.batch_tokens, self.held_out, self.checks, self.vocabulary) < 1:
+            raise InputError("controller: power, batch_tokens, held_out, checks and vocabulary must be above 0")
 
     def init(self, local: Tensor, output_gradient: Tensor) -> State:
         """local: scores ``[out, in]`` >= 0. output_gradient: RMS of dL/dy ``[out]`` at the matrix's outputs."""
