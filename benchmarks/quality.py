@@ -2,9 +2,10 @@
 
     python benchmarks/quality.py METHOD [PATTERN ...] [--seed N] [--full]
 
-METHOD: dense, a local metric (magnitude, wanda, ria, stochria), fisher, owl, sparsegpt, refine, paper, feedback (the
-controller, calibrated for each pattern alone), any (one calibration of the controller, all patterns cut from it). A level such
-as 0.5 is cut with the method's own kind of budget: by row, but for fisher and the controller, which have one for the model.
+METHOD: dense, a local metric (magnitude, wanda, ria, stochria), fisher, owl, sparsegpt, sequential (Wanda's, block after
+block), refine (the same and --refine), paper, feedback (the controller, calibrated for each pattern alone), any (one
+calibration of the controller, all patterns cut from it). A level such as 0.5 is cut with the method's own kind of budget: by
+row, but for fisher and the controller, which have one for the model.
 
 Local methods see 64 windows of 512 tokens, the controllers 131,072 tokens in all, counted with repeats, start and judging
 included. Controllers descend in bfloat16 (the faster type here). Rows accumulate in results/quality.json, keyed by method,
@@ -47,7 +48,13 @@ def main() -> None:
     chosen = parser.parse_args()
     bench = Bench(chosen.seed)
     method = {"dense": bench.dense, "fisher": bench.fisher, "owl": bench.owl, "sparsegpt": bench.sparsegpt}
-    method |= {"refine": bench.refine, "paper": bench.paper, "feedback": bench.feedback, "any": bench.any}
+    method |= {
+        "sequential": bench.sequential,
+        "refine": bench.refine,
+        "paper": bench.paper,
+        "feedback": bench.feedback,
+        "any": bench.any,
+    }
     run = method.get(chosen.method, lambda specs: bench.local(chosen.method, specs))
     start = time.perf_counter()
     for spec, pattern, cut, tokens in run(chosen.patterns or PATTERNS):
@@ -129,11 +136,14 @@ class Bench:
             yield spec, pattern, baselines.sparsegpt(self.model, self.matrices, tokens, pattern), tokens.numel()
             self.reload()  # it changed the weights
 
-    def refine(self, specs: list[str]) -> Cut:
+    def sequential(self, specs: list[str], refine: bool = False) -> Cut:
         for spec in specs:
             tokens, pattern = self.text(), patterns.parse(spec)
-            cut = calibration.sequential(self.model, self.matrices, tokens, metrics.Wanda(), pattern, refine=True)
+            cut = calibration.sequential(self.model, self.matrices, tokens, metrics.Wanda(), pattern, refine=refine)
             yield spec, pattern, cut, tokens.numel()
+
+    def refine(self, specs: list[str]) -> Cut:
+        return self.sequential(specs, refine=True)
 
     def paper(self, specs: list[str]) -> Cut:
         """128 windows, each seen once by the local metric and once by a step. stochRIA is the paper's own metric."""
@@ -161,9 +171,10 @@ class Bench:
         """As many steps as the budget leaves after the start and the judging."""
         self.reload("bfloat16")
         tuned = mirror_descent.MirrorDescent(**settings)
-        judged = tuned.held_out * LENGTH * (tuned.checks + 1)
+        held_out = max(tuned.held_out, len(targets))
+        judged = held_out * LENGTH * (tuned.checks + 1)
         steps = (budget - mirror_descent.START_WINDOWS * LENGTH - judged) // tuned.batch_tokens
-        windows = self.text(steps * tuned.batch_tokens // LENGTH + tuned.held_out)
+        windows = self.text(steps * tuned.batch_tokens // LENGTH + held_out)
         saliency, record = mirror_descent.descend(
             self.model, self.matrices, windows, metrics.Wanda(), targets, steps, tuned, self.seed
         )

@@ -38,6 +38,7 @@ METHODS = {
     "fisher": "Fisher, one budget for the model",
     "owl": "OWL",
     "sparsegpt": "SparseGPT (updates weights)",
+    "sequential": "Wanda, `--sequential`",
     "refine": "ours, `--refine`",
     "paper": "published controller (`paper`)",
     "any": "**ours, one calibration for all**",

@@ -26,7 +26,7 @@ from __future__ import annotations
 import logging
 import math
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -74,8 +74,8 @@ class MirrorDescent:
     unit of step size. temperature: of relaxed masks (``prox.relaxed``), in units of the mean dual, falling linearly to 0; 0
     has hard masks throughout. labels, evenness, hidden, vocabulary: of the loss, see ``loss.Loss``. even_tokens: whether each
     matrix's gradient evens its tokens out. focus: whether rows and columns move by how far their gradients agree from step to
-    step (:func:`confidence`). batch_tokens: per step. held_out: so many windows, but at most an eighth, judge and
-    are never descended on. checks: how often they do.
+    step (:func:`confidence`). batch_tokens: per step. held_out: so many windows, one for each target at least and
+    an eighth at most, judge and are never descended on. checks: how often they do.
     """
 
     step_size: float = 0.0045
@@ -176,88 +176,115 @@ def descend(
 
     windows: token ids ``[windows, length]``; the last few judge the state and are never descended on, the first few also make
     the start. metric: the local saliency. targets: the patterns whose masks the loss is taken at, one per step, drawn by
-    ``seed`` in shuffled rounds.
-    steps: by default so many that each window is used once.
+    ``seed`` in shuffled rounds. steps: by default so many that each window is used once.
     The state with the lowest held-out KL is returned: it is never worse there than the start. A descent that diverges is set
     back to the best state and goes on at half the step size; one that stops improving is stopped.
     """
     settings = settings or MirrorDescent()
     if len(windows) < 2:
         raise InputError("the controller holds a calibration window out and needs another; give --windows 2 or more")
-    judges = max(1, min(settings.held_out, len(windows) // 8))
+    judges = max(1, min(max(settings.held_out, len(targets)), len(windows) // 8))
     held_out, windows = windows[-judges:], windows[:-judges]
     todo = batches(windows, settings.batch_tokens)
     steps = steps or len(todo)
     order = _drawn(targets, seed)
-    inputs, gradients = sensitivities(model, matrices, windows[:START_WINDOWS])
-    local = LocalSaliency(matrices, metric, inputs)
-    states = {name: settings.init(local[name], gradients[name]) for name in matrices}
-    starts = {name: state.dual.bfloat16() for name, state in states.items()} if settings.anchor else {}
-    slope: dict[str, Tensor] = {}  # of the relaxed masks
-    size = 0.0
-
-    def sink(name: str, gradient: Tensor) -> None:
-        gradient = gradient.float() * matrices[name].weight
-        if slope:
-            gradient *= slope[name]
-        start = starts[name].float() if starts else None
-        states[name] = settings.step(states[name], gradient, size, start)
-
-    evener = Evener(inputs, gradients) if settings.even_tokens else None
-    with StraightThrough(matrices, sink, evener) as network, tempfile.TemporaryDirectory(prefix="uniprune-") as scratch:
-        loss = Loss(model, network, windows, settings.vocabulary, settings.labels, settings.evenness, settings.hidden)
-
-        def judge() -> float:
-            total = 0.0
-            for target in targets:
-                network.masks = cut(target, _duals(states))
-                total += loss.held_out(held_out)
-            return total / len(targets)
-
-        best = Best(Path(scratch) / "best.safetensors", matrices)
-        best.keep(judge(), states)
-        record: dict[str, Any] = {
-            "steps": steps,
-            "tokens": 0,
-            "kl": [],
-            "flips": [],
-            "held_out_kl": [best.value],
-            "backed_off": 0,
-        }
-        scale, stale, previous = 1.0, 0, dict[str, Tensor]()
+    with Descent(model, matrices, windows, metric, settings) as descent, Best(matrices) as best:
+        best.keep(descent.judge(targets, held_out), descent.states)
+        history, stale = [best.value], 0
         for index in progress(range(steps), "descending", steps):
             target = next(order)
-            left = 1 - index / steps
-            size = scale * settings.step_size * left
-            hard = network.masks = cut(target, _duals(states))
-            if settings.temperature:
-                network.masks = dict(relaxed(target, _duals(states), settings.temperature * left * _mean_unit(states)))
-                slope = {name: mask * (1 - mask) for name, mask in network.masks.items()}
-            batch = todo[index % len(todo)]
-            record["kl"].append(loss.backward(batch))
-            record["tokens"] += batch.numel()
-            record["flips"].append(_flips(previous, hard))
-            previous = hard
-            progress.note(f"{target}: KL {record['kl'][-1]:.3f}, {record['flips'][-1]:.2%} flipped")
-            logger.info("step %d: %s KL %.4f", index, target, record["kl"][-1])
+            kl, flips = descent.step(todo[index % len(todo)], target, 1 - index / steps)
+            progress.note(f"{target}: KL {kl:.3f}, {flips:.2%} flipped")
+            logger.info("step %d: %s KL %.4f", index, target, kl)
             if (index + 1) % max(1, steps // settings.checks) and index + 1 < steps:
                 continue
-            value = judge()
-            record["held_out_kl"].append(value)
-            if value < best.value:
-                best.keep(value, states)
+            history.append(descent.judge(targets, held_out))
+            if history[-1] < best.value:
+                best.keep(history[-1], descent.states)
                 stale = 0
-            elif not value < 1.5 * record["held_out_kl"][0]:  # also NaN
-                logger.warning("the controller diverged (held-out KL %.3f); back to the best state, half the step size", value)
-                states = {name: settings.init(local[name], gradients[name])._replace(dual=dual) for name, dual in best.items()}
-                scale /= 2
-                record["backed_off"] += 1
+            elif not history[-1] < 1.5 * history[0]:  # also NaN
+                logger.warning("the controller diverged (held-out KL %.3f); back to the best state, half the step", history[-1])
+                descent.back_off(best.items())
             else:
                 stale += 1
                 if stale == 2:
                     break
-        record["best_held_out_kl"] = best.value
-        return dict(best.items()), record
+        judged = {"steps": steps, "held_out_kl": history, "best_held_out_kl": best.value}
+        return dict(best.items()), judged | descent.record
+
+
+class Descent:
+    """The states of all matrices, and the model under their masks; inside ``with`` it is routed through them.
+
+    record: tokens descended on, KL in nats per token and share of flipped masks of each step, how often it backed off.
+    """
+
+    def __init__(self, model: nn.Module, matrices: Matrices, windows: Tensor, metric: Metric, settings: MirrorDescent) -> None:
+        self._matrices, self._settings = matrices, settings
+        inputs, gradients = sensitivities(model, matrices, windows[:START_WINDOWS])
+        local = LocalSaliency(matrices, metric, inputs)
+        self.states = {name: settings.init(local[name], gradients[name]) for name in matrices}
+        self._starts = {name: state.dual.bfloat16() for name, state in self.states.items()} if settings.anchor else {}
+        self._unit = sum(state.unit for state in self.states.values()) / len(matrices)
+        self._scale, self._size = 1.0, 0.0
+        self._hard: dict[str, Tensor] = {}
+        self._slopes: dict[str, Tensor] = {}  # of relaxed masks
+        evener = Evener(inputs, gradients) if settings.even_tokens else None
+        self._network = StraightThrough(matrices, self._sink, evener)
+        loss = settings.vocabulary, settings.labels, settings.evenness, settings.hidden
+        self._loss = Loss(model, self._network, windows, *loss)
+        self.record: dict[str, Any] = {"tokens": 0, "kl": [], "flips": [], "backed_off": 0}
+
+    def __enter__(self) -> Descent:
+        self._network.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._network.__exit__(*error)
+
+    def step(self, batch: Tensor, target: Pattern, left: float) -> tuple[float, float]:
+        """One step on windows ``[n, length]``; its KL in nats per token, and the share of masks that had flipped before it.
+
+        left: the part of the descent that is left, in (0, 1], which the step size and the temperature follow.
+        """
+        self._size = self._scale * self._settings.step_size * left
+        duals = self._duals()
+        before, self._hard = self._hard, cut(target, duals)
+        self._network.masks = self._hard
+        if self._settings.temperature:
+            self._network.masks = dict(relaxed(target, duals, self._settings.temperature * left * self._unit))
+            self._slopes = {name: mask * (1 - mask) for name, mask in self._network.masks.items()}
+        kl, flips = self._loss.backward(batch), _flips(before, self._hard)
+        self.record["tokens"] += batch.numel()
+        self.record["kl"].append(kl)
+        self.record["flips"].append(flips)
+        return kl, flips
+
+    def judge(self, targets: Sequence[Pattern], windows: Tensor) -> float:
+        """Mean KL in nats per token of hard masks; the targets share the windows, so that many cost no more than one."""
+        total = 0.0
+        for index, target in enumerate(targets):
+            self._network.masks = cut(target, self._duals())
+            total += self._loss.held_out(windows[index % len(windows) :: len(targets)])
+        return total / len(targets)
+
+    def back_off(self, duals: Iterable[tuple[str, Tensor]]) -> None:
+        """Goes on from other duals at half the step size, without momentum."""
+        for name, dual in duals:
+            nothing = torch.zeros_like(dual, dtype=torch.bfloat16)
+            self.states[name] = State(dual, nothing, nothing.clone(), self.states[name].unit, 0)
+        self._scale /= 2
+        self.record["backed_off"] += 1
+
+    def _duals(self) -> dict[str, Tensor]:
+        return {name: state.dual for name, state in self.states.items()}
+
+    def _sink(self, name: str, gradient: Tensor) -> None:
+        gradient = gradient.float() * self._matrices[name].weight
+        if self._slopes:
+            gradient *= self._slopes[name]
+        start = self._starts[name].float() if self._starts else None
+        self.states[name] = self._settings.step(self.states[name], gradient, self._size, start)
 
 
 def _drawn(targets: Sequence[Pattern], seed: int) -> Iterator[Pattern]:
@@ -265,14 +292,6 @@ def _drawn(targets: Sequence[Pattern], seed: int) -> Iterator[Pattern]:
     generator = torch.Generator().manual_seed(seed)
     while True:
         yield from (targets[index] for index in torch.randperm(len(targets), generator=generator).tolist())
-
-
-def _duals(states: Mapping[str, State]) -> dict[str, Tensor]:
-    return {name: state.dual for name, state in states.items()}
-
-
-def _mean_unit(states: Mapping[str, State]) -> float:
-    return sum(state.unit for state in states.values()) / len(states)
 
 
 def cut(target: Pattern, duals: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -294,20 +313,28 @@ def _flips(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> float:
 
 
 class Best:
-    """The best state so far, on disk: in memory it would cost as much again."""
+    """The best state so far, in a temporary file inside ``with``: in memory it would cost as much again."""
 
-    def __init__(self, path: Path, matrices: Matrices) -> None:
-        self._path, self._shapes = path, {name: matrix.shape for name, matrix in matrices.items()}
+    def __init__(self, matrices: Matrices) -> None:
+        self._shapes = {name: matrix.shape for name, matrix in matrices.items()}
         self._device = {name: matrix.parameter.device for name, matrix in matrices.items()}
+        self._folder = tempfile.TemporaryDirectory(prefix="uniprune-")
+        self._path = Path(self._folder.name) / "best.safetensors"
         self.value = math.inf
 
+    def __enter__(self) -> Best:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._folder.cleanup()
+
     def keep(self, value: float, states: Mapping[str, State]) -> None:
-        duals = {name: states[name].dual for name in self._shapes}
-        write_scores(self._path, duals, self._shapes, {})
+        write_scores(self._path, {name: states[name].dual for name in self._shapes}, self._shapes, {})
         self.value = value
 
-    def items(self) -> list[tuple[str, Tensor]]:
-        return [(name, dual.to(self._device[name])) for name, dual in ScoresFile(self._path).items()]
+    def items(self) -> Iterator[tuple[str, Tensor]]:
+        for name, dual in ScoresFile(self._path).items():
+            yield name, dual.to(self._device[name])
 
 
 def sensitivities(model: nn.Module, matrices: Matrices, windows: Tensor) -> tuple[dict[str, SquaredNorm], dict[str, Tensor]]:
