@@ -28,7 +28,7 @@ from uniprune.executor import batches
 from uniprune.matrices import find_matrices
 from uniprune.text import load_windows
 
-ROUNDS = 3
+ROUNDS = 2
 PATTERNS = ("0.5", "2:4")
 
 
@@ -75,21 +75,22 @@ class Bench:
         settings = mirror_descent.MirrorDescent(checks=1, held_out=1)
         return timed(
             lambda: mirror_descent.descend(
-                self.model, self.matrices, self.tokens[:20], metrics.Wanda(), [target], count, settings
+                self.model, self.matrices, self.tokens[:4], metrics.Wanda(), [target], count, settings
             )
         )
 
     def step(self) -> dict[str, float]:
         """The start and the judging cost the same whatever the number of steps, so the difference is that of steps."""
-        ratios: dict[str, list[float]] = {spec: [] for spec in PATTERNS}
-        for _ in range(ROUNDS):
-            for spec, found in ratios.items():
-                target = patterns.parse(spec, default="model")
-                ours = (self.steps(target, 7) - self.steps(target, 1)) / 6
-                bare = statistics.median(timed(lambda: self.bare_step(self.tokens[:2])) for _ in range(5))
-                found.append(ours / bare)
-                print(spec, found, flush=True)
-        return {spec: statistics.median(found) for spec, found in ratios.items()}
+        ratios = {}
+        for spec in PATTERNS:
+            target = patterns.parse(spec, default="model")
+            few = self.steps(target, 1)
+            before = [timed(lambda: self.bare_step(self.tokens[:2])) for _ in range(3)]
+            many = self.steps(target, 6)
+            after = [timed(lambda: self.bare_step(self.tokens[:2])) for _ in range(3)]
+            ratios[spec] = (many - few) / 5 / statistics.median(before + after)
+            print(spec, ratios[spec], flush=True)
+        return ratios
 
     def state(self) -> float:
         """Bytes per prunable weight that the controller keeps from step to step, beside the masks (1 byte)."""
