@@ -11,7 +11,7 @@ from uniprune.errors import InputError
 from uniprune.loss import Loss
 from uniprune.matrices import find_matrices
 from uniprune.metrics import SquaredNorm, Wanda
-from uniprune.mirror_descent import Evener, MirrorDescent, any_sparsity, confidence, cut, descend, sensitivities
+from uniprune.mirror_descent import Descent, Evener, MirrorDescent, any_sparsity, confidence, cut, descend, sensitivities
 from uniprune.patterns import NM, Unstructured
 from uniprune.straight_through import StraightThrough
 
@@ -252,6 +252,15 @@ def test_same_seed_same_duals():
     assert all(torch.equal(first[name], again[name]) for name in matrices)
     assert record == same_record
     assert record["held_out_kl"] != other_record["held_out_kl"]
+
+
+def test_targets_share_the_windows_that_judge():
+    model, matrices, ids, metric, settings = setting()
+    targets = [NM(2, 4), Unstructured(0.7, "row")]
+    with Descent(model, matrices, ids, metric, settings) as descent:
+        alone = [descent.judge([target], ids[start:5:2]) for start, target in enumerate(targets)]
+        assert descent.judge(targets, ids[:5]) == pytest.approx(sum(alone) / 2)
+        assert descent.judge(targets, ids[:1]) == pytest.approx(sum(descent.judge([t], ids[:1]) for t in targets) / 2)
 
 
 def test_too_few_windows_are_refused():
