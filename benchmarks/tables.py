@@ -15,6 +15,8 @@ START, END = "<!-- {}: written by benchmarks/tables.py -->", "<!-- /{} -->"
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
+    if not rows:
+        return "Not run yet."
     rule = ["---"] + ["---:"] * (len(head) - 1)
     return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, rule, *rows])
 
@@ -92,7 +94,7 @@ class Quality:
         return table(["method", *(f"{p}, {names[c]}" for p, c in columns)], lines)
 
     def whole(self) -> str:
-        lines = [["dense", number(self.dense.get("full")), ""]]
+        lines = [["dense", number(self.dense["full"]), number(self.dense["perplexity"])]] if "full" in self.dense else []
         for method in self.methods():
             for pattern in PATTERNS:
                 if value := self.mean(method, pattern, "full"):
