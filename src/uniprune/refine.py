@@ -24,7 +24,7 @@ CHOICES = 128  # masks of a group that are all tried; 4:8 has 70, 8:16 would hav
 PANEL = 128  # columns whose products are kept current while their groups change; a fresh product then ends rounding drift
 CHUNK = 256  # rows at a time in row swaps: bounds their memory to CHUNK * (in + CANDIDATES ** 2) numbers, a few times
 CANDIDATES = 32  # weights of each side that row swaps pair with each other
-SWEEPS = 2  # turns of every group
+SWEEPS = 4  # turns of every group
 SWAPS, ROUNDS = 16, 20  # swaps of a row between two fresh products, and how many such rounds
 TOLERANCE = 1e-6  # of a weight's own error: what a change must gain beyond rounding, so that ties keep the present mask
 
