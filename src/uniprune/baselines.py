@@ -5,18 +5,18 @@ The verbs never use this module, and must not: SparseGPT changes the weights tha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from fractions import Fraction
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from uniprune.calibration import observing
 from uniprune.errors import InputError, UniPruneError
 from uniprune.executor import Blocks, device_of
 from uniprune.matrices import Matrices, check_fit, find_blocks
+from uniprune.metrics import Gram
 from uniprune.patterns import NM, Pattern, Saliency, Unstructured, top
 from uniprune.progress import Progress, silent
 from uniprune.straight_through import StraightThrough
@@ -54,40 +54,16 @@ def sparsegpt(
     masks: dict[str, Tensor] = {}
     for index in progress(runner, "SparseGPT, block by block", len(modules)):
         here = {name: matrix for name, matrix in matrices.items() if matrix.block == index}
-        with hessians(here) as found:
+        with observing(here, Gram) as found:
             runner.run(index)
         for name, matrix in here.items():
             weight = matrix.weight.to(torch.float32, copy=True)
-            weight[:, found[name].diagonal() == 0] = 0
-            factor = inverse_factor(name, found[name], damp).float()
+            weight[:, found[name].total.diagonal() == 0] = 0
+            factor = inverse_factor(name, found[name].total, damp).float()
             masks[name] = eliminate(weight, factor, *chooser(pattern, block_size))
             matrix.weight.copy_(weight)
         runner.run(index, advance=True)
     return masks
-
-
-@contextmanager
-def hessians(matrices: Matrices) -> Iterator[dict[str, Tensor]]:
-    """Inside the ``with`` block, every forward pass adds X^T X of each matrix's inputs, float32 ``[in, in]``."""
-    totals: dict[str, Tensor] = {}
-    handles = []
-
-    def feed(total: Tensor) -> Any:
-        def add(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            x = args[0].detach().reshape(-1, args[0].shape[-1]).float()
-            total.addmm_(x.T, x)
-
-        return add
-
-    try:
-        for name, matrix in matrices.items():
-            columns = matrix.shape[1]
-            totals[name] = torch.zeros(columns, columns, device=matrix.parameter.device)
-            handles.append(matrix.module.register_forward_pre_hook(feed(totals[name])))
-        yield totals
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def inverse_factor(name: str, hessian: Tensor, damp: float) -> Tensor:
