@@ -102,6 +102,10 @@ class MirrorDescent:
         if self.power == 0 or min(self.batch_tokens, self.held_out, self.checks, self.vocabulary) < 1:
             raise InputError("controller: power, batch_tokens, held_out, checks and vocabulary must be above 0")
 
+    def step_tokens(self, length: int) -> int:
+        """Tokens of a step on windows of ``length``."""
+        return self.batch_tokens
+
     def init(self, local: Tensor, output_gradient: Tensor) -> State:
         """local: scores ``[out, in]`` >= 0. output_gradient: RMS of dL/dy ``[out]`` at the matrix's outputs."""
         dual = (local.float() * output_gradient.float()[:, None]).clamp_min(TINY) ** self.power

@@ -88,6 +88,10 @@ class Paper:
         if self.batch_windows < 1:
             raise InputError(f"paper: batch_windows = {self.batch_windows} is not at least 1")
 
+    def step_tokens(self, length: int) -> int:
+        """Tokens of a step on windows of ``length``."""
+        return self.batch_windows * length
+
     def init(self, local: Tensor) -> State:
         """local: scores ``[out, in]`` >= 0, which are the first Gamma."""
         return State(local.float() / self.kappa + self.lam)

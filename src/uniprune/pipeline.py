@@ -309,10 +309,9 @@ def _saliency(
     settings = recipe.parsed_tuning()
     if not recipe.corrected:
         return calibration.one_shot(model, job.matrices, tokens, metric, progress), {}
-    per_step = settings.batch_windows * tokens.shape[1] if isinstance(settings, paper.Paper) else settings.batch_tokens
     steps = recipe.steps
     if recipe.budget_tokens is not None:
-        within = max(1, recipe.budget_tokens // per_step)
+        within = max(1, recipe.budget_tokens // settings.step_tokens(tokens.shape[1]))
         steps = min(steps or within, within)
     arguments = model, job.matrices, tokens, metric, targets, steps
     if isinstance(settings, paper.Paper):
