@@ -44,6 +44,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "start: stochRIA": {"metric": "stochria"},
     "512 tokens a step": {"settings": {"batch_tokens": 512}},
     "2048 tokens a step": {"settings": {"batch_tokens": 2048}},
+    "windows of 1024 tokens": {"length": 1024},
     "twice the tokens": {"tokens": 2 * TOKENS},
     "calibrated for any": {"targets": "any"},
     "50 % by row": {"pattern": "0.5", "scope": "row"},
@@ -70,6 +71,7 @@ def run(
     scope: Any = None,
     tokens: int = TOKENS,
     steps: int | None = None,
+    length: int = 512,
 ) -> dict[str, Any]:
     if bench.model.dtype != torch.bfloat16:
         bench.reload("bfloat16")
@@ -77,7 +79,7 @@ def run(
     if steps is None:
         steps = (tokens - 8192 - 4096) // tuned.batch_tokens
     if steps:
-        windows = bench.text(steps * tuned.batch_tokens // 512 + tuned.held_out)
+        windows = bench.text(steps * tuned.batch_tokens // length + tuned.held_out * 512 // length, length)
     else:  # a step of size 0 leaves the start
         windows, steps, tuned = bench.text(24), 1, MirrorDescent(step_size=0.0)
     wanted = any_sparsity() if targets == "any" else [target]

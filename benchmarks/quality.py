@@ -77,11 +77,11 @@ class Bench:
         self.loaded = uniprune.load(smollm2(), dtype=dtype, device="cpu")
         self.model, self.matrices = self.loaded.model, find_matrices(self.loaded.model)
 
-    def text(self, windows: int = WINDOWS) -> torch.Tensor:
-        return self.windows(CALIBRATION, "calibration", windows)
-
-    def windows(self, path: Path, use: str, count: int) -> torch.Tensor:
-        return load_windows(path, self.loaded.tokenizer, use=use, length=LENGTH, count=count, seed=self.seed).tokens
+    def text(self, windows: int = WINDOWS, length: int = LENGTH) -> torch.Tensor:
+        drawn = load_windows(
+            CALIBRATION, self.loaded.tokenizer, use="calibration", length=length, count=windows, seed=self.seed
+        )
+        return drawn.tokens
 
     def evaluate(self, cut: Masks, transfer: bool) -> dict[str, float]:
         """Perplexity of the model that is loaded, under masks, in float32; ``transfer``: on the other domains, too."""
