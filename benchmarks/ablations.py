@@ -17,7 +17,8 @@ import torch
 from common import DATA, load, save
 from quality import Bench
 from uniprune import evaluation, masks, metrics, patterns
-from uniprune.mirror_descent import MirrorDescent, any_sparsity, descend
+from uniprune.descent import any_sparsity, descend
+from uniprune.mirror_descent import MirrorDescent
 from uniprune.text import load_windows
 
 TOKENS = 32_768

@@ -27,7 +27,7 @@ import torch
 
 import uniprune
 from common import CALIBRATION, DATA, EVALUATION, load, peak_memory, relative, save, smollm2
-from uniprune import baselines, calibration, evaluation, masks, metrics, mirror_descent, paper, patterns
+from uniprune import baselines, calibration, descent, evaluation, masks, metrics, mirror_descent, paper, patterns
 from uniprune.matrices import find_matrices
 from uniprune.patterns import Masks, Pattern
 from uniprune.text import load_windows
@@ -162,7 +162,7 @@ class Bench:
             yield spec, pattern, dict(pattern(saliency)), tokens
 
     def any(self, specs: list[str]) -> Cut:
-        saliency, tokens = self.descend(mirror_descent.any_sparsity())
+        saliency, tokens = self.descend(descent.any_sparsity())
         for spec in specs:
             pattern = patterns.parse(spec, default="model")
             yield spec, pattern, dict(pattern(saliency)), tokens
@@ -173,13 +173,13 @@ class Bench:
         tuned = mirror_descent.MirrorDescent(**settings)
         held_out = max(tuned.held_out, len(targets))
         judged = held_out * LENGTH * (tuned.checks + 1)
-        steps = (budget - mirror_descent.START_WINDOWS * LENGTH - judged) // tuned.batch_tokens
+        steps = (budget - descent.START_TOKENS - judged) // tuned.batch_tokens
         windows = self.text(steps * tuned.batch_tokens // LENGTH + held_out)
-        saliency, record = mirror_descent.descend(
+        saliency, record = descent.descend(
             self.model, self.matrices, windows, metrics.Wanda(), targets, steps, tuned, self.seed
         )
         print(record, flush=True)
-        return saliency, record["tokens"] + mirror_descent.START_WINDOWS * LENGTH + judged
+        return saliency, record["tokens"] + descent.START_TOKENS + judged
 
 
 def right_answers() -> Iterator[str]:

@@ -23,7 +23,7 @@ import torch
 
 import uniprune
 from common import CALIBRATION, relative, save, smollm2
-from uniprune import artefacts, calibration, metrics, mirror_descent, patterns
+from uniprune import artefacts, calibration, descent, metrics, mirror_descent, patterns
 from uniprune.executor import batches
 from uniprune.matrices import find_matrices
 from uniprune.text import load_windows
@@ -74,9 +74,7 @@ class Bench:
     def steps(self, target: patterns.Pattern, count: int) -> float:
         settings = mirror_descent.MirrorDescent(checks=1, held_out=1)
         return timed(
-            lambda: mirror_descent.descend(
-                self.model, self.matrices, self.tokens[:4], metrics.Wanda(), [target], count, settings
-            )
+            lambda: descent.descend(self.model, self.matrices, self.tokens[:4], metrics.Wanda(), [target], count, settings)
         )
 
     def step(self) -> dict[str, float]:
@@ -104,7 +102,7 @@ class Bench:
         facts: dict[str, Any] = {"base": "", "base_name": "", "transposed": [], "comparable": True}
         with tempfile.TemporaryDirectory() as scratch:
             scores, out = Path(scratch) / "scores.safetensors", Path(scratch) / "masks.safetensors"
-            artefacts.write_scores(scores, saliency, shapes, facts)
+            artefacts.write_scores(scores, saliency.items(), shapes, facts)
             return {spec: timed(lambda spec=spec: uniprune.mask(scores, spec, out, overwrite=True)) for spec in PATTERNS}
 
 

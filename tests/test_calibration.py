@@ -8,7 +8,7 @@ from test_matrices import FAMILIES, family_model
 from uniprune import masks as masking
 from uniprune.calibration import one_shot, sequential
 from uniprune.errors import InputError, UniPruneError
-from uniprune.executor import Blocks, batches
+from uniprune.executor import Blocks, Replay, batches
 from uniprune.matrices import find_blocks, find_matrices
 from uniprune.metrics import Magnitude, Wanda
 from uniprune.patterns import NM, Unstructured
@@ -58,7 +58,7 @@ def test_replayed_blocks_are_the_model(family):
     model = family_model(family)
     _, blocks = find_blocks(model)
     windows = tokens(count=5, length=32, vocabulary=64)
-    runner = Blocks(model, blocks, windows)
+    runner = Blocks(Replay(model, blocks), windows)
     outputs = []
     handle = blocks[-1].register_forward_hook(lambda m, a, out: outputs.append(out[0] if isinstance(out, tuple) else out))
     with torch.no_grad():

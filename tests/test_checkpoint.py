@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from conftest import tiny_model
-from uniprune import Loaded, checkpoint
+from uniprune import Loaded, checkpoint, shards
 from uniprune.errors import InputError, UniPruneError
 from uniprune.matrices import find_matrices
 from uniprune.models import Origin
@@ -63,9 +63,9 @@ def test_fingerprint_is_of_the_weights_not_of_the_files(folder, tmp_path):
 
 
 def test_keys_without_the_outer_prefix_are_found():
-    assert checkpoint.key_of("transformer.h.0.mlp.c_fc", {"h.0.mlp.c_fc.weight": 0}) == "h.0.mlp.c_fc.weight"
+    assert shards.key_of("transformer.h.0.mlp.c_fc.weight", {"h.0.mlp.c_fc.weight": 0}) == "h.0.mlp.c_fc.weight"
     with pytest.raises(UniPruneError, match="no tensor"):
-        checkpoint.key_of("model.layers.0.x", {"model.layers.1.x.weight": 0})
+        shards.key_of("model.layers.0.x.weight", {"model.layers.1.x.weight": 0})
 
 
 def test_wrong_shapes_are_refused(folder, tmp_path):

@@ -13,13 +13,13 @@ from conftest import tiny_model
 from uniprune import cli
 
 FLAGS = {
-    "plan": "config device dtype exclude include json length scope sparsity windows",
-    "calibrate": "budget-tokens config controller device dtype exclude include json length metric output overwrite save-tokens"
-    " scope seed sparsity steps text windows",
+    "plan": "config device dtype exclude include json length max-memory scope sparsity windows",
+    "calibrate": "budget-tokens config controller device dtype exclude include json length max-memory metric output overwrite"
+    " resume save-tokens scope seed sparsity steps text windows",
     "mask": "json output overwrite scope sparsity",
     "apply": "dtype json output overwrite",
-    "prune": "budget-tokens config controller device dtype exclude include json length metric output overwrite save-tokens"
-    " refine scope seed sequential sparsity steps text windows",
+    "prune": "budget-tokens config controller device dtype exclude include json length max-memory metric output overwrite"
+    " resume save-tokens refine scope seed sequential sparsity steps text windows",
     "evaluate": "device dtype json length text windows",
 }
 

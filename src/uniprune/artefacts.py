@@ -130,10 +130,12 @@ class ScoresFile(Mapping[str, Tensor]):
         return len(self.shapes)
 
 
-def write_scores(path: Path, saliency: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, int]], facts: Any) -> None:
-    """Writes a saliency, computing one matrix at a time if it is lazy."""
+def write_scores(
+    path: Path, scores: Iterable[tuple[str, Tensor]], shapes: Mapping[str, tuple[int, int]], facts: Mapping[str, Any]
+) -> None:
+    """Writes scores as they come, in the order of ``shapes``."""
     specs = {name: (torch.float32, shape) for name, shape in shapes.items()}
-    stream_tensors(path, specs, saliency.items(), {"kind": "scores", "matrices": list(shapes), **facts})
+    stream_tensors(path, specs, scores, {"kind": "scores", "matrices": list(shapes), **facts})
 
 
 class MasksFile(Mapping[str, Tensor]):

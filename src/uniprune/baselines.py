@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from uniprune.calibration import observing
 from uniprune.errors import InputError, UniPruneError
-from uniprune.executor import Blocks, device_of
+from uniprune.executor import Blocks, Replay, device_of
 from uniprune.matrices import Matrices, check_fit, find_blocks
 from uniprune.metrics import Gram
 from uniprune.patterns import NM, Pattern, Saliency, Unstructured, top
@@ -49,10 +49,9 @@ def sparsegpt(
     if not pattern.local:
         raise InputError(f"SparseGPT cuts block after block, but {pattern} needs all scores; use scope row or matrix")
     check_fit(((name, matrix.shape) for name, matrix in matrices.items()), pattern)
-    _, modules = find_blocks(model)
-    runner = Blocks(model, modules, windows)
+    runner = Blocks(Replay(model, find_blocks(model)[1]), windows)
     masks: dict[str, Tensor] = {}
-    for index in progress(runner, "SparseGPT, block by block", len(modules)):
+    for index in progress(runner, "SparseGPT, block by block", len(runner)):
         here = {name: matrix for name, matrix in matrices.items() if matrix.block == index}
         with observing(here, Gram) as found:
             runner.run(index)
@@ -174,12 +173,14 @@ def fisher(model: nn.Module, matrices: Matrices, windows: Tensor, progress: Prog
     """
     totals = {name: torch.zeros(matrix.shape, device=matrix.parameter.device) for name, matrix in matrices.items()}
 
-    def sink(name: str, gradient: Tensor) -> None:
+    def sink(name: str, gradient: Tensor | None) -> None:
+        assert gradient is not None
         totals[name] += gradient.float().square()
 
-    with StraightThrough(matrices, sink):
+    with StraightThrough(matrices, sink) as network:
         for window in progress(windows, "differentiating", len(windows)):
             ids = window[None].to(device_of(model))
             logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
             functional.cross_entropy(logits.float(), ids[0, 1:], reduction="sum").backward()  # type: ignore[no-untyped-call]
+            network.flush()
     return {name: total.mul_(matrices[name].weight.float().square() / len(windows)) for name, total in totals.items()}

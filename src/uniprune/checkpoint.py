@@ -11,15 +11,12 @@ import hashlib
 import json
 import os
 import shutil
-import struct
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,61 +24,12 @@ from uniprune import masks as masking
 from uniprune.errors import InputError, UniPruneError
 from uniprune.matrices import Matrices
 from uniprune.models import Loaded, Origin
+from uniprune.shards import NAMES, entries, key_of
 
 REPORT = "pruning.json"  # written last: a folder without it is incomplete
 MASKS = "pruning/masks.safetensors"  # not beside the weights: some runtimes load every safetensors file that lies there
 WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ot"}
 LEFT = {REPORT, "README.md", ".gitattributes"}  # not true of the pruned model
-UINTS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
-ITEMSIZE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
-NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-
-
-@dataclass(frozen=True)
-class Entry:
-    """Where one tensor's bytes lie in a safetensors file."""
-
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    stop: int
-
-    def array(self, mode: str = "r") -> np.ndarray[Any, Any]:
-        """The tensor's bits as a flat array of unsigned integers, mapped from the file."""
-        if self.dtype not in ITEMSIZE:
-            raise UniPruneError(f"{self.file}: weights of type {self.dtype} cannot be pruned; use an unquantised model")
-        kind = UINTS[ITEMSIZE[self.dtype]]
-        count = (self.stop - self.start) // ITEMSIZE[self.dtype]
-        return np.memmap(self.file, dtype=kind, mode=mode, offset=self.start, shape=(count,))  # type: ignore[call-overload,no-any-return]
-
-
-def entries(shards: Iterable[Path]) -> dict[str, Entry]:
-    """Every tensor of a sharded checkpoint, by its key."""
-    found: dict[str, Entry] = {}
-    for shard in shards:
-        with shard.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
-        for key, item in header.items():
-            start, stop = (8 + length + offset for offset in item["data_offsets"])
-            found[key] = Entry(shard, item["dtype"], tuple(item["shape"]), start, stop)
-    return found
-
-
-def find_key(name: str, keys: Mapping[str, Any]) -> str | None:
-    """The checkpoint key of a matrix: its module name, which some checkpoints store without the outermost prefix."""
-    candidates = (f"{name}.weight", f"{name.partition('.')[2]}.weight")
-    return next((key for key in candidates if key in keys), None)
-
-
-def key_of(name: str, keys: Mapping[str, Any]) -> str:
-    """As :func:`find_key`; raises UniPruneError if the checkpoint has no such tensor."""
-    key = find_key(name, keys)
-    if key is None:
-        raise UniPruneError(f"{name}: the checkpoint has no tensor {name}.weight; its keys are like {list(keys)[:3]}")
-    return key
 
 
 def fingerprint(source: Loaded | Origin, names: Iterable[str], matrices: Matrices | None = None) -> str:
@@ -95,7 +43,7 @@ def fingerprint(source: Loaded | Origin, names: Iterable[str], matrices: Matrice
     if origin is not None and origin.shards:
         keys = entries(origin.shards)
         for name in sorted(names):
-            entry = keys[key_of(name, keys)]
+            entry = keys[key_of(f"{name}.weight", keys)]
             digest.update(_line(name, entry.dtype, entry.shape, hashlib.sha256(entry.array().data)))
     else:
         assert matrices is not None
@@ -147,15 +95,23 @@ def check_disk_space(path: Path, needed: int) -> None:
 
 
 @contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder beside ``path`` that takes its place when the ``with`` block ends well, and vanishes otherwise."""
+def new_folder(path: Path, inside: Path | None = None) -> Iterator[Path]:
+    """A temporary folder that takes the place of ``path`` when the ``with`` block ends well, and vanishes otherwise.
+
+    inside: where it lies, on the same disk: the folder of a run, so that who goes on with a killed run removes it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".partial-{path.name}-", dir=path.parent))
+    for left in inside.glob("output-*") if inside else ():
+        shutil.rmtree(left)
+    where: dict[str, Any] = (
+        {"prefix": "output-", "dir": inside} if inside else {"prefix": f".partial-{path.name}-", "dir": path.parent}
+    )
+    temporary = Path(tempfile.mkdtemp(**where))
     try:
         yield temporary
         temporary.chmod(0o755)
         if path.exists():
-            retired = Path(tempfile.mkdtemp(prefix=f".partial-{path.name}-", dir=path.parent))
+            retired = Path(tempfile.mkdtemp(**where))
             os.replace(path, retired)
             os.replace(temporary, path)
             shutil.rmtree(retired)
@@ -184,7 +140,7 @@ def write_checkpoint(source: Loaded | Origin, masks: Mapping[str, Tensor], trans
     keys = entries(Origin("output", folder).shards)
     flipped = set(transposed)
     for name, mask in masks.items():
-        entry = keys[key_of(name, keys)]
+        entry = keys[key_of(f"{name}.weight", keys)]
         stored = mask.T if name in flipped else mask
         if tuple(stored.shape) != entry.shape:
             raise UniPruneError(f"{name}: the mask is {tuple(stored.shape)}, the checkpoint's tensor {entry.shape}")

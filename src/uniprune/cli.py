@@ -83,6 +83,11 @@ Config = Annotated[Path | None, typer.Option(help="Recipe file (YAML) with these
 Output = Annotated[Path, typer.Option("--output", "-o", help="Where to write.")]
 SaveTokens = Annotated[Path | None, typer.Option(help="Also write the calibration windows, as a token file.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run, if there is one.")]
+MaxMemory = Annotated[
+    str | None,
+    typer.Option(help="Memory to use, e.g. 8GB; a model that needs more is read block by block. [default: what is free]"),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 
 
@@ -95,6 +100,7 @@ def plan(
     length: Length = None,
     dtype: Dtype = None,
     device: Device = None,
+    max_memory: MaxMemory = None,
     include: Include = None,
     exclude: Exclude = None,
     config: Config = None,
@@ -104,7 +110,7 @@ def plan(
     recipe = _recipe(**locals())
     from uniprune import pipeline, report
 
-    found = pipeline.plan(model, recipe, device=device)
+    found = pipeline.plan(model, recipe, device=device, max_memory=_bytes(max_memory))
     _show(found.record(), as_json, report.plan_table(found), *report.plan_lines(found))
 
 
@@ -128,6 +134,8 @@ def calibrate(
     exclude: Exclude = None,
     config: Config = None,
     save_tokens: SaveTokens = None,
+    max_memory: MaxMemory = None,
+    resume: Resume = False,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
@@ -141,10 +149,14 @@ def calibrate(
             recipe,
             output,
             overwrite=overwrite,
+            resume=resume,
+            max_memory=_bytes(max_memory),
             device=device,
             save_tokens=save_tokens,
             progress=progress,
         )
+    if not facts:  # another process of the run has them
+        return
     result = {"output": str(output), **{key: value for key, value in facts.items() if key != "transposed"}}
     _show(result, as_json, f"{output}: scores of {facts['base_name']} by {facts['recipe']['metric']}")
 
@@ -203,6 +215,8 @@ def prune(
     exclude: Exclude = None,
     config: Config = None,
     save_tokens: SaveTokens = None,
+    max_memory: MaxMemory = None,
+    resume: Resume = False,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
@@ -216,6 +230,8 @@ def prune(
             recipe,
             output,
             overwrite=overwrite,
+            resume=resume,
+            max_memory=_bytes(max_memory),
             device=device,
             save_tokens=save_tokens,
             progress=progress,
@@ -277,7 +293,7 @@ class Bars:
         self._bar: Bar | None = None
 
     def __enter__(self) -> Bars:
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and os.environ.get("RANK", "0") == "0":
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -313,6 +329,12 @@ def _recipe(config: Path | None, **arguments: Any) -> Recipe:
     return Recipe.load(config, **given) if config else Recipe(**given)
 
 
+def _bytes(size: str | None) -> int | None:
+    from uniprune.forecast import parse_size
+
+    return None if size is None else parse_size(size)
+
+
 def _quiet() -> None:
     """Keeps the bars and advice of the libraries below off the terminal: ours say what users need."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -340,6 +362,8 @@ def _show(result: dict[str, Any], as_json: bool, *shown: Any) -> None:
 def _show_pruned(output: Path, result: dict[str, Any], as_json: bool) -> None:
     from uniprune import report
 
+    if not result:  # another process of the run has them
+        return
     lines = f"{output}: {result['pattern']}, sparsity {result['sparsity']:.4f} in {len(result['matrices'])} matrices"
     _show({"output": str(output), **result}, as_json, lines, report.NOTE)
 

@@ -10,14 +10,30 @@ from typing import Any
 
 import torch
 
-from uniprune.matrices import Matrices
+from uniprune.errors import InputError
+from uniprune.executor import BATCH_TOKENS
+from uniprune.matrices import Matrices, find_blocks
 from uniprune.models import Origin
+from uniprune.passes import PART_TOKENS
 from uniprune.patterns import Pattern
 
 # Bytes per prunable weight that a controller holds beside the model: duals and moments, masks, a working copy.
 STATE = {"none": 0, "feedback": 9, "paper": 20}
 # Floating-point operations per prunable weight and token: a forward pass takes 2, a backward pass 4.
 WORK = {"none": 2, "feedback": 8, "paper": 6}
+PROCESS = 400_000_000  # bytes: the interpreter and its libraries
+SCORING = 20  # bytes per weight of the largest matrix while it is scored and cut, in float32
+STEPPING = 40  # the same while its dual is moved
+RAGGED = 1.1  # what the allocator loses
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes of memory that a run needs with the whole model in memory, and block by block; and of disk for its state then."""
+
+    resident: int
+    streamed: int
+    scratch: int
 
 
 @dataclass(frozen=True)
@@ -33,7 +49,11 @@ class Group:
 
 @dataclass(frozen=True)
 class Plan:
-    """Sizes are bytes, times seconds; the forecasts are estimates and say so in the table."""
+    """Sizes are bytes, times seconds; the forecasts are estimates and say so in the table.
+
+    memory: of the execution that would be chosen; ``memory_resident`` and ``memory_streamed``: of either. disk: of the output;
+    scratch: beside it, while the run lasts.
+    """
 
     model: str
     parameters: int
@@ -45,8 +65,12 @@ class Plan:
     sparsity_of_model: float | None
     dtype: str
     tokens: int
+    execution: str
     memory: int
+    memory_resident: int
+    memory_streamed: int
     disk: int
+    scratch: int
     seconds: float
 
     @property
@@ -66,6 +90,8 @@ def make_plan(
     tokens: int,
     device: torch.device,
     controller: str,
+    needed: Needs,
+    execution: str,
 ) -> Plan:
     """The plan of pruning ``matrices`` of ``model`` (which may be on the meta device) with ``tokens`` of calibration.
 
@@ -81,7 +107,6 @@ def make_plan(
     parameters = sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())
     prunable = sum(matrix.size for matrix in matrices.values())
     removed = pattern.sparsity * prunable if pattern else None
-    largest = max(matrix.size for matrix in matrices.values())
     return Plan(
         model=str(origin),
         parameters=parameters,
@@ -93,16 +118,62 @@ def make_plan(
         sparsity_of_model=removed / parameters if removed is not None else None,
         dtype=str(dtype).removeprefix("torch."),
         tokens=tokens,
-        # weights; one matrix of float32 scores and what cutting it needs; the activations of one batch;
-        # the controller's state, masks and activations of all blocks
-        memory=parameters * dtype.itemsize
-        + 16 * largest
-        + 2048 * 4 * 64 * max(m.shape[1] for m in matrices.values())
-        + STATE[controller] * prunable
-        + (controller != "none") * 1024 * dtype.itemsize * sum(sum(m.shape) for m in matrices.values()),
+        execution=execution,
+        memory=needed.streamed if execution == "streamed" else needed.resident,
+        memory_resident=needed.resident,
+        memory_streamed=needed.streamed,
         disk=(sum(shard.stat().st_size for shard in origin.shards) or parameters * dtype.itemsize) + prunable // 8,
+        scratch=needed.scratch if execution == "streamed" else 0,
         seconds=WORK[controller] * prunable * tokens / _flops(dtype, device),
     )
+
+
+def needs(model: torch.nn.Module, matrices: Matrices, dtype: torch.dtype, controller: str, step_tokens: int) -> Needs:
+    """What pruning would take, from the shapes alone (the model may be on the meta device).
+
+    step_tokens: of one step of the controller. Weights in the checkpoint's own type are mapped from it when they are streamed,
+    and count in full all the same: a machine without a page cache to spare reads them again and again.
+    """
+    _, blocks = find_blocks(model)
+    parameters = sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())
+    inside = sum(p.numel() for p in blocks.parameters())
+    block = max(sum(p.numel() for p in one.parameters()) for one in blocks)
+    prunable = sum(matrix.size for matrix in matrices.values())
+    largest = max(matrix.size for matrix in matrices.values())
+    widths = sum(sum(matrix.shape) for matrix in matrices.values())  # activations that a backward pass keeps, per token
+    in_block = 2 * max(sum(sum(m.shape) for m in matrices.values() if m.block == index) for index in range(len(blocks)))
+    width = max(matrix.shape[1] for matrix in matrices.values())
+    item, corrected = dtype.itemsize, controller != "none"
+    passing = BATCH_TOKENS * 16 * width * item
+    resident = parameters * item + SCORING * largest + passing + STATE[controller] * prunable
+    resident += corrected * (step_tokens * item * widths + STEPPING * largest)
+    streamed = (parameters - inside + block) * item + SCORING * largest + passing
+    streamed += corrected * (PART_TOKENS * item * in_block + (item + 1) * block + STEPPING * largest)
+    hidden = max(step_tokens, BATCH_TOKENS) * item * width * (len(blocks) + 4)
+    scratch = corrected * (2 * 8 * prunable + 2 * 4 * prunable + hidden)
+    return Needs(PROCESS + int(RAGGED * resident), PROCESS + int(RAGGED * streamed), scratch)
+
+
+def parse_size(text: str) -> int:
+    """Bytes from a size such as ``8GB``, ``1.5 GB``, ``900MB`` (powers of 1000) or ``8GiB`` (of 1024).
+
+    Raises InputError for anything else.
+    """
+    units = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?\s*", text, re.IGNORECASE)
+    size = int(float(match[1]) * units[(match[2] or "").lower()]) if match else 0
+    if size < 1:
+        raise InputError(f"{text!r} is not a size; give a number and a unit, e.g. 8GB or 512MB")
+    return size
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that a run may take on a device."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    import psutil  # type: ignore[import-untyped]
+
+    return int(psutil.virtual_memory().available)
 
 
 def _flops(dtype: torch.dtype, device: torch.device) -> float:

@@ -1,12 +1,13 @@
 """What the controller minimises: how far the pruned model's predictions are from the dense model's, over token windows.
 
-The teacher is the same model with the masks off. The loss is the Kullback-Leibler divergence KL(dense || pruned) of the
-next-token distributions, the cross-entropy of the text itself, or a mix; and, if asked for, the distance of the hidden states
-after every block.
+The loss is the Kullback-Leibler divergence KL(dense || pruned) of the next-token distributions, the cross-entropy of the text
+itself, or a mix; and, if asked for, the distance of the hidden states after every block. All of it is seen from hidden states:
+who computes those, and how, is the business of ``passes``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -14,131 +15,115 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from uniprune.errors import UniPruneError
-from uniprune.executor import batches, device_of
-from uniprune.matrices import find_blocks
-from uniprune.straight_through import StraightThrough
 
 QUIET = 0.02  # nats: tokens with a smaller divergence are not made louder than this
+PIECE = 512  # tokens whose logits are in memory at once
 
 
-class Loss:
-    """The loss of a pruned model, over token windows ``[windows, length]``.
+class Head:
+    """Logits from final hidden states, in float32: what a model's output head makes of them.
 
-    text: the windows to come; the loss runs over its ``vocabulary`` commonest tokens, which saves time (with labels over all).
-    labels: share of the cross-entropy, in [0, 1]. evenness: each token's divergence d is weighted by d ** -evenness, so that
-    few tokens do not drown the others; 0 is the plain mean. hidden: weight of the hidden states' distance.
-    Raises UniPruneError for a model whose logits are not its output head times its last hidden states.
+    text: token ids; only its ``vocabulary`` commonest get logits, in the order of their ids (None: all do).
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        network: StraightThrough,
-        text: Tensor,
-        vocabulary: int = 8192,
-        labels: float = 0.0,
-        evenness: float = 0.0,
-        hidden: float = 0.0,
-    ) -> None:
-        self._model, self._network = model, network
-        self._labels, self._evenness, self._hidden = labels, evenness, hidden
-        self._blocks = find_blocks(model)[1]
+    def __init__(self, model: nn.Module, text: Tensor | None = None, vocabulary: int | None = None) -> None:
         head = model.get_output_embeddings()  # type: ignore[operator]
         config = model.config.get_text_config()  # type: ignore[union-attr,operator]
         self._cap: float | None = getattr(config, "final_logit_softcapping", None)
-        counts = torch.bincount(text.flatten(), minlength=head.weight.shape[0])
-        size = len(counts) if labels else min(vocabulary, len(counts))
-        common = counts.topk(size).indices.sort().values.to(head.weight.device)
-        self._head = head.weight.detach()[common]
-        self._bias = head.bias.detach()[common] if getattr(head, "bias", None) is not None else None
-        self._scale = self._logit_scale(text[:1, :8], common)
+        self._weight: Tensor = head.weight.detach()
+        self._bias: Tensor | None = head.bias.detach() if getattr(head, "bias", None) is not None else None
+        self._common: Tensor | None = None
+        self._scale = 1.0
+        if text is not None and vocabulary is not None and vocabulary < len(self._weight):
+            counts = torch.bincount(text.flatten(), minlength=len(self._weight))
+            self._common = counts.topk(vocabulary).indices.sort().values.to(self._weight.device)
+            self._weight = self._weight[self._common]
+            self._bias = self._bias[self._common] if self._bias is not None else None
 
-    def backward(self, batch: Tensor) -> float:
-        """Runs the pruned model forwards and backwards, into the network's sink. Returns the KL in nats per token."""
-        with self._network.dense():
-            teacher, teacher_states = self._run(batch)
-        student, states = self._run(batch)
-        kl, gradient = self._differentiate(student.detach(), teacher, batch)
+    def fit(self, model: nn.Module, run: Callable[[nn.Module], Any], hidden: Tensor) -> Head:
+        """Finds the factor that some families put on their logits.
+
+        run: the model's output for some windows; hidden: the final hidden states it came from.
+        Raises UniPruneError for a model whose logits are not its output head times its final hidden states.
+        """
+        logits: Tensor = run(model).logits.float()
+        logits = logits if self._common is None else logits[..., self._common]
+        ours = self(hidden)
+        self._scale = float((logits * ours).sum() / ours.square().sum())
+        if not torch.allclose(logits, ours * self._scale, rtol=0.05, atol=0.02 * float(logits.abs().max())):
+            kind = type(model).__name__
+            raise UniPruneError(f"the logits of {kind} are not its output head times its last states; use --controller none")
+        return self
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        logits = functional.linear(hidden, self._weight, self._bias).float() * self._scale
+        return self._cap * torch.tanh(logits / self._cap) if self._cap else logits
+
+    def next_token(self, hidden: Tensor, ids: Tensor) -> Tensor:
+        """The gradient ``[windows, length, width]`` of the summed next-token cross-entropy of ``ids`` ``[windows, length]``.
+
+        The head needs its whole vocabulary.
+        """
+        gradient = torch.zeros_like(hidden)
+        for ours, target, into in zip(hidden[:, :-1], ids[:, 1:].to(hidden.device), gradient[:, :-1], strict=True):
+            for piece in _pieces(len(ours)):
+                with torch.enable_grad():
+                    leaf = ours[piece].detach().requires_grad_()
+                    loss = functional.cross_entropy(self(leaf), target[piece], reduction="sum")
+                into[piece] = torch.autograd.grad(loss, leaf)[0]
+        return gradient
+
+
+class Loss:
+    """The loss of a pruned model, seen from hidden states ``[windows, length, width]``, and its gradient there.
+
+    head: with the whole vocabulary if there are labels. labels: share of the cross-entropy, in [0, 1]. evenness: each token's
+    divergence d is weighted by d ** -evenness, so that few tokens do not drown the others; 0 is the plain mean. hidden: weight
+    of the hidden states' distance; the distance of a token is the mean over the blocks but the last.
+    """
+
+    def __init__(self, head: Head, labels: float = 0.0, evenness: float = 0.0, hidden: float = 0.0) -> None:
+        self._head, self._labels, self._evenness, self._hidden = head, labels, evenness, hidden
+
+    def gradient(self, student: Tensor, teacher: Tensor, ids: Tensor) -> tuple[float, Tensor]:
+        """KL summed over the tokens, in nats, and the gradient of the loss's sum with respect to ``student``."""
         # Sums over the tokens, not means: the step does not see the scale, and float16 would lose small gradients.
-        distance = self._distance(states, teacher_states) if self._hidden else torch.zeros(())
-        if distance.requires_grad:
-            weight = torch.full_like(distance, self._hidden * batch.numel())
-            torch.autograd.backward([student, distance], [gradient, weight])
-        else:
-            torch.autograd.backward([student], [gradient])
-        return kl
+        total, gradient = 0.0, torch.zeros_like(student)
+        for ours, theirs, into in zip(student, teacher, gradient, strict=True):
+            for piece in _pieces(len(ours)):
+                with torch.enable_grad():
+                    leaf = ours[piece].detach().requires_grad_()
+                    kl = self._kl(leaf, theirs[piece])
+                    loss = (1 - self._labels) * (kl * kl.detach().clamp_min(QUIET) ** -self._evenness).sum()
+                into[piece] = torch.autograd.grad(loss, leaf)[0]
+                total += float(kl.detach().sum())
+        if self._labels:
+            gradient += self._labels * self._head.next_token(student, ids)
+        return total, gradient
 
     @torch.no_grad()
-    def held_out(self, windows: Tensor, batch_tokens: int = 1024) -> float:
-        """Mean KL in nats per token over windows, without gradients."""
-        total = 0.0
-        for batch in batches(windows, batch_tokens):
-            with self._network.dense():
-                teacher, _ = self._run(batch)
-            student, _ = self._run(batch)
-            for ours, theirs in zip(student, teacher, strict=True):
-                total += float(self._kl(ours, theirs).sum())
-        return total / windows.numel()
+    def kl(self, student: Tensor, teacher: Tensor) -> float:
+        """KL(dense || pruned) summed over the tokens, in nats."""
+        pairs = zip(student, teacher, strict=True)
+        return sum(float(self._kl(a[piece], b[piece]).sum()) for a, b in pairs for piece in _pieces(len(a)))
 
-    def _differentiate(self, student: Tensor, teacher: Tensor, batch: Tensor) -> tuple[float, Tensor]:
-        """Mean KL per token, and the gradient of the loss's sum, a window at a time: logits are large."""
-        total, gradients = 0.0, []
+    def between(self, student: Tensor, teacher: Tensor, blocks: int) -> Tensor:
+        """The gradient of the hidden states' distance after one of ``blocks`` blocks, with respect to ``student``."""
         with torch.enable_grad():
-            for ours, theirs, ids in zip(student, teacher, batch, strict=True):
-                ours = ours.detach().requires_grad_()
-                kl = self._kl(ours, theirs)
-                quiet = kl.detach().clamp_min(QUIET)
-                loss = (1 - self._labels) * (kl * quiet**-self._evenness).sum()
-                if self._labels:
-                    next_ids = ids[1:].to(ours.device)
-                    loss = loss + self._labels * functional.cross_entropy(self._logits(ours)[:-1], next_ids, reduction="sum")
-                gradients.append(torch.autograd.grad(loss, ours)[0])
-                total += float(kl.detach().sum())
-        return total / batch.numel(), torch.stack(gradients)
+            leaf = student.detach().requires_grad_()
+            distance = self._hidden / max(1, blocks - 1) * (_unit(leaf) - _unit(teacher)).square().mean(-1).sum()
+        return torch.autograd.grad(distance, leaf)[0]
 
     def _kl(self, student: Tensor, teacher: Tensor) -> Tensor:
         """KL(dense || pruned) of each token ``[length]``, from final hidden states ``[length, width]``."""
         with torch.no_grad():
-            target = functional.log_softmax(self._logits(teacher), -1)
-        predicted = functional.log_softmax(self._logits(student), -1)
+            target = functional.log_softmax(self._head(teacher), -1)
+        predicted = functional.log_softmax(self._head(student), -1)
         return functional.kl_div(predicted, target, log_target=True, reduction="none").sum(-1)
 
-    def _distance(self, states: list[Tensor], teacher_states: list[Tensor]) -> Tensor:
-        distances = [(_unit(a) - _unit(b)).square().mean() for a, b in zip(states, teacher_states, strict=True)]
-        return torch.stack(distances).mean() if distances else torch.zeros(())
 
-    def _logits(self, hidden: Tensor) -> Tensor:
-        logits = functional.linear(hidden, self._head, self._bias).float() * self._scale
-        return self._cap * torch.tanh(logits / self._cap) if self._cap else logits
-
-    def _logit_scale(self, probe: Tensor, common: Tensor) -> float:
-        """The factor that some families put on their logits; an error if ours cannot be made the model's own."""
-        with self._network.dense():
-            logits = self._model(input_ids=probe.to(device_of(self._model)), use_cache=False).logits[..., common].float()
-            hidden, _ = self._run(probe)
-            self._scale = 1.0
-            ours = self._logits(hidden)
-            scale = float((logits * ours).sum() / ours.square().sum())
-        if not torch.allclose(logits, ours * scale, rtol=0.05, atol=0.02 * float(logits.abs().max())):
-            kind = type(self._model).__name__
-            raise UniPruneError(f"the controller cannot compute the logits of {kind} block by block; use --controller none")
-        return scale
-
-    def _run(self, batch: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Final hidden states ``[windows, length, width]`` and, where they count, those after each block but the last."""
-        states: list[Tensor] = []
-
-        def after(module: nn.Module, args: object, output: Any) -> None:
-            states.append(output[0] if isinstance(output, tuple) else output)
-
-        handles = [block.register_forward_hook(after) for block in self._blocks[:-1] if self._hidden]
-        try:
-            backbone = getattr(self._model, "base_model", self._model)
-            output = backbone(input_ids=batch.to(device_of(self._model)), use_cache=False)
-        finally:
-            for handle in handles:
-                handle.remove()
-        return output.last_hidden_state, states
+def _pieces(length: int) -> Iterator[slice]:
+    return (slice(start, start + PIECE) for start in range(0, length, PIECE))
 
 
 def _unit(hidden: Tensor) -> Tensor:

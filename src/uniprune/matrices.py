@@ -8,7 +8,7 @@ that is silently skipped is a model that is silently not pruned.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,12 +23,16 @@ COVERAGE = 0.9  # of the blocks' parameters must lie in matrices that we know ho
 
 @dataclass(frozen=True)
 class Matrix:
-    """One prunable weight. ``shape`` is (out, in), also where the module stores it transposed (GPT-2's Conv1D)."""
+    """One prunable weight. ``shape`` is (out, in), also where the module stores it transposed (GPT-2's Conv1D).
+
+    read: gives a parameter by name while the module's own is on the meta device, waiting for its block's turn.
+    """
 
     name: str
     module: nn.Module
     block: int
     transposed: bool
+    read: Callable[[str], Tensor] | None = None
 
     @property
     def parameter(self) -> Tensor:
@@ -38,9 +42,15 @@ class Matrix:
         return weight
 
     @property
+    def stored(self) -> Tensor:
+        """The parameter, read from the checkpoint where it is not in memory."""
+        parameter = self.parameter.detach()
+        return self.read(f"{self.name}.weight") if self.read and parameter.is_meta else parameter
+
+    @property
     def weight(self) -> Tensor:
         """A view of the parameter as ``[out, in]``."""
-        return self.parameter.detach().T if self.transposed else self.parameter.detach()
+        return self.stored.T if self.transposed else self.stored
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -136,5 +146,5 @@ def check_fit(shapes: Iterable[tuple[str, tuple[int, int]]], pattern: Any) -> No
 def check_finite(matrices: Matrices) -> None:
     """Raises InputError naming the first matrix with NaN or infinity: such a checkpoint is broken."""
     for name, matrix in matrices.items():
-        if not bool(torch.isfinite(matrix.parameter).all()):
+        if not bool(torch.isfinite(matrix.stored).all()):
             raise InputError(f"{name}: the weights contain NaN or infinity; the checkpoint is broken, fetch it again")

@@ -20,7 +20,7 @@ from uniprune.errors import InputError
 class SquaredNorm:
     """Per input channel: sum of squares over the tokens, and how many tokens there were.
 
-    Float32 sums and a count: mergeable, and independent of the order.
+    Float64 sums and a count: mergeable, and the same in float32 however the tokens were split into batches and processes.
     """
 
     def __init__(self, columns: int, device: torch.device) -> None:
@@ -30,7 +30,7 @@ class SquaredNorm:
     @staticmethod
     def sums(x: Tensor) -> Tensor:
         """What the inputs ``[tokens, in]`` add to the total."""
-        return x.float().square().sum(0)
+        return x.float().square().sum(0, dtype=torch.float64)
 
     def add(self, sums: Tensor, tokens: int) -> None:
         self.total += sums
@@ -50,12 +50,12 @@ class SquaredNorm:
 
     @property
     def rms(self) -> Tensor:
-        """Root mean square ``[in]`` of each input channel."""
-        return self.mean.sqrt()
+        """Root mean square ``[in]`` of each input channel, float32."""
+        return self.mean.sqrt().float()
 
 
 class Gram(SquaredNorm):
-    """Sum of outer products ``[in, in]`` over the tokens, for refinement; its diagonal holds the squared norms."""
+    """Sum of outer products ``[in, in]`` over the tokens, float32, for refinement; its diagonal holds the squared norms."""
 
     @staticmethod
     def sums(x: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from uniprune.errors import InputError
+from uniprune.executor import Residency, resident
 
 logger = logging.getLogger(__name__)
 
@@ -52,11 +53,15 @@ class Origin:
 
 @dataclass
 class Loaded:
-    """A model in memory. ``origin`` is None for one that the caller built himself."""
+    """A model in memory. ``origin`` is None for one that the caller built himself.
+
+    residency: what brings a block's weights in, where not all of them are in memory (``streaming``).
+    """
 
     model: nn.Module
     tokenizer: Any = None
     origin: Origin | None = None
+    residency: Residency = resident
 
     def __str__(self) -> str:
         return str(self.origin) if self.origin else type(self.model).__name__
@@ -126,6 +131,18 @@ def skeleton(origin: Origin) -> nn.Module:
     with torch.device("meta"):
         model: nn.Module = _guarded(origin, lambda: AutoModelForCausalLM.from_config(config))
     return model
+
+
+def hollow(origin: Origin, dtype: torch.dtype) -> nn.Module:
+    """The model with its parameters on the meta device, but real buffers (rotary frequencies, say): ready to be filled."""
+    from accelerate import init_empty_weights  # type: ignore[import-untyped]
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = _guarded(origin, lambda: AutoConfig.from_pretrained(origin.folder))
+    with init_empty_weights(include_buffers=False):
+        model: nn.Module = _guarded(origin, lambda: AutoModelForCausalLM.from_config(config, dtype=dtype))
+    model.tie_weights()  # type: ignore[operator]  # what was tied while parameters were being swapped for hollow ones is not
+    return model.eval().requires_grad_(False)
 
 
 def load_tokenizer(origin: Origin) -> Any:

@@ -7,28 +7,55 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import json
+import os
 import platform
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from uniprune import artefacts, calibration, checkpoint, evaluation, forecast, metrics, mirror_descent, paper, patterns, text
+from uniprune import (
+    artefacts,
+    calibration,
+    checkpoint,
+    descent,
+    evaluation,
+    forecast,
+    metrics,
+    paper,
+    patterns,
+    ranks,
+    runs,
+    shards,
+    text,
+)
 from uniprune import masks as masking
 from uniprune.errors import InputError, MismatchError
-from uniprune.matrices import Matrices, check_finite, check_fit, find_matrices
+from uniprune.job import (
+    Job,
+    Machine,
+    Source,
+    check_context,
+    choose,
+    compute_dtype,
+    context,
+    place_of,
+    prepare,
+    progress_of,
+    window_length,
+)
+from uniprune.matrices import Matrices, check_fit, find_matrices
 from uniprune.models import Loaded, Origin, load_tokenizer, load_weights, parse_device, parse_dtype, resolve, skeleton
 from uniprune.patterns import Saliency, Scope
 from uniprune.progress import Progress, silent
 from uniprune.recipe import LENGTH, WINDOWS, Recipe
-from uniprune.text import Windows
-
-Source = str | Path | Loaded
 
 
 def prune(
@@ -37,6 +64,8 @@ def prune(
     output: Path | None = None,
     *,
     overwrite: bool = False,
+    resume: bool = False,
+    max_memory: int | None = None,
     device: str | None = None,
     save_tokens: Path | None = None,
     progress: Progress = silent,
@@ -44,37 +73,38 @@ def prune(
     """Prunes a model and writes the checkpoint, its masks and pruning.json to ``output``; returns that report.
 
     source: a folder, hub name or GGUF file, or a model in memory. A model in memory needs no ``output``: it is pruned in
-    place. Kept weights are bitwise the source's.
+    place. Kept weights are bitwise the source's. A model that does not fit into ``max_memory`` bytes (by default what is free)
+    is run block by block from its files. resume: go on with an interrupted run of the same settings, to the same masks.
     Raises InputError before the heavy work starts if anything asked for cannot be done.
     """
-    pattern = recipe.pattern()
-    watch = Stopwatch()
-    with watch("prepare"):
-        job = _prepare(source, recipe, output, overwrite, device, pattern, save_tokens)
-    descent: dict[str, Any] = {}
-    with watch("calibrate"):
-        if recipe.sequential:
-            metric, tokens = recipe.parsed_metric(), job.windows.tokens
-            model, refine = job.loaded.model, recipe.refine
-            cut: Any = calibration.sequential(model, job.matrices, tokens, metric, pattern, progress, refine).items()
-        else:
-            saliency, descent = _saliency(job, recipe, [pattern], progress)
-            cut = pattern(_on_one_scale(saliency, pattern, recipe.comparable))
-    if output is None:
-        with watch("mask"):
-            cut = dict(cut)
-            masking.apply(job.matrices, cut.items())
-        removed = {name: 1 - int(mask.sum()) / mask.numel() for name, mask in cut.items()}
-        return _report(recipe, job, removed, watch) | descent
-    with checkpoint.new_folder(output) as folder:
-        file = folder / checkpoint.MASKS
-        with watch("mask"):
-            removed = artefacts.write_masks(file, cut, job.shapes, job.facts() | {"pattern": str(pattern)})
-        with watch("write"):
-            checkpoint.write_checkpoint(job.loaded, artefacts.MasksFile(file), job.transposed, folder)
-        report = _report(recipe, job, removed, watch) | descent | {"masks_sha256": _sha256(file)}
-        checkpoint.write_report(folder, report)
-    return report
+    pattern, watch = recipe.pattern(), Stopwatch()
+    machine = Machine(device, max_memory, resume, overwrite)
+    with ranks.joined(place_of(machine)):
+        if output is not None and resume and (report := _finished(output, recipe, source)):
+            return report
+        with watch("prepare"):
+            job = prepare(source, recipe, output, machine, pattern, save_tokens)
+        if output is None:
+            cut, record = _cut(job, recipe, pattern, progress, watch)
+            with watch("mask"):
+                kept = dict(cut)
+                masking.apply(job.matrices, kept.items())
+            removed = {name: 1 - int(mask.sum()) / mask.numel() for name, mask in kept.items()}
+            return _report(recipe, job, removed, watch) | record
+        with progress_of(output, machine, job.identity(recipe, verb="prune")) as run:
+            cut, record = _cut(job, recipe, pattern, progress, watch, run)
+            if ranks.rank():
+                return {}
+            with checkpoint.new_folder(output, run.folder) as folder:
+                file = folder / checkpoint.MASKS
+                with watch("mask"):
+                    removed = artefacts.write_masks(file, cut, job.shapes, job.facts() | {"pattern": str(pattern)})
+                with watch("write"):
+                    checkpoint.write_checkpoint(job.loaded, artefacts.MasksFile(file), job.transposed, folder)
+                report = _report(recipe, job, removed, watch) | record | {"masks_sha256": _sha256(file)}
+                checkpoint.write_report(folder, report)
+                run.commit("done", {})
+            return report
 
 
 def calibrate(
@@ -83,32 +113,43 @@ def calibrate(
     output: Path,
     *,
     overwrite: bool = False,
+    resume: bool = False,
+    max_memory: int | None = None,
     device: str | None = None,
     save_tokens: Path | None = None,
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Scores every prunable weight and writes the scores: from them, masks of any sparsity are cut in seconds.
 
-    Returns the facts that stand in the file's metadata.
+    max_memory, resume: as in :func:`prune`. Returns the facts that stand in the file's metadata.
     """
     if recipe.sequential:
         flag = "--refine" if recipe.refine else "--sequential"
         raise InputError(f"{flag} needs the masks while it calibrates; use it with prune")
-    artefacts.check_output_file(output, overwrite)
-    target = recipe.pattern() if recipe.sparsity is not None else None
-    job = _prepare(source, recipe, None, overwrite, device, target, save_tokens)
-    checkpoint.check_disk_space(output, 4 * sum(matrix.size for matrix in job.matrices.values()))
-    targets = [target] if target else _fitting(mirror_descent.any_sparsity(), job.shapes)
-    saliency, descent = _saliency(job, recipe, targets, progress)
-    facts = job.facts() | {
-        "recipe": recipe.record(),
-        "calibration": job.windows.describe(),
-        "comparable": recipe.comparable,
-        "versions": versions(),
-        **descent,
-    }
-    artefacts.write_scores(output, saliency, job.shapes, facts)
-    return facts
+    machine = Machine(device, max_memory, resume, overwrite)
+    with ranks.joined(place_of(machine)):
+        if resume and (facts := _calibrated(output, recipe, source)):
+            return facts
+        artefacts.check_output_file(output, overwrite)
+        target = recipe.pattern() if recipe.sparsity is not None else None
+        job = prepare(source, recipe, None, machine, target, save_tokens)
+        checkpoint.check_disk_space(output, 4 * sum(matrix.size for matrix in job.matrices.values()))
+        targets = [target] if target else _fitting(descent.any_sparsity(), job.shapes)
+        with progress_of(output, machine, job.identity(recipe, verb="calibrate")) as run:
+            saliency, record = _saliency(job, recipe, targets, progress, run)
+            facts = job.facts() | {
+                "recipe": recipe.record(),
+                "calibration": job.windows.describe(),
+                "comparable": recipe.comparable,
+                "versions": versions(),
+                **record,
+            }
+            if not ranks.rank():
+                scores = run.folder / "scores.safetensors"
+                artefacts.write_scores(scores, saliency.items(), job.shapes, facts)
+                run.commit("done", {})
+                os.replace(scores, output)
+            return {} if ranks.rank() else facts
 
 
 def mask(
@@ -149,7 +190,7 @@ def apply(
         artefacts.check_base(file.facts, base, masks, origin)
         size = sum(matrix.parameter.nbytes for matrix in matrices.values()) if matrices else 0
         checkpoint.check_disk_space(output, checkpoint.checkpoint_bytes(origin, size))
-    with checkpoint.new_folder(output) as folder:
+    with runs.open_run(output, {"verb": "apply"}) as run, checkpoint.new_folder(output, run.folder) as folder:
         with watch("write"):
             (folder / checkpoint.MASKS).parent.mkdir()
             shutil.copyfile(masks, folder / checkpoint.MASKS)
@@ -167,16 +208,23 @@ def apply(
     return report
 
 
-def plan(source: str | Path, recipe: Recipe, *, device: str | None = None) -> forecast.Plan:
+def plan(source: str | Path, recipe: Recipe, *, device: str | None = None, max_memory: int | None = None) -> forecast.Plan:
     """What pruning this model would touch, cost and yield; reads no weight and writes nothing."""
     origin = resolve(source)
     model = skeleton(origin)
     matrices = find_matrices(model, recipe.include, recipe.exclude)
-    dtype = parse_dtype(recipe.dtype) or (torch.float32 if origin.gguf else _stored_dtype(origin, matrices))
+    dtype = parse_dtype(recipe.dtype) or compute_dtype(origin, matrices)
     pattern = recipe.pattern() if recipe.sparsity is not None else None
     tokens = (recipe.windows or WINDOWS) * (recipe.length or LENGTH)
-    place = parse_device(device)
-    return forecast.make_plan(origin, model, matrices, pattern, dtype, tokens, place, recipe.resolved_controller)
+    machine = Machine(device, max_memory)
+    place, controller = place_of(machine), recipe.resolved_controller
+    needs = forecast.needs(model, matrices, dtype, controller, recipe.step_tokens(recipe.length or LENGTH))
+    execution: str
+    try:
+        execution = choose(origin, needs, machine, place)
+    except InputError:
+        execution = "none"
+    return forecast.make_plan(origin, model, matrices, pattern, dtype, tokens, place, controller, needs, execution)
 
 
 def evaluate(
@@ -198,8 +246,8 @@ def evaluate(
     origin = None if loaded else resolve(source)  # type: ignore[arg-type]
     config = loaded.model.config if loaded else skeleton(origin).config  # type: ignore[arg-type]
     tokenizer = loaded.tokenizer if loaded else load_tokenizer(origin)  # type: ignore[arg-type]
-    length = _window_length(text_source, length, min(2048, _context(config)))
-    _check_context(config, length)
+    length = window_length(text_source, length, min(2048, context(config)))
+    check_context(config, length)
     chosen = text.load_windows(text_source, tokenizer, use="evaluation", length=length, count=windows)
     if loaded is None:
         assert origin is not None
@@ -211,114 +259,72 @@ def evaluate(
 # ------------------------------------------------------------------------------------------------------------- parts
 
 
-@dataclass
-class Job:
-    """Everything a run needs, checked and loaded."""
-
-    loaded: Loaded
-    matrices: Matrices
-    windows: Windows
-    base: str
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, int]]:
-        return {name: matrix.shape for name, matrix in self.matrices.items()}
-
-    @property
-    def transposed(self) -> list[str]:
-        return [name for name, matrix in self.matrices.items() if matrix.transposed]
-
-    def facts(self) -> dict[str, Any]:
-        """What ties an artefact to its model."""
-        return {"base": self.base, "base_name": str(self.loaded), "transposed": self.transposed}
-
-
-def _prepare(
-    source: Source,
+def _cut(
+    job: Job,
     recipe: Recipe,
-    output: Path | None,
-    overwrite: bool,
-    device: str | None,
-    pattern: patterns.Pattern | None,
-    save_tokens: Path | None,
-) -> Job:
-    """Checks the cheap things first and loads the weights last."""
-    place, dtype = parse_device(device), parse_dtype(recipe.dtype)
-    if save_tokens is not None:
-        artefacts.check_output_file(save_tokens, overwrite)
-    loaded = source if isinstance(source, Loaded) else None
-    origin = loaded.origin if loaded else resolve(source)  # type: ignore[arg-type]
-    if output is not None:
-        checkpoint.check_output_folder(output, overwrite, origin.folder if origin else None)
-    model = loaded.model if loaded else skeleton(origin)  # type: ignore[arg-type]
-    matrices = find_matrices(model, recipe.include, recipe.exclude)
-    if pattern is not None:
-        check_fit(((name, matrix.shape) for name, matrix in matrices.items()), pattern)
-    if output is not None:
-        size = sum(p.numel() for p in model.parameters()) * (dtype or torch.float32).itemsize
-        needed = checkpoint.checkpoint_bytes(origin, size) if origin else size
-        checkpoint.check_disk_space(output, needed)
-    tokenizer = loaded.tokenizer if loaded else load_tokenizer(origin)  # type: ignore[arg-type]
-    windows = _calibration_windows(recipe, tokenizer, model)
-    if save_tokens is not None:
-        text.save_windows(windows, save_tokens)
-    if loaded is None:
-        assert origin is not None
-        loaded = Loaded(load_weights(origin, dtype, place), tokenizer, origin)
-        matrices = find_matrices(loaded.model, recipe.include, recipe.exclude)
-    check_finite(matrices)
-    return Job(loaded, matrices, windows, checkpoint.fingerprint(loaded, matrices, matrices))
-
-
-def _calibration_windows(recipe: Recipe, tokenizer: Any, model: torch.nn.Module) -> Windows:
-    length = _window_length(recipe.text, recipe.length, min(LENGTH, _context(model.config)))
-    _check_context(model.config, length)
-    count = recipe.windows or (None if recipe.text.endswith(".safetensors") else WINDOWS)
-    return text.load_windows(recipe.text, tokenizer, use="calibration", length=length, count=count, seed=recipe.seed)
-
-
-def _window_length(source: str | Path, length: int | None, default: int) -> int:
-    """A token file knows its own length."""
-    if length is None and str(source).endswith(".safetensors"):
-        return text.token_file_shape(Path(source))[1]
-    return length or default
-
-
-def _context(config: Any) -> int:
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return limit if isinstance(limit, int) and limit > 0 else 1 << 30
-
-
-def _check_context(config: Any, length: int) -> None:
-    if length > _context(config):
-        raise InputError(f"windows of {length} tokens do not fit the model's context of {_context(config)}; lower --length")
-
-
-def _stored_dtype(origin: Origin, matrices: Matrices) -> torch.dtype:
-    """The type that the checkpoint's own matrices have."""
-    keys = checkpoint.entries(origin.shards)
-    by_name = {name: dtype for dtype, name in checkpoint.NAMES.items()}
-    return by_name.get(keys[checkpoint.key_of(next(iter(matrices)), keys)].dtype, torch.float32) if keys else torch.float32
+    pattern: patterns.Pattern,
+    progress: Progress,
+    watch: Stopwatch,
+    run: runs.Run | None = None,
+) -> tuple[Iterable[tuple[str, Tensor]], dict[str, Any]]:
+    """Masks, matrix by matrix, perhaps not cut before they are asked for, and the record of the controller if it ran."""
+    with watch("calibrate"):
+        if not recipe.sequential:
+            saliency, record = _saliency(job, recipe, [pattern], progress, run)
+            return pattern(_on_one_scale(saliency, pattern, recipe.comparable)), record
+        loaded, metric = job.loaded, recipe.parsed_metric()
+        arguments = loaded.model, job.matrices, job.windows.tokens, metric, pattern, progress
+        cut = calibration.sequential(*arguments, refine=recipe.refine, residency=loaded.residency, run=run)
+        return cut.items(), {}
 
 
 def _saliency(
-    job: Job, recipe: Recipe, targets: Sequence[patterns.Pattern], progress: Progress
+    job: Job, recipe: Recipe, targets: Sequence[patterns.Pattern], progress: Progress, run: runs.Run | None
 ) -> tuple[Saliency, dict[str, Any]]:
     """The saliency that masks are cut from, and the record of the controller's descent if it ran."""
-    model, tokens, metric = job.loaded.model, job.windows.tokens, recipe.parsed_metric()
+    loaded, tokens, metric = job.loaded, job.windows.tokens, recipe.parsed_metric()
     settings = recipe.parsed_tuning()
     if not recipe.corrected:
-        return calibration.one_shot(model, job.matrices, tokens, metric, progress), {}
+        return calibration.one_shot(loaded.model, job.matrices, tokens, metric, progress, loaded.residency, run), {}
     steps = recipe.steps
     if recipe.budget_tokens is not None:
         within = max(1, recipe.budget_tokens // settings.step_tokens(tokens.shape[1]))
         steps = min(steps or within, within)
-    arguments = model, job.matrices, tokens, metric, targets, steps
+    arguments = loaded.model, job.matrices, tokens, metric, targets, steps
+    duals: Saliency
     if isinstance(settings, paper.Paper):
+        if job.execution == "streamed" or ranks.count() > 1:
+            raise InputError(
+                "--controller paper learns a copy of the weights in memory, in one process; use --controller feedback"
+            )
         duals, record = paper.descend(*arguments, settings, recipe.seed, progress)
     else:
-        duals, record = mirror_descent.descend(*arguments, settings, recipe.seed, progress)
+        duals, record = descent.descend(*arguments, settings, recipe.seed, progress, loaded.residency, run)
     return duals, {"controller": {"targets": [str(target) for target in targets], **record}}
+
+
+def _finished(output: Path, recipe: Recipe, source: Source) -> dict[str, Any] | None:
+    """The report of this very run, if its output is there already: a job that is started again has nothing to do."""
+    path = output / checkpoint.REPORT
+    if runs.pending(output) or not path.is_file():
+        return None
+    report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return report if _same_run(report.get("recipe"), report.get("model", {}).get("name"), output, recipe, source) else None
+
+
+def _calibrated(output: Path, recipe: Recipe, source: Source) -> dict[str, Any] | None:
+    """As :func:`_finished`: the facts of a scores file."""
+    if runs.pending(output) or not output.is_file():
+        return None
+    facts = artefacts.ScoresFile(output).facts
+    return facts if _same_run(facts.get("recipe"), facts.get("base_name"), output, recipe, source) else None
+
+
+def _same_run(settings: Any, name: Any, output: Path, recipe: Recipe, source: Source) -> bool:
+    if settings != json.loads(json.dumps(recipe.record())) or name != str(source):
+        return False
+    runs.discard(output)
+    return True
 
 
 def _on_one_scale(saliency: Saliency, pattern: patterns.Pattern, comparable: bool) -> Saliency:
@@ -333,9 +339,9 @@ def _fitting(targets: Sequence[patterns.Pattern], shapes: Mapping[str, tuple[int
 
 def _check_names(origin: Origin, file: artefacts.MasksFile, matrices: Matrices | None, path: Path) -> None:
     """Masks for a model of another architecture name matrices that this one does not have."""
-    keys = checkpoint.entries(origin.shards)
+    keys = shards.entries(origin.shards)
     for name in file:
-        if name not in matrices if matrices is not None else not checkpoint.find_key(name, keys):
+        if name not in matrices if matrices is not None else not shards.find_key(f"{name}.weight", keys):
             raise MismatchError(f"{path} was made for another model: {origin} has no matrix {name}")
 
 

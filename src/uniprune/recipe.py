@@ -136,6 +136,10 @@ class Recipe(BaseModel):
                 raise InputError(f"tuning: {name!r} is not a setting of {kind.__name__}; it has: {', '.join(defaults)}")
         return kind(**{name: type(defaults[name])(value) for name, value in self.tuning.items()})
 
+    def step_tokens(self, length: int) -> int:
+        """Tokens of a step of the controller on windows of ``length``."""
+        return max(length, self.parsed_tuning().step_tokens(length))
+
     def parsed_metric(self) -> metrics.Metric:
         return metrics.parse(self.metric, self.seed)
 

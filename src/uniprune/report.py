@@ -33,9 +33,16 @@ def plan_lines(plan: Plan) -> list[str]:
     lines = []
     if plan.sparsity is not None:
         lines.append(f"Sparsity {plan.sparsity:.1%} of the prunable weights, {plan.sparsity_of_model:.1%} of all parameters.")
+    how = {
+        "resident": f"the whole model in memory, about {plan.memory / 1e9:.1f} GB",
+        "streamed": f"block by block, in about {plan.memory / 1e9:.1f} GB of memory "
+        f"(the whole model would take {plan.memory_resident / 1e9:.1f} GB) and {plan.scratch / 1e9:.1f} GB of disk meanwhile",
+        "none": f"not here: the whole model would take {plan.memory_resident / 1e9:.1f} GB of memory, "
+        f"block by block {plan.memory_streamed / 1e9:.1f} GB",
+    }
     lines.append(
-        f"About {plan.memory / 1e9:.1f} GB of memory ({plan.dtype}), {max(plan.seconds, 1):.0f} s for "
-        f"{plan.tokens} calibration tokens on this machine, {plan.disk / 1e9:.2f} GB of disk for the output."
+        f"Execution: {how[plan.execution]} ({plan.dtype}). About {max(plan.seconds, 1):.0f} s for {plan.tokens} calibration "
+        f"tokens on this machine, {plan.disk / 1e9:.2f} GB of disk for the output."
     )
     if not plan.fits:
         lines.append("Some matrices cannot have the pattern: pruning will refuse until --exclude leaves them out.")

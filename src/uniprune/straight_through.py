@@ -1,14 +1,14 @@
 """The pruned model in the forward pass, a gradient for every weight in the backward pass.
 
-The weights are never touched: each matrix multiplies by ``weight * mask`` on the fly, and in the backward pass hands over the
-gradient with respect to that product, for pruned and kept weights alike (the straight-through estimator). It is handed over
-matrix by matrix and not stored, so that the gradients of a model never exist all at once. With the masks off, the same model is
+The weights are never touched: each matrix multiplies by ``weight * mask`` on the fly, and in the backward pass finds the
+gradient with respect to that product, for pruned and kept weights alike (the straight-through estimator). Gradients are handed
+over block by block and not stored, so that those of a model never exist all at once. With the masks off, the same model is
 the dense one: a teacher that takes no memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,23 +18,29 @@ from torch.nn import functional
 
 from uniprune.matrices import Matrices, Matrix
 
-Sink = Callable[[str, Tensor], None]
+Sink = Callable[[str, "Tensor | None"], None]
 Weigh = Callable[[str, Tensor, Tensor], Tensor]
+Watch = Callable[[str, Tensor, Tensor], None]
 
 
 class StraightThrough:
     """Routes the matrices of a model through masks, inside ``with``; afterwards the model is as it was.
 
     masks: matrix name -> mask ``[out, in]``, boolean or relaxed (in [0, 1]), to be replaced at will between passes; without an
-    entry a matrix is dense. sink: receives (name, dL/d(weight * mask)) during the backward pass, in the model's dtype.
+    entry a matrix is dense. sink: receives (name, dL/d(weight * mask)), the sum of all passes since the last time, in the
+    model's dtype, or float32 where passes were summed; None for a matrix that saw no token. It is called when :meth:`flush`
+    is, in the order of the matrices.
     weigh: given (name, inputs ``[tokens, in]``, output gradients ``[tokens, out]``), the weight ``[tokens]`` of each token in
-    that gradient; without it all weigh 1.
+    that gradient; without it all weigh 1. watch: given the same, and no gradient of a weight is computed.
     """
 
-    def __init__(self, matrices: Matrices, sink: Sink, weigh: Weigh | None = None) -> None:
+    def __init__(
+        self, matrices: Matrices, sink: Sink | None = None, weigh: Weigh | None = None, watch: Watch | None = None
+    ) -> None:
         self.matrices = matrices
-        self.masks: dict[str, Tensor] = {}
-        self.sink, self.weigh = sink, weigh
+        self.masks: Mapping[str, Tensor] = {}
+        self.sink, self.weigh, self.watch = sink, weigh, watch
+        self._gradients: dict[str, Tensor] = {}
         self._dense = False
 
     def __enter__(self) -> StraightThrough:
@@ -45,6 +51,25 @@ class StraightThrough:
     def __exit__(self, *error: object) -> None:
         for matrix in self.matrices.values():
             del matrix.module.forward  # the class's own forward shows again
+
+    def flush(self, block: int | None = None) -> None:
+        """Hands over the gradients of one block's matrices, or of all that have any."""
+        if self.sink is None:
+            return
+        names = [name for name, m in self.matrices.items() if m.block == block] if block is not None else list(self._gradients)
+        for name in names:
+            self.sink(name, self._gradients.pop(name, None))
+
+    def add(self, name: str, x: Tensor, gradient: Tensor) -> None:
+        """One pass's inputs ``[tokens, in]`` and output gradients ``[tokens, out]`` of a matrix."""
+        if self.watch:
+            self.watch(name, x, gradient)
+            return
+        if self.weigh:
+            gradient = gradient * self.weigh(name, x, gradient)[:, None]
+        product = gradient.T @ x
+        earlier = self._gradients.get(name)
+        self._gradients[name] = product if earlier is None else earlier.float().add_(product)
 
     @contextmanager
     def dense(self) -> Iterator[None]:
@@ -83,10 +108,7 @@ class _MaskedLinear(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         gradient_x = gradient @ _masked(ctx.matrix.weight, ctx.mask) if ctx.needs_input_grad[0] else None
         name, network = ctx.matrix.name, ctx.network
-        x, gradient = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
-        if network.weigh:
-            gradient = gradient * network.weigh(name, x, gradient)[:, None]
-        network.sink(name, gradient.T @ x)
+        network.add(name, x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1]))
         return gradient_x, None, None, None
 
 

@@ -1,0 +1,317 @@
+"""The loop around the controller: the pruned model's loss, the steps of all matrices, the windows that judge, the best state.
+
+A descent can be interrupted: its state goes into a run folder (``runs``) and it continues from there, bit for bit. It can be
+shared between processes (``ranks``): each takes its part of every step's windows, and all have the same state.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from uniprune import ranks
+from uniprune.calibration import LocalSaliency, check_seen
+from uniprune.duals import Best, Cut, States, StoredStates
+from uniprune.errors import InputError
+from uniprune.executor import Replay, Residency, Stash, resident
+from uniprune.executor import batches as in_batches
+from uniprune.loss import Loss
+from uniprune.matrices import Matrices, find_blocks
+from uniprune.metrics import Metric, SquaredNorm
+from uniprune.mirror_descent import Evener, MirrorDescent, State
+from uniprune.passes import Passes, Resident, Streamed
+from uniprune.patterns import NM, Pattern, Unstructured, top
+from uniprune.progress import Progress, silent
+from uniprune.runs import Pace, Run, Store
+from uniprune.straight_through import StraightThrough
+
+logger = logging.getLogger(__name__)
+
+START_TOKENS = 8192  # of calibration text, whose statistics make the start
+SAMPLE, SAMPLED = 37, 1 << 22  # every 37th dual, or so many in all, estimate the model-wide threshold while descending
+JUDGED = 1024  # tokens in one batch of held-out windows
+GLANCE = 16  # every 16th row tells how many masks a step flipped
+
+
+def descend(
+    model: nn.Module,
+    matrices: Matrices,
+    windows: Tensor,
+    metric: Metric,
+    targets: Sequence[Pattern],
+    steps: int | None = None,
+    settings: MirrorDescent | None = None,
+    seed: int = 0,
+    progress: Progress = silent,
+    residency: Residency = resident,
+    run: Run | None = None,
+) -> tuple[Mapping[str, Tensor], dict[str, Any]]:
+    """The global saliency (duals) and a record of the descent.
+
+    windows: token ids ``[windows, length]``; the last few judge the state and are never descended on, the first few also make
+    the start. metric: the local saliency. targets: the patterns whose masks the loss is taken at, one per step, drawn by
+    ``seed`` in shuffled rounds. steps: by default so many that each window is used once. residency: of a model whose blocks are
+    in memory one at a time; its states are then kept on disk. run: where progress is kept, and taken up again; the saliency
+    that is returned may lie there.
+    The state with the lowest held-out KL is returned: it is never worse there than the start. A descent that diverges is set
+    back to the best state and goes on at half the step size; one that stops improving is stopped.
+    Raises InputError if there are too few windows.
+    """
+    settings = settings or MirrorDescent()
+    if len(windows) < 2:
+        raise InputError("the controller holds a calibration window out and needs another; give --windows 2 or more")
+    if settings.temperature and residency is not resident and not all(target.local for target in targets):
+        raise InputError("relaxed masks with one budget for the model need the whole model in memory; leave temperature at 0")
+    judges = max(1, min(max(settings.held_out, len(targets)), len(windows) // 8))
+    held_out, windows = windows[-judges:], windows[:-judges]
+    todo = in_batches(windows, settings.batch_tokens)
+    steps = steps or len(todo)
+    with ExitStack() as stack:
+        kept = run or Run(Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="uniprune-"))))
+        passes = _passes(model, matrices, residency, kept)
+        stack.enter_context(passes.network)
+        descent = Descent(passes, matrices, windows, metric, settings, kept, durable=run is not None)
+        best, order = Best(kept, matrices, passes.device), _drawn(targets, seed)
+        history, stale, begin = [], 0, 0
+        if saved := descent.saved():
+            history, stale, begin = saved["history"], saved["stale"], saved["step"]
+            best.value, best.number = saved["best"]
+        else:
+            best.keep(descent.judge(targets, held_out), descent.duals())
+            history = [best.value]
+        for _ in range(begin):
+            next(order)
+        for index in progress(range(begin, steps), "descending", steps - begin):
+            target = next(order)
+            kl, flips = descent.step(todo[index % len(todo)], target, 1 - index / steps)
+            progress.note(f"{target}: KL {kl:.3f}, {flips:.2%} flipped")
+            logger.info("step %d: %s KL %.4f", index, target, kl)
+            if not ((index + 1) % max(1, steps // settings.checks) and index + 1 < steps):
+                history.append(descent.judge(targets, held_out))
+                if history[-1] < best.value:
+                    best.keep(history[-1], descent.duals())
+                    stale = 0
+                elif not history[-1] < 1.5 * history[0]:  # also NaN
+                    logger.warning("the controller diverged (held-out KL %.3f); back to the best, half the step", history[-1])
+                    descent.back_off(best.items())
+                else:
+                    stale += 1
+            after = steps if stale == 2 else index + 1
+            facts = {"step": after, "history": history, "stale": stale, "best": [best.value, best.number]}
+            descent.save(facts, last=after == steps)
+            if stale == 2:
+                break
+        judged = {"steps": steps, "held_out_kl": history, "best_held_out_kl": best.value}
+        saliency = best.file() if run else dict(best.items())
+        return saliency, judged | descent.record
+
+
+class Descent:
+    """The states of all matrices, and the steps that move them.
+
+    record: tokens descended on, KL in nats per token and share of masks that each step flipped, how often it backed off.
+    """
+
+    def __init__(
+        self,
+        passes: Passes,
+        matrices: Matrices,
+        windows: Tensor,
+        metric: Metric,
+        settings: MirrorDescent,
+        run: Run,
+        durable: bool = False,
+    ) -> None:
+        self._passes, self._matrices, self._settings = passes, matrices, settings
+        self._streamed = isinstance(passes, Streamed)
+        self._durable, self._pace, self._store = durable, Pace(), Store(run, "descent")
+        head = passes.head(windows, None if settings.labels else settings.vocabulary)
+        self._loss = Loss(head, settings.labels, settings.evenness, settings.hidden)
+        inputs, self._gradients = _start(passes, windows[: max(1, START_TOKENS // windows.shape[1])], run, durable)
+        self._local = LocalSaliency(matrices, metric, inputs)
+        self.states: States | StoredStates = StoredStates(self._store) if self._streamed else States()
+        self._every = max(SAMPLE, sum(matrix.size for matrix in matrices.values()) // SAMPLED)
+        self._samples: dict[str, Tensor] = {}  # of the duals, for model-wide thresholds
+        self._scale, self._size = 1.0, 0.0
+        self._flipped, self._seen = 0, 0
+        self.record: dict[str, Any] = {"tokens": 0, "kl": [], "flips": [], "backed_off": 0}
+        saved = StoredStates(self._store) if self._store.facts else None
+        for name in matrices:
+            self._put(name, saved[name].to(passes.device) if saved else self.start(name))
+        passes.network.sink = self._sink
+        passes.network.weigh = Evener(inputs, self._gradients) if settings.even_tokens else None
+
+    def start(self, name: str) -> State:
+        """A matrix's state before the first step."""
+        return self._settings.init(self._local[name], self._gradients[name])
+
+    def step(self, batch: Tensor, target: Pattern, left: float) -> tuple[float, float]:
+        """One step on windows ``[n, length]``; its KL in nats per token, and the share of masks that it flipped.
+
+        left: the part of the descent that is left, in (0, 1], which the step size and the temperature follow.
+        """
+        self._size = self._scale * self._settings.step_size * left
+        self._flipped = self._seen = 0
+        self._aim(target, self._settings.temperature * left)
+        mine = ranks.share(batch)
+        student, teacher = self._passes.forward(mine, between=self._loss.between if self._settings.hidden else None)
+        assert teacher is not None
+        kl, gradient = self._loss.gradient(student, teacher, mine)
+        self._passes.backward(gradient)
+        kl, flips = ranks.total_of(kl) / batch.numel(), self._flipped / max(1, self._seen)
+        self.record["tokens"] += batch.numel()
+        self.record["kl"].append(kl)
+        self.record["flips"].append(flips)
+        return kl, flips
+
+    def judge(self, targets: Sequence[Pattern], windows: Tensor) -> float:
+        """Mean KL in nats per token of hard masks; the targets share the windows, so that many cost no more than one."""
+        total = 0.0
+        for index, target in enumerate(targets):
+            self._aim(target)
+            part = windows[index % len(windows) :: len(targets)]
+            mine = part[ranks.rank() :: ranks.count()]
+            kl = 0.0
+            for batch in self._passes.portions(mine, JUDGED) if len(mine) else ():
+                kl += self._loss.kl(*self._passes.look(batch))
+            total += ranks.total_of(kl) / part.numel()
+        return total / len(targets)
+
+    def back_off(self, duals: Iterable[tuple[str, Tensor]]) -> None:
+        """Goes on from other duals at half the step size, without momentum."""
+        for name, dual in duals:
+            nothing = torch.zeros_like(dual, dtype=torch.bfloat16)
+            self._put(name, State(dual, nothing, nothing.clone(), self.states[name].unit, 0))
+        self._scale /= 2
+        self.record["backed_off"] += 1
+
+    def duals(self) -> Iterator[tuple[str, Tensor]]:
+        return ((name, self.states.dual(name)) for name in self._matrices)
+
+    def save(self, facts: Mapping[str, Any], last: bool) -> None:
+        """Keeps the progress: states on disk at every step, states in memory as often as it costs little time."""
+        facts = {"scale": self._scale, "record": self.record, **facts}
+        if isinstance(self.states, StoredStates):
+            self._store.commit(facts)
+        elif self._durable and (last or self._pace.due()):
+            with self._pace.saving():
+                stored = StoredStates(self._store)
+                for name, state in self.states.items():
+                    stored[name] = state
+                self._store.commit(facts)
+
+    def saved(self) -> dict[str, Any]:
+        """The facts of an earlier run that stopped here, or nothing."""
+        facts = dict(self._store.facts)
+        if facts:
+            self._scale, self.record = facts["scale"], facts["record"]
+        return facts
+
+    def _aim(self, target: Pattern, temperature: float = 0.0) -> None:
+        """The masks of the passes to come."""
+        threshold = None
+        if isinstance(target, Unstructured) and target.scope == "model":
+            sample = torch.cat([self._samples[name] for name in self._matrices])
+            kept = top(sample[None], target.keep(len(sample)))[0]
+            threshold = float(sample[kept].min()) if bool(kept.any()) else math.inf
+        if temperature:
+            units = [self.states[name].unit for name in self._matrices]
+            temperature *= sum(units) / len(units)
+        self._cut = Cut(target, self.states.dual, self._matrices, threshold, temperature, self._streamed)
+        self._passes.network.masks = self._cut
+
+    def _put(self, name: str, state: State) -> None:
+        self.states[name] = state
+        self._samples[name] = state.dual.flatten()[:: self._every].clone()
+
+    def _sink(self, name: str, gradient: Tensor | None) -> None:
+        weight = self._matrices[name].weight
+        if ranks.count() > 1:  # all of them must take part, also those whose windows did not reach an expert
+            gradient = ranks.total(torch.zeros(weight.shape) if gradient is None else gradient.float())
+        if gradient is None:
+            return
+        gradient = gradient.float() * weight
+        if self._settings.temperature:
+            soft = self._cut[name]
+            gradient *= soft * (1 - soft)
+        state = self.states[name]
+        start = self.start(name).dual if self._settings.anchor else None
+        moved = self._settings.step(state, gradient, self._size, start)
+        before, after = (self._cut.hard(each.dual[::GLANCE]) for each in (state, moved))
+        self._flipped += int((before != after).sum())
+        self._seen += before.numel()
+        self._put(name, moved)
+
+
+def sensitivities(passes: Passes, windows: Tensor) -> tuple[dict[str, SquaredNorm], dict[str, Tensor]]:
+    """The inputs of each matrix in the dense model, and the RMS ``[out]`` of its next-token loss gradient at the outputs.
+
+    windows: token ids ``[windows, length]``. The network of ``passes`` is left without masks.
+    """
+    network = passes.network
+    inputs = {name: SquaredNorm(matrix.shape[1], passes.device) for name, matrix in network.matrices.items()}
+    totals = {name: torch.zeros(matrix.shape[0], device=passes.device) for name, matrix in network.matrices.items()}
+
+    def watch(name: str, x: Tensor, gradient: Tensor) -> None:
+        inputs[name].update(x)
+        totals[name] += gradient.float().square().sum(0)
+
+    network.masks, network.watch = {}, watch
+    head = passes.head(windows)
+    for batch in passes.portions(windows[ranks.rank() :: ranks.count()], windows.shape[1]):
+        hidden, _ = passes.forward(batch, teacher=False)
+        passes.backward(head.next_token(hidden, batch))
+    network.watch = None
+    for name, norm in inputs.items():
+        ranks.total(norm.total)
+        norm.tokens = int(ranks.total_of(norm.tokens))
+        ranks.total(totals[name])
+    check_seen(inputs)
+    return inputs, {name: (total / windows.numel()).sqrt() for name, total in totals.items()}
+
+
+def any_sparsity() -> tuple[Pattern, ...]:
+    """The targets that one artefact for all is descended on, in turn."""
+    return *(Unstructured(level, "model") for level in (0.5, 0.6, 0.7)), NM(2, 4), NM(4, 8)
+
+
+def _start(passes: Passes, windows: Tensor, run: Run, durable: bool) -> tuple[dict[str, SquaredNorm], dict[str, Tensor]]:
+    """:func:`sensitivities`, or what an earlier run found them to be."""
+    store = Store(run, "start")
+    if store.facts:
+        inputs = {}
+        for name, tokens in store.facts["tokens"].items():
+            total = store.tensor("inputs", name)
+            inputs[name] = SquaredNorm(len(total), total.device)
+            inputs[name].add(total, tokens)
+        return inputs, store["gradients"]
+    inputs, gradients = sensitivities(passes, windows)
+    if durable:
+        store["inputs"] = {name: norm.total for name, norm in inputs.items()}
+        store["gradients"] = gradients
+        store.commit({"tokens": {name: norm.tokens for name, norm in inputs.items()}})
+    return inputs, gradients
+
+
+def _passes(model: nn.Module, matrices: Matrices, residency: Residency, run: Run) -> Passes:
+    network, (_, blocks) = StraightThrough(matrices), find_blocks(model)
+    if residency is resident:
+        return Resident(model, blocks, network)
+    stash = run.folder / "stash"
+    stash.mkdir(exist_ok=True)
+    return Streamed(model, Replay(model, blocks, residency), network, Stash(stash))
+
+
+def _drawn(targets: Sequence[Pattern], seed: int) -> Iterator[Pattern]:
+    """The targets in shuffled rounds, without end."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        yield from (targets[index] for index in torch.randperm(len(targets), generator=generator).tolist())

@@ -1,0 +1,210 @@
+"""What a run needs before it starts: checked input, a choice of how to execute it, the model, the windows.
+
+The cheap checks come first and the weights last. How the model is executed, whole or block by block from disk, follows from
+the memory that the forecast asks for and the machine has.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from uniprune import checkpoint, forecast, ranks, runs, shards, text
+from uniprune.artefacts import check_output_file
+from uniprune.errors import InputError
+from uniprune.executor import resident
+from uniprune.matrices import Matrices, check_finite, check_fit, find_matrices
+from uniprune.models import Loaded, Origin, load_tokenizer, load_weights, parse_device, parse_dtype, resolve, skeleton
+from uniprune.patterns import Pattern
+from uniprune.recipe import LENGTH, WINDOWS, Recipe
+from uniprune.streaming import attached, open_streamed
+from uniprune.text import Windows
+
+Source = str | Path | Loaded
+Execution = Literal["resident", "streamed"]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where and how to compute, and what to do about earlier output: all that does not change the result.
+
+    device: ``cpu``, ``cuda``, ``cuda:N``; by default CUDA where there is one. max_memory: bytes of memory (of the device) that
+    the run may take; by default what is free. resume: go on with an interrupted run. overwrite: replace an existing output.
+    """
+
+    device: str | None = None
+    max_memory: int | None = None
+    resume: bool = False
+    overwrite: bool = False
+
+
+@dataclass
+class Job:
+    """Everything a run needs, checked and loaded."""
+
+    loaded: Loaded
+    matrices: Matrices
+    windows: Windows
+    base: str
+
+    @property
+    def execution(self) -> Execution:
+        return "resident" if self.loaded.residency is resident else "streamed"
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        return {name: matrix.shape for name, matrix in self.matrices.items()}
+
+    @property
+    def transposed(self) -> list[str]:
+        return [name for name, matrix in self.matrices.items() if matrix.transposed]
+
+    def facts(self) -> dict[str, Any]:
+        """What ties an artefact to its model."""
+        return {"base": self.base, "base_name": str(self.loaded), "transposed": self.transposed}
+
+    def identity(self, recipe: Recipe, **more: Any) -> dict[str, Any]:
+        """What a run must have in common with the interrupted one that it goes on with."""
+        tokens = hashlib.sha256(self.windows.tokens.contiguous().numpy().data).hexdigest()
+        settings = {"recipe": recipe.record(), "model": self.base, "tokens": tokens, "execution": self.execution}
+        return settings | {"processes": ranks.count()} | more
+
+
+def prepare(
+    source: Source,
+    recipe: Recipe,
+    output: Path | None,
+    machine: Machine,
+    pattern: Pattern | None,
+    save_tokens: Path | None = None,
+) -> Job:
+    """Checks the cheap things first and loads the weights last.
+
+    output: an output folder, or None; a file is checked by its writer.
+    """
+    place, dtype = place_of(machine), parse_dtype(recipe.dtype)
+    if save_tokens is not None:
+        check_output_file(save_tokens, machine.overwrite)
+    loaded = source if isinstance(source, Loaded) else None
+    origin = loaded.origin if loaded else resolve(source)  # type: ignore[arg-type]
+    if output is not None:
+        checkpoint.check_output_folder(output, machine.overwrite, origin.folder if origin else None)
+    model = loaded.model if loaded else skeleton(origin)  # type: ignore[arg-type]
+    matrices = find_matrices(model, recipe.include, recipe.exclude)
+    if pattern is not None:
+        check_fit(((name, matrix.shape) for name, matrix in matrices.items()), pattern)
+    if output is not None:
+        size = sum(p.numel() for p in model.parameters()) * (dtype or torch.float32).itemsize
+        checkpoint.check_disk_space(output, checkpoint.checkpoint_bytes(origin, size) if origin else size)
+    windows = calibration_windows(recipe, loaded.tokenizer if loaded else load_tokenizer(origin), model)  # type: ignore[arg-type]
+    if save_tokens is not None and ranks.rank() == 0:
+        text.save_windows(windows, save_tokens)
+    if loaded is None:
+        assert origin is not None
+        computed = dtype or compute_dtype(origin, matrices)
+        needs = forecast.needs(
+            model, matrices, computed, recipe.resolved_controller, recipe.step_tokens(windows.tokens.shape[1])
+        )
+        if choose(origin, needs, machine, place, output) == "streamed":
+            loaded = open_streamed(origin, computed, place)
+            matrices = attached(find_matrices(loaded.model, recipe.include, recipe.exclude), loaded.residency)  # type: ignore[arg-type]
+        else:
+            loaded = Loaded(load_weights(origin, dtype, place), load_tokenizer(origin), origin)
+            matrices = find_matrices(loaded.model, recipe.include, recipe.exclude)
+    check_finite(matrices)
+    return Job(loaded, matrices, windows, checkpoint.fingerprint(loaded, matrices, matrices))
+
+
+def choose(
+    origin: Origin, needs: forecast.Needs, machine: Machine, place: torch.device, output: Path | None = None
+) -> Execution:
+    """Whole if that fits into memory, else block by block if that does; an interrupted run goes on as it began.
+
+    Raises InputError, with the numbers, if neither fits.
+    """
+    if machine.resume and output is not None:
+        begun = (runs.identity_of(output) or {}).get("execution")
+        if begun in ("resident", "streamed"):
+            return begun  # type: ignore[no-any-return]
+    limit = machine.max_memory or forecast.free_memory(place)
+    if needs.resident <= limit:
+        return "resident"
+    if not origin.shards:
+        raise InputError(
+            f"model {origin} needs {gigabytes(needs.resident)} of memory, {gigabytes(limit)} are there, and only safetensors "
+            "checkpoints can be read block by block; convert it, or raise --max-memory"
+        )
+    if needs.streamed <= limit:
+        return "streamed"
+    raise InputError(
+        f"model {origin} needs {gigabytes(needs.resident)} of memory, or {gigabytes(needs.streamed)} block by block; "
+        f"{gigabytes(limit)} are there; raise --max-memory, or lower the tokens of a step"
+    )
+
+
+def gigabytes(size: int) -> str:
+    return f"{size / 1e9:.2f} GB"
+
+
+@contextmanager
+def progress_of(output: Path, machine: Machine, identity: dict[str, Any]) -> Iterator[runs.Run]:
+    """The run folder of this process: the first one's is what an interrupted run is resumed from, others take a copy."""
+    if ranks.rank() == 0:
+        with runs.open_run(output, identity, resume=machine.resume, overwrite=machine.overwrite) as run:
+            ranks.wait()
+            yield run
+            ranks.wait()
+    else:
+        ranks.wait()
+        with runs.copied(output, f"rank-{ranks.rank()}") as run:
+            yield run
+        ranks.wait()
+
+
+def place_of(machine: Machine) -> torch.device:
+    """The device; under ``torchrun`` each process has its own."""
+    place = parse_device(machine.device)
+    return torch.device("cuda", ranks.local_rank()) if place.type == "cuda" and place.index is None else place
+
+
+def calibration_windows(recipe: Recipe, tokenizer: Any, model: torch.nn.Module) -> Windows:
+    """The windows that a recipe asks for."""
+    length = window_length(recipe.text, recipe.length, min(LENGTH, context(model.config)))
+    check_context(model.config, length)
+    count = recipe.windows or (None if recipe.text.endswith(".safetensors") else WINDOWS)
+    return text.load_windows(recipe.text, tokenizer, use="calibration", length=length, count=count, seed=recipe.seed)
+
+
+def window_length(source: str | Path, length: int | None, default: int) -> int:
+    """A token file knows its own length."""
+    if length is None and str(source).endswith(".safetensors"):
+        return text.token_file_shape(Path(source))[1]
+    return length or default
+
+
+def context(config: Any) -> int:
+    """The most tokens that a model can read at once."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else 1 << 30
+
+
+def check_context(config: Any, length: int) -> None:
+    """Raises InputError if windows of ``length`` tokens are more than a model can read at once."""
+    if length > context(config):
+        raise InputError(f"windows of {length} tokens do not fit the model's context of {context(config)}; lower --length")
+
+
+def compute_dtype(origin: Origin, matrices: Matrices) -> torch.dtype:
+    """The type that a model is computed in unless another is asked for: its matrices' own."""
+    if origin.gguf:
+        return torch.float32
+    keys = shards.entries(origin.shards)
+    by_name = {name: dtype for dtype, name in shards.NAMES.items()}
+    first = f"{next(iter(matrices))}.weight"
+    return by_name.get(keys[shards.key_of(first, keys)].dtype, torch.float32) if keys else torch.float32

@@ -1,0 +1,76 @@
+"""What lies where in a checkpoint of safetensors files: the header of each file is read, the tensors are not."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from uniprune.errors import InputError, UniPruneError
+
+UINTS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+ITEMSIZE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
+NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where one tensor's bytes lie in a safetensors file."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    def array(self, mode: str = "r") -> np.ndarray[Any, Any]:
+        """The tensor's bits as a flat array of unsigned integers, mapped from the file."""
+        if self.dtype not in ITEMSIZE:
+            raise UniPruneError(f"{self.file}: weights of type {self.dtype} cannot be pruned; use an unquantised model")
+        kind = UINTS[ITEMSIZE[self.dtype]]
+        count = (self.stop - self.start) // ITEMSIZE[self.dtype]
+        return np.memmap(self.file, dtype=kind, mode=mode, offset=self.start, shape=(count,))  # type: ignore[call-overload,no-any-return]
+
+
+def entries(shards: Iterable[Path]) -> dict[str, Entry]:
+    """Every tensor of a sharded checkpoint, by its key.
+
+    Raises InputError for a shard that is missing, or whose header does not fit it (a download that was cut off).
+    """
+    found: dict[str, Entry] = {}
+    for shard in shards:
+        try:
+            size = shard.stat().st_size
+            with shard.open("rb") as file:
+                (length,) = struct.unpack("<Q", file.read(8))
+                header = json.loads(file.read(min(length, size)))
+            header.pop("__metadata__", None)
+            for key, item in header.items():
+                start, stop = (8 + length + offset for offset in item["data_offsets"])
+                if not start <= stop <= size:
+                    raise InputError(f"{shard} is cut off: {key} would end at byte {stop} of {size}; fetch it again")
+                found[key] = Entry(shard, item["dtype"], tuple(item["shape"]), start, stop)
+        except OSError as error:
+            raise InputError(f"{shard} cannot be read: {error.strerror}; fetch the checkpoint again") from None
+        except (struct.error, ValueError, KeyError, TypeError, AttributeError):
+            raise InputError(f"{shard} is not a safetensors file, or damaged; fetch it again") from None
+    return found
+
+
+def find_key(name: str, keys: Mapping[str, Any]) -> str | None:
+    """The checkpoint key of a parameter: its name, which some checkpoints store without the outermost prefix."""
+    return next((key for key in (name, name.partition(".")[2]) if key in keys), None)
+
+
+def key_of(name: str, keys: Mapping[str, Any]) -> str:
+    """As :func:`find_key`; raises UniPruneError if the checkpoint has no such tensor."""
+    key = find_key(name, keys)
+    if key is None:
+        raise UniPruneError(f"the checkpoint has no tensor {name}; its keys are like {list(keys)[:3]}")
+    return key

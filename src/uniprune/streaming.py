@@ -1,0 +1,114 @@
+"""A model whose decoder blocks are in memory one at a time: read from the checkpoint when a block runs, and dropped after.
+
+Embeddings, norms outside the blocks and the output head are in memory; the blocks' parameters are on the meta device until
+their turn comes. Weights whose type is the one computed in are mapped, not copied: the page cache holds what there is room for.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from uniprune.errors import InputError
+from uniprune.matrices import Matrices, find_blocks
+from uniprune.models import Loaded, Origin, hollow, load_tokenizer
+from uniprune.shards import entries, find_key
+
+
+class Streamer:
+    """Brings the parameters of one block at a time into memory.
+
+    model: as :func:`models.hollow` makes it; its parameters outside the blocks are loaded at once.
+    Raises InputError if the checkpoint lacks one, or stores it in another shape than the model has it.
+    """
+
+    def __init__(self, model: nn.Module, origin: Origin, dtype: torch.dtype, device: torch.device) -> None:
+        self._dtype, self._device = dtype, device
+        self._entries = entries(origin.shards)
+        prefix, self._blocks = find_blocks(model)
+        self._keys: dict[str, str] = {}
+        outside: list[str] = []
+        for name, parameter in model.named_parameters():
+            key = find_key(name, self._entries) or self._renamed(model, tuple(parameter.shape))
+            if key is None or self._entries[key].shape != tuple(parameter.shape):
+                found = "no tensor" if key is None else f"a tensor {self._entries[key].shape}"
+                wanted = f"{name} {tuple(parameter.shape)}"
+                raise InputError(f"model {origin} cannot be streamed: {found} for {wanted}; give it memory for the whole model")
+            self._keys[name] = key
+            if not name.startswith(f"{prefix}."):
+                outside.append(name)
+        self._parts: dict[int, dict[str, nn.Parameter]] = defaultdict(dict)  # block -> name inside it -> parameter on meta
+        self._prefix = prefix
+        for index, block in enumerate(self._blocks):
+            self._parts[index] = dict(block.named_parameters())
+        for name in outside:
+            _assign(model, name, nn.Parameter(self.read(name).clone(), requires_grad=False))
+        model.tie_weights()  # type: ignore[operator]
+        for name, buffer in list(model.named_buffers()):
+            owner, _, leaf = name.rpartition(".")
+            model.get_submodule(owner)._buffers[leaf] = buffer.to(device)
+
+    @contextmanager
+    def __call__(self, index: int) -> Iterator[None]:
+        """Inside ``with``, the block's parameters are in memory."""
+        block, parts = self._blocks[index], self._parts[index]
+        self._announce(index + 1)
+        for name in parts:
+            _assign(block, name, nn.Parameter(self.read(f"{self._prefix}.{index}.{name}"), requires_grad=False))
+        try:
+            yield
+        finally:
+            for name, hollow_one in parts.items():
+                _assign(block, name, hollow_one)
+
+    def _renamed(self, model: nn.Module, shape: tuple[int, ...]) -> str | None:
+        """The only tensor of a shape that no parameter claims by its name: a few heads are stored under another one."""
+        claimed = {find_key(name, self._entries) for name, _ in model.named_parameters()}
+        free = [key for key, entry in self._entries.items() if key not in claimed and entry.shape == shape]
+        return free[0] if len(free) == 1 else None
+
+    def read(self, name: str) -> Tensor:
+        """A parameter by its name in the model, in the type computed in."""
+        key = self._keys[name]
+        with safe_open(self._entries[key].file, framework="pt") as file:
+            tensor: Tensor = file.get_tensor(key)
+        return tensor.to(self._device, self._dtype)
+
+    def _announce(self, index: int) -> None:
+        """Tells the system which bytes come next, so that it reads them while this block computes."""
+        if not hasattr(os, "posix_fadvise"):
+            return
+        for name in self._parts.get(index, ()):
+            entry = self._entries[self._keys[f"{self._prefix}.{index}.{name}"]]
+            with entry.file.open("rb") as file:
+                os.posix_fadvise(file.fileno(), entry.start, entry.stop - entry.start, os.POSIX_FADV_WILLNEED)
+
+
+def open_streamed(origin: Origin, dtype: torch.dtype, device: torch.device) -> Loaded:
+    """A model as :func:`models.load` gives it, but for its blocks, which :attr:`Loaded.residency` brings in.
+
+    Raises InputError for a model that is not in safetensors files, and as Streamer does.
+    """
+    if not origin.shards:
+        raise InputError(
+            f"model {origin} cannot be streamed: it is not in safetensors files; give it memory for the whole model"
+        )
+    model = hollow(origin, dtype)
+    return Loaded(model, load_tokenizer(origin), origin, Streamer(model, origin, dtype, device))
+
+
+def attached(matrices: Matrices, streamer: Streamer) -> Matrices:
+    """Matrices whose weight is read from the checkpoint where their block is not in memory."""
+    return {name: replace(matrix, read=streamer.read) for name, matrix in matrices.items()}
+
+
+def _assign(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    owner, _, leaf = name.rpartition(".")
+    module.get_submodule(owner)._parameters[leaf] = parameter

@@ -1,0 +1,279 @@
+"""Block by block from disk, against the same model in memory; interrupted and resumed, against the same run in one go."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import uniprune
+from conftest import VOCABULARY, tiny_model
+from test_matrices import FAMILIES, family_model
+from uniprune import Recipe, descent, models, runs
+from uniprune.calibration import one_shot, sequential
+from uniprune.descent import descend
+from uniprune.errors import InputError, MismatchError
+from uniprune.executor import Replay, Stash
+from uniprune.forecast import Needs, parse_size
+from uniprune.job import Machine, choose
+from uniprune.loss import Loss
+from uniprune.matrices import find_blocks, find_matrices
+from uniprune.metrics import Wanda
+from uniprune.mirror_descent import MirrorDescent
+from uniprune.passes import Resident, Streamed
+from uniprune.patterns import NM, Unstructured
+from uniprune.straight_through import StraightThrough
+from uniprune.streaming import attached, open_streamed
+
+CPU = torch.device("cpu")
+SMALL = {"windows": 16, "length": 32}
+
+
+def tokens(count=8, length=16, vocabulary=64):
+    return torch.randint(0, vocabulary, (count, length), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def pair(request, tmp_path_factory):
+    """A model in memory, and the same one streamed from its checkpoint."""
+    folder = tmp_path_factory.mktemp("family")
+    model = family_model(request.param)
+    model.save_pretrained(folder, max_shard_size="20KB")
+    loaded = open_streamed(models.resolve(folder), torch.float32, CPU)
+    hollow = attached(find_matrices(loaded.model), loaded.residency)
+    return (model, find_matrices(model)), (loaded.model, hollow, loaded.residency)
+
+
+def gradients(passes, ids, **settings):
+    found = {}
+    with passes.network as network:
+        network.sink = found.__setitem__
+        generator = torch.Generator().manual_seed(1)
+        network.masks = {n: torch.rand(m.shape, generator=generator) < 0.5 for n, m in network.matrices.items()}
+        loss = Loss(passes.head(ids), evenness=0.5, hidden=4.0)
+        student, teacher = passes.forward(ids, between=loss.between)
+        kl, gradient = loss.gradient(student, teacher, ids)
+        passes.backward(gradient)
+    return kl, found
+
+
+def test_gradients_are_those_of_the_model_in_memory(pair, tmp_path, monkeypatch):
+    """Also when the windows go through a block in several parts, and states lie in files in between."""
+    (model, matrices), (streamed, hollow, residency) = pair
+    ids = tokens()
+    kl, expected = gradients(Resident(model, find_blocks(model)[1], StraightThrough(matrices)), ids)
+    monkeypatch.setattr("uniprune.passes.PART_TOKENS", 64)
+    blocks = find_blocks(streamed)[1]
+    assert all(parameter.is_meta for parameter in blocks.parameters())
+    passes = Streamed(streamed, Replay(streamed, blocks, residency), StraightThrough(hollow), Stash(tmp_path))
+    found_kl, found = gradients(passes, ids)
+    assert all(parameter.is_meta for parameter in blocks.parameters())
+    assert found_kl == pytest.approx(kl, rel=1e-5)
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert float((found[name] - gradient).norm() / gradient.norm()) < 1e-5, name
+
+
+def test_local_masks_are_those_of_the_model_in_memory(pair):
+    (model, matrices), (streamed, hollow, residency) = pair
+    ids = tokens()
+    for pattern in (NM(2, 4), Unstructured(0.5, "row")):
+        expected = dict(pattern(one_shot(model, matrices, ids, Wanda())))
+        found = dict(pattern(one_shot(streamed, hollow, ids, Wanda(), residency=residency)))
+        assert all(torch.equal(found[name], mask) for name, mask in expected.items())
+    expected = sequential(model, matrices, ids, Wanda(), NM(2, 4))
+    found = sequential(streamed, hollow, ids, Wanda(), NM(2, 4), residency=residency)
+    assert all(torch.equal(found[name], mask) for name, mask in expected.items())
+
+
+def test_descents_agree(tmp_path):
+    model = tiny_model(initializer_range=0.3)
+    model.save_pretrained(tmp_path)
+    loaded = open_streamed(models.resolve(tmp_path), torch.float32, CPU)
+    hollow = attached(find_matrices(loaded.model), loaded.residency)
+    ids, settings = tokens(32, 32, VOCABULARY), MirrorDescent(step_size=0.05, batch_tokens=128)
+    targets = descent.any_sparsity()
+    expected, record = descend(model, find_matrices(model), ids, Wanda(), targets, 8, settings)
+    found, again = descend(loaded.model, hollow, ids, Wanda(), targets, 8, settings, residency=loaded.residency)
+    assert again["held_out_kl"] == pytest.approx(record["held_out_kl"], rel=1e-4)
+    for name, dual in expected.items():
+        assert float(((found[name] > dual.mean()) != (dual > dual.mean())).float().mean()) < 1e-3
+
+
+@pytest.mark.parametrize("settings", [{"controller": "none"}, {"steps": 3}, {"sequential": True}, {"refine": True}], ids=str)
+def test_a_model_that_does_not_fit_is_streamed(folder, tmp_path, settings):
+    recipe = Recipe(sparsity="2:4", dtype="float32", **SMALL, **settings)
+    whole = uniprune.prune(str(folder), recipe, tmp_path / "whole")
+    memory = uniprune.plan(str(folder), recipe).memory_streamed
+    assert uniprune.plan(str(folder), recipe, max_memory=memory).execution == "streamed"
+    streamed = uniprune.prune(str(folder), recipe, tmp_path / "streamed", max_memory=memory)
+    assert streamed["masks_sha256"] == whole["masks_sha256"]
+    for file in (tmp_path / "whole").glob("*.safetensors"):
+        assert (tmp_path / "streamed" / file.name).read_bytes() == file.read_bytes()
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_what_fits_nowhere_is_refused(folder, tmp_path):
+    with pytest.raises(InputError, match=r"needs 0\.\d+ GB of memory, or 0\.\d+ GB block by block; 0\.00 GB are there"):
+        uniprune.prune(str(folder), Recipe(sparsity="2:4", **SMALL), tmp_path / "out", max_memory=1000)
+    assert uniprune.plan(str(folder), Recipe(sparsity="2:4"), max_memory=1000).execution == "none"
+    gguf = models.Origin("m.gguf", tmp_path, "m.gguf")
+    with pytest.raises(InputError, match="only safetensors checkpoints can be read block by block"):
+        choose(gguf, Needs(10**10, 10**9, 0), Machine(max_memory=2 * 10**9), CPU)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("text", "size"), [("8GB", 8 * 10**9), ("1.5 gb", 15 * 10**8), ("2GiB", 2**31), ("700M", 7 * 10**8)])
+def test_sizes(text, size):
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "8XB", "-1GB", "GB", "0"])
+def test_what_is_no_size(text):
+    with pytest.raises(InputError, match="is not a size"):
+        parse_size(text)
+
+
+class Stopped(Exception):
+    pass
+
+
+class Stops:
+    """Progress that ends the run when it has seen so many items."""
+
+    def __init__(self, after):
+        self.left = after
+
+    def __call__(self, items, label, total):
+        for item in items:
+            if self.left == 0:
+                raise Stopped
+            self.left -= 1
+            yield item
+
+    def note(self, text):
+        pass
+
+
+STEPS = {"steps": 4, "tuning": {"checks": 1}}
+WAYS = {
+    "local, streamed": ({"controller": "none"}, True),
+    "sequential": ({"sequential": True}, False),
+    "sequential, streamed": ({"sequential": True}, True),
+    "refine": ({"refine": True}, False),
+    "controller": (STEPS, False),
+    "controller, streamed": (STEPS, True),
+    "controller for any": (STEPS | {"sparsity": None}, False),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_an_interrupted_run_goes_on_to_the_same_masks(folder, tmp_path, way, monkeypatch):
+    changes, streamed = WAYS[way]
+    monkeypatch.setattr(runs.Pace, "due", lambda self: True)
+    recipe = Recipe(**({"sparsity": "2:4", "dtype": "float32"} | SMALL | changes))
+    memory = uniprune.plan(str(folder), recipe).memory_streamed if streamed else None
+
+    def start(output, **more):
+        if recipe.sparsity:
+            return uniprune.prune(str(folder), recipe, tmp_path / output, max_memory=memory, **more)["masks_sha256"]
+        uniprune.calibrate(str(folder), recipe, tmp_path / f"{output}.safetensors", max_memory=memory, **more)
+        return (tmp_path / f"{output}.safetensors").read_bytes()
+
+    expected = start("whole")
+    for after in (1, 2):
+        with pytest.raises(Stopped):
+            start(f"out{after}", progress=Stops(after))
+        name = f".run-out{after}" + ("" if recipe.sparsity else ".safetensors")
+        assert (tmp_path / name / "identity.json").is_file()
+        with pytest.raises(InputError, match=r"an interrupted run of .* --resume goes on with it"):
+            start(f"out{after}")
+        assert start(f"out{after}", resume=True) == expected
+        assert not (tmp_path / name).exists()
+
+
+def test_another_run_is_not_resumed(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(runs.Pace, "due", lambda self: True)
+    recipe = Recipe(sparsity="2:4", steps=4, **SMALL)
+    with pytest.raises(Stopped):
+        uniprune.prune(str(folder), recipe, tmp_path / "out", progress=Stops(2))
+    with pytest.raises(MismatchError, match=r"recipe\.seed was 0, is 1"):
+        uniprune.prune(str(folder), recipe.model_copy(update={"seed": 1}), tmp_path / "out", resume=True)
+    uniprune.prune(str(folder), recipe, tmp_path / "out", overwrite=True)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_resume_finishes_what_was_complete_already(folder, tmp_path, monkeypatch):
+    """Killed between the move of the output and the end of the run."""
+    recipe = Recipe(sparsity="2:4", steps=2, **SMALL)
+    with monkeypatch.context() as patched:
+        patched.setattr(runs, "_delete", lambda folder: None)
+        report = uniprune.prune(str(folder), recipe, tmp_path / "out")
+        uniprune.calibrate(str(folder), recipe, tmp_path / "s.safetensors")
+    with pytest.raises(InputError, match="exists; give another name, or --overwrite"):
+        uniprune.prune(str(folder), recipe, tmp_path / "out")
+    assert uniprune.prune(str(folder), recipe, tmp_path / "out", resume=True)["masks_sha256"] == report["masks_sha256"]
+    assert uniprune.calibrate(str(folder), recipe, tmp_path / "s.safetensors", resume=True)["base"]
+    assert not list(tmp_path.glob(".*"))
+
+
+def command(*arguments):
+    return [sys.executable, "-m", "uniprune", *map(str, arguments)]
+
+
+def environment():
+    return os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+
+def memory_of(folder, execution):
+    """Flags that have the tiny model executed in this way."""
+    recipe = Recipe(sparsity="2:4", dtype="float32", steps=3, **SMALL)
+    return ("--max-memory", uniprune.plan(str(folder), recipe).memory_streamed) if execution == "streamed" else ()
+
+
+@pytest.mark.parametrize("execution", ["resident", "streamed"])
+def test_killed_at_any_moment(folder, tmp_path, execution):
+    """SIGKILL at random moments, again and again; what comes out in the end is what an undisturbed run writes."""
+    settings = "-s", "2:4", "--windows", 16, "--length", 32, "--steps", 12, "--dtype", "float32"
+    settings += memory_of(folder, execution)
+    draw = random.Random(0)
+    subprocess.run(command("prune", folder, "-o", tmp_path / "whole", *settings), check=True, env=environment())
+    killed = 0
+    for _ in range(12):
+        start = time.monotonic()
+        process = subprocess.Popen(command("prune", folder, "-o", tmp_path / "out", *settings, "--resume"), env=environment())
+        while process.poll() is None and time.monotonic() - start < 4 + killed + 3 * draw.random():
+            time.sleep(0.05)
+        process.send_signal(signal.SIGKILL)
+        if process.wait() == 0:
+            break
+        killed += 1
+        assert process.returncode == -signal.SIGKILL
+        assert not (tmp_path / "out").exists() or (tmp_path / "out" / "pruning.json").is_file()
+    assert killed
+    for file in sorted((tmp_path / "whole").rglob("*.safetensors")):
+        assert (tmp_path / "out" / file.relative_to(tmp_path / "whole")).read_bytes() == file.read_bytes()
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "execution"),
+    [(("--controller", "none"), "resident"), (("--steps", "3"), "resident"), (("--steps", "3"), "streamed")],
+)
+def test_two_processes_make_the_masks_of_one(folder, tmp_path, settings, execution):
+    common = "prune", folder, "-s", "2:4", "--windows", 16, "--length", 32, "--dtype", "float32", *settings
+    common += memory_of(folder, execution)
+    subprocess.run(command(*common, "-o", tmp_path / "one"), check=True, env=environment())
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "uniprune"]
+    process = [*launch, *map(str, common), "-o", str(tmp_path / "two"), "--json"]
+    done = subprocess.run(process, check=True, env=environment(), capture_output=True, text=True)
+    assert json.loads(done.stdout)["sparsity"] == 0.5
+    one, two = (uniprune.artefacts.MasksFile(tmp_path / name / "pruning/masks.safetensors") for name in ("one", "two"))
+    differing = sum(int((one[name] != two[name]).sum()) for name in one)
+    assert differing <= 1e-3 * sum(mask.numel() for mask in one.values())
+    assert not list(tmp_path.glob(".*"))
