@@ -44,6 +44,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "start: RIA": {"metric": "ria"},
     "start: stochRIA": {"metric": "stochria"},
     "512 tokens a step": {"settings": {"batch_tokens": 512}},
+    "both: hidden states' distance, 512 tokens a step": {"settings": {"hidden": 4.0, "batch_tokens": 512}},
     "2048 tokens a step": {"settings": {"batch_tokens": 2048}},
     "windows of 1024 tokens": {"length": 1024},
     "twice the tokens": {"tokens": 2 * TOKENS},

@@ -7,6 +7,7 @@
 - depth: both on 8, 16 and 32 blocks of one width; memory must not grow with the depth.
 - sweep: SmolLM2 held whole against streamed, time and masks.
 - apply: writing the pruned checkpoint of 3e9 weights against `cp -r`, both until the disk has it.
+- forecast: what uniprune expects of Llama models of 7e9, 70e9 and 405e9 weights, bfloat16; nothing is run.
 - ranks: two processes of one thread each (torchrun) against one of two threads, time and masks.
 
 Every run is a process of its own, looked at every 10 ms: its peak is that of anonymous and shared memory; pages of mapped
@@ -28,9 +29,13 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import shards
 import uniprune
@@ -38,6 +43,8 @@ from common import load, save, smollm2
 from uniprune.artefacts import MasksFile
 from uniprune.checkpoint import MASKS, REPORT, check_disk_space, checkpoint_bytes, new_folder
 from uniprune.errors import InputError
+from uniprune.forecast import needs
+from uniprune.matrices import find_matrices
 from uniprune.models import Origin
 
 UNIPRUNE = ["-m", "uniprune.cli"]
@@ -47,6 +54,26 @@ LIMITS = {"local": "1.5GB", "step": "2.5GB"}
 DEPTH_LIMITS = {"local": "0.9GB", "step": "1.5GB"}
 SWEEP_LIMIT = "1GB"
 BLOCKS = (8, 16, 32)
+STEP_TOKENS = 16_384  # of a step that is worth two readings of a large model
+LLAMAS: dict[str, dict[str, int]] = {
+    "7B": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "vocab_size": 32000},
+    "70B": {
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+    },
+    "405B": {
+        "hidden_size": 16384,
+        "intermediate_size": 53248,
+        "num_hidden_layers": 126,
+        "num_attention_heads": 128,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+    },
+}
 RANKS = 2
 INTERVAL = 0.01  # seconds between two looks at a process
 KINDS = ("RssAnon", "RssShmem", "RssFile")
@@ -239,6 +266,19 @@ class Bench:
                 "differing_bits": differing(masks["one"], masks["ranks"]),
             }
 
+    def forecast(self) -> Iterator[Row]:
+        for name, shape in LLAMAS.items():
+            config = LlamaConfig(**shape, tie_word_embeddings=False)
+            with torch.device("meta"):
+                model = LlamaForCausalLM(config)
+            matrices = find_matrices(model)
+            row: Row = {"part": "forecast", "model": name, "parameters": sum(p.numel() for p in model.parameters())}
+            for run in RUNS:
+                controller = RUNS[run][1]
+                needed = needs(model, matrices, torch.bfloat16, controller, STEP_TOKENS, mapped=True)
+                row |= {f"{run}_{key}": value for key, value in asdict(needed).items()}
+            yield row
+
     def within(self, run: str, model: Path, masks: Path | None = None, limits: Mapping[str, str] = LIMITS) -> Row:
         """2:4 masks of a model within the memory of a kind of run."""
         limit = self.limited(limits[run])
@@ -326,7 +366,7 @@ def main() -> None:
     parser.add_argument("--max-memory")
     parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)  # does it work at all? Records nothing
     chosen = parser.parse_args()
-    parts = ("local", "step", "depth", "sweep", "apply", "ranks")
+    parts = ("forecast", "local", "step", "depth", "sweep", "apply", "ranks")
     if unknown := set(chosen.parts) - set(parts):
         raise SystemExit(f"no part {', '.join(unknown)}; they are {', '.join(parts)}")
     failed = []

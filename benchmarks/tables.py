@@ -142,6 +142,44 @@ def speed(results: dict[str, Any]) -> str:
     return table(["what", ""], lines)
 
 
+def measured(results: dict[str, Any]) -> str:
+    """Peak memory of streamed runs."""
+    lines = []
+    for row in results["rows"]:
+        if row["part"] in ("local", "step", "depth"):
+            run = row.get("run", row["part"])
+            model = f"{row['blocks']} blocks of width 1024" if "blocks" in row else f"{row['model'].upper()} weights"
+            what = "Wanda 2:4" if run == "local" else "2:4, one step of the controller"
+            lines.append([f"{model}, {what}", row["limit"], f"{row['peak_bytes'] / 1e9:.2f} GB", f"{row['seconds']:.0f} s"])
+    return table(["run", "`--max-memory`", "peak", "time, all in all"], lines)
+
+
+def ratios(results: dict[str, Any]) -> str:
+    lines = []
+    for row in results["rows"]:
+        if row["part"] == "sweep":
+            lines.append(["streamed / resident calibration, SmolLM2, 64 windows", f"{row['ratio']:.2f}"])
+            lines.append(["the same, the whole process", f"{row['process_ratio']:.2f}"])
+            lines.append(["fraction of 2:4 mask bits that differ", f"{row['differing_bits']:.1e}"])
+        elif row["part"] == "apply":
+            lines.append(["throughput of `apply` / of `cp -r`, 3B weights", f"{row['ratio']:.2f}"])
+        elif row["part"] == "ranks":
+            run = "8 steps of the controller" if row["run"] == "feedback" else "Wanda"
+            lines.append([f"2 processes of 1 thread / 1 of 2, {run}", f"{row['ratio']:.2f}"])
+            lines.append(["fraction of 2:4 mask bits that differ", f"{row['differing_bits']:.1e}"])
+    return table(["what", ""], lines)
+
+
+def forecasts(results: dict[str, Any]) -> str:
+    def gb(value: float) -> str:
+        return f"{value / 1e9:,.0f} GB" if value >= 1e10 else f"{value / 1e9:.1f} GB"
+
+    names = ("local_resident", "local_streamed", "step_resident", "step_streamed", "step_scratch")
+    rows = [row for row in results["rows"] if row["part"] == "forecast"]
+    head = ["Llama of", "Wanda, whole", "Wanda, streamed", "controller, whole", "controller, streamed", "its disk meanwhile"]
+    return table(head, [[row["model"], *(gb(row[name]) for name in names)] for row in rows])
+
+
 def fill(path: Any, sections: dict[str, str]) -> None:
     text = path.read_text()
     for name, body in sections.items():
@@ -161,6 +199,9 @@ def main() -> None:
         if results := load(name):
             sections[name] = write(results)
     fill(ROOT / "docs" / "results.md", sections)
+    if results := load("scale"):
+        parts = {"measured": measured(results), "ratios": ratios(results), "forecasts": forecasts(results)}
+        fill(ROOT / "docs" / "scaling.md", parts)
     fill(ROOT / "README.md", {"results": sections["perplexities"]})
 
 

@@ -199,7 +199,7 @@ def test_an_interrupted_run_goes_on_to_the_same_masks(folder, tmp_path, way, mon
 
 def test_another_run_is_not_resumed(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(runs.Pace, "due", lambda self: True)
-    recipe = Recipe(sparsity="2:4", steps=4, **SMALL)
+    recipe = Recipe(sparsity="2:4", **STEPS, **SMALL)
     with pytest.raises(Stopped):
         uniprune.prune(str(folder), recipe, tmp_path / "out", progress=Stops(2))
     with pytest.raises(MismatchError, match=r"recipe\.seed was 0, is 1"):

@@ -21,9 +21,9 @@ from uniprune.patterns import Pattern
 STATE = {"none": 0, "feedback": 9, "paper": 20}
 # Floating-point operations per prunable weight and token: a forward pass takes 2, a backward pass 4.
 WORK = {"none": 2, "feedback": 8, "paper": 6}
-PROCESS = 400_000_000  # bytes: the interpreter and its libraries
+PROCESS = 350_000_000  # bytes: the interpreter and its libraries
 SCORING = 20  # bytes per weight of the largest matrix while it is scored and cut, in float32
-STEPPING = 40  # the same while its dual is moved
+STEPPING = 32  # the same while its dual is moved
 RAGGED = 1.1  # what the allocator loses
 
 
@@ -128,11 +128,13 @@ def make_plan(
     )
 
 
-def needs(model: torch.nn.Module, matrices: Matrices, dtype: torch.dtype, controller: str, step_tokens: int) -> Needs:
+def needs(
+    model: torch.nn.Module, matrices: Matrices, dtype: torch.dtype, controller: str, step_tokens: int, mapped: bool
+) -> Needs:
     """What pruning would take, from the shapes alone (the model may be on the meta device).
 
-    step_tokens: of one step of the controller. Weights in the checkpoint's own type are mapped from it when they are streamed,
-    and count in full all the same: a machine without a page cache to spare reads them again and again.
+    step_tokens: of one step of the controller. mapped: whether blocks are computed with in the type that they are stored in:
+    streamed, their weights are then pages of the checkpoint, which the system keeps as long as there is room.
     """
     _, blocks = find_blocks(model)
     parameters = sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())
@@ -147,8 +149,8 @@ def needs(model: torch.nn.Module, matrices: Matrices, dtype: torch.dtype, contro
     passing = BATCH_TOKENS * 16 * width * item
     resident = parameters * item + SCORING * largest + passing + STATE[controller] * prunable
     resident += corrected * (step_tokens * item * widths + STEPPING * largest)
-    streamed = (parameters - inside + block) * item + SCORING * largest + passing
-    streamed += corrected * (PART_TOKENS * item * in_block + (item + 1) * block + STEPPING * largest)
+    stepping = PART_TOKENS * item * in_block + (item + 1) * block + STEPPING * largest
+    streamed = (parameters - inside + (0 if mapped else block)) * item + max(SCORING * largest, passing, corrected * stepping)
     hidden = max(step_tokens, BATCH_TOKENS) * item * width * (len(blocks) + 4)
     scratch = corrected * (2 * 8 * prunable + 2 * 4 * prunable + hidden)
     return Needs(PROCESS + int(RAGGED * resident), PROCESS + int(RAGGED * streamed), scratch)

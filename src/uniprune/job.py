@@ -52,6 +52,7 @@ class Job:
     matrices: Matrices
     windows: Windows
     base: str
+    scratch: int = 0  # bytes of disk beside the output, while the run lasts
 
     @property
     def execution(self) -> Execution:
@@ -83,10 +84,11 @@ def prepare(
     machine: Machine,
     pattern: Pattern | None,
     save_tokens: Path | None = None,
+    scores: Path | None = None,
 ) -> Job:
     """Checks the cheap things first and loads the weights last.
 
-    output: an output folder, or None; a file is checked by its writer.
+    output: an output folder, or None; scores: a scores file instead, which its writer checks.
     """
     place, dtype = place_of(machine), parse_dtype(recipe.dtype)
     if save_tokens is not None:
@@ -105,20 +107,23 @@ def prepare(
     windows = calibration_windows(recipe, loaded.tokenizer if loaded else load_tokenizer(origin), model)  # type: ignore[arg-type]
     if save_tokens is not None and ranks.rank() == 0:
         text.save_windows(windows, save_tokens)
+    scratch = 0
     if loaded is None:
         assert origin is not None
-        computed = dtype or compute_dtype(origin, matrices)
-        needs = forecast.needs(
-            model, matrices, computed, recipe.resolved_controller, recipe.step_tokens(windows.tokens.shape[1])
-        )
-        if choose(origin, needs, machine, place, output) == "streamed":
+        stored = compute_dtype(origin, matrices)
+        computed = dtype or stored
+        step, controller = recipe.step_tokens(windows.tokens.shape[1]), recipe.resolved_controller
+        needs = forecast.needs(model, matrices, computed, controller, step, mapped=computed == stored)
+        if choose(origin, needs, machine, place, output or scores) == "streamed":
+            scratch = needs.scratch
+            checkpoint.check_disk_space(output or scores or Path(), scratch)
             loaded = open_streamed(origin, computed, place)
             matrices = attached(find_matrices(loaded.model, recipe.include, recipe.exclude), loaded.residency)  # type: ignore[arg-type]
         else:
             loaded = Loaded(load_weights(origin, dtype, place), load_tokenizer(origin), origin)
             matrices = find_matrices(loaded.model, recipe.include, recipe.exclude)
     check_finite(matrices)
-    return Job(loaded, matrices, windows, checkpoint.fingerprint(loaded, matrices, matrices))
+    return Job(loaded, matrices, windows, checkpoint.fingerprint(loaded, matrices, matrices), scratch)
 
 
 def choose(

@@ -81,7 +81,7 @@ class Magnitude:
     statistic: ClassVar[type[SquaredNorm] | None] = None
 
     def __call__(self, weight: Tensor, inputs: None = None) -> Tensor:
-        return weight.float().abs()
+        return weight.abs().float()
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Wanda:
     statistic: ClassVar[type[SquaredNorm] | None] = SquaredNorm
 
     def __call__(self, weight: Tensor, inputs: SquaredNorm) -> Tensor:
-        return weight.float().abs() * inputs.rms
+        return weight.abs().float().mul_(inputs.rms)
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,7 @@ class MirrorDescent:
     temperature: float = 0.0
     labels: float = 0.0
     evenness: float = 0.5
-    hidden: float = 4.0
+    hidden: float = 0.0
     vocabulary: int = 8192
     even_tokens: bool = True
     focus: bool = True

@@ -23,6 +23,7 @@ Saliency = Mapping[str, Tensor]
 Masks = Mapping[str, Tensor]
 Scope = Literal["row", "matrix", "model"]
 SHORT = 16  # longest row that is ranked pair by pair
+PIECE = 1 << 18  # such rows at a time
 
 
 class Pattern(Protocol):
@@ -143,7 +144,7 @@ def top(scores: Tensor, keep: int) -> Tensor:
     if keep <= 0:
         return torch.zeros_like(scores, dtype=torch.bool)
     if size <= SHORT:
-        return _ranks(scores) < keep
+        return torch.cat([_ranks(piece) < keep for piece in torch.split(scores, PIECE)])  # pieces stay in the processor's cache
     threshold = scores.kthvalue(size - keep + 1, dim=1, keepdim=True).values
     mask = scores >= threshold
     # Only rows with more ties at the threshold than places left need the (slow) count from the left.

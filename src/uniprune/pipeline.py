@@ -132,8 +132,8 @@ def calibrate(
             return facts
         artefacts.check_output_file(output, overwrite)
         target = recipe.pattern() if recipe.sparsity is not None else None
-        job = prepare(source, recipe, None, machine, target, save_tokens)
-        checkpoint.check_disk_space(output, 4 * sum(matrix.size for matrix in job.matrices.values()))
+        job = prepare(source, recipe, None, machine, target, save_tokens, scores=output)
+        checkpoint.check_disk_space(output, job.scratch + 4 * sum(matrix.size for matrix in job.matrices.values()))
         targets = [target] if target else _fitting(descent.any_sparsity(), job.shapes)
         with progress_of(output, machine, job.identity(recipe, verb="calibrate")) as run:
             saliency, record = _saliency(job, recipe, targets, progress, run)
@@ -218,7 +218,8 @@ def plan(source: str | Path, recipe: Recipe, *, device: str | None = None, max_m
     tokens = (recipe.windows or WINDOWS) * (recipe.length or LENGTH)
     machine = Machine(device, max_memory)
     place, controller = place_of(machine), recipe.resolved_controller
-    needs = forecast.needs(model, matrices, dtype, controller, recipe.step_tokens(recipe.length or LENGTH))
+    mapped = dtype == compute_dtype(origin, matrices)
+    needs = forecast.needs(model, matrices, dtype, controller, recipe.step_tokens(recipe.length or LENGTH), mapped)
     execution: str
     try:
         execution = choose(origin, needs, machine, place)
