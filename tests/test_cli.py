@@ -20,6 +20,8 @@ FLAGS = {
     "apply": "dtype json output overwrite",
     "prune": "budget-tokens config controller device dtype exclude include json length max-memory metric output overwrite"
     " resume save-tokens refine scope seed sequential sparsity steps text windows",
+    "pack": "json level output overwrite",
+    "unpack": "json output overwrite",
     "evaluate": "device dtype json length text windows",
 }
 

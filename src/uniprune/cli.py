@@ -266,6 +266,39 @@ def evaluate(
     _show(result, as_json, report.evaluation_table({model: result}))
 
 
+@app.command()
+def pack(
+    folder: Annotated[Path, typer.Argument(help="Checkpoint folder, as prune writes it.")],
+    output: Output,
+    level: Annotated[int, typer.Option(help="Level of zstandard, for files that are no weights.")] = 3,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Pack a pruned checkpoint, without loss, into one smaller file (.upz)."""
+    from uniprune import archive
+
+    with Bars() as progress:
+        result = archive.pack(folder, output, overwrite=overwrite, level=level, progress=progress)
+    line = f"{output}: {result['archive_bytes'] / 1e6:.1f} MB, {result['ratio']:.3f} of {folder}"
+    _show({"output": str(output), **result}, as_json, line)
+
+
+@app.command()
+def unpack(
+    path: Annotated[Path, typer.Argument(metavar="FILE", help="Archive, as pack writes it.")],
+    output: Output,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Unpack an archive into the folder it was made of, and verify every file."""
+    from uniprune import archive
+
+    with Bars() as progress:
+        result = archive.unpack(path, output, overwrite=overwrite, progress=progress)
+    line = f"{output}: {result['files']} files, {result['bytes'] / 1e6:.1f} MB, verified"
+    _show({"output": str(output), **result}, as_json, line)
+
+
 def main() -> NoReturn:
     """Runs the command line: exit code 0 done, 2 bad input (one line on stderr), 1 anything else."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")

@@ -22,7 +22,7 @@ from uniprune.matrices import Matrices, find_blocks
 from uniprune.models import Loaded, Origin, hollow, load_tokenizer
 from uniprune.shards import entries, find_key
 
-M_MMAP_THRESHOLD, LARGE = -3, 8 << 20  # bytes
+M_MMAP_THRESHOLD, LARGE = -3, 1 << 20  # bytes
 
 
 class Streamer:
