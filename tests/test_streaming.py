@@ -281,6 +281,35 @@ def test_killed_at_any_moment(folder, tmp_path, execution, verb):
     compare()
 
 
+@pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="only root may mount a small disk")
+@pytest.mark.parametrize("execution", ["resident", "streamed"])
+@pytest.mark.parametrize("size", [200_000, 400_000])
+def test_a_full_disk_loses_nothing(folder, tmp_path, execution, size):
+    """The disk fills up when the run is under way; with more room it goes on."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(disk)], check=False, capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip("this machine does not let us mount a small disk")
+    settings = *memory_of(folder, execution), "-s", "2:4", "--windows", 16, "--length", 32, "--steps", 3, "--dtype", "float32"
+    unchecked = "import uniprune.checkpoint as c; c.check_disk_space = lambda *a: None; import uniprune.cli as m; m.main()"
+    start = [sys.executable, "-c", unchecked, "prune", str(folder), "-o", str(disk / "out"), *map(str, settings), "--resume"]
+    try:
+        failed = subprocess.run(start, check=False, env=environment(), capture_output=True, text=True)
+        assert failed.returncode == 1, failed.stderr
+        assert failed.stderr.startswith("error: ")
+        assert failed.stderr.count("\n") == 1
+        assert not (disk / "out").exists()
+        subprocess.run(["mount", "-o", "remount,size=20M", str(disk)], check=True)
+        subprocess.run(start, check=True, env=environment(), stdout=subprocess.DEVNULL)
+        assert (disk / "out" / "pruning.json").is_file()
+        assert not list(disk.glob(".*"))
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
 @pytest.mark.parametrize(
     ("settings", "execution"),
     [(("--controller", "none"), "resident"), (("--steps", "3"), "resident"), (("--steps", "3"), "streamed")],

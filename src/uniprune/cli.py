@@ -311,6 +311,10 @@ def main() -> NoReturn:
         _fail(str(error), 2)
     except UniPruneError as error:
         _fail(str(error), 1)
+    except OSError as error:  # a full disk, a folder that may not be written
+        if error.strerror is None:
+            raise
+        _fail(f"{error.filename or 'the disk'}: {error.strerror}; what was complete is kept, and --resume goes on", 1)
     except Exception as error:
         # typer has its own copy of click's usage errors, and exports no base class of them.
         if not hasattr(error, "format_message"):

@@ -145,7 +145,10 @@ class Descent:
         self.record: dict[str, Any] = {"tokens": 0, "kl": [], "flips": [], "backed_off": 0}
         saved = StoredStates(self._store) if self._store.facts else None
         for name in matrices:
-            self._put(name, saved[name].to(passes.device) if saved else self.start(name))
+            state = saved[name].to(passes.device) if saved else self.start(name)
+            if saved is None or not self._streamed:  # else it is where it belongs
+                self.states[name] = state
+            self._sample(name, state)
         passes.network.sink = self._sink
         passes.network.weigh = Evener(inputs, self._gradients) if settings.even_tokens else None
 
@@ -230,19 +233,22 @@ class Descent:
 
     def _put(self, name: str, state: State) -> None:
         self.states[name] = state
+        self._sample(name, state)
+
+    def _sample(self, name: str, state: State) -> None:
         self._samples[name] = state.dual.flatten()[:: self._every].clone()
 
     def _sink(self, name: str, gradient: Tensor | None) -> None:
         weight = self._matrices[name].weight
         if ranks.count() > 1:  # all of them must take part, also those whose windows did not reach an expert
-            gradient = ranks.total(torch.zeros(weight.shape) if gradient is None else gradient.float())
+            gradient = ranks.total(torch.zeros(weight.shape, device=weight.device) if gradient is None else gradient.float())
         if gradient is None:
             return
         gradient = gradient.float() * weight
         if self._settings.temperature:
             soft = self._cut[name]
             gradient *= soft * (1 - soft)
-        state = self.states[name]
+        state = self.states[name].to(weight.device)
         start = self.start(name).dual if self._settings.anchor else None
         moved = self._settings.step(state, gradient, self._size, start)
         before, after = (self._cut.hard(each.dual[::GLANCE]) for each in (state, moved))
@@ -289,10 +295,10 @@ def _start(passes: Passes, windows: Tensor, run: Run, durable: bool) -> tuple[di
     if store.facts:
         inputs = {}
         for name, tokens in store.facts["tokens"].items():
-            total = store.tensor("inputs", name)
+            total = store.tensor("inputs", name).to(passes.device)
             inputs[name] = SquaredNorm(len(total), total.device)
             inputs[name].add(total, tokens)
-        return inputs, store["gradients"]
+        return inputs, {name: rms.to(passes.device) for name, rms in store["gradients"].items()}
     inputs, gradients = sensitivities(passes, windows)
     if durable:
         store["inputs"] = {name: norm.total for name, norm in inputs.items()}

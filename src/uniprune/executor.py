@@ -8,6 +8,7 @@ have what the model does before the first block and after the last one.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -247,7 +248,11 @@ class Stash:
             return tensor.detach()
         kept = self._kept.get(name)
         if kept is None or kept.shape != tensor.shape or kept.dtype != tensor.dtype:
-            (self._folder / name).unlink(missing_ok=True)
+            with (self._folder / name).open("wb") as file:
+                if hasattr(os, "posix_fallocate") and tensor.nbytes:
+                    os.posix_fallocate(
+                        file.fileno(), 0, tensor.nbytes
+                    )  # a full disk is an error here, but a crash in a mapping
             kept = self.take(name, tensor)
         return kept.copy_(tensor.detach())
 

@@ -9,7 +9,6 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
 
 import torch
 from torch import Tensor, distributed
@@ -67,16 +66,8 @@ def total_of(value: float) -> float:
     """The sum of a number over all processes."""
     if count() == 1:
         return value
-    return float(total(torch.tensor(value, dtype=torch.float64)))
-
-
-def from_first(value: Any) -> Any:
-    """What the first process has, in all of them."""
-    if count() == 1:
-        return value
-    box = [value]
-    distributed.broadcast_object_list(box)
-    return box[0]
+    place = torch.device("cuda", torch.cuda.current_device()) if distributed.get_backend() == "nccl" else None
+    return float(total(torch.tensor(value, dtype=torch.float64, device=place)))
 
 
 def wait() -> None:

@@ -31,7 +31,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from uniprune.errors import InputError, MismatchError
+from uniprune.errors import InputError, MismatchError, UniPruneError
 
 KEY = "uniprune"  # marks an identity file as ours
 IDENTITY = "identity.json"
@@ -198,7 +198,10 @@ class Store(Mapping[str, dict[str, Tensor]]):
         self._next.pop(name, None)  # if this fails, there is none
         path = self._path(name, version)
         temporary = path.with_name(path.name + PARTIAL)  # tensors read from an earlier file of this name map it still
-        save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, temporary)
+        try:
+            save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, temporary)
+        except SafetensorError as error:  # a full disk, for one
+            raise UniPruneError(f"{temporary} could not be written ({error}); what was committed before is kept") from None
         _sync(temporary)
         os.replace(temporary, path)
         self._next[name] = version
