@@ -38,6 +38,7 @@ def test_masks_round_trip(tmp_path):
     removed = write_masks(tmp_path / "m.safetensors", **masks)
     file = artefacts.MasksFile(tmp_path / "m.safetensors")
     assert set(file) == set(masks)
+    assert file.removed() == removed
     for name, mask in masks.items():
         assert torch.equal(file[name], mask)
         assert removed[name] == pytest.approx(1 - float(mask.float().mean()))

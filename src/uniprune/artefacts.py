@@ -152,6 +152,11 @@ class MasksFile(Mapping[str, Tensor]):
         with safe_open(self._path, framework="pt") as file:
             return masking.unpack(file.get_tensor(name), self.shapes[name])
 
+    def removed(self) -> dict[str, float]:
+        """The fraction of weights that each mask removes, without unpacking them."""
+        with safe_open(self._path, framework="pt") as file:
+            return {name: masking.removed(file.get_tensor(name), shape) for name, shape in self.shapes.items()}
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)
 

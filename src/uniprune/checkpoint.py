@@ -13,6 +13,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from uniprune import masks as masking
 from uniprune.errors import InputError, UniPruneError
 from uniprune.matrices import Matrices
 from uniprune.models import Loaded, Origin
+from uniprune.runs import sync
 from uniprune.shards import NAMES, entries, key_of
 
 REPORT = "pruning.json"  # written last: a folder without it is incomplete
@@ -42,9 +44,12 @@ def fingerprint(source: Loaded | Origin, names: Iterable[str], matrices: Matrice
     digest = hashlib.sha256()
     if origin is not None and origin.shards:
         keys = entries(origin.shards)
-        for name in sorted(names):
-            entry = keys[key_of(f"{name}.weight", keys)]
-            digest.update(_line(name, entry.dtype, entry.shape, hashlib.sha256(entry.array().data)))
+        ordered = sorted(names)
+        found = [keys[key_of(f"{name}.weight", keys)] for name in ordered]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            digests = pool.map(lambda entry: hashlib.sha256(entry.array().data), found)
+            for name, entry, one in zip(ordered, found, digests, strict=True):
+                digest.update(_line(name, entry.dtype, entry.shape, one))
     else:
         assert matrices is not None
         for name in sorted(names):
@@ -139,14 +144,18 @@ def write_checkpoint(source: Loaded | Origin, masks: Mapping[str, Tensor], trans
             source.tokenizer.save_pretrained(folder)
     keys = entries(Origin("output", folder).shards)
     flipped = set(transposed)
-    for name, mask in masks.items():
-        entry = keys[key_of(f"{name}.weight", keys)]
+
+    def zero(name: str) -> None:
+        entry, mask = keys[key_of(f"{name}.weight", keys)], masks[name]
         stored = mask.T if name in flipped else mask
         if tuple(stored.shape) != entry.shape:
             raise UniPruneError(f"{name}: the mask is {tuple(stored.shape)}, the checkpoint's tensor {entry.shape}")
-        weights = entry.array("r+")
-        masking.apply_to_array(weights, stored)
-        weights.flush()  # type: ignore[attr-defined]
+        masking.apply_to_array(entry.array("r+"), stored)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(zero, masks))
+    for shard in {entry.file for entry in keys.values()}:
+        sync(shard)
 
 
 def _copy(origin: Origin, folder: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from uniprune.artefacts import ScoresFile, write_scores
+from uniprune.executor import give_back_memory
 from uniprune.matrices import Matrices
 from uniprune.mirror_descent import State
 from uniprune.patterns import Pattern
@@ -38,6 +39,7 @@ class StoredStates:
     def __setitem__(self, name: str, state: State) -> None:
         facts = torch.tensor([state.unit, state.steps], dtype=torch.float64)
         self._store[name] = {"dual": state.dual, "mean": state.mean, "rms": state.rms, "facts": facts}
+        give_back_memory()
 
     def dual(self, name: str) -> Tensor:
         return self._store.tensor(name, "dual")

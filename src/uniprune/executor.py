@@ -8,6 +8,7 @@ have what the model does before the first block and after the last one.
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -22,6 +23,7 @@ from uniprune.errors import UniPruneError
 
 BATCH_TOKENS = 2048
 PROBE_TOKENS = 16
+M_MMAP_THRESHOLD, LARGE = -3, 32 << 20  # bytes; smaller ones are better kept: activations come and go all the time
 
 Residency = Callable[[int], AbstractContextManager[Any]]
 """Given a block's index, a context inside which that block's weights are in memory."""
@@ -262,6 +264,17 @@ class Stash:
         flat = torch.from_file(str(self._folder / name), shared=True, size=like.numel(), dtype=like.dtype)
         self._kept[name] = flat.view(like.shape)
         return self._kept[name]
+
+
+def give_back_memory() -> None:
+    """Returns freed memory to the system, that of large tensors from now on at once (glibc only).
+
+    It would be kept for later, between what is still in use: the memory that is taken then grows from block to block.
+    """
+    library = ctypes.CDLL(None) if os.name == "posix" else None
+    if library is not None and hasattr(library, "mallopt") and hasattr(library, "malloc_trim"):
+        library.mallopt(M_MMAP_THRESHOLD, LARGE)
+        library.malloc_trim(0)
 
 
 @contextmanager

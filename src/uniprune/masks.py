@@ -12,6 +12,7 @@ from torch import Tensor
 
 from uniprune.matrices import Matrices
 
+ONES = np.array([value.bit_count() for value in range(256)], dtype=np.uint8)
 PIECE = 1 << 22  # elements handled at a time where a matrix may be mapped from a file
 
 
@@ -26,6 +27,11 @@ def unpack(packed: Tensor, shape: tuple[int, int]) -> Tensor:
     return torch.from_numpy(bits.view(np.bool_)).reshape(shape)
 
 
+def removed(packed: Tensor, shape: tuple[int, int]) -> float:
+    """The fraction of weights that a packed mask removes; the bits past its end are 0."""
+    return 1 - int(ONES[packed.numpy()].sum(dtype=np.int64)) / (shape[0] * shape[1])
+
+
 def apply(matrices: Matrices, masks: Iterable[tuple[str, Tensor]]) -> None:
     """Zeroes the pruned weights of a model in memory; kept weights keep their bits."""
     for name, mask in masks:
@@ -37,9 +43,10 @@ def apply_to_array(weights: np.ndarray[Any, Any], mask: Tensor) -> None:
 
     All-zero bits are 0.0 in every floating-point format, so one routine serves every dtype a checkpoint can have.
     """
-    drop = ~mask.flatten().cpu().numpy()
-    for start in range(0, len(weights), PIECE):
-        weights[start : start + PIECE][drop[start : start + PIECE]] = 0
+    signed = torch.from_numpy(weights.view(f"i{weights.itemsize}"))
+    keep = mask.flatten().cpu()
+    for piece, kept in zip(torch.split(signed, PIECE), torch.split(keep, PIECE), strict=True):
+        piece.masked_fill_(~kept, 0)
 
 
 @contextmanager

@@ -195,7 +195,7 @@ def apply(
             (folder / checkpoint.MASKS).parent.mkdir()
             shutil.copyfile(masks, folder / checkpoint.MASKS)
             checkpoint.write_checkpoint(loaded, file, file.transposed, folder)
-        removed = {name: 1 - int(kept.sum()) / kept.numel() for name, kept in file.items()}
+        removed = file.removed()
         report = {
             "model": {"name": str(origin), "fingerprint": base},
             "pattern": file.facts["pattern"],

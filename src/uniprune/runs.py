@@ -68,7 +68,7 @@ def open_run(output: Path, identity: Mapping[str, Any], *, resume: bool = False,
             folder.chmod(0o700)
             _empty(folder)
             _write(folder / IDENTITY, {KEY: "run", "identity": identity})
-            _sync(folder.parent)
+            sync(folder.parent)
         elif not resume:
             raise InputError(
                 f"an interrupted run of {output} lies in {folder}; --resume goes on with it, --overwrite starts anew"
@@ -202,13 +202,13 @@ class Store(Mapping[str, dict[str, Tensor]]):
             save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, temporary)
         except SafetensorError as error:  # a full disk, for one
             raise UniPruneError(f"{temporary} could not be written ({error}); what was committed before is kept") from None
-        _sync(temporary)
+        sync(temporary)
         os.replace(temporary, path)
         self._next[name] = version
 
     def commit(self, facts: Mapping[str, Any]) -> None:
         """Makes the next version the current one, and deletes what it replaces. If this fails, what was set is dropped."""
-        _sync(self._folder)
+        sync(self._folder)
         versions = {**self._versions, **self._next}
         try:
             self._run.write(self._stage, {"version": self.version + 1, "versions": versions, "facts": facts})
@@ -401,10 +401,10 @@ def _write(path: Path, content: Mapping[str, Any]) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
-    _sync(path.parent)
+    sync(path.parent)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Returns when a file, or the list of the files in a folder, is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:

@@ -6,7 +6,6 @@ their turn comes. Weights whose type is the one computed in are mapped, not copi
 
 from __future__ import annotations
 
-import ctypes
 import os
 from collections import defaultdict
 from collections.abc import Iterator
@@ -18,11 +17,10 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from uniprune.errors import InputError
+from uniprune.executor import give_back_memory
 from uniprune.matrices import Matrices, find_blocks
 from uniprune.models import Loaded, Origin, hollow, load_tokenizer
 from uniprune.shards import entries, find_key
-
-M_MMAP_THRESHOLD, LARGE = -3, 1 << 20  # bytes
 
 
 class Streamer:
@@ -70,6 +68,7 @@ class Streamer:
         finally:
             for name, hollow_one in parts.items():
                 _assign(block, name, hollow_one)
+            give_back_memory()
 
     def _renamed(self, model: nn.Module, shape: tuple[int, ...]) -> str | None:
         """The only tensor of a shape that no parameter claims by its name: a few heads are stored under another one."""
@@ -103,7 +102,6 @@ def open_streamed(origin: Origin, dtype: torch.dtype, device: torch.device) -> L
         raise InputError(
             f"model {origin} cannot be streamed: it is not in safetensors files; give it memory for the whole model"
         )
-    _give_back_memory()
     model = hollow(origin, dtype)
     return Loaded(model, load_tokenizer(origin), origin, Streamer(model, origin, dtype, device))
 
@@ -111,16 +109,6 @@ def open_streamed(origin: Origin, dtype: torch.dtype, device: torch.device) -> L
 def attached(matrices: Matrices, streamer: Streamer) -> Matrices:
     """Matrices whose weight is read from the checkpoint where their block is not in memory."""
     return {name: replace(matrix, read=streamer.read) for name, matrix in matrices.items()}
-
-
-def _give_back_memory() -> None:
-    """Has freed matrices go back to the system at once (glibc).
-
-    It would keep them for later, the more the larger they are: the memory that is taken then grows from block to block.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
-    if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, LARGE)
 
 
 def _assign(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
