@@ -10,7 +10,7 @@ from uniprune import Recipe
 from uniprune import masks as masking
 from uniprune.calibration import observing, sequential
 from uniprune.errors import InputError
-from uniprune.executor import forward
+from uniprune.executor import last_hidden
 from uniprune.matrices import find_matrices
 from uniprune.metrics import Gram, Magnitude, SquaredNorm, Wanda
 from uniprune.patterns import NM, Unstructured
@@ -194,7 +194,7 @@ def test_every_matrix_has_the_gram_of_its_own_inputs():
         matrix.module.register_forward_pre_hook(lambda module, args, name=name: seen[name].append(args[0].flatten(0, 1)))
     with observing(matrices, Gram) as statistics:
         for batch in tokens().split(2):
-            forward(model, batch)
+            last_hidden(model, batch)
     for name, statistic in statistics.items():
         x = torch.cat(seen[name])
         assert statistic.tokens == len(x) == 80
@@ -213,7 +213,7 @@ def test_sequential_refines_each_block_on_pruned_inputs(pattern, metric):
     for index in range(3):
         here = {name: matrix for name, matrix in everything.items() if matrix.block == index}
         with observing(here, Gram) as statistics:
-            forward(reference, tokens())
+            last_hidden(reference, tokens())
         for name, matrix in here.items():
             gram = statistics[name].mean
             cut = dict(pattern({name: metric(matrix.weight, statistics[name])}))[name]

@@ -41,10 +41,8 @@ def batches(windows: Tensor, tokens: int = BATCH_TOKENS) -> list[Tensor]:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where a model takes its tokens: its embedding's device. (Blocks may be on the meta device.)"""
-    weight = model.get_input_embeddings().weight  # type: ignore[operator]
-    assert isinstance(weight, Tensor)
-    return weight.device
+    """Where a model computes: blocks that wait for their turn are on the meta device, the rest is not."""
+    return next(parameter.device for parameter in model.parameters() if not parameter.is_meta)
 
 
 def last_hidden(model: nn.Module, batch: Tensor) -> Tensor:
