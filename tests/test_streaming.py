@@ -18,10 +18,10 @@ from test_matrices import FAMILIES, family_model
 from uniprune import Recipe, descent, models, runs
 from uniprune.calibration import one_shot, sequential
 from uniprune.descent import descend
-from uniprune.errors import InputError, MismatchError
+from uniprune.errors import InputError, MismatchError, UniPruneError
 from uniprune.executor import Replay, Stash
 from uniprune.forecast import Needs, parse_size
-from uniprune.job import Machine, choose
+from uniprune.job import Machine, choose, progress_of
 from uniprune.loss import Loss
 from uniprune.matrices import find_blocks, find_matrices
 from uniprune.metrics import Wanda
@@ -45,7 +45,7 @@ def pair(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("family")
     model = family_model(request.param)
     model.save_pretrained(folder, max_shard_size="20KB")
-    loaded = open_streamed(models.resolve(folder), torch.float32, CPU)
+    loaded = open_streamed(models.resolve(folder), None, torch.float32, CPU)
     hollow = attached(find_matrices(loaded.model), loaded.residency)
     return (model, find_matrices(model)), (loaded.model, hollow, loaded.residency)
 
@@ -95,7 +95,7 @@ def test_local_masks_are_those_of_the_model_in_memory(pair):
 def test_descents_agree(tmp_path):
     model = tiny_model(initializer_range=0.3)
     model.save_pretrained(tmp_path)
-    loaded = open_streamed(models.resolve(tmp_path), torch.float32, CPU)
+    loaded = open_streamed(models.resolve(tmp_path), None, torch.float32, CPU)
     hollow = attached(find_matrices(loaded.model), loaded.residency)
     ids, settings = tokens(32, 32, VOCABULARY), MirrorDescent(step_size=0.05, batch_tokens=128)
     targets = descent.any_sparsity()
@@ -196,6 +196,31 @@ def test_an_interrupted_run_goes_on_to_the_same_masks(folder, tmp_path, way, mon
             start(f"out{after}")
         assert start(f"out{after}", resume=True) == expected
         assert not (tmp_path / name).exists()
+
+
+def test_hidden_states_that_are_gone_are_an_error(tmp_path):
+    stash = Stash(tmp_path)
+    stash.put("hidden-0-0", torch.ones(2, 3))
+    assert Stash(tmp_path).take("hidden-0-0", torch.zeros(2, 3)).tolist() == [[1] * 3] * 2
+    for name, like in (("hidden-1-0", torch.zeros(2, 3)), ("hidden-0-0", torch.zeros(4, 3))):
+        with pytest.raises(UniPruneError, match="is missing or damaged"):
+            Stash(tmp_path).take(name, like)
+
+
+def test_a_sweep_of_several_processes_begins_anew(tmp_path, monkeypatch):
+    """Hidden states are of one process's own windows, and other processes would take up a sweep without any."""
+    with pytest.raises(Stopped), progress_of(tmp_path / "out", Machine(), {}) as run:
+        for stage in ("sweep", "descent"):
+            store = runs.Store(run, stage)
+            store["w"] = {"dual": torch.ones(2)}
+            store.commit({"done": 1})
+        raise Stopped
+    monkeypatch.setattr("uniprune.ranks.count", lambda: 2)
+    monkeypatch.setattr("uniprune.ranks.rank", lambda: 0)
+    monkeypatch.setattr("uniprune.ranks.wait", lambda: None)
+    with progress_of(tmp_path / "out", Machine(resume=True), {}) as run:
+        assert run.facts("descent") == {"done": 1}
+        assert (run.facts("sweep"), dict(runs.Store(run, "sweep"))) == (None, {})
 
 
 def test_another_run_is_not_resumed(folder, tmp_path, monkeypatch):

@@ -20,6 +20,8 @@ from uniprune.patterns import Pattern
 from uniprune.progress import Progress, silent
 from uniprune.runs import Run, Store
 
+SWEEP = "sweep"  # the stage of a run that goes from block to block
+
 
 class LocalSaliency(Mapping[str, Tensor]):
     """Scores computed when they are asked for: all of them together would take as much memory as the model."""
@@ -94,7 +96,7 @@ def one_shot(
                 last_hidden(model, batch)
         pool(statistics)
         return LocalSaliency(matrices, metric, statistics)
-    store = Store(run, "sweep") if run else None
+    store = Store(run, SWEEP) if run else None
     runner = _blocks(model, mine, residency, run, store)
     with observing(matrices, metric.statistic, device_of(model)) as statistics:
         for name, found in store.items() if store else ():
@@ -134,7 +136,7 @@ def sequential(
     if refine:
         refining.check(pattern)
     kind = Gram if refine else metric.statistic
-    store = Store(run, "sweep") if run else None
+    store = Store(run, SWEEP) if run else None
     runner = _blocks(model, ranks.share(windows), residency, run, store)
     masks: dict[str, Tensor] = {}
     for index in progress(runner, "pruning block by block", len(runner)):

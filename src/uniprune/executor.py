@@ -249,16 +249,21 @@ class Stash:
         kept = self._kept.get(name)
         if kept is None or kept.shape != tensor.shape or kept.dtype != tensor.dtype:
             with (self._folder / name).open("wb") as file:
-                if hasattr(os, "posix_fallocate") and tensor.nbytes:
-                    os.posix_fallocate(
-                        file.fileno(), 0, tensor.nbytes
-                    )  # a full disk is an error here, but a crash in a mapping
-            kept = self.take(name, tensor)
+                if hasattr(os, "posix_fallocate") and tensor.nbytes:  # a full disk is an error here, but a crash in a mapping
+                    os.posix_fallocate(file.fileno(), 0, tensor.nbytes)
+            kept = self._map(name, tensor)
         return kept.copy_(tensor.detach())
 
     def take(self, name: str, like: Tensor) -> Tensor:
         """What an earlier process put under a name, a tensor of the shape and type of ``like``."""
         assert self._folder is not None, "nothing outlives a process in its memory"
+        path = self._folder / name
+        if not path.is_file() or path.stat().st_size != like.nbytes:
+            raise UniPruneError(f"{path} is missing or damaged, the run cannot go on; --overwrite without --resume starts anew")
+        return self._map(name, like)
+
+    def _map(self, name: str, like: Tensor) -> Tensor:
+        assert self._folder is not None
         flat = torch.from_file(str(self._folder / name), shared=True, size=like.numel(), dtype=like.dtype)
         self._kept[name] = flat.view(like.shape)
         return self._kept[name]

@@ -104,7 +104,7 @@ def make_plan(
         Group(name, len(names), shape, len(names) * shape[0] * shape[1], pattern.misfit(*shape) if pattern else None)
         for (name, shape), names in groups.items()
     ]
-    parameters = sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())
+    parameters = sum(p.numel() for p in model.parameters())
     prunable = sum(matrix.size for matrix in matrices.values())
     removed = pattern.sparsity * prunable if pattern else None
     return Plan(
@@ -137,7 +137,7 @@ def needs(
     streamed, their weights are then pages of the checkpoint, which the system keeps as long as there is room.
     """
     _, blocks = find_blocks(model)
-    parameters = sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())
+    parameters = sum(p.numel() for p in model.parameters())
     inside = sum(p.numel() for p in blocks.parameters())
     block = max(sum(p.numel() for p in one.parameters()) for one in blocks)
     prunable = sum(matrix.size for matrix in matrices.values())

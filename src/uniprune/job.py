@@ -17,6 +17,7 @@ import torch
 
 from uniprune import checkpoint, forecast, ranks, runs, shards, text
 from uniprune.artefacts import check_output_file
+from uniprune.calibration import SWEEP
 from uniprune.errors import InputError
 from uniprune.executor import resident
 from uniprune.matrices import Matrices, check_finite, check_fit, find_matrices
@@ -52,7 +53,6 @@ class Job:
     matrices: Matrices
     windows: Windows
     base: str
-    scratch: int = 0  # bytes of disk beside the output, while the run lasts
 
     @property
     def execution(self) -> Execution:
@@ -88,7 +88,7 @@ def prepare(
 ) -> Job:
     """Checks the cheap things first and loads the weights last.
 
-    output: an output folder, or None; scores: a scores file instead, which its writer checks.
+    output: an output folder, or None; scores: a scores file instead, whose name its writer checks.
     """
     place, dtype = place_of(machine), parse_dtype(recipe.dtype)
     if save_tokens is not None:
@@ -101,29 +101,33 @@ def prepare(
     matrices = find_matrices(model, recipe.include, recipe.exclude)
     if pattern is not None:
         check_fit(((name, matrix.shape) for name, matrix in matrices.items()), pattern)
+    disk = 4 * sum(matrix.size for matrix in matrices.values())  # of scores
     if output is not None:
         size = sum(p.numel() for p in model.parameters()) * (dtype or torch.float32).itemsize
-        checkpoint.check_disk_space(output, checkpoint.checkpoint_bytes(origin, size) if origin else size)
-    windows = calibration_windows(recipe, loaded.tokenizer if loaded else load_tokenizer(origin), model)  # type: ignore[arg-type]
+        disk = checkpoint.checkpoint_bytes(origin, size) if origin else size
+    target = output or scores
+    if target is not None:
+        checkpoint.check_disk_space(target, disk)
+    tokenizer = loaded.tokenizer if loaded else load_tokenizer(origin)  # type: ignore[arg-type]
+    windows = calibration_windows(recipe, tokenizer, model)
     if save_tokens is not None and ranks.rank() == 0:
         text.save_windows(windows, save_tokens)
-    scratch = 0
     if loaded is None:
         assert origin is not None
         stored = compute_dtype(origin, matrices)
         computed = dtype or stored
         step, controller = recipe.step_tokens(windows.tokens.shape[1]), recipe.resolved_controller
         needs = forecast.needs(model, matrices, computed, controller, step, mapped=computed == stored)
-        if choose(origin, needs, machine, place, output or scores) == "streamed":
-            scratch = needs.scratch
-            checkpoint.check_disk_space(output or scores or Path(), scratch)
-            loaded = open_streamed(origin, computed, place)
+        if choose(origin, needs, machine, place, target) == "streamed":
+            if target is not None:
+                checkpoint.check_disk_space(target, disk + needs.scratch)
+            loaded = open_streamed(origin, tokenizer, computed, place)
             matrices = attached(find_matrices(loaded.model, recipe.include, recipe.exclude), loaded.residency)  # type: ignore[arg-type]
         else:
-            loaded = Loaded(load_weights(origin, dtype, place), load_tokenizer(origin), origin)
+            loaded = Loaded(load_weights(origin, dtype, place), tokenizer, origin)
             matrices = find_matrices(loaded.model, recipe.include, recipe.exclude)
     check_finite(matrices)
-    return Job(loaded, matrices, windows, checkpoint.fingerprint(loaded, matrices, matrices), scratch)
+    return Job(loaded, matrices, windows, checkpoint.fingerprint(loaded, matrices, matrices))
 
 
 def choose(
@@ -159,9 +163,14 @@ def gigabytes(size: int) -> str:
 
 @contextmanager
 def progress_of(output: Path, machine: Machine, identity: dict[str, Any]) -> Iterator[runs.Run]:
-    """The run folder of this process: the first one's is what an interrupted run is resumed from, others take a copy."""
+    """The run folder of this process: the first one's is what an interrupted run is resumed from, others take a copy.
+
+    A sweep shared by several processes begins anew: each has the hidden states of its own windows, and they are not copied.
+    """
     if ranks.rank() == 0:
         with runs.open_run(output, identity, resume=machine.resume, overwrite=machine.overwrite) as run:
+            if ranks.count() > 1:
+                run.drop(SWEEP)
             ranks.wait()
             yield run
             ranks.wait()

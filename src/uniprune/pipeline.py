@@ -133,7 +133,6 @@ def calibrate(
         artefacts.check_output_file(output, overwrite)
         target = recipe.pattern() if recipe.sparsity is not None else None
         job = prepare(source, recipe, None, machine, target, save_tokens, scores=output)
-        checkpoint.check_disk_space(output, job.scratch + 4 * sum(matrix.size for matrix in job.matrices.values()))
         targets = [target] if target else _fitting(descent.any_sparsity(), job.shapes)
         with progress_of(output, machine, job.identity(recipe, verb="calibrate")) as run:
             saliency, record = _saliency(job, recipe, targets, progress, run)
@@ -213,13 +212,14 @@ def plan(source: str | Path, recipe: Recipe, *, device: str | None = None, max_m
     origin = resolve(source)
     model = skeleton(origin)
     matrices = find_matrices(model, recipe.include, recipe.exclude)
-    dtype = parse_dtype(recipe.dtype) or compute_dtype(origin, matrices)
+    stored = compute_dtype(origin, matrices)
+    dtype = parse_dtype(recipe.dtype) or stored
     pattern = recipe.pattern() if recipe.sparsity is not None else None
     tokens = (recipe.windows or WINDOWS) * (recipe.length or LENGTH)
     machine = Machine(device, max_memory)
     place, controller = place_of(machine), recipe.resolved_controller
-    mapped = dtype == compute_dtype(origin, matrices)
-    needs = forecast.needs(model, matrices, dtype, controller, recipe.step_tokens(recipe.length or LENGTH), mapped)
+    step = recipe.step_tokens(recipe.length or LENGTH)
+    needs = forecast.needs(model, matrices, dtype, controller, step, mapped=dtype == stored)
     execution: str
     try:
         execution = choose(origin, needs, machine, place)

@@ -140,6 +140,11 @@ class Run:
         """
         self.write(stage, {"facts": facts})
 
+    def drop(self, stage: str) -> None:
+        """Forgets a stage: it will begin anew."""
+        self._path(stage).unlink(missing_ok=True)
+        shutil.rmtree(self.folder / stage, ignore_errors=True)
+
     def read(self, stage: str) -> dict[str, Any] | None:
         """The whole content of a stage's file: ``facts``, and what a Store keeps beside them."""
         path = self._path(stage)

@@ -7,10 +7,10 @@ their turn comes. Weights whose type is the one computed in are mapped, not copi
 from __future__ import annotations
 
 import os
-from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from uniprune.errors import InputError
 from uniprune.executor import give_back_memory
 from uniprune.matrices import Matrices, find_blocks
-from uniprune.models import Loaded, Origin, hollow, load_tokenizer
+from uniprune.models import Loaded, Origin, hollow
 from uniprune.shards import entries, find_key
 
 
@@ -45,10 +45,8 @@ class Streamer:
             self._keys[name] = key
             if not name.startswith(f"{prefix}."):
                 outside.append(name)
-        self._parts: dict[int, dict[str, nn.Parameter]] = defaultdict(dict)  # block -> name inside it -> parameter on meta
         self._prefix = prefix
-        for index, block in enumerate(self._blocks):
-            self._parts[index] = dict(block.named_parameters())
+        self._parts = [dict(block.named_parameters()) for block in self._blocks]  # name inside the block -> parameter on meta
         for name in outside:
             _assign(model, name, nn.Parameter(self.read(name).clone(), requires_grad=False))
         model.tie_weights()  # type: ignore[operator]
@@ -60,7 +58,8 @@ class Streamer:
     def __call__(self, index: int) -> Iterator[None]:
         """Inside ``with``, the block's parameters are in memory."""
         block, parts = self._blocks[index], self._parts[index]
-        self._announce(index + 1)
+        if index + 1 < len(self._parts):
+            self._announce(index + 1)
         for name in parts:
             _assign(block, name, nn.Parameter(self.read(f"{self._prefix}.{index}.{name}"), requires_grad=False))
         try:
@@ -87,13 +86,13 @@ class Streamer:
         """Tells the system which bytes come next, so that it reads them while this block computes."""
         if not hasattr(os, "posix_fadvise"):
             return
-        for name in self._parts.get(index, ()):
+        for name in self._parts[index]:
             entry = self._entries[self._keys[f"{self._prefix}.{index}.{name}"]]
             with entry.file.open("rb") as file:
                 os.posix_fadvise(file.fileno(), entry.start, entry.stop - entry.start, os.POSIX_FADV_WILLNEED)
 
 
-def open_streamed(origin: Origin, dtype: torch.dtype, device: torch.device) -> Loaded:
+def open_streamed(origin: Origin, tokenizer: Any, dtype: torch.dtype, device: torch.device) -> Loaded:
     """A model as :func:`models.load` gives it, but for its blocks, which :attr:`Loaded.residency` brings in.
 
     Raises InputError for a model that is not in safetensors files, and as Streamer does.
@@ -103,7 +102,7 @@ def open_streamed(origin: Origin, dtype: torch.dtype, device: torch.device) -> L
             f"model {origin} cannot be streamed: it is not in safetensors files; give it memory for the whole model"
         )
     model = hollow(origin, dtype)
-    return Loaded(model, load_tokenizer(origin), origin, Streamer(model, origin, dtype, device))
+    return Loaded(model, tokenizer, origin, Streamer(model, origin, dtype, device))
 
 
 def attached(matrices: Matrices, streamer: Streamer) -> Matrices:
