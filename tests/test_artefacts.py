@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from uniprune import artefacts
-from uniprune.errors import InputError, MismatchError
+from uniprune.errors import InputError
 from uniprune.masks import apply_to_array, pack, unpack
 
 FACTS = {"base": "b" * 64, "base_name": "model", "transposed": []}
@@ -102,12 +102,6 @@ def test_output_files_are_checked_first(tmp_path):
     for bad, message in ((path, "exists"), (tmp_path, "safetensors"), (tmp_path / "m.pt", "end in .safetensors")):
         with pytest.raises(InputError, match=message):
             artefacts.check_output_file(bad, overwrite=False)
-
-
-def test_masks_of_another_model(tmp_path):
-    artefacts.check_base(FACTS, "b" * 64, tmp_path, "model")
-    with pytest.raises(MismatchError, match="made for another model"):
-        artefacts.check_base(FACTS, "c" * 64, tmp_path, "model")
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])

@@ -54,12 +54,32 @@ def test_transposed_weights_are_zeroed_where_the_mask_says(tmp_path):
 def test_fingerprint_is_of_the_weights_not_of_the_files(folder, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(folder)
     matrices = find_matrices(model)
-    sharded = checkpoint.fingerprint(Origin("tiny", folder), matrices)
+    sharded = checkpoint.fingerprint(checkpoint.digests(Origin("tiny", folder), matrices))
     model.save_pretrained(tmp_path)  # one shard
-    assert checkpoint.fingerprint(Origin("other", tmp_path), list(matrices)[::-1]) == sharded
-    assert checkpoint.fingerprint(Loaded(model), matrices, matrices) == sharded
+    assert checkpoint.fingerprint(checkpoint.digests(Origin("other", tmp_path), list(matrices)[::-1])) == sharded
+    before = checkpoint.digests(Loaded(model), matrices, matrices)
+    assert checkpoint.fingerprint(before) == sharded
     matrices["model.layers.0.mlp.up_proj"].weight[0, 0] += 1
-    assert checkpoint.fingerprint(Loaded(model), matrices, matrices) != sharded
+    after = checkpoint.digests(Loaded(model), matrices, matrices)
+    assert [name for name in after if after[name] != before[name]] == ["model.layers.0.mlp.up_proj"]
+    assert checkpoint.fingerprint(after) != sharded
+
+
+def test_writing_finds_the_digests_of_what_it_read(folder, tmp_path):
+    origin, matrices, found = Origin("tiny", folder), find_matrices(tiny_model()), {}
+    checkpoint.write_checkpoint(origin, random_masks(matrices), [], tmp_path, found.__setitem__)
+    assert found == checkpoint.digests(origin, matrices)
+
+
+def test_pieces_smaller_than_a_tensor_give_the_same_checkpoint(folder, tmp_path, monkeypatch):
+    masks, found = random_masks(find_matrices(tiny_model())), []
+    for size in (checkpoint.PIECE, 1000):
+        monkeypatch.setattr(checkpoint, "PIECE", size)
+        (tmp_path / str(size)).mkdir()
+        digests = {}
+        checkpoint.write_checkpoint(Origin("tiny", folder), masks, [], tmp_path / str(size), digests.__setitem__)
+        found.append([(file.name, file.read_bytes()) for file in sorted((tmp_path / str(size)).iterdir())] + [digests])
+    assert found[0] == found[1]
 
 
 def test_keys_without_the_outer_prefix_are_found():
@@ -121,7 +141,7 @@ def test_quantised_checkpoints_are_refused(folder, tmp_path):
 
     save_file({"model.layers.0.x.weight": torch.ones(2, 2, dtype=torch.int8)}, tmp_path / "model.safetensors")
     with pytest.raises(UniPruneError, match="type I8"):
-        checkpoint.fingerprint(Origin("q", tmp_path), ["model.layers.0.x"])
+        checkpoint.digests(Origin("q", tmp_path), ["model.layers.0.x"])
     shutil.rmtree(tmp_path)
 
 

@@ -185,7 +185,7 @@ def test_sampled_thresholds_are_close_to_the_exact_ones(tmp_path):
     model, matrices, ids, metric, settings = setting()
     target = Unstructured(0.7, "model")
     with StraightThrough(matrices) as network:
-        descent = Descent(resident(model, network), matrices, ids, metric, settings, Run(tmp_path))
+        descent = Descent(resident(model, network), matrices, ids, metric, [target], settings, Run(tmp_path))
         descent.judge([target], ids[:1])
         kept = sum(int(mask.sum()) for mask in network.masks.values())
     assert kept == pytest.approx(target.keep(sum(matrix.size for matrix in matrices.values())), rel=0.03)
@@ -284,7 +284,7 @@ def test_targets_share_the_windows_that_judge(tmp_path):
     model, matrices, ids, metric, settings = setting()
     targets = [NM(2, 4), Unstructured(0.7, "row")]
     with StraightThrough(matrices) as network:
-        descent = Descent(resident(model, network), matrices, ids, metric, settings, Run(tmp_path))
+        descent = Descent(resident(model, network), matrices, ids, metric, targets, settings, Run(tmp_path))
         alone = [descent.judge([target], ids[start:5:2]) for start, target in enumerate(targets)]
         assert descent.judge(targets, ids[:5]) == pytest.approx(sum(alone) / 2)
         assert descent.judge(targets, ids[:1]) == pytest.approx(sum(descent.judge([t], ids[:1]) for t in targets) / 2)

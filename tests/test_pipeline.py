@@ -87,7 +87,7 @@ def test_the_three_steps_are_prune(folder, tmp_path, sparsity, scope, controller
 def test_one_calibration_serves_every_sparsity(folder, tmp_path):
     scores = tmp_path / "scores.safetensors"
     facts = uniprune.calibrate(str(folder), Recipe(**SMALL), scores)
-    assert facts["controller"]["targets"] == ["0.5 by model", "0.6 by model", "0.7 by model", "2:4", "4:8"]
+    assert facts["controller"]["targets"] == ["0.5 by model", "0.6 by model", "0.7 by model", "2:4", "4:8", "2:4"]
     for sparsity, expected in {"0.31": 0.31, "0.8": 0.8, "1:4": 0.75, "7:8": 0.125}.items():
         cut = uniprune.mask(scores, sparsity, tmp_path / "masks.safetensors", overwrite=True)
         assert cut["sparsity"] == pytest.approx(expected, abs=1e-4)
@@ -145,7 +145,11 @@ def test_masks_of_another_model_are_refused(folder, tmp_path, tokenizer):
     for wrong in (same_shapes, other_shapes):
         with pytest.raises(MismatchError, match="made for another model"):
             uniprune.apply(str(wrong), masks, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob("*out*"))
+    with pytest.raises(MismatchError, match="has no matrix"):
+        uniprune.apply(str(other_shapes), masks, tmp_path / "out", force=True)
+    assert len(uniprune.apply(str(same_shapes), masks, tmp_path / "out", force=True)["differs"]) == 21
+    assert uniprune.apply(str(folder), masks, tmp_path / "right")["differs"] == []
 
 
 def test_evaluate_says_how_sparse_the_model_really_is(folder, tmp_path):
@@ -195,6 +199,33 @@ def test_plan_reads_no_weight(folder, tmp_path):
     assert plan.dtype == "bfloat16"
     assert plan.fits
     assert not uniprune.plan(str(tmp_path), Recipe(sparsity="2:5")).fits
+
+
+def test_one_budget_under_rules_and_mixed_patterns(folder, tmp_path):
+    scores = tmp_path / "scores.safetensors"
+    uniprune.calibrate(str(folder), Recipe(controller="none", **SMALL), scores)
+    cut = uniprune.mask(scores, "0.5", tmp_path / "a.safetensors", scope="model", rules=["down_proj=dense", "q_proj=0.1..0.2"])
+    assert cut["sparsity"] == pytest.approx(0.5, abs=1e-4)
+    for name, matrix in cut["matrices"].items():
+        assert matrix["sparsity"] == 0 or "down_proj" not in name
+        assert 0.1 <= matrix["sparsity"] <= 0.2 or "q_proj" not in name
+    mixed = uniprune.mask(scores, "0.3", tmp_path / "b.safetensors", allow=["2:4,dense"])
+    assert mixed["sparsity"] == pytest.approx(0.3, abs=1e-3)
+    assert sum(matrix["sparsity"] in (0, 0.5) for matrix in mixed["matrices"].values()) >= 20
+    recipe = Recipe(sparsity="2:4", hardware="nvidia-semi-structured", misfits="dense", **SMALL)
+    report = uniprune.prune(str(folder), recipe, tmp_path / "out")
+    assert report["misfits"]
+    assert all(report["matrices"][name]["sparsity"] == (0 if name in report["misfits"] else 0.5) for name in report["matrices"])
+    with pytest.raises(InputError, match="matches none of the 21 matrices"):
+        uniprune.plan(str(folder), Recipe(sparsity="0.5", rules="o_project=dense"))
+    with pytest.raises(InputError, match="--allow goes with a level"):
+        Recipe(sparsity="2:4", allow="2:4,dense")
+
+
+def test_the_controller_descends_on_budgets_with_rules(folder, tmp_path):
+    for index, settings in enumerate(({"rules": "down_proj=2:4"}, {"allow": "2:4,dense"}, {"scope": "block"})):
+        recipe = Recipe(sparsity="0.4", steps=2, **settings, **SMALL)
+        assert uniprune.prune(str(folder), recipe, tmp_path / str(index))["sparsity"] == pytest.approx(0.4, abs=1e-3)
 
 
 def test_calibration_refuses_what_it_cannot_do(folder, tmp_path):

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from uniprune import masks as masking
-from uniprune.errors import InputError, MismatchError
+from uniprune.errors import InputError
 
 FORMAT = 1
 KEY = "uniprune"
@@ -179,11 +179,3 @@ def write_masks(
     shape_facts = {name: list(shape) for name, shape in shapes.items()}
     stream_tensors(path, specs, packed(), {"kind": "masks", "shapes": shape_facts, **facts})
     return removed
-
-
-def check_base(facts: Mapping[str, Any], base: str, path: Path, model: object) -> None:
-    """Raises MismatchError unless the artefact was made for the model with this fingerprint."""
-    if facts["base"] != base:
-        raise MismatchError(
-            f"{path} was made for another model ({facts['base_name']}, {facts['base'][:12]}) than {model} ({base[:12]})"
-        )

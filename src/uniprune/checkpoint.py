@@ -1,8 +1,8 @@
 """Pruned checkpoints: the source's own files, with zeros. And the fingerprint that ties artefacts to a model.
 
-A checkpoint is copied file by file, then the pruned weights are zeroed inside the copied safetensors files, in place and a
-piece at a time. So every other byte is the source's: dtype, shards, tensor order, metadata; and a checkpoint larger than
-memory is no problem. The result is a dense checkpoint that plain transformers, and every runtime that loads those, accepts.
+A checkpoint's safetensors files are written anew piece by piece, with the pruned weights zeroed on the way. So every other byte
+is the source's: dtype, shards, tensor order, metadata; and a checkpoint larger than memory is no problem. The result is a dense
+checkpoint that plain transformers, and every runtime that loads those, accepts.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,41 +27,46 @@ from uniprune.errors import InputError, UniPruneError
 from uniprune.matrices import Matrices
 from uniprune.models import Loaded, Origin
 from uniprune.runs import sync
-from uniprune.shards import NAMES, entries, key_of
+from uniprune.shards import NAMES, Entry, entries, key_of
 
 REPORT = "pruning.json"  # written last: a folder without it is incomplete
 MASKS = "pruning/masks.safetensors"  # not beside the weights: some runtimes load every safetensors file that lies there
 WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ot"}
+PIECE = 4 << 20  # bytes of a shard that are in memory at a time, per thread
 LEFT = {REPORT, "README.md", ".gitattributes"}  # not true of the pruned model
 
 
-def fingerprint(source: Loaded | Origin, names: Iterable[str], matrices: Matrices | None = None) -> str:
-    """sha256 over name, shape, dtype and bits of the named matrices, as the checkpoint stores them.
+def digests(source: Loaded | Origin, names: Iterable[str], matrices: Matrices | None = None) -> dict[str, str]:
+    """Of each named matrix its dtype, shape and the sha256 of its bits, as the checkpoint stores them; sorted by name.
 
-    The same weights in other shards have the same fingerprint. Weights that lie in no safetensors file (GGUF, a model
-    built in memory) are taken from ``matrices``.
+    Weights that lie in no safetensors file (GGUF, a model built in memory) are taken from ``matrices``.
     """
     origin = source if isinstance(source, Origin) else source.origin
-    digest = hashlib.sha256()
+    ordered = sorted(names)
     if origin is not None and origin.shards:
         keys = entries(origin.shards)
-        ordered = sorted(names)
         found = [keys[key_of(f"{name}.weight", keys)] for name in ordered]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            digests = pool.map(lambda entry: hashlib.sha256(entry.array().data), found)
-            for name, entry, one in zip(ordered, found, digests, strict=True):
-                digest.update(_line(name, entry.dtype, entry.shape, one))
-    else:
-        assert matrices is not None
-        for name in sorted(names):
-            weight = matrices[name].parameter.detach().cpu().contiguous()
-            bits = hashlib.sha256(weight.view(torch.uint8).numpy().data)
-            digest.update(_line(name, NAMES[weight.dtype], tuple(weight.shape), bits))
-    return digest.hexdigest()
+            hashed = pool.map(lambda entry: hashlib.sha256(entry.array().data), found)
+            lines = [_digest(entry.dtype, entry.shape, bits) for entry, bits in zip(found, hashed, strict=True)]
+        return dict(zip(ordered, lines, strict=True))
+    assert matrices is not None
+    lines = []
+    for name in ordered:
+        weight = matrices[name].parameter.detach().cpu().contiguous()
+        bits = hashlib.sha256(weight.view(torch.uint8).numpy().data)
+        lines.append(_digest(NAMES[weight.dtype], tuple(weight.shape), bits))
+    return dict(zip(ordered, lines, strict=True))
 
 
-def _line(name: str, dtype: str, shape: tuple[int, ...], bits: Any) -> bytes:
-    return f"{name} {dtype} {shape} {bits.hexdigest()}\n".encode()
+def fingerprint(digests: Mapping[str, str]) -> str:
+    """One sha256 for a model's matrices. The same weights in other shards have the same fingerprint."""
+    lines = (f"{name} {digests[name]}\n" for name in sorted(digests))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _digest(dtype: str, shape: tuple[int, ...], bits: Any) -> str:
+    return f"{dtype} {shape} {bits.hexdigest()}"
 
 
 def checkpoint_bytes(origin: Origin, weights: int = 0) -> int:
@@ -129,39 +135,114 @@ def new_folder(path: Path, inside: Path | None = None) -> Iterator[Path]:
 # ------------------------------------------------------------------------------------------------------------- writing
 
 
-def write_checkpoint(source: Loaded | Origin, masks: Mapping[str, Tensor], transposed: Iterable[str], folder: Path) -> None:
+def write_checkpoint(
+    source: Loaded | Origin,
+    masks: Mapping[str, Tensor],
+    transposed: Iterable[str],
+    folder: Path,
+    check: Callable[[str, str], None] | None = None,
+) -> None:
     """Writes the pruned checkpoint, tokenizer and generation config into an existing, empty folder.
 
-    masks: matrix name -> boolean ``[out, in]``; transposed: those whose weight is stored as ``[in, out]``.
+    masks: matrix name -> boolean ``[out, in]``; transposed: those whose weight is stored as ``[in, out]``. check: called
+    with the name and digest (see :func:`digests`) of each matrix as it was read, from any thread; what it raises ends the
+    writing. So a checkpoint is read once and written once.
     """
     origin = source if isinstance(source, Origin) else source.origin
     if origin is not None and origin.shards:
-        _copy(origin, folder)
+        _copy_beside(origin, folder)
     else:
         assert isinstance(source, Loaded)
         source.model.save_pretrained(folder)  # type: ignore[operator]
         if source.tokenizer is not None:
             source.tokenizer.save_pretrained(folder)
-    keys = entries(Origin("output", folder).shards)
+        origin = Origin("output", folder)
+    keys = entries(origin.shards)
+    pruned = {key_of(f"{name}.weight", keys): name for name in masks}
     flipped = set(transposed)
 
-    def zero(name: str) -> None:
-        entry, mask = keys[key_of(f"{name}.weight", keys)], masks[name]
+    def write(shard: Path, start: int, stop: int, key: str | None) -> None:
+        name = pruned.get(key or "")
+        if name is None:
+            _transfer(shard, folder / shard.name, start, stop)
+            return
+        mask, entry = masks[name], keys[key or ""]
         stored = mask.T if name in flipped else mask
         if tuple(stored.shape) != entry.shape:
             raise UniPruneError(f"{name}: the mask is {tuple(stored.shape)}, the checkpoint's tensor {entry.shape}")
-        masking.apply_to_array(entry.array("r+"), stored)
+        bits = _transfer(shard, folder / shard.name, start, stop, entry.uint, stored)
+        if check:
+            check(name, _digest(entry.dtype, entry.shape, bits))
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(zero, masks))
-    for shard in {entry.file for entry in keys.values()}:
-        sync(shard)
+        written = [pool.submit(write, *piece) for piece in _pieces(origin.shards, keys)]
+        try:
+            for piece in written:
+                piece.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    for shard in origin.shards:
+        sync(folder / shard.name)
 
 
-def _copy(origin: Origin, folder: Path) -> None:
+def _pieces(files: Iterable[Path], keys: Mapping[str, Entry]) -> Iterator[tuple[Path, int, int, str | None]]:
+    """All bytes of the files, in order: (file, start, stop, the key of the tensor that lies there or None)."""
+    for file in files:
+        end = 0
+        inside = [(entry.start, entry.stop, key) for key, entry in keys.items() if entry.file == file]
+        for start, stop, key in sorted(inside):
+            if end < start:
+                yield file, end, start, None
+            yield file, start, stop, key
+            end = stop
+        if end < file.stat().st_size:
+            yield file, end, file.stat().st_size, None
+
+
+def _transfer(source: Path, target: Path, start: int, stop: int, kind: Any = np.uint8, mask: Tensor | None = None) -> Any:
+    """Copies bytes ``start`` to ``stop`` to the same place in another file, or the same one, and zeroes what the mask removes.
+
+    kind: unsigned integers as large as the weights. Returns the sha256 of what was read, if there is a mask.
+    """
+    bits, kept = hashlib.sha256(), None if mask is None else mask.flatten()
+    if kept is None and source == target:
+        return None
+    buffer = np.empty(min(PIECE, stop - start), dtype=np.uint8)
+    with source.open("rb", buffering=0) as reading, target.open("r+b", buffering=0) as writing:
+        for offset in range(start, stop, PIECE):
+            piece = buffer[: min(PIECE, stop - offset)]
+            reading.seek(offset)
+            _all(reading.readinto, piece)
+            if kept is not None:
+                bits.update(piece.data)
+                weights = piece.view(kind)
+                first = (offset - start) // weights.itemsize
+                masking.apply_to_array(weights, kept[first : first + len(weights)])
+            writing.seek(offset)
+            _all(writing.write, piece)
+    return bits if kept is not None else None
+
+
+def _all(transfer: Callable[[Any], int | None], piece: np.ndarray[Any, Any]) -> None:
+    """A call to the system may move less than it is asked to."""
+    rest = memoryview(piece)  # type: ignore[arg-type]
+    while len(rest):
+        moved = transfer(rest)
+        if not moved:
+            raise OSError(None, "a file ended before its size")
+        rest = rest[moved:]
+
+
+def _copy_beside(origin: Origin, folder: Path) -> None:
+    """The files beside the weights as they are, and empty files as large as the shards."""
     for file in sorted(origin.folder.iterdir()):
         if file.is_file() and file.name not in LEFT and (file.suffix not in WEIGHTS or file in origin.shards):
-            shutil.copyfile(file, folder / file.name)
+            if file in origin.shards:
+                (folder / file.name).touch()
+                os.truncate(folder / file.name, file.stat().st_size)
+            else:
+                shutil.copyfile(file, folder / file.name)
             (folder / file.name).chmod(0o644)
 
 

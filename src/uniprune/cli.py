@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 import sys
-from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from uniprune import masks_cli
 from uniprune.errors import InputError, UniPruneError
+from uniprune.terminal import Bars, quiet, show
 
 if TYPE_CHECKING:
-    from rich.progress import Progress as Bar
-
     from uniprune.recipe import Recipe
-
-Item = TypeVar("Item")
 
 app = typer.Typer(
     name="uniprune",
@@ -33,11 +28,25 @@ app = typer.Typer(
 Model = Annotated[str, typer.Argument(help="Model: a folder, a .gguf file, or a hub name.")]
 Sparsity = Annotated[
     str | None,
-    typer.Option("--sparsity", "-s", help="A level to remove (0.6), or N:M, N of every M inputs kept (2:4)."),
+    typer.Option("--sparsity", "-s", help="A level to remove (0.6; 0.8@16x16: tiles), or N:M, N of every M inputs kept (2:4)."),
 ]
 ScopeOption = Annotated[
     str | None,
-    typer.Option(help="Budget group of a level: row, matrix or model. [default: model with the controller, else row]"),
+    typer.Option(help="Budget group of a level: row, matrix, block or model. [default: model with the controller, else row]"),
+]
+Allow = Annotated[
+    list[str] | None, typer.Option(help="Choose one of several N:M for each matrix, to remove a level in all: 2:4,dense.")
+]
+Rules = Annotated[
+    list[str] | None,
+    typer.Option("--rule", help="REGEX=WHAT for some matrices: dense, 2:4, a level, or a range 0.3..0.7; may be repeated."),
+]
+Hardware = Annotated[
+    str | None, typer.Option(help="Kernels that each matrix must suit: any, nvidia-semi-structured or block. [default: any]")
+]
+MisfitsOption = Annotated[
+    str | None,
+    typer.Option("--misfits", help="What a matrix gets that does not fit: refuse, dense or unstructured. [default: refuse]"),
 ]
 Metric = Annotated[
     str | None,
@@ -96,6 +105,10 @@ def plan(
     model: Model,
     sparsity: Sparsity = None,
     scope: ScopeOption = None,
+    allow: Allow = None,
+    rules: Rules = None,
+    hardware: Hardware = None,
+    misfits: MisfitsOption = None,
     windows: WindowsOption = None,
     length: Length = None,
     dtype: Dtype = None,
@@ -111,7 +124,7 @@ def plan(
     from uniprune import pipeline, report
 
     found = pipeline.plan(model, recipe, device=device, max_memory=_bytes(max_memory))
-    _show(found.record(), as_json, report.plan_table(found), *report.plan_lines(found))
+    show(found.record(), as_json, report.plan_table(found), *report.plan_lines(found))
 
 
 @app.command()
@@ -120,6 +133,10 @@ def calibrate(
     output: Output,
     sparsity: Sparsity = None,
     scope: ScopeOption = None,
+    allow: Allow = None,
+    rules: Rules = None,
+    hardware: Hardware = None,
+    misfits: MisfitsOption = None,
     metric: Metric = None,
     controller: Controller = None,
     steps: Steps = None,
@@ -158,7 +175,7 @@ def calibrate(
     if not facts:  # another process of the run has them
         return
     result = {"output": str(output), **{key: value for key, value in facts.items() if key != "transposed"}}
-    _show(result, as_json, f"{output}: scores of {facts['base_name']} by {facts['recipe']['metric']}")
+    show(result, as_json, f"{output}: scores of {facts['base_name']} by {facts['recipe']['metric']}")
 
 
 @app.command()
@@ -167,14 +184,20 @@ def mask(
     sparsity: Annotated[str, typer.Option("--sparsity", "-s", help="A level to remove (0.6), or N:M kept (2:4).")],
     output: Output,
     scope: ScopeOption = None,
+    allow: Allow = None,
+    rules: Rules = None,
+    hardware: Hardware = None,
+    misfits: MisfitsOption = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
     """Cut masks of one sparsity from scores."""
     from uniprune import pipeline
 
-    result = pipeline.mask(scores, sparsity, output, scope=scope, overwrite=overwrite)  # type: ignore[arg-type]
-    _show({"output": str(output), **result}, as_json, f"{output}: {result['pattern']}, sparsity {result['sparsity']:.4f}")
+    budget = {"allow": allow, "rules": rules, "hardware": hardware, "misfits": misfits}
+    given = {key: value for key, value in budget.items() if value}
+    result = pipeline.mask(scores, sparsity, output, scope=scope, overwrite=overwrite, **given)  # type: ignore[arg-type]
+    show({"output": str(output), **result}, as_json, f"{output}: {result['pattern']}, sparsity {result['sparsity']:.4f}")
 
 
 @app.command()
@@ -183,13 +206,14 @@ def apply(
     masks: Annotated[Path, typer.Argument(help="Masks, as mask writes them.")],
     output: Output,
     dtype: Dtype = None,
+    force: Annotated[bool, typer.Option("--force", help="Apply masks that were made for other weights.")] = False,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
     """Write the pruned checkpoint of a model from masks."""
     from uniprune import pipeline
 
-    result = pipeline.apply(model, masks, output, overwrite=overwrite, dtype=dtype)
+    result = pipeline.apply(model, masks, output, overwrite=overwrite, force=force, dtype=dtype)
     _show_pruned(output, result, as_json)
 
 
@@ -199,6 +223,10 @@ def prune(
     output: Output,
     sparsity: Sparsity = None,
     scope: ScopeOption = None,
+    allow: Allow = None,
+    rules: Rules = None,
+    hardware: Hardware = None,
+    misfits: MisfitsOption = None,
     metric: Metric = None,
     controller: Controller = None,
     steps: Steps = None,
@@ -250,7 +278,7 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Measure the token perplexity of a model or of an output folder."""
-    _quiet()
+    quiet()
     from uniprune import pipeline, report
 
     with Bars() as progress:
@@ -263,7 +291,7 @@ def evaluate(
             device=device,
             progress=progress,
         )
-    _show(result, as_json, report.evaluation_table({model: result}))
+    show(result, as_json, report.evaluation_table({model: result}))
 
 
 @app.command()
@@ -280,7 +308,7 @@ def pack(
     with Bars() as progress:
         result = archive.pack(folder, output, overwrite=overwrite, level=level, progress=progress)
     line = f"{output}: {result['archive_bytes'] / 1e6:.1f} MB, {result['ratio']:.3f} of {folder}"
-    _show({"output": str(output), **result}, as_json, line)
+    show({"output": str(output), **result}, as_json, line)
 
 
 @app.command()
@@ -296,7 +324,10 @@ def unpack(
     with Bars() as progress:
         result = archive.unpack(path, output, overwrite=overwrite, progress=progress)
     line = f"{output}: {result['files']} files, {result['bytes'] / 1e6:.1f} MB, verified"
-    _show({"output": str(output), **result}, as_json, line)
+    show({"output": str(output), **result}, as_json, line)
+
+
+app.add_typer(masks_cli.app, name="masks")
 
 
 def main() -> NoReturn:
@@ -323,43 +354,9 @@ def main() -> NoReturn:
     sys.exit(code if isinstance(code, int) else 0)
 
 
-class Bars:
-    """Progress bars on stderr for people; nothing where stderr is not a terminal."""
-
-    def __init__(self) -> None:
-        self._bar: Bar | None = None
-
-    def __enter__(self) -> Bars:
-        if sys.stderr.isatty() and os.environ.get("RANK", "0") == "0":
-            from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-            columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-            self._bar = Progress(*columns, TextColumn("{task.fields[note]}"), console=Console(stderr=True))
-            self._bar.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._bar:
-            self._bar.stop()
-
-    def __call__(self, items: Iterable[Item], label: str, total: int) -> Iterator[Item]:
-        if self._bar is None:
-            yield from items
-            return
-        self._task = self._bar.add_task(label, total=total, note="")
-        for item in items:
-            yield item
-            self._bar.advance(self._task)
-
-    def note(self, text: str) -> None:
-        if self._bar:
-            self._bar.update(self._task, note=text)
-
-
 def _recipe(config: Path | None, **arguments: Any) -> Recipe:
     """The recipe of a verb's arguments: those that are settings and were given, over what the recipe file says."""
-    _quiet()
+    quiet()
     from uniprune.recipe import Recipe
 
     given = {key: arguments[key] for key in Recipe.model_fields.keys() & arguments if arguments[key] not in (None, [])}
@@ -372,37 +369,13 @@ def _bytes(size: str | None) -> int | None:
     return None if size is None else parse_size(size)
 
 
-def _quiet() -> None:
-    """Keeps the bars and advice of the libraries below off the terminal: ours say what users need."""
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    os.environ.setdefault("TQDM_DISABLE", "1")  # bars of the GGUF reader; ours are not tqdm's
-    from huggingface_hub.utils.tqdm import disable_progress_bars
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.set_verbosity_error()
-    if not sys.stderr.isatty():
-        disable_progress_bars()
-    transformers_logging.disable_progress_bar()
-
-
-def _show(result: dict[str, Any], as_json: bool, *shown: Any) -> None:
-    if as_json:
-        sys.stdout.write(json.dumps(result) + "\n")
-        return
-    from rich.console import Console
-
-    console = Console()
-    for item in shown:
-        console.print(item, highlight=False, soft_wrap=isinstance(item, str))  # a path is not to be broken
-
-
 def _show_pruned(output: Path, result: dict[str, Any], as_json: bool) -> None:
     from uniprune import report
 
     if not result:  # another process of the run has them
         return
     lines = f"{output}: {result['pattern']}, sparsity {result['sparsity']:.4f} in {len(result['matrices'])} matrices"
-    _show({"output": str(output), **result}, as_json, lines, report.NOTE)
+    show({"output": str(output), **result}, as_json, lines, report.NOTE)
 
 
 def _fail(message: str, code: int) -> NoReturn:

@@ -7,7 +7,6 @@ shared between processes (``ranks``): each takes its part of every step's window
 from __future__ import annotations
 
 import logging
-import math
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -28,7 +27,7 @@ from uniprune.matrices import Matrices, find_blocks
 from uniprune.metrics import Metric, SquaredNorm
 from uniprune.mirror_descent import Evener, MirrorDescent, State
 from uniprune.passes import Passes, Resident, Streamed
-from uniprune.patterns import NM, Pattern, Unstructured, top
+from uniprune.patterns import NM, Pattern, Unstructured
 from uniprune.progress import Progress, silent
 from uniprune.runs import Pace, Run, Store
 from uniprune.straight_through import StraightThrough
@@ -36,9 +35,9 @@ from uniprune.straight_through import StraightThrough
 logger = logging.getLogger(__name__)
 
 START_TOKENS = 8192  # of calibration text, whose statistics make the start
-SAMPLE, SAMPLED = 37, 1 << 22  # every 37th dual, or so many in all, estimate the model-wide threshold while descending
+SAMPLE, SAMPLED = 37, 1 << 22  # every 37th dual, or so many in all, tell what a common budget would be while descending
 JUDGED = 1024  # tokens in one batch of held-out windows
-GLANCE = 16  # every 16th row tells how many masks a step flipped
+GLANCE = 16  # one row of 16 tells how many masks a step flipped; as many at a time as tiles may need
 
 
 def descend(
@@ -68,8 +67,11 @@ def descend(
     settings = settings or MirrorDescent()
     if len(windows) < 2:
         raise InputError("the controller holds a calibration window out and needs another; give --windows 2 or more")
-    if settings.temperature and residency is not resident and not all(target.local for target in targets):
-        raise InputError("relaxed masks with one budget for the model need the whole model in memory; leave temperature at 0")
+    if settings.temperature:
+        if not all(isinstance(target, (Unstructured, NM)) and getattr(target, "scope", "") != "block" for target in targets):
+            raise InputError(f"masks of {targets[0]} cannot be relaxed; leave temperature at 0")
+        if residency is not resident and not all(target.local for target in targets):
+            raise InputError("relaxed masks with one budget for the model need all of it in memory; leave temperature at 0")
     judges = max(1, min(max(settings.held_out, len(targets)), len(windows) // 8))
     held_out, windows = windows[-judges:], windows[:-judges]
     todo = in_batches(windows, settings.batch_tokens)
@@ -78,7 +80,7 @@ def descend(
         kept = run or Run(Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="uniprune-"))))
         passes = _passes(model, matrices, residency, kept)
         stack.enter_context(passes.network)
-        descent = Descent(passes, matrices, windows, metric, settings, kept, durable=run is not None)
+        descent = Descent(passes, matrices, windows, metric, targets, settings, kept, durable=run is not None)
         best, order = Best(kept, matrices, passes.device), _drawn(targets, seed)
         history, stale, begin = [], 0, 0
         if saved := descent.saved():
@@ -126,6 +128,7 @@ class Descent:
         matrices: Matrices,
         windows: Tensor,
         metric: Metric,
+        targets: Sequence[Pattern],
         settings: MirrorDescent,
         run: Run,
         durable: bool = False,
@@ -139,7 +142,8 @@ class Descent:
         self._local = LocalSaliency(matrices, metric, inputs)
         self.states: States | StoredStates = StoredStates(self._store) if self._streamed else States()
         self._every = max(SAMPLE, sum(matrix.size for matrix in matrices.values()) // SAMPLED)
-        self._samples: dict[str, Tensor] = {}  # of the duals, for model-wide thresholds
+        grains = {target.grain for target in targets if not target.local}
+        self._samples: dict[int, dict[str, Tensor]] = {grain: {} for grain in grains if grain}
         self._scale, self._size = 1.0, 0.0
         self._flipped, self._seen = 0, 0
         self.record: dict[str, Any] = {"tokens": 0, "kl": [], "flips": [], "backed_off": 0}
@@ -183,7 +187,7 @@ class Descent:
             part = windows[index % len(windows) :: len(targets)]
             mine = part[ranks.rank() :: ranks.count()]
             kl = 0.0
-            for batch in self._passes.portions(mine, JUDGED) if len(mine) else ():
+            for batch in self._passes.portions(mine, JUDGED):
                 kl += self._loss.kl(*self._passes.look(batch))
             total += ranks.total_of(kl) / part.numel()
         return total / len(targets)
@@ -220,15 +224,14 @@ class Descent:
 
     def _aim(self, target: Pattern, temperature: float = 0.0) -> None:
         """The masks of the passes to come."""
-        threshold = None
-        if isinstance(target, Unstructured) and target.scope == "model":
-            sample = torch.cat([self._samples[name] for name in self._matrices])
-            kept = top(sample[None], target.keep(len(sample)))[0]
-            threshold = float(sample[kept].min()) if bool(kept.any()) else math.inf
+        if target.local or target.grain:
+            hard = target.settle({} if target.local else self._samples[target.grain], exact=False)
+        else:
+            hard = target.settle(dict(self.duals()), exact=False)
         if temperature:
             units = [self.states[name].unit for name in self._matrices]
             temperature *= sum(units) / len(units)
-        self._cut = Cut(target, self.states.dual, self._matrices, threshold, temperature, self._streamed)
+        self._cut = Cut(target, hard, self.states.dual, self._matrices, temperature, self._streamed)
         self._passes.network.masks = self._cut
 
     def _put(self, name: str, state: State) -> None:
@@ -236,7 +239,9 @@ class Descent:
         self._sample(name, state)
 
     def _sample(self, name: str, state: State) -> None:
-        self._samples[name] = state.dual.flatten()[:: self._every].clone()
+        for grain, samples in self._samples.items():
+            runs = state.dual.reshape(-1, grain) if state.dual.shape[1] % grain == 0 else state.dual
+            samples[name] = runs[:: self._every].clone()
 
     def _sink(self, name: str, gradient: Tensor | None) -> None:
         weight = self._matrices[name].weight
@@ -251,7 +256,8 @@ class Descent:
         state = self.states[name].to(weight.device)
         start = self.start(name).dual if self._settings.anchor else None
         moved = self._settings.step(state, gradient, self._size, start)
-        before, after = (self._cut.hard(each.dual[::GLANCE]) for each in (state, moved))
+        rows = max(1, len(moved.dual) // GLANCE // GLANCE) * GLANCE
+        before, after = (self._cut.hard(name, each.dual[:rows]) for each in (state, moved))
         self._flipped += int((before != after).sum())
         self._seen += before.numel()
         self._put(name, moved)
@@ -285,8 +291,8 @@ def sensitivities(passes: Passes, windows: Tensor) -> tuple[dict[str, SquaredNor
 
 
 def any_sparsity() -> tuple[Pattern, ...]:
-    """The targets that one artefact for all is descended on, in turn."""
-    return *(Unstructured(level, "model") for level in (0.5, 0.6, 0.7)), NM(2, 4), NM(4, 8)
+    """The targets that one artefact for all is descended on, in turn; 2:4 twice, for it learns least from the others."""
+    return *(Unstructured(level, "model") for level in (0.5, 0.6, 0.7)), NM(2, 4), NM(4, 8), NM(2, 4)
 
 
 def _start(passes: Passes, windows: Tensor, run: Run, durable: bool) -> tuple[dict[str, SquaredNorm], dict[str, Tensor]]:

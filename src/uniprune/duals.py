@@ -13,7 +13,7 @@ from uniprune.artefacts import ScoresFile, write_scores
 from uniprune.executor import give_back_memory
 from uniprune.matrices import Matrices
 from uniprune.mirror_descent import State
-from uniprune.patterns import Pattern
+from uniprune.patterns import Cutter, Pattern
 from uniprune.prox import relaxed
 from uniprune.runs import Run, Store
 
@@ -48,28 +48,24 @@ class StoredStates:
 class Cut(Mapping[str, Tensor]):
     """The masks of every matrix under one target, cut when they are asked for.
 
-    threshold: the model-wide one. temperature: of relaxed masks, in units of the duals; 0 has hard ones. frugal: keeps the
-    masks of one block only, instead of all.
+    hard: cuts a matrix, or some of its rows. temperature: of relaxed masks, in units of the duals; 0 has hard ones. frugal:
+    keeps the masks of one block only, instead of all.
     """
 
     def __init__(
         self,
         target: Pattern,
+        hard: Cutter,
         dual: Callable[[str], Tensor],
         matrices: Matrices,
-        threshold: float | None,
         temperature: float,
         frugal: bool,
     ) -> None:
-        self._target, self._dual, self._matrices = target, dual, matrices
-        self._threshold, self._temperature, self._frugal = threshold, temperature, frugal
+        self._target, self.hard, self._dual, self._matrices = target, hard, dual, matrices
+        self._temperature, self._frugal = temperature, frugal
         self._kept: dict[str, Tensor] = {}
         if temperature and not target.local:
             self._kept = dict(relaxed(target, {name: dual(name) for name in matrices}, temperature))
-
-    def hard(self, dual: Tensor) -> Tensor:
-        """The mask of a matrix's dual, or of some of its rows."""
-        return dual >= self._threshold if self._threshold is not None else dict(self._target({"": dual}))[""]
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._kept:
@@ -78,7 +74,9 @@ class Cut(Mapping[str, Tensor]):
                 self._kept.clear()
             dual = self._dual(name).to(self._matrices[name].parameter.device)
             self._kept[name] = (
-                dict(relaxed(self._target, {name: dual}, self._temperature))[name] if self._temperature else self.hard(dual)
+                dict(relaxed(self._target, {name: dual}, self._temperature))[name]
+                if self._temperature
+                else self.hard(name, dual)
             )
         return self._kept[name]
 

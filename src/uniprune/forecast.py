@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
+from uniprune.budget import spell
 from uniprune.errors import InputError
 from uniprune.executor import BATCH_TOKENS
 from uniprune.matrices import Matrices, find_blocks
@@ -29,21 +32,31 @@ RAGGED = 1.1  # what the allocator loses
 
 @dataclass(frozen=True)
 class Needs:
-    """Bytes of memory that a run needs with the whole model in memory, and block by block; and of disk for its state then."""
+    """Bytes of memory that a run needs with the whole model in memory, and block by block; and of disk for its state then.
+
+    blocks: of the weights of all blocks. block: of the largest one.
+    """
 
     resident: int
     streamed: int
     scratch: int
+    blocks: int = 0
+    block: int = 0
+
+    def sharded(self, processes: int) -> int:
+        """Bytes for each of so many processes that hold the blocks together: its part, the block that runs, the one to come."""
+        return self.streamed + int(RAGGED * (self.blocks / processes + 2 * self.block))
 
 
 @dataclass(frozen=True)
 class Group:
-    """Matrices of one kind: the same place in every block, the same shape (out, in)."""
+    """Matrices of one kind: the same place in every block, the same shape (out, in), and what they get."""
 
     name: str
     count: int
     shape: tuple[int, int]
     weights: int
+    pattern: str | None
     misfit: str | None
 
 
@@ -92,21 +105,23 @@ def make_plan(
     controller: str,
     needed: Needs,
     execution: str,
+    misfits: Mapping[str, str],
 ) -> Plan:
     """The plan of pruning ``matrices`` of ``model`` (which may be on the meta device) with ``tokens`` of calibration.
 
     controller: what corrects the local saliency.
     """
-    groups: dict[tuple[str, tuple[int, int]], list[str]] = defaultdict(list)
+    groups: dict[tuple[str, tuple[int, int], str | None], list[str]] = defaultdict(list)
     for name, matrix in matrices.items():
-        groups[re.sub(r"\.\d+\.", ".*.", name), matrix.shape].append(name)
+        gets = spell(pattern.part(name)) if pattern else None
+        groups[re.sub(r"\.\d+\.", ".*.", name), matrix.shape, gets].append(name)
     rows = [
-        Group(name, len(names), shape, len(names) * shape[0] * shape[1], pattern.misfit(*shape) if pattern else None)
-        for (name, shape), names in groups.items()
+        Group(name, len(names), shape, len(names) * shape[0] * shape[1], gets, misfits.get(names[0]))
+        for (name, shape, gets), names in groups.items()
     ]
     parameters = sum(p.numel() for p in model.parameters())
     prunable = sum(matrix.size for matrix in matrices.values())
-    removed = pattern.sparsity * prunable if pattern else None
+    removed = _removed(pattern, matrices) if pattern else None
     return Plan(
         model=str(origin),
         parameters=parameters,
@@ -114,7 +129,7 @@ def make_plan(
         groups=rows,
         matrices={name: matrix.shape for name, matrix in matrices.items()},
         pattern=str(pattern) if pattern else None,
-        sparsity=pattern.sparsity if pattern else None,
+        sparsity=removed / prunable if removed is not None else None,
         sparsity_of_model=removed / parameters if removed is not None else None,
         dtype=str(dtype).removeprefix("torch."),
         tokens=tokens,
@@ -126,6 +141,13 @@ def make_plan(
         scratch=needed.scratch if execution == "streamed" else 0,
         seconds=WORK[controller] * prunable * tokens / _flops(dtype, device),
     )
+
+
+def _removed(pattern: Pattern, matrices: Matrices) -> float:
+    """How many weights a pattern will remove: of a common budget its level, of others what each matrix loses."""
+    if pattern.local:
+        return sum(pattern.part(name).sparsity * matrix.size for name, matrix in matrices.items())
+    return pattern.sparsity * sum(matrix.size for matrix in matrices.values())
 
 
 def needs(
@@ -153,7 +175,8 @@ def needs(
     streamed = (parameters - inside + (0 if mapped else block)) * item + max(SCORING * largest, passing, corrected * stepping)
     hidden = max(step_tokens, BATCH_TOKENS) * item * width * (len(blocks) + 4)
     scratch = corrected * (2 * 8 * prunable + 2 * 4 * prunable + hidden)
-    return Needs(PROCESS + int(RAGGED * resident), PROCESS + int(RAGGED * streamed), scratch)
+    whole, by_block = PROCESS + int(RAGGED * resident), PROCESS + int(RAGGED * streamed)
+    return Needs(whole, by_block, scratch, inside * item, block * item)
 
 
 def parse_size(text: str) -> int:
@@ -170,12 +193,12 @@ def parse_size(text: str) -> int:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that a run may take on a device."""
+    """Bytes that a process may take on a device. ``torchrun``'s processes share the memory of their machine."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     import psutil  # type: ignore[import-untyped]
 
-    return int(psutil.virtual_memory().available)
+    return int(psutil.virtual_memory().available) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def _flops(dtype: torch.dtype, device: torch.device) -> float:

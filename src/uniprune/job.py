@@ -1,7 +1,7 @@
 """What a run needs before it starts: checked input, a choice of how to execute it, the model, the windows.
 
-The cheap checks come first and the weights last. How the model is executed, whole or block by block from disk, follows from
-the memory that the forecast asks for and the machine has.
+The cheap checks come first and the weights last. How the model is executed, whole, block by block from the memory of all
+processes, or block by block from disk, follows from the memory that the forecast asks for and the machine has.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,15 +20,17 @@ from uniprune.artefacts import check_output_file
 from uniprune.calibration import SWEEP
 from uniprune.errors import InputError
 from uniprune.executor import resident
-from uniprune.matrices import Matrices, check_finite, check_fit, find_matrices
+from uniprune.hardware import Misfits, fitted
+from uniprune.matrices import Matrices, check_finite, find_matrices
 from uniprune.models import Loaded, Origin, load_tokenizer, load_weights, parse_device, parse_dtype, resolve, skeleton
 from uniprune.patterns import Pattern
 from uniprune.recipe import LENGTH, WINDOWS, Recipe
+from uniprune.sharding import Sharder, open_sharded
 from uniprune.streaming import attached, open_streamed
 from uniprune.text import Windows
 
 Source = str | Path | Loaded
-Execution = Literal["resident", "streamed"]
+Execution = Literal["resident", "sharded", "streamed"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Machine:
     """Where and how to compute, and what to do about earlier output: all that does not change the result.
 
     device: ``cpu``, ``cuda``, ``cuda:N``; by default CUDA where there is one. max_memory: bytes of memory (of the device) that
-    the run may take; by default what is free. resume: go on with an interrupted run. overwrite: replace an existing output.
+    each process may take; by default what is free. resume: go on with an interrupted run. overwrite: replace existing output.
     """
 
     device: str | None = None
@@ -52,11 +54,19 @@ class Job:
     loaded: Loaded
     matrices: Matrices
     windows: Windows
-    base: str
+    digests: dict[str, str]  # of the matrices' bits
+    pattern: Pattern | None = None
+    misfits: dict[str, str] = field(default_factory=dict)  # matrices that cannot have it, and why
+
+    @property
+    def base(self) -> str:
+        return checkpoint.fingerprint(self.digests)
 
     @property
     def execution(self) -> Execution:
-        return "resident" if self.loaded.residency is resident else "streamed"
+        if self.loaded.residency is resident:
+            return "resident"
+        return "sharded" if isinstance(self.loaded.residency, Sharder) else "streamed"
 
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:
@@ -68,7 +78,7 @@ class Job:
 
     def facts(self) -> dict[str, Any]:
         """What ties an artefact to its model."""
-        return {"base": self.base, "base_name": str(self.loaded), "transposed": self.transposed}
+        return {"base": self.base, "base_name": str(self.loaded), "digests": self.digests, "transposed": self.transposed}
 
     def identity(self, recipe: Recipe, **more: Any) -> dict[str, Any]:
         """What a run must have in common with the interrupted one that it goes on with."""
@@ -82,7 +92,6 @@ def prepare(
     recipe: Recipe,
     output: Path | None,
     machine: Machine,
-    pattern: Pattern | None,
     save_tokens: Path | None = None,
     scores: Path | None = None,
 ) -> Job:
@@ -99,8 +108,7 @@ def prepare(
         checkpoint.check_output_folder(output, machine.overwrite, origin.folder if origin else None)
     model = loaded.model if loaded else skeleton(origin)  # type: ignore[arg-type]
     matrices = find_matrices(model, recipe.include, recipe.exclude)
-    if pattern is not None:
-        check_fit(((name, matrix.shape) for name, matrix in matrices.items()), pattern)
+    pattern, misfits = pattern_of(recipe, model, matrices, origin)
     disk = 4 * sum(matrix.size for matrix in matrices.values())  # of scores
     if output is not None:
         size = sum(p.numel() for p in model.parameters()) * (dtype or torch.float32).itemsize
@@ -118,16 +126,33 @@ def prepare(
         computed = dtype or stored
         step, controller = recipe.step_tokens(windows.tokens.shape[1]), recipe.resolved_controller
         needs = forecast.needs(model, matrices, computed, controller, step, mapped=computed == stored)
-        if choose(origin, needs, machine, place, target) == "streamed":
-            if target is not None:
-                checkpoint.check_disk_space(target, disk + needs.scratch)
-            loaded = open_streamed(origin, tokenizer, computed, place)
-            matrices = attached(find_matrices(loaded.model, recipe.include, recipe.exclude), loaded.residency)  # type: ignore[arg-type]
-        else:
+        execution = choose(origin, needs, machine, place, target)
+        if execution == "resident":
             loaded = Loaded(load_weights(origin, dtype, place), tokenizer, origin)
             matrices = find_matrices(loaded.model, recipe.include, recipe.exclude)
+        else:
+            if target is not None:
+                checkpoint.check_disk_space(target, disk + ranks.count() * needs.scratch)  # each process has its own states
+            open_blocks = open_sharded if execution == "sharded" else open_streamed
+            loaded = open_blocks(origin, tokenizer, computed, place)
+            matrices = attached(find_matrices(loaded.model, recipe.include, recipe.exclude), loaded.residency)  # type: ignore[arg-type]
     check_finite(matrices)
-    return Job(loaded, matrices, windows, checkpoint.fingerprint(loaded, matrices, matrices))
+    return Job(loaded, matrices, windows, checkpoint.digests(loaded, matrices, matrices), pattern, misfits)
+
+
+def pattern_of(
+    recipe: Recipe, model: torch.nn.Module, matrices: Matrices, origin: Origin | None, refuse: bool = True
+) -> tuple[Pattern | None, dict[str, str]]:
+    """The pattern that a recipe asks for, if it does, as these matrices can have it; and those that cannot, with reasons.
+
+    refuse: whether the latter are an error if the recipe does not say what they are to be; else they are left dense.
+    """
+    if recipe.sparsity is None:
+        return None, {}
+    stored = compute_dtype(origin, matrices) if origin else next(model.parameters()).dtype
+    shapes = {name: matrix.shape for name, matrix in matrices.items()}
+    misfits: Misfits = recipe.misfits if refuse or recipe.misfits != "refuse" else "dense"
+    return fitted(recipe.pattern(), shapes, str(stored).removeprefix("torch."), recipe.hardware, misfits)
 
 
 def choose(
@@ -135,26 +160,36 @@ def choose(
 ) -> Execution:
     """Whole if that fits into memory, else block by block if that does; an interrupted run goes on as it began.
 
-    Raises InputError, with the numbers, if neither fits.
+    Blocks come from the memory of all processes if there are several and their memory is enough, else from disk. All processes
+    choose the same, by the one that has least memory.
+    Raises InputError, with the numbers, if nothing fits.
     """
+    processes = ranks.count()
     if machine.resume and output is not None:
         begun = (runs.identity_of(output) or {}).get("execution")
-        if begun in ("resident", "streamed"):
+        if begun in ("resident", "sharded", "streamed") and (begun != "sharded" or processes > 1):
             return begun  # type: ignore[no-any-return]
     limit = machine.max_memory or forecast.free_memory(place)
-    if needs.resident <= limit:
+    if _everywhere(needs.resident <= limit):
         return "resident"
     if not origin.shards:
         raise InputError(
             f"model {origin} needs {gigabytes(needs.resident)} of memory, {gigabytes(limit)} are there, and only safetensors "
             "checkpoints can be read block by block; convert it, or raise --max-memory"
         )
-    if needs.streamed <= limit:
+    if processes > 1 and _everywhere(needs.sharded(processes) <= limit):
+        return "sharded"
+    if _everywhere(needs.streamed <= limit):
         return "streamed"
     raise InputError(
         f"model {origin} needs {gigabytes(needs.resident)} of memory, or {gigabytes(needs.streamed)} block by block; "
         f"{gigabytes(limit)} are there; raise --max-memory, or lower the tokens of a step"
     )
+
+
+def _everywhere(condition: bool) -> bool:
+    """Whether something is so in all processes; all of them must ask."""
+    return ranks.total_of(float(condition)) == ranks.count()
 
 
 def gigabytes(size: int) -> str:

@@ -25,7 +25,8 @@ COVERAGE = 0.9  # of the blocks' parameters must lie in matrices that we know ho
 class Matrix:
     """One prunable weight. ``shape`` is (out, in), also where the module stores it transposed (GPT-2's Conv1D).
 
-    read: gives a parameter by name while the module's own is on the meta device, waiting for its block's turn.
+    read: gives a parameter by name while the module's own waits for its block's turn: it is then on the meta device
+    (``streaming``), or a DTensor of which this process has a part (``sharding``).
     """
 
     name: str
@@ -43,9 +44,11 @@ class Matrix:
 
     @property
     def stored(self) -> Tensor:
-        """The parameter, read from the checkpoint where it is not in memory."""
+        """The parameter, read from the checkpoint where it is not in memory as a whole."""
         parameter = self.parameter.detach()
-        return self.read(f"{self.name}.weight") if self.read and parameter.is_meta else parameter
+        if self.read and (parameter.is_meta or type(parameter) is not Tensor):
+            return self.read(f"{self.name}.weight")
+        return parameter
 
     @property
     def weight(self) -> Tensor:

@@ -227,7 +227,8 @@ class Streamed:
         return self._final(ours), self._final(theirs) if teacher else None
 
     def _final(self, hidden: list[Tensor]) -> Tensor:
-        return torch.cat([self._replay.leave(self._here(part)) for part in hidden])
+        final = [self._replay.leave(self._here(part)) for part in hidden]
+        return torch.cat(final) if final else torch.empty(0, 0, 0)  # a process may have no window, and yet goes along
 
     def _pull_back(self, last: Tensor, gradient: Tensor) -> Tensor:
         """From the gradient at the final hidden states to that at the last block's output."""

@@ -3,6 +3,9 @@
 A pattern is called with a saliency (matrix name -> scores ``[out, in]``, higher = keep) and yields one boolean mask per
 matrix (True = keep). Counts are exact, ``keep = n - floor(sparsity * n)`` per budget group, and among equal scores the
 lower index is kept, so that masks do not depend on the sorting algorithm.
+
+It works in two steps: ``settle`` looks at all scores and decides what concerns several matrices, the threshold of a common
+budget, say; the cutter that it returns cuts each matrix by itself.
 """
 
 from __future__ import annotations
@@ -18,10 +21,15 @@ import torch
 from torch import Tensor
 
 from uniprune.errors import InputError
+from uniprune.selection import Bounds, Threshold, thresholds
 
 Saliency = Mapping[str, Tensor]
 Masks = Mapping[str, Tensor]
-Scope = Literal["row", "matrix", "model"]
+Shape = tuple[int, int]
+Scope = Literal["row", "matrix", "block", "model"]
+Cutter = Callable[[str, Tensor], Tensor]
+"""Given a matrix's name and its scores ``[out, in]``, or some of its rows, its mask."""
+
 SHORT = 16  # longest row that is ranked pair by pair
 PIECE = 1 << 18  # such rows at a time
 
@@ -37,23 +45,99 @@ class Pattern(Protocol):
         """Whether each matrix is cut on its own, without looking at the others."""
         ...
 
+    @property
+    def grain(self) -> int:
+        """A sample of scores that tells what all would tell must be of runs of so many inputs; 0: no sample does."""
+        ...
+
+    def part(self, name: str) -> Pattern:
+        """What a matrix gets: the pattern itself, unless it is different ones for different matrices."""
+        ...
+
     def misfit(self, rows: int, columns: int) -> str | None:
         """Why a matrix of this shape cannot have the pattern, or None."""
         ...
 
-    def __call__(self, saliency: Saliency) -> Iterator[tuple[str, Tensor]]: ...
+    def settle(self, saliency: Saliency, exact: bool = True) -> Cutter:
+        """Decides what concerns several matrices. A sample of the scores settles nearly the same, ``exact`` or not at ties."""
+        ...
+
+    def __call__(self, saliency: Saliency) -> Iterator[tuple[str, Tensor]]:
+        """The masks of all matrices; one at a time is in memory."""
+        ...
+
+
+class Cutting:
+    """What is the same for most patterns."""
+
+    def part(self: Pattern, name: str) -> Pattern:
+        return self
+
+    def __call__(self: Pattern, saliency: Saliency) -> Iterator[tuple[str, Tensor]]:
+        cut = self.settle(saliency)
+        for name, scores in saliency.items():
+            yield name, cut(name, scores)
+
+
+class Shared(Pattern, Protocol):
+    """A pattern whose budget is shared by matrices, so that it can make up for what others get by a rule."""
+
+    def group(self, name: str) -> str:
+        """Which budget a matrix has its share of."""
+        ...
+
+    def span(self, shape: Shape, floor: float, ceiling: float) -> Bounds:
+        """The fewest and the most weights that a matrix can lose, if it is to lose a fraction between two."""
+        ...
+
+    def share(self, saliency: Saliency, removed: int, spans: Mapping[str, tuple[float, float]], exact: bool = True) -> Cutter:
+        """Settles one budget of ``removed`` weights; spans: floor and ceiling of what a matrix may lose, where it has them."""
+        ...
+
+
+class Part(Mapping[str, Tensor]):
+    """Some of the matrices of a saliency."""
+
+    def __init__(self, saliency: Saliency, names: Iterable[str]) -> None:
+        self._saliency, self._names = saliency, dict.fromkeys(names)
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._saliency[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def grouped(names: Iterable[str], group: Callable[[str], str]) -> list[list[str]]:
+    """Names by group, both in order."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(group(name), []).append(name)
+    return list(groups.values())
+
+
+def removed(sparsity: float, size: int) -> int:
+    """How many of ``size`` weights go. Exact: 0.29 of 100 are 29, though 0.29 * 100 < 29 in floats."""
+    return math.floor(Fraction(str(sparsity)) * size)
 
 
 @dataclass(frozen=True)
-class Unstructured:
+class Unstructured(Cutting):
     """Removes ``floor(sparsity * n)`` weights of each budget group, wherever they are.
 
     scope: the budget group. ``row``: each output row by itself (Wanda, arXiv 2306.11695); ``matrix``: each matrix;
-    ``model``: all matrices share one budget, so their scores must be on one scale (``metrics.comparable``).
+    ``block``: the matrices of a decoder block; ``model``: all matrices. Scores that share a budget must be on one scale
+    (``metrics.Comparable``).
     """
 
     sparsity: float
     scope: Scope = "row"
+    grain = 1
 
     def __post_init__(self) -> None:
         if not 0 <= self.sparsity <= 1 or math.isnan(self.sparsity):
@@ -66,30 +150,58 @@ class Unstructured:
 
     @property
     def local(self) -> bool:
-        return self.scope != "model"
+        return self.scope in ("row", "matrix")
 
     def misfit(self, rows: int, columns: int) -> str | None:
         return None
 
     def keep(self, size: int) -> int:
-        """How many of ``size`` weights survive. Exact: 0.29 of 100 removes 29, though 0.29 * 100 < 29 in floats."""
-        return size - math.floor(Fraction(str(self.sparsity)) * size)
+        """How many of ``size`` weights survive."""
+        return size - removed(self.sparsity, size)
 
-    def __call__(self, saliency: Saliency) -> Iterator[tuple[str, Tensor]]:
-        if self.scope == "model":
-            yield from _model_wide(saliency, self.keep)
-            return
-        for name, scores in _finite(saliency.items()):
-            groups = scores if self.scope == "row" else scores.reshape(1, -1)
-            yield name, top(groups, self.keep(groups.shape[1])).reshape(scores.shape)
+    def group(self, name: str) -> str:
+        """The budget that a matrix has its share of: its decoder block's, by the first number in its name, or the model's."""
+        if self.scope == "block" and (number := re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)):
+            return number[1]
+        return ""
+
+    def settle(self, saliency: Saliency, exact: bool = True) -> Cutter:
+        if self.local:
+            return self._cut
+        cutters: dict[str, Cutter] = {}
+        for names in grouped(saliency, self.group):
+            part = Part(saliency, names)
+            goes = removed(self.sparsity, sum(scores.numel() for scores in part.values()))
+            cutters |= dict.fromkeys(names, self.share(part, goes, {}, exact))
+        return lambda name, scores: cutters[name](name, scores)
+
+    def span(self, shape: Shape, floor: float, ceiling: float) -> Bounds:
+        size = shape[0] * shape[1]
+        return math.ceil(Fraction(str(floor)) * size), removed(ceiling, size)
+
+    def share(self, saliency: Saliency, removed: int, spans: Mapping[str, tuple[float, float]], exact: bool = True) -> Cutter:
+        sizes = {name: scores.numel() for name, scores in saliency.items()}
+        bounds = {}
+        for name, span in spans.items():
+            least, most = self.span((1, sizes[name]), *span)
+            bounds[name] = sizes[name] - most, sizes[name] - least
+        found = thresholds(saliency, sum(sizes.values()) - removed, bounds)
+        if not exact:
+            found = {name: Threshold(one.key) if 0 < one.ties < math.inf else one for name, one in found.items()}
+        return lambda name, scores: found[name].cut(scores)
+
+    def _cut(self, name: str, scores: Tensor) -> Tensor:
+        groups = finite(name, scores) if self.scope == "row" else finite(name, scores).reshape(1, -1)
+        return top(groups, self.keep(groups.shape[1])).reshape(scores.shape)
 
 
 @dataclass(frozen=True)
-class NM:
+class NM(Cutting):
     """Keeps ``n`` of every ``m`` consecutive inputs of a row. ``NM(1, 4)`` removes three quarters."""
 
     n: int
     m: int
+    local = True
 
     def __post_init__(self) -> None:
         if not 1 <= self.n <= self.m:
@@ -103,37 +215,120 @@ class NM:
         return 1 - self.n / self.m
 
     @property
-    def local(self) -> bool:
-        return True
+    def grain(self) -> int:
+        return self.m
 
     def misfit(self, rows: int, columns: int) -> str | None:
         return None if columns % self.m == 0 else f"{columns} inputs are not divisible by {self.m}"
 
-    def __call__(self, saliency: Saliency) -> Iterator[tuple[str, Tensor]]:
-        for name, scores in _finite(saliency.items()):
-            if reason := self.misfit(*scores.shape):
-                raise InputError(f"{name}: {reason}, as {self} needs; leave it out with --exclude")
-            yield name, top(scores.reshape(-1, self.m), self.n).reshape(scores.shape)
+    def settle(self, saliency: Saliency, exact: bool = True) -> Cutter:
+        return self._cut
+
+    def _cut(self, name: str, scores: Tensor) -> Tensor:
+        if reason := self.misfit(*scores.shape):
+            raise InputError(f"{name}: {reason}, as {self} needs; leave it out with --exclude")
+        return top(finite(name, scores).reshape(-1, self.m), self.n).reshape(scores.shape)
+
+
+@dataclass(frozen=True)
+class Tiled(Cutting):
+    """Removes whole tiles of ``height`` rows and ``width`` inputs, those with the lowest sums of scores.
+
+    For kernels that skip blocks of zeros (BSR). of: how many tiles go, out of which budget group; a row is one of tiles.
+    """
+
+    of: Unstructured
+    height: int
+    width: int
+
+    def __post_init__(self) -> None:
+        if min(self.height, self.width) < 1:
+            raise InputError(f"pattern {self} is impossible: tiles have 1 row and 1 input at least (e.g. 0.8@16x16)")
+
+    def __str__(self) -> str:
+        return f"{self.of} of {self.height}x{self.width} tiles"
+
+    @property
+    def sparsity(self) -> float:
+        return self.of.sparsity
+
+    @property
+    def local(self) -> bool:
+        return self.of.local
+
+    @property
+    def grain(self) -> int:
+        return self.width if self.height == 1 else 0
+
+    def misfit(self, rows: int, columns: int) -> str | None:
+        fits = rows % self.height == 0 and columns % self.width == 0
+        return None if fits else f"{rows} x {columns} weights are not divisible into {self.height}x{self.width} tiles"
+
+    def group(self, name: str) -> str:
+        return self.of.group(name)
+
+    def settle(self, saliency: Saliency, exact: bool = True) -> Cutter:
+        return self._tile(self.of.settle(_Sums(saliency, self), exact))
+
+    def span(self, shape: Shape, floor: float, ceiling: float) -> Bounds:
+        least, most = self.of.span((shape[0] // self.height, shape[1] // self.width), floor, ceiling)
+        return least * self.height * self.width, most * self.height * self.width
+
+    def share(self, saliency: Saliency, removed: int, spans: Mapping[str, tuple[float, float]], exact: bool = True) -> Cutter:
+        return self._tile(self.of.share(_Sums(saliency, self), removed // (self.height * self.width), spans, exact))
+
+    def sums(self, name: str, scores: Tensor) -> Tensor:
+        """The sums ``[out / height, in / width]`` of scores ``[out, in]``."""
+        rows, columns = scores.shape
+        if reason := self.misfit(rows, columns):
+            raise InputError(f"{name}: {reason}; leave it out with --exclude")
+        tiles = scores.reshape(rows // self.height, self.height, columns // self.width, self.width)
+        return tiles.sum((1, 3))
+
+    def _tile(self, cut: Cutter) -> Cutter:
+        def tiles(name: str, scores: Tensor) -> Tensor:
+            mask = cut(name, self.sums(name, scores))
+            return mask.repeat_interleave(self.height, 0).repeat_interleave(self.width, 1)
+
+        return tiles
+
+
+class _Sums(Mapping[str, Tensor]):
+    """A saliency of tiles instead of weights."""
+
+    def __init__(self, saliency: Saliency, pattern: Tiled) -> None:
+        self._saliency, self._pattern = saliency, pattern
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._pattern.sums(name, self._saliency[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._saliency)
+
+    def __len__(self) -> int:
+        return len(self._saliency)
 
 
 def parse(spec: str | float | Pattern, scope: Scope | None = None, default: Scope = "row") -> Pattern:
-    """A pattern from its spelling: a level (``0.6``) or N of M kept (``2:4``).
+    """A pattern from its spelling: a level (``0.6``), N of M kept (``2:4``) or a level of tiles (``0.8@16x16``).
 
     scope: the budget group of a level, ``default`` unless given; an N:M pattern has its own and refuses one.
     Raises InputError for anything else.
     """
-    if isinstance(spec, (Unstructured, NM)):
+    if not isinstance(spec, (str, float, int)):
         return spec
     text = str(spec).strip()
     if match := re.fullmatch(r"(\d+):(\d+)", text):
         if scope is not None:
             raise InputError(f"scope {scope!r} does not go with {text}: N:M is cut within groups of {match[2]} inputs")
         return NM(int(match[1]), int(match[2]))
+    spelled, _, tile = text.partition("@")
+    size = re.fullmatch(r"(\d+)x(\d+)", tile)
     try:
-        level = float(text)
-    except ValueError:
-        raise InputError(f"sparsity {text!r} is neither a level such as 0.6 nor a pattern such as 2:4") from None
-    return Unstructured(level, scope or default)
+        of = Unstructured(float(spelled), scope or default)
+        return Tiled(of, int(size[1]), int(size[2])) if size or tile else of  # type: ignore[index]
+    except (ValueError, TypeError):
+        raise InputError(f"sparsity {text!r} is neither a level such as 0.6 nor a pattern such as 2:4 or 0.8@16x16") from None
 
 
 def top(scores: Tensor, keep: int) -> Tensor:
@@ -169,59 +364,8 @@ def _ranks(scores: Tensor) -> Tensor:
     return ranks.T
 
 
-def _finite(items: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    for name, scores in items:
-        if not bool(torch.isfinite(scores).all()):
-            raise InputError(f"{name}: the scores contain NaN or infinity; recalibrate, and check the model's weights")
-        yield name, scores
-
-
-def _model_wide(saliency: Saliency, keep_of: Callable[[int], int]) -> Iterator[tuple[str, Tensor]]:
-    """One budget over all matrices, one matrix in memory at a time (three passes over a file-backed saliency)."""
-    total = sum(scores.numel() for _, scores in _finite(saliency.items()))
-    keep = keep_of(total)
-    if keep in (0, total):
-        for name, scores in saliency.items():
-            yield name, torch.full(scores.shape, keep > 0, dtype=torch.bool, device=scores.device)
-        return
-    threshold, ties_kept = _select(saliency, keep)
-    for name, scores in saliency.items():
-        keys = _ordered(scores)
-        mask = keys > threshold
-        ties = (keys == threshold).flatten()
-        count = int(ties.sum())
-        if count:
-            places = min(count, ties_kept)
-            ties_kept -= places
-            mask |= (ties & (ties.cumsum(0) <= places)).reshape(mask.shape)
-        yield name, mask
-
-
-def _ordered(scores: Tensor) -> Tensor:
-    """float32 -> int32 in the same order (IEEE floats sort as sign-magnitude integers); -0.0 counts as 0.0."""
-    bits = (scores.float() + 0.0).view(torch.int32)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
-
-
-def _select(saliency: Saliency, keep: int) -> tuple[int, int]:
-    """The key of the ``keep``-th highest score of all matrices, and how many scores equal to it are to be kept.
-
-    A radix selection: a histogram of the high 16 bits finds the bin, one of the low 16 bits inside it the exact value;
-    nothing is sorted, copied or concatenated.
-    """
-    high = sum(torch.bincount((_ordered(s).flatten() >> 16) + 32768, minlength=65536).cpu() for s in saliency.values())
-    bin_, left = _descend(torch.as_tensor(high), keep)
-    low = torch.zeros(65536, dtype=torch.int64)
-    for scores in saliency.values():
-        keys = _ordered(scores).flatten()
-        low += torch.bincount(keys[(keys >> 16) == bin_ - 32768] & 0xFFFF, minlength=65536).cpu()
-    value, left = _descend(low, left)
-    return ((bin_ - 32768) << 16) + value, left
-
-
-def _descend(histogram: Tensor, keep: int) -> tuple[int, int]:
-    """The highest bin at which the count from the top reaches ``keep``, and how many are to be taken inside it."""
-    from_top = histogram.flip(0).cumsum(0)
-    position = int(torch.searchsorted(from_top, keep))
-    above = int(from_top[position - 1]) if position else 0
-    return len(histogram) - 1 - position, keep - above
+def finite(name: str, scores: Tensor) -> Tensor:
+    """The scores, unless they are none."""
+    if not bool(torch.isfinite(scores).all()):
+        raise InputError(f"{name}: the scores contain NaN or infinity; recalibrate, and check the model's weights")
+    return scores

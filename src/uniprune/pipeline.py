@@ -5,15 +5,10 @@ Every verb checks all of its input before the heavy work starts, and writes its 
 
 from __future__ import annotations
 
-import hashlib
-import importlib.metadata
 import json
 import os
-import platform
 import shutil
-import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -38,6 +33,7 @@ from uniprune import (
 )
 from uniprune import masks as masking
 from uniprune.errors import InputError, MismatchError
+from uniprune.hardware import fitted
 from uniprune.job import (
     Job,
     Machine,
@@ -46,16 +42,18 @@ from uniprune.job import (
     choose,
     compute_dtype,
     context,
+    pattern_of,
     place_of,
     prepare,
     progress_of,
     window_length,
 )
-from uniprune.matrices import Matrices, check_fit, find_matrices
+from uniprune.matrices import Matrices, find_matrices
 from uniprune.models import Loaded, Origin, load_tokenizer, load_weights, parse_device, parse_dtype, resolve, skeleton
 from uniprune.patterns import Saliency, Scope
 from uniprune.progress import Progress, silent
 from uniprune.recipe import LENGTH, WINDOWS, Recipe
+from uniprune.record import Stopwatch, realised, sha256, versions
 
 
 def prune(
@@ -77,13 +75,16 @@ def prune(
     is run block by block from its files. resume: go on with an interrupted run of the same settings, to the same masks.
     Raises InputError before the heavy work starts if anything asked for cannot be done.
     """
-    pattern, watch = recipe.pattern(), Stopwatch()
+    recipe.pattern()  # there must be one
+    watch = Stopwatch()
     machine = Machine(device, max_memory, resume, overwrite)
     with ranks.joined(place_of(machine)):
         if output is not None and resume and (report := _finished(output, recipe, source)):
             return report
         with watch("prepare"):
-            job = prepare(source, recipe, output, machine, pattern, save_tokens)
+            job = prepare(source, recipe, output, machine, save_tokens)
+        pattern = job.pattern
+        assert pattern is not None
         if output is None:
             cut, record = _cut(job, recipe, pattern, progress, watch)
             with watch("mask"):
@@ -101,7 +102,7 @@ def prune(
                     removed = artefacts.write_masks(file, cut, job.shapes, job.facts() | {"pattern": str(pattern)})
                 with watch("write"):
                     checkpoint.write_checkpoint(job.loaded, artefacts.MasksFile(file), job.transposed, folder)
-                report = _report(recipe, job, removed, watch) | record | {"masks_sha256": _sha256(file)}
+                report = _report(recipe, job, removed, watch) | record | {"masks_sha256": sha256(file)}
                 checkpoint.write_report(folder, report)
                 run.commit("done", {})
             return report
@@ -131,9 +132,8 @@ def calibrate(
         if resume and (facts := _calibrated(output, recipe, source)):
             return facts
         artefacts.check_output_file(output, overwrite)
-        target = recipe.pattern() if recipe.sparsity is not None else None
-        job = prepare(source, recipe, None, machine, target, save_tokens, scores=output)
-        targets = [target] if target else _fitting(descent.any_sparsity(), job.shapes)
+        job = prepare(source, recipe, None, machine, save_tokens, scores=output)
+        targets = [job.pattern] if job.pattern else _fitting(descent.any_sparsity(), job.shapes)
         with progress_of(output, machine, job.identity(recipe, verb="calibrate")) as run:
             saliency, record = _saliency(job, recipe, targets, progress, run)
             facts = job.facts() | {
@@ -152,26 +152,39 @@ def calibrate(
 
 
 def mask(
-    scores: Path, sparsity: str | float, output: Path, *, scope: Scope | None = None, overwrite: bool = False
+    scores: Path, sparsity: str | float, output: Path, *, scope: Scope | None = None, overwrite: bool = False, **budget: Any
 ) -> dict[str, Any]:
-    """Cuts masks of one sparsity from a scores file and writes them; returns the realised sparsity."""
+    """Cuts masks of one sparsity from a scores file and writes them; returns the realised sparsity.
+
+    budget: ``allow``, ``rules``, ``hardware`` and ``misfits``, as in :class:`Recipe`.
+    """
     artefacts.check_output_file(output, overwrite)
     saliency = artefacts.ScoresFile(scores)
-    pattern = patterns.parse(sparsity, scope, default="model" if saliency.facts["comparable"] else "row")
-    check_fit(saliency.shapes.items(), pattern)
-    facts = {key: saliency.facts[key] for key in ("base", "base_name", "transposed")}
+    controller = "feedback" if saliency.facts["comparable"] else "none"
+    recipe = Recipe(sparsity=str(sparsity), scope=scope, controller=controller, **budget)
+    stored = next(iter(saliency.facts["digests"].values())).split()[0]
+    dtype = {name: str(dtype).removeprefix("torch.") for dtype, name in shards.NAMES.items()}.get(stored, stored)
+    pattern, misfits = fitted(recipe.pattern(), saliency.shapes, dtype, recipe.hardware, recipe.misfits)
+    facts = {key: saliency.facts[key] for key in ("base", "base_name", "digests", "transposed")}
     cut = pattern(_on_one_scale(saliency, pattern, saliency.facts["comparable"]))
     removed = artefacts.write_masks(output, cut, saliency.shapes, facts | {"pattern": str(pattern)})
-    return {"pattern": str(pattern)} | _realised(removed, saliency.shapes)
+    return {"pattern": str(pattern), "misfits": misfits} | realised(removed, saliency.shapes)
 
 
 def apply(
-    source: str | Path, masks: Path, output: Path, *, overwrite: bool = False, dtype: str | None = None
+    source: str | Path,
+    masks: Path,
+    output: Path,
+    *,
+    overwrite: bool = False,
+    force: bool = False,
+    dtype: str | None = None,
 ) -> dict[str, Any]:
     """Writes the pruned checkpoint of a model from a masks file; returns the report.
 
     dtype: only for sources that are not safetensors already (GGUF).
-    Raises MismatchError if the masks were made for another model.
+    Raises MismatchError if the masks were made for another model. force: apply them all the same, if its matrices have the
+    shapes; the report then names those whose weights differ.
     """
     watch = Stopwatch()
     origin = resolve(source)
@@ -185,21 +198,31 @@ def apply(
             loaded = Loaded(weights, load_tokenizer(origin), origin)
             matrices = find_matrices(weights)
         _check_names(origin, file, matrices, masks)
-        base = checkpoint.fingerprint(loaded, file, matrices)
-        artefacts.check_base(file.facts, base, masks, origin)
         size = sum(matrix.parameter.nbytes for matrix in matrices.values()) if matrices else 0
         checkpoint.check_disk_space(output, checkpoint.checkpoint_bytes(origin, size))
+    found: dict[str, str] = {}
+
+    def check(name: str, digest: str) -> None:
+        found[name] = digest
+        if digest != file.facts["digests"][name] and not force:
+            made = f"{file.facts['base_name']}, {file.facts['base'][:12]}"
+            raise MismatchError(
+                f"{masks} was made for another model ({made}) than {origin}, which has other weights in {name}; "
+                "give that model, or --force"
+            )
+
     with runs.open_run(output, {"verb": "apply"}) as run, checkpoint.new_folder(output, run.folder) as folder:
         with watch("write"):
             (folder / checkpoint.MASKS).parent.mkdir()
             shutil.copyfile(masks, folder / checkpoint.MASKS)
-            checkpoint.write_checkpoint(loaded, file, file.transposed, folder)
+            checkpoint.write_checkpoint(loaded, file, file.transposed, folder, check)
         removed = file.removed()
         report = {
-            "model": {"name": str(origin), "fingerprint": base},
+            "model": {"name": str(origin), "fingerprint": checkpoint.fingerprint(found)},
             "pattern": file.facts["pattern"],
-            **_realised(removed, file.shapes),
-            "masks_sha256": _sha256(masks),
+            **realised(removed, file.shapes),
+            "masks_sha256": sha256(masks),
+            "differs": sorted(name for name in found if found[name] != file.facts["digests"][name]),
             "versions": versions(),
             "seconds": watch.seconds,
         }
@@ -214,7 +237,7 @@ def plan(source: str | Path, recipe: Recipe, *, device: str | None = None, max_m
     matrices = find_matrices(model, recipe.include, recipe.exclude)
     stored = compute_dtype(origin, matrices)
     dtype = parse_dtype(recipe.dtype) or stored
-    pattern = recipe.pattern() if recipe.sparsity is not None else None
+    pattern, misfits = pattern_of(recipe, model, matrices, origin, refuse=False)
     tokens = (recipe.windows or WINDOWS) * (recipe.length or LENGTH)
     machine = Machine(device, max_memory)
     place, controller = place_of(machine), recipe.resolved_controller
@@ -225,7 +248,7 @@ def plan(source: str | Path, recipe: Recipe, *, device: str | None = None, max_m
         execution = choose(origin, needs, machine, place)
     except InputError:
         execution = "none"
-    return forecast.make_plan(origin, model, matrices, pattern, dtype, tokens, place, controller, needs, execution)
+    return forecast.make_plan(origin, model, matrices, pattern, dtype, tokens, place, controller, needs, execution, misfits)
 
 
 def evaluate(
@@ -360,48 +383,10 @@ def _report(recipe: Recipe, job: Job, removed: Mapping[str, float], watch: Stopw
     return {
         "model": {"name": str(job.loaded), "fingerprint": job.base},
         "recipe": recipe.record(),
-        "pattern": str(recipe.pattern()),
-        **_realised(removed, job.shapes),
+        "pattern": str(job.pattern),
+        "misfits": job.misfits,
+        **realised(removed, job.shapes),
         "calibration": job.windows.describe(),
         "versions": versions(),
         "seconds": watch.seconds,
     }
-
-
-def _realised(removed: Mapping[str, float], shapes: Mapping[str, tuple[int, int]]) -> dict[str, Any]:
-    """Realised sparsity, in all and for each matrix."""
-    sizes = {name: rows * columns for name, (rows, columns) in shapes.items()}
-    total = sum(removed[name] * size for name, size in sizes.items()) / sum(sizes.values())
-    return {
-        "sparsity": total,
-        "matrices": {name: {"shape": shapes[name], "sparsity": removed[name]} for name in removed},
-    }
-
-
-def versions() -> dict[str, str]:
-    """The software that a result depends on."""
-    names = ("uniprune", "torch", "transformers", "tokenizers")
-    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in names}
-
-
-class Stopwatch:
-    """Wall-clock seconds per stage."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[stage] = round(time.perf_counter() - start, 3)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

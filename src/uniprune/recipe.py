@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from uniprune import metrics, patterns
+from uniprune import hardware, metrics, patterns
 from uniprune import refine as refining
+from uniprune.budget import DENSE, Mixed, Rule, Ruled
 from uniprune.errors import InputError
+from uniprune.hardware import Misfits
 from uniprune.mirror_descent import MirrorDescent
 from uniprune.paper import Paper
 from uniprune.patterns import Pattern, Scope
@@ -32,6 +35,15 @@ class Recipe(BaseModel):
     """A level (``0.6``: the fraction to remove) or a pattern (``2:4``: N of every M inputs are kept)."""
     scope: Scope | None = None
     """Budget group of a level: ``row``, ``matrix`` or ``model``; by default ``model`` with the controller, else ``row``."""
+    allow: tuple[str, ...] = ()
+    """N:M patterns, and ``dense``, to choose from for each matrix, so that together they remove the level ``sparsity``."""
+    rules: tuple[str, ...] = ()
+    """What holds for some matrices, ``REGEX=WHAT``, the first that matches: ``dense``, a pattern, a level, or a range
+    ``0.3..0.7`` of what the common budget may remove."""
+    hardware: str = "any"
+    """The profile of kernels that every pruned matrix must suit, see uniprune.hardware."""
+    misfits: Misfits = "refuse"
+    """What a matrix gets that cannot have the pattern: ``refuse`` is an error, or ``dense``, or ``unstructured``."""
     metric: str = "wanda"
     """Local saliency, with hyper-parameters if wanted: ``ria:a=0.5``."""
     controller: Controller | None = None
@@ -64,7 +76,7 @@ class Recipe(BaseModel):
     def _spelled(cls, value: Any) -> Any:
         return str(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
 
-    @field_validator("include", "exclude", mode="before")
+    @field_validator("include", "exclude", "allow", "rules", mode="before")
     @classmethod
     def _listed(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
@@ -86,6 +98,9 @@ class Recipe(BaseModel):
             flag = "--refine" if self.refine else "--sequential"
             raise InputError(f"{flag} and --controller {self.controller} exclude each other; use one of them")
         self.parsed_tuning()
+        hardware.parse(self.hardware)
+        if self.sparsity is None and (self.allow or self.rules):
+            raise InputError("--allow and --rule shape a budget; give it with --sparsity, e.g. 0.45")
         if self.sparsity is not None:
             pattern = self.pattern()
             if self.refine:
@@ -111,7 +126,19 @@ class Recipe(BaseModel):
         """The sparsity pattern; InputError if none was asked for."""
         if self.sparsity is None:
             raise InputError("no sparsity given; use --sparsity 0.5 or --sparsity 2:4")
-        return patterns.parse(self.sparsity, self.scope, default="model" if self.comparable else "row")
+        base = patterns.parse(self.sparsity, self.scope, default="model" if self.comparable else "row")
+        if self.allow:
+            if self.scope is not None or not isinstance(base, patterns.Unstructured):
+                raise InputError(f"--allow goes with a level such as 0.45 and no scope, not with {base}")
+            base = Mixed(base.sparsity, tuple(self._allowed()))
+        return Ruled(base, tuple(map(Rule.parse, self.rules))) if self.rules else base
+
+    def _allowed(self) -> Iterator[patterns.NM]:
+        for spec in (one.strip() for text in self.allow for one in text.split(",")):
+            pattern = DENSE if spec == "dense" else patterns.parse(spec)
+            if not isinstance(pattern, patterns.NM):
+                raise InputError(f"--allow {spec}: only N:M patterns and dense can be chosen from, e.g. 2:4,dense")
+            yield pattern
 
     @property
     def resolved_controller(self) -> Controller:

@@ -24,7 +24,8 @@ def plan_table(plan: Plan) -> Table:
         table.add_column(plan.pattern)
     for group in plan.groups:
         cells = [group.name, str(group.count), f"{group.shape[0]} x {group.shape[1]}", f"{group.weights / 1e6:.2f}M"]
-        table.add_row(*cells, *([group.misfit or "fits"] if plan.pattern else []))
+        gets = f"{group.pattern} ({group.misfit})" if group.misfit else group.pattern
+        table.add_row(*cells, *([gets] if plan.pattern else []))
     return table
 
 
@@ -34,6 +35,7 @@ def plan_lines(plan: Plan) -> list[str]:
     if plan.sparsity is not None:
         lines.append(f"Sparsity {plan.sparsity:.1%} of the prunable weights, {plan.sparsity_of_model:.1%} of all parameters.")
     how = {
+        "sharded": f"blocks in the memory of all processes, about {plan.memory / 1e9:.1f} GB in each beside its part of them",
         "resident": f"the whole model in memory, about {plan.memory / 1e9:.1f} GB",
         "streamed": f"block by block, in about {plan.memory / 1e9:.1f} GB of memory "
         f"(the whole model would take {plan.memory_resident / 1e9:.1f} GB) and {plan.scratch / 1e9:.1f} GB of disk meanwhile",
@@ -45,7 +47,9 @@ def plan_lines(plan: Plan) -> list[str]:
         f"tokens on this machine, {plan.disk / 1e9:.2f} GB of disk for the output."
     )
     if not plan.fits:
-        lines.append("Some matrices cannot have the pattern: pruning will refuse until --exclude leaves them out.")
+        lines.append(
+            "Some matrices cannot have the pattern: pruning refuses until --misfits, a --rule or --exclude says what they get."
+        )
     return [*lines, NOTE]
 
 

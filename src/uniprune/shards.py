@@ -29,13 +29,17 @@ class Entry:
     start: int
     stop: int
 
-    def array(self, mode: str = "r") -> np.ndarray[Any, Any]:
-        """The tensor's bits as a flat array of unsigned integers, mapped from the file."""
+    @property
+    def uint(self) -> Any:
+        """The type of unsigned integers as large as the tensor's elements."""
         if self.dtype not in ITEMSIZE:
             raise UniPruneError(f"{self.file}: weights of type {self.dtype} cannot be pruned; use an unquantised model")
-        kind = UINTS[ITEMSIZE[self.dtype]]
-        count = (self.stop - self.start) // ITEMSIZE[self.dtype]
-        return np.memmap(self.file, dtype=kind, mode=mode, offset=self.start, shape=(count,))  # type: ignore[call-overload,no-any-return]
+        return UINTS[ITEMSIZE[self.dtype]]
+
+    def array(self) -> np.ndarray[Any, Any]:
+        """The tensor's bits as a flat array of unsigned integers, mapped from the file."""
+        count = (self.stop - self.start) // np.dtype(self.uint).itemsize
+        return np.memmap(self.file, dtype=self.uint, mode="r", offset=self.start, shape=(count,))
 
 
 def entries(shards: Iterable[Path]) -> dict[str, Entry]:

@@ -57,17 +57,22 @@ class Streamer:
     @contextmanager
     def __call__(self, index: int) -> Iterator[None]:
         """Inside ``with``, the block's parameters are in memory."""
-        block, parts = self._blocks[index], self._parts[index]
-        if index + 1 < len(self._parts):
-            self._announce(index + 1)
-        for name in parts:
-            _assign(block, name, nn.Parameter(self.read(f"{self._prefix}.{index}.{name}"), requires_grad=False))
+        block = self.fill(index)
         try:
             yield
         finally:
-            for name, hollow_one in parts.items():
+            for name, hollow_one in self._parts[index].items():
                 _assign(block, name, hollow_one)
             give_back_memory()
+
+    def fill(self, index: int) -> nn.Module:
+        """Brings the parameters of a block in, to stay; returns the block."""
+        block = self._blocks[index]
+        if index + 1 < len(self._parts):
+            self._announce(index + 1)
+        for name in self._parts[index]:
+            _assign(block, name, nn.Parameter(self.read(f"{self._prefix}.{index}.{name}"), requires_grad=False))
+        return block
 
     def _renamed(self, model: nn.Module, shape: tuple[int, ...]) -> str | None:
         """The only tensor of a shape that no parameter claims by its name: a few heads are stored under another one."""
@@ -97,12 +102,17 @@ def open_streamed(origin: Origin, tokenizer: Any, dtype: torch.dtype, device: to
 
     Raises InputError for a model that is not in safetensors files, and as Streamer does.
     """
+    return opened(Streamer, origin, tokenizer, dtype, device)
+
+
+def opened(kind: type[Streamer], origin: Origin, tokenizer: Any, dtype: torch.dtype, device: torch.device) -> Loaded:
+    """A hollow model whose residency is of a kind. Raises InputError as :func:`open_streamed` does."""
     if not origin.shards:
         raise InputError(
             f"model {origin} cannot be streamed: it is not in safetensors files; give it memory for the whole model"
         )
     model = hollow(origin, dtype)
-    return Loaded(model, tokenizer, origin, Streamer(model, origin, dtype, device))
+    return Loaded(model, tokenizer, origin, kind(model, origin, dtype, device))
 
 
 def attached(matrices: Matrices, streamer: Streamer) -> Matrices:

@@ -1,0 +1,52 @@
+"""What stands in every report beside the result: realised sparsity, versions, seconds, hashes."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import platform
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+def realised(removed: Mapping[str, float], shapes: Mapping[str, tuple[int, int]]) -> dict[str, Any]:
+    """Realised sparsity, in all and for each matrix."""
+    sizes = {name: rows * columns for name, (rows, columns) in shapes.items()}
+    total = sum(removed[name] * size for name, size in sizes.items()) / sum(sizes.values())
+    return {
+        "sparsity": total,
+        "matrices": {name: {"shape": shapes[name], "sparsity": removed[name]} for name in removed},
+    }
+
+
+def versions() -> dict[str, str]:
+    """The software that a result depends on."""
+    names = ("uniprune", "torch", "transformers", "tokenizers")
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in names}
+
+
+class Stopwatch:
+    """Wall-clock seconds per stage."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] = round(time.perf_counter() - start, 3)
+
+
+def sha256(path: Path) -> str:
+    """Of a file's bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

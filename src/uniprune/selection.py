@@ -1,0 +1,165 @@
+"""The exact search for a threshold over more scores than fit into memory, with bounds on what each matrix keeps.
+
+A radix selection: scores are mapped to integers of the same order, and histograms of their digits, from the highest on, close
+in on the threshold. One pass a digit, one piece in memory at a time; nothing is sorted, copied or concatenated.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from uniprune.errors import InputError
+
+DIGITS = ((21, 11), (10, 11), (0, 10))  # of a key: place and width in bits, highest first
+HALF = 1 << 10  # the first digit is signed
+INFINITE = HALF + 0x3FC  # first digit of infinity; NaN lies above, the negative ones lie as far below
+PIECE = 1 << 18  # scores at a time: they stay in the processor's cache
+
+Bounds = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """Keeps scores above ``key`` (see :func:`ordered`) and the first ``ties`` of those equal to it, in row-major order."""
+
+    key: int
+    ties: float = math.inf
+
+    def cut(self, scores: Tensor) -> Tensor:
+        """The boolean mask of scores ``[out, in]``."""
+        keys = ordered(scores)
+        if self.ties == math.inf:
+            return keys >= self.key
+        mask = keys > self.key
+        if self.ties:
+            equal = (keys == self.key).flatten()
+            mask |= (equal & (equal.cumsum(0) <= self.ties)).reshape(mask.shape)
+        return mask
+
+
+EVERYTHING, NOTHING = Threshold(-(1 << 31)), Threshold((1 << 31) - 1, 0)
+
+
+def ordered(scores: Tensor) -> Tensor:
+    """float32 -> int32 in the same order (IEEE floats sort as sign-magnitude integers); -0.0 counts as 0.0."""
+    bits = (scores.float() + 0.0).view(torch.int32)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+def thresholds(saliency: Mapping[str, Tensor], keep: int, bounds: Mapping[str, Bounds] | None = None) -> dict[str, Threshold]:
+    """One threshold for all matrices, so that ``keep`` scores in all stay; of equal ones those that come first.
+
+    bounds: matrix name -> the least and the most of its scores that may stay. A matrix that would leave its bounds stops
+    there, with a threshold of its own, and the others make up for it. Masks are nested: what stays of a budget stays of every
+    larger one within the same bounds.
+    Raises InputError for scores that are not finite, and for a budget that the bounds do not allow.
+    """
+    searches = {
+        name: _Search(name, scores.numel(), *(bounds or {}).get(name, (0, scores.numel()))) for name, scores in saliency.items()
+    }
+    least, most = (sum(getattr(one, side) for one in searches.values()) for side in ("least", "most"))
+    if not least <= keep <= most:
+        total = sum(one.size for one in searches.values())
+        raise InputError(f"{keep} of {total} weights cannot stay: the bounds leave between {least} and {most}")
+    shared, left = list(searches.values()), keep  # whom the common threshold decides on, and what they keep together
+    common = 0
+    for place, width in DIGITS:
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            for name, scores in saliency.items():
+                if not searches[name].settled:
+                    searches[name].count(scores, place, width, pool)
+        digit = _last(torch.stack([one.within for one in shared]).sum(0) >= left) if shared else 0
+        for one in shared:
+            one.settle(digit)
+        common = (common << width) + digit
+        left -= sum(one.keep for one in shared if one.keep is not None)
+        shared = [one for one in shared if one.keep is None]
+        for one in searches.values():
+            if not one.settled:
+                one.descend(digit if one.keep is None else _last(one.counts[:-1] >= one.keep), width)
+    left -= sum(
+        max(one.least, one.above) for one in shared
+    )  # all of these end at the same score; places for some that equal it
+    for one in shared:
+        surely = max(one.least, one.above)
+        one.keep = min(surely + left, one.most, one.above + one.equal)
+        left -= one.keep - surely
+    return {name: Threshold(common - (1 << 31)) if one.free else one.threshold for name, one in searches.items()}
+
+
+@dataclass
+class _Search:
+    """The search for one matrix's threshold: the digits found so far, and how many scores lie above all that begin with them.
+
+    keep: how many scores stay, once that is known; free: because none is near the common threshold, and not by a bound.
+    counts: how many are at or above each next digit, and past the last one.
+    """
+
+    name: str
+    size: int
+    least: int
+    most: int
+    keep: int | None = None
+    free: bool = False
+    prefix: int = 0
+    above: int = 0
+    equal: int = 0
+    counts: Tensor = field(default_factory=lambda: torch.zeros(0))
+
+    @property
+    def settled(self) -> bool:
+        """Whether there is nothing to search for."""
+        return self.free or self.keep in (0, self.size)
+
+    @property
+    def within(self) -> Tensor:
+        """How many scores would stay for each next digit of the threshold."""
+        return self.counts[:-1].clamp(self.least, self.most)
+
+    @property
+    def threshold(self) -> Threshold:
+        assert self.keep is not None
+        if self.keep in (0, self.size):
+            return EVERYTHING if self.keep else NOTHING
+        return Threshold(self.prefix - (1 << 31), self.keep - self.above)
+
+    def count(self, scores: Tensor, place: int, width: int, pool: ThreadPoolExecutor) -> None:
+        """Counts the next digits of the scores that have the digits found so far."""
+        first, bins = place == DIGITS[0][0], 1 << width
+
+        def histogram(piece: Tensor) -> Tensor:
+            keys = ordered(piece)
+            if first:
+                return torch.bincount((keys >> place) + HALF, minlength=bins)
+            alike = keys[(keys >> (place + width)) == self.prefix - (1 << (31 - place - width))]
+            return torch.bincount((alike >> place) & (bins - 1), minlength=bins)
+
+        flat = scores.flatten()
+        pieces = torch.split(flat, PIECE) if flat.device.type == "cpu" else [flat]
+        found = torch.stack(list(pool.map(histogram, pieces))).sum(0).cpu()
+        if first and int(found[INFINITE:].sum() + found[: bins - INFINITE].sum()):
+            raise InputError(f"{self.name}: the scores contain NaN or infinity; recalibrate, and check the model's weights")
+        from_top = found.flip(0).cumsum(0).flip(0)
+        self.counts = self.above + torch.cat((from_top, torch.zeros(1, dtype=from_top.dtype)))
+
+    def settle(self, digit: int) -> None:
+        """What stays is known if it is the same from one end of the threshold's digit to the other."""
+        above, reached = self.counts[[digit + 1, digit]].tolist()
+        low, high = (min(max(count, self.least), self.most) for count in (above, reached))
+        self.keep, self.free = (low, above == reached == low) if low == high else (None, False)
+
+    def descend(self, digit: int, width: int) -> None:
+        self.prefix = (self.prefix << width) + digit
+        self.above = int(self.counts[digit + 1])
+        self.equal = int(self.counts[digit]) - self.above
+
+
+def _last(flags: Tensor) -> int:
+    """The position of the last flag that is set, of flags that are set up to there."""
+    return int(flags.sum()) - 1
