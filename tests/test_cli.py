@@ -90,7 +90,7 @@ def test_all_verbs_speak_json(capsys, monkeypatch, folder, tmp_path):
 def test_tables_for_people(capsys, monkeypatch, folder, tmp_path):
     code, printed, _ = run(capsys, monkeypatch, "plan", folder, "--sparsity", "2:5")
     assert code == 0
-    assert "pruning will refuse" in printed.replace("\n", " ")
+    assert "pruning refuses" in printed.replace("\n", " ")
     code, printed, _ = run(
         capsys, monkeypatch, "prune", folder, "-s", "2:4", "--windows", 2, "--length", 32, "-o", tmp_path / "o"
     )

@@ -21,7 +21,7 @@ def plan_table(plan: Plan) -> Table:
     for column, justify in (("matrix", "left"), ("count", "right"), ("out x in", "right"), ("weights", "right")):
         table.add_column(column, justify=justify)  # type: ignore[arg-type]
     if plan.pattern:
-        table.add_column(plan.pattern)
+        table.add_column(plan.pattern.partition(";")[0])  # rules show in the rows
     for group in plan.groups:
         cells = [group.name, str(group.count), f"{group.shape[0]} x {group.shape[1]}", f"{group.weights / 1e6:.2f}M"]
         gets = f"{group.pattern} ({group.misfit})" if group.misfit else group.pattern
