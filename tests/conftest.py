@@ -88,3 +88,24 @@ def shared(name: str) -> Path:
     if not path.exists():
         pytest.skip(f"{name} is development data that is not on this machine")
     return path
+
+
+class Stopped(Exception):
+    pass
+
+
+class Stops:
+    """Progress that ends the run when it has seen so many items."""
+
+    def __init__(self, after):
+        self.left = after
+
+    def __call__(self, items, label, total):
+        for item in items:
+            if self.left == 0:
+                raise Stopped
+            self.left -= 1
+            yield item
+
+    def note(self, text):
+        pass

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import uniprune
-from conftest import VOCABULARY, tiny_model
+from conftest import VOCABULARY, Stopped, Stops, tiny_model
 from uniprune import Recipe, models, ranks, runs
 from uniprune.executor import Replay
 from uniprune.forecast import Needs
@@ -114,27 +114,6 @@ def interrupted(folders, output):
         ranks.wait()
         prune(folders, "controller", output, "resident", resume=True)
     return begun["execution"]
-
-
-class Stopped(Exception):
-    pass
-
-
-class Stops:
-    """Progress that ends the run when it has seen so many items."""
-
-    def __init__(self, after):
-        self.left = after
-
-    def __call__(self, items, label, total):
-        for item in items:
-            if self.left == 0:
-                raise Stopped
-            self.left -= 1
-            yield item
-
-    def note(self, text):
-        pass
 
 
 # ------------------------------------------------------------------------------------------------------------------ tests

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import uniprune
-from conftest import VOCABULARY, tiny_model
+from conftest import VOCABULARY, Stopped, Stops, tiny_model
 from test_matrices import FAMILIES, family_model
 from uniprune import Recipe, descent, models, runs
 from uniprune.calibration import one_shot, sequential
@@ -138,27 +138,6 @@ def test_sizes(text, size):
 def test_what_is_no_size(text):
     with pytest.raises(InputError, match="is not a size"):
         parse_size(text)
-
-
-class Stopped(Exception):
-    pass
-
-
-class Stops:
-    """Progress that ends the run when it has seen so many items."""
-
-    def __init__(self, after):
-        self.left = after
-
-    def __call__(self, items, label, total):
-        for item in items:
-            if self.left == 0:
-                raise Stopped
-            self.left -= 1
-            yield item
-
-    def note(self, text):
-        pass
 
 
 STEPS = {"steps": 4, "tuning": {"checks": 1}}

@@ -11,6 +11,7 @@ import uniprune
 RANK = {
     "errors": 0,
     "progress": 0,
+    "saliency": 0,
     "selection": 1,
     "ranks": 1,
     "patterns": 2,

@@ -80,6 +80,11 @@ def stream_tensors(path: Path, specs: Specs, tensors: Iterable[tuple[str, Tensor
         os.fsync(file.fileno())
 
 
+def binding(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Of an artefact's facts those that tie it to its model: what is made of it has them, too."""
+    return {key: facts[key] for key in ("base", "base_name", "digests", "transposed")}
+
+
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
     """Writes tensors that are all in memory."""
     specs = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}

@@ -16,7 +16,22 @@ import torch
 from torch import Tensor
 
 from uniprune.errors import InputError
-from uniprune.patterns import NM, Cutter, Cutting, Part, Pattern, Saliency, Scope, Shape, grouped, parse, removed
+from uniprune.patterns import (
+    NM,
+    Cutter,
+    Cutting,
+    Pattern,
+    Saliency,
+    Scope,
+    Shape,
+    Sizes,
+    Spans,
+    grouped,
+    parse,
+    removed,
+    sizes_of,
+)
+from uniprune.saliency import View
 from uniprune.selection import Bounds, Threshold, thresholds
 
 DENSE = NM(1, 1)
@@ -148,20 +163,20 @@ class Ruled(Cutting):
         for names in grouped(saliency, self.base.group):
             fixed, spans = self._split(names)
             cutters |= {name: part.settle({}) for name, part in fixed.items()}
-            free = Part(saliency, [name for name in names if name not in fixed])
-            if not free:
-                continue
-            goes = self._goes({name: saliency[name].numel() for name in names}, fixed)
-            cutters |= dict.fromkeys(free, self.base.share(free, goes, spans, exact))
+            free = View(saliency, names=(name for name in names if name not in fixed))
+            if free:
+                sizes = sizes_of(View(saliency, names=names))
+                goes = self._goes(sizes, fixed)
+                cutters |= dict.fromkeys(free, self.base.share(free, sizes, goes, spans, exact))
         return lambda name, scores: cutters[name](name, scores)
 
-    def _split(self, names: Iterable[str]) -> tuple[dict[str, Pattern], dict[str, tuple[float, float]]]:
+    def _split(self, names: Iterable[str]) -> tuple[dict[str, Pattern], Spans]:
         """Of some matrices those whose pattern is fixed, and the ranges of others."""
         rules = {name: rule for name in names if (rule := self.rule(name))}
         fixed = {name: self.part(name) for name, rule in rules.items() if not rule.span}
         return fixed, {name: rule.span for name, rule in rules.items() if rule.span}
 
-    def _goes(self, sizes: Mapping[str, int], fixed: Mapping[str, Pattern]) -> int:
+    def _goes(self, sizes: Sizes, fixed: Mapping[str, Pattern]) -> int:
         """How many weights of the others are to go, so that the budget of all is met."""
         gone = sum(round(sizes[name] * part.sparsity) for name, part in fixed.items())
         return removed(self.sparsity, sum(sizes.values())) - gone
@@ -211,15 +226,16 @@ class Mixed(Cutting):
         return round(options[0].sparsity * size), round(options[-1].sparsity * size)
 
     def settle(self, saliency: Saliency, exact: bool = True) -> Cutter:
-        return self.share(saliency, removed(self.sparsity, sum(scores.numel() for scores in saliency.values())), {}, exact)
+        sizes = sizes_of(saliency)
+        return self.share(saliency, sizes, removed(self.sparsity, sum(sizes.values())), {}, exact)
 
-    def share(self, saliency: Saliency, removed: int, spans: Mapping[str, tuple[float, float]], exact: bool = True) -> Cutter:
+    def share(self, saliency: Saliency, sizes: Sizes, removed: int, spans: Spans, exact: bool = True) -> Cutter:
         chosen: dict[str, NM] = {}
         steps: list[tuple[float, int, str, NM, NM, int]] = []
         for order, (name, scores) in enumerate(saliency.items()):
             shape = (scores.shape[0], scores.shape[1])
             options = self._options(shape, *spans.get(name, (0.0, 1.0)), name)
-            hull = _hull([(round(nm.sparsity * scores.numel()), self._loss(nm, name, scores), nm) for nm in options])
+            hull = _hull([(round(nm.sparsity * sizes[name]), self._loss(nm, name, scores), nm) for nm in options])
             chosen[name] = hull[0][2]
             removed -= hull[0][0]
             for (less, low, before), (more, high, after) in pairwise(hull):

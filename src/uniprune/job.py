@@ -254,6 +254,5 @@ def compute_dtype(origin: Origin, matrices: Matrices) -> torch.dtype:
     if origin.gguf:
         return torch.float32
     keys = shards.entries(origin.shards)
-    by_name = {name: dtype for dtype, name in shards.NAMES.items()}
     first = f"{next(iter(matrices))}.weight"
-    return by_name.get(keys[shards.key_of(first, keys)].dtype, torch.float32) if keys else torch.float32
+    return shards.DTYPES.get(keys[shards.key_of(first, keys)].dtype, torch.float32) if keys else torch.float32

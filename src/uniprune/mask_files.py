@@ -184,15 +184,11 @@ def diff(a: Path, b: Path, *, force: bool = False) -> Record:
     matrices = {}
     for name in first:
         one, other = first.packed(name), second.packed(name)
-        both = _kept(one & other)
-        matrices[name] = _overlap(both, _kept(one) - both, _kept(other) - both)
+        both = masking.kept(one & other)
+        matrices[name] = _overlap(both, masking.kept(one) - both, masking.kept(other) - both)
     total = _overlap(*(sum(found[key] for found in matrices.values()) for key in ("both", "only_a", "only_b")))
     about = {side: {key: file.facts[key] for key in ABOUT} for side, file in (("a", first), ("b", second))}
     return {**about, "same_base": same, **total, "matrices": matrices}
-
-
-def _kept(packed: Array) -> int:
-    return int(masking.ONES[packed].sum(dtype=np.int64))
 
 
 def _overlap(both: int, only_a: int, only_b: int) -> Record:
@@ -229,10 +225,10 @@ def _combine(kind: str, operation: Callable[..., Array], paths: Sequence[Path], 
     def combined(name: str) -> Array:
         return reduce(operation, (file.packed(name) for file in files))
 
-    sparsity = 1 - sum(_kept(combined(name)) for name in first) / first.size  # a second pass: the header goes first
+    sparsity = 1 - sum(masking.kept(combined(name)) for name in first) / first.size  # a second pass: the header goes first
     parts = " and ".join(f"({file.facts['pattern']})" for file in files)
     pattern = f"{kind} of {parts}, sparsity {sparsity:.6g}"
-    facts = {key: first.facts[key] for key in ("base", "base_name", "digests", "transposed")} | {"pattern": pattern}
+    facts = artefacts.binding(first.facts) | {"pattern": pattern}
     masks = ((name, masking.unpack(torch.from_numpy(combined(name)), shape)) for name, shape in first.shapes.items())
     artefacts.write_masks(output, masks, first.shapes, facts)
     return {"pattern": pattern, "matrices": len(first), "sparsity": sparsity}

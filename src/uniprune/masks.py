@@ -27,9 +27,14 @@ def unpack(packed: Tensor, shape: tuple[int, int]) -> Tensor:
     return torch.from_numpy(bits.view(np.bool_)).reshape(shape)
 
 
+def kept(packed: np.ndarray[Any, Any]) -> int:
+    """How many weights a packed mask keeps; the bits past its end are 0."""
+    return int(ONES[packed].sum(dtype=np.int64))
+
+
 def removed(packed: Tensor, shape: tuple[int, int]) -> float:
-    """The fraction of weights that a packed mask removes; the bits past its end are 0."""
-    return 1 - int(ONES[packed.numpy()].sum(dtype=np.int64)) / (shape[0] * shape[1])
+    """The fraction of weights that a packed mask removes."""
+    return 1 - kept(packed.numpy()) / (shape[0] * shape[1])
 
 
 def apply(matrices: Matrices, masks: Iterable[tuple[str, Tensor]]) -> None:

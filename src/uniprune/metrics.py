@@ -7,7 +7,7 @@ Scores are float32 ``[out, in]``, finite and >= 0; higher = keep. A new metric i
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from uniprune.errors import InputError
+from uniprune.saliency import View
 
 
 class SquaredNorm:
@@ -186,7 +187,7 @@ def spell(metric: Metric) -> str:
     return f"{name}:{options}" if options else name
 
 
-class Comparable(Mapping[str, Tensor]):
+class Comparable(View):
     """A view of a saliency in which every matrix has mean score 1, one matrix at a time.
 
     One budget over several matrices compares their scores, but local metrics put each matrix on a scale of its own: cut by
@@ -194,15 +195,9 @@ class Comparable(Mapping[str, Tensor]):
     """
 
     def __init__(self, saliency: Mapping[str, Tensor]) -> None:
-        self._saliency = saliency
+        super().__init__(saliency, _with_mean_one)
 
-    def __getitem__(self, name: str) -> Tensor:
-        scores = self._saliency[name]
-        mean = scores.mean()
-        return scores / mean if mean > 0 else scores
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._saliency)
-
-    def __len__(self) -> int:
-        return len(self._saliency)
+def _with_mean_one(name: str, scores: Tensor) -> Tensor:
+    mean = scores.mean()
+    return scores / mean if mean > 0 else scores

@@ -21,12 +21,15 @@ import torch
 from torch import Tensor
 
 from uniprune.errors import InputError
+from uniprune.saliency import View
 from uniprune.selection import Bounds, Threshold, thresholds
 
 Saliency = Mapping[str, Tensor]
 Masks = Mapping[str, Tensor]
 Shape = tuple[int, int]
 Scope = Literal["row", "matrix", "block", "model"]
+Sizes = Mapping[str, int]
+Spans = Mapping[str, tuple[float, float]]
 Cutter = Callable[[str, Tensor], Tensor]
 """Given a matrix's name and its scores ``[out, in]``, or some of its rows, its mask."""
 
@@ -90,27 +93,12 @@ class Shared(Pattern, Protocol):
         """The fewest and the most weights that a matrix can lose, if it is to lose a fraction between two."""
         ...
 
-    def share(self, saliency: Saliency, removed: int, spans: Mapping[str, tuple[float, float]], exact: bool = True) -> Cutter:
-        """Settles one budget of ``removed`` weights; spans: floor and ceiling of what a matrix may lose, where it has them."""
+    def share(self, saliency: Saliency, sizes: Sizes, removed: int, spans: Spans, exact: bool = True) -> Cutter:
+        """Settles one budget of ``removed`` weights.
+
+        sizes: weights by matrix, of these at least. spans: floor and ceiling of what a matrix may lose, where it has them.
+        """
         ...
-
-
-class Part(Mapping[str, Tensor]):
-    """Some of the matrices of a saliency."""
-
-    def __init__(self, saliency: Saliency, names: Iterable[str]) -> None:
-        self._saliency, self._names = saliency, dict.fromkeys(names)
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self._names:
-            raise KeyError(name)
-        return self._saliency[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
 
 
 def grouped(names: Iterable[str], group: Callable[[str], str]) -> list[list[str]]:
@@ -119,6 +107,11 @@ def grouped(names: Iterable[str], group: Callable[[str], str]) -> list[list[str]
     for name in names:
         groups.setdefault(group(name), []).append(name)
     return list(groups.values())
+
+
+def sizes_of(saliency: Saliency) -> dict[str, int]:
+    """How many weights each matrix has. It may cost a look at all scores: once is enough."""
+    return {name: scores.numel() for name, scores in saliency.items()}
 
 
 def removed(sparsity: float, size: int) -> int:
@@ -170,22 +163,22 @@ class Unstructured(Cutting):
             return self._cut
         cutters: dict[str, Cutter] = {}
         for names in grouped(saliency, self.group):
-            part = Part(saliency, names)
-            goes = removed(self.sparsity, sum(scores.numel() for scores in part.values()))
-            cutters |= dict.fromkeys(names, self.share(part, goes, {}, exact))
+            part = View(saliency, names=names)
+            sizes = sizes_of(part)
+            goes = removed(self.sparsity, sum(sizes.values()))
+            cutters |= dict.fromkeys(names, self.share(part, sizes, goes, {}, exact))
         return lambda name, scores: cutters[name](name, scores)
 
     def span(self, shape: Shape, floor: float, ceiling: float) -> Bounds:
         size = shape[0] * shape[1]
         return math.ceil(Fraction(str(floor)) * size), removed(ceiling, size)
 
-    def share(self, saliency: Saliency, removed: int, spans: Mapping[str, tuple[float, float]], exact: bool = True) -> Cutter:
-        sizes = {name: scores.numel() for name, scores in saliency.items()}
-        bounds = {}
+    def share(self, saliency: Saliency, sizes: Sizes, removed: int, spans: Spans, exact: bool = True) -> Cutter:
+        sizes, bounds = {name: sizes[name] for name in saliency}, {}
         for name, span in spans.items():
             least, most = self.span((1, sizes[name]), *span)
             bounds[name] = sizes[name] - most, sizes[name] - least
-        found = thresholds(saliency, sum(sizes.values()) - removed, bounds)
+        found = thresholds(saliency, sum(sizes.values()) - removed, bounds, sizes)
         if not exact:
             found = {name: Threshold(one.key) if 0 < one.ties < math.inf else one for name, one in found.items()}
         return lambda name, scores: found[name].cut(scores)
@@ -268,14 +261,16 @@ class Tiled(Cutting):
         return self.of.group(name)
 
     def settle(self, saliency: Saliency, exact: bool = True) -> Cutter:
-        return self._tile(self.of.settle(_Sums(saliency, self), exact))
+        return self._tile(self.of.settle(View(saliency, self.sums), exact))
 
     def span(self, shape: Shape, floor: float, ceiling: float) -> Bounds:
         least, most = self.of.span((shape[0] // self.height, shape[1] // self.width), floor, ceiling)
         return least * self.height * self.width, most * self.height * self.width
 
-    def share(self, saliency: Saliency, removed: int, spans: Mapping[str, tuple[float, float]], exact: bool = True) -> Cutter:
-        return self._tile(self.of.share(_Sums(saliency, self), removed // (self.height * self.width), spans, exact))
+    def share(self, saliency: Saliency, sizes: Sizes, removed: int, spans: Spans, exact: bool = True) -> Cutter:
+        area = self.height * self.width
+        tiles = {name: sizes[name] // area for name in saliency}
+        return self._tile(self.of.share(View(saliency, self.sums), tiles, removed // area, spans, exact))
 
     def sums(self, name: str, scores: Tensor) -> Tensor:
         """The sums ``[out / height, in / width]`` of scores ``[out, in]``."""
@@ -293,22 +288,6 @@ class Tiled(Cutting):
         return tiles
 
 
-class _Sums(Mapping[str, Tensor]):
-    """A saliency of tiles instead of weights."""
-
-    def __init__(self, saliency: Saliency, pattern: Tiled) -> None:
-        self._saliency, self._pattern = saliency, pattern
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._pattern.sums(name, self._saliency[name])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._saliency)
-
-    def __len__(self) -> int:
-        return len(self._saliency)
-
-
 def parse(spec: str | float | Pattern, scope: Scope | None = None, default: Scope = "row") -> Pattern:
     """A pattern from its spelling: a level (``0.6``), N of M kept (``2:4``) or a level of tiles (``0.8@16x16``).
 
@@ -322,13 +301,13 @@ def parse(spec: str | float | Pattern, scope: Scope | None = None, default: Scop
         if scope is not None:
             raise InputError(f"scope {scope!r} does not go with {text}: N:M is cut within groups of {match[2]} inputs")
         return NM(int(match[1]), int(match[2]))
-    spelled, _, tile = text.partition("@")
-    size = re.fullmatch(r"(\d+)x(\d+)", tile)
+    match = re.fullmatch(r"([^@]+)(?:@(\d+)x(\d+))?", text)
     try:
-        of = Unstructured(float(spelled), scope or default)
-        return Tiled(of, int(size[1]), int(size[2])) if size or tile else of  # type: ignore[index]
-    except (ValueError, TypeError):
+        level = float(match[1] if match else "")
+    except ValueError:
         raise InputError(f"sparsity {text!r} is neither a level such as 0.6 nor a pattern such as 2:4 or 0.8@16x16") from None
+    of = Unstructured(level, scope or default)
+    return Tiled(of, int(match[2]), int(match[3])) if match and match[2] else of
 
 
 def top(scores: Tensor, keep: int) -> Tensor:

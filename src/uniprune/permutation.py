@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from uniprune.errors import InputError
 from uniprune.matrices import Matrices, Matrix, find_matrices
 from uniprune.patterns import NM, Cutter, Cutting, Pattern, Saliency
+from uniprune.saliency import View
 
 logger = logging.getLogger(__name__)
 
@@ -307,37 +308,20 @@ class Permuted(Cutting):
         return self.pattern.misfit(rows, columns)
 
     def settle(self, saliency: Saliency, exact: bool = True) -> Cutter:
-        cut = self.pattern.settle(_Reordered(saliency, self.permutations), exact)
+        cut = self.pattern.settle(View(saliency, self._reordered), exact)
 
-        def reordered(name: str, scores: Tensor) -> Tensor:
-            permutation = self.permutations.get(name)
-            if permutation is None:
-                return cut(name, scores)
-            return cut(name, _columns(name, scores, permutation))[:, permutation.argsort()]
+        def restored(name: str, scores: Tensor) -> Tensor:
+            mask, permutation = cut(name, self._reordered(name, scores)), self.permutations.get(name)
+            return mask if permutation is None else mask[:, permutation.argsort()]
 
-        return reordered
+        return restored
 
-
-class _Reordered(Mapping[str, Tensor]):
-    """A view of a saliency with the columns of some matrices in another order."""
-
-    def __init__(self, saliency: Saliency, permutations: Mapping[str, Tensor]) -> None:
-        self._saliency, self._permutations = saliency, permutations
-
-    def __getitem__(self, name: str) -> Tensor:
-        scores, permutation = self._saliency[name], self._permutations.get(name)
-        return scores if permutation is None else _columns(name, scores, permutation)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._saliency)
-
-    def __len__(self) -> int:
-        return len(self._saliency)
-
-
-def _columns(name: str, scores: Tensor, permutation: Tensor) -> Tensor:
-    _check(name, permutation, scores.shape[1])
-    return scores[:, permutation]
+    def _reordered(self, name: str, scores: Tensor) -> Tensor:
+        permutation = self.permutations.get(name)
+        if permutation is None:
+            return scores
+        _check(name, permutation, scores.shape[1])
+        return scores[:, permutation]
 
 
 # -------------------------------------------------------------------------------------------------------------- folding

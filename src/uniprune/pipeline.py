@@ -163,11 +163,10 @@ def mask(
     controller = "feedback" if saliency.facts["comparable"] else "none"
     recipe = Recipe(sparsity=str(sparsity), scope=scope, controller=controller, **budget)
     stored = next(iter(saliency.facts["digests"].values())).split()[0]
-    dtype = {name: str(dtype).removeprefix("torch.") for dtype, name in shards.NAMES.items()}.get(stored, stored)
+    dtype = str(shards.DTYPES.get(stored, stored)).removeprefix("torch.")
     pattern, misfits = fitted(recipe.pattern(), saliency.shapes, dtype, recipe.hardware, recipe.misfits)
-    facts = {key: saliency.facts[key] for key in ("base", "base_name", "digests", "transposed")}
     cut = pattern(_on_one_scale(saliency, pattern, saliency.facts["comparable"]))
-    removed = artefacts.write_masks(output, cut, saliency.shapes, facts | {"pattern": str(pattern)})
+    removed = artefacts.write_masks(output, cut, saliency.shapes, artefacts.binding(saliency.facts) | {"pattern": str(pattern)})
     return {"pattern": str(pattern), "misfits": misfits} | realised(removed, saliency.shapes)
 
 

@@ -52,40 +52,43 @@ def ordered(scores: Tensor) -> Tensor:
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
-def thresholds(saliency: Mapping[str, Tensor], keep: int, bounds: Mapping[str, Bounds] | None = None) -> dict[str, Threshold]:
+def thresholds(
+    saliency: Mapping[str, Tensor],
+    keep: int,
+    bounds: Mapping[str, Bounds] | None = None,
+    sizes: Mapping[str, int] | None = None,
+) -> dict[str, Threshold]:
     """One threshold for all matrices, so that ``keep`` scores in all stay; of equal ones those that come first.
 
     bounds: matrix name -> the least and the most of its scores that may stay. A matrix that would leave its bounds stops
     there, with a threshold of its own, and the others make up for it. Masks are nested: what stays of a budget stays of every
-    larger one within the same bounds.
+    larger one within the same bounds. sizes: how many scores each matrix has, where that is known already.
     Raises InputError for scores that are not finite, and for a budget that the bounds do not allow.
     """
-    searches = {
-        name: _Search(name, scores.numel(), *(bounds or {}).get(name, (0, scores.numel()))) for name, scores in saliency.items()
-    }
+    sizes = sizes or {name: scores.numel() for name, scores in saliency.items()}
+    searches = {name: _Search(name, sizes[name], *(bounds or {}).get(name, (0, sizes[name]))) for name in saliency}
     least, most = (sum(getattr(one, side) for one in searches.values()) for side in ("least", "most"))
     if not least <= keep <= most:
         total = sum(one.size for one in searches.values())
         raise InputError(f"{keep} of {total} weights cannot stay: the bounds leave between {least} and {most}")
     shared, left = list(searches.values()), keep  # whom the common threshold decides on, and what they keep together
     common = 0
-    for place, width in DIGITS:
-        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            for name, scores in saliency.items():
-                if not searches[name].settled:
-                    searches[name].count(scores, place, width, pool)
-        digit = _last(torch.stack([one.within for one in shared]).sum(0) >= left) if shared else 0
-        for one in shared:
-            one.settle(digit)
-        common = (common << width) + digit
-        left -= sum(one.keep for one in shared if one.keep is not None)
-        shared = [one for one in shared if one.keep is None]
-        for one in searches.values():
-            if not one.settled:
-                one.descend(digit if one.keep is None else _last(one.counts[:-1] >= one.keep), width)
-    left -= sum(
-        max(one.least, one.above) for one in shared
-    )  # all of these end at the same score; places for some that equal it
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        for place, width in DIGITS:
+            for name, one in searches.items():
+                if not one.settled:
+                    one.count(saliency[name], place, width, pool)
+            digit = _last(torch.stack([one.within for one in shared]).sum(0) >= left) if shared else 0
+            for one in shared:
+                one.settle(digit)
+            common = (common << width) + digit
+            left -= sum(one.keep for one in shared if one.keep is not None)
+            shared = [one for one in shared if one.keep is None]
+            for one in searches.values():
+                if not one.settled:
+                    one.descend(digit if one.keep is None else _last(one.counts[:-1] >= one.keep), width)
+    # Those left all end at the same score. What they keep above it is theirs; the places that remain go to scores equal to it.
+    left -= sum(max(one.least, one.above) for one in shared)
     for one in shared:
         surely = max(one.least, one.above)
         one.keep = min(surely + left, one.most, one.above + one.equal)

@@ -18,6 +18,8 @@ UINTS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 ITEMSIZE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
 NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
+DTYPES = {name: dtype for dtype, name in NAMES.items()}
+
 
 @dataclass(frozen=True)
 class Entry:
