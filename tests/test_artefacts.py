@@ -13,7 +13,7 @@ from uniprune import artefacts
 from uniprune.errors import InputError
 from uniprune.masks import apply_to_array, pack, unpack
 
-FACTS = {"base": "b" * 64, "base_name": "model", "transposed": []}
+FACTS = {"base": "b" * 64, "base_name": "model", "digests": {}, "transposed": []}
 
 
 @given(st.integers(1, 7), st.integers(1, 19), st.integers(0, 99))
@@ -112,3 +112,10 @@ def test_zeroing_bits_is_zeroing_weights(dtype, monkeypatch):
     bits = weights.copy().view(f"u{weights.itemsize}")
     apply_to_array(bits, mask)
     assert np.array_equal(bits.view(dtype), np.where(mask.numpy().ravel(), weights, 0))
+
+
+def test_files_from_before_digests_are_refused_in_one_line(tmp_path):
+    facts = {"kind": "masks", "shapes": {}, "base": "b" * 64, "base_name": "model", "transposed": [], "pattern": "2:4"}
+    artefacts.write_tensors(tmp_path / "old.safetensors", {}, facts)
+    with pytest.raises(InputError, match=r"old\.safetensors .* from before there were any; make it anew"):
+        artefacts.MasksFile(tmp_path / "old.safetensors")

@@ -95,7 +95,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str,
 def open_tensors(path: Path, kind: str) -> Iterator[tuple[Any, dict[str, Any]]]:
     """An artefact of one kind (``scores``, ``masks``, ``tokens``): the open file and its facts.
 
-    Raises InputError if the file is missing, not ours, of another kind or of a later format.
+    Raises InputError if the file is missing, not ours, of another kind, of a later format or from before there were digests.
     """
     if not path.is_file():
         raise InputError(f"{kind} file {path} does not exist")
@@ -108,6 +108,10 @@ def open_tensors(path: Path, kind: str) -> Iterator[tuple[Any, dict[str, Any]]]:
                 raise InputError(f"{path} holds {facts['kind']}, not {kind}")
             if facts["format"] > FORMAT:
                 raise InputError(f"{path} has format {facts['format']}, this version reads up to {FORMAT}; upgrade")
+            if "base" in facts and "digests" not in facts:
+                raise InputError(
+                    f"{kind} file {path} is damaged: it lacks 'digests', or is from before there were any; make it anew"
+                )
             yield file, facts
     except SafetensorError as error:
         raise InputError(f"{path} is not a complete safetensors file ({error})") from None

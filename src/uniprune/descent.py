@@ -224,10 +224,10 @@ class Descent:
 
     def _aim(self, target: Pattern, temperature: float = 0.0) -> None:
         """The masks of the passes to come."""
-        if target.local or target.grain:
-            hard = target.settle({} if target.local else self._samples[target.grain], exact=False)
-        else:
-            hard = target.settle(dict(self.duals()), exact=False)
+        shared: Mapping[str, Tensor] = {}
+        if not target.local:
+            shared = self._samples[target.grain] if target.grain else dict(self.duals())
+        hard = target.settle(shared, exact=False)
         if temperature:
             units = [self.states[name].unit for name in self._matrices]
             temperature *= sum(units) / len(units)

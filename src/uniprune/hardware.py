@@ -1,6 +1,6 @@
 """What hardware asks of a pruned matrix, as data: which patterns its kernels take, of which types and shapes.
 
-That a profile is met does not make a model faster; ``uniprune bench`` measures whether it is.
+That a profile is met does not make a model faster.
 """
 
 from __future__ import annotations

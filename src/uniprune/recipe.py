@@ -34,7 +34,7 @@ class Recipe(BaseModel):
     sparsity: str | None = None
     """A level (``0.6``: the fraction to remove) or a pattern (``2:4``: N of every M inputs are kept)."""
     scope: Scope | None = None
-    """Budget group of a level: ``row``, ``matrix`` or ``model``; by default ``model`` with the controller, else ``row``."""
+    """Budget group of a level: ``row``, ``matrix``, ``block`` or ``model`` (the default with the controller, else ``row``)."""
     allow: tuple[str, ...] = ()
     """N:M patterns, and ``dense``, to choose from for each matrix, so that together they remove the level ``sparsity``."""
     rules: tuple[str, ...] = ()
