@@ -100,6 +100,7 @@ class Bench:
         shapes = {name: matrix.shape for name, matrix in self.matrices.items()}
         saliency = calibration.one_shot(self.model, self.matrices, self.tokens[:2], metrics.Wanda())
         facts: dict[str, Any] = {"base": "", "base_name": "", "transposed": [], "comparable": True}
+        facts["digests"] = dict.fromkeys(shapes, "F32")
         with tempfile.TemporaryDirectory() as scratch:
             scores, out = Path(scratch) / "scores.safetensors", Path(scratch) / "masks.safetensors"
             artefacts.write_scores(scores, saliency.items(), shapes, facts)

@@ -14,8 +14,8 @@ from uniprune import masks as masking
 from uniprune import permutation
 from uniprune.errors import InputError
 from uniprune.matrices import find_matrices
-from uniprune.patterns import NM, Unstructured
-from uniprune.permutation import Permuted, find_channels, fold, folding, kept, reorder, search
+from uniprune.patterns import NM
+from uniprune.permutation import find_channels, fold, folding, kept, reorder, search
 from uniprune.shards import entries
 
 FAMILIES = {  # family: consumer, how many parameters have the channels, parts
@@ -253,54 +253,6 @@ def test_search_refuses_what_it_cannot_group():
         search(torch.full((3, 8), torch.nan), 2, 4)
 
 
-# -------------------------------------------------------------------------------------------------------------- pattern
-
-
-def test_permuted_cuts_in_the_new_order_and_answers_in_the_old():
-    scores = {"a": torch.rand(6, 16), "b": torch.rand(5, 8)}
-    order = torch.randperm(16)
-    masks = dict(Permuted(NM(1, 4), {"a": order})(scores))
-    assert list(masks) == ["a", "b"]
-    assert meets(masks["a"][:, order], 1, 4)
-    assert not meets(masks["a"], 1, 4)
-    assert (scores["a"] * masks["a"]).sum() == pytest.approx(kept(scores["a"], 1, 4, order))
-    assert torch.equal(masks["b"], dict(NM(1, 4)(scores))["b"])
-
-
-@pytest.mark.parametrize("pattern", [NM(2, 4), Unstructured(0.3), Unstructured(0.3, "model")])
-def test_permuted_by_the_identity_is_the_pattern(pattern):
-    scores = {"a": torch.randint(3, (6, 16)).float(), "b": torch.rand(5, 8)}
-    permuted = Permuted(pattern, {"a": torch.arange(16)})
-    expected = dict(pattern(scores))
-    for name, mask in permuted(scores):
-        assert torch.equal(mask, expected[name])
-    assert (permuted.sparsity, permuted.local) == (pattern.sparsity, pattern.local)
-    assert permuted.misfit(3, 6) == pattern.misfit(3, 6)
-    assert permuted.part("b") == pattern
-
-
-def test_permuted_settles_and_cuts_rows_by_themselves():
-    """As the controller does: a cutter, called with some rows of a matrix."""
-    scores, order = torch.rand(6, 16), torch.randperm(16)
-    permuted = Permuted(NM(2, 4), {"a": order})
-    mask = dict(permuted({"a": scores}))["a"]
-    for pattern in (permuted, permuted.part("a")):
-        assert torch.equal(pattern.settle({})("a", scores[2:4]), mask[2:4])
-    assert permuted.grain == 0  # a sample has other inputs
-    assert Permuted(NM(2, 4), {}).grain == 4
-
-
-def test_what_is_no_permutation_is_refused_by_name():
-    with pytest.raises(InputError, match=r"^a: .*not one of 3 inputs"):
-        Permuted(NM(2, 4), {"a": torch.tensor([0, 1, 1])})
-    with pytest.raises(InputError, match=r"^a: .*not one of 8 inputs"):
-        dict(Permuted(NM(2, 4), {"a": torch.arange(4)})({"a": torch.rand(2, 8)}))
-    model = family_model("llama")
-    found = find_channels(model, find_matrices(model))
-    with pytest.raises(InputError, match=r"layers\.0\.mlp\.down_proj: .*not one of 64 inputs"):
-        fold(model, found, {found[0].consumer: torch.arange(63)})
-
-
 # -------------------------------------------------------------------------------------------------------------- folding
 
 
@@ -311,7 +263,10 @@ def test_masks_mean_the_same_before_and_after_and_groups_are_met_after(family):
     found = find_channels(model, matrices)
     scores = {name: matrix.weight.abs() for name, matrix in matrices.items()}
     orders = {channels.consumer: search(scores[channels.consumer], 2, 4) for channels in found}
-    masking.apply(matrices, Permuted(NM(2, 4), orders)(scores))
+    for name, order in orders.items():
+        scores[name] = scores[name][:, order]
+    masks = {name: mask[:, orders[name].argsort()] if name in orders else mask for name, mask in NM(2, 4)(scores)}
+    masking.apply(matrices, masks.items())
     before = logits(model)
     fold(model, found, orders)
     torch.testing.assert_close(logits(model), before, rtol=1e-4, atol=1e-5 * float(before.abs().max()))

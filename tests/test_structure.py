@@ -49,6 +49,7 @@ RANK = {
     "recipe": 6,
     "job": 7,
     "pipeline": 8,
+    "reordering": 8,
     "record": 5,
     "terminal": 8,
     "masks_cli": 9,

@@ -21,6 +21,7 @@ _HOME = {
     "patterns": ("NM", "Unstructured"),
     "pipeline": ("apply", "calibrate", "evaluate", "mask", "plan", "prune"),
     "recipe": ("Recipe",),
+    "reordering": ("permute",),
 }
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from uniprune.patterns import NM, Unstructured
     from uniprune.pipeline import apply, calibrate, evaluate, mask, plan, prune
     from uniprune.recipe import Recipe
+    from uniprune.reordering import permute
 
 __all__ = [
     "NM",
@@ -50,6 +52,7 @@ __all__ = [
     "evaluate",
     "load",
     "mask",
+    "permute",
     "plan",
     "prune",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
@@ -265,6 +266,37 @@ def prune(
             progress=progress,
         )
     _show_pruned(output, result, as_json)
+
+
+@app.command()
+def permute(
+    model: Model,
+    output: Output,
+    sparsity: Annotated[str, typer.Option("--sparsity", "-s", help="The N:M pattern that the order is to suit.")] = "2:4",
+    metric: Metric = None,
+    text: Text = None,
+    windows: WindowsOption = None,
+    length: Length = None,
+    seed: Seed = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    include: Include = None,
+    exclude: Exclude = None,
+    max_memory: MaxMemory = None,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write the same dense model with its hidden channels in an order that suits N:M, to prune that one."""
+    recipe = _recipe(None, **locals())
+    from uniprune import reordering
+
+    with Bars() as progress:
+        result = reordering.permute(
+            model, recipe, output, overwrite=overwrite, max_memory=_bytes(max_memory), device=device, progress=progress
+        )
+    before, after = (fmean(found[key] for found in result["permuted"].values()) for key in ("kept_before", "kept_after"))
+    line = f"{output}: {len(result['permuted'])} MLPs; {result['pattern']} keeps {after:.4f} of their scores, not {before:.4f}"
+    show({"output": str(output), **result}, as_json, line)
 
 
 @app.command()

@@ -5,8 +5,8 @@ producers' rows and the consumer's columns alike, and the module's function is t
 other inputs. Rows are not grouped, so the producers' own masks lose nothing.
 
 Which modules allow that is found by shape and then proved by running them (:func:`find_channels`). An order is searched for
-on scores (:func:`search`); masks are cut in it, but stay in the model's order (:class:`Permuted`); weights are reordered
-last (:func:`folding`, :func:`reorder`, :func:`fold`), and only then do the inputs of a group lie side by side.
+on scores (:func:`search`), and the weights are reordered (:func:`folding`, :func:`reorder`, :func:`fold`) before anything is
+pruned: so the inputs of a group lie side by side, and no later step needs to know.
 
 After the channel permutation of RIA (Zhang et al., ICLR 2024): allocation, then linear sum assignment; see :func:`search`.
 """
@@ -27,8 +27,7 @@ from torch import Tensor, nn
 
 from uniprune.errors import InputError
 from uniprune.matrices import Matrices, Matrix, find_matrices
-from uniprune.patterns import NM, Cutter, Cutting, Pattern, Saliency
-from uniprune.saliency import View
+from uniprune.patterns import NM
 
 logger = logging.getLogger(__name__)
 
@@ -264,64 +263,6 @@ def _assignment(value: Tensor) -> Tensor:
             owner[sold], column[first[sold]] = first[sold], sold
             prices += highest
     return owner
-
-
-# -------------------------------------------------------------------------------------------------------------- pattern
-
-
-@dataclass(frozen=True, eq=False)
-class Permuted(Cutting):
-    """Cuts a pattern's masks in another order of the inputs, and returns them in the original order.
-
-    permutations: matrix name -> int64 ``[in]``, as :func:`search` gives it; matrices without one are cut as they are.
-    So the masks fit the model as it is, and have the pattern once it is folded.
-    Raises InputError for what is not a permutation of a matrix's inputs.
-    """
-
-    pattern: Pattern
-    permutations: Mapping[str, Tensor]
-
-    def __post_init__(self) -> None:
-        for name, permutation in self.permutations.items():
-            _check(name, permutation, len(permutation))
-
-    def __str__(self) -> str:
-        return f"{self.pattern} permuted"
-
-    @property
-    def sparsity(self) -> float:
-        return self.pattern.sparsity
-
-    @property
-    def local(self) -> bool:
-        return self.pattern.local
-
-    @property
-    def grain(self) -> int:
-        return 0 if self.permutations else self.pattern.grain  # a sample of the inputs is in no order of all of them
-
-    def part(self, name: str) -> Pattern:
-        part, permutation = self.pattern.part(name), self.permutations.get(name)
-        return part if permutation is None else Permuted(part, {name: permutation})
-
-    def misfit(self, rows: int, columns: int) -> str | None:
-        return self.pattern.misfit(rows, columns)
-
-    def settle(self, saliency: Saliency, exact: bool = True) -> Cutter:
-        cut = self.pattern.settle(View(saliency, self._reordered), exact)
-
-        def restored(name: str, scores: Tensor) -> Tensor:
-            mask, permutation = cut(name, self._reordered(name, scores)), self.permutations.get(name)
-            return mask if permutation is None else mask[:, permutation.argsort()]
-
-        return restored
-
-    def _reordered(self, name: str, scores: Tensor) -> Tensor:
-        permutation = self.permutations.get(name)
-        if permutation is None:
-            return scores
-        _check(name, permutation, scores.shape[1])
-        return scores[:, permutation]
 
 
 # -------------------------------------------------------------------------------------------------------------- folding
