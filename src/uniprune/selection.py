@@ -7,10 +7,12 @@ in on the threshold. One pass a digit, one piece in memory at a time; nothing is
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -46,10 +48,15 @@ class Threshold:
 EVERYTHING, NOTHING = Threshold(-(1 << 31)), Threshold((1 << 31) - 1, 0)
 
 
-def ordered(scores: Tensor) -> Tensor:
-    """float32 -> int32 in the same order (IEEE floats sort as sign-magnitude integers); -0.0 counts as 0.0."""
-    bits = (scores.float() + 0.0).view(torch.int32)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+def ordered(scores: Tensor, out: Tensor | None = None, scratch: Tensor | None = None) -> Tensor:
+    """float32 -> int32 in the same order (IEEE floats sort as sign-magnitude integers); -0.0 counts as 0.0.
+
+    out, scratch: float32 and int32 memory of the size of the scores to work in, fresh by default.
+    """
+    bits = torch.add(scores.float(), 0.0, out=out).view(torch.int32)
+    flips = torch.bitwise_right_shift(bits, 31, out=scratch)
+    flips &= 0x7FFFFFFF
+    return bits.bitwise_xor_(flips)
 
 
 def thresholds(
@@ -135,13 +142,18 @@ class _Search:
     def count(self, scores: Tensor, place: int, width: int, pool: ThreadPoolExecutor) -> None:
         """Counts the next digits of the scores that have the digits found so far."""
         first, bins = place == DIGITS[0][0], 1 << width
+        memory = _Memory()
 
         def histogram(piece: Tensor) -> Tensor:
-            keys = ordered(piece)
+            floats, digits = memory.of(piece)
+            keys = ordered(piece, floats, digits)
             if first:
-                return torch.bincount((keys >> place) + HALF, minlength=bins)
-            alike = keys[(keys >> (place + width)) == self.prefix - (1 << (31 - place - width))]
-            return torch.bincount((alike >> place) & (bins - 1), minlength=bins)
+                keys >>= place
+                return torch.bincount(keys.add_(HALF), minlength=bins)
+            torch.bitwise_right_shift(keys, place + width, out=digits)
+            alike = _chosen(keys, digits == self.prefix - (1 << (31 - place - width)))
+            alike >>= place
+            return torch.bincount(alike.bitwise_and_(bins - 1), minlength=bins)
 
         flat = scores.flatten()
         pieces = torch.split(flat, PIECE) if flat.device.type == "cpu" else [flat]
@@ -161,6 +173,25 @@ class _Search:
         self.prefix = (self.prefix << width) + digit
         self.above = int(self.counts[digit + 1])
         self.equal = int(self.counts[digit]) - self.above
+
+
+class _Memory(threading.local):
+    """What a thread works in, piece after piece: a fresh megabyte for each costs more than the work on it."""
+
+    def __init__(self) -> None:
+        self._floats, self._integers = torch.empty(0), torch.empty(0, dtype=torch.int32)
+
+    def of(self, piece: Tensor) -> tuple[Tensor, Tensor]:
+        """float32 and int32 memory of a piece's size."""
+        if len(self._floats) < len(piece) or self._floats.device != piece.device:
+            self._floats = torch.empty(len(piece), device=piece.device)
+            self._integers = torch.empty_like(self._floats, dtype=torch.int32)
+        return self._floats[: len(piece)], self._integers[: len(piece)]
+
+
+def _chosen(keys: Tensor, flags: Tensor) -> Tensor:
+    """``keys[flags]``, which on a CPU numpy has several times as fast."""
+    return keys[flags] if keys.is_cuda else torch.from_numpy(np.compress(flags.numpy(), keys.numpy()))
 
 
 def _last(flags: Tensor) -> int:
