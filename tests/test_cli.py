@@ -22,6 +22,7 @@ FLAGS = {
     "prune": "allow hardware misfits rule"
     " budget-tokens config controller device dtype exclude include json length max-memory metric output overwrite"
     " resume save-tokens refine scope seed sequential sparsity steps text windows",
+    "permute": "device dtype exclude include json length max-memory metric output overwrite seed sparsity text windows",
     "pack": "json level output overwrite",
     "unpack": "json output overwrite",
     "evaluate": "device dtype json length text windows",

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from uniprune.patterns import (
     Saliency,
     Scope,
     Shape,
+    Shared,
     Sizes,
     Spans,
     grouped,
@@ -40,6 +41,37 @@ DENSE = NM(1, 1)
 def spell(pattern: Pattern) -> str:
     """A pattern as people name it."""
     return "dense" if pattern == DENSE else str(pattern)
+
+
+def spelled(text: str) -> Pattern | None:
+    """The pattern whose spelling a text is, rules and all; None for other text, and for levels that may have been rounded.
+
+    Raises InputError for a pattern that is impossible, or that is to be spelled in another way.
+    """
+    base, *rules = text.split("; ")
+    levels = r"(?P<level>[\d.e+-]+)"
+    forms = (r"\d+:\d+", levels + r" by (?P<scope>\w+)(?: of (?P<tile>\d+x\d+) tiles)?", levels + r" in (?P<allow>[\w:, ]+)")
+    found = next((match.groupdict() for form in forms if (match := re.fullmatch(form, base))), None)
+    if found is None or found.get("scope") not in (None, *get_args(Scope)) or len((found.get("level") or "").lstrip("0.")) >= 6:
+        return None
+    if allow := found.get("allow"):
+        pattern: Pattern = Mixed(float(found["level"]), tuple(map(choice, allow.split(", "))))
+    else:
+        tile = f"@{found['tile']}" if found.get("tile") else ""
+        pattern = parse((found.get("level") or base) + tile, found.get("scope"))  # type: ignore[arg-type]
+    if rules:
+        pattern = Ruled(pattern, tuple(map(Rule.parse, rules)))
+    if str(pattern) != text:
+        raise InputError(f"the pattern {text!r} is to be spelled {str(pattern)!r}")
+    return pattern
+
+
+def choice(spec: str) -> NM:
+    """One of the patterns that ``Mixed`` may choose from: ``2:4``, ``dense``. Raises InputError for another kind."""
+    pattern = DENSE if spec == "dense" else parse(spec)
+    if not isinstance(pattern, NM):
+        raise InputError(f"--allow {spec}: only N:M patterns and dense can be chosen from, e.g. 2:4,dense")
+    return pattern
 
 
 @dataclass(frozen=True)
@@ -94,7 +126,7 @@ class Ruled(Cutting):
     Where matrices share a budget, it is that of all of them together: what a rule spares, the others make up for.
     """
 
-    base: Any  # a Pattern; a Shared one if it is not local
+    base: Pattern
     rules: tuple[Rule, ...]
 
     def __post_init__(self) -> None:
@@ -109,15 +141,20 @@ class Ruled(Cutting):
 
     @property
     def sparsity(self) -> float:
-        return float(self.base.sparsity)
+        return self.base.sparsity
 
     @property
     def local(self) -> bool:
-        return bool(self.base.local)
+        return self.base.local
 
     @property
     def grain(self) -> int:
-        return int(self.base.grain)
+        return self.base.grain
+
+    @property
+    def shared(self) -> Shared:
+        """The base, of which it is known that it is not local."""
+        return cast(Shared, self.base)
 
     def rule(self, name: str) -> Rule | None:
         return next((rule for rule in self.rules if re.search(rule.match, name)), None)
@@ -125,7 +162,7 @@ class Ruled(Cutting):
     def part(self, name: str) -> Pattern:
         rule = self.rule(name)
         if rule is None or rule.span:
-            return self.base.part(name)  # type: ignore[no-any-return]
+            return self.base.part(name)
         return rule.pattern("row" if getattr(self.base, "scope", None) == "row" else "matrix")
 
     def misfit(self, rows: int, columns: int) -> str | None:
@@ -142,10 +179,10 @@ class Ruled(Cutting):
                 raise InputError(f"rule {rule} has no effect: {self.rule(matched)} before it takes all that it matches")
         if self.local:
             return
-        for names in grouped(shapes, self.base.group):
+        for names in grouped(shapes, self.shared.group):
             fixed, spans = self._split(names)
             goes = self._goes({name: math.prod(shapes[name]) for name in names}, fixed)
-            limits = [self.base.span(shapes[name], *spans.get(name, (0.0, 1.0))) for name in names if name not in fixed]
+            limits = [self.shared.span(shapes[name], *spans.get(name, (0.0, 1.0))) for name in names if name not in fixed]
             least, most = (sum(limit[side] for limit in limits) for side in (0, 1))
             if not least <= goes <= most:
                 total = sum(math.prod(shapes[name]) for name in names)
@@ -160,14 +197,14 @@ class Ruled(Cutting):
         if self.local:
             return lambda name, scores: self.part(name).settle({})(name, scores)
         cutters: dict[str, Cutter] = {}
-        for names in grouped(saliency, self.base.group):
+        for names in grouped(saliency, self.shared.group):
             fixed, spans = self._split(names)
             cutters |= {name: part.settle({}) for name, part in fixed.items()}
             free = View(saliency, names=(name for name in names if name not in fixed))
             if free:
                 sizes = sizes_of(View(saliency, names=names))
                 goes = self._goes(sizes, fixed)
-                cutters |= dict.fromkeys(free, self.base.share(free, sizes, goes, spans, exact))
+                cutters |= dict.fromkeys(free, self.shared.share(free, sizes, goes, spans, exact))
         return lambda name, scores: cutters[name](name, scores)
 
     def _split(self, names: Iterable[str]) -> tuple[dict[str, Pattern], Spans]:
@@ -259,8 +296,11 @@ class Mixed(Cutting):
     def _loss(self, pattern: NM, name: str, scores: Tensor) -> float:
         if pattern.n == pattern.m:
             return 0.0
-        lost = scores.masked_fill(pattern.settle({})(name, scores), 0)
-        return float((lost**self.power).sum(dtype=torch.float64))
+        return float(self._lost(pattern, name, scores).sum(dtype=torch.float64))
+
+    def _lost(self, pattern: NM, name: str, scores: Tensor) -> Tensor:
+        """The loss of each weight that goes. Those of scores below 0, as a controller's duals may be, are no loss."""
+        return scores.masked_fill(pattern.settle({})(name, scores), 0).clamp_min(0) ** self.power
 
     def _partial(self, name: str, scores: Tensor, before: NM, after: NM, goes: int) -> Any:
         """Cuts a matrix of which only the cheapest groups take the step from one pattern to the next."""
@@ -268,7 +308,7 @@ class Mixed(Cutting):
         each = round(size * (after.sparsity - before.sparsity))
 
         def costs(scores: Tensor) -> Tensor:
-            dear, cheap = (scores.masked_fill(nm.settle({})(name, scores), 0) ** self.power for nm in (after, before))
+            dear, cheap = (self._lost(nm, name, scores) for nm in (after, before))
             return (cheap - dear).reshape(-1, size).sum(1, keepdim=True)
 
         edge: Threshold = thresholds({name: costs(scores)}, goes // each)[name]

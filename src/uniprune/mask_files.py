@@ -17,11 +17,12 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from uniprune import artefacts, checkpoint, models, patterns, shards
+from uniprune import artefacts, budget, checkpoint, models, shards
 from uniprune import masks as masking
 from uniprune.errors import InputError, MismatchError
 from uniprune.matrices import Matrix, find_matrices
-from uniprune.patterns import NM, Pattern, Unstructured
+from uniprune.patterns import NM, Cutter
+from uniprune.saliency import View
 
 KERNELS = (NM(2, 4), NM(4, 8))  # patterns that there are kernels for; they take groups with fewer, too
 ABOUT = ("base", "base_name", "pattern")  # facts that say what masks are of
@@ -85,31 +86,29 @@ def _check_facts(facts: Mapping[str, Any], entries: Mapping[str, shards.Entry]) 
 def verify(masks: Path, model: Source | None = None, pruned: Source | None = None, *, dtype: str | None = None) -> Record:
     """Checks all that a masks file says; returns what was checked, and the realised sparsity.
 
-    Always: the file is complete, its names, shapes and sizes agree, and its masks have the pattern it claims: N of every M
-    inputs, or the exact number kept of each row, each matrix or all. Other patterns (of a union, say), and levels of six
-    digits, which may have been rounded, cannot be checked: ``checked`` then lacks ``pattern``.
+    Always: the file is complete, its names, shapes and sizes agree, and its masks have the pattern it claims, whole tiles,
+    exact budgets and rules included. Other claims (of a union, say), and levels of six digits, which may have been rounded,
+    cannot be checked: ``checked`` then lacks ``pattern``.
     model: the file was made for it: names, shapes, orientation, bits of the weights. dtype: only for sources that are not
     safetensors. pruned: in this checkpoint, every weight that a mask removes is 0.
     Raises InputError or MismatchError naming the first matrix at fault.
     """
     file = CheckedMasks(masks)
-    pattern = _parse_claim(masks, file.facts["pattern"])
+    cut = _check_pattern(file)
     weights = {} if pruned is None else _find_weights(pruned, {name: file.stored(name) for name in file})
     if model is not None:
         Dense(model, dtype).of(file)
     kept = 0
     for name, mask in file.items():
         kept += int(mask.sum())
-        if pattern is not None and pattern.local:
-            _check_pattern(f"{masks}: {name}", mask, pattern)
+        if cut:
+            _compare(file, name, mask, cut)
         if name in weights:
             alive = _alive(weights[name].array())
             keep = (mask.T if name in file.transposed else mask).numpy().reshape(-1)
             if left := np.count_nonzero(alive & ~keep):
                 raise MismatchError(f"{pruned} was not pruned by {masks}: {name}: {left} weights that it removes are not 0")
-    if isinstance(pattern, Unstructured) and not pattern.local and kept != pattern.keep(file.size):
-        raise InputError(f"{masks}: {kept} of all {file.size} weights are kept, {pattern} keeps {pattern.keep(file.size)}")
-    asked = {"pattern": pattern, "model": model, "pruned": pruned}
+    asked = {"pattern": cut, "model": model, "pruned": pruned}
     return {
         **{key: file.facts[key] for key in ("format", *ABOUT)},
         "checked": ["file", *(name for name, item in asked.items() if item is not None)],
@@ -118,36 +117,31 @@ def verify(masks: Path, model: Source | None = None, pruned: Source | None = Non
     }
 
 
-def _parse_claim(path: Path, text: str) -> Pattern | None:
-    """The pattern that masks are said to have, or None for one that cannot be checked."""
-    match = re.fullmatch(r"(\d+:\d+)|([\d.e+-]+) by (row|matrix|model)", text)
-    if match is None:
-        return None
+def _check_pattern(file: CheckedMasks) -> Cutter | None:
+    """What cuts the pattern that masks claim to have, from themselves as scores; None for a claim that cannot be checked.
+
+    A mask has a pattern if, and only if, the pattern cuts that very mask from it.
+    """
     try:
-        pattern = patterns.parse(match[1] or match[2], match[3])  # type: ignore[arg-type]
+        pattern = budget.spelled(file.facts["pattern"])
+        if isinstance(pattern, budget.Ruled):
+            pattern.check(file.shapes)
+        return None if pattern is None else pattern.settle(View(file, lambda _, mask: mask.float()))
     except InputError as error:
-        raise InputError(f"{path}: {error}") from None
-    if str(pattern) != text:
-        raise InputError(f"{path}: the pattern {text!r} is to be spelled {str(pattern)!r}")
-    return None if match[2] and len(match[2].lstrip("0.")) >= 6 else pattern  # may be rounded
+        raise InputError(f"{file.path}: {error}") from None
 
 
-def _check_pattern(place: str, mask: Tensor, pattern: Pattern) -> None:
-    rows, columns = mask.shape
-    if reason := pattern.misfit(rows, columns):
-        raise InputError(f"{place} cannot be {pattern}: {reason}")
-    if isinstance(pattern, NM):
-        run, keep = pattern.m, pattern.n
-    else:
-        assert isinstance(pattern, Unstructured)
-        run = columns if pattern.scope == "row" else mask.numel()
-        keep = pattern.keep(run)
-    kept = _kept_per(mask, run)
-    wrong = np.flatnonzero(kept != keep)
+def _compare(file: CheckedMasks, name: str, mask: Tensor, cut: Cutter) -> None:
+    """Raises InputError at the first weight of a mask that its pattern would not keep, or would."""
+    claim = f"{file.path}: {name} is not {file.facts['pattern']}"
+    try:
+        wrong = (cut(name, mask.float()) != mask).nonzero()
+    except InputError as error:
+        raise InputError(f"{claim}: {error}") from None
     if len(wrong):
-        row, column = divmod(int(wrong[0]) * run, columns)
-        found = f"{kept[wrong[0]]} of the {run} weights from row {row}, input {column} on are kept"
-        raise InputError(f"{place}: {found}, {pattern} keeps {keep}")
+        row, column = wrong[0].tolist()
+        what = "would not keep" if mask[row, column] else "would keep"
+        raise InputError(f"{claim}, which {what} the weight in row {row}, input {column}")
 
 
 def _kept_per(mask: Tensor, run: int) -> Array:

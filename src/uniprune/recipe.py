@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from uniprune import hardware, metrics, patterns
 from uniprune import refine as refining
-from uniprune.budget import DENSE, Mixed, Rule, Ruled
+from uniprune.budget import Mixed, Rule, Ruled, choice
 from uniprune.errors import InputError
 from uniprune.hardware import Misfits
 from uniprune.mirror_descent import MirrorDescent
@@ -130,15 +129,9 @@ class Recipe(BaseModel):
         if self.allow:
             if self.scope is not None or not isinstance(base, patterns.Unstructured):
                 raise InputError(f"--allow goes with a level such as 0.45 and no scope, not with {base}")
-            base = Mixed(base.sparsity, tuple(self._allowed()))
+            allowed = (spec.strip() for text in self.allow for spec in text.split(","))
+            base = Mixed(base.sparsity, tuple(map(choice, allowed)))
         return Ruled(base, tuple(map(Rule.parse, self.rules))) if self.rules else base
-
-    def _allowed(self) -> Iterator[patterns.NM]:
-        for spec in (one.strip() for text in self.allow for one in text.split(",")):
-            pattern = DENSE if spec == "dense" else patterns.parse(spec)
-            if not isinstance(pattern, patterns.NM):
-                raise InputError(f"--allow {spec}: only N:M patterns and dense can be chosen from, e.g. 2:4,dense")
-            yield pattern
 
     @property
     def resolved_controller(self) -> Controller:
