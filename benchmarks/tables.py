@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+import statistics
 from typing import Any
 
 from common import ROOT, load
@@ -49,18 +50,18 @@ METHODS = {
 
 
 class Quality:
-    """The rows of results/quality.json by method and pattern, each a mean over seeds."""
+    """The rows of results/quality.json by method and pattern, those of seed 0 first: all tables but one are of that seed."""
 
     def __init__(self, results: dict[str, Any]) -> None:
         self.rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
-        for row in results["rows"]:
+        for row in sorted(results["rows"], key=lambda row: row["seed"]):
             pattern = row["pattern"] if ":" in row["pattern"] else f"{float(row['pattern']):.0%}"
             self.rows.setdefault((row["method"], pattern), []).append(row)
 
-    def mean(self, method: str, pattern: str, column: str = "perplexity") -> float | None:
-        """Geometric over seeds; None where nothing was measured."""
-        values = [row[column] for row in self.rows.get((method, pattern), []) if column in row]
-        return math.exp(sum(map(math.log, values)) / len(values)) if values else None
+    def value(self, method: str, pattern: str, column: str = "perplexity") -> float | None:
+        """None where nothing was measured."""
+        row = next((row for row in self.rows.get((method, pattern), []) if row["seed"] == 0), {})
+        return row.get(column)
 
     @property
     def dense(self) -> dict[str, float]:
@@ -68,7 +69,7 @@ class Quality:
 
     def recovered(self, method: str, pattern: str) -> float | None:
         """R = (ln ppl_Wanda - ln ppl) / (ln ppl_Wanda - ln ppl_dense)."""
-        start, found = self.mean("wanda", pattern), self.mean(method, pattern)
+        start, found = self.value("wanda", pattern), self.value(method, pattern)
         return math.log(start / found) / math.log(start / self.dense["perplexity"]) if start and found else None
 
     def methods(self) -> list[str]:
@@ -76,7 +77,7 @@ class Quality:
 
     def perplexities(self) -> str:
         lines = [["dense", *[number(self.dense["perplexity"])] * len(PATTERNS)]]
-        lines += [[METHODS[m], *(number(self.mean(m, p)) for p in PATTERNS)] for m in self.methods()]
+        lines += [[METHODS[m], *(number(self.value(m, p)) for p in PATTERNS)] for m in self.methods()]
         return table(["method", *PATTERNS], lines)
 
     def gaps(self) -> str:
@@ -90,15 +91,15 @@ class Quality:
         columns = [(p, c) for p in ("50%", "2:4") for c in ("perplexity", "articles", "answers")]
         names = {"perplexity": "WikiText-2", "articles": "articles", "answers": "answers"}
         lines = [["dense", *[number(self.dense[c]) for _, c in columns]]]
-        lines += [[METHODS[m], *(number(self.mean(m, p, c)) for p, c in columns)] for m in self.methods()]
+        lines += [[METHODS[m], *(number(self.value(m, p, c)) for p, c in columns)] for m in self.methods()]
         return table(["method", *(f"{p}, {names[c]}" for p, c in columns)], lines)
 
     def whole(self) -> str:
         lines = [["dense", number(self.dense["full"]), number(self.dense["perplexity"])]] if "full" in self.dense else []
         for method in self.methods():
             for pattern in PATTERNS:
-                if value := self.mean(method, pattern, "full"):
-                    lines.append([f"{METHODS[method]}, {pattern}", number(value), number(self.mean(method, pattern))])
+                if value := self.value(method, pattern, "full"):
+                    lines.append([f"{METHODS[method]}, {pattern}", number(value), number(self.value(method, pattern))])
         return table(["method", "whole text, windows of 2048", "24 windows of 512"], lines)
 
     def costs(self) -> str:
@@ -115,8 +116,18 @@ class Quality:
         for (method, pattern), rows in self.rows.items():
             if len(rows) > 1:
                 values = [row["perplexity"] for row in rows]
-                lines.append([f"{METHODS[method]}, {pattern}", str(len(rows)), number(min(values)), number(max(values))])
-        return table(["method", "calibration seeds", "lowest", "highest"], lines)
+                mean = math.exp(statistics.fmean(map(math.log, values)))
+                starts = {row["seed"]: row["perplexity"] for row in self.rows["wanda", pattern]}
+                gaps = [
+                    math.log(starts[row["seed"]] / row["perplexity"]) / math.log(starts[row["seed"]] / self.dense["perplexity"])
+                    for row in rows
+                    if row["seed"] in starts and method != "wanda"
+                ]
+                spread = f"{min(gaps):.3f} to {max(gaps):.3f}" if gaps else ""
+                lines.append(
+                    [f"{METHODS[method]}, {pattern}", str(len(rows)), *map(number, (mean, min(values), max(values))), spread]
+                )
+        return table(["method", "calibration seeds", "geometric mean", "lowest", "highest", "R"], lines)
 
 
 def ablations(results: dict[str, Any]) -> str:
@@ -180,6 +191,58 @@ def forecasts(results: dict[str, Any]) -> str:
     return table(head, [[row["model"], *(gb(row[name]) for name in names)] for row in rows])
 
 
+def constraints(results: dict[str, Any]) -> str:
+    """What one budget, mixed patterns and permuted channels bring."""
+    lines = [[f"{float(row['level']):.0%} by {row['scope']}", f"{row['perplexity']:.1f}"] for row in results.get("scope", [])]
+    for row in results.get("mixed", []):
+        lines.append([f"{row['masks']}: {row['sparsity']:.1%}, {len(row['dense'])} dense", f"{row['perplexity']:.1f}"])
+    for row in results.get("permutation", []):
+        if "model" in row:
+            model = {"dense": "channels as they are", "permuted": "channels permuted"}[row["model"]]
+            lines += [[f"{name}, {model}", f"{row[key]:.1f}"] for key, name in KINDS.items()]
+    return table(["masks", "perplexity"], lines)
+
+
+KINDS = {"dense": "dense", "wanda": "2:4 by Wanda", "feedback": "2:4 by the controller, 32,768 tokens"}
+
+
+def budgets(results: dict[str, Any]) -> str:
+    """What budgets cost."""
+    lines = []
+    for row in results.get("levels", []):
+        lines.append(
+            [f"masks of {len(row['levels'])} levels and patterns from one scores file, seconds", f"{row['seconds']:.0f}"]
+        )
+    for row in results.get("threshold", []):
+        name = f"one threshold over {row['scores']:.0e} scores in a file".replace("e+0", "e")
+        lines.append([f"{name} / reading the file once", f"{row['ratio']:.2f}"])
+        lines.append([f"{name}, peak memory, imports included", f"{row['peak_bytes'] / 1e6:.0f} MB"])
+    for row in results.get("permutation", [])[:1]:
+        lines.append(["scores that 2:4 keeps in `down_proj`, channels permuted", f"{row['kept']:+.2%}"])
+        lines.append(["search for the permutation / the calibration for it", f"{row['search'] / row['calibrate']:.1f}"])
+    return table(["what", ""], lines)
+
+
+def archives(results: dict[str, Any]) -> str:
+    names = {"0.5": "50 %", "2:4": "2:4"}
+    rows = {
+        "archive, of the weights file": lambda r: f"{r['of_weights']:.3f}",
+        "the same without `scaled` (see below)": lambda r: f"{r['unscaled_of_weights']:.3f}",
+        "the same of `zstd -3`, each file by itself": lambda r: f"{r['usual_of_weights']:.3f}",
+        "archive, of the folder": lambda r: f"{r['of_folder']:.3f}",
+        "prunable matrices, of themselves": lambda r: f"{r['matrices']:.3f}",
+        "other tensors (mostly the embedding), of themselves": lambda r: f"{r['other_tensors']:.3f}",
+        "speed against copying and `zstd -3` on two cores: seconds, CPU seconds": lambda r: (
+            f"{r['speed']:.1f} x, {r['cpu_speed']:.1f} x"
+        ),
+        "memory on top of the imports, MB: pack, unpack": lambda r: ", ".join(
+            f"{r['peak_bytes'][key] / 1e6:.0f}" for key in ("pack", "unpack")
+        ),
+    }
+    found = results["patterns"]
+    return table(["", *(names[p] for p in found)], [[name, *(show(r) for r in found.values())] for name, show in rows.items()])
+
+
 def fill(path: Any, sections: dict[str, str]) -> None:
     text = path.read_text()
     for name, body in sections.items():
@@ -198,7 +261,11 @@ def main() -> None:
     for name, write in {"ablations": ablations, "peer": peer, "speed": speed}.items():
         if results := load(name):
             sections[name] = write(results)
+    if results := load("budget"):
+        sections |= {"constraints": constraints(results), "budgets": budgets(results)}
     fill(ROOT / "docs" / "results.md", sections)
+    if results := load("archive"):
+        fill(ROOT / "docs" / "archive.md", {"sizes": archives(results)})
     if results := load("scale"):
         parts = {"measured": measured(results), "ratios": ratios(results), "forecasts": forecasts(results)}
         fill(ROOT / "docs" / "scaling.md", parts)

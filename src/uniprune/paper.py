@@ -149,8 +149,7 @@ def descend(
                 loss = copy.step(batch, rate)
             if not math.isfinite(loss):
                 raise UniPruneError(f"step {index}: the loss is {loss}; lower the learning rate {settings.learning_rate:g}")
-            if isinstance(target, NM):
-                copy.pull(target, rate * settings.nm_weight)
+            copy.pull(target, rate * settings.nm_weight)
             for name, weight in copy.weights.items():
                 statistic = statistics.get(name)
                 if statistic is None or statistic.tokens:  # an expert may see nothing of one batch: its V stays
@@ -201,10 +200,12 @@ class WorkingCopy:
         return float(loss.detach()) / tokens
 
     @torch.no_grad()
-    def pull(self, target: NM, weight: float) -> None:
-        """W' <- prox of ``weight`` times the N:M regulariser."""
-        for leaf in self.weights.values() if weight else ():
-            leaf.copy_(prox_nm(leaf, weight, target.n, target.m))
+    def pull(self, target: Pattern, weight: float) -> None:
+        """W' <- prox of ``weight`` times the N:M regulariser, for matrices that are to be N:M."""
+        for name, leaf in self.weights.items() if weight else ():
+            part = target.part(name)
+            if isinstance(part, NM) and part.n < part.m:
+                leaf.copy_(prox_nm(leaf, weight, part.n, part.m))
 
 
 def _copy(matrix: Matrix) -> Tensor:
