@@ -101,7 +101,7 @@ def prune(
                 with watch("mask"):
                     removed = artefacts.write_masks(file, cut, job.shapes, job.facts() | {"pattern": str(pattern)})
                 with watch("write"):
-                    checkpoint.write_checkpoint(job.loaded, artefacts.MasksFile(file), job.transposed, folder)
+                    checkpoint.write_checkpoint(job.loaded, artefacts.MasksFile(file), folder)
                 report = _report(recipe, job, removed, watch) | record | {"masks_sha256": sha256(file)}
                 checkpoint.write_report(folder, report)
                 run.commit("done", {})
@@ -214,7 +214,7 @@ def apply(
         with watch("write"):
             (folder / checkpoint.MASKS).parent.mkdir()
             shutil.copyfile(masks, folder / checkpoint.MASKS)
-            checkpoint.write_checkpoint(loaded, file, file.transposed, folder, check)
+            checkpoint.write_checkpoint(loaded, file, folder, check)
         removed = file.removed()
         report = {
             "model": {"name": str(origin), "fingerprint": checkpoint.fingerprint(found)},
