@@ -40,6 +40,7 @@ RANK = {
     "report": 5,
     "text": 4,
     "runs": 1,
+    "store": 2,
     "calibration": 4,
     "duals": 5,
     "paper": 5,
