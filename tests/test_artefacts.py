@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from uniprune import artefacts
 from uniprune.errors import InputError
-from uniprune.masks import apply_to_array, pack, unpack
+from uniprune.masks import apply_to_array, kept, pack, unpack
 
 FACTS = {"base": "b" * 64, "base_name": "model", "digests": {}, "transposed": []}
 
@@ -104,14 +104,21 @@ def test_output_files_are_checked_first(tmp_path):
             artefacts.check_output_file(bad, overwrite=False)
 
 
-@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
-def test_zeroing_bits_is_zeroing_weights(dtype, monkeypatch):
-    monkeypatch.setattr("uniprune.masks.PIECE", 7)
-    weights = np.random.default_rng(0).standard_normal(50).astype(dtype)
+@pytest.mark.parametrize("size", [1, 2, 4, 8])
+def test_zeroing_bits_is_zeroing_weights(size):
+    """Whatever the bits are: those of NaN, infinity and -0.0, too."""
+    words = np.random.default_rng(0).integers(0, 256, 50 * size, dtype=np.uint8).view(f"u{size}")
+    words[:2] = np.iinfo(words.dtype).max, 1 << 8 * size - 1
     mask = torch.rand(5, 10, generator=torch.Generator().manual_seed(0)) < 0.5
-    bits = weights.copy().view(f"u{weights.itemsize}")
-    apply_to_array(bits, mask)
-    assert np.array_equal(bits.view(dtype), np.where(mask.numpy().ravel(), weights, 0))
+    pruned = words.copy()
+    apply_to_array(pruned, pack(mask).numpy())
+    assert np.array_equal(pruned, np.where(mask.numpy().ravel(), words, 0))
+
+
+def test_kept_weights_are_counted_piece_by_piece(monkeypatch):
+    monkeypatch.setattr("uniprune.masks.PIECE", 7)
+    mask = torch.rand(37, 11, generator=torch.Generator().manual_seed(0)) < 0.3
+    assert kept(pack(mask).numpy()) == int(mask.sum())
 
 
 def test_files_from_before_digests_are_refused_in_one_line(tmp_path):

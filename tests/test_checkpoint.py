@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from conftest import tiny_model
-from uniprune import Loaded, checkpoint, shards
+from uniprune import Loaded, artefacts, checkpoint, shards
 from uniprune.errors import InputError, UniPruneError
 from uniprune.matrices import find_matrices
 from uniprune.models import Origin
@@ -19,12 +19,27 @@ def random_masks(matrices):
     return {name: torch.rand(matrix.shape, generator=generator) < 0.5 for name, matrix in matrices.items()}
 
 
-def test_kept_weights_are_bitwise_the_source(folder, tmp_path):
+@pytest.fixture
+def write(tmp_path):
+    """Writes the checkpoint that masks, given as booleans, make into tmp_path/out."""
+
+    def write(source, masks, transposed=(), check=None, out="out"):
+        facts = {"base": "", "base_name": "", "digests": {}, "transposed": list(transposed)}
+        file = tmp_path / "masks.safetensors"
+        artefacts.write_masks(file, masks.items(), {name: tuple(mask.shape) for name, mask in masks.items()}, facts)
+        (tmp_path / out).mkdir()
+        checkpoint.write_checkpoint(source, artefacts.MasksFile(file), tmp_path / out, check)
+        return tmp_path / out
+
+    return write
+
+
+def test_kept_weights_are_bitwise_the_source(folder, write):
     matrices = find_matrices(tiny_model())
     masks = random_masks(matrices)
-    checkpoint.write_checkpoint(Origin("tiny", folder), masks, [], tmp_path)
+    out = write(Origin("tiny", folder), masks)
     for shard in folder.glob("*.safetensors"):
-        source, pruned = load_file(shard), load_file(tmp_path / shard.name)
+        source, pruned = load_file(shard), load_file(out / shard.name)
         assert source.keys() == pruned.keys()
         for key, weight in source.items():
             mask = masks.get(key.removesuffix(".weight"), torch.ones_like(weight, dtype=torch.bool))
@@ -33,20 +48,19 @@ def test_kept_weights_are_bitwise_the_source(folder, tmp_path):
             assert torch.equal(pruned[key].view(torch.int16), expected.view(torch.int16)), key
 
 
-def test_keeping_everything_is_a_bitwise_copy(folder, tmp_path):
+def test_keeping_everything_is_a_bitwise_copy(folder, write):
     masks = {name: torch.ones(matrix.shape, dtype=torch.bool) for name, matrix in find_matrices(tiny_model()).items()}
-    checkpoint.write_checkpoint(Origin("tiny", folder), masks, [], tmp_path)
-    assert {file.name for file in tmp_path.iterdir()} == {file.name for file in folder.iterdir()}
+    out = write(Origin("tiny", folder), masks)
+    assert {file.name for file in out.iterdir()} == {file.name for file in folder.iterdir()}
     for file in folder.iterdir():
-        assert file.read_bytes() == (tmp_path / file.name).read_bytes(), file.name
+        assert file.read_bytes() == (out / file.name).read_bytes(), file.name
 
 
-def test_transposed_weights_are_zeroed_where_the_mask_says(tmp_path):
+def test_transposed_weights_are_zeroed_where_the_mask_says(write):
     model = tiny_model("gpt2")
     matrices = find_matrices(model)
     masks = random_masks(matrices)
-    checkpoint.write_checkpoint(Loaded(model), masks, matrices, tmp_path)
-    pruned = find_matrices(AutoModelForCausalLM.from_pretrained(tmp_path))
+    pruned = find_matrices(AutoModelForCausalLM.from_pretrained(write(Loaded(model), masks, matrices)))
     for name, mask in masks.items():
         assert torch.equal(pruned[name].weight, matrices[name].weight * mask)
 
@@ -65,20 +79,19 @@ def test_fingerprint_is_of_the_weights_not_of_the_files(folder, tmp_path):
     assert checkpoint.fingerprint(after) != sharded
 
 
-def test_writing_finds_the_digests_of_what_it_read(folder, tmp_path):
+def test_writing_finds_the_digests_of_what_it_read(folder, write):
     origin, matrices, found = Origin("tiny", folder), find_matrices(tiny_model()), {}
-    checkpoint.write_checkpoint(origin, random_masks(matrices), [], tmp_path, found.__setitem__)
+    write(origin, random_masks(matrices), check=found.__setitem__)
     assert found == checkpoint.digests(origin, matrices)
 
 
-def test_pieces_smaller_than_a_tensor_give_the_same_checkpoint(folder, tmp_path, monkeypatch):
+def test_pieces_smaller_than_a_tensor_give_the_same_checkpoint(folder, write, monkeypatch):
     masks, found = random_masks(find_matrices(tiny_model())), []
-    for size in (checkpoint.PIECE, 1000):
+    for size in (checkpoint.PIECE, 960):
         monkeypatch.setattr(checkpoint, "PIECE", size)
-        (tmp_path / str(size)).mkdir()
         digests = {}
-        checkpoint.write_checkpoint(Origin("tiny", folder), masks, [], tmp_path / str(size), digests.__setitem__)
-        found.append([(file.name, file.read_bytes()) for file in sorted((tmp_path / str(size)).iterdir())] + [digests])
+        out = write(Origin("tiny", folder), masks, check=digests.__setitem__, out=str(size))
+        found.append([(file.name, file.read_bytes()) for file in sorted(out.iterdir())] + [digests])
     assert found[0] == found[1]
 
 
@@ -88,10 +101,10 @@ def test_keys_without_the_outer_prefix_are_found():
         shards.key_of("model.layers.0.x.weight", {"model.layers.1.x.weight": 0})
 
 
-def test_wrong_shapes_are_refused(folder, tmp_path):
+def test_wrong_shapes_are_refused(folder, write):
     mask = torch.ones(2, 2, dtype=torch.bool)
     with pytest.raises(UniPruneError, match="the mask is"):
-        checkpoint.write_checkpoint(Origin("tiny", folder), {"model.layers.0.mlp.up_proj": mask}, [], tmp_path)
+        write(Origin("tiny", folder), {"model.layers.0.mlp.up_proj": mask})
 
 
 def test_output_folders_are_checked_first(folder, tmp_path):
@@ -145,11 +158,9 @@ def test_quantised_checkpoints_are_refused(folder, tmp_path):
     shutil.rmtree(tmp_path)
 
 
-def test_weights_in_a_second_layout_are_not_part_of_the_model(folder, tmp_path):
+def test_weights_in_a_second_layout_are_not_part_of_the_model(folder, tmp_path, write):
     shutil.copytree(folder, tmp_path / "model")
     shutil.copyfile(next(folder.glob("*.safetensors")), tmp_path / "model" / "consolidated.safetensors")
     origin = Origin("two layouts", tmp_path / "model")
     assert [shard.name for shard in origin.shards] == [shard.name for shard in Origin("one", folder).shards]
-    (tmp_path / "out").mkdir()
-    checkpoint.write_checkpoint(origin, {}, [], tmp_path / "out")
-    assert not (tmp_path / "out" / "consolidated.safetensors").exists()
+    assert not (write(origin, {}) / "consolidated.safetensors").exists()

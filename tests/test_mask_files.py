@@ -53,7 +53,7 @@ def cut(folder, pattern, path, stored=None):
     artefacts.write_masks(path, masks.items(), shapes, facts)
     if stored is not None:
         stored.mkdir()
-        checkpoint.write_checkpoint(origin, artefacts.MasksFile(path), facts["transposed"], stored)
+        checkpoint.write_checkpoint(origin, artefacts.MasksFile(path), stored)
     return masks
 
 

@@ -15,13 +15,14 @@ import torch
 
 from uniprune import runs
 from uniprune.errors import InputError, MismatchError
+from uniprune.store import Store
 
 IDENTITY = {"format": 1, "recipe": {"sparsity": 0.5, "targets": ["0.5", "2:4"]}, "model": "a" * 64}
 NAMES = ["model.layers.0.q", "model.layers.0.k", "../../x"]
 Interrupted = KeyboardInterrupt
 
 processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["pytest", "torch", "uniprune.runs"])  # so that a child starts in milliseconds
+processes.set_forkserver_preload(["pytest", "torch", "uniprune.store"])  # so that a child starts in milliseconds
 
 
 def interrupt(output, work=lambda run: run.commit("sweep", {"done": 1}), identity=IDENTITY, **flags):
@@ -40,7 +41,7 @@ def test_a_run_that_ends_well_leaves_nothing(tmp_path):
         assert run.folder == runs.folder_of(tmp_path / "out") == tmp_path / ".run-out"
         assert run.folder.stat().st_mode & 0o777 == 0o700
         run.commit("sweep", {})
-        runs.Store(run, "descent")["w"] = {"dual": torch.ones(2)}
+        Store(run, "descent")["w"] = {"dual": torch.ones(2)}
     assert not any(tmp_path.iterdir())
 
 
@@ -52,7 +53,7 @@ def test_an_interrupted_run_goes_on(tmp_path):
 
 
 def test_without_a_commit_there_is_nothing_to_go_on_with(tmp_path):
-    interrupt(tmp_path / "out", lambda run: runs.Store(run, "descent").__setitem__("w", {"dual": torch.ones(2)}))
+    interrupt(tmp_path / "out", lambda run: Store(run, "descent").__setitem__("w", {"dual": torch.ones(2)}))
     assert not any(tmp_path.iterdir())
 
 
@@ -185,10 +186,10 @@ def test_every_dtype_comes_back_bit_for_bit(run):
     tensors = {key: tensor.clone() for key, tensor in tensors.items()}
     tensors["bool"], tensors["scalar"], tensors["empty"] = bits > 99, torch.tensor(3.5), torch.empty(0, 3)
     tensors["transposed"] = torch.arange(6.0).view(2, 3).T
-    store = runs.Store(run, "descent")
+    store = Store(run, "descent")
     store["w"] = tensors
     store.commit({})
-    for found in (store["w"], runs.Store(run, "descent")["w"]):
+    for found in (store["w"], Store(run, "descent")["w"]):
         assert found.keys() == tensors.keys()
         for key, tensor in tensors.items():
             assert (found[key].dtype, found[key].shape) == (tensor.dtype, tensor.shape)
@@ -200,7 +201,7 @@ def test_every_dtype_comes_back_bit_for_bit(run):
 
 
 def test_what_is_set_is_seen_here_at_once_and_elsewhere_after_the_commit(run):
-    store = runs.Store(run, "descent")
+    store = Store(run, "descent")
     assert (store.version, store.facts, dict(store)) == (0, {}, {})
     store["w"] = {"dual": torch.zeros(2)}
     assert (list(store), store["w"]["dual"].tolist()) == (["w"], [0, 0])
@@ -211,12 +212,12 @@ def test_what_is_set_is_seen_here_at_once_and_elsewhere_after_the_commit(run):
     store["w"] = {"dual": torch.ones(2)}  # the last one counts
     assert store["w"]["dual"].tolist() == [1, 1]
     store.commit({})
-    assert runs.Store(run, "descent")["w"]["dual"].tolist() == [1, 1]
+    assert Store(run, "descent")["w"]["dual"].tolist() == [1, 1]
     assert run.facts("descent") == {}
 
 
 def test_what_is_not_set_is_carried_over_and_old_files_go(run):
-    store = runs.Store(run, "descent")
+    store = Store(run, "descent")
     for name in "ab":
         store[name] = {"dual": torch.zeros(2)}
     store.commit({})
@@ -224,16 +225,43 @@ def test_what_is_not_set_is_carried_over_and_old_files_go(run):
         store["b"] = {"dual": torch.full((2,), float(value))}
         store.commit({})
     assert {name: store[name]["dual"].tolist() for name in store} == {"a": [0, 0], "b": [2, 2]}
-    assert sorted(os.listdir(run.folder / "descent")) == ["a.1.safetensors", "b.3.safetensors"]
+    assert sorted(os.listdir(run.folder / "descent")) == ["a.1.safetensors", "b.4.safetensors"]
+
+
+def test_what_is_shared_takes_no_room_and_does_not_follow(run):
+    store = Store(run, "descent")
+
+    def values():
+        return {name: store[name]["dual"].tolist() for name in store}
+
+    store["w"] = {"dual": torch.zeros(1)}
+    store.share("best", "w")
+    store["w"] = {"dual": torch.ones(1)}  # within the version that shared it
+    assert values() == {"best": [0], "w": [1]}
+    store.commit({})
+    store.share("best", "w")
+    store.share("first", "best")
+    store.commit({})
+    assert os.listdir(run.folder / "descent") == ["w.2.safetensors"]
+    store["w"] = {"dual": torch.full((1,), 2.0)}
+    store = Store(run, "descent")  # what was not committed is gone, and of what is shared nothing
+    assert values() == {"best": [1], "first": [1], "w": [1]}
+    for value in (3.0, 4.0):
+        store["w"] = {"dual": torch.full((1,), value)}
+    store.share("best", "w")
+    store.share("best", "first")  # the last one counts
+    store.commit({})
+    assert values() == {"best": [1], "first": [1], "w": [4]}
+    assert len(os.listdir(run.folder / "descent")) == 2
 
 
 def test_leftovers_of_an_uncommitted_version_go(run):
-    store = runs.Store(run, "descent")
+    store = Store(run, "descent")
     store["w"] = {"dual": torch.zeros(2)}
     store.commit({"step": 1})
     store["w"] = {"dual": torch.ones(2)}
     store["v"] = {"dual": torch.ones(2)}
-    again = runs.Store(run, "descent")
+    again = Store(run, "descent")
     assert (again.version, again.facts, list(again)) == (1, {"step": 1}, ["w"])
     assert os.listdir(run.folder / "descent") == ["w.1.safetensors"]
     again.commit({"step": 2})  # nothing set: the leftovers do not come back
@@ -241,7 +269,7 @@ def test_leftovers_of_an_uncommitted_version_go(run):
 
 
 def test_tensors_read_outlive_their_file_and_never_write_to_it(run):
-    store = runs.Store(run, "descent")
+    store = Store(run, "descent")
     store["w"] = {"dual": torch.arange(5000.0), "mean": torch.ones(3)}
     store.commit({})
     read, changed = store.tensor("w", "dual"), store.tensor("w", "dual")
@@ -256,10 +284,10 @@ def test_tensors_read_outlive_their_file_and_never_write_to_it(run):
 
 @pytest.mark.parametrize("name", ["../../x", "/etc/x", "..", ".", "", "a/b", "ä b\n", "a.1", "%2e"])
 def test_no_name_leads_out_of_the_folder(run, name):
-    store = runs.Store(run, "descent")
+    store = Store(run, "descent")
     store[name] = {"dual": torch.ones(2)}
     store.commit({})
-    assert torch.equal(runs.Store(run, "descent")[name]["dual"], torch.ones(2))
+    assert torch.equal(Store(run, "descent")[name]["dual"], torch.ones(2))
     assert len(os.listdir(run.folder / "descent")) == 1
     assert {path.name for path in run.folder.iterdir()} == {"lock", "identity.json", "descent.json", "descent"}
     assert [path.name for path in run.folder.parent.iterdir()] == [run.folder.name]
@@ -267,7 +295,7 @@ def test_no_name_leads_out_of_the_folder(run, name):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
 def test_a_commit_names_only_what_is_on_the_disk(run, monkeypatch):
-    store = runs.Store(run, "descent")
+    store = Store(run, "descent")
     synced = set()
 
     def fsync(handle):
@@ -292,7 +320,7 @@ def test_a_commit_names_only_what_is_on_the_disk(run, monkeypatch):
 
 
 def test_a_failed_commit_drops_what_was_set(run, monkeypatch):
-    store = runs.Store(run, "descent")
+    store = Store(run, "descent")
     store["w"] = {"dual": torch.zeros(2)}
     store.commit({"step": 1})
 
@@ -305,7 +333,7 @@ def test_a_failed_commit_drops_what_was_set(run, monkeypatch):
         store.commit({"step": 2})
     with pytest.raises(TypeError, match="JSON"):
         store.commit({"step": torch})
-    for found in (store, runs.Store(run, "descent")):
+    for found in (store, Store(run, "descent")):
         assert (found.version, found.facts, found["w"]["dual"].tolist()) == (1, {"step": 1}, [0, 0])
     store["w"] = {"dual": torch.full((2,), 2.0)}
     store.commit({"step": 2})
@@ -313,7 +341,7 @@ def test_a_failed_commit_drops_what_was_set(run, monkeypatch):
 
 
 def test_a_failed_set_is_as_if_nothing_was_set(run):
-    store = runs.Store(run, "descent")
+    store = Store(run, "descent")
     store["w"] = {"dual": torch.zeros(2)}
     store.commit({})
     store["w"] = {"dual": torch.ones(2)}
@@ -328,7 +356,7 @@ def test_a_failed_set_is_as_if_nothing_was_set(run):
 
 @pytest.mark.parametrize("damage", ["cut", "gone"])
 def test_a_store_with_a_broken_file_says_so(run, damage):
-    store = runs.Store(run, "descent")
+    store = Store(run, "descent")
     store["w"] = {"dual": torch.zeros(99)}
     store.commit({})
     (file,) = (run.folder / "descent").iterdir()
@@ -337,7 +365,7 @@ def test_a_store_with_a_broken_file_says_so(run, damage):
     else:
         file.unlink()
     with pytest.raises(InputError, match=r"w\.1\.safetensors is damaged .*--overwrite"):
-        runs.Store(run, "descent")
+        Store(run, "descent")
 
 
 # ---------------------------------------------------------------------------------------------------- other processes
@@ -356,7 +384,7 @@ def step(store):
 
 def check(run):
     """Every tensor is what the facts say; returns the version."""
-    store = runs.Store(run, "descent")
+    store = Store(run, "descent")
     values = store.facts.get("values", {})
     assert store.version == store.facts.get("step", 0)
     assert set(store) == set(values)
@@ -400,7 +428,7 @@ def quick(monkeypatch):
 def go_on_forever(connection, output):
     os.fsync = lambda handle: None
     with runs.open_run(output, IDENTITY, resume=True) as run:
-        store = runs.Store(run, "descent")
+        store = Store(run, "descent")
         while True:
             connection.send(store.version)
             step(store)
@@ -439,7 +467,7 @@ def die_at(connection, output, event):
 
     sys.addaudithook(watch)
     with runs.open_run(output, IDENTITY) as run:
-        store = runs.Store(run, "descent")
+        store = Store(run, "descent")
         connection.send(store.version)
         for _ in range(2):
             step(store)
@@ -460,7 +488,7 @@ def test_killed_at_every_single_moment_it_goes_on_from_the_last_commit(tmp_path,
             version = check(run)
             known = max((message for message in messages if message != "done"), default=0)
             assert version in (known, known + 1) or (known, version) == (2, 0)  # killed while it deleted the run
-            step(runs.Store(run, "descent"))
+            step(Store(run, "descent"))
             assert check(run) == version + 1
         assert not any(output.parent.iterdir())
         events += 1

@@ -20,7 +20,7 @@ from uniprune.calibration import one_shot, sequential
 from uniprune.descent import descend
 from uniprune.errors import InputError, MismatchError, UniPruneError
 from uniprune.executor import Replay, Stash
-from uniprune.forecast import Needs, parse_size
+from uniprune.forecast import Needs, needs, parse_size
 from uniprune.job import Machine, choose, progress_of
 from uniprune.loss import Loss
 from uniprune.matrices import find_blocks, find_matrices
@@ -28,6 +28,7 @@ from uniprune.metrics import Wanda
 from uniprune.mirror_descent import MirrorDescent
 from uniprune.passes import Resident, Streamed
 from uniprune.patterns import NM, Unstructured
+from uniprune.store import Store
 from uniprune.straight_through import StraightThrough
 from uniprune.streaming import attached, open_streamed
 
@@ -104,6 +105,35 @@ def test_descents_agree(tmp_path):
     assert again["held_out_kl"] == pytest.approx(record["held_out_kl"], rel=1e-4)
     for name, dual in expected.items():
         assert float(((found[name] > dual.mean()) != (dual > dual.mean())).float().mean()) < 1e-3
+
+
+def test_the_states_take_the_disk_that_was_forecast(tmp_path, monkeypatch):
+    """Two versions and the best duals, which are the second step's; and these come out, whatever became of the states."""
+    model = tiny_model(hidden_size=256, intermediate_size=512, num_hidden_layers=2)
+    model.save_pretrained(tmp_path / "model")
+    loaded = open_streamed(models.resolve(tmp_path / "model"), None, torch.float32, CPU)
+    hollow = attached(find_matrices(loaded.model), loaded.residency)
+    run, taken, judged = runs.Run(tmp_path / "run"), [], []
+    run.folder.mkdir()
+
+    def sync(path, sync=runs.sync):
+        sync(path)
+        taken.append(sum(512 * file.stat().st_blocks for file in run.folder.rglob("*") if file.is_file()))
+
+    def judge(self, targets, windows):
+        judged.append({name: self.states.dual(name).clone() for name in hollow})
+        return [1.0, 0.9, 0.5, 0.9, 0.8][len(judged) - 1]
+
+    monkeypatch.setattr("uniprune.store.sync", sync)
+    monkeypatch.setattr(descent.Descent, "judge", judge)
+    monkeypatch.setattr("uniprune.forecast.BATCH_TOKENS", 1)
+    expected = needs(loaded.model, hollow, torch.float32, "feedback", step_tokens=128, mapped=True).scratch
+    ids, settings = tokens(32, 32, VOCABULARY), MirrorDescent(batch_tokens=128)
+    found, _ = descend(loaded.model, hollow, ids, Wanda(), [NM(2, 4)], 5, settings, residency=loaded.residency, run=run)
+    assert 0.95 * expected < max(taken) <= expected
+    assert found.keys() == hollow.keys()
+    assert all(torch.equal(dual, judged[2][name]) for name, dual in found.items())
+    assert not any(torch.equal(judged[2][name], judged[3][name]) for name in hollow)
 
 
 @pytest.mark.parametrize("settings", [{"controller": "none"}, {"steps": 3}, {"sequential": True}, {"refine": True}], ids=str)
@@ -190,7 +220,7 @@ def test_a_sweep_of_several_processes_begins_anew(tmp_path, monkeypatch):
     """Hidden states are of one process's own windows, and other processes would take up a sweep without any."""
     with pytest.raises(Stopped), progress_of(tmp_path / "out", Machine(), {}) as run:
         for stage in ("sweep", "descent"):
-            store = runs.Store(run, stage)
+            store = Store(run, stage)
             store["w"] = {"dual": torch.ones(2)}
             store.commit({"done": 1})
         raise Stopped
@@ -199,7 +229,7 @@ def test_a_sweep_of_several_processes_begins_anew(tmp_path, monkeypatch):
     monkeypatch.setattr("uniprune.ranks.wait", lambda: None)
     with progress_of(tmp_path / "out", Machine(resume=True), {}) as run:
         assert run.facts("descent") == {"done": 1}
-        assert (run.facts("sweep"), dict(runs.Store(run, "sweep"))) == (None, {})
+        assert (run.facts("sweep"), dict(Store(run, "sweep"))) == (None, {})
 
 
 def test_another_run_is_not_resumed(folder, tmp_path, monkeypatch):

@@ -158,13 +158,17 @@ class MasksFile(Mapping[str, Tensor]):
         self.transposed = set(facts["transposed"])
 
     def __getitem__(self, name: str) -> Tensor:
+        return masking.unpack(torch.from_numpy(self.packed(name)), self.shapes[name])
+
+    def packed(self, name: str) -> masking.Array:
+        """The bits of one mask, as masks.pack has them; they map the file, privately."""
         with safe_open(self._path, framework="pt") as file:
-            return masking.unpack(file.get_tensor(name), self.shapes[name])
+            bits: masking.Array = file.get_tensor(name).numpy()
+            return bits
 
     def removed(self) -> dict[str, float]:
-        """The fraction of weights that each mask removes, without unpacking them."""
-        with safe_open(self._path, framework="pt") as file:
-            return {name: masking.removed(file.get_tensor(name), shape) for name, shape in self.shapes.items()}
+        """The fraction of weights that each mask removes."""
+        return {name: 1 - masking.kept(self.packed(name)) / (rows * cols) for name, (rows, cols) in self.shapes.items()}
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)

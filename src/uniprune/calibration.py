@@ -18,7 +18,8 @@ from uniprune.matrices import Matrices, find_blocks
 from uniprune.metrics import Gram, Metric, SquaredNorm
 from uniprune.patterns import Pattern
 from uniprune.progress import Progress, silent
-from uniprune.runs import Run, Store
+from uniprune.runs import Run
+from uniprune.store import Store
 
 SWEEP = "sweep"  # the stage of a run that goes from block to block
 

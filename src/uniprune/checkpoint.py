@@ -15,14 +15,16 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from uniprune import masks as masking
+from uniprune.artefacts import MasksFile
 from uniprune.errors import InputError, UniPruneError
 from uniprune.matrices import Matrices
 from uniprune.models import Loaded, Origin
@@ -32,7 +34,8 @@ from uniprune.shards import NAMES, Entry, entries, key_of
 REPORT = "pruning.json"  # written last: a folder without it is incomplete
 MASKS = "pruning/masks.safetensors"  # not beside the weights: some runtimes load every safetensors file that lies there
 WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ot"}
-PIECE = 4 << 20  # bytes of a shard that are in memory at a time, per thread
+# Bytes of a shard that a thread has in memory at a time: few enough for its core's cache, and whole bytes of packed masks.
+PIECE = 256 << 10
 LEFT = {REPORT, "README.md", ".gitattributes"}  # not true of the pruned model
 
 
@@ -137,16 +140,15 @@ def new_folder(path: Path, inside: Path | None = None) -> Iterator[Path]:
 
 def write_checkpoint(
     source: Loaded | Origin,
-    masks: Mapping[str, Tensor],
-    transposed: Iterable[str],
+    masks: MasksFile | None,
     folder: Path,
     check: Callable[[str, str], None] | None = None,
 ) -> None:
     """Writes the pruned checkpoint, tokenizer and generation config into an existing, empty folder.
 
-    masks: matrix name -> boolean ``[out, in]``; transposed: those whose weight is stored as ``[in, out]``. check: called
-    with the name and digest (see :func:`digests`) of each matrix as it was read, from any thread; what it raises ends the
-    writing. So a checkpoint is read once and written once.
+    masks: none leaves the weights as they are. check: called with the name and digest (see :func:`digests`) of each matrix as
+    it was read, from any thread; what it raises ends the writing. So a checkpoint is read once and written once.
+    Raises UniPruneError if a mask has not the shape of its matrix.
     """
     origin = source if isinstance(source, Origin) else source.origin
     if origin is not None and origin.shards:
@@ -158,32 +160,33 @@ def write_checkpoint(
             source.tokenizer.save_pretrained(folder)
         origin = Origin("output", folder)
     keys = entries(origin.shards)
-    pruned = {key_of(f"{name}.weight", keys): name for name in masks}
-    flipped = set(transposed)
+    pruned = {key_of(f"{name}.weight", keys): name for name in masks or ()}
 
     def write(shard: Path, start: int, stop: int, key: str | None) -> None:
         name = pruned.get(key or "")
-        if name is None:
+        if masks is None or name is None:
             _transfer(shard, folder / shard.name, start, stop)
             return
-        mask, entry = masks[name], keys[key or ""]
-        stored = mask.T if name in flipped else mask
-        if tuple(stored.shape) != entry.shape:
-            raise UniPruneError(f"{name}: the mask is {tuple(stored.shape)}, the checkpoint's tensor {entry.shape}")
-        bits = _transfer(shard, folder / shard.name, start, stop, entry.uint, stored)
+        entry, packed = keys[key or ""], masks.packed(name)
+        shape = masks.shapes[name]
+        if name in masks.transposed:  # the mask is [out, in], the tensor [in, out]
+            packed, shape = masking.pack(masks[name].T).numpy(), shape[::-1]
+        if shape != entry.shape:
+            raise UniPruneError(f"{name}: the mask is {shape}, the checkpoint's tensor {entry.shape}")
+        bits = _transfer(shard, folder / shard.name, start, stop, entry.uint, packed)
         if check:
             check(name, _digest(entry.dtype, entry.shape, bits))
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        written = [pool.submit(write, *piece) for piece in _pieces(origin.shards, keys)]
+        written = [(piece[0], pool.submit(write, *piece)) for piece in _pieces(origin.shards, keys)]
         try:
-            for piece in written:
-                piece.result()
+            for shard, parts in groupby(written, key=itemgetter(0)):
+                for _, part in parts:
+                    part.result()
+                sync(folder / shard.name)  # the disk works while the next shard is written
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    for shard in origin.shards:
-        sync(folder / shard.name)
 
 
 def _pieces(files: Iterable[Path], keys: Mapping[str, Entry]) -> Iterator[tuple[Path, int, int, str | None]]:
@@ -200,31 +203,32 @@ def _pieces(files: Iterable[Path], keys: Mapping[str, Entry]) -> Iterator[tuple[
             yield file, end, file.stat().st_size, None
 
 
-def _transfer(source: Path, target: Path, start: int, stop: int, kind: Any = np.uint8, mask: Tensor | None = None) -> Any:
+def _transfer(
+    source: Path, target: Path, start: int, stop: int, kind: Any = np.uint8, packed: masking.Array | None = None
+) -> Any:
     """Copies bytes ``start`` to ``stop`` to the same place in another file, or the same one, and zeroes what the mask removes.
 
-    kind: unsigned integers as large as the weights. Returns the sha256 of what was read, if there is a mask.
+    kind: unsigned integers as large as the weights. packed: the mask's bits, in the order of the weights. Returns the sha256 of
+    what was read, if there is a mask.
     """
-    bits, kept = hashlib.sha256(), None if mask is None else mask.flatten()
-    if kept is None and source == target:
+    if packed is None and source == target:
         return None
-    buffer = np.empty(min(PIECE, stop - start), dtype=np.uint8)
+    bits, buffer = hashlib.sha256(), np.empty(min(PIECE, stop - start), dtype=np.uint8)
     with source.open("rb", buffering=0) as reading, target.open("r+b", buffering=0) as writing:
-        for offset in range(start, stop, PIECE):
-            piece = buffer[: min(PIECE, stop - offset)]
-            reading.seek(offset)
+        reading.seek(start)
+        writing.seek(start)
+        for offset in range(0, stop - start, PIECE):
+            piece = buffer[: min(PIECE, stop - start - offset)]
             _all(reading.readinto, piece)
-            if kept is not None:
+            if packed is not None:
                 bits.update(piece.data)
                 weights = piece.view(kind)
-                first = (offset - start) // weights.itemsize
-                masking.apply_to_array(weights, kept[first : first + len(weights)])
-            writing.seek(offset)
+                masking.apply_to_array(weights, packed[offset // weights.itemsize // 8 :])
             _all(writing.write, piece)
-    return bits if kept is not None else None
+    return bits if packed is not None else None
 
 
-def _all(transfer: Callable[[Any], int | None], piece: np.ndarray[Any, Any]) -> None:
+def _all(transfer: Callable[[Any], int | None], piece: masking.Array) -> None:
     """A call to the system may move less than it is asked to."""
     rest = memoryview(piece)  # type: ignore[arg-type]
     while len(rest):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,8 @@ from uniprune.mirror_descent import Evener, MirrorDescent, State
 from uniprune.passes import Passes, Resident, Streamed
 from uniprune.patterns import NM, Pattern, Unstructured
 from uniprune.progress import Progress, silent
-from uniprune.runs import Pace, Run, Store
+from uniprune.runs import Pace, Run
+from uniprune.store import Store
 from uniprune.straight_through import StraightThrough
 
 logger = logging.getLogger(__name__)
@@ -81,13 +82,13 @@ def descend(
         passes = _passes(model, matrices, residency, kept)
         stack.enter_context(passes.network)
         descent = Descent(passes, matrices, windows, metric, targets, settings, kept, durable=run is not None)
-        best, order = Best(kept, matrices, passes.device), _drawn(targets, seed)
+        best, order = descent.best, _drawn(targets, seed)
         history, stale, begin = [], 0, 0
         if saved := descent.saved():
             history, stale, begin = saved["history"], saved["stale"], saved["step"]
-            best.value, best.number = saved["best"]
+            best.value = saved["best"]
         else:
-            best.keep(descent.judge(targets, held_out), descent.duals())
+            best.keep(descent.judge(targets, held_out), descent.states)
             history = [best.value]
         for _ in range(begin):
             next(order)
@@ -99,27 +100,27 @@ def descend(
             if not ((index + 1) % max(1, steps // settings.checks) and index + 1 < steps):
                 history.append(descent.judge(targets, held_out))
                 if history[-1] < best.value:
-                    best.keep(history[-1], descent.duals())
+                    best.keep(history[-1], descent.states)
                     stale = 0
                 elif not history[-1] < 1.5 * history[0]:  # also NaN
                     logger.warning("the controller diverged (held-out KL %.3f); back to the best, half the step", history[-1])
-                    descent.back_off(best.items())
+                    descent.back_off()
                 else:
                     stale += 1
             after = steps if stale == 2 else index + 1
-            facts = {"step": after, "history": history, "stale": stale, "best": [best.value, best.number]}
+            facts = {"step": after, "history": history, "stale": stale, "best": best.value}
             descent.save(facts, last=after == steps)
             if stale == 2:
                 break
         judged = {"steps": steps, "held_out_kl": history, "best_held_out_kl": best.value}
-        saliency = best.file() if run else dict(best.items())
-        return saliency, judged | descent.record
+        return best if run else dict(best), judged | descent.record
 
 
 class Descent:
     """The states of all matrices, and the steps that move them.
 
-    record: tokens descended on, KL in nats per token and share of masks that each step flipped, how often it backed off.
+    best: of the states that were judged. record: tokens descended on, KL in nats per token and share of masks that each step
+    flipped, how often it backed off.
     """
 
     def __init__(
@@ -140,7 +141,8 @@ class Descent:
         self._loss = Loss(head, settings.labels, settings.evenness, settings.hidden)
         inputs, self._gradients = _start(passes, windows[: max(1, START_TOKENS // windows.shape[1])], run, durable)
         self._local = LocalSaliency(matrices, metric, inputs)
-        self.states: States | StoredStates = StoredStates(self._store) if self._streamed else States()
+        self.states: States | StoredStates = StoredStates(self._store) if self._streamed else States(self._store)
+        self.best = Best(self._store, matrices, passes.device)
         self._every = max(SAMPLE, sum(matrix.size for matrix in matrices.values()) // SAMPLED)
         grains = {target.grain for target in targets if not target.local}
         self._samples: dict[int, dict[str, Tensor]] = {grain: {} for grain in grains if grain}
@@ -192,16 +194,13 @@ class Descent:
             total += ranks.total_of(kl) / part.numel()
         return total / len(targets)
 
-    def back_off(self, duals: Iterable[tuple[str, Tensor]]) -> None:
-        """Goes on from other duals at half the step size, without momentum."""
-        for name, dual in duals:
+    def back_off(self) -> None:
+        """Goes on from the best duals at half the step size, without momentum."""
+        for name, dual in self.best.items():
             nothing = torch.zeros_like(dual, dtype=torch.bfloat16)
             self._put(name, State(dual, nothing, nothing.clone(), self.states[name].unit, 0))
         self._scale /= 2
         self.record["backed_off"] += 1
-
-    def duals(self) -> Iterator[tuple[str, Tensor]]:
-        return ((name, self.states.dual(name)) for name in self._matrices)
 
     def save(self, facts: Mapping[str, Any], last: bool) -> None:
         """Keeps the progress: states on disk at every step, states in memory as often as it costs little time."""
@@ -226,7 +225,7 @@ class Descent:
         """The masks of the passes to come."""
         shared: Mapping[str, Tensor] = {}
         if not target.local:
-            shared = self._samples[target.grain] if target.grain else dict(self.duals())
+            shared = self._samples[target.grain] if target.grain else {name: self.states.dual(name) for name in self._matrices}
         hard = target.settle(shared, exact=False)
         if temperature:
             units = [self.states[name].unit for name in self._matrices]

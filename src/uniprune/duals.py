@@ -3,46 +3,56 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
 
-from uniprune.artefacts import ScoresFile, write_scores
 from uniprune.executor import give_back_memory
 from uniprune.matrices import Matrices
 from uniprune.mirror_descent import State
 from uniprune.patterns import Cutter, Pattern
 from uniprune.prox import relaxed
-from uniprune.runs import Run, Store
+from uniprune.store import Store
 
 
 class States(dict[str, State]):
     """The states of all matrices, in memory."""
 
+    def __init__(self, store: Store) -> None:
+        super().__init__()
+        self._store = store
+
     def dual(self, name: str) -> Tensor:
         return self[name].dual
 
+    def keep_dual(self, name: str, key: str) -> None:
+        """Puts a dual as it is now into the store."""
+        self._store[key] = {"dual": self.dual(name)}
+
 
 class StoredStates:
-    """The states of all matrices, on disk."""
+    """The states of all matrices, on disk; duals in files of their own, which the best state shares."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
 
     def __getitem__(self, name: str) -> State:
-        found = self._store[name]
-        unit, steps = found["facts"].tolist()
-        return State(found["dual"], found["mean"], found["rms"], unit, int(steps))
+        moments = self._store[f"moments/{name}"]
+        unit, steps = moments["facts"].tolist()
+        return State(self.dual(name), moments["mean"], moments["rms"], unit, int(steps))
 
     def __setitem__(self, name: str, state: State) -> None:
         facts = torch.tensor([state.unit, state.steps], dtype=torch.float64)
-        self._store[name] = {"dual": state.dual, "mean": state.mean, "rms": state.rms, "facts": facts}
+        self._store[f"dual/{name}"] = {"dual": state.dual}
+        self._store[f"moments/{name}"] = {"mean": state.mean, "rms": state.rms, "facts": facts}
         give_back_memory()
 
     def dual(self, name: str) -> Tensor:
-        return self._store.tensor(name, "dual")
+        return self._store.tensor(f"dual/{name}", "dual")
+
+    def keep_dual(self, name: str, key: str) -> None:
+        self._store.share(key, f"dual/{name}")
 
 
 class Cut(Mapping[str, Tensor]):
@@ -87,25 +97,26 @@ class Cut(Mapping[str, Tensor]):
         return len(self._matrices)
 
 
-class Best:
-    """The best state so far, in a file: in memory it would cost as much again. The one before it stays until the next."""
+class Best(Mapping[str, Tensor]):
+    """The duals of the best state so far, on disk beside the states: in memory they would cost as much again.
 
-    def __init__(self, run: Run, matrices: Matrices, device: torch.device) -> None:
-        self._folder, self._matrices, self._device = run.folder, matrices, device
-        self.value, self.number = math.inf, 0
+    They are committed with the states, so that a descent that goes on from an earlier commit finds the best of that time.
+    """
 
-    def keep(self, value: float, duals: Iterable[tuple[str, Tensor]]) -> None:
-        shapes = {name: matrix.shape for name, matrix in self._matrices.items()}
-        self.value, self.number = value, self.number + 1
-        write_scores(self._path(self.number), duals, shapes, {})
-        self._path(self.number - 2).unlink(missing_ok=True)
+    def __init__(self, store: Store, matrices: Matrices, device: torch.device) -> None:
+        self._store, self._matrices, self._device = store, matrices, device
+        self.value = math.inf
 
-    def file(self) -> ScoresFile:
-        return ScoresFile(self._path(self.number))
+    def keep(self, value: float, states: States | StoredStates) -> None:
+        self.value = value
+        for name in self:
+            states.keep_dual(name, f"best/{name}")
 
-    def items(self) -> Iterator[tuple[str, Tensor]]:
-        for name, dual in self.file().items():
-            yield name, dual.to(self._device)
+    def __getitem__(self, name: str) -> Tensor:
+        return self._store.tensor(f"best/{name}", "dual").to(self._device)
 
-    def _path(self, number: int) -> Path:
-        return self._folder / f"best-{number}.safetensors"
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._matrices)
+
+    def __len__(self) -> int:
+        return len(self._matrices)

@@ -174,7 +174,7 @@ def needs(
     stepping = PART_TOKENS * item * in_block + (item + 1) * block + STEPPING * largest
     streamed = (parameters - inside + (0 if mapped else block)) * item + max(SCORING * largest, passing, corrected * stepping)
     hidden = max(step_tokens, BATCH_TOKENS) * item * width * (len(blocks) + 4)
-    scratch = corrected * (2 * 8 * prunable + 2 * 4 * prunable + hidden)
+    scratch = corrected * ((2 * 8 + 4) * prunable + hidden)  # the last two versions of the states, the best duals
     whole, by_block = PROCESS + int(RAGGED * resident), PROCESS + int(RAGGED * streamed)
     return Needs(whole, by_block, scratch, inside * item, block * item)
 

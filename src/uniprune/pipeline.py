@@ -48,6 +48,7 @@ from uniprune.job import (
     progress_of,
     window_length,
 )
+from uniprune.mask_files import CheckedMasks
 from uniprune.matrices import Matrices, find_matrices
 from uniprune.models import Loaded, Origin, load_tokenizer, load_weights, parse_device, parse_dtype, resolve, skeleton
 from uniprune.patterns import Saliency, Scope
@@ -101,7 +102,7 @@ def prune(
                 with watch("mask"):
                     removed = artefacts.write_masks(file, cut, job.shapes, job.facts() | {"pattern": str(pattern)})
                 with watch("write"):
-                    checkpoint.write_checkpoint(job.loaded, artefacts.MasksFile(file), job.transposed, folder)
+                    checkpoint.write_checkpoint(job.loaded, artefacts.MasksFile(file), folder)
                 report = _report(recipe, job, removed, watch) | record | {"masks_sha256": sha256(file)}
                 checkpoint.write_report(folder, report)
                 run.commit("done", {})
@@ -188,7 +189,7 @@ def apply(
     watch = Stopwatch()
     origin = resolve(source)
     checkpoint.check_output_folder(output, overwrite, origin.folder)
-    file = artefacts.MasksFile(masks)
+    file = CheckedMasks(masks)
     with watch("prepare"):
         loaded: Loaded | Origin = origin
         matrices: Matrices | None = None
@@ -214,7 +215,7 @@ def apply(
         with watch("write"):
             (folder / checkpoint.MASKS).parent.mkdir()
             shutil.copyfile(masks, folder / checkpoint.MASKS)
-            checkpoint.write_checkpoint(loaded, file, file.transposed, folder, check)
+            checkpoint.write_checkpoint(loaded, file, folder, check)
         removed = file.removed()
         report = {
             "model": {"name": str(origin), "fingerprint": checkpoint.fingerprint(found)},

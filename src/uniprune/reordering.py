@@ -87,9 +87,9 @@ def write(job: Job, found: list[Channels], orders: dict[str, Tensor], folder: Pa
     origin = job.loaded.origin
     if origin is None or not origin.shards:
         fold(job.loaded.model, found, orders)
-        checkpoint.write_checkpoint(job.loaded, {}, (), folder)
+        checkpoint.write_checkpoint(job.loaded, None, folder)
         return
-    checkpoint.write_checkpoint(origin, {}, (), folder)
+    checkpoint.write_checkpoint(origin, None, folder)
     keys = shards.entries(folder / shard.name for shard in origin.shards)
     for channels in found:
         for name, (axis, order) in folding(channels, orders[channels.consumer]).items():

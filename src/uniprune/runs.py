@@ -3,11 +3,10 @@
     .run-<output>/             beside the output; there while the run works, and after it was interrupted
         lock                   held by the process that works here; the kernel frees it when that process dies
         identity.json          what the run is; a run goes on only as what it began
-        <stage>.json           the last commit of a stage: its facts and, of a store, the version of each file
-        <stage>/<name>.<version>.safetensors
+        <stage>.json           the last commit of a stage: its facts, and what a store keeps beside them
+        <stage>/               the tensors of a stage (see store)
 
-A commit is one atomic replacement of ``<stage>.json``, and every file that it names is on the disk before. So a process may
-be killed at any moment: the last commit stands, and files that no commit names are removed when the store is opened again.
+A commit is one atomic replacement of ``<stage>.json``, so a process may be killed at any moment: the last commit stands.
 A run that has committed nothing has nothing to go on with: it is begun anew, whatever it was.
 """
 
@@ -24,20 +23,16 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
-from uniprune.errors import InputError, MismatchError, UniPruneError
+from uniprune.errors import InputError, MismatchError
 
 KEY = "uniprune"  # marks an identity file as ours
 IDENTITY = "identity.json"
 LOCK = "lock"
 DONE = "done.json"  # committed when the output is complete
-PARTIAL = ".partial"  # ends the name of a file that is being written; the lock lets no two write the same
+PARTIAL = ".partial"  # ends the name of a JSON file that is being written; the lock lets no two write the same
 STAGE = re.compile(r"(?!identity$|lock$)[a-z][a-z0-9_-]*")
 SHOWN = 60  # characters of a value in an error message
 
@@ -152,7 +147,7 @@ class Run:
             return None
         content = _read(path)
         if not isinstance(content.get("facts"), dict):
-            raise _damaged(path, "it has no facts")
+            raise damaged(path, "it has no facts")
         return content
 
     def write(self, stage: str, content: Mapping[str, Any]) -> None:
@@ -161,92 +156,6 @@ class Run:
     def _path(self, stage: str) -> Path:
         assert STAGE.fullmatch(stage), stage
         return self.folder / f"{stage}.json"
-
-
-class Store(Mapping[str, dict[str, Tensor]]):
-    """Tensors by matrix name, in versions: what is set belongs to the next version, which ``commit`` makes the current one.
-
-    Reads see what this process has set, committed or not; what it does not set, the next version takes over. Opened on a stage
-    that has committed, the store goes on from there. Raises InputError if a file of the current version is missing or damaged.
-
-    version: the number of commits so far. facts: as last committed, ``{}`` at first.
-    """
-
-    def __init__(self, run: Run, stage: str) -> None:
-        self._run, self._stage, self._folder = run, stage, run.folder / stage
-        self._folder.mkdir(mode=0o700, exist_ok=True)
-        self._restore()
-        for name in self:
-            try:
-                with self._open(name):
-                    pass
-            except (OSError, SafetensorError) as error:
-                raise _damaged(self._path(name, self._versions[name]), error) from None
-
-    def __getitem__(self, name: str) -> dict[str, Tensor]:
-        """The tensors of one matrix; they map the file, privately, and outlive it."""
-        with self._open(name) as file:
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-
-    def tensor(self, name: str, key: str) -> Tensor:
-        """One of the tensors of a matrix; the others are not read."""
-        with self._open(name) as file:
-            if key not in file.keys():  # noqa: SIM118
-                raise KeyError(key)
-            tensor = file.get_tensor(key)
-        assert isinstance(tensor, Tensor)
-        return tensor
-
-    def __setitem__(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Writes the tensors of one matrix into the next version; none may share memory with another."""
-        version = self.version + 1
-        self._next.pop(name, None)  # if this fails, there is none
-        path = self._path(name, version)
-        temporary = path.with_name(path.name + PARTIAL)  # tensors read from an earlier file of this name map it still
-        try:
-            save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, temporary)
-        except SafetensorError as error:  # a full disk, for one
-            raise UniPruneError(f"{temporary} could not be written ({error}); what was committed before is kept") from None
-        sync(temporary)
-        os.replace(temporary, path)
-        self._next[name] = version
-
-    def commit(self, facts: Mapping[str, Any]) -> None:
-        """Makes the next version the current one, and deletes what it replaces. If this fails, what was set is dropped."""
-        sync(self._folder)
-        versions = {**self._versions, **self._next}
-        try:
-            self._run.write(self._stage, {"version": self.version + 1, "versions": versions, "facts": facts})
-        finally:
-            self._restore()
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._versions or name in self._next
-
-    def __iter__(self) -> Iterator[str]:
-        return iter({**self._versions, **self._next})
-
-    def __len__(self) -> int:
-        return len({**self._versions, **self._next})
-
-    def _restore(self) -> None:
-        """Takes over what the disk says, and removes the files that are not of it."""
-        content = self._run.read(self._stage) or {"version": 0, "versions": {}, "facts": {}}
-        self.version: int = content["version"]
-        self.facts: dict[str, Any] = content["facts"]
-        self._versions: dict[str, int] = content["versions"]
-        self._next: dict[str, int] = {}
-        current = {self._path(name, version) for name, version in self._versions.items()}
-        for path in self._folder.iterdir():
-            if path not in current:
-                path.unlink()
-
-    def _open(self, name: str) -> Any:
-        version = self._next.get(name) or self._versions[name]
-        return safe_open(self._path(name, version), framework="pt")
-
-    def _path(self, name: str, version: int) -> Path:
-        return self._folder / f"{quote(name, safe='')}.{version}.safetensors"  # no name leads out of the folder
 
 
 class Pace:
@@ -387,13 +296,14 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise _damaged(path, error) from None
+        raise damaged(path, error) from None
     if not isinstance(content, dict):
-        raise _damaged(path, "it is not a JSON object")
+        raise damaged(path, "it is not a JSON object")
     return content
 
 
-def _damaged(path: Path, why: object) -> InputError:
+def damaged(path: Path, why: object) -> InputError:
+    """The error for a file of a run that cannot be read."""
     return InputError(f"{path} is damaged ({why}), so the run cannot go on; --overwrite without --resume starts anew")
 
 
