@@ -24,6 +24,7 @@ FLAGS = {
     " resume save-tokens refine scope seed sequential sparsity steps text windows",
     "pack": "json level output overwrite",
     "unpack": "json output overwrite",
+    "bench": "batch device dtype json levels",
     "evaluate": "device dtype json length text windows",
 }
 MASKS_FLAGS = {

@@ -21,6 +21,8 @@ _HOME = {
     "patterns": ("NM", "Unstructured"),
     "pipeline": ("apply", "calibrate", "evaluate", "mask", "plan", "prune"),
     "recipe": ("Recipe",),
+    "semi_structured": ("to_semi_structured",),
+    "speed": ("bench",),
 }
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
 
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
     from uniprune.patterns import NM, Unstructured
     from uniprune.pipeline import apply, calibrate, evaluate, mask, plan, prune
     from uniprune.recipe import Recipe
+    from uniprune.semi_structured import to_semi_structured
+    from uniprune.speed import bench
 
 __all__ = [
     "NM",
@@ -46,12 +50,14 @@ __all__ = [
     "Wanda",
     "__version__",
     "apply",
+    "bench",
     "calibrate",
     "evaluate",
     "load",
     "mask",
     "plan",
     "prune",
+    "to_semi_structured",
 ]
 
 
