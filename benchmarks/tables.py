@@ -10,6 +10,7 @@ import re
 from typing import Any
 
 from common import ROOT, load
+from uniprune.report import bench_rows
 
 START, END = "<!-- {}: written by benchmarks/tables.py -->", "<!-- /{} -->"
 
@@ -180,6 +181,16 @@ def forecasts(results: dict[str, Any]) -> str:
     return table(head, [[row["model"], *(gb(row[name]) for name in names)] for row in rows])
 
 
+def decoder(results: dict[str, Any]) -> str:
+    """Speeds of whole decoder passes beside those of their products alone."""
+    products = {(r["batch"], r["sparsity"]): r for r in results["smollm2"]["results"] if r["kernel"] == "CSR"}
+    lines = []
+    for row in results["decoder"]:
+        alone = products[row["batch"], row["sparsity"]]["speedup"]
+        lines.append([f"{row['sparsity']:.0%}, batch {row['batch']}", f"{alone:.2f}", f"{row['speedup']:.2f}"])
+    return table(["CSR, float32", "products", "decoder"], lines)
+
+
 def fill(path: Any, sections: dict[str, str]) -> None:
     text = path.read_text()
     for name, body in sections.items():
@@ -198,6 +209,11 @@ def main() -> None:
     for name, write in {"ablations": ablations, "peer": peer, "speed": speed}.items():
         if results := load(name):
             sections[name] = write(results)
+    if results := load("bench"):
+        for name in ("smollm2", "wide"):
+            head, *rows = bench_rows(results[name])
+            sections[f"bench-{name}"] = table(head, rows)
+        sections["bench-decoder"] = decoder(results)
     fill(ROOT / "docs" / "results.md", sections)
     if results := load("scale"):
         parts = {"measured": measured(results), "ratios": ratios(results), "forecasts": forecasts(results)}
