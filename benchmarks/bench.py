@@ -1,6 +1,6 @@
 """What `uniprune bench` says of SmolLM2-135M on this machine, and how far that goes.
 
-    OMP_NUM_THREADS=1 python benchmarks/bench.py
+    OMP_NUM_THREADS=1 python benchmarks/bench.py [smollm2] [wide] [decoder]
 
 `smollm2` is the verb's own record. `wide`: the same for the shapes of a 7B Llama, one token at a time. `decoder`
 is the check of the method: all decoder blocks of a Llama of SmolLM2's shapes (random weights, no cache, no output head) with
@@ -10,6 +10,7 @@ each matrix's module swapped for one that multiplies by CSR; dense and sparse pa
 from __future__ import annotations
 
 import statistics
+import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from common import relative, save, smollm2
+from common import load, relative, save, smollm2
 from uniprune import bench, probe
 from uniprune.kernels import CSR, check_product
 from uniprune.matrices import Matrices, find_matrices
@@ -47,12 +48,20 @@ class Sparse(nn.Module):
 
 
 def main() -> None:
+    parts = {"smollm2": small, "wide": wide, "decoder": lambda: [row for level in LEVELS for row in decoder(level)]}
+    for name in sys.argv[1:] or parts:
+        earlier = {part: result for part, result in load("bench").items() if part in parts}
+        save("bench", earlier | {name: parts[name]()})
+
+
+def small() -> dict[str, Any]:
     model = Path(smollm2())
-    record = bench(model, device="cpu") | {"model": relative(model)}
+    return bench(model, device="cpu") | {"model": relative(model)}
+
+
+def wide() -> dict[str, Any]:
     results, missing = probe.measure(WIDE, torch.device("cpu"), [torch.float32], [1], WIDE_LEVELS, kernels=[CSR()])
-    wide = {"results": [asdict(result) for result in results], "verdicts": verdicts(results, missing)}
-    save("bench", {"smollm2": record, "wide": wide, "decoder": [row for level in LEVELS for row in decoder(level)]})
-    print("\n".join([*record["verdicts"], *record["notes"], *wide["verdicts"]]))
+    return {"results": [asdict(result) for result in results], "verdicts": verdicts(results, missing)}
 
 
 @torch.inference_mode()

@@ -40,6 +40,8 @@ def test_a_sentence_says_from_where_on_it_is_faster(speedups, sentence):
 
 def test_faster_is_what_three_quarters_of_the_rounds_say():
     assert speed.first_faster([result(speedup=1.5, low=1.0)]) is None
+    (sentence,) = speed.verdicts([result(speedup=1.5, low=1.0)], [])
+    assert "not certainly faster (1.50x" in sentence
     row = result(speedup=1.5, low=1.1)
     assert speed.first_faster([row]) is row
     assert speed.first_faster([row], bar=1.1) is None

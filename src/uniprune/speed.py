@@ -123,7 +123,8 @@ def _clause(rows: Sequence[Result], dense: Sequence[Result]) -> str:
     start, last = first_faster(rows), rows[-1]
     if start is None:
         best = max(rows, key=lambda row: row.speedup)
-        return f"not faster ({best.speedup:.2f}x the dense speed at best, at {_level(best)})"
+        certainly = "certainly " if best.speedup >= 1 + MARGIN else ""  # the median round is faster, too many others are not
+        return f"not {certainly}faster ({best.speedup:.2f}x the dense speed at best, at {_level(best)})"
     more = "" if start is last else f", {last.speedup:.2f}x at {_level(last)}"
     return f"faster from {_level(start)} on ({start.speedup:.2f}x{more}){_rival(rows, dense)}"
 
