@@ -42,6 +42,7 @@ bench: $(READY)
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/ablations.py
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/archive.py
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/scale.py
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench.py
 	$(BIN)/python benchmarks/tables.py
 
 clean:

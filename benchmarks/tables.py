@@ -11,6 +11,7 @@ import statistics
 from typing import Any
 
 from common import ROOT, load
+from uniprune.report import bench_rows
 
 START, END = "<!-- {}: written by benchmarks/tables.py -->", "<!-- /{} -->"
 
@@ -243,6 +244,16 @@ def archives(results: dict[str, Any]) -> str:
     return table(["", *(names[p] for p in found)], [[name, *(show(r) for r in found.values())] for name, show in rows.items()])
 
 
+def decoder(results: dict[str, Any]) -> str:
+    """Speeds of whole decoder passes beside those of their products alone."""
+    products = {(r["batch"], r["sparsity"]): r for r in results["smollm2"]["results"] if r["kernel"] == "CSR"}
+    lines = []
+    for row in results["decoder"]:
+        alone = products[row["batch"], row["sparsity"]]["speedup"]
+        lines.append([f"{row['sparsity']:.0%}, batch {row['batch']}", f"{alone:.2f}", f"{row['speedup']:.2f}"])
+    return table(["CSR, float32", "products", "decoder"], lines)
+
+
 def fill(path: Any, sections: dict[str, str]) -> None:
     text = path.read_text()
     for name, body in sections.items():
@@ -263,6 +274,11 @@ def main() -> None:
             sections[name] = write(results)
     if results := load("budget"):
         sections |= {"constraints": constraints(results), "budgets": budgets(results)}
+    if results := load("bench"):
+        for name in ("smollm2", "wide"):
+            head, *rows = bench_rows(results[name])
+            sections[f"bench-{name}"] = table(head, rows)
+        sections["bench-decoder"] = decoder(results)
     fill(ROOT / "docs" / "results.md", sections)
     if results := load("archive"):
         fill(ROOT / "docs" / "archive.md", {"sizes": archives(results)})

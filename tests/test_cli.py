@@ -25,6 +25,7 @@ FLAGS = {
     "permute": "device dtype exclude include json length max-memory metric output overwrite seed sparsity text windows",
     "pack": "json level output overwrite",
     "unpack": "json output overwrite",
+    "bench": "batch device dtype json levels",
     "evaluate": "device dtype json length text windows",
 }
 MASKS_FLAGS = {

@@ -37,6 +37,10 @@ RANK = {
     "budget": 3,
     "hardware": 4,
     "checkpoint": 4,
+    "kernels": 5,
+    "semi_structured": 6,
+    "probe": 6,
+    "speed": 7,
     "report": 5,
     "text": 4,
     "runs": 1,
@@ -54,6 +58,7 @@ RANK = {
     "record": 5,
     "terminal": 8,
     "masks_cli": 9,
+    "speed_cli": 9,
     "cli": 10,
 }
 MODULES = {path.stem: path for path in Path(uniprune.__file__).parent.glob("*.py") if not path.stem.startswith("__")}

@@ -22,6 +22,8 @@ _HOME = {
     "pipeline": ("apply", "calibrate", "evaluate", "mask", "plan", "prune"),
     "recipe": ("Recipe",),
     "reordering": ("permute",),
+    "semi_structured": ("to_semi_structured",),
+    "speed": ("bench",),
 }
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
 
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
     from uniprune.pipeline import apply, calibrate, evaluate, mask, plan, prune
     from uniprune.recipe import Recipe
     from uniprune.reordering import permute
+    from uniprune.semi_structured import to_semi_structured
+    from uniprune.speed import bench
 
 __all__ = [
     "NM",
@@ -48,6 +52,7 @@ __all__ = [
     "Wanda",
     "__version__",
     "apply",
+    "bench",
     "calibrate",
     "evaluate",
     "load",
@@ -55,6 +60,7 @@ __all__ = [
     "permute",
     "plan",
     "prune",
+    "to_semi_structured",
 ]
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from uniprune import masks_cli
+from uniprune import masks_cli, speed_cli
 from uniprune.errors import InputError, UniPruneError
 from uniprune.terminal import Bars, quiet, show
 
@@ -359,6 +359,7 @@ def unpack(
     show({"output": str(output), **result}, as_json, line)
 
 
+app.command()(speed_cli.bench)
 app.add_typer(masks_cli.app, name="masks")
 
 

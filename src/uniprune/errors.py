@@ -18,3 +18,8 @@ class InputError(UniPruneError):
 
 class MismatchError(InputError):
     """Scores or masks were made for another model than the one given."""
+
+
+def first_line(error: Exception) -> str:
+    """What another library's error says, in one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

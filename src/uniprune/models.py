@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from uniprune.errors import InputError
+from uniprune.errors import InputError, first_line
 from uniprune.executor import Residency, resident
 
 logger = logging.getLogger(__name__)
@@ -96,7 +96,7 @@ def _from_hub(name: str) -> Path:
         if not any(folder.glob("*.safetensors")):
             folder = Path(snapshot_download(name, allow_patterns=[*HUB_FILES, "*.bin"]))
     except Exception as error:  # the hub client's errors have no base class short of this
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         raise InputError(f"model {name!r} is no folder here and cannot be had from the hub: {reason}") from error
     return folder
 
@@ -152,7 +152,7 @@ def load_tokenizer(origin: Origin) -> Any:
     try:
         return AutoTokenizer.from_pretrained(origin.folder, **origin.options())
     except (OSError, ValueError, KeyError, ImportError) as error:
-        logger.warning("model %s has no usable tokenizer (%s)", origin, str(error).splitlines()[0])
+        logger.warning("model %s has no usable tokenizer (%s)", origin, first_line(error))
         return None
 
 
@@ -196,11 +196,6 @@ def _guarded(origin: Origin, load: Callable[[], Any]) -> Any:
     except ImportError as error:
         if origin.gguf:
             raise InputError(f"model {origin}: reading GGUF needs the gguf package; pip install 'uniprune[gguf]'") from error
-        raise InputError(f"model {origin} needs a package that is not installed: {_first_line(error)}") from error
+        raise InputError(f"model {origin} needs a package that is not installed: {first_line(error)}") from error
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise InputError(f"model {origin} cannot be loaded: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+        raise InputError(f"model {origin} cannot be loaded: {first_line(error)}") from error

@@ -64,5 +64,32 @@ def evaluation_table(rows: Mapping[str, Mapping[str, Any]]) -> Table:
     return table
 
 
+def bench_rows(result: Mapping[str, Any]) -> list[list[str]]:
+    """Speeds as ``speed.bench`` gives them, head first: a row for each kernel, dtype and batch, a column for each sparsity.
+
+    A question mark follows where the rounds' quartiles lie on both sides of 1.
+    """
+    levels = sorted({row["sparsity"] for row in result["results"]})
+    rows: dict[tuple[str, str, str], dict[float, str]] = {}
+    for row in result["results"]:
+        masks = row["kind"] if row["dtype"] == row["against"] else f"{row['kind']}, against {row['against']}"
+        cell = f"{row['speedup']:.2f}" + ("?" if row["low"] < 1 < row["high"] else "")
+        rows.setdefault((masks, row["dtype"], str(row["batch"])), {})[row["sparsity"]] = cell
+    body = [[*label, *(cells.get(level, "") for level in levels)] for label, cells in rows.items()]
+    return [["masks", "type", "batch", *(f"{100 * level:g}%" for level in levels)], *body]
+
+
+def bench_table(result: Mapping[str, Any]) -> Table:
+    """Speeds against the dense product of the same dtype."""
+    head, *rows = bench_rows(result)
+    place = f"{result['device']}, {result['threads']} thread{'s' if result['threads'] > 1 else ''}"
+    table = Table(title=f"{result['model']} on {place}: times as fast as the dense product of the same type (?: or not)")
+    for column in head:
+        table.add_column(column, justify="left" if column in ("masks", "type") else "right")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
 def _percent(fraction: float | None) -> str:
     return "unknown" if fraction is None else f"{fraction:.1%}"

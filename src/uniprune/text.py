@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from uniprune.errors import InputError
+from uniprune.errors import InputError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -238,7 +238,7 @@ def _hub(path: str, use: Use, **options: Any) -> Iterator[str]:
         rows = datasets.load_dataset(path, **options)
         yield from (row["text"] for row in rows)
     except Exception as error:  # datasets raises dozens of kinds for one cause: it cannot be fetched here
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         raise InputError(f"text {path} cannot be loaded ({reason}); give a local file, or use builtin") from error
 
 
