@@ -46,6 +46,7 @@ RANK = {
     "baselines": 5,
     "evaluation": 5,
     "descent": 6,
+    "size": 5,
     "recipe": 6,
     "job": 7,
     "pipeline": 8,

@@ -30,6 +30,9 @@ Sparsity = Annotated[
     str | None,
     typer.Option("--sparsity", "-s", help="A level to remove (0.6; 0.8@16x16: tiles), or N:M, N of every M inputs kept (2:4)."),
 ]
+Size = Annotated[
+    str | None, typer.Option(help="Instead of a level the most that the packed model may take, e.g. 120MB; see uniprune pack.")
+]
 ScopeOption = Annotated[
     str | None,
     typer.Option(help="Budget group of a level: row, matrix, block or model. [default: model with the controller, else row]"),
@@ -104,6 +107,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on s
 def plan(
     model: Model,
     sparsity: Sparsity = None,
+    size: Size = None,
     scope: ScopeOption = None,
     allow: Allow = None,
     rules: Rules = None,
@@ -222,6 +226,7 @@ def prune(
     model: Model,
     output: Output,
     sparsity: Sparsity = None,
+    size: Size = None,
     scope: ScopeOption = None,
     allow: Allow = None,
     rules: Rules = None,
