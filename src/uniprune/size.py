@@ -177,8 +177,9 @@ class Sample:
         height = next(h for h in range(1, rows + 1) if rows % h == 0 and part.misfit(h, columns) is None)
         bands = torch.arange(rows).reshape(-1, height)
         self.rows = bands[min(every, len(bands)) // 2 :: every].flatten()
-        bits, rows = stored.read().reshape(matrix.parameter.shape), self.rows.numpy()
-        self._bits = np.ascontiguousarray(bits[:, rows] if matrix.transposed else bits[rows])
+        picked = self.rows.numpy()  # a tensor of one element would be taken for a number
+        bits = stored.read().reshape(matrix.parameter.shape)
+        self._bits = np.ascontiguousarray(bits[:, picked] if matrix.transposed else bits[picked])
         self._dtype, self._transposed = FLOATS[stored.dtype], matrix.transposed
         self.word, self.size = stored.word, matrix.size
 
