@@ -41,6 +41,7 @@ bench: $(READY)
 		HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/quality.py feedback 2:4 0.5 --seed $$seed || exit 1; done
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/ablations.py
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/archive.py
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/budget_size.py
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/scale.py
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench.py
 	$(BIN)/python benchmarks/tables.py

@@ -154,6 +154,19 @@ def speed(results: dict[str, Any]) -> str:
     return table(["what", ""], lines)
 
 
+def sizes(results: dict[str, Any]) -> str:
+    names = {"folder": "bfloat16", "gguf": "GGUF"}
+    lines = [
+        [f"{names[r['kind']]}, {r['run']}", r["size"], f"{r['level']:.4f}", f"{r['of_size']:.4f}"] for r in results["rows"]
+    ]
+    return table(["run", "`--size`", "level", "archive / size"], lines)
+
+
+def choice(results: dict[str, Any]) -> str:
+    lines = [[f"{float(level):.0%}", f"{ratio:.3f}"] for level, ratio in results["choice"].items()]
+    return table(["level, by row", "weights kept at random / the largest"], lines)
+
+
 def measured(results: dict[str, Any]) -> str:
     """Peak memory of streamed runs."""
     lines = []
@@ -279,6 +292,8 @@ def main() -> None:
             head, *rows = bench_rows(results[name])
             sections[f"bench-{name}"] = table(head, rows)
         sections["bench-decoder"] = decoder(results)
+    if results := load("size"):
+        sections |= {"sizes": sizes(results), "choice": choice(results)}
     fill(ROOT / "docs" / "results.md", sections)
     if results := load("archive"):
         fill(ROOT / "docs" / "archive.md", {"sizes": archives(results)})

@@ -13,7 +13,8 @@ from conftest import tiny_model
 from uniprune import cli
 
 FLAGS = {
-    "plan": "allow hardware misfits rule config device dtype exclude include json length max-memory scope sparsity windows",
+    "plan": "allow hardware misfits rule size"
+    " config device dtype exclude include json length max-memory scope sparsity windows",
     "calibrate": "allow hardware misfits rule"
     " budget-tokens config controller device dtype exclude include json length max-memory metric output overwrite"
     " resume save-tokens scope seed sparsity steps text windows",
@@ -21,7 +22,7 @@ FLAGS = {
     "apply": "force dtype json output overwrite",
     "prune": "allow hardware misfits rule"
     " budget-tokens config controller device dtype exclude include json length max-memory metric output overwrite"
-    " resume save-tokens refine scope seed sequential sparsity steps text windows",
+    " resume save-tokens refine scope seed sequential size sparsity steps text windows",
     "permute": "device dtype exclude include json length max-memory metric output overwrite seed sparsity text windows",
     "pack": "json level output overwrite",
     "unpack": "json output overwrite",
@@ -135,6 +136,8 @@ def test_recipe_files_and_flags_over_them(capsys, monkeypatch, folder, tmp_path)
         (["prune", "FOLDER", "-s", "0.5", "--scope", "model", "--refine"], "0.5 by model has no budget by row"),
         (["prune", "FOLDER", "-s", "2:4", "--controller", "feedback", "--refine"], "--refine and --controller feedback"),
         (["prune", "FOLDER"], "no sparsity given"),
+        (["prune", "FOLDER", "-s", "0.5", "--size", "1MB"], "drop --sparsity, or --size"),
+        (["prune", "FOLDER", "--size", "9GB"], "out of reach"),
         (["prune", "FOLDER", "-s", "2:4", "--config", "RECIPE"], "sparsty"),
         (["prune", "NAN", "-s", "2:4"], "contain NaN"),
         (["evaluate", "FOLDER", "--text", "SHORT"], "less than one window"),

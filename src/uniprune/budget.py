@@ -74,6 +74,13 @@ def choice(spec: str) -> NM:
     return pattern
 
 
+def reach(pattern: Pattern, shapes: Mapping[str, Shape]) -> tuple[float, float]:
+    """The lowest and the highest level that a pattern could have instead of its own, beside its rules."""
+    if isinstance(pattern, Ruled):
+        return pattern.reach(shapes)
+    return (pattern.allow[0].sparsity, pattern.allow[-1].sparsity) if isinstance(pattern, Mixed) else (0.0, 1.0)
+
+
 @dataclass(frozen=True)
 class Rule:
     """What holds for the matrices in whose names a regular expression is found.
@@ -180,18 +187,20 @@ class Ruled(Cutting):
         if self.local:
             return
         for names in grouped(shapes, self.shared.group):
-            fixed, spans = self._split(names)
-            goes = self._goes({name: math.prod(shapes[name]) for name in names}, fixed)
-            limits = [self.shared.span(shapes[name], *spans.get(name, (0.0, 1.0))) for name in names if name not in fixed]
-            least, most = (sum(limit[side] for limit in limits) for side in (0, 1))
-            if not least <= goes <= most:
-                total = sum(math.prod(shapes[name]) for name in names)
-                kept = sum(math.prod(shapes[name]) * part.sparsity for name, part in fixed.items())
-                low, high = ((bound + kept) / total for bound in (least, most))
+            least, most, total = self._bounds({name: shapes[name] for name in names})
+            if not least <= removed(self.sparsity, total) <= most:
                 raise InputError(
-                    f"sparsity {self.sparsity:g} is out of reach: with these rules it is between {low:.4f} and {high:.4f}; "
-                    "change it, or the rules"
+                    f"sparsity {self.sparsity:g} is out of reach: with these rules it is between {least / total:.4f} and "
+                    f"{most / total:.4f}; change it, or the rules"
                 )
+
+    def reach(self, shapes: Mapping[str, Shape]) -> tuple[float, float]:
+        """As :func:`reach`."""
+        low, high = reach(self.base, shapes)
+        for names in [] if self.local else grouped(shapes, self.shared.group):
+            least, most, total = self._bounds({name: shapes[name] for name in names})
+            low, high = max(low, least / total), min(high, most / total)
+        return low, high
 
     def settle(self, saliency: Saliency, exact: bool = True) -> Cutter:
         if self.local:
@@ -212,6 +221,14 @@ class Ruled(Cutting):
         rules = {name: rule for name in names if (rule := self.rule(name))}
         fixed = {name: self.part(name) for name, rule in rules.items() if not rule.span}
         return fixed, {name: rule.span for name, rule in rules.items() if rule.span}
+
+    def _bounds(self, shapes: Mapping[str, Shape]) -> tuple[int, int, int]:
+        """The fewest and the most weights that matrices of one budget can lose together, and how many they have."""
+        fixed, spans = self._split(shapes)
+        limits = [self.shared.span(shapes[name], *spans.get(name, (0.0, 1.0))) for name in shapes if name not in fixed]
+        gone = sum(round(math.prod(shapes[name]) * part.sparsity) for name, part in fixed.items())
+        least, most = (gone + sum(limit[side] for limit in limits) for side in (0, 1))
+        return least, most, sum(map(math.prod, shapes.values()))
 
     def _goes(self, sizes: Sizes, fixed: Mapping[str, Pattern]) -> int:
         """How many weights of the others are to go, so that the budget of all is met."""

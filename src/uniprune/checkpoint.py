@@ -238,16 +238,22 @@ def _all(transfer: Callable[[Any], int | None], piece: masking.Array) -> None:
         rest = rest[moved:]
 
 
+def beside(folder: Path) -> list[Path]:
+    """The files of a checkpoint folder that go with the weights into a pruned one: config, tokenizer and the like."""
+    return [
+        file for file in sorted(folder.iterdir()) if file.is_file() and file.name not in LEFT and file.suffix not in WEIGHTS
+    ]
+
+
 def _copy_beside(origin: Origin, folder: Path) -> None:
     """The files beside the weights as they are, and empty files as large as the shards."""
-    for file in sorted(origin.folder.iterdir()):
-        if file.is_file() and file.name not in LEFT and (file.suffix not in WEIGHTS or file in origin.shards):
-            if file in origin.shards:
-                (folder / file.name).touch()
-                os.truncate(folder / file.name, file.stat().st_size)
-            else:
-                shutil.copyfile(file, folder / file.name)
-            (folder / file.name).chmod(0o644)
+    for file in beside(origin.folder):
+        shutil.copyfile(file, folder / file.name)
+        (folder / file.name).chmod(0o644)
+    for file in origin.shards:
+        (folder / file.name).touch()
+        os.truncate(folder / file.name, file.stat().st_size)
+        (folder / file.name).chmod(0o644)
 
 
 def write_report(folder: Path, report: Mapping[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import time
@@ -65,7 +66,7 @@ class Plan:
     """Sizes are bytes, times seconds; the forecasts are estimates and say so in the table.
 
     memory: of the execution that would be chosen; ``memory_resident`` and ``memory_streamed``: of either. disk: of the output;
-    scratch: beside it, while the run lasts.
+    scratch: beside it, while the run lasts. size: what the archive may take, if that was asked for; level: what it became.
     """
 
     model: str
@@ -85,6 +86,8 @@ class Plan:
     disk: int
     scratch: int
     seconds: float
+    size: int | None = None
+    level: float | None = None
 
     @property
     def fits(self) -> bool:
@@ -190,6 +193,13 @@ def parse_size(text: str) -> int:
     if size < 1:
         raise InputError(f"{text!r} is not a size; give a number and a unit, e.g. 8GB or 512MB")
     return size
+
+
+def spell_size(size: float, up: bool = False) -> str:
+    """A size as :func:`parse_size` reads it, ``31.2MB``, rounded down, or up."""
+    power = max((power for power in range(5) if 1000**power <= size), default=0)
+    tenths = (math.ceil if up else math.floor)(10 * size / 1000**power)
+    return f"{tenths / 10:g}{'kMGT'[power - 1] if power else ''}B"
 
 
 def free_memory(device: torch.device) -> int:

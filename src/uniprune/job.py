@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import torch
 
-from uniprune import checkpoint, forecast, ranks, runs, shards, text
+from uniprune import checkpoint, forecast, ranks, runs, shards, size, text
 from uniprune.artefacts import check_output_file
 from uniprune.calibration import SWEEP
 from uniprune.errors import InputError
@@ -23,7 +23,7 @@ from uniprune.executor import resident
 from uniprune.hardware import Misfits, fitted
 from uniprune.matrices import Matrices, check_finite, find_matrices
 from uniprune.models import Loaded, Origin, load_tokenizer, load_weights, parse_device, parse_dtype, resolve, skeleton
-from uniprune.patterns import Pattern
+from uniprune.patterns import Pattern, Saliency
 from uniprune.recipe import LENGTH, WINDOWS, Recipe
 from uniprune.sharding import Sharder, open_sharded
 from uniprune.streaming import attached, open_streamed
@@ -57,6 +57,8 @@ class Job:
     digests: dict[str, str]  # of the matrices' bits
     pattern: Pattern | None = None
     misfits: dict[str, str] = field(default_factory=dict)  # matrices that cannot have it, and why
+    budget: size.Budget | None = None  # if a size was asked for
+    level: float | None = None  # what it became
 
     @property
     def base(self) -> str:
@@ -75,6 +77,13 @@ class Job:
     @property
     def transposed(self) -> list[str]:
         return [name for name, matrix in self.matrices.items() if matrix.transposed]
+
+    def choose_level(self, saliency: Saliency) -> Pattern | None:
+        """The pattern, now that there are scores: of the level at which what they keep has the size that was asked for."""
+        if self.budget is not None:
+            self.level = self.budget.level(saliency)
+            self.pattern = self.budget.at(self.level)
+        return self.pattern
 
     def facts(self) -> dict[str, Any]:
         """What ties an artefact to its model."""
@@ -108,11 +117,13 @@ def prepare(
         checkpoint.check_output_folder(output, machine.overwrite, origin.folder if origin else None)
     model = loaded.model if loaded else skeleton(origin)  # type: ignore[arg-type]
     matrices = find_matrices(model, recipe.include, recipe.exclude)
-    pattern, misfits = pattern_of(recipe, model, matrices, origin)
+    budget = budget_of(recipe, model, matrices, loaded or origin)
+    level = budget.level() if budget else None
+    pattern, misfits = pattern_of(recipe, model, matrices, origin, level)
     disk = 4 * sum(matrix.size for matrix in matrices.values())  # of scores
     if output is not None:
-        size = sum(p.numel() for p in model.parameters()) * (dtype or torch.float32).itemsize
-        disk = checkpoint.checkpoint_bytes(origin, size) if origin else size
+        weights = sum(p.numel() for p in model.parameters()) * (dtype or torch.float32).itemsize
+        disk = checkpoint.checkpoint_bytes(origin, weights) if origin else weights
     target = output or scores
     if target is not None:
         checkpoint.check_disk_space(target, disk)
@@ -137,20 +148,52 @@ def prepare(
             loaded = open_blocks(origin, tokenizer, computed, place)
             matrices = attached(find_matrices(loaded.model, recipe.include, recipe.exclude), loaded.residency)  # type: ignore[arg-type]
     check_finite(matrices)
-    return Job(loaded, matrices, windows, checkpoint.digests(loaded, matrices, matrices), pattern, misfits)
+    if recipe.size is not None and budget is None:
+        budget = budget_of(recipe, loaded.model, matrices, loaded)
+        assert budget is not None
+        level = budget.level()
+        pattern, misfits = pattern_of(recipe, loaded.model, matrices, origin, level)
+    return Job(loaded, matrices, windows, checkpoint.digests(loaded, matrices, matrices), pattern, misfits, budget, level)
+
+
+def budget_of(
+    recipe: Recipe, model: torch.nn.Module, matrices: Matrices, source: Loaded | Origin | None, refuse: bool = True
+) -> size.Budget | None:
+    """The size that a recipe asks for; None if it asks for none, or if the weights can be read only once they are loaded.
+
+    refuse: as in :func:`pattern_of`.
+    """
+    if recipe.size is None or source is None or (isinstance(source, Origin) and not source.shards):
+        return None
+    origin = source if isinstance(source, Origin) else source.origin
+
+    def at(level: float | None) -> Pattern:
+        pattern, _ = pattern_of(recipe, model, matrices, origin, level, refuse)
+        assert pattern is not None
+        return pattern
+
+    return size.budget(forecast.parse_size(recipe.size), source, matrices, at, at(None))
 
 
 def pattern_of(
-    recipe: Recipe, model: torch.nn.Module, matrices: Matrices, origin: Origin | None, refuse: bool = True
+    recipe: Recipe,
+    model: torch.nn.Module,
+    matrices: Matrices,
+    origin: Origin | None,
+    level: float | None = None,
+    refuse: bool = True,
 ) -> tuple[Pattern | None, dict[str, str]]:
     """The pattern that a recipe asks for, if it does, as these matrices can have it; and those that cannot, with reasons.
 
-    refuse: whether the latter are an error if the recipe does not say what they are to be; else they are left dense.
+    level: what a size became; the lowest while that is not known. refuse: whether matrices that cannot have the pattern are an
+    error if the recipe does not say what they are to be; else they are left dense.
     """
+    shapes = {name: matrix.shape for name, matrix in matrices.items()}
+    if recipe.size is not None:
+        recipe = recipe.at(size.lowest(recipe.at(recipe.lowest).pattern(), shapes) if level is None else level)
     if recipe.sparsity is None:
         return None, {}
     stored = compute_dtype(origin, matrices) if origin else next(model.parameters()).dtype
-    shapes = {name: matrix.shape for name, matrix in matrices.items()}
     misfits: Misfits = recipe.misfits if refuse or recipe.misfits != "refuse" else "dense"
     return fitted(recipe.pattern(), shapes, str(stored).removeprefix("torch."), recipe.hardware, misfits)
 

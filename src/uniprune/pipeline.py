@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ from uniprune.job import (
     Job,
     Machine,
     Source,
+    budget_of,
     check_context,
     choose,
     compute_dtype,
@@ -50,7 +51,7 @@ from uniprune.job import (
 )
 from uniprune.mask_files import CheckedMasks
 from uniprune.matrices import Matrices, find_matrices
-from uniprune.models import Loaded, Origin, load_tokenizer, load_weights, parse_device, parse_dtype, resolve, skeleton
+from uniprune.models import Loaded, Origin, load, load_tokenizer, load_weights, parse_device, parse_dtype, resolve, skeleton
 from uniprune.patterns import Saliency, Scope
 from uniprune.progress import Progress, silent
 from uniprune.recipe import LENGTH, WINDOWS, Recipe
@@ -76,7 +77,8 @@ def prune(
     is run block by block from its files. resume: go on with an interrupted run of the same settings, to the same masks.
     Raises InputError before the heavy work starts if anything asked for cannot be done.
     """
-    recipe.pattern()  # there must be one
+    if recipe.size is None:
+        recipe.pattern()  # there must be one
     watch = Stopwatch()
     machine = Machine(device, max_memory, resume, overwrite)
     with ranks.joined(place_of(machine)):
@@ -100,7 +102,7 @@ def prune(
             with checkpoint.new_folder(output, run.folder) as folder:
                 file = folder / checkpoint.MASKS
                 with watch("mask"):
-                    removed = artefacts.write_masks(file, cut, job.shapes, job.facts() | {"pattern": str(pattern)})
+                    removed = artefacts.write_masks(file, cut, job.shapes, job.facts() | {"pattern": str(job.pattern)})
                 with watch("write"):
                     checkpoint.write_checkpoint(job.loaded, artefacts.MasksFile(file), folder)
                 report = _report(recipe, job, removed, watch) | record | {"masks_sha256": sha256(file)}
@@ -128,6 +130,8 @@ def calibrate(
     if recipe.sequential:
         flag = "--refine" if recipe.refine else "--sequential"
         raise InputError(f"{flag} needs the masks while it calibrates; use it with prune")
+    if recipe.size is not None:
+        raise InputError("a size is for prune; calibrate with --sparsity, at the level that plan --size shows, or with neither")
     machine = Machine(device, max_memory, resume, overwrite)
     with ranks.joined(place_of(machine)):
         if resume and (facts := _calibrated(output, recipe, source)):
@@ -231,24 +235,34 @@ def apply(
 
 
 def plan(source: str | Path, recipe: Recipe, *, device: str | None = None, max_memory: int | None = None) -> forecast.Plan:
-    """What pruning this model would touch, cost and yield; reads no weight and writes nothing."""
+    """What pruning this model would touch, cost and yield; writes nothing.
+
+    It reads no weights, but samples of them for a size: from safetensors files, while a model in another format is loaded.
+    """
     origin = resolve(source)
     model = skeleton(origin)
     matrices = find_matrices(model, recipe.include, recipe.exclude)
     stored = compute_dtype(origin, matrices)
     dtype = parse_dtype(recipe.dtype) or stored
-    pattern, misfits = pattern_of(recipe, model, matrices, origin, refuse=False)
     tokens = (recipe.windows or WINDOWS) * (recipe.length or LENGTH)
     machine = Machine(device, max_memory)
     place, controller = place_of(machine), recipe.resolved_controller
     step = recipe.step_tokens(recipe.length or LENGTH)
     needs = forecast.needs(model, matrices, dtype, controller, step, mapped=dtype == stored)
     execution: str
+    to_load = recipe.size is not None and not origin.shards
     try:
         execution = choose(origin, needs, machine, place)
     except InputError:
+        if to_load:
+            raise
         execution = "none"
-    return forecast.make_plan(origin, model, matrices, pattern, dtype, tokens, place, controller, needs, execution, misfits)
+    weights = load(origin, recipe.dtype, "cpu") if to_load else origin
+    budget = budget_of(recipe, model, matrices, weights, refuse=False)
+    level = budget.level() if budget else None
+    pattern, misfits = pattern_of(recipe, model, matrices, origin, level, refuse=False)
+    found = forecast.make_plan(origin, model, matrices, pattern, dtype, tokens, place, controller, needs, execution, misfits)
+    return replace(found, size=budget.size, level=level) if budget else found
 
 
 def evaluate(
@@ -295,7 +309,8 @@ def _cut(
     with watch("calibrate"):
         if not recipe.sequential:
             saliency, record = _saliency(job, recipe, [pattern], progress, run)
-            return pattern(_on_one_scale(saliency, pattern, recipe.comparable)), record
+            saliency = _on_one_scale(saliency, pattern, recipe.comparable)
+            return (job.choose_level(saliency) or pattern)(saliency), record
         loaded, metric = job.loaded, recipe.parsed_metric()
         arguments = loaded.model, job.matrices, job.windows.tokens, metric, pattern, progress
         cut = calibration.sequential(*arguments, refine=recipe.refine, residency=loaded.residency, run=run)
@@ -384,6 +399,7 @@ def _report(recipe: Recipe, job: Job, removed: Mapping[str, float], watch: Stopw
         "model": {"name": str(job.loaded), "fingerprint": job.base},
         "recipe": recipe.record(),
         "pattern": str(job.pattern),
+        **({"size": {"bytes": job.budget.size, "sparsity": job.level}} if job.budget else {}),
         "misfits": job.misfits,
         **realised(removed, job.shapes),
         "calibration": job.windows.describe(),

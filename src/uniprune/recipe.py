@@ -13,10 +13,11 @@ from uniprune import hardware, metrics, patterns
 from uniprune import refine as refining
 from uniprune.budget import Mixed, Rule, Ruled, choice
 from uniprune.errors import InputError
+from uniprune.forecast import parse_size
 from uniprune.hardware import Misfits
 from uniprune.mirror_descent import MirrorDescent
 from uniprune.paper import Paper
-from uniprune.patterns import Pattern, Scope
+from uniprune.patterns import NM, Pattern, Scope
 
 Controller = Literal["none", "feedback", "paper"]
 WINDOWS, LENGTH = 128, 512
@@ -32,6 +33,8 @@ class Recipe(BaseModel):
 
     sparsity: str | None = None
     """A level (``0.6``: the fraction to remove) or a pattern (``2:4``: N of every M inputs are kept)."""
+    size: str | None = None
+    """Instead of a level the most bytes that the model's archive may have (``120MB``), see uniprune.size."""
     scope: Scope | None = None
     """Budget group of a level: ``row``, ``matrix``, ``block`` or ``model`` (the default with the controller, else ``row``)."""
     allow: tuple[str, ...] = ()
@@ -70,7 +73,7 @@ class Recipe(BaseModel):
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
 
-    @field_validator("sparsity", mode="before")
+    @field_validator("sparsity", "size", mode="before")
     @classmethod
     def _spelled(cls, value: Any) -> Any:
         return str(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
@@ -98,8 +101,10 @@ class Recipe(BaseModel):
             raise InputError(f"{flag} and --controller {self.controller} exclude each other; use one of them")
         self.parsed_tuning()
         hardware.parse(self.hardware)
-        if self.sparsity is None and (self.allow or self.rules):
-            raise InputError("--allow and --rule shape a budget; give it with --sparsity, e.g. 0.45")
+        if self.size is not None:
+            self._check_size()
+        elif self.sparsity is None and (self.allow or self.rules):
+            raise InputError("--allow and --rule shape a budget; give it with --sparsity, e.g. 0.45, or --size")
         if self.sparsity is not None:
             pattern = self.pattern()
             if self.refine:
@@ -121,16 +126,37 @@ class Recipe(BaseModel):
             raise InputError(f"recipe {path} is not a mapping of settings")
         return cls(**{**data, **overrides})
 
+    def _check_size(self) -> None:
+        parse_size(str(self.size))
+        if self.sparsity is None:
+            self.at(self.lowest)  # what does not go with a level does not go with a size
+        elif ":" in self.sparsity:
+            raise InputError(f"--size does not go with --sparsity {self.sparsity}: a fixed pattern has one size; drop --size")
+        else:
+            raise InputError(f"--size {self.size} and --sparsity {self.sparsity} are two budgets; drop --sparsity, or --size")
+
+    def at(self, level: float) -> Recipe:
+        """The recipe with a level in place of the size."""
+        return Recipe(**self.model_dump(exclude={"size"}) | {"sparsity": f"{level:g}"})
+
+    @property
+    def lowest(self) -> float:
+        """The lowest level that could be asked for."""
+        return min((pattern.sparsity for pattern in self._choices), default=0.0)
+
+    @property
+    def _choices(self) -> tuple[NM, ...]:
+        return tuple(choice(spec.strip()) for text in self.allow for spec in text.split(","))
+
     def pattern(self) -> Pattern:
         """The sparsity pattern; InputError if none was asked for."""
         if self.sparsity is None:
-            raise InputError("no sparsity given; use --sparsity 0.5 or --sparsity 2:4")
+            raise InputError("no sparsity given; use --sparsity 0.5, --sparsity 2:4 or --size 120MB")
         base = patterns.parse(self.sparsity, self.scope, default="model" if self.comparable else "row")
         if self.allow:
             if self.scope is not None or not isinstance(base, patterns.Unstructured):
                 raise InputError(f"--allow goes with a level such as 0.45 and no scope, not with {base}")
-            allowed = (spec.strip() for text in self.allow for spec in text.split(","))
-            base = Mixed(base.sparsity, tuple(map(choice, allowed)))
+            base = Mixed(base.sparsity, self._choices)
         return Ruled(base, tuple(map(Rule.parse, self.rules))) if self.rules else base
 
     @property

@@ -34,6 +34,8 @@ def plan_lines(plan: Plan) -> list[str]:
     lines = []
     if plan.sparsity is not None:
         lines.append(f"Sparsity {plan.sparsity:.1%} of the prunable weights, {plan.sparsity_of_model:.1%} of all parameters.")
+    if plan.size is not None:
+        lines.append(f"Level {plan.level:g}, so that the archive that `uniprune pack` makes has at most {plan.size:,} bytes.")
     how = {
         "sharded": f"blocks in the memory of all processes, about {plan.memory / 1e9:.1f} GB in each beside its part of them",
         "resident": f"the whole model in memory, about {plan.memory / 1e9:.1f} GB",

@@ -8,6 +8,7 @@ from typing import Annotated, TypeVar
 import typer
 
 from uniprune.errors import InputError
+from uniprune.options import AsJson, Device
 from uniprune.terminal import Bars, quiet, show
 
 Number = TypeVar("Number", int, float)
@@ -18,8 +19,8 @@ def bench(
     batch: Annotated[str, typer.Option(help="Tokens at a time.")] = "1,128",
     dtype: Annotated[str, typer.Option(help="Types to compute in.")] = "float32,bfloat16,float16",
     levels: Annotated[str, typer.Option(help="Fractions removed, where a kernel takes any.")] = "0.5,0.6,0.7,0.8,0.9,0.95",
-    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. [default: cuda where there is one]")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+    device: Device = None,
+    as_json: AsJson = False,
 ) -> None:
     """Measure whether a model would be faster pruned, here: its matrix products, dense against every sparse kernel."""
     quiet()
