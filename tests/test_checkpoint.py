@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from conftest import tiny_model
@@ -164,3 +164,17 @@ def test_weights_in_a_second_layout_are_not_part_of_the_model(folder, tmp_path, 
     origin = Origin("two layouts", tmp_path / "model")
     assert [shard.name for shard in origin.shards] == [shard.name for shard in Origin("one", folder).shards]
     assert not (write(origin, {}) / "consolidated.safetensors").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_digests_name_the_matrix_that_is_not_finite(tmp_path, dtype, value):
+    largest = torch.finfo(dtype).max
+    weights = {name: torch.tensor([[largest, -largest], [0.0, 1.0]], dtype=dtype) for name in ("a.weight", "b.weight")}
+    file = tmp_path / "model.safetensors"
+    save_file(weights, file)
+    assert set(checkpoint.digests(Origin("tiny", tmp_path), ["a", "b"])) == {"a", "b"}
+    weights["b.weight"][1, 0] = value
+    save_file(weights, file)
+    with pytest.raises(InputError, match=r"^b: the weights contain NaN or infinity"):
+        checkpoint.digests(Origin("tiny", tmp_path), ["a", "b"])

@@ -43,6 +43,7 @@ def digests(source: Loaded | Origin, names: Iterable[str], matrices: Matrices | 
     """Of each named matrix its dtype, shape and the sha256 of its bits, as the checkpoint stores them; sorted by name.
 
     Weights that lie in no safetensors file (GGUF, a model built in memory) are taken from ``matrices``.
+    Raises InputError naming the first matrix in a file with NaN or infinity: it is read for its digest anyway.
     """
     origin = source if isinstance(source, Origin) else source.origin
     ordered = sorted(names)
@@ -50,9 +51,7 @@ def digests(source: Loaded | Origin, names: Iterable[str], matrices: Matrices | 
         keys = entries(origin.shards)
         found = [keys[key_of(f"{name}.weight", keys)] for name in ordered]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            hashed = pool.map(lambda entry: hashlib.sha256(entry.array().data), found)
-            lines = [_digest(entry.dtype, entry.shape, bits) for entry, bits in zip(found, hashed, strict=True)]
-        return dict(zip(ordered, lines, strict=True))
+            return dict(zip(ordered, pool.map(_digest_of, ordered, found), strict=True))
     assert matrices is not None
     lines = []
     for name in ordered:
@@ -60,6 +59,15 @@ def digests(source: Loaded | Origin, names: Iterable[str], matrices: Matrices | 
         bits = hashlib.sha256(weight.view(torch.uint8).numpy().data)
         lines.append(_digest(NAMES[weight.dtype], tuple(weight.shape), bits))
     return dict(zip(ordered, lines, strict=True))
+
+
+def _digest_of(name: str, entry: Entry) -> str:
+    bits = hashlib.sha256()
+    for piece in entry.pieces():
+        bits.update(piece.data)
+        if not entry.finite(piece):
+            raise InputError(f"{name}: the weights contain NaN or infinity; the checkpoint is broken, fetch it again")
+    return _digest(entry.dtype, entry.shape, bits)
 
 
 def fingerprint(digests: Mapping[str, str]) -> str:

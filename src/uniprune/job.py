@@ -147,7 +147,8 @@ def prepare(
             open_blocks = open_sharded if execution == "sharded" else open_streamed
             loaded = open_blocks(origin, tokenizer, computed, place)
             matrices = attached(find_matrices(loaded.model, recipe.include, recipe.exclude), loaded.residency)  # type: ignore[arg-type]
-    check_finite(matrices)
+    if loaded.residency is resident:
+        check_finite(matrices)  # as they are computed; as they are stored, digests looks
     if recipe.size is not None and budget is None:
         budget = budget_of(recipe, loaded.model, matrices, loaded)
         assert budget is not None

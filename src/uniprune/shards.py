@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,12 @@ import torch
 from uniprune.errors import InputError, UniPruneError
 
 UINTS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+PIECE = 1 << 17  # weights of a tensor that are looked at together
 ITEMSIZE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
 NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+# Bits that are all set in NaN, and in infinity where a type has it.
+EXPONENTS = {"F64": 0x7FF << 52, "F32": 0x7F800000, "F16": 0x7C00, "BF16": 0x7F80, "F8_E4M3": 0x7F, "F8_E5M2": 0x7C}
 
 DTYPES = {name: dtype for dtype, name in NAMES.items()}
 
@@ -42,6 +46,17 @@ class Entry:
         """The tensor's bits as a flat array of unsigned integers, mapped from the file."""
         count = (self.stop - self.start) // np.dtype(self.uint).itemsize
         return np.memmap(self.file, dtype=self.uint, mode="r", offset=self.start, shape=(count,))
+
+    def pieces(self) -> Iterator[np.ndarray[Any, Any]]:
+        """The array, a piece at a time that a core's cache has room for."""
+        array = self.array()
+        for start in range(0, len(array), PIECE):
+            yield array[start : start + PIECE]
+
+    def finite(self, bits: np.ndarray[Any, Any]) -> bool:
+        """Whether none of the tensor's bits are those of NaN or infinity."""
+        exponent = self.uint(EXPONENTS[self.dtype])
+        return not bool((bits & exponent == exponent).any())
 
 
 def entries(shards: Iterable[Path]) -> dict[str, Entry]:
