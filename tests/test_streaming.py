@@ -271,27 +271,32 @@ def memory_of(folder, execution):
     return ("--max-memory", uniprune.plan(str(folder), recipe).memory_streamed) if execution == "streamed" else ()
 
 
-@pytest.mark.parametrize("execution", ["resident", "streamed"])
-@pytest.mark.parametrize("verb", ["prune", "calibrate"])
-def test_killed_at_any_moment(folder, tmp_path, execution, verb):
+KILLED = [("prune", "resident"), ("prune", "streamed"), ("calibrate", "resident"), ("calibrate", "streamed"), ("apply", "")]
+
+
+@pytest.mark.parametrize(("verb", "execution"), KILLED)
+def test_killed_at_any_moment(folder, tmp_path, verb, execution):
     """SIGKILL at random moments, again and again; what comes out in the end is what an undisturbed run writes.
 
     UNIPRUNE_KILLS=30 kills more often than every test run has the time for. How long a run takes is measured again and again:
     machines become slower and faster.
     """
-    settings = *memory_of(folder, execution), "-s", "2:4", "--windows", 16, "--length", 32, "--steps", 12, "--dtype", "float32"
     suffix = ".safetensors" if verb == "calibrate" else ""
     whole, out = tmp_path / f"whole{suffix}", tmp_path / f"out{suffix}"
+    if verb == "apply":
+        uniprune.prune(str(folder), Recipe(sparsity="2:4", controller="none", **SMALL), tmp_path / "pruned")
+        start = command(verb, folder, tmp_path / "pruned" / "pruning" / "masks.safetensors", "--overwrite", "-o")
+    else:
+        settings = "-s", "2:4", "--windows", 16, "--length", 32, "--steps", 12, "--dtype", "float32"
+        start = command(verb, folder, *settings, *memory_of(folder, execution), "--resume", "-o")
     draw = random.Random(0)
     began = time.monotonic()
-    subprocess.run(command(verb, folder, "-o", whole, *settings), check=True, env=environment(), stdout=subprocess.DEVNULL)
+    subprocess.run([*start, str(whole)], check=True, env=environment(), stdout=subprocess.DEVNULL)
     takes = time.monotonic() - began
 
     def run(seconds):
         """Whether the run ended before it was killed."""
-        process = subprocess.Popen(
-            command(verb, folder, "-o", out, *settings, "--resume"), env=environment(), stdout=subprocess.DEVNULL
-        )
+        process = subprocess.Popen([*start, str(out)], env=environment(), stdout=subprocess.DEVNULL)
         try:
             process.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -300,10 +305,10 @@ def test_killed_at_any_moment(folder, tmp_path, execution, verb):
         return process.returncode == 0
 
     def compare():
-        for file in sorted(whole.rglob("*.safetensors")) if verb == "prune" else [whole]:
+        for file in [whole] if suffix else sorted(whole.rglob("*.safetensors")):
             assert (out / file.relative_to(whole)).read_bytes() == file.read_bytes()
         assert not list(tmp_path.glob(".*"))
-        shutil.rmtree(out) if verb == "prune" else out.unlink()
+        out.unlink() if suffix else shutil.rmtree(out)
 
     left = int(os.environ.get("UNIPRUNE_KILLS", 3))
     while left:
@@ -313,7 +318,7 @@ def test_killed_at_any_moment(folder, tmp_path, execution, verb):
             compare()
         else:
             left -= 1
-            assert not out.exists() or verb == "calibrate" or (out / "pruning.json").is_file()
+            assert not out.exists() or suffix or (out / "pruning.json").is_file()
     assert run(None)
     compare()
 
