@@ -14,6 +14,7 @@ RANK = {
     "saliency": 0,
     "selection": 1,
     "ranks": 1,
+    "rows": 1,
     "patterns": 2,
     "matrices": 1,
     "metrics": 1,
