@@ -25,7 +25,7 @@ FLAGS = {
     "permute": "device dtype exclude include json length max-memory metric output overwrite seed sparsity text windows",
     "pack": "json level output overwrite",
     "unpack": "json output overwrite",
-    "evaluate": "device dtype json length text windows",
+    "evaluate": "against device dtype json length limit lm-eval tasks text windows",
 }
 MASKS_FLAGS = {
     "verify": "dtype json model pruned",

@@ -12,6 +12,42 @@ import typer
 
 from uniprune import masks_cli
 from uniprune.errors import InputError, UniPruneError
+from uniprune.flags import (
+    Against,
+    Allow,
+    AsJson,
+    BudgetTokens,
+    Config,
+    Controller,
+    Device,
+    Dtype,
+    EvaluationLength,
+    EvaluationWindows,
+    Exclude,
+    Hardware,
+    Include,
+    Length,
+    Limit,
+    LmEval,
+    MaxMemory,
+    Metric,
+    MisfitsOption,
+    Model,
+    Output,
+    Overwrite,
+    Refine,
+    Resume,
+    Rules,
+    SaveTokens,
+    ScopeOption,
+    Seed,
+    Sequential,
+    Sparsity,
+    Steps,
+    Tasks,
+    Text,
+    WindowsOption,
+)
 from uniprune.terminal import Bars, quiet, show
 
 if TYPE_CHECKING:
@@ -25,80 +61,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-
-Model = Annotated[str, typer.Argument(help="Model: a folder, a .gguf file, or a hub name.")]
-Sparsity = Annotated[
-    str | None,
-    typer.Option("--sparsity", "-s", help="A level to remove (0.6; 0.8@16x16: tiles), or N:M, N of every M inputs kept (2:4)."),
-]
-ScopeOption = Annotated[
-    str | None,
-    typer.Option(help="Budget group of a level: row, matrix, block or model. [default: model with the controller, else row]"),
-]
-Allow = Annotated[
-    list[str] | None, typer.Option(help="Choose one of several N:M for each matrix, to remove a level in all: 2:4,dense.")
-]
-Rules = Annotated[
-    list[str] | None,
-    typer.Option("--rule", help="REGEX=WHAT for some matrices: dense, 2:4, a level, or a range 0.3..0.7; may be repeated."),
-]
-Hardware = Annotated[
-    str | None, typer.Option(help="Kernels that each matrix must suit: any, nvidia-semi-structured or block. [default: any]")
-]
-MisfitsOption = Annotated[
-    str | None,
-    typer.Option("--misfits", help="What a matrix gets that does not fit: refuse, dense or unstructured. [default: refuse]"),
-]
-Metric = Annotated[
-    str | None,
-    typer.Option(help="magnitude, wanda, ria:a=0.5 or stochria:a=0.5,beta=0.1. [default: wanda]"),
-]
-Text = Annotated[
-    str | None,
-    typer.Option(
-        help="builtin, wikitext2, c4, a .txt, .jsonl, .parquet or token file, or a folder of them. [default: builtin]"
-    ),
-]
-WindowsOption = Annotated[int | None, typer.Option(help="Number of calibration windows. [default: 128]")]
-Length = Annotated[int | None, typer.Option(help="Tokens per calibration window. [default: 512]")]
-EvaluationWindows = Annotated[int | None, typer.Option("--windows", help="So many windows, spread evenly. [default: all]")]
-EvaluationLength = Annotated[
-    int | None, typer.Option("--length", help="Tokens per window. [default: 2048, or the model's context]")
-]
-Seed = Annotated[int | None, typer.Option(help="Draws the windows, and the metric's samples. [default: 0]")]
-Dtype = Annotated[
-    str | None,
-    typer.Option(help="Type to compute in: auto, float32, bfloat16 or float16. [default: auto, the model's]"),
-]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. [default: cuda where there is one]")]
-Include = Annotated[list[str] | None, typer.Option(help="Prune only matrices whose name matches; may be repeated.")]
-Exclude = Annotated[list[str] | None, typer.Option(help="Leave matrices whose name matches dense; may be repeated.")]
-Sequential = Annotated[
-    bool | None,
-    typer.Option("--sequential", help="Score each block on what the pruned blocks before it put out.", show_default=False),
-]
-Refine = Annotated[
-    bool | None,
-    typer.Option("--refine", help="Exchange weights by each matrix's reconstruction error, too.", show_default=False),
-]
-Controller = Annotated[
-    str | None,
-    typer.Option(help="Corrects the local saliency by the pruned model's loss: feedback, paper or none. [default: feedback]"),
-]
-Steps = Annotated[int | None, typer.Option(help="Steps of the controller, of 1024 tokens each. [default: by --budget-tokens]")]
-BudgetTokens = Annotated[
-    int | None, typer.Option(help="Tokens for the controller, repeats included. [default: each calibration window once]")
-]
-Config = Annotated[Path | None, typer.Option(help="Recipe file (YAML) with these settings; flags override it.")]
-Output = Annotated[Path, typer.Option("--output", "-o", help="Where to write.")]
-SaveTokens = Annotated[Path | None, typer.Option(help="Also write the calibration windows, as a token file.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run, if there is one.")]
-MaxMemory = Annotated[
-    str | None,
-    typer.Option(help="Memory to use, e.g. 8GB; a model that needs more is read block by block. [default: what is free]"),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 
 
 @app.command()
@@ -305,25 +267,33 @@ def evaluate(
     text: Text = None,
     length: EvaluationLength = None,
     windows: EvaluationWindows = None,
+    tasks: Tasks = None,
+    limit: Limit = None,
+    against: Against = None,
+    lm_eval: LmEval = None,
     dtype: Dtype = None,
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure the token perplexity of a model or of an output folder."""
+    """Measure the token perplexity or the zero-shot accuracy of a model or of an output folder."""
     quiet()
-    from uniprune import pipeline, report
+    from uniprune import assessment, report
 
     with Bars() as progress:
-        result = pipeline.evaluate(
+        result = assessment.evaluate(
             model,
-            text_source=text or "builtin",
+            text_source=text,
             windows=windows,
             length=length,
+            tasks=_listed(tasks),
+            limit=limit,
+            against=against,
+            lm_eval=_listed(lm_eval),
             dtype=dtype,
             device=device,
             progress=progress,
         )
-    show(result, as_json, report.evaluation_table({model: result}))
+    show(result, as_json, *report.evaluation_tables(result))
 
 
 @app.command()
@@ -393,6 +363,10 @@ def _recipe(config: Path | None, **arguments: Any) -> Recipe:
 
     given = {key: arguments[key] for key in Recipe.model_fields.keys() & arguments if arguments[key] not in (None, [])}
     return Recipe.load(config, **given) if config else Recipe(**given)
+
+
+def _listed(names: str | None) -> list[str]:
+    return [name.strip() for name in (names or "").split(",") if name.strip()]
 
 
 def _bytes(size: str | None) -> int | None:

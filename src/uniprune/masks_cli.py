@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from uniprune.errors import InputError
+from uniprune.flags import AsJson, Output, Overwrite
 from uniprune.terminal import quiet, show
 
 app = typer.Typer(help="Verify, compare, combine, count and convert masks files.", no_args_is_help=True, rich_markup_mode=None)
@@ -16,9 +17,6 @@ Masks = Annotated[Path, typer.Argument(help="Masks file.")]
 Several = Annotated[list[Path], typer.Argument(help="Masks files, two or more.")]
 Model = Annotated[str | None, typer.Option(help="The dense model: a folder, a .gguf file, or a hub name.")]
 Dtype = Annotated[str | None, typer.Option(help="Type that a GGUF model was pruned in.")]
-Output = Annotated[Path, typer.Option("--output", "-o", help="Where to write.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 
 
 @app.command()
