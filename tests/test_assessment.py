@@ -71,8 +71,9 @@ def test_bad_requests(monkeypatch, folder, options, message):
 
 def test_tasks_need_a_tokenizer(loaded, tasks):
     loaded.tokenizer = None
-    with pytest.raises(InputError, match="has no tokenizer"):
-        uniprune.evaluate(loaded, tasks=tasks)
+    for options in ({"tasks": tasks}, {"lm_eval": ["piqa"]}):
+        with pytest.raises(InputError, match="has no tokenizer"):
+            uniprune.evaluate(loaded, **options)
 
 
 def test_the_harness_is_an_extra(monkeypatch, loaded):

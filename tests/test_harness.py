@@ -7,8 +7,9 @@ import pytest
 
 import uniprune
 from conftest import tiny_model
+from test_cli import run
 from test_tasks import ROWS
-from uniprune import InputError, Loaded
+from uniprune import InputError
 from uniprune.tasks import load_task
 from uniprune.zeroshot import answer, tokenise
 
@@ -79,10 +80,12 @@ def test_native_scores_are_those_of_the_harness(local, tokenizer, name):
     assert ("acc_norm" in record) == ("acc_norm,none" in values)
 
 
-def test_the_verb_runs_the_harness(local, tokenizer):
+def test_the_verb_runs_the_harness(capsys, monkeypatch, folder, local):
     data, config = local("arc", [ROWS["arc"]] * 3)
-    loaded = Loaded(tiny_model(), tokenizer)
-    found = uniprune.evaluate(loaded, tasks=[data], lm_eval=[config], limit=2)
+    command = ["evaluate", folder, "--tasks", data, "--lm-eval", config, "--limit", 2]
+    code, printed, _ = run(capsys, monkeypatch, *command, "--json")  # the harness shows bars on stderr
+    assert code == 0
+    found = json.loads(printed)
     assert found["lm_eval"]["local_arc"]["acc"] == found["tasks"][data]["acc"]
     assert found["versions"]["lm_eval"]
 

@@ -55,15 +55,19 @@ def evaluate(
     if text_source is None and not (tasks or lm_eval):
         text_source = "builtin"
     subject = _Subject(source)
+    if tasks or lm_eval:
+        subject.check_tokenizer()
     reference = None if against is None else _Subject(against)
+    if reference:
+        reference.check_tokenizer()
     chosen = None if text_source is None else subject.windows(text_source, windows, length)
     asked = [load_task(name, limit) for name in tasks]
     ours, theirs = subject.tokenised(asked), reference.tokenised(asked) if reference else []
     harness = Harness(lm_eval) if lm_eval else None
 
     loaded = subject.load(dtype, device)
-    dtype_used = str(next(loaded.model.parameters()).dtype).removeprefix("torch.")
-    result: dict[str, Any] = {"model": str(loaded), "dtype": dtype_used}
+    computed = str(next(loaded.model.parameters()).dtype).removeprefix("torch.")
+    result: dict[str, Any] = {"model": str(loaded), "dtype": computed}
     result |= asdict(perplexity(loaded.model, chosen, progress)) if chosen else {}
     result |= {"sparsity": _zeros(loaded.model), "versions": versions()}
     answers = _answers(loaded, asked, ours, progress)
@@ -94,14 +98,18 @@ class _Subject:
     def __str__(self) -> str:
         return str(self._source)
 
+    def check_tokenizer(self) -> None:
+        if self._tokenizer is None:
+            raise InputError(
+                f"model {self} has no tokenizer, so tasks cannot be asked; put its tokenizer's files into the folder"
+            )
+
     def windows(self, text: str | Path, count: int | None, length: int | None) -> Windows:
         length = window_length(text, length, min(2048, context(self._config)))
         check_context(self._config, length)
         return load_windows(text, self._tokenizer, use="evaluation", length=length, count=count)
 
     def tokenised(self, tasks: Sequence[Task]) -> list[list[list[Tokens]]]:
-        if tasks and self._tokenizer is None:
-            raise InputError(f"model {self} has no tokenizer, so tasks cannot be asked")
         return [tokenise(task, self._tokenizer, context(self._config)) for task in tasks]
 
     def load(self, dtype: str | None, device: str | None) -> Loaded:
