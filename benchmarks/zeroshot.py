@@ -26,7 +26,7 @@ import uniprune
 from common import DATA, save, smollm2
 from uniprune.job import context
 from uniprune.tasks import load_task
-from uniprune.zeroshot import answer, tokenise
+from uniprune.zeroshot import Answers, answer, tokenise
 
 CONFIGS = {  # our files -> the harness's own tasks
     "piqa": "piqa/piqa.yaml",
@@ -44,44 +44,37 @@ class Timed(HFLM):  # type: ignore[misc]
     def loglikelihood(self, *arguments: Any, **options: Any) -> Any:
         start = time.process_time()
         found = super().loglikelihood(*arguments, **options)
-        self.seconds = time.process_time() - start
+        self.seconds += time.process_time() - start
         return found
 
 
-def harness(model: Timed, name: str, limit: int, folder: Path) -> list[dict[str, Any]]:
-    """The harness's samples, one per row, in order: its own task, reading our file."""
-    settings = {
-        "include": str(Path(lm_eval.__file__).parent / "tasks" / CONFIGS[name]),
-        "task": f"local_{name}",
-        "tag": None,
-        "dataset_path": "json",
-        "dataset_name": None,
-        "dataset_kwargs": {"data_files": {"test": str(DATA / "zeroshot" / f"{name}.jsonl")}, "cache_dir": str(folder)},
-        "training_split": None,
-        "validation_split": None,
-        "test_split": "test",
-    }
-    config = folder / f"{name}.yaml"
-    config.write_text(json.dumps(settings))  # JSON is YAML
-    manager = TaskManager(include_defaults=False)
-    found = lm_eval.simple_evaluate(model, tasks=[str(config)], limit=limit, task_manager=manager, log_samples=True)
-    (samples,) = found["samples"].values()
-    return sorted(samples, key=lambda sample: sample["doc_id"])
+def harness(model: Timed, limit: int, folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """The harness's samples by task, one per row, in order: its own tasks, reading our files."""
+    for name, config in CONFIGS.items():
+        settings = {
+            "include": str(Path(lm_eval.__file__).parent / "tasks" / config),
+            "task": name,
+            "tag": None,
+            "dataset_path": "json",
+            "dataset_name": None,
+            "dataset_kwargs": {"data_files": {"test": str(DATA / "zeroshot" / f"{name}.jsonl")}, "cache_dir": str(folder)},
+            "training_split": None,
+            "validation_split": None,
+            "test_split": "test",
+        }
+        (folder / f"{name}.yaml").write_text(json.dumps(settings))  # JSON is YAML
+    manager = TaskManager(include_path=str(folder), include_defaults=False)
+    found = lm_eval.simple_evaluate(model, tasks=list(CONFIGS), limit=limit, task_manager=manager, log_samples=True)
+    return {name: sorted(samples, key=lambda sample: sample["doc_id"]) for name, samples in found["samples"].items()}
 
 
-def compare(loaded: uniprune.Loaded, model: Timed, name: str, limit: int, folder: Path) -> dict[str, Any]:
-    task = load_task(str(DATA / "zeroshot" / f"{name}.jsonl"), limit)
-    start = time.process_time()
-    ours = answer(loaded.model, task, tokenise(task, loaded.tokenizer, context(loaded.model.config)))
-    seconds = time.process_time() - start
-    samples = harness(model, name, limit, folder)
+def compare(ours: Answers, samples: list[dict[str, Any]]) -> dict[str, Any]:
     pairs = [
         (mine.nats, float(theirs[0]))
         for scores, sample in zip(ours.scores, samples, strict=True)
         for mine, theirs in zip(scores, sample["filtered_resps"], strict=True)
     ]
     return {
-        "task": name,
         "rows": len(samples),
         **{metric: sum(right) / len(right) for metric, right in ours.right.items()},
         "rows_that_differ": {
@@ -89,8 +82,6 @@ def compare(loaded: uniprune.Loaded, model: Timed, name: str, limit: int, folder
             for metric, right in ours.right.items()
         },
         "largest_difference_nats": max(abs(mine - theirs) for mine, theirs in pairs),
-        "seconds": seconds,
-        "harness_seconds": model.seconds,
     }
 
 
@@ -101,13 +92,19 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     loaded = uniprune.load(smollm2(), dtype="float32", device="cpu")
+    tasks = [load_task(str(DATA / "zeroshot" / f"{name}.jsonl"), options.limit) for name in CONFIGS]
+    start = time.process_time()
+    tokens = [tokenise(task, loaded.tokenizer, context(loaded.model.config)) for task in tasks]
+    answers = answer(loaded.model, tasks, tokens)
+    seconds = time.process_time() - start
+    print(f"{seconds:.1f} s", flush=True)
     model = Timed(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=options.batch)
-    rows = []
     with tempfile.TemporaryDirectory() as folder:
-        for name in CONFIGS:
-            rows.append(compare(loaded, model, name, options.limit, Path(folder)))
-            print(rows[-1], flush=True)
-    save("zeroshot", {"lm_eval": lm_eval.__version__, "batch": options.batch, "rows": rows})
+        samples = harness(model, options.limit, Path(folder))
+    rows = [{"task": name, **compare(ours, samples[name])} for name, ours in zip(CONFIGS, answers, strict=True)]
+    facts = {"lm_eval": lm_eval.__version__, "batch": options.batch, "seconds": seconds, "harness_seconds": model.seconds}
+    print(facts, *rows, sep="\n")
+    save("zeroshot", {**facts, "rows": rows})
 
 
 if __name__ == "__main__":

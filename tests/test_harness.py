@@ -60,7 +60,7 @@ def test_native_scores_are_those_of_the_harness(local, tokenizer, name):
     field = next(iter(ROWS[name].keys() & FIRST))
     data, config = local(name, [ROWS[name] | {field: "So " * number + ROWS[name][field]} for number in range(5)])
     model, task = tiny_model(), load_task(data)
-    ours = answer(model, task, tokenise(task, tokenizer, 128))
+    (ours,) = answer(model, [task], [tokenise(task, tokenizer, 128)])
     harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=2)
     found = lm_eval.simple_evaluate(harness, tasks=[config], task_manager=TaskManager(include_defaults=False), log_samples=True)
     (samples,) = found["samples"].values()

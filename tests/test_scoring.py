@@ -59,7 +59,7 @@ def check(model, asked):
 def test_the_trie_is_every_choice_alone(monkeypatch, family, tokens):
     monkeypatch.setattr(scoring, "BATCH_TOKENS", tokens)
     model = tiny_model(family)
-    assert scoring._heeds_masks(model, questions())
+    assert scoring._as_checked_trie(model, questions())
     check(model, questions())
 
 

@@ -17,7 +17,7 @@ def asked(monkeypatch, task, scores):
     """The answers of a model that gives these log-likelihoods, question by question."""
     given = [[value if isinstance(value, Score) else Score(value, False) for value in row] for row in scores]
     monkeypatch.setattr("uniprune.zeroshot.score", lambda model, questions, progress: given)
-    return answer(None, task, [], None)
+    return answer(None, [task], [], None)[0]
 
 
 def choices(*answers, gold):
@@ -80,10 +80,13 @@ def test_the_question_that_cannot_be_asked_is_named(tokenizer):
         tokenise(task, tokenizer, 16)
 
 
-def test_a_model_answers_in_order(tokenizer):
+def test_tasks_are_answered_in_order(tokenizer):
     model = tiny_model()
-    task = Task("t", "piqa", tuple(choices("yes", "no " * count, gold=0) for count in range(1, 6)))
-    tokens = tokenise(task, tokenizer, 128)
-    found = answer(model, task, tokens)
-    expected = [scores[0].nats >= scores[1].nats for (scores,) in (score(model, [question]) for question in tokens)]
-    assert found.right["acc"] == expected
+    tasks = [
+        Task("t", "piqa", tuple(choices("yes", "no " * count, gold=0) for count in counts)) for counts in ((1, 4, 2), (3, 5))
+    ]
+    tokens = [tokenise(task, tokenizer, 128) for task in tasks]
+    for found, questions in zip(answer(model, tasks, tokens), tokens, strict=True):
+        for together, question in zip(found.scores, questions, strict=True):
+            (alone,) = score(model, [question])
+            assert [one.nats for one in together] == pytest.approx([one.nats for one in alone], abs=1e-4)

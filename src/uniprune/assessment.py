@@ -21,7 +21,7 @@ from uniprune.record import versions
 from uniprune.scoring import Tokens
 from uniprune.tasks import Task, load_task
 from uniprune.text import Windows, load_windows
-from uniprune.zeroshot import Answers, answer, tokenise
+from uniprune.zeroshot import answer, tokenise
 
 
 def evaluate(
@@ -70,8 +70,8 @@ def evaluate(
     result: dict[str, Any] = {"model": str(loaded), "dtype": computed}
     result |= asdict(perplexity(loaded.model, chosen, progress)) if chosen else {}
     result |= {"sparsity": _zeros(loaded.model), "versions": versions()}
-    answers = _answers(loaded, asked, ours, progress)
     if asked:
+        answers = answer(loaded.model, asked, ours, progress)
         result["tasks"] = {given.task.name: given.record() for given in answers}
     if harness:
         result["lm_eval"] = harness.run(loaded, limit)
@@ -80,7 +80,8 @@ def evaluate(
 
     if reference:
         result["against"] = str(reference)
-        for mine, other in zip(answers, _answers(reference.load(dtype, device), asked, theirs, progress), strict=True):
+        others = answer(reference.load(dtype, device).model, asked, theirs, progress)
+        for mine, other in zip(answers, others, strict=True):
             result["tasks"][mine.task.name]["against"] = mine.against(other)
     return result
 
@@ -116,12 +117,6 @@ class _Subject:
         if isinstance(self._source, Loaded):
             return self._source
         return Loaded(load_weights(self._source, parse_dtype(dtype), parse_device(device)), self._tokenizer, self._source)
-
-
-def _answers(
-    loaded: Loaded, tasks: Sequence[Task], questions: Sequence[Sequence[Sequence[Tokens]]], progress: Progress
-) -> list[Answers]:
-    return [answer(loaded.model, *pair, progress) for pair in zip(tasks, questions, strict=True)]
 
 
 def _zeros(model: torch.nn.Module) -> float | None:

@@ -9,7 +9,7 @@ choice whole.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -63,50 +63,49 @@ def encode(tokenizer: Any, before: str, after: str, limit: int) -> Tokens:
 def score(model: nn.Module, questions: Sequence[Sequence[Tokens]], progress: Progress = silent) -> list[list[Score]]:
     """The score of every choice of every question. Softmax in float32, whatever the model computes in.
 
-    The longest question is read both ways first, beside the first one: the trie is for models that give the same then.
+    The longest question is read both ways: the trie is for models that give the same then.
     """
-    longest = max(questions, key=_longest)
-    read = _as_trie if _heeds_masks(model, [questions[0], longest]) else _whole
-    scores: dict[int, list[Score]] = {}
-    batches = list(_batches(questions))
-    for batch in progress(batches, "answering", len(batches)):
+    first, *rest = _batches(questions)
+    longest = [questions[index] for index in first]
+    found = _as_checked_trie(model, longest)
+    read = _as_trie if found else _whole
+    scores = dict(zip(first, found or _whole(model, longest), strict=True))
+    for batch in progress(rest, "answering", len(rest)):
         scores |= zip(batch, read(model, [questions[index] for index in batch]), strict=True)
     return [scores[index] for index in range(len(questions))]
 
 
-def _longest(question: Sequence[Tokens]) -> int:
-    return max(len(choice.ids) for choice in question)
+def _batches(questions: Sequence[Sequence[Tokens]]) -> list[list[int]]:
+    """Indices of questions of like length: about ``BATCH_TOKENS`` tokens if every choice is read whole, but two questions.
+
+    The longest ones come in the first batch, and the longest one last in it: it would see the others but for the mask.
+    """
+    batches: list[list[int]] = []
+    left = 0
+    for index in sorted(range(len(questions)), key=lambda index: -max(len(choice.ids) for choice in questions[index])):
+        tokens = sum(len(choice.ids) - 1 for choice in questions[index])
+        if not batches or (len(batches[-1]) > 1 and tokens > left):
+            batches.append([])
+            left = BATCH_TOKENS
+        batches[-1].insert(0, index)
+        left -= tokens
+    return batches
 
 
-def _batches(questions: Sequence[Sequence[Tokens]]) -> Iterator[list[int]]:
-    """Indices of questions of like length, the longest first: about ``BATCH_TOKENS`` tokens if every choice is read whole."""
-    batch: list[int] = []
-    tokens = 0
-    for index in sorted(range(len(questions)), key=lambda index: -_longest(questions[index])):
-        more = sum(len(choice.ids) - 1 for choice in questions[index])
-        if batch and tokens + more > BATCH_TOKENS:
-            yield batch
-            batch, tokens = [], 0
-        batch.append(index)
-        tokens += more
-    yield batch
-
-
-def _heeds_masks(model: nn.Module, questions: Sequence[Sequence[Tokens]]) -> bool:
-    """Whether a model gives the same for a trie of these questions as for each choice alone."""
-
-    def nats(read: Callable[..., list[list[Score]]]) -> Tensor:
-        return torch.tensor([choice.nats for question in read(model, questions) for choice in question])
-
+def _as_checked_trie(model: nn.Module, questions: Sequence[Sequence[Tokens]]) -> list[list[Score]] | None:
+    """The scores from a trie, or None if a model does not heed its mask: if the last question has others when read whole."""
     tolerance = 1e-3 if next(model.parameters()).dtype == torch.float32 else 0.05
     try:
-        same = torch.allclose(nats(_as_trie), nats(_whole), rtol=tolerance, atol=tolerance)
+        found = _as_trie(model, questions)
+        trie, whole = ([one.nats for one in scores] for scores in (found[-1], _whole(model, questions[-1:])[0]))
+        same = torch.allclose(torch.tensor(trie), torch.tensor(whole), rtol=tolerance, atol=tolerance)
     except (TypeError, ValueError, RuntimeError, IndexError) as error:  # its forward pass has no place for the mask
         logger.debug("%s refuses a trie: %s", type(model).__name__, error)
         same = False
-    if not same:
-        logger.info("%s does not heed masks: every choice is read whole", type(model).__name__)
-    return same
+    if same:
+        return found
+    logger.info("%s does not heed masks: every choice is read whole", type(model).__name__)
+    return None
 
 
 # --------------------------------------------------------------------------------------------------------- two ways

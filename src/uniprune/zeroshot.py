@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from torch import nn
@@ -66,9 +67,15 @@ def tokenise(task: Task, tokenizer: Any, limit: int) -> list[list[Tokens]]:
     return questions
 
 
-def answer(model: nn.Module, task: Task, questions: Sequence[Sequence[Tokens]], progress: Progress = silent) -> Answers:
-    """What a model answers to the questions of a task, given as :func:`tokenise` makes them for it."""
-    scores = score(model, questions, progress)
+def answer(
+    model: nn.Module, tasks: Sequence[Task], tokens: Sequence[Sequence[Sequence[Tokens]]], progress: Progress = silent
+) -> list[Answers]:
+    """What a model answers to the questions of several tasks, given as :func:`tokenise` makes them for it, task by task."""
+    scores = iter(score(model, [question for questions in tokens for question in questions], progress))
+    return [_marked(task, list(islice(scores, len(task.questions)))) for task in tasks]
+
+
+def _marked(task: Task, scores: list[list[Score]]) -> Answers:
     right = {"acc": [_right(*pair) for pair in zip(task.questions, scores, strict=True)]}
     if task.normalised:
         right["acc_norm"] = [_right_per_character(*pair) for pair in zip(task.questions, scores, strict=True)]
