@@ -63,6 +63,13 @@ def test_the_trie_is_every_choice_alone(monkeypatch, family, tokens):
     check(model, questions())
 
 
+def test_batches_begin_with_the_longest_question_last_in_its_batch(monkeypatch):
+    monkeypatch.setattr(scoring, "BATCH_TOKENS", 20)
+    lengths = [4, 30, 9, 12, 3, 5]  # each question has one choice
+    batches = scoring._batches([[Tokens([1] * length, 1)] for length in lengths])
+    assert [[lengths[index] for index in batch] for batch in batches] == [[12, 30], [3, 4, 5, 9]]
+
+
 def test_greedy_is_seen():
     model = tiny_model()
     context = [5, 6, 7]
