@@ -145,6 +145,24 @@ def peer(results: dict[str, Any]) -> str:
     return table(["run", "perplexity", "perplexity ratio", "wall time ratio", "peak memory ratio"], lines)
 
 
+def zeroshot(results: dict[str, Any]) -> str:
+    def differ(row: dict[str, Any]) -> str:
+        return ", ".join(f"{count} ({metric})" for metric, count in row["rows_that_differ"].items())
+
+    lines = [
+        [
+            row["task"],
+            f"{row['acc']:.3f}",
+            f"{row['acc_norm']:.3f}" if "acc_norm" in row else "",
+            differ(row),
+            f"{row['largest_difference_nats']:.0e}",
+        ]
+        for row in results["rows"]
+    ]
+    ratio = f"lm-eval's time / ours, all four tasks: **{results['harness_seconds'] / results['seconds']:.2f}**"
+    return table(["task", "acc", "acc_norm", "rows that differ", "largest difference, nats"], lines) + f"\n\n{ratio}"
+
+
 def speed(results: dict[str, Any]) -> str:
     lines = [[f"Wanda's calibration, scores and masks, {p} / forward passes", f"{r:.2f}"] for p, r in results["local"].items()]
     for dtype, ratios in results["step"].items():
@@ -282,7 +300,7 @@ def main() -> None:
         quality = Quality(results)
         names = ("perplexities", "gaps", "whole", "transfer", "costs", "seeds")
         sections = {name: getattr(quality, name)() for name in names}
-    for name, write in {"ablations": ablations, "peer": peer, "speed": speed}.items():
+    for name, write in {"ablations": ablations, "peer": peer, "zeroshot": zeroshot, "speed": speed}.items():
         if results := load(name):
             sections[name] = write(results)
     if results := load("budget"):

@@ -27,7 +27,7 @@ FLAGS = {
     "pack": "json level output overwrite",
     "unpack": "json output overwrite",
     "bench": "batch device dtype json levels",
-    "evaluate": "device dtype json length text windows",
+    "evaluate": "against device dtype json length limit lm-eval tasks text windows",
 }
 MASKS_FLAGS = {
     "verify": "dtype json model pruned",
@@ -141,6 +141,9 @@ def test_recipe_files_and_flags_over_them(capsys, monkeypatch, folder, tmp_path)
         (["prune", "FOLDER", "-s", "2:4", "--config", "RECIPE"], "sparsty"),
         (["prune", "NAN", "-s", "2:4"], "contain NaN"),
         (["evaluate", "FOLDER", "--text", "SHORT"], "less than one window"),
+        (["evaluate", "FOLDER", "--tasks", "piqaa"], "task 'piqaa' is neither one of"),
+        (["evaluate", "FOLDER", "--tasks", "RECIPE"], "line 1: not JSON"),
+        (["evaluate", "FOLDER", "--limit", "5"], "give --tasks"),
         (["mask", "SHORT", "-s", "2:4"], "not a complete safetensors file"),
         (["mask", "FOLDER", "-s", "2:4"], "does not exist"),
         (["frobnicate"], "No such command"),

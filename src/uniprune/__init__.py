@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOME = {
+    "assessment": ("evaluate",),
     "errors": ("InputError", "MismatchError", "UniPruneError"),
     "metrics": ("Magnitude", "RIA", "StochRIA", "Wanda"),
     "models": ("Loaded", "load"),
     "patterns": ("NM", "Unstructured"),
-    "pipeline": ("apply", "calibrate", "evaluate", "mask", "plan", "prune"),
+    "pipeline": ("apply", "calibrate", "mask", "plan", "prune"),
     "recipe": ("Recipe",),
     "reordering": ("permute",),
     "semi_structured": ("to_semi_structured",),
@@ -28,11 +29,12 @@ _HOME = {
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
 
 if TYPE_CHECKING:
+    from uniprune.assessment import evaluate
     from uniprune.errors import InputError, MismatchError, UniPruneError
     from uniprune.metrics import RIA, Magnitude, StochRIA, Wanda
     from uniprune.models import Loaded, load
     from uniprune.patterns import NM, Unstructured
-    from uniprune.pipeline import apply, calibrate, evaluate, mask, plan, prune
+    from uniprune.pipeline import apply, calibrate, mask, plan, prune
     from uniprune.recipe import Recipe
     from uniprune.reordering import permute
     from uniprune.semi_structured import to_semi_structured

@@ -13,6 +13,7 @@ import typer
 from uniprune import masks_cli, speed_cli
 from uniprune.errors import InputError, UniPruneError
 from uniprune.options import (
+    Against,
     Allow,
     AsJson,
     BudgetTokens,
@@ -26,6 +27,8 @@ from uniprune.options import (
     Hardware,
     Include,
     Length,
+    Limit,
+    LmEval,
     MaxMemory,
     Metric,
     MisfitsOption,
@@ -42,6 +45,7 @@ from uniprune.options import (
     Size,
     Sparsity,
     Steps,
+    Tasks,
     Text,
     WindowsOption,
 )
@@ -266,25 +270,33 @@ def evaluate(
     text: Text = None,
     length: EvaluationLength = None,
     windows: EvaluationWindows = None,
+    tasks: Tasks = None,
+    limit: Limit = None,
+    against: Against = None,
+    lm_eval: LmEval = None,
     dtype: Dtype = None,
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure the token perplexity of a model or of an output folder."""
+    """Measure the token perplexity or the zero-shot accuracy of a model or of an output folder."""
     quiet()
-    from uniprune import pipeline, report
+    from uniprune import assessment, report
 
     with Bars() as progress:
-        result = pipeline.evaluate(
+        result = assessment.evaluate(
             model,
-            text_source=text or "builtin",
+            text_source=text,
             windows=windows,
             length=length,
+            tasks=_listed(tasks),
+            limit=limit,
+            against=against,
+            lm_eval=_listed(lm_eval),
             dtype=dtype,
             device=device,
             progress=progress,
         )
-    show(result, as_json, report.evaluation_table({model: result}))
+    show(result, as_json, *report.evaluation_tables(result))
 
 
 @app.command()
@@ -355,6 +367,10 @@ def _recipe(config: Path | None, **arguments: Any) -> Recipe:
 
     given = {key: arguments[key] for key in Recipe.model_fields.keys() & arguments if arguments[key] not in (None, [])}
     return Recipe.load(config, **given) if config else Recipe(**given)
+
+
+def _listed(names: str | None) -> list[str]:
+    return [name.strip() for name in (names or "").split(",") if name.strip()]
 
 
 def _bytes(size: str | None) -> int | None:

@@ -1,4 +1,4 @@
-"""The command line's arguments and options that several verbs have."""
+"""The arguments and options of the command line, each described once."""
 
 from __future__ import annotations
 
@@ -50,6 +50,17 @@ EvaluationLength = Annotated[
     int | None, typer.Option("--length", help="Tokens per window. [default: 2048, or the model's context]")
 ]
 Seed = Annotated[int | None, typer.Option(help="Draws the windows, and the metric's samples. [default: 0]")]
+Tasks = Annotated[
+    str | None,
+    typer.Option(
+        help="Zero-shot accuracy on these, by comma: piqa, arc_easy, ... or .jsonl files, whose fields tell the format."
+    ),
+]
+Limit = Annotated[int | None, typer.Option(help="Ask the first so many questions of each task. [default: all]")]
+Against = Annotated[str | None, typer.Option(metavar="MODEL", help="Compare with this model's answers: the dense one, say.")]
+LmEval = Annotated[
+    str | None, typer.Option("--lm-eval", help="Run these tasks, by comma, through lm-evaluation-harness, if it is installed.")
+]
 Dtype = Annotated[
     str | None,
     typer.Option(help="Type to compute in: auto, float32, bfloat16 or float16. [default: auto, the model's]"),

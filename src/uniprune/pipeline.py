@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ from uniprune import (
     calibration,
     checkpoint,
     descent,
-    evaluation,
     forecast,
     metrics,
     paper,
@@ -29,7 +28,6 @@ from uniprune import (
     ranks,
     runs,
     shards,
-    text,
 )
 from uniprune import masks as masking
 from uniprune.errors import InputError, MismatchError
@@ -39,19 +37,16 @@ from uniprune.job import (
     Machine,
     Source,
     budget_of,
-    check_context,
     choose,
     compute_dtype,
-    context,
     pattern_of,
     place_of,
     prepare,
     progress_of,
-    window_length,
 )
 from uniprune.mask_files import CheckedMasks
 from uniprune.matrices import Matrices, find_matrices
-from uniprune.models import Loaded, Origin, load, load_tokenizer, load_weights, parse_device, parse_dtype, resolve, skeleton
+from uniprune.models import Loaded, Origin, load, load_tokenizer, load_weights, parse_dtype, resolve, skeleton
 from uniprune.patterns import Saliency, Scope
 from uniprune.progress import Progress, silent
 from uniprune.recipe import LENGTH, WINDOWS, Recipe
@@ -265,35 +260,6 @@ def plan(source: str | Path, recipe: Recipe, *, device: str | None = None, max_m
     return replace(found, size=budget.size, level=level) if budget else found
 
 
-def evaluate(
-    source: Source,
-    *,
-    text_source: str | Path = "builtin",
-    windows: int | None = None,
-    length: int | None = None,
-    dtype: str | None = None,
-    device: str | None = None,
-    progress: Progress = silent,
-) -> dict[str, Any]:
-    """Token perplexity of a model or an output folder, with the protocol beside it, and the zeros it really has.
-
-    text_source: as in uniprune.text; a name stands for its evaluation part. windows: so many, spread evenly over the text;
-    None takes all. length: tokens per window, by default 2048, or the model's context if that is shorter.
-    """
-    loaded = source if isinstance(source, Loaded) else None
-    origin = None if loaded else resolve(source)  # type: ignore[arg-type]
-    config = loaded.model.config if loaded else skeleton(origin).config  # type: ignore[arg-type]
-    tokenizer = loaded.tokenizer if loaded else load_tokenizer(origin)  # type: ignore[arg-type]
-    length = window_length(text_source, length, min(2048, context(config)))
-    check_context(config, length)
-    chosen = text.load_windows(text_source, tokenizer, use="evaluation", length=length, count=windows)
-    if loaded is None:
-        assert origin is not None
-        loaded = Loaded(load_weights(origin, parse_dtype(dtype), parse_device(device)), tokenizer, origin)
-    result = asdict(evaluation.perplexity(loaded.model, chosen, progress))
-    return {"model": str(loaded), **result, "sparsity": _zeros(loaded.model), "versions": versions()}
-
-
 # ------------------------------------------------------------------------------------------------------------- parts
 
 
@@ -382,16 +348,6 @@ def _check_names(origin: Origin, file: artefacts.MasksFile, matrices: Matrices |
     for name in file:
         if name not in matrices if matrices is not None else not shards.find_key(f"{name}.weight", keys):
             raise MismatchError(f"{path} was made for another model: {origin} has no matrix {name}")
-
-
-def _zeros(model: torch.nn.Module) -> float | None:
-    """Fraction of exact zeros among the prunable weights; None for a model that can be evaluated, but not pruned."""
-    try:
-        matrices = find_matrices(model)
-    except InputError:
-        return None
-    zeros = masking.zeros(matrices)
-    return sum(zeros[name] * matrix.size for name, matrix in matrices.items()) / sum(m.size for m in matrices.values())
 
 
 def _report(recipe: Recipe, job: Job, removed: Mapping[str, float], watch: Stopwatch) -> dict[str, Any]:

@@ -93,5 +93,49 @@ def bench_table(result: Mapping[str, Any]) -> Table:
     return table
 
 
+def evaluation_tables(result: Mapping[str, Any]) -> list[Table]:
+    """One result of ``evaluate`` as tables: those of what it measured."""
+    tables = [evaluation_table({result["model"]: result})] if "perplexity" in result else []
+    tables += [_accuracy_table(result)] if "tasks" in result else []
+    return tables + ([_harness_table(result["lm_eval"])] if "lm_eval" in result else [])
+
+
+def _accuracy_table(result: Mapping[str, Any]) -> Table:
+    """Accuracies with standard errors; beside another model's, the answers gained and lost, and McNemar's p."""
+    reference = result.get("against")
+    title = f"zero-shot accuracy: {result['model']}, {_percent(result['sparsity'])} zeros, {result['dtype']}"
+    table = Table(title=f"{title}, against {reference}" if reference else title)
+    columns = ["task", "questions", "metric", "value", "± error", *(["reference", "gained", "lost", "p"] if reference else [])]
+    for column in columns:
+        table.add_column(column, justify="left" if column in ("task", "metric") else "right")
+    for name, facts in result["tasks"].items():
+        for metric in ("acc", "acc_norm", "perplexity"):
+            if metric in facts:
+                other = facts.get("against", {}).get(metric)
+                cells = [name, str(facts["questions"]), metric, f"{facts[metric]:.4f}", _error(facts.get(f"{metric}_stderr"))]
+                table.add_row(*cells, *(_compared(other) if other else []))
+    return table
+
+
+def _harness_table(tasks: Mapping[str, Mapping[str, float]]) -> Table:
+    table = Table("task", "metric", title="lm-evaluation-harness")
+    table.add_column("value", justify="right")
+    table.add_column("± error", justify="right")
+    for name, metrics in tasks.items():
+        for metric, value in metrics.items():
+            if "_stderr" not in metric:
+                error = metrics.get(f"{metric}_stderr")
+                table.add_row(name, metric, f"{value:.4f}", _error(error))
+    return table
+
+
+def _compared(other: Mapping[str, Any]) -> list[str]:
+    return [f"{other['reference']:.4f}", str(other["gained"]), str(other["lost"]), f"{other['p']:.2g}"]
+
+
+def _error(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
 def _percent(fraction: float | None) -> str:
     return "unknown" if fraction is None else f"{fraction:.1%}"

@@ -8,7 +8,6 @@ are never dropped, tokenised as one text, and cut into non-overlapping windows o
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import pydoc_data.topics
 from collections.abc import Callable, Iterator
@@ -19,7 +18,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from uniprune.errors import InputError, first_line
+from uniprune.errors import InputError
+from uniprune.rows import read_hub, read_jsonl
 
 logger = logging.getLogger(__name__)
 
@@ -196,17 +196,10 @@ def _wikitext_raw(path: Path) -> Iterator[str]:
 
 
 def _jsonl(path: Path) -> Iterator[str]:
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise InputError(f"text {path}, line {number}: not JSON ({error.msg})") from None
-            if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-                raise InputError(f'text {path}, line {number}: no string field "text"')
-            yield row["text"]
+    for number, row in read_jsonl(path, "text"):
+        if not isinstance(row.get("text"), str):
+            raise InputError(f'text {path}, line {number}: no string field "text"')
+        yield row["text"]
 
 
 def _parquet(path: Path) -> Iterator[str]:
@@ -229,29 +222,20 @@ def _builtin(use: Use) -> Iterator[str]:
             yield topics[key]
 
 
-def _hub(path: str, use: Use, **options: Any) -> Iterator[str]:
-    try:
-        import datasets
-    except ImportError:
-        raise InputError(f"text {path} comes through datasets; pip install 'uniprune[data]', or give a file") from None
-    try:
-        rows = datasets.load_dataset(path, **options)
-        yield from (row["text"] for row in rows)
-    except Exception as error:  # datasets raises dozens of kinds for one cause: it cannot be fetched here
-        reason = first_line(error)
-        raise InputError(f"text {path} cannot be loaded ({reason}); give a local file, or use builtin") from error
+def _hub(path: str, **options: Any) -> Iterator[str]:
+    return (row["text"] for row in read_hub(path, "text", instead=", or use builtin", **options))
 
 
 def _wikitext2(use: Use) -> Iterator[str]:
     split = "test" if use == "evaluation" else "train"
-    return _hub("Salesforce/wikitext", use, name="wikitext-2-raw-v1", split=split)
+    return _hub("Salesforce/wikitext", name="wikitext-2-raw-v1", split=split)
 
 
 def _c4(use: Use) -> Iterator[str]:
     """The shards that Wanda and SparseGPT use."""
     part = "validation" if use == "evaluation" else "train"
     shard = f"en/c4-{part}.00000-of-{'00008' if part == 'validation' else '01024'}.json.gz"
-    return _hub("allenai/c4", use, data_files={part: shard}, split=part, streaming=True)
+    return _hub("allenai/c4", data_files={part: shard}, split=part, streaming=True)
 
 
 NAMED: dict[str, Callable[[Use], Iterator[str]]] = {"builtin": _builtin, "wikitext2": _wikitext2, "c4": _c4}

@@ -1,0 +1,111 @@
+"""The native scorer against lm-evaluation-harness: answers row by row, and time, on the same rows in one process.
+
+    pip install 'uniprune[lm-eval]'
+    python benchmarks/zeroshot.py [--limit 200] [--batch 8]
+
+Timed is what each does from the texts of a task to its log-likelihoods, tokenisation included; not reading data, prompts and
+metrics. The harness's own time is that of its ``loglikelihood``. Seconds are the processor's, because machines are shared: with
+one thread they are what the wall clock would show on an idle one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import lm_eval
+import torch
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+
+import uniprune
+from common import DATA, save, smollm2
+from uniprune.job import context
+from uniprune.tasks import load_task
+from uniprune.zeroshot import Answers, answer, tokenise
+
+CONFIGS = {  # our files -> the harness's own tasks
+    "piqa": "piqa/piqa.yaml",
+    "arc_easy": "arc/arc_easy.yaml",
+    "winogrande": "winogrande/default.yaml",
+    "openbookqa": "openbookqa/openbookqa.yaml",
+}
+
+
+class Timed(HFLM):  # type: ignore[misc]
+    """The harness's model, with the seconds that it took for log-likelihoods."""
+
+    seconds = 0.0
+
+    def loglikelihood(self, *arguments: Any, **options: Any) -> Any:
+        start = time.process_time()
+        found = super().loglikelihood(*arguments, **options)
+        self.seconds += time.process_time() - start
+        return found
+
+
+def harness(model: Timed, limit: int, folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """The harness's samples by task, one per row, in order: its own tasks, reading our files."""
+    for name, config in CONFIGS.items():
+        settings = {
+            "include": str(Path(lm_eval.__file__).parent / "tasks" / config),
+            "task": name,
+            "tag": None,
+            "dataset_path": "json",
+            "dataset_name": None,
+            "dataset_kwargs": {"data_files": {"test": str(DATA / "zeroshot" / f"{name}.jsonl")}, "cache_dir": str(folder)},
+            "training_split": None,
+            "validation_split": None,
+            "test_split": "test",
+        }
+        (folder / f"{name}.yaml").write_text(json.dumps(settings))  # JSON is YAML
+    manager = TaskManager(include_path=str(folder), include_defaults=False)
+    found = lm_eval.simple_evaluate(model, tasks=list(CONFIGS), limit=limit, task_manager=manager, log_samples=True)
+    return {name: sorted(samples, key=lambda sample: sample["doc_id"]) for name, samples in found["samples"].items()}
+
+
+def compare(ours: Answers, samples: list[dict[str, Any]]) -> dict[str, Any]:
+    pairs = [
+        (mine.nats, float(theirs[0]))
+        for scores, sample in zip(ours.scores, samples, strict=True)
+        for mine, theirs in zip(scores, sample["filtered_resps"], strict=True)
+    ]
+    return {
+        "rows": len(samples),
+        **{metric: sum(right) / len(right) for metric, right in ours.right.items()},
+        "rows_that_differ": {
+            metric: sum(mine != bool(sample[metric]) for mine, sample in zip(right, samples, strict=True))
+            for metric, right in ours.right.items()
+        },
+        "largest_difference_nats": max(abs(mine - theirs) for mine, theirs in pairs),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--limit", type=int, default=200)
+    parser.add_argument("--batch", type=int, default=8, help="the harness's batch size")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    loaded = uniprune.load(smollm2(), dtype="float32", device="cpu")
+    tasks = [load_task(str(DATA / "zeroshot" / f"{name}.jsonl"), options.limit) for name in CONFIGS]
+    start = time.process_time()
+    tokens = [tokenise(task, loaded.tokenizer, context(loaded.model.config)) for task in tasks]
+    answers = answer(loaded.model, tasks, tokens)
+    seconds = time.process_time() - start
+    print(f"{seconds:.1f} s", flush=True)
+    model = Timed(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=options.batch)
+    with tempfile.TemporaryDirectory() as folder:
+        samples = harness(model, options.limit, Path(folder))
+    rows = [{"task": name, **compare(ours, samples[name])} for name, ours in zip(CONFIGS, answers, strict=True)]
+    facts = {"lm_eval": lm_eval.__version__, "batch": options.batch, "seconds": seconds, "harness_seconds": model.seconds}
+    print(facts, *rows, sep="\n")
+    save("zeroshot", {**facts, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()

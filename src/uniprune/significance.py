@@ -1,0 +1,28 @@
+"""Whether a difference between accuracies is more than chance."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+
+def standard_error(right: Sequence[bool]) -> float | None:
+    """Of an accuracy: sqrt(p (1 - p) / (n - 1)), the sample's own deviation; None for a single question."""
+    count = len(right)
+    if count < 2:
+        return None
+    accuracy = sum(right) / count
+    return math.sqrt(accuracy * (1 - accuracy) / (count - 1))
+
+
+def mcnemar(gained: int, lost: int) -> float:
+    """Two-sided p of McNemar's exact test (McNemar 1947): questions that only one of two models has right, each a fair coin.
+
+    gained, lost: how many only the one, and only the other has right. What both have right, or neither, says nothing.
+    """
+    count = gained + lost
+    tail, ways = 0, 1  # exact integers: ways to flip so many coins, and all up to the smaller number
+    for flips in range(min(gained, lost) + 1):
+        tail += ways
+        ways = ways * (count - flips) // (flips + 1)
+    return min(1.0, 2 * tail / (1 << count))

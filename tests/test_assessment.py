@@ -1,0 +1,82 @@
+"""The verb ``evaluate`` on tasks, end to end on a tiny model, and what it refuses."""
+
+import json
+import sys
+
+import pytest
+
+import uniprune
+from test_cli import run
+from test_tasks import ROWS
+from uniprune import InputError, Recipe
+
+
+@pytest.fixture
+def tasks(tmp_path):
+    """Two task files of several rows."""
+    paths = []
+    for name in ("arc", "rte"):
+        rows = [ROWS[name] | {field: f"{number} {ROWS[name][field]}"} for number in range(6) for field in list(ROWS[name])[1:2]]
+        paths.append(tmp_path / f"{name}.jsonl")
+        paths[-1].write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return [str(path) for path in paths]
+
+
+def test_accuracy_against_the_dense_model(folder, tasks, tmp_path):
+    uniprune.prune(str(folder), Recipe(sparsity="2:4", windows=2, length=32, controller="none"), tmp_path / "pruned")
+    found = uniprune.evaluate(str(tmp_path / "pruned"), tasks=tasks, limit=4, against=str(folder))
+    assert "perplexity" not in found
+    assert (found["against"], found["dtype"], found["sparsity"]) == (str(folder), "bfloat16", 0.5)
+    dense = uniprune.evaluate(str(folder), tasks=tasks, limit=4)
+    for name in tasks:
+        ours, theirs = found["tasks"][name], dense["tasks"][name]
+        assert ours["questions"] == 4
+        assert ours["sha256"] == theirs["sha256"]
+        for metric, compared in ours["against"].items():
+            assert compared["reference"] == theirs[metric]
+            assert ours[metric] - theirs[metric] == pytest.approx((compared["gained"] - compared["lost"]) / 4)
+    assert list(found["tasks"][tasks[0]]["against"]) == ["acc", "acc_norm"]
+
+
+def test_perplexity_and_accuracy_at_once(loaded, tasks):
+    found = uniprune.evaluate(loaded, text_source="builtin", windows=2, length=32, tasks=tasks)
+    assert found["perplexity"] > 1
+    assert found["tasks"].keys() == set(tasks)
+
+
+def test_the_command_line_shows_tables(capsys, monkeypatch, folder, tasks):
+    monkeypatch.setenv("COLUMNS", "200")
+    command = ["evaluate", folder, "--tasks", ",".join(tasks), "--limit", 3, "--against", folder]
+    code, printed, errors = run(capsys, monkeypatch, *command)
+    assert (code, errors) == (0, "")
+    assert "acc_norm" in printed
+    assert "gained" in printed
+    result = json.loads(run(capsys, monkeypatch, *command, "--json")[1])
+    assert result["tasks"][tasks[1]]["against"]["acc"]["p"] == 1  # against itself
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"limit": 3}, "--limit is a number of questions"),
+        ({"against": "other/model"}, "--against compares answers"),
+        ({"tasks": ["picqa"]}, "'picqa' is neither one of"),
+    ],
+)
+def test_bad_requests(monkeypatch, folder, options, message):
+    monkeypatch.setattr("uniprune.assessment.load_weights", None)  # refused before any weight is loaded
+    with pytest.raises(InputError, match=message):
+        uniprune.evaluate(str(folder), **options)
+
+
+def test_tasks_need_a_tokenizer(loaded, tasks):
+    loaded.tokenizer = None
+    for options in ({"tasks": tasks}, {"lm_eval": ["piqa"]}):
+        with pytest.raises(InputError, match="has no tokenizer"):
+            uniprune.evaluate(loaded, **options)
+
+
+def test_the_harness_is_an_extra(monkeypatch, loaded):
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
+    with pytest.raises(InputError, match=r"pip install 'uniprune\[lm-eval\]'"):
+        uniprune.evaluate(loaded, lm_eval=["piqa"])
