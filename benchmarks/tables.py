@@ -227,7 +227,7 @@ def constraints(results: dict[str, Any]) -> str:
     """What one budget, mixed patterns and permuted channels bring."""
     lines = [[f"{float(row['level']):.0%} by {row['scope']}", f"{row['perplexity']:.1f}"] for row in results.get("scope", [])]
     for row in results.get("mixed", []):
-        lines.append([f"{row['masks']}: {row['sparsity']:.1%}, {len(row['dense'])} dense", f"{row['perplexity']:.1f}"])
+        lines.append([f"{row['masks']}: {row['sparsity']:.1%}, {len(row['dense'])} of 210 dense", f"{row['perplexity']:.1f}"])
     for row in results.get("permutation", []):
         if "model" in row:
             model = {"dense": "channels as they are", "permuted": "channels permuted"}[row["model"]]
