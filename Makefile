@@ -38,9 +38,11 @@ bench: $(READY)
 	for method in magnitude wanda ria stochria fisher owl sparsegpt refine paper any feedback; do \
 		HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/quality.py $$method || exit 1; done
 	for seed in 1 2; do \
-		HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/quality.py feedback 2:4 0.5 --seed $$seed || exit 1; done
+		for method in wanda any sparsegpt; do \
+			HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/quality.py $$method 2:4 0.5 --seed $$seed || exit 1; done; done
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/ablations.py
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/archive.py
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/budget.py
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/budget_size.py
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/scale.py
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench.py

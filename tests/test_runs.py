@@ -368,6 +368,13 @@ def test_a_store_with_a_broken_file_says_so(run, damage):
         Store(run, "descent")
 
 
+def test_a_store_of_another_layout_says_so(run):
+    """As an interrupted run of another version may have."""
+    run.write("descent", {"version": 1, "names": ["w"], "facts": {"step": 3}})
+    with pytest.raises(InputError, match=r"descent\.json is damaged \(it lacks files, written\).*--overwrite"):
+        Store(run, "descent")
+
+
 # ---------------------------------------------------------------------------------------------------- other processes
 
 
