@@ -95,7 +95,7 @@ class Store(Mapping[str, dict[str, Tensor]]):
 
     def _restore(self) -> None:
         """Takes over what the disk says, and removes the files that are not of it."""
-        first = {"version": 0, "written": 0, "files": {}, "facts": {}}
+        first: dict[str, Any] = {"version": 0, "written": 0, "files": {}, "facts": {}}
         content = self._run.read(self._stage) or first
         if missing := first.keys() - content.keys():
             raise damaged(self._folder.with_suffix(".json"), f"it lacks {', '.join(sorted(missing))}")
