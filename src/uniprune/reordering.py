@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from uniprune import calibration, checkpoint, ranks, shards
 from uniprune.errors import InputError
 from uniprune.job import Job, Machine, Source, place_of, prepare, progress_of
+from uniprune.matrices import find_matrices
+from uniprune.models import Loaded, resolve, skeleton
 from uniprune.patterns import NM
 from uniprune.permutation import Channels, find_channels, fold, folding, kept, reorder, search
 from uniprune.progress import Progress, silent
@@ -42,6 +45,10 @@ def permute(
     if not isinstance(pattern, NM):
         raise InputError(f"{pattern}: the order of channels matters to N:M patterns only; use --sparsity 2:4")
     recipe = recipe.model_copy(update={"controller": "none"})
+    model = source.model if isinstance(source, Loaded) else skeleton(resolve(source))
+    found = find_channels(model, find_matrices(model, recipe.include, recipe.exclude))
+    if not found:
+        raise InputError(f"{source}: it has no hidden channels that could be proved to go in any order")
     watch = Stopwatch()
     machine = Machine(device, max_memory, overwrite=overwrite)
     with ranks.joined(place_of(machine)):
@@ -49,9 +56,6 @@ def permute(
             raise InputError("permute runs in one process; start it without torchrun")
         with watch("prepare"):
             job = prepare(source, recipe, output, machine)
-            found = find_channels(job.loaded.model, job.matrices)
-        if not found:
-            raise InputError(f"{job.loaded}: it has no hidden channels that could be proved to go in any order")
         with progress_of(output, machine, job.identity(recipe, verb="permute")) as run:
             consumers = {channels.consumer: job.matrices[channels.consumer] for channels in found}
             with watch("calibrate"):
@@ -62,7 +66,7 @@ def permute(
             with watch("search"):
                 for name, scores in progress(saliency.items(), "permuting", len(consumers)):
                     orders[name] = search(scores, pattern.n, pattern.m, seed=recipe.seed)
-                    total = float(scores.sum(dtype=scores.double().dtype))
+                    total = float(scores.sum(dtype=torch.float64))
                     shares = [kept(scores, pattern.n, pattern.m, order) / total for order in (None, orders[name])]
                     gains[name] = dict(zip(("kept_before", "kept_after"), shares, strict=True))
             with checkpoint.new_folder(output, run.folder) as folder:
