@@ -26,8 +26,7 @@ from typing import Any
 
 import zstandard
 
-import uniprune
-from common import CALIBRATION, save, smollm2
+from common import CALIBRATION, save, smollm2_folder
 from uniprune import archive, artefacts, checkpoint, shards
 
 PATTERNS = ("0.5", "2:4")
@@ -51,10 +50,7 @@ def main() -> None:
     results = {}
     with tempfile.TemporaryDirectory() as name:
         dense = Path(name) / "dense"
-        loaded = uniprune.load(smollm2(), dtype="bfloat16", device="cpu")
-        loaded.model.save_pretrained(dense)
-        loaded.tokenizer.save_pretrained(dense)
-        del loaded
+        smollm2_folder(dense)
         for pattern in PATTERNS:
             folder = prune(dense, pattern)
             results[pattern] = measure(folder, Path(name))

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 import uniprune
-from common import CALIBRATION, EVALUATION, load, relative, save, smollm2
+from common import CALIBRATION, EVALUATION, load, relative, save, smollm2, smollm2_folder
 from scale import measured
 from uniprune import artefacts, budget, evaluation, masks, patterns
 from uniprune.matrices import find_matrices
@@ -79,12 +79,16 @@ class Bench:
         self.scratch = scratch
         self._scores = scores or scratch / "scores.safetensors"
 
-    @property
-    def scores(self) -> artefacts.ScoresFile:
+    def artefact(self) -> Path:
+        """The scores file, calibrated if it is not there yet."""
         if not self._scores.exists():
             recipe = uniprune.Recipe(text=str(CALIBRATION), dtype="bfloat16", windows=128, length=512)
             uniprune.calibrate(smollm2(), recipe, self._scores)
-        return artefacts.ScoresFile(self._scores)
+        return self._scores
+
+    @property
+    def scores(self) -> artefacts.ScoresFile:
+        return artefacts.ScoresFile(self.artefact())
 
     def perplexity(self, model: str, pattern: Pattern | dict[str, Tensor] | None = None) -> float:
         """Of a model, or of it under masks cut from the artefact, or under masks."""
@@ -95,8 +99,7 @@ class Bench:
         return evaluation.perplexity(loaded.model, windows).perplexity
 
     def levels(self) -> Iterator[dict[str, Any]]:
-        assert self.scores  # there now, whoever had to calibrate
-        source, output = self._scores, self.scratch / "masks.safetensors"
+        source, output = self.artefact(), self.scratch / "masks.safetensors"
         start = time.perf_counter()
         found = [uniprune.mask(source, spec, output, overwrite=True)["sparsity"] for spec in LEVELS]
         yield shown({"levels": LEVELS, "seconds": time.perf_counter() - start, "sparsities": found})
@@ -137,14 +140,11 @@ class Bench:
         return cut
 
     def permutation(self) -> Iterator[dict[str, Any]]:
-        dense = self.scratch / "dense"
-        loaded = uniprune.load(smollm2(), dtype="bfloat16", device="cpu")
-        loaded.model.save_pretrained(dense)
-        loaded.tokenizer.save_pretrained(dense)
+        dense = smollm2_folder(self.scratch / "dense")
         text = {"sparsity": "2:4", "text": str(CALIBRATION), "length": 512}
         local = uniprune.Recipe(**text, controller="none", windows=64)
         corrected = uniprune.Recipe(**text, windows=64)
-        report = uniprune.permute(str(dense), local, self.scratch / "permuted")
+        report = uniprune.permute(dense, local, self.scratch / "permuted")
         gains = [found["kept_after"] / found["kept_before"] - 1 for found in report["permuted"].values()]
         yield shown(
             {

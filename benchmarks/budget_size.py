@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 import uniprune
-from common import CALIBRATION, load, save, smollm2
+from common import CALIBRATION, load, save, smollm2, smollm2_folder
 from uniprune import Recipe, Unstructured, archive
 from uniprune.forecast import parse_size
 from uniprune.matrices import find_matrices
@@ -44,7 +44,7 @@ RUNS: dict[str, list[tuple[str, str, dict[str, Any]]]] = {
 def main() -> None:
     for kind in sys.argv[1:] or RUNS:
         with tempfile.TemporaryDirectory() as name:
-            source = smollm2() if kind == "gguf" else dense(Path(name) / "dense")
+            source = smollm2() if kind == "gguf" else smollm2_folder(Path(name) / "dense")
             if kind == "choice":
                 save("size", before() | {"choice": choice(source)})
             for label, size, settings in RUNS[kind]:
@@ -58,13 +58,6 @@ def before() -> dict[str, Any]:
     """What was measured already."""
     results = load("size")
     return {key: results.get(key, nothing) for key, nothing in (("rows", []), ("choice", {}))}
-
-
-def dense(folder: Path) -> str:
-    loaded = uniprune.load(smollm2(), dtype="bfloat16", device="cpu")
-    loaded.model.save_pretrained(folder)
-    loaded.tokenizer.save_pretrained(folder)
-    return str(folder)
 
 
 def measure(source: str, size: str, settings: dict[str, Any], place: Path) -> dict[str, Any]:

