@@ -13,7 +13,7 @@ from uniprune import Loaded, Recipe, archive, size
 from uniprune.budget import DENSE, Mixed, Rule, Ruled, reach
 from uniprune.errors import InputError
 from uniprune.forecast import parse_size, spell_size
-from uniprune.job import budget_of
+from uniprune.job import aim_of
 from uniprune.matrices import find_matrices
 from uniprune.models import resolve, skeleton
 from uniprune.patterns import NM, Tiled, Unstructured
@@ -120,7 +120,7 @@ def budget(folder, **settings):
     origin = resolve(folder)
     hollow = skeleton(origin)
     matrices = find_matrices(hollow)
-    return budget_of(Recipe(**settings), hollow, matrices, origin), matrices
+    return aim_of(Recipe(**settings), hollow, matrices, origin).budget, matrices
 
 
 @pytest.mark.parametrize(

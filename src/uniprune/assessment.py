@@ -15,9 +15,9 @@ from uniprune.evaluation import perplexity
 from uniprune.harness import Harness
 from uniprune.job import Source, check_context, context, window_length
 from uniprune.matrices import find_matrices
-from uniprune.models import Loaded, load_tokenizer, load_weights, parse_device, parse_dtype, resolve, skeleton
+from uniprune.models import Loaded, dtype_name, load_tokenizer, load_weights, parse_device, parse_dtype, resolve, skeleton
 from uniprune.progress import Progress, silent
-from uniprune.record import versions
+from uniprune.record import sparsity, versions
 from uniprune.scoring import Tokens
 from uniprune.tasks import Task, load_task
 from uniprune.text import Windows, load_windows
@@ -66,7 +66,7 @@ def evaluate(
     harness = Harness(lm_eval) if lm_eval else None
 
     loaded = subject.load(dtype, device)
-    computed = str(next(loaded.model.parameters()).dtype).removeprefix("torch.")
+    computed = dtype_name(next(loaded.model.parameters()).dtype)
     result: dict[str, Any] = {"model": str(loaded), "dtype": computed}
     result |= asdict(perplexity(loaded.model, chosen, progress)) if chosen else {}
     result |= {"sparsity": _zeros(loaded.model), "versions": versions()}
@@ -125,5 +125,4 @@ def _zeros(model: torch.nn.Module) -> float | None:
         matrices = find_matrices(model)
     except InputError:
         return None
-    zeros = masking.zeros(matrices)
-    return sum(zeros[name] * matrix.size for name, matrix in matrices.items()) / sum(m.size for m in matrices.values())
+    return sparsity(masking.zeros(matrices), {name: matrix.shape for name, matrix in matrices.items()})

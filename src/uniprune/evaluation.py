@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from uniprune.executor import batches, device_of
+from uniprune.models import dtype_name
 from uniprune.progress import Progress, silent
 from uniprune.text import Windows
 
@@ -38,7 +39,7 @@ def perplexity(model: nn.Module, windows: Windows, progress: Progress = silent) 
         nats += float(window_nats(model, batch).sum())
         tokens += batch[:, 1:].numel()
     count, length = windows.tokens.shape
-    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    dtype = dtype_name(next(model.parameters()).dtype)
     value = math.exp(nats / tokens) if nats / tokens < 700 else math.inf
     return Perplexity(value, nats, tokens, count, length, length, dtype, windows.describe())
 

@@ -17,7 +17,7 @@ from uniprune.budget import spell
 from uniprune.errors import InputError
 from uniprune.executor import BATCH_TOKENS
 from uniprune.matrices import Matrices, find_blocks
-from uniprune.models import Origin
+from uniprune.models import Origin, dtype_name
 from uniprune.passes import PART_TOKENS
 from uniprune.patterns import Pattern
 
@@ -134,7 +134,7 @@ def make_plan(
         pattern=str(pattern) if pattern else None,
         sparsity=removed / prunable if removed is not None else None,
         sparsity_of_model=removed / parameters if removed is not None else None,
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=dtype_name(dtype),
         tokens=tokens,
         execution=execution,
         memory=needed.streamed if execution == "streamed" else needed.resident,

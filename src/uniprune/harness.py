@@ -7,7 +7,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from uniprune.errors import InputError
+from uniprune.errors import InputError, first_line
 from uniprune.models import Loaded
 
 BATCH = 8
@@ -29,8 +29,7 @@ class Harness:
         try:
             self._manager.load(self._names)
         except Exception as error:  # its own kinds, those of YAML and those of datasets
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise InputError(f"--lm-eval {','.join(names)}: a task cannot be loaded: {reason}") from error
+            raise InputError(f"--lm-eval {','.join(names)}: a task cannot be loaded: {first_line(error)}") from error
 
     @property
     def version(self) -> str:

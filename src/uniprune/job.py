@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -22,7 +22,17 @@ from uniprune.errors import InputError
 from uniprune.executor import resident
 from uniprune.hardware import Misfits, fitted
 from uniprune.matrices import Matrices, check_finite, find_matrices
-from uniprune.models import Loaded, Origin, load_tokenizer, load_weights, parse_device, parse_dtype, resolve, skeleton
+from uniprune.models import (
+    Loaded,
+    Origin,
+    dtype_name,
+    load_tokenizer,
+    load_weights,
+    parse_device,
+    parse_dtype,
+    resolve,
+    skeleton,
+)
 from uniprune.patterns import Pattern, Saliency
 from uniprune.recipe import LENGTH, WINDOWS, Recipe
 from uniprune.sharding import Sharder, open_sharded
@@ -117,9 +127,7 @@ def prepare(
         checkpoint.check_output_folder(output, machine.overwrite, origin.folder if origin else None)
     model = loaded.model if loaded else skeleton(origin)  # type: ignore[arg-type]
     matrices = find_matrices(model, recipe.include, recipe.exclude)
-    budget = budget_of(recipe, model, matrices, loaded or origin)
-    level = budget.level() if budget else None
-    pattern, misfits = pattern_of(recipe, model, matrices, origin, level)
+    aim = aim_of(recipe, model, matrices, loaded or origin)
     disk = 4 * sum(matrix.size for matrix in matrices.values())  # of scores
     if output is not None:
         weights = sum(p.numel() for p in model.parameters()) * (dtype or torch.float32).itemsize
@@ -149,40 +157,48 @@ def prepare(
             matrices = attached(find_matrices(loaded.model, recipe.include, recipe.exclude), loaded.residency)  # type: ignore[arg-type]
     if loaded.residency is resident:
         check_finite(matrices)  # as they are computed; as they are stored, digests looks
-    if recipe.size is not None and budget is None:
-        budget = budget_of(recipe, loaded.model, matrices, loaded)
-        assert budget is not None
-        level = budget.level()
-        pattern, misfits = pattern_of(recipe, loaded.model, matrices, origin, level)
-    return Job(loaded, matrices, windows, checkpoint.digests(loaded, matrices, matrices), pattern, misfits, budget, level)
+    if recipe.size is not None and aim.budget is None:
+        aim = aim_of(recipe, loaded.model, matrices, loaded)
+    return Job(loaded, matrices, windows, checkpoint.digests(loaded, matrices, matrices), *aim)
 
 
-def budget_of(
+class Aim(NamedTuple):
+    """What a recipe's budget comes to for a model's matrices; see :class:`Job`."""
+
+    pattern: Pattern | None
+    misfits: dict[str, str]
+    budget: size.Budget | None
+    level: float | None
+
+
+def aim_of(
     recipe: Recipe, model: torch.nn.Module, matrices: Matrices, source: Loaded | Origin | None, refuse: bool = True
-) -> size.Budget | None:
-    """The size that a recipe asks for; None if it asks for none, or if the weights can be read only once they are loaded.
+) -> Aim:
+    """The pattern, and the size that a recipe asks for, if it does and the weights can be read before they are loaded.
 
-    refuse: as in :func:`pattern_of`.
+    refuse: as in :func:`_pattern_of`.
     """
-    if recipe.size is None or source is None or (isinstance(source, Origin) and not source.shards):
-        return None
-    origin = source if isinstance(source, Origin) else source.origin
+    origin = source.origin if isinstance(source, Loaded) else source
 
     def at(level: float | None) -> Pattern:
-        pattern, _ = pattern_of(recipe, model, matrices, origin, level, refuse)
+        pattern, _ = _pattern_of(recipe, model, matrices, origin, level, refuse)
         assert pattern is not None
         return pattern
 
-    return size.budget(forecast.parse_size(recipe.size), source, matrices, at, at(None))
+    budget = None
+    if recipe.size is not None and source is not None and (isinstance(source, Loaded) or source.shards):
+        budget = size.budget(forecast.parse_size(recipe.size), source, matrices, at, at(None))
+    level = budget.level() if budget else None
+    return Aim(*_pattern_of(recipe, model, matrices, origin, level, refuse), budget, level)
 
 
-def pattern_of(
+def _pattern_of(
     recipe: Recipe,
     model: torch.nn.Module,
     matrices: Matrices,
     origin: Origin | None,
-    level: float | None = None,
-    refuse: bool = True,
+    level: float | None,
+    refuse: bool,
 ) -> tuple[Pattern | None, dict[str, str]]:
     """The pattern that a recipe asks for, if it does, as these matrices can have it; and those that cannot, with reasons.
 
@@ -196,7 +212,7 @@ def pattern_of(
         return None, {}
     stored = compute_dtype(origin, matrices) if origin else next(model.parameters()).dtype
     misfits: Misfits = recipe.misfits if refuse or recipe.misfits != "refuse" else "dense"
-    return fitted(recipe.pattern(), shapes, str(stored).removeprefix("torch."), recipe.hardware, misfits)
+    return fitted(recipe.pattern(), shapes, dtype_name(stored), recipe.hardware, misfits)
 
 
 def choose(

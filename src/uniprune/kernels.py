@@ -17,6 +17,7 @@ from torch.sparse import to_sparse_semi_structured
 
 from uniprune.errors import InputError
 from uniprune.hardware import PROFILES
+from uniprune.models import dtype_name
 from uniprune.patterns import NM, Pattern, Shape, Tiled, Unstructured
 
 TWO_OF_FOUR = NM(2, 4)
@@ -104,7 +105,7 @@ class SemiStructured(Kernel):
         needed, found = SEMI_STRUCTURED_NEEDS.capability, torch.cuda.get_device_capability(device)
         if needed and found < needed:
             return f"2:4 products need compute capability {needed[0]}.{needed[1]}, and this GPU has {found[0]}.{found[1]}"
-        return SEMI_STRUCTURED_NEEDS.misfit(TWO_OF_FOUR, shape, str(dtype).removeprefix("torch."))
+        return SEMI_STRUCTURED_NEEDS.misfit(TWO_OF_FOUR, shape, dtype_name(dtype))
 
     def compress(self, weight: Tensor) -> Tensor:
         with _quietly():

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from uniprune import artefacts, budget, checkpoint, models, shards
 from uniprune import masks as masking
-from uniprune.errors import InputError, MismatchError
+from uniprune.errors import InputError, MismatchError, first_line
 from uniprune.matrices import Matrix, find_matrices
 from uniprune.patterns import NM, Cutter
 from uniprune.saliency import View
@@ -392,7 +392,7 @@ def _read(path: Path, read: Callable[[Any], Any]) -> Any:
         with np.load(path, allow_pickle=False) if path.suffix == ".npz" else safe_open(path, "np") as file:
             return read(file)
     except Exception as error:  # of damaged files, zipfile, numpy and safetensors raise all kinds
-        raise InputError(f"{path} cannot be read as .npz or .safetensors: {str(error).partition(chr(10))[0]}") from error
+        raise InputError(f"{path} cannot be read as .npz or .safetensors: {first_line(error)}") from error
 
 
 def _read_mask(path: Path, spelled: str, matrix: Matrix) -> Tensor:

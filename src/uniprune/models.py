@@ -110,6 +110,11 @@ def parse_dtype(name: str | None) -> torch.dtype | None:
     return DTYPES[name]
 
 
+def dtype_name(dtype: torch.dtype | str) -> str:
+    """A dtype as people spell it: ``bfloat16``."""
+    return str(dtype).removeprefix("torch.")
+
+
 def parse_device(name: str | None) -> torch.device:
     """A device by its name; by default CUDA where there is one."""
     if name is None or name == "auto":

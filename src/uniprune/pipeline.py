@@ -36,17 +36,16 @@ from uniprune.job import (
     Job,
     Machine,
     Source,
-    budget_of,
+    aim_of,
     choose,
     compute_dtype,
-    pattern_of,
     place_of,
     prepare,
     progress_of,
 )
 from uniprune.mask_files import CheckedMasks
 from uniprune.matrices import Matrices, find_matrices
-from uniprune.models import Loaded, Origin, load, load_tokenizer, load_weights, parse_dtype, resolve, skeleton
+from uniprune.models import Loaded, Origin, dtype_name, load, load_tokenizer, load_weights, parse_dtype, resolve, skeleton
 from uniprune.patterns import Saliency, Scope
 from uniprune.progress import Progress, silent
 from uniprune.recipe import LENGTH, WINDOWS, Recipe
@@ -163,7 +162,7 @@ def mask(
     controller = "feedback" if saliency.facts["comparable"] else "none"
     recipe = Recipe(sparsity=str(sparsity), scope=scope, controller=controller, **budget)
     stored = next(iter(saliency.facts["digests"].values())).split()[0]
-    dtype = str(shards.DTYPES.get(stored, stored)).removeprefix("torch.")
+    dtype = dtype_name(shards.DTYPES.get(stored, stored))
     pattern, misfits = fitted(recipe.pattern(), saliency.shapes, dtype, recipe.hardware, recipe.misfits)
     cut = pattern(_on_one_scale(saliency, pattern, saliency.facts["comparable"]))
     removed = artefacts.write_masks(output, cut, saliency.shapes, artefacts.binding(saliency.facts) | {"pattern": str(pattern)})
@@ -253,11 +252,10 @@ def plan(source: str | Path, recipe: Recipe, *, device: str | None = None, max_m
             raise
         execution = "none"
     weights = load(origin, recipe.dtype, "cpu") if to_load else origin
-    budget = budget_of(recipe, model, matrices, weights, refuse=False)
-    level = budget.level() if budget else None
-    pattern, misfits = pattern_of(recipe, model, matrices, origin, level, refuse=False)
-    found = forecast.make_plan(origin, model, matrices, pattern, dtype, tokens, place, controller, needs, execution, misfits)
-    return replace(found, size=budget.size, level=level) if budget else found
+    aim = aim_of(recipe, model, matrices, weights, refuse=False)
+    arguments = origin, model, matrices, aim.pattern, dtype, tokens, place, controller, needs, execution, aim.misfits
+    found = forecast.make_plan(*arguments)
+    return replace(found, size=aim.budget.size, level=aim.level) if aim.budget else found
 
 
 # ------------------------------------------------------------------------------------------------------------- parts

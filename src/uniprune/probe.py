@@ -21,6 +21,7 @@ from torch import Tensor
 
 from uniprune.errors import InputError, first_line
 from uniprune.kernels import DENSE, SPARSE, Kernel, check_product
+from uniprune.models import dtype_name
 from uniprune.patterns import Pattern, Shape
 from uniprune.progress import Progress, silent
 
@@ -143,7 +144,7 @@ def measure(
         try:
             results += _measure(case, shapes, device, batches, timer, seconds)
         except Exception as error:  # whatever a kernel raises is the reason why it is missing
-            missing[kernel, dtype] = Missing(kernel.kind, kernel.name, _name(dtype), first_line(error))
+            missing[kernel, dtype] = Missing(kernel.kind, kernel.name, dtype_name(dtype), first_line(error))
     return results, list(missing.values())
 
 
@@ -171,8 +172,8 @@ def _measure(
             Result(
                 kind=case.kernel.kind,
                 kernel=case.kernel.name,
-                dtype=_name(case.dtype),
-                against=_name(case.against),
+                dtype=dtype_name(case.dtype),
+                against=dtype_name(case.against),
                 batch=batch,
                 sparsity=case.pattern.sparsity,
                 speedup=middle,
@@ -224,7 +225,3 @@ def _rounds(races: Sequence[Race], batch: int, timer: Timer, seconds: float) -> 
         times = [race.run(len(rounds), batch, timer) for race in races]
         rounds.append((sum(dense for dense, _ in times), sum(sparse for _, sparse in times)))
     return rounds[WARM_UP:]
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

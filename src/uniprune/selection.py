@@ -79,12 +79,12 @@ def thresholds(
         total = sum(one.size for one in searches.values())
         raise InputError(f"{keep} of {total} weights cannot stay: the bounds leave between {least} and {most}")
     shared, left = list(searches.values()), keep  # whom the common threshold decides on, and what they keep together
-    common = 0
+    common, memory = 0, _Memory()
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         for place, width in DIGITS:
             for name, one in searches.items():
                 if not one.settled:
-                    one.count(saliency[name], place, width, pool)
+                    one.count(saliency[name], place, width, pool, memory)
             digit = _last(torch.stack([one.within for one in shared]).sum(0) >= left) if shared else 0
             for one in shared:
                 one.settle(digit)
@@ -139,10 +139,9 @@ class _Search:
             return EVERYTHING if self.keep else NOTHING
         return Threshold(self.prefix - (1 << 31), self.keep - self.above)
 
-    def count(self, scores: Tensor, place: int, width: int, pool: ThreadPoolExecutor) -> None:
+    def count(self, scores: Tensor, place: int, width: int, pool: ThreadPoolExecutor, memory: _Memory) -> None:
         """Counts the next digits of the scores that have the digits found so far."""
         first, bins = place == DIGITS[0][0], 1 << width
-        memory = _Memory()
 
         def histogram(piece: Tensor) -> Tensor:
             floats, digits = memory.of(piece)

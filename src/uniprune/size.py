@@ -40,7 +40,6 @@ TENSOR, MASK, REPORT = 80, 170, 1500
 
 Array = np.ndarray[Any, Any]
 FLOATS = shards.DTYPES | {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
-SIGNED = {1: np.int8, 2: np.int16, 4: np.int32, 8: np.int64}
 
 
 @dataclass(frozen=True)
@@ -185,7 +184,7 @@ class Sample:
 
     def magnitudes(self) -> Tensor:
         """Float32 ``[rows, in]``."""
-        signed = torch.from_numpy(self._bits.view(SIGNED[self._bits.itemsize]))  # unsigned words of torch have no view
+        signed = torch.from_numpy(self._bits.view(f"i{self._bits.itemsize}"))  # unsigned words of torch have no view
         values = signed.view(self._dtype).float().abs()
         return values.T if self._transposed else values
 
