@@ -19,15 +19,17 @@ FLAGS = {
     " budget-tokens config controller device dtype exclude include json length max-memory metric output overwrite"
     " resume save-tokens scope seed sparsity steps text windows",
     "mask": "allow hardware misfits rule json output overwrite scope sparsity",
-    "apply": "force dtype json output overwrite",
+    "apply": "force dtype json output overwrite push-to-hub",
+    "card": "json overwrite push-to-hub",
     "prune": "allow hardware misfits rule"
     " budget-tokens config controller device dtype exclude include json length max-memory metric output overwrite"
-    " resume save-tokens refine scope seed sequential size sparsity steps text windows",
+    " push-to-hub resume save-tokens refine scope seed sequential size sparsity steps text windows",
     "permute": "device dtype exclude include json length max-memory metric output overwrite seed sparsity text windows",
     "pack": "json level output overwrite",
     "unpack": "json output overwrite",
     "bench": "batch device dtype json levels",
-    "evaluate": "against device dtype json length limit lm-eval tasks text windows",
+    "evaluate": "against check device dtype json length limit lm-eval new-tokens output overwrite prompt tasks text windows",
+    "sweep": "device dtype json length output overwrite resume scope sparsities text windows",
 }
 MASKS_FLAGS = {
     "verify": "dtype json model pruned",

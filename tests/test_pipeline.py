@@ -15,6 +15,7 @@ from conftest import shared, tiny_model
 from uniprune import Loaded, Recipe
 from uniprune.errors import InputError, MismatchError
 from uniprune.matrices import find_matrices
+from uniprune.models import dtype_name, fast_dtype
 
 SMALL = {"windows": 8, "length": 32}
 
@@ -196,7 +197,7 @@ def test_plan_reads_no_weight(folder, tmp_path):
     plan = uniprune.plan(str(tmp_path), Recipe(sparsity="3:8"))
     assert plan.prunable == sum(matrix.size for matrix in find_matrices(tiny_model()).values())
     assert plan.sparsity == 0.625
-    assert plan.dtype == "bfloat16"
+    assert plan.dtype == dtype_name(fast_dtype(torch.bfloat16, torch.device("cpu")))
     assert plan.fits
     assert not uniprune.plan(str(tmp_path), Recipe(sparsity="2:5")).fits
 
@@ -288,3 +289,12 @@ def test_no_safetensors_but_the_weights_lie_beside_the_config(folder, tmp_path):
     uniprune.prune(str(folder), Recipe(sparsity="2:4", controller="none", **SMALL), tmp_path / "out")
     assert {f.name for f in (tmp_path / "out").glob("*.safetensors")} == {f.name for f in folder.glob("*.safetensors")}
     assert (tmp_path / "out" / "pruning" / "masks.safetensors").is_file()
+
+
+def test_a_cpu_that_only_emulates_a_type_computes_in_float32(monkeypatch):
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    for supported, expected in ((lambda: True, torch.bfloat16), (lambda: False, torch.float32)):
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", supported, raising=False)
+        assert fast_dtype(torch.bfloat16, cpu) == expected
+    assert fast_dtype(torch.bfloat16, cuda) == torch.bfloat16
+    assert fast_dtype(torch.float32, cpu) == torch.float32

@@ -62,13 +62,20 @@ RANK = {
     "job": 7,
     "pipeline": 8,
     "reordering": 8,
-    "assessment": 8,
+    "assessment": 9,
+    "curve": 9,
+    "evaluation_cli": 10,
+    "subject": 8,
+    "closeness": 5,
+    "generation": 5,
+    "protocol": 2,
+    "card": 5,
     "record": 5,
     "terminal": 8,
     "options": 8,
     "masks_cli": 9,
     "speed_cli": 9,
-    "cli": 10,
+    "cli": 11,
 }
 MODULES = {path.stem: path for path in Path(uniprune.__file__).parent.glob("*.py") if not path.stem.startswith("__")}
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOME = {
-    "assessment": ("evaluate",),
+    "assessment": ("check", "evaluate"),
     "errors": ("InputError", "MismatchError", "UniPruneError"),
     "metrics": ("Magnitude", "RIA", "StochRIA", "Wanda"),
     "models": ("Loaded", "load"),
@@ -25,11 +25,13 @@ _HOME = {
     "reordering": ("permute",),
     "semi_structured": ("to_semi_structured",),
     "speed": ("bench",),
+    "curve": ("sweep",),
 }
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
 
 if TYPE_CHECKING:
-    from uniprune.assessment import evaluate
+    from uniprune.assessment import check, evaluate
+    from uniprune.curve import sweep
     from uniprune.errors import InputError, MismatchError, UniPruneError
     from uniprune.metrics import RIA, Magnitude, StochRIA, Wanda
     from uniprune.models import Loaded, load
@@ -56,12 +58,14 @@ __all__ = [
     "apply",
     "bench",
     "calibrate",
+    "check",
     "evaluate",
     "load",
     "mask",
     "permute",
     "plan",
     "prune",
+    "sweep",
     "to_semi_structured",
 ]
 

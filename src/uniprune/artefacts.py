@@ -47,14 +47,20 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def check_output_file(path: Path, overwrite: bool) -> None:
+def check_output_file(path: Path, overwrite: bool, suffix: str = ".safetensors") -> None:
     """Raises InputError if ``path`` exists and may not be replaced, before any work is done."""
-    if path.suffix != ".safetensors":
-        raise InputError(f"output {path} is a safetensors file; let its name end in .safetensors")
+    if path.suffix != suffix:
+        raise InputError(f"output {path} is a {suffix[1:]} file; let its name end in {suffix}")
     if path.is_dir():
         raise InputError(f"output {path} is a folder; give a file name")
     if path.exists() and not overwrite:
         raise InputError(f"output {path} exists; give another name, or --overwrite")
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes a result file, at once or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def stream_tensors(path: Path, specs: Specs, tensors: Iterable[tuple[str, Tensor]], facts: Mapping[str, Any]) -> None:
@@ -124,7 +130,8 @@ class ScoresFile(Mapping[str, Tensor]):
         self._path = path
         with open_tensors(path, "scores") as (file, facts):
             self.facts = facts
-            self.shapes = {name: tuple(file.get_slice(name).get_shape()) for name in facts["matrices"]}
+            shapes = {name: file.get_slice(name).get_shape() for name in facts["matrices"]}
+        self.shapes: dict[str, tuple[int, int]] = {name: (rows, columns) for name, (rows, columns) in shapes.items()}
 
     def __getitem__(self, name: str) -> Tensor:
         with safe_open(self._path, framework="pt") as file:

@@ -1,4 +1,4 @@
-"""The verb ``evaluate``: how good a model is, by perplexity, by zero-shot accuracy, and against another model."""
+"""The verb ``evaluate``: how good a model is, by perplexity, by zero-shot accuracy, and beside another model."""
 
 from __future__ import annotations
 
@@ -10,18 +10,21 @@ from typing import Any
 import torch
 
 from uniprune import masks as masking
+from uniprune import protocol
+from uniprune.closeness import check_same_tokens, closeness
 from uniprune.errors import InputError
-from uniprune.evaluation import perplexity
+from uniprune.generation import prompts_of, side_by_side
 from uniprune.harness import Harness
-from uniprune.job import Source, check_context, context, window_length
+from uniprune.job import Source
 from uniprune.matrices import find_matrices
-from uniprune.models import Loaded, dtype_name, load_tokenizer, load_weights, parse_device, parse_dtype, resolve, skeleton
+from uniprune.models import dtype_name
 from uniprune.progress import Progress, silent
 from uniprune.record import sparsity, versions
-from uniprune.scoring import Tokens
-from uniprune.tasks import Task, load_task
-from uniprune.text import Windows, load_windows
-from uniprune.zeroshot import answer, tokenise
+from uniprune.subject import Measured, Subject
+from uniprune.tasks import load_task
+from uniprune.text import Windows
+
+NEW_TOKENS = 40
 
 
 def evaluate(
@@ -33,6 +36,8 @@ def evaluate(
     tasks: Sequence[str] = (),
     limit: int | None = None,
     against: Source | None = None,
+    prompts: Sequence[str] = (),
+    new_tokens: int | None = None,
     lm_eval: Sequence[str] = (),
     dtype: str | None = None,
     device: str | None = None,
@@ -40,83 +45,126 @@ def evaluate(
 ) -> dict[str, Any]:
     """Token perplexity or zero-shot accuracy of a model or an output folder, and the zeros it really has.
 
-    text_source: as in uniprune.text; a name stands for its evaluation part; by default ``builtin`` if no tasks are given.
+    text_source: as in uniprune.text; a name stands for its evaluation part; by default ``builtin`` if nothing else is asked.
     windows: so many, spread evenly over the text; None takes all. length: tokens per window, by default 2048, or the model's
     context if that is shorter.
-    tasks: names or .jsonl files, as in uniprune.tasks. limit: the first so many questions of each. against: a model that
-    answers the same questions, the dense one say; what is gained and lost comes with McNemar's p.
+    tasks: names or .jsonl files, as in uniprune.tasks. limit: the first so many questions of each.
+    against: another model, the dense one say. It answers the same questions: what is gained and lost comes with McNemar's p. It
+    reads the same text: the divergence of their predictions, and greedy continuations, ``new_tokens`` long (by default 40; 0:
+    none), of ``prompts`` or of three places of the text.
     lm_eval: tasks of lm-evaluation-harness, which must be installed.
+    The result's ``protocol`` says how it was had; :func:`check` has it again.
     Raises InputError before any weight is loaded if something asked for cannot be done.
     """
     if limit is not None and not (tasks or lm_eval):
         raise InputError("--limit is a number of questions; give --tasks or --lm-eval")
-    if against is not None and not tasks:
-        raise InputError("--against compares answers to questions; give --tasks")
-    if text_source is None and not (tasks or lm_eval):
+    if against is None and (prompts or new_tokens is not None):
+        raise InputError("--prompt and --new-tokens are for two models side by side; give --against")
+    if text_source is None and not (tasks or lm_eval or prompts):
         text_source = "builtin"
-    subject = _Subject(source)
-    if tasks or lm_eval:
-        subject.check_tokenizer()
-    reference = None if against is None else _Subject(against)
-    if reference:
-        reference.check_tokenizer()
+    subject, other = Subject(source), None if against is None else Subject(against)
+    if new_tokens is None:
+        new_tokens = NEW_TOKENS if other is not None and subject.tokenizer is not None else 0
     chosen = None if text_source is None else subject.windows(text_source, windows, length)
+    if other is not None and chosen is not None:
+        check_same_tokens(chosen, other.windows(text_source, windows, length), str(other))  # type: ignore[arg-type]
+        if new_tokens and not prompts:
+            prompts = prompts_of(chosen, subject.tokenizer)
     asked = [load_task(name, limit) for name in tasks]
-    ours, theirs = subject.tokenised(asked), reference.tokenised(asked) if reference else []
+    for each in (subject, other) if other else (subject,):
+        each.ask(chosen, asked, prompts if new_tokens else (), new_tokens)
+    if lm_eval:
+        subject.check_tokenizer()
     harness = Harness(lm_eval) if lm_eval else None
 
     loaded = subject.load(dtype, device)
-    computed = dtype_name(next(loaded.model.parameters()).dtype)
+    computed, place = dtype_name(next(loaded.model.parameters()).dtype), protocol.machine(loaded.model)
+    ours = subject.measure(loaded, progress, record=other is not None)
+    request = protocol.Request(
+        text_source=None if text_source is None else str(text_source),
+        windows=windows,
+        length=length,
+        tasks=tuple(tasks),
+        limit=limit,
+        prompts=tuple(prompts),
+        new_tokens=new_tokens if other else None,
+        lm_eval=tuple(lm_eval),
+        dtype=computed,
+    )
     result: dict[str, Any] = {"model": str(loaded), "dtype": computed}
-    result |= asdict(perplexity(loaded.model, chosen, progress)) if chosen else {}
+    result |= asdict(ours.perplexity) if ours.perplexity else {}
     result |= {"sparsity": _zeros(loaded.model), "versions": versions()}
     if asked:
-        answers = answer(loaded.model, asked, ours, progress)
-        result["tasks"] = {given.task.name: given.record() for given in answers}
+        result["tasks"] = {given.task.name: given.record() for given in ours.answers}
     if harness:
         result["lm_eval"] = harness.run(loaded, limit)
         result["versions"]["lm_eval"] = harness.version
-    del loaded  # its memory is the reference's
+    how = {"request": request.model_dump(), "weights_sha256": protocol.weights_sha256(loaded.model), "machine": place}
+    del loaded  # its memory is the other's
 
-    if reference:
-        result["against"] = str(reference)
-        others = answer(reference.load(dtype, device).model, asked, theirs, progress)
-        for mine, other in zip(answers, others, strict=True):
-            result["tasks"][mine.task.name]["against"] = mine.against(other)
-    return result
+    if other:
+        result["against"] = str(other)
+        loaded = other.load(dtype, device)
+        theirs = other.measure(loaded, progress, record=True)
+        how["against_sha256"] = protocol.weights_sha256(loaded.model)
+        result |= _beside(ours, theirs, chosen, prompts, subject.tokenizer)
+        for mine, reference in zip(ours.answers, theirs.answers, strict=True):
+            result["tasks"][mine.task.name]["against"] = mine.against(reference)
+    return result | {"protocol": how}
 
 
-class _Subject:
-    """A model whose weights are loaded when everything that is asked of it was checked."""
+def check(
+    path: Path,
+    source: Source | None = None,
+    *,
+    against: Source | None = None,
+    device: str | None = None,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Has a result of :func:`evaluate` again and compares what was measured, value by value.
 
-    def __init__(self, source: Source) -> None:
-        self._source = source if isinstance(source, Loaded) else resolve(source)
-        if isinstance(self._source, Loaded):
-            self._config, self._tokenizer = self._source.model.config, self._source.tokenizer
-        else:
-            self._config, self._tokenizer = skeleton(self._source).config, load_tokenizer(self._source)
+    path: its JSON file. source, against: the models, if they are not where they were. ``reproduced`` in what is returned:
+    whether every value is the same; on a machine of another kind than the recorded one, whether all differ by under 1 %.
+    Raises InputError if the file is no such result.
+    """
+    recorded, request = protocol.read(path)
+    if source is None and not isinstance(recorded.get("model"), str):
+        raise InputError(f"result {path} names no model; give it: uniprune evaluate MODEL --check {path}")
+    before, threads = recorded["protocol"].get("machine"), torch.get_num_threads()
+    if isinstance(before, dict) and isinstance(count := before.get("threads"), int) and 0 < count <= 1024:
+        torch.set_num_threads(count)  # sums depend on how they are split
+    try:
+        found = evaluate(
+            source or recorded["model"],
+            against=against or recorded.get("against"),
+            device=device,
+            progress=progress,
+            **request.model_dump(),
+        )
+    finally:
+        torch.set_num_threads(threads)
+    differing = protocol.differences(recorded, found)
+    same_machine = before == found["protocol"]["machine"]
+    return {
+        "result": str(path),
+        "reproduced": not differing if same_machine else all(difference.within for difference in differing),
+        "same_machine": same_machine,
+        "differences": [difference._asdict() for difference in differing],
+        "versions": {"recorded": recorded.get("versions"), "now": found["versions"]},
+    }
 
-    def __str__(self) -> str:
-        return str(self._source)
 
-    def check_tokenizer(self) -> None:
-        if self._tokenizer is None:
-            raise InputError(
-                f"model {self} has no tokenizer, so tasks cannot be asked; put its tokenizer's files into the folder"
-            )
-
-    def windows(self, text: str | Path, count: int | None, length: int | None) -> Windows:
-        length = window_length(text, length, min(2048, context(self._config)))
-        check_context(self._config, length)
-        return load_windows(text, self._tokenizer, use="evaluation", length=length, count=count)
-
-    def tokenised(self, tasks: Sequence[Task]) -> list[list[list[Tokens]]]:
-        return [tokenise(task, self._tokenizer, context(self._config)) for task in tasks]
-
-    def load(self, dtype: str | None, device: str | None) -> Loaded:
-        if isinstance(self._source, Loaded):
-            return self._source
-        return Loaded(load_weights(self._source, parse_dtype(dtype), parse_device(device)), self._tokenizer, self._source)
+def _beside(
+    ours: Measured, theirs: Measured, windows: Windows | None, prompts: Sequence[str], tokenizer: Any
+) -> dict[str, Any]:
+    """What the two models' predictions have in common."""
+    found: dict[str, Any] = {}
+    if windows is not None and ours.recording and theirs.recording and theirs.perplexity:
+        found["closeness"] = asdict(closeness(ours.recording, theirs.recording, windows))
+        found["closeness"]["reference_perplexity"] = theirs.perplexity.perplexity
+    if theirs.written:
+        found["generations"] = side_by_side(prompts, ours.written, theirs.written, tokenizer)
+    return found
 
 
 def _zeros(model: torch.nn.Module) -> float | None:

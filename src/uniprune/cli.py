@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from uniprune import masks_cli, speed_cli
+from uniprune import evaluation_cli, masks_cli, speed_cli
 from uniprune.errors import InputError, UniPruneError
 from uniprune.options import (
-    Against,
     Allow,
     AsJson,
     BudgetTokens,
@@ -21,20 +21,17 @@ from uniprune.options import (
     Controller,
     Device,
     Dtype,
-    EvaluationLength,
-    EvaluationWindows,
     Exclude,
     Hardware,
     Include,
     Length,
-    Limit,
-    LmEval,
     MaxMemory,
     Metric,
     MisfitsOption,
     Model,
     Output,
     Overwrite,
+    PushToHub,
     Refine,
     Resume,
     Rules,
@@ -45,7 +42,6 @@ from uniprune.options import (
     Size,
     Sparsity,
     Steps,
-    Tasks,
     Text,
     WindowsOption,
 )
@@ -172,14 +168,16 @@ def apply(
     output: Output,
     dtype: Dtype = None,
     force: Annotated[bool, typer.Option("--force", help="Apply masks that were made for other weights.")] = False,
+    push_to_hub: PushToHub = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
     """Write the pruned checkpoint of a model from masks."""
     from uniprune import pipeline
 
+    push = _push(push_to_hub, overwrite)
     result = pipeline.apply(model, masks, output, overwrite=overwrite, force=force, dtype=dtype)
-    _show_pruned(output, result, as_json)
+    _show_pruned(output, result | push(output), as_json)
 
 
 @app.command()
@@ -210,6 +208,7 @@ def prune(
     config: Config = None,
     save_tokens: SaveTokens = None,
     max_memory: MaxMemory = None,
+    push_to_hub: PushToHub = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
@@ -218,6 +217,7 @@ def prune(
     recipe = _recipe(**locals())
     from uniprune import pipeline
 
+    push = _push(push_to_hub, overwrite)
     with Bars() as progress:
         result = pipeline.prune(
             model,
@@ -230,7 +230,7 @@ def prune(
             save_tokens=save_tokens,
             progress=progress,
         )
-    _show_pruned(output, result, as_json)
+    _show_pruned(output, result | push(output) if result else result, as_json)
 
 
 @app.command()
@@ -264,39 +264,8 @@ def permute(
     show({"output": str(output), **result}, as_json, line)
 
 
-@app.command()
-def evaluate(
-    model: Model,
-    text: Text = None,
-    length: EvaluationLength = None,
-    windows: EvaluationWindows = None,
-    tasks: Tasks = None,
-    limit: Limit = None,
-    against: Against = None,
-    lm_eval: LmEval = None,
-    dtype: Dtype = None,
-    device: Device = None,
-    as_json: AsJson = False,
-) -> None:
-    """Measure the token perplexity or the zero-shot accuracy of a model or of an output folder."""
-    quiet()
-    from uniprune import assessment, report
-
-    with Bars() as progress:
-        result = assessment.evaluate(
-            model,
-            text_source=text,
-            windows=windows,
-            length=length,
-            tasks=_listed(tasks),
-            limit=limit,
-            against=against,
-            lm_eval=_listed(lm_eval),
-            dtype=dtype,
-            device=device,
-            progress=progress,
-        )
-    show(result, as_json, *report.evaluation_tables(result))
+app.command()(evaluation_cli.evaluate)
+app.command()(evaluation_cli.sweep)
 
 
 @app.command()
@@ -330,6 +299,24 @@ def unpack(
         result = archive.unpack(path, output, overwrite=overwrite, progress=progress)
     line = f"{output}: {result['files']} files, {result['bytes'] / 1e6:.1f} MB, verified"
     show({"output": str(output), **result}, as_json, line)
+
+
+@app.command("card")
+def card_(
+    folder: Annotated[Path, typer.Argument(help="Output folder of prune or apply.")],
+    results: Annotated[list[Path] | None, typer.Argument(help="Results of evaluate for it, to show in the card.")] = None,
+    push_to_hub: PushToHub = None,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write a checkpoint's model card anew, with results; and upload the folder if asked to."""
+    from uniprune import card
+
+    push = _push(push_to_hub, overwrite)
+    text = card.rewrite(folder, results or [], overwrite=overwrite)
+    result = {"card": str(folder / card.CARD), "text": text, **push(folder)}
+    lines = [f"{result['card']}: written", *([f"uploaded to {result['uploaded']}"] if "uploaded" in result else [])]
+    show(result, as_json, *lines)
 
 
 app.command()(speed_cli.bench)
@@ -369,10 +356,6 @@ def _recipe(config: Path | None, **arguments: Any) -> Recipe:
     return Recipe.load(config, **given) if config else Recipe(**given)
 
 
-def _listed(names: str | None) -> list[str]:
-    return [name.strip() for name in (names or "").split(",") if name.strip()]
-
-
 def _bytes(size: str | None) -> int | None:
     from uniprune.forecast import parse_size
 
@@ -384,8 +367,19 @@ def _show_pruned(output: Path, result: dict[str, Any], as_json: bool) -> None:
 
     if not result:  # another process of the run has them
         return
-    lines = f"{output}: {result['pattern']}, sparsity {result['sparsity']:.4f} in {len(result['matrices'])} matrices"
-    show({"output": str(output), **result}, as_json, lines, report.NOTE)
+    lines = [f"{output}: {result['pattern']}, sparsity {result['sparsity']:.4f} in {len(result['matrices'])} matrices"]
+    lines += [f"uploaded to {result['uploaded']}"] if "uploaded" in result else []
+    show({"output": str(output), **result}, as_json, *lines, report.NOTE)
+
+
+def _push(repository: str | None, overwrite: bool) -> Callable[[Path], dict[str, Any]]:
+    """What uploads an output folder, if that was asked for; it is checked now whether that can succeed."""
+    if repository is None:
+        return lambda folder: {}
+    from uniprune import card
+
+    card.check_push(repository)
+    return lambda folder: {"uploaded": card.push(folder, repository, overwrite=overwrite)}
 
 
 def _fail(message: str, code: int) -> NoReturn:

@@ -26,6 +26,7 @@ from uniprune.models import (
     Loaded,
     Origin,
     dtype_name,
+    fast_dtype,
     load_tokenizer,
     load_weights,
     parse_device,
@@ -102,7 +103,14 @@ class Job:
     def identity(self, recipe: Recipe, **more: Any) -> dict[str, Any]:
         """What a run must have in common with the interrupted one that it goes on with."""
         tokens = hashlib.sha256(self.windows.tokens.contiguous().numpy().data).hexdigest()
-        settings = {"recipe": recipe.record(), "model": self.base, "tokens": tokens, "execution": self.execution}
+        dtype = dtype_name(next(self.loaded.model.parameters()).dtype)
+        settings = {
+            "recipe": recipe.record(),
+            "model": self.base,
+            "tokens": tokens,
+            "execution": self.execution,
+            "dtype": dtype,
+        }
         return settings | {"processes": ranks.count()} | more
 
 
@@ -118,7 +126,7 @@ def prepare(
 
     output: an output folder, or None; scores: a scores file instead, whose name its writer checks.
     """
-    place, dtype = place_of(machine), parse_dtype(recipe.dtype)
+    place, asked = place_of(machine), parse_dtype(recipe.dtype)
     if save_tokens is not None:
         check_output_file(save_tokens, machine.overwrite)
     loaded = source if isinstance(source, Loaded) else None
@@ -130,7 +138,7 @@ def prepare(
     aim = aim_of(recipe, model, matrices, loaded or origin)
     disk = 4 * sum(matrix.size for matrix in matrices.values())  # of scores
     if output is not None:
-        weights = sum(p.numel() for p in model.parameters()) * (dtype or torch.float32).itemsize
+        weights = sum(p.numel() for p in model.parameters()) * (asked or torch.float32).itemsize
         disk = checkpoint.checkpoint_bytes(origin, weights) if origin else weights
     target = output or scores
     if target is not None:
@@ -141,13 +149,13 @@ def prepare(
         text.save_windows(windows, save_tokens)
     if loaded is None:
         assert origin is not None
-        stored = compute_dtype(origin, matrices)
-        computed = dtype or stored
+        stored = stored_dtype(origin, matrices)
+        computed = asked or fast_dtype(stored, place)
         step, controller = recipe.step_tokens(windows.tokens.shape[1]), recipe.resolved_controller
         needs = forecast.needs(model, matrices, computed, controller, step, mapped=computed == stored)
         execution = choose(origin, needs, machine, place, target)
         if execution == "resident":
-            loaded = Loaded(load_weights(origin, dtype, place), tokenizer, origin)
+            loaded = Loaded(load_weights(origin, computed, place), tokenizer, origin)
             matrices = find_matrices(loaded.model, recipe.include, recipe.exclude)
         else:
             if target is not None:
@@ -210,7 +218,7 @@ def _pattern_of(
         recipe = recipe.at(size.lowest(recipe.at(recipe.lowest).pattern(), shapes) if level is None else level)
     if recipe.sparsity is None:
         return None, {}
-    stored = compute_dtype(origin, matrices) if origin else next(model.parameters()).dtype
+    stored = stored_dtype(origin, matrices) if origin else next(model.parameters()).dtype
     misfits: Misfits = recipe.misfits if refuse or recipe.misfits != "refuse" else "dense"
     return fitted(recipe.pattern(), shapes, dtype_name(stored), recipe.hardware, misfits)
 
@@ -309,8 +317,8 @@ def check_context(config: Any, length: int) -> None:
         raise InputError(f"windows of {length} tokens do not fit the model's context of {context(config)}; lower --length")
 
 
-def compute_dtype(origin: Origin, matrices: Matrices) -> torch.dtype:
-    """The type that a model is computed in unless another is asked for: its matrices' own."""
+def stored_dtype(origin: Origin, matrices: Matrices) -> torch.dtype:
+    """The type of a model's matrices on disk; what a GGUF file has quantised is float32 here."""
     if origin.gguf:
         return torch.float32
     keys = shards.entries(origin.shards)

@@ -40,6 +40,14 @@ class Head:
             self._weight = self._weight[self._common]
             self._bias = self._bias[self._common] if self._bias is not None else None
 
+    @property
+    def vocabulary(self) -> int:
+        return len(self._weight)
+
+    @property
+    def device(self) -> torch.device:
+        return self._weight.device
+
     def fit(self, model: nn.Module, run: Callable[[nn.Module], Any], hidden: Tensor) -> Head:
         """Finds the factor that some families put on their logits.
 
@@ -52,7 +60,10 @@ class Head:
         self._scale = float((logits * ours).sum() / ours.square().sum())
         if not torch.allclose(logits, ours * self._scale, rtol=0.05, atol=0.02 * float(logits.abs().max())):
             kind = type(model).__name__
-            raise UniPruneError(f"the logits of {kind} are not its output head times its last states; use --controller none")
+            raise UniPruneError(
+                f"the logits of {kind} are not its output head times its last hidden states: "
+                "prune it with --controller none, and compare it --against another by --tasks alone"
+            )
         return self
 
     def __call__(self, hidden: Tensor) -> Tensor:

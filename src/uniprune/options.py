@@ -57,13 +57,26 @@ Tasks = Annotated[
     ),
 ]
 Limit = Annotated[int | None, typer.Option(help="Ask the first so many questions of each task. [default: all]")]
-Against = Annotated[str | None, typer.Option(metavar="MODEL", help="Compare with this model's answers: the dense one, say.")]
+Against = Annotated[
+    str | None, typer.Option(metavar="MODEL", help="Compare with this model's answers and predictions: the dense one, say.")
+]
+Prompts = Annotated[
+    list[str] | None,
+    typer.Option("--prompt", help="With --against: let both go on with this; may be repeated. [default: three from the text]"),
+]
+NewTokens = Annotated[int | None, typer.Option(help="With --against: length of what both write; 0 for nothing. [default: 40]")]
+Check = Annotated[
+    Path | None, typer.Option(metavar="RESULT", help="Measure again what this result says; exit code 1 if it differs.")
+]
+ResultFile = Annotated[Path | None, typer.Option("--output", "-o", help="Also write the result, as JSON.")]
 LmEval = Annotated[
     str | None, typer.Option("--lm-eval", help="Run these tasks, by comma, through lm-evaluation-harness, if it is installed.")
 ]
 Dtype = Annotated[
     str | None,
-    typer.Option(help="Type to compute in: auto, float32, bfloat16 or float16. [default: auto, the model's]"),
+    typer.Option(
+        help="Type to compute in: auto, float32, bfloat16 or float16. [default: auto, the model's if that is fast here]"
+    ),
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. [default: cuda where there is one]")]
 Include = Annotated[list[str] | None, typer.Option(help="Prune only matrices whose name matches; may be repeated.")]
@@ -87,6 +100,7 @@ BudgetTokens = Annotated[
 Config = Annotated[Path | None, typer.Option(help="Recipe file (YAML) with these settings; flags override it.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Where to write.")]
 SaveTokens = Annotated[Path | None, typer.Option(help="Also write the calibration windows, as a token file.")]
+PushToHub = Annotated[str | None, typer.Option(metavar="OWNER/NAME", help="Then upload the output folder there.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run, if there is one.")]
 MaxMemory = Annotated[

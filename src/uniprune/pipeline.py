@@ -19,6 +19,7 @@ from torch import Tensor
 from uniprune import (
     artefacts,
     calibration,
+    card,
     checkpoint,
     descent,
     forecast,
@@ -38,14 +39,25 @@ from uniprune.job import (
     Source,
     aim_of,
     choose,
-    compute_dtype,
     place_of,
     prepare,
     progress_of,
+    stored_dtype,
 )
 from uniprune.mask_files import CheckedMasks
 from uniprune.matrices import Matrices, find_matrices
-from uniprune.models import Loaded, Origin, dtype_name, load, load_tokenizer, load_weights, parse_dtype, resolve, skeleton
+from uniprune.models import (
+    Loaded,
+    Origin,
+    dtype_name,
+    fast_dtype,
+    load,
+    load_tokenizer,
+    load_weights,
+    parse_dtype,
+    resolve,
+    skeleton,
+)
 from uniprune.patterns import Saliency, Scope
 from uniprune.progress import Progress, silent
 from uniprune.recipe import LENGTH, WINDOWS, Recipe
@@ -100,6 +112,7 @@ def prune(
                 with watch("write"):
                     checkpoint.write_checkpoint(job.loaded, artefacts.MasksFile(file), folder)
                 report = _report(recipe, job, removed, watch) | record | {"masks_sha256": sha256(file)}
+                card.write(folder, report, job.loaded.origin)
                 checkpoint.write_report(folder, report)
                 run.commit("done", {})
             return report
@@ -224,6 +237,7 @@ def apply(
             "versions": versions(),
             "seconds": watch.seconds,
         }
+        card.write(folder, report, origin)
         checkpoint.write_report(folder, report)
     return report
 
@@ -236,11 +250,11 @@ def plan(source: str | Path, recipe: Recipe, *, device: str | None = None, max_m
     origin = resolve(source)
     model = skeleton(origin)
     matrices = find_matrices(model, recipe.include, recipe.exclude)
-    stored = compute_dtype(origin, matrices)
-    dtype = parse_dtype(recipe.dtype) or stored
+    stored = stored_dtype(origin, matrices)
     tokens = (recipe.windows or WINDOWS) * (recipe.length or LENGTH)
     machine = Machine(device, max_memory)
     place, controller = place_of(machine), recipe.resolved_controller
+    dtype = parse_dtype(recipe.dtype) or fast_dtype(stored, place)
     step = recipe.step_tokens(recipe.length or LENGTH)
     needs = forecast.needs(model, matrices, dtype, controller, step, mapped=dtype == stored)
     execution: str

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from uniprune import calibration, checkpoint, ranks, shards
+from uniprune import calibration, card, checkpoint, ranks, shards
 from uniprune.errors import InputError
 from uniprune.job import Job, Machine, Source, place_of, prepare, progress_of
 from uniprune.matrices import find_matrices
@@ -81,6 +81,7 @@ def permute(
                     "versions": versions(),
                     "seconds": watch.seconds,
                 }
+                card.write(folder, report, job.loaded.origin)
                 checkpoint.write_report(folder, report)
                 run.commit("done", {})
     return report

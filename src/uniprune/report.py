@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
@@ -93,11 +94,56 @@ def bench_table(result: Mapping[str, Any]) -> Table:
     return table
 
 
-def evaluation_tables(result: Mapping[str, Any]) -> list[Table]:
-    """One result of ``evaluate`` as tables: those of what it measured."""
-    tables = [evaluation_table({result["model"]: result})] if "perplexity" in result else []
+def evaluation_tables(result: Mapping[str, Any]) -> list[Table | str]:
+    """One result of ``evaluate`` as tables and sentences: those of what it measured."""
+    tables: list[Table | str] = [evaluation_table({result["model"]: result})] if "perplexity" in result else []
     tables += [_accuracy_table(result)] if "tasks" in result else []
-    return tables + ([_harness_table(result["lm_eval"])] if "lm_eval" in result else [])
+    tables += [_harness_table(result["lm_eval"])] if "lm_eval" in result else []
+    return [*tables, *closeness_lines(result)]
+
+
+def closeness_lines(result: Mapping[str, Any]) -> list[str]:
+    """How near a model's predictions and continuations are to another's, in sentences."""
+    lines = []
+    if found := result.get("closeness"):
+        lines.append(
+            f"Beside {result['against']} (perplexity {found['reference_perplexity']:.2f}): KL {found['kl']:.4f} nats per token"
+            f"{_plus_minus(found['kl_stderr'])}, the same likeliest token at {found['agreement']:.1%} of {found['tokens']} "
+            f"tokens{_plus_minus(found['agreement_stderr'])}."
+        )
+    for row in result.get("generations", ()):
+        lines += [f"> {row['prompt']!r}", f"  model:   {row['model']!r}", f"  against: {row['against']!r}"]
+        lines.append(f"  the same for {row['same_tokens']} of {row['tokens']} tokens")
+    return lines
+
+
+def check_lines(result: Mapping[str, Any]) -> list[str]:
+    """Whether a recorded result was had again, and where not."""
+    place = "" if result["same_machine"] else " (on a machine of another kind: values may differ by 1 %)"
+    lines = [f"{result['result']}: {'reproduced' if result['reproduced'] else 'NOT reproduced'}{place}"]
+    lines += [f"  {one['what']}: {one['recorded']} was recorded, now {one['found']}" for one in result["differences"][:10]]
+    if (more := len(result["differences"]) - 10) > 0:
+        lines.append(f"  and {more} more")
+    recorded, now = (result["versions"][key] or {} for key in ("recorded", "now"))
+    changed = [f"{name} {recorded[name]} -> {now.get(name)}" for name in recorded if recorded[name] != now.get(name)]
+    return lines + ([f"  other versions: {', '.join(changed)}"] if changed else [])
+
+
+def sweep_table(result: Mapping[str, Any]) -> Table:
+    """One row per sparsity; * marks those that no other beats in both perplexity and size."""
+    protocol = result["protocol"]["text"]
+    table = Table(title=f"{result['model']}: {protocol['text']}, {protocol['windows']} windows of {protocol['length']}")
+    for column in ("pattern", "zeros", "perplexity", "packed MB", ""):
+        table.add_column(column, justify="left" if column == "pattern" else "right")
+    rows = [{"pattern": "dense", "sparsity": 0.0, "pareto": False, **(result["dense"] or {})}, *result["rows"]]
+    for row in rows:
+        size = "" if row["bytes"] is None else f"{row['bytes'] / 1e6:.1f}"
+        table.add_row(row["pattern"], _percent(row["sparsity"]), f"{row['perplexity']:.2f}", size, "*" if row["pareto"] else "")
+    return table
+
+
+def _plus_minus(error: float | None) -> str:
+    return "" if error is None else f" ± {error:.2g}"
 
 
 def _accuracy_table(result: Mapping[str, Any]) -> Table:
@@ -112,7 +158,13 @@ def _accuracy_table(result: Mapping[str, Any]) -> Table:
         for metric in ("acc", "acc_norm", "perplexity"):
             if metric in facts:
                 other = facts.get("against", {}).get(metric)
-                cells = [name, str(facts["questions"]), metric, f"{facts[metric]:.4f}", _error(facts.get(f"{metric}_stderr"))]
+                cells = [
+                    Path(name).stem,
+                    str(facts["questions"]),
+                    metric,
+                    f"{facts[metric]:.4f}",
+                    _error(facts.get(f"{metric}_stderr")),
+                ]
                 table.add_row(*cells, *(_compared(other) if other else []))
     return table
 

@@ -35,8 +35,8 @@ RUN = 1 << 15  # consecutive weights of the other tensors
 MARGIN = 0.01  # of the size: what samples do not show, and what magnitudes do not where masks are cut as scores come
 GRID = 10_000  # a level is a multiple of 1 / GRID
 # Bytes beside the pieces: of a tensor its places in a header and in the archive's index, of a mask its digest, shape and
-# sparsity, too, and of pruning.json the rest. On SmolLM2 they are 70, 150 and 1000.
-TENSOR, MASK, REPORT = 80, 170, 1500
+# sparsity, too, and of pruning.json and the card the rest. On SmolLM2 they are 70, 150 and 2000.
+TENSOR, MASK, REPORT = 80, 170, 2500
 
 Array = np.ndarray[Any, Any]
 FLOATS = shards.DTYPES | {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
