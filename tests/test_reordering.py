@@ -32,7 +32,7 @@ def test_the_dense_model_is_the_same_and_the_pattern_keeps_more(folder, tmp_path
         assert gain["kept_after"] > gain["kept_before"]
     before = logits(folder)
     torch.testing.assert_close(logits(out), before, rtol=1e-5, atol=1e-5 * float(before.abs().max()))
-    assert {file.name for file in folder.iterdir()} | {"pruning.json"} == {file.name for file in out.iterdir()}
+    assert {file.name for file in folder.iterdir()} | {"pruning.json", "README.md"} == {file.name for file in out.iterdir()}
 
 
 def test_its_output_is_pruned_like_any_model_and_has_masks_of_its_own(folder, tmp_path):

@@ -1,0 +1,37 @@
+"""A local metric of your own: a frozen dataclass, and one line that gives it a name.
+
+    python examples/own_metric.py [MODEL]
+
+Its scores go everywhere that Wanda's go: any pattern and scope, `--sequential`, and the controller as start and anchor.
+"""
+
+import sys
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+import uniprune
+from uniprune import metrics
+
+
+@dataclass(frozen=True)
+class Peaky:
+    """``|W_ij| * rms(X_j) ** a``: Wanda's with an exponent on the activations."""
+
+    a: float = 0.5
+    statistic: ClassVar[type[metrics.SquaredNorm]] = metrics.SquaredNorm  # what it wants to know of the inputs
+
+    def __call__(self, weight: Tensor, inputs: metrics.SquaredNorm) -> Tensor:
+        return weight.abs().float() * inputs.rms**self.a  # [out, in], higher = keep, finite
+
+
+metrics.METRICS["peaky"] = Peaky  # type: ignore[assignment]  # from here on `metric="peaky:a=0.3"` is a metric like any other
+
+if __name__ == "__main__":
+    model = sys.argv[1] if len(sys.argv) > 1 else "HuggingFaceTB/SmolLM2-135M"
+    for metric in ("wanda", "peaky:a=0.5", "peaky:a=0"):
+        loaded = uniprune.load(model)
+        uniprune.prune(loaded, uniprune.Recipe(sparsity=0.5, metric=metric, controller="none", windows=8, length=128))
+        found = uniprune.evaluate(loaded, text_source="builtin", windows=4, length=128)
+        print(f"{metric:12} perplexity {found['perplexity']:.2f}")
