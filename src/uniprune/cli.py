@@ -86,10 +86,10 @@ def plan(
 ) -> None:
     """Show what would be pruned, what fits the pattern, and what it would take; touch nothing."""
     recipe = _recipe(**locals())
-    from uniprune import pipeline, report
+    from uniprune import pipeline, tables
 
     found = pipeline.plan(model, recipe, device=device, max_memory=_bytes(max_memory))
-    show(found.record(), as_json, report.plan_table(found), *report.plan_lines(found))
+    show(found.record(), as_json, tables.plan_table(found), *tables.plan_lines(found))
 
 
 @app.command()
@@ -280,7 +280,7 @@ def evaluate(
 ) -> None:
     """Measure the token perplexity or the zero-shot accuracy of a model or of an output folder."""
     quiet()
-    from uniprune import assessment, report
+    from uniprune import assessment, tables
 
     with Bars() as progress:
         result = assessment.evaluate(
@@ -296,7 +296,7 @@ def evaluate(
             device=device,
             progress=progress,
         )
-    show(result, as_json, *report.evaluation_tables(result))
+    show(result, as_json, *tables.evaluation_tables(result))
 
 
 @app.command()
@@ -380,12 +380,12 @@ def _bytes(size: str | None) -> int | None:
 
 
 def _show_pruned(output: Path, result: dict[str, Any], as_json: bool) -> None:
-    from uniprune import report
+    from uniprune import tables
 
     if not result:  # another process of the run has them
         return
     lines = f"{output}: {result['pattern']}, sparsity {result['sparsity']:.4f} in {len(result['matrices'])} matrices"
-    show({"output": str(output), **result}, as_json, lines, report.NOTE)
+    show({"output": str(output), **result}, as_json, lines, tables.NOTE)
 
 
 def _fail(message: str, code: int) -> NoReturn:
