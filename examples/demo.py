@@ -21,6 +21,7 @@ from transformers.utils import logging
 
 import uniprune
 from uniprune import tables
+from uniprune.words import NOTE
 
 OUT = Path("demo")
 
@@ -47,7 +48,7 @@ def main() -> None:
     rows["2:4, controller"] = uniprune.evaluate(str(OUT / "pruned"), windows=6, length=512)
     table = tables.evaluation_table(rows)
     console.print(table)
-    console.print(tables.NOTE)
+    console.print(NOTE)
     (OUT / "report.json").write_text(json.dumps({"pruning": pruned, "evaluation": rows}, indent=2) + "\n")
     lines = ["| model | perplexity | zeros |", "| --- | ---: | ---: |"]
     lines += [f"| {label} | {row['perplexity']:.2f} | {row['sparsity']:.1%} |" for label, row in rows.items()]

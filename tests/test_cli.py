@@ -27,6 +27,7 @@ FLAGS = {
     "pack": "json level output overwrite",
     "unpack": "json output overwrite",
     "bench": "batch device dtype json levels",
+    "report": "json output overwrite",
     "evaluate": "against device dtype json length limit lm-eval tasks text windows",
 }
 MASKS_FLAGS = {

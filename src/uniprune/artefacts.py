@@ -47,10 +47,10 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def check_output_file(path: Path, overwrite: bool) -> None:
+def check_output_file(path: Path, overwrite: bool, suffix: str = ".safetensors") -> None:
     """Raises InputError if ``path`` exists and may not be replaced, before any work is done."""
-    if path.suffix != ".safetensors":
-        raise InputError(f"output {path} is a safetensors file; let its name end in .safetensors")
+    if path.suffix != suffix:
+        raise InputError(f"output {path} is a {suffix[1:]} file; let its name end in {suffix}")
     if path.is_dir():
         raise InputError(f"output {path} is a folder; give a file name")
     if path.exists() and not overwrite:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from uniprune import masks_cli, speed_cli
+from uniprune import masks_cli, report_cli, speed_cli
 from uniprune.errors import InputError, UniPruneError
 from uniprune.options import (
     Against,
@@ -333,6 +333,7 @@ def unpack(
 
 
 app.command()(speed_cli.bench)
+app.command()(report_cli.report)
 app.add_typer(masks_cli.app, name="masks")
 
 
@@ -380,12 +381,12 @@ def _bytes(size: str | None) -> int | None:
 
 
 def _show_pruned(output: Path, result: dict[str, Any], as_json: bool) -> None:
-    from uniprune import tables
+    from uniprune import words
 
     if not result:  # another process of the run has them
         return
     lines = f"{output}: {result['pattern']}, sparsity {result['sparsity']:.4f} in {len(result['matrices'])} matrices"
-    show({"output": str(output), **result}, as_json, lines, tables.NOTE)
+    show({"output": str(output), **result}, as_json, lines, words.NOTE)
 
 
 def _fail(message: str, code: int) -> NoReturn:
