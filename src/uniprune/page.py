@@ -42,7 +42,7 @@ def write(paths: Sequence[Path], output: Path, *, overwrite: bool = False) -> tu
     summary = summarise(sources)
     page = render(sources, summary)
     with replacing(output) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+        temporary.write_text(page, encoding="utf-8", errors="replace")  # half a surrogate pair is no text
     return sources, summary
 
 

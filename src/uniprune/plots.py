@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import math
 import re
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ SERIES = tuple(f"#0a0b{index:02x}" for index in range(1, 7))
 VARIABLES = {INK: "currentColor", FAINT: "var(--line)", SURFACE: "var(--surface)"}
 VARIABLES |= {colour: f"var(--series-{index})" for index, colour in enumerate(SERIES, 1)}
 MARKERS = "osD^vP"
+LONGEST = 24  # letters of a label
 STYLE: dict[str, Any] = {
     "svg.fonttype": "none",
     "text.parse_math": False,
@@ -96,11 +98,11 @@ def _scatter(axes: Any, points: Sequence[Point], series: str, index: int, by: st
         [v * math.expm1(e) for v, e in zip(y, spread, strict=True)],
     )
     style = MARKERS[index] + ("-" if series.startswith("levels") and len(points) > 1 else "")
-    axes.errorbar(x, y, yerr=(low, high), fmt=style, color=SERIES[index], ms=5.5, elinewidth=1, label=series)
+    axes.errorbar(x, y, yerr=(low, high), fmt=style, color=SERIES[index], ms=5.5, elinewidth=1, label=_label(series))
     if not series.startswith("levels"):
         for at, value, point in zip(x, y, points, strict=True):
             text = point.pattern if point.label is None else point.label
-            axes.annotate(text, (at, value), xytext=(6, 5), textcoords="offset points", fontsize=9.5)
+            axes.annotate(_label(text), (at, value), xytext=(6, 5), textcoords="offset points", fontsize=9.5)
 
 
 def heatmap(name: str, pruning: Pruning) -> Plot:
@@ -115,9 +117,8 @@ def heatmap(name: str, pruning: Pruning) -> Plot:
             place = kinds.index(kind) - 0.5, blocks.index(block) - 0.5
             axes.add_patch(Rectangle(place, 1, 1, fc=_shade((sparsity - low) / (high - low or 1)), ec=SURFACE, lw=1))
         axes.set(xlim=(-0.5, len(kinds) - 0.5), ylim=(len(blocks) - 0.5, -0.5), ylabel="decoder block")
-        axes.set_xticks(
-            range(len(kinds)), [kind.rpartition(".")[2] for kind in kinds], rotation=35, ha="right", rotation_mode="anchor"
-        )
+        names = [_label(kind.rpartition(".")[2]) for kind in kinds]
+        axes.set_xticks(range(len(kinds)), names, rotation=35, ha="right", rotation_mode="anchor")
         every = max(1, len(blocks) // 10)
         axes.set_yticks(range(0, len(blocks), every), blocks[::every])
         axes.grid(False)
@@ -191,13 +192,13 @@ def accuracies(name: str, bars: Sequence[Marker]) -> Plot | None:
                 heights,
                 xerr=errors,
                 fmt=MARKERS[index % 6],
-                color=SERIES[index % 6],
+                color=SERIES[index % len(SERIES)],
                 ms=6,
                 elinewidth=1.4,
                 capsize=3,
-                label=one,
+                label=_label(one),
             )
-        axes.set_yticks(range(len(tasks)), tasks)
+        axes.set_yticks(range(len(tasks)), list(map(_label, tasks)))
         axes.set(ylim=(len(tasks) - 0.5, -0.5), xlabel="accuracy, %")
         axes.grid(axis="y", visible=False)
         _legend(axes)
@@ -214,7 +215,8 @@ def _figure(name: str, width: float, height: float) -> Iterator[tuple[Any, Calla
         return Plot(_inline(drawn.getvalue(), name), says)
 
     settings: Any = dict(matplotlib.rcParamsDefault) | STYLE | {"svg.hashsalt": name}
-    with matplotlib.rc_context(settings):
+    with matplotlib.rc_context(settings), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # the reader's fonts count, not those here
         figure = Figure(figsize=(width, height), layout="constrained")
         yield figure, made
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
@@ -253,6 +255,13 @@ def _shades(axes: Any, low: float, high: float) -> None:
     axes.grid(False)
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
+
+
+def _label(text: str) -> str:
+    """A name, short enough to leave room for the plot."""
+    text = "".join(letter if letter.isprintable() else " " for letter in text)
+    text = text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}\N{HORIZONTAL ELLIPSIS}"
+    return f" {text}" if text.startswith("_") else text  # a legend leaves those out
 
 
 def _log(axes: Any, values: Sequence[float]) -> None:

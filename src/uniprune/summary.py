@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePath
+from os.path import abspath
+from pathlib import PurePath
 from typing import Any
 
 from uniprune.results import Closeness, Controller, Evaluation, Pruning, Source, Sweep
@@ -151,15 +152,15 @@ class Summary:
 
     def dense_perplexity(self, subject: Subject) -> float | None:
         """The dense model's on the same text and windows, if one of the sources has it."""
-        if subject.dense or not (reading := subject.reading):
+        base, reading = short(subject.base), subject.reading
+        if subject.dense or not base or not reading:
             return None
-        same = (short(subject.base),) if subject.base else ()
         for other in self.subjects:
             for each in other.evaluations if other.dense else ():
-                if each.perplexity is not None and alike(each, reading) and (not same or short(each.model) in same):
+                if each.perplexity is not None and alike(each, reading) and short(each.model) == base:
                     return each.perplexity
         for sweep in self.sweeps:
-            if sweep.dense and alike(sweep.protocol, reading) and (not same or short(sweep.model) in same):
+            if sweep.dense and alike(sweep.protocol, reading) and short(sweep.model) == base:
                 return sweep.dense.perplexity
         return None
 
@@ -193,16 +194,16 @@ def _is_of(evaluation: Evaluation, label: str, source: Source, labels: Sequence[
     assert isinstance(source.result, Pruning)
     if evaluation.sparsity is not None and abs(evaluation.sparsity - source.result.sparsity) > DENSE:
         return False
-    if source.path.is_dir() and Path(evaluation.model).resolve() == source.path.resolve():
+    if source.path.is_dir() and abspath(evaluation.model) == abspath(source.path):
         return True
     return PurePath(evaluation.model).name == label and labels.count(label) == 1
 
 
 def _tradeoffs(subjects: Sequence[Subject], sweeps: Sequence[Sweep]) -> Iterator[Tradeoff]:
     """Of each sweep, with the models that were evaluated as it was; and of evaluations that are alike."""
-    left = [subject for subject in subjects if subject.reading and subject.sparsity is not None and not subject.dense]
+    left = [each for each in subjects if each.base and each.reading and each.sparsity is not None and not each.dense]
     for sweep in sweeps:
-        mine = [each for each in left if alike(sweep.protocol, each.reading) and short(each.base or "") == short(sweep.model)]
+        mine = [each for each in left if alike(sweep.protocol, each.reading) and short(each.base) == short(sweep.model)]
         left = [each for each in left if each not in mine]
         points = [Point(**row.model_dump(include=set(type(row).model_fields))) for row in sweep.rows]
         dense, size = (sweep.dense.perplexity, sweep.dense.bytes) if sweep.dense else (None, None)
