@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import importlib.metadata
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +17,6 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from uniprune import __version__
 from uniprune.artefacts import check_output_file, replacing
 from uniprune.errors import InputError
 from uniprune.findings import figures, sentences
@@ -87,7 +87,7 @@ def render(sources: Sequence[Source], summary: Summary) -> str:
         figures=figures(summary),
         sections=sections(sources, summary),
         note=NOTE,
-        version=__version__,
+        version=importlib.metadata.version("uniprune"),
         style=style,
         script=script,
         digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
