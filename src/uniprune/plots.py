@@ -110,7 +110,7 @@ def heatmap(name: str, pruning: Pruning) -> Plot:
     grid = pruning.grid
     blocks, kinds = (list(dict.fromkeys(place[axis] for place in grid)) for axis in (0, 1))
     low, high = min(grid.values()), max(grid.values())
-    height = 1.6 + min(0.3, max(0.15, 4.2 / len(blocks)), 10 / len(blocks)) * len(blocks)
+    height = 1.6 + min(0.3, max(0.11, 3.6 / len(blocks)), 10 / len(blocks)) * len(blocks)
     with _figure(name, 4.8, height) as (figure, made):
         legend, axes = figure.subplots(2, 1, height_ratios=(0.11, height - 1.1))
         for (block, kind), sparsity in grid.items():
@@ -249,7 +249,7 @@ def _shaded(found: re.Match[str]) -> str:
 def _shades(axes: Any, low: float, high: float) -> None:
     """The legend of the shades."""
     for index in range(50):
-        axes.add_patch(Rectangle((index / 50, 0), 1 / 50, 1, fc=_shade(index / 49), lw=0))
+        axes.add_patch(Rectangle((index / 50, 0), 1.1 / 50, 1, fc=_shade(index / 49), lw=0))
     axes.set(xlim=(0, 1), ylim=(0, 1), yticks=[])
     axes.set_xticks((0, 0.5, 1), [percent(low), percent((low + high) / 2), percent(high)])
     axes.grid(False)
