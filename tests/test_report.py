@@ -275,6 +275,11 @@ def test_sections_only_where_there_is_something(tmp_path, facts, shown):
     assert [attributes["id"] for attributes in outline.all("section")] == shown
 
 
+def test_a_model_whose_perplexity_overflowed(tmp_path):
+    outline = Outline(made(tmp_path, made_up.write(tmp_path / "e.json", made_up.evaluation(perplexity=math.inf))))
+    assert "Perplexity is ∞ on toy.txt, 4 windows of 64 tokens." in outline.texts["summary"]
+
+
 def test_a_uniform_pattern_is_said_and_not_drawn(tmp_path):
     outline = Outline(made(tmp_path, written(tmp_path, made_up.pruning(uniform=0.5, controller=None))))
     assert "Each of the 12 matrices has sparsity 50.0%: 2:4" in outline.texts["sparsity"]
@@ -299,7 +304,7 @@ def test_what_is_not_finite_is_said(tmp_path):
     outline = Outline(made(tmp_path, *paths))
     assert "∞" in outline.texts["tradeoff"]
     assert "not a number" in outline.texts["tradeoff"]
-    assert "elsewhere: perplexity is ∞ on toy.txt" in outline.texts["summary"]
+    assert "∞" in outline.texts["models"]
     assert "at best" in str(outline.all("figure"))
 
 
@@ -386,6 +391,9 @@ def test_large_figures_are_those_of_one_model(tmp_path):
     two = put_together(*paths, written(tmp_path, made_up.pruning(), "other"))
     assert figures(two) == []
     assert two.title == "Toy-1M: 2 pruned models"
+    assert sentences(two)[0].startswith(
+        "2 pruned models, between 51.2% and 51.2% of their prunable weights zero: pruned, other."
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------ the verb

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from uniprune.summary import Subject, Summary, measure
+from uniprune.summary import Subject, Summary, Tradeoff, measure
 from uniprune.words import NOTE, count, number, pattern_words, percent, points, short
 
 NEAR = 1.1  # times the dense perplexity, that is hardly worse
@@ -21,26 +21,36 @@ class Figure:
 
 
 def sentences(summary: Summary) -> list[str]:
-    """The findings in words."""
-    found = []
-    for subject in summary.pruned:
-        many = len(summary.pruned) > 1
-        found += [f"{subject.label}: {text[0].lower()}{text[1:]}" if many else text for text in _about(summary, subject)]
+    """The findings in words: much of one pruned model, little of several, of which a table says more."""
+    pruned, found = summary.pruned, []
+    if len(pruned) == 1:
+        found += _about(summary, pruned[0])
+    elif pruned:
+        levels = [subject.sparsity for subject in pruned if subject.sparsity is not None]
+        between = (
+            f", between {percent(min(levels))} and {percent(max(levels))} of their prunable weights zero" if levels else ""
+        )
+        found.append(f"{len(pruned)} pruned models{between}: {', '.join(subject.label for subject in pruned)}.")
     for tradeoff in summary.tradeoffs:
-        levels = [point.sparsity for point in tradeoff.points]
-        found.append(
+        found += _traded(tradeoff)
+    return [*found, NOTE]
+
+
+def _traded(tradeoff: Tradeoff) -> Iterator[str]:
+    levels = [point.sparsity for point in tradeoff.points]
+    if any(point.label is None for point in tradeoff.points):
+        yield (
             f"{len(levels)} patterns of {short(tradeoff.model)} between {percent(min(levels))} and {percent(max(levels))} "
             f"sparsity, measured on {tradeoff.measure}."
         )
-        dense = tradeoff.dense
-        near = [point for point in tradeoff.points if dense is not None and point.perplexity <= NEAR * dense]
-        if near:
-            best = max(near, key=lambda point: point.sparsity)
-            found.append(
-                f"The sparsest whose perplexity is within {NEAR - 1:.0%} of the dense {number(dense)} is {best.name}: "
-                f"{number(best.perplexity)} at {percent(best.sparsity)}."
-            )
-    return [*found, NOTE]
+    dense = tradeoff.dense
+    near = [point for point in tradeoff.points if dense is not None and point.perplexity <= NEAR * dense]
+    if near:
+        best = max(near, key=lambda point: point.sparsity)
+        yield (
+            f"The sparsest whose perplexity is within {NEAR - 1:.0%} of the dense {number(dense)} is {best.name}: "
+            f"{number(best.perplexity)} at {percent(best.sparsity)}."
+        )
 
 
 def figures(summary: Summary) -> list[Figure]:
