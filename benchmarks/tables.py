@@ -11,7 +11,7 @@ import statistics
 from typing import Any
 
 from common import ROOT, load
-from uniprune.report import bench_rows
+from uniprune.tables import bench_rows
 
 START, END = "<!-- {}: written by benchmarks/tables.py -->", "<!-- /{} -->"
 

@@ -20,7 +20,8 @@ from rich.console import Console
 from transformers.utils import logging
 
 import uniprune
-from uniprune import report
+from uniprune import tables
+from uniprune.words import NOTE
 
 OUT = Path("demo")
 
@@ -45,9 +46,9 @@ def main() -> None:
     uniprune.prune(loaded, recipe.model_copy(update={"controller": "none"}))
     rows["2:4, Wanda"] = uniprune.evaluate(loaded, windows=6, length=512)
     rows["2:4, controller"] = uniprune.evaluate(str(OUT / "pruned"), windows=6, length=512)
-    table = report.evaluation_table(rows)
+    table = tables.evaluation_table(rows)
     console.print(table)
-    console.print(report.NOTE)
+    console.print(NOTE)
     (OUT / "report.json").write_text(json.dumps({"pruning": pruned, "evaluation": rows}, indent=2) + "\n")
     lines = ["| model | perplexity | zeros |", "| --- | ---: | ---: |"]
     lines += [f"| {label} | {row['perplexity']:.2f} | {row['sparsity']:.1%} |" for label, row in rows.items()]

@@ -32,8 +32,8 @@ for group in plan.groups:
 # %% [markdown]
 # ## Calibrate once
 #
-# A local metric (Wanda) scores every weight in one pass. Then the controller corrects the scores: it cuts masks from them, has the
-# pruned model read the text, and moves the scores by what that does to its predictions. No weight changes.
+# A local metric (Wanda) scores every weight in one pass. Then the controller corrects the scores: it cuts masks from them, has
+# the pruned model read the text, and moves the scores by what that does to its predictions. No weight changes.
 
 # %%
 # uniprune calibrate MODEL --text builtin -o scores.safetensors

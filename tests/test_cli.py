@@ -30,6 +30,7 @@ FLAGS = {
     "bench": "batch device dtype json levels",
     "evaluate": "against check device dtype json length limit lm-eval new-tokens output overwrite prompt tasks text windows",
     "sweep": "device dtype json length output overwrite resume scope sparsities text windows",
+    "report": "json output overwrite",
 }
 MASKS_FLAGS = {
     "verify": "dtype json model pruned",

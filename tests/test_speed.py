@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from test_cli import run
-from uniprune import bench, probe, report, speed, speed_cli
+from uniprune import bench, probe, speed, speed_cli, tables
 from uniprune.errors import InputError
 from uniprune.kernels import SPARSE
 from uniprune.probe import Missing, Result
@@ -87,7 +87,7 @@ def test_the_table():
     dense = result("dense", "dense", "bfloat16", sparsity=0.0, speedup=1.5, against="float32")
     rows = [dense, result(), result(sparsity=0.95, speedup=2.5), result(batch=128, speedup=0.4, high=1.2, low=0.3)]
     record = {"results": [vars(row) for row in rows]}
-    assert report.bench_rows(record) == [
+    assert tables.bench_rows(record) == [
         ["masks", "type", "batch", "0%", "50%", "95%"],
         ["dense, against float32", "bfloat16", "1", "1.50", "", ""],
         ["unstructured", "float32", "1", "", "1.00", "2.50"],

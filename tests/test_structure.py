@@ -47,7 +47,15 @@ RANK = {
     "semi_structured": 6,
     "probe": 6,
     "speed": 7,
-    "report": 5,
+    "words": 0,
+    "results": 1,
+    "summary": 2,
+    "findings": 3,
+    "grids": 3,
+    "plots": 3,
+    "sections": 4,
+    "tables": 5,
+    "page": 8,
     "text": 4,
     "runs": 1,
     "store": 2,
@@ -76,6 +84,7 @@ RANK = {
     "masks_cli": 9,
     "speed_cli": 9,
     "cli": 11,
+    "report_cli": 9,
 }
 MODULES = {path.stem: path for path in Path(uniprune.__file__).parent.glob("*.py") if not path.stem.startswith("__")}
 

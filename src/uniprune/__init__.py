@@ -19,6 +19,7 @@ _HOME = {
     "errors": ("InputError", "MismatchError", "UniPruneError"),
     "metrics": ("Magnitude", "RIA", "StochRIA", "Wanda"),
     "models": ("Loaded", "load"),
+    "page": ("report",),
     "patterns": ("NM", "Unstructured"),
     "pipeline": ("apply", "calibrate", "mask", "plan", "prune"),
     "recipe": ("Recipe",),
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from uniprune.errors import InputError, MismatchError, UniPruneError
     from uniprune.metrics import RIA, Magnitude, StochRIA, Wanda
     from uniprune.models import Loaded, load
+    from uniprune.page import report
     from uniprune.patterns import NM, Unstructured
     from uniprune.pipeline import apply, calibrate, mask, plan, prune
     from uniprune.recipe import Recipe
@@ -65,6 +67,7 @@ __all__ = [
     "permute",
     "plan",
     "prune",
+    "report",
     "sweep",
     "to_semi_structured",
 ]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from uniprune import evaluation_cli, masks_cli, speed_cli
+from uniprune import evaluation_cli, masks_cli, report_cli, speed_cli
 from uniprune.errors import InputError, UniPruneError
 from uniprune.options import (
     Allow,
@@ -82,10 +82,10 @@ def plan(
 ) -> None:
     """Show what would be pruned, what fits the pattern, and what it would take; touch nothing."""
     recipe = _recipe(**locals())
-    from uniprune import pipeline, report
+    from uniprune import pipeline, tables
 
     found = pipeline.plan(model, recipe, device=device, max_memory=_bytes(max_memory))
-    show(found.record(), as_json, report.plan_table(found), *report.plan_lines(found))
+    show(found.record(), as_json, tables.plan_table(found), *tables.plan_lines(found))
 
 
 @app.command()
@@ -320,6 +320,7 @@ def card_(
 
 
 app.command()(speed_cli.bench)
+app.command()(report_cli.report)
 app.add_typer(masks_cli.app, name="masks")
 
 
@@ -363,13 +364,13 @@ def _bytes(size: str | None) -> int | None:
 
 
 def _show_pruned(output: Path, result: dict[str, Any], as_json: bool) -> None:
-    from uniprune import report
+    from uniprune import words
 
     if not result:  # another process of the run has them
         return
     lines = [f"{output}: {result['pattern']}, sparsity {result['sparsity']:.4f} in {len(result['matrices'])} matrices"]
     lines += [f"uploaded to {result['uploaded']}"] if "uploaded" in result else []
-    show({"output": str(output), **result}, as_json, *lines, report.NOTE)
+    show({"output": str(output), **result}, as_json, *lines, words.NOTE)
 
 
 def _push(repository: str | None, overwrite: bool) -> Callable[[Path], dict[str, Any]]:

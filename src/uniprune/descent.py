@@ -112,7 +112,8 @@ def descend(
             descent.save(facts, last=after == steps)
             if stale == 2:
                 break
-        judged = {"steps": steps, "held_out_kl": history, "best_held_out_kl": best.value}
+        every = max(1, steps // settings.checks)
+        judged = {"steps": steps, "judged_every": every, "held_out_kl": history, "best_held_out_kl": best.value}
         return best if run else dict(best), judged | descent.record
 
 

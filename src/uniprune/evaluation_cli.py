@@ -54,7 +54,7 @@ def evaluate(
 ) -> None:
     """Measure the token perplexity or the zero-shot accuracy of a model or of an output folder."""
     quiet()
-    from uniprune import assessment, report
+    from uniprune import assessment, tables
     from uniprune.artefacts import check_output_file, write_json
 
     asked: dict[str, Any] = {
@@ -83,11 +83,11 @@ def evaluate(
     if output:
         write_json(output, result)
     if check:
-        show(result, as_json, *report.check_lines(result))
+        show(result, as_json, *tables.check_lines(result))
         if not result["reproduced"]:
             raise typer.Exit(1)
     else:
-        show(result, as_json, *report.evaluation_tables(result))
+        show(result, as_json, *tables.evaluation_tables(result))
 
 
 def sweep(
@@ -107,7 +107,7 @@ def sweep(
 ) -> None:
     """Cut masks of many sparsities from one scores file, and measure perplexity and packed size of each."""
     quiet()
-    from uniprune import curve, report
+    from uniprune import curve, tables
 
     with Bars() as progress:
         result = curve.sweep(
@@ -125,7 +125,7 @@ def sweep(
             overwrite=overwrite,
             progress=progress,
         )
-    show(result, as_json, report.sweep_table(result))
+    show(result, as_json, tables.sweep_table(result))
 
 
 def _listed(names: str | None) -> list[str]:

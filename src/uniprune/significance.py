@@ -15,6 +15,17 @@ def standard_error(right: Sequence[bool]) -> float | None:
     return math.sqrt(accuracy * (1 - accuracy) / (count - 1))
 
 
+def paired_error(gained: int, lost: int, questions: int) -> float | None:
+    """Standard error of the difference (gained - lost) / questions of two accuracies on the same questions; None for one.
+
+    The sample's own deviation of what each question adds, +1, -1 or 0: what both models have right cancels.
+    """
+    if questions < 2:
+        return None
+    squares = gained + lost - (gained - lost) ** 2 / questions
+    return math.sqrt(squares / (questions - 1) / questions)
+
+
 def mcnemar(gained: int, lost: int) -> float:
     """Two-sided p of McNemar's exact test (McNemar 1947): questions that only one of two models has right, each a fair coin.
 

@@ -25,13 +25,13 @@ def bench(
     """Measure whether a model would be faster pruned, here: its matrix products, dense against every sparse kernel."""
     quiet()
     batches, fractions = _numbers(batch, int, "--batch"), _numbers(levels, float, "--levels")
-    from uniprune import report, speed
+    from uniprune import speed, tables
 
     with Bars() as progress:
         result = speed.bench(
             model, dtypes=dtype.split(","), batches=batches, levels=fractions, device=device, progress=progress
         )
-    show(result, as_json, report.bench_table(result), *result["verdicts"], *result["notes"])
+    show(result, as_json, tables.bench_table(result), *result["verdicts"], *result["notes"])
 
 
 def _numbers(text: str, kind: Callable[[str], Number], flag: str) -> list[Number]:

@@ -6,14 +6,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
+from uniprune import grids
+from uniprune.findings import sentences
 from uniprune.forecast import Plan
-
-NOTE = (
-    "A pruned checkpoint is dense with zeros: it has the size and the speed of the original "
-    "unless a runtime with sparse kernels loads it."
-)
+from uniprune.grids import Grid
+from uniprune.summary import Summary
+from uniprune.words import NOTE
 
 
 def plan_table(plan: Plan) -> Table:
@@ -144,6 +145,32 @@ def sweep_table(result: Mapping[str, Any]) -> Table:
 
 def _plus_minus(error: float | None) -> str:
     return "" if error is None else f" ± {error:.2g}"
+
+
+def report_tables(summary: Summary) -> list[Table]:
+    """A report's tables, as far as they fit a terminal."""
+    found = [grids.models(summary), *map(grids.tradeoff, summary.tradeoffs)]
+    found += [grids.accuracies(summary), grids.harness(summary), grids.closeness(summary)]
+    return [_grid_table(grid) for grid in found if grid]
+
+
+def report_lines(summary: Summary) -> list[str]:
+    """A report's findings, in sentences."""
+    return [_inert(sentence) for sentence in (summary.title, *sentences(summary))]
+
+
+def _grid_table(grid: Grid) -> Table:
+    table = Table(title=_inert(grid.caption))
+    for name, numeric in grid.heads:
+        table.add_column(name, justify="right" if numeric else "left")
+    for row in grid.rows:
+        table.add_row(*(_inert(cell if isinstance(cell, str) else cell[0]) for cell in row))
+    return table
+
+
+def _inert(text: str) -> str:
+    """Text of others, that is neither markup nor moves the cursor."""
+    return escape("".join(letter if letter.isprintable() else " " for letter in text))
 
 
 def _accuracy_table(result: Mapping[str, Any]) -> Table:

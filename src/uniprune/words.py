@@ -1,0 +1,65 @@
+"""Numbers and names as people read them."""
+
+from __future__ import annotations
+
+import math
+import re
+
+NOTE = (
+    "A pruned checkpoint is dense with zeros: it has the size and the speed of the original "
+    "unless a runtime with sparse kernels loads it."
+)
+MINUS, NONE = "\N{MINUS SIGN}", "\N{EN DASH}"
+
+
+def short(name: str | None) -> str:
+    """A model, text or task without this machine's folders; hub names are as they are."""
+    name = name or ""
+    if name.startswith(("/", "~")) or re.match(r"[A-Za-z]:[\\/]", name):
+        name = re.split(r"[\\/]", name.rstrip("\\/"))[-1] or name
+    return name.removesuffix(".jsonl").removesuffix(".gguf")
+
+
+def pattern_words(pattern: str) -> str:
+    """What a pattern's spelling means: ``0.5 by model`` -> one budget for the whole model."""
+    base, *rules = pattern.split("; ")
+    scope = {
+        "row": "the same share of every row",
+        "matrix": "the same share of every matrix",
+        "block": "the same share of every decoder block",
+        "model": "one budget for the whole model",
+    }
+    if found := re.fullmatch(r"[\d.]+ by (\w+)", base):
+        base = scope.get(found[1], base)
+    elif found := re.fullmatch(r"(\d+):(\d+)", base):
+        base = f"{base}, that is {found[1]} of every {found[2]} consecutive weights kept"
+    return "; ".join([base, *rules])
+
+
+def number(value: float | None) -> str:
+    """A perplexity or another positive number, as people read it."""
+    if value is None:
+        return NONE
+    if not math.isfinite(value):
+        return "not a number" if math.isnan(value) else "∞" if value > 0 else f"{MINUS}∞"
+    if abs(value) >= 1e6:
+        return f"{value:.2e}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.2f}" if abs(value) >= 1 else f"{value:.3g}"
+
+
+def percent(fraction: float | None) -> str:
+    return "unknown" if fraction is None else f"{fraction:.1%}" if math.isfinite(fraction) else number(fraction)
+
+
+def points(value: float, error: float | None = None) -> str:
+    """A difference of accuracies in percentage points, signed, with its standard error."""
+    text = f"{100 * value:+.1f}".replace("-", MINUS)
+    return text if error is None else f"{text} ± {100 * error:.1f}"
+
+
+def size(value: int | None) -> str:
+    return NONE if value is None else f"{value / 1e6:,.1f} MB" if value < 1e9 else f"{value / 1e9:,.2f} GB"
+
+
+def count(value: int) -> str:
+    return f"{value / 1e9:.2f}B" if value >= 1e9 else f"{value / 1e6:.1f}M" if value >= 1e6 else f"{value:,}"
