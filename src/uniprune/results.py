@@ -126,6 +126,7 @@ class Closeness(Record):
     agreement_stderr: float | None = None
     tokens: Count | None = None
     text: dict[str, Any] = {}
+    reference_perplexity: float | None = None
 
 
 class Generation(Record):

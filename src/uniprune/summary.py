@@ -155,6 +155,8 @@ class Summary:
         base, reading = short(subject.base), subject.reading
         if subject.dense or not base or not reading:
             return None
+        if reading.closeness and reading.closeness.reference_perplexity and short(reading.against) == base:
+            return reading.closeness.reference_perplexity
         for other in self.subjects:
             for each in other.evaluations if other.dense else ():
                 if each.perplexity is not None and alike(each, reading) and short(each.model) == base:
