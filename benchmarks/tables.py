@@ -141,6 +141,36 @@ def ablations(results: dict[str, Any]) -> str:
     return table(["variant", "pattern", "perplexity (validation)", "held-out KL, nats a token"], lines)
 
 
+PAGE = {"dense": "dense", "wanda": "Wanda", "ria": "RIA", "sparsegpt": "SparseGPT (updates weights)", "ours": "**ours**"}
+TASKS = {"piqa": "acc_norm", "arc_easy": "acc_norm", "winogrande": "acc", "openbookqa": "acc_norm"}
+
+
+def page(results: dict[str, Any]) -> str:
+    """What each pruned model costs where people look; accuracies that differ from the dense one's (p < 0.01) have a star."""
+    lines = []
+    for row in sorted(
+        results["rows"], key=lambda row: (["0", "0.5", "0.6", "2:4"].index(row["pattern"]), [*PAGE].index(row["method"]))
+    ):
+        pattern = (
+            "" if row["method"] == "dense" else row["pattern"] if ":" in row["pattern"] else f"{float(row['pattern']):.0%}"
+        )
+        cells = [f"{PAGE[row['method']]}{', ' if pattern else ''}{pattern}", number(row["wikitext2"]), number(row["c4"])]
+        near = row.get("closeness")
+        cells += [f"{near['kl']:.3f}", f"{near['agreement']:.1%}"] if near else ["0", "100%"]
+        for task, metric in TASKS.items():
+            facts = row["tasks"][task]
+            star = "*" if "against" in facts and facts["against"][metric]["p"] < 0.01 else ""
+            cells.append(f"{100 * facts[metric]:.1f} ± {100 * facts[f'{metric}_stderr']:.1f}{star}")
+        lines.append(cells)
+    how = results["protocol"]
+    texts = "; ".join(
+        f"{name}: {text['windows']} of {text['available_windows']} windows" for name, text in how["texts"].items()
+    )
+    asked = ", ".join(f"{name} {count}" for name, count in how["tasks"].items())
+    head = ["model", "WikiText-2", "C4", "KL", "agreement", *TASKS]
+    return f"{texts}; questions: {asked}.\n\n{table(head, lines)}"
+
+
 def peer(results: dict[str, Any]) -> str:
     lines = []
     for row in results["rows"]:
@@ -302,7 +332,7 @@ def main() -> None:
         quality = Quality(results)
         names = ("perplexities", "gaps", "whole", "transfer", "costs", "seeds")
         sections = {name: getattr(quality, name)() for name in names}
-    for name, write in {"ablations": ablations, "peer": peer, "zeroshot": zeroshot, "speed": speed}.items():
+    for name, write in {"page": page, "ablations": ablations, "peer": peer, "zeroshot": zeroshot, "speed": speed}.items():
         if results := load(name):
             sections[name] = write(results)
     if results := load("budget"):
