@@ -128,6 +128,14 @@ def test_evaluations_go_to_the_model_they_are_of(tmp_path):
     ]
 
 
+def test_a_name_that_two_folders_have_is_no_sign(tmp_path):
+    paths = [written(tmp_path, made_up.pruning(uniform=0.5), f"{parent}/half") for parent in ("a", "b")]
+    paths += [made_up.write(tmp_path / "1.json", made_up.evaluation("half", 0.5, 15.0))]
+    paths += [made_up.write(tmp_path / "2.json", made_up.evaluation(str(tmp_path / "b" / "half"), 0.5, 16.0))]
+    found = put_together(*paths)
+    assert [[one.perplexity for one in each.evaluations] for each in found.subjects] == [[], [16.0], [15.0]]
+
+
 def test_perplexities_compare_on_the_same_windows_only(tmp_path):
     pruned = written(tmp_path, made_up.pruning(uniform=0.5))
     one = made_up.write(tmp_path / "one.json", made_up.evaluation("pruned", 0.5))
@@ -356,6 +364,13 @@ def test_hostile_strings_are_inert(tmp_path):
     assert HOSTILE.replace("\ud800", "?") in outline.texts["generations"]
 
 
+def test_names_are_no_formulas(tmp_path):
+    tasks = {"$\\frac{$": made_up.tasks()["rte"], "_hidden": made_up.tasks()["rte"], "测试": made_up.tasks()["rte"]}
+    outline = Outline(made(tmp_path, made_up.write(tmp_path / "e.json", made_up.evaluation("_hidden", 0.5, tasks=tasks))))
+    for name in ("$\\frac{$", "测试"):
+        assert outline.texts["zero-shot"].count(name) == 2  # in the plot and in the table
+
+
 def test_nothing_is_fetched(tmp_path):
     text = made(tmp_path, *made_up.everything(tmp_path))
     outline = Outline(text)
@@ -391,9 +406,7 @@ def test_large_figures_are_those_of_one_model(tmp_path):
     two = put_together(*paths, written(tmp_path, made_up.pruning(), "other"))
     assert figures(two) == []
     assert two.title == "Toy-1M: 2 pruned models"
-    assert sentences(two)[0].startswith(
-        "2 pruned models, between 51.2% and 51.2% of their prunable weights zero: pruned, other."
-    )
+    assert sentences(two)[0] == "2 pruned models, 51.2% to 51.2% of their prunable weights zero: pruned, other."
 
 
 # ------------------------------------------------------------------------------------------------------------ the verb

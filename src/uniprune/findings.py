@@ -22,14 +22,13 @@ class Figure:
 
 def sentences(summary: Summary) -> list[str]:
     """The findings in words: much of one pruned model, little of several, of which a table says more."""
-    pruned, found = summary.pruned, []
+    pruned = summary.pruned
+    found: list[str] = []
     if len(pruned) == 1:
         found += _about(summary, pruned[0])
     elif pruned:
         levels = [subject.sparsity for subject in pruned if subject.sparsity is not None]
-        between = (
-            f", between {percent(min(levels))} and {percent(max(levels))} of their prunable weights zero" if levels else ""
-        )
+        between = f", {percent(min(levels))} to {percent(max(levels))} of their prunable weights zero" if levels else ""
         found.append(f"{len(pruned)} pruned models{between}: {', '.join(subject.label for subject in pruned)}.")
     for tradeoff in summary.tradeoffs:
         found += _traded(tradeoff)
