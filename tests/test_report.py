@@ -12,7 +12,8 @@ import uniprune
 from test_cli import run
 from uniprune import InputError, page, plots
 from uniprune.findings import figures, sentences
-from uniprune.results import Controller, Pruning, read, read_all
+from uniprune.results import Controller, Generation, Pruning, read, read_all
+from uniprune.sections import dialogue
 from uniprune.significance import paired_error
 from uniprune.summary import summarise
 from uniprune.words import NOTE, number, pattern_words, points, short
@@ -281,6 +282,21 @@ def test_every_section_of_a_full_report(tmp_path):
 def test_sections_only_where_there_is_something(tmp_path, facts, shown):
     outline = Outline(made(tmp_path, made_up.write(tmp_path / "one.json", facts)))
     assert [attributes["id"] for attributes in outline.all("section")] == shown
+
+
+@pytest.mark.parametrize(
+    ("model", "against", "parts"),
+    [
+        (" Paris, the city of lights", " Paris, the city of love", ("Paris, the city of ", "lights", "love")),
+        ("yes", "yes", ("yes", "", "")),
+        ("one, two", "one", ("one", ", two", "")),
+        (" a", "b", ("", " a", "b")),
+        ("", "b", ("", "", "b")),
+    ],
+)
+def test_generations_are_marked_from_the_first_word_that_differs(model, against, parts):
+    found = dialogue(Generation(prompt="p", model=model, against=against))
+    assert (found.same, found.model, found.against) == parts
 
 
 def test_a_model_whose_perplexity_overflowed(tmp_path):
