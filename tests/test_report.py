@@ -12,7 +12,8 @@ import uniprune
 from test_cli import run
 from uniprune import InputError, page, plots
 from uniprune.findings import figures, sentences
-from uniprune.results import Controller, Pruning, read, read_all
+from uniprune.results import Controller, Generation, Pruning, read, read_all
+from uniprune.sections import dialogue
 from uniprune.significance import paired_error
 from uniprune.summary import summarise
 from uniprune.words import NOTE, number, pattern_words, points, short
@@ -126,6 +127,14 @@ def test_evaluations_go_to_the_model_they_are_of(tmp_path):
         ("tenth", [13.0]),
         ("half", [14.0]),
     ]
+
+
+def test_a_name_that_two_folders_have_is_no_sign(tmp_path):
+    paths = [written(tmp_path, made_up.pruning(uniform=0.5), f"{parent}/half") for parent in ("a", "b")]
+    paths += [made_up.write(tmp_path / "1.json", made_up.evaluation("half", 0.5, 15.0))]
+    paths += [made_up.write(tmp_path / "2.json", made_up.evaluation(str(tmp_path / "b" / "half"), 0.5, 16.0))]
+    found = put_together(*paths)
+    assert [[one.perplexity for one in each.evaluations] for each in found.subjects] == [[], [16.0], [15.0]]
 
 
 def test_perplexities_compare_on_the_same_windows_only(tmp_path):
@@ -275,6 +284,21 @@ def test_sections_only_where_there_is_something(tmp_path, facts, shown):
     assert [attributes["id"] for attributes in outline.all("section")] == shown
 
 
+@pytest.mark.parametrize(
+    ("model", "against", "parts"),
+    [
+        (" Paris, the city of lights", " Paris, the city of love", ("Paris, the city of ", "lights", "love")),
+        ("yes", "yes", ("yes", "", "")),
+        ("one, two", "one", ("one", ", two", "")),
+        (" a", "b", ("", " a", "b")),
+        ("", "b", ("", "", "b")),
+    ],
+)
+def test_generations_are_marked_from_the_first_word_that_differs(model, against, parts):
+    found = dialogue(Generation(prompt="p", model=model, against=against))
+    assert (found.same, found.model, found.against) == parts
+
+
 def test_a_model_whose_perplexity_overflowed(tmp_path):
     outline = Outline(made(tmp_path, made_up.write(tmp_path / "e.json", made_up.evaluation(perplexity=math.inf))))
     assert "Perplexity is ∞ on toy.txt, 4 windows of 64 tokens." in outline.texts["summary"]
@@ -356,6 +380,13 @@ def test_hostile_strings_are_inert(tmp_path):
     assert HOSTILE.replace("\ud800", "?") in outline.texts["generations"]
 
 
+def test_names_are_no_formulas(tmp_path):
+    tasks = {"$\\frac{$": made_up.tasks()["rte"], "_hidden": made_up.tasks()["rte"], "测试": made_up.tasks()["rte"]}
+    outline = Outline(made(tmp_path, made_up.write(tmp_path / "e.json", made_up.evaluation("_hidden", 0.5, tasks=tasks))))
+    for name in ("$\\frac{$", "测试"):
+        assert outline.texts["zero-shot"].count(name) == 2  # in the plot and in the table
+
+
 def test_nothing_is_fetched(tmp_path):
     text = made(tmp_path, *made_up.everything(tmp_path))
     outline = Outline(text)
@@ -391,9 +422,7 @@ def test_large_figures_are_those_of_one_model(tmp_path):
     two = put_together(*paths, written(tmp_path, made_up.pruning(), "other"))
     assert figures(two) == []
     assert two.title == "Toy-1M: 2 pruned models"
-    assert sentences(two)[0].startswith(
-        "2 pruned models, between 51.2% and 51.2% of their prunable weights zero: pruned, other."
-    )
+    assert sentences(two)[0] == "2 pruned models, 51.2% to 51.2% of their prunable weights zero: pruned, other."
 
 
 # ------------------------------------------------------------------------------------------------------------ the verb

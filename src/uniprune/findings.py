@@ -28,9 +28,7 @@ def sentences(summary: Summary) -> list[str]:
         found += _about(summary, pruned[0])
     elif pruned:
         levels = [subject.sparsity for subject in pruned if subject.sparsity is not None]
-        between = (
-            f", between {percent(min(levels))} and {percent(max(levels))} of their prunable weights zero" if levels else ""
-        )
+        between = f", {percent(min(levels))} to {percent(max(levels))} of their prunable weights zero" if levels else ""
         found.append(f"{len(pruned)} pruned models{between}: {', '.join(subject.label for subject in pruned)}.")
     for tradeoff in summary.tradeoffs:
         found += _traded(tradeoff)

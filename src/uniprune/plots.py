@@ -219,8 +219,7 @@ def _figure(name: str, width: float, height: float) -> Iterator[tuple[Any, Calla
         warnings.filterwarnings("ignore", "Glyph .* missing")  # the reader's fonts count, not those here
         figure = Figure(figsize=(width, height), layout="constrained")
         yield figure, made
-        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        figure.savefig(drawn, format="svg", transparent=True, metadata=nothing)
+        figure.savefig(drawn, format="svg", transparent=True)
 
 
 def _inline(drawn: str, name: str) -> str:

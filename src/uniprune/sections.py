@@ -155,13 +155,14 @@ def _closeness(summary: Summary) -> Iterator[Part]:
 
 def _generations(summary: Summary) -> Iterator[Part]:
     for subject in summary.subjects:
-        found = [_dialogue(each) for evaluation in subject.evaluations for each in evaluation.generations]
+        found = [dialogue(each) for evaluation in subject.evaluations for each in evaluation.generations]
         if found:
             says = "Greedy continuations of the same prompts. What only one of the models says is marked."
             yield Part(_title(summary, subject), [says], dialogues=found)
 
 
-def _dialogue(facts: Generation) -> Dialogue:
+def dialogue(facts: Generation) -> Dialogue:
+    """Two continuations, cut where the first word differs."""
     sides = [facts.model, facts.against]
     if all(side.startswith(" ") for side in sides):
         sides = [side[1:] for side in sides]
