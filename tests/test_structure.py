@@ -10,6 +10,9 @@ import uniprune
 
 RANK = {
     "errors": 0,
+    "layout": 0,
+    "experts": 0,
+    "routing": 1,
     "progress": 0,
     "significance": 0,
     "saliency": 0,

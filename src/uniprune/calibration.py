@@ -18,6 +18,7 @@ from uniprune.matrices import Matrices, find_blocks
 from uniprune.metrics import Gram, Metric, SquaredNorm
 from uniprune.patterns import Pattern
 from uniprune.progress import Progress, silent
+from uniprune.routing import taken_apart
 from uniprune.runs import Run
 from uniprune.store import Store
 
@@ -64,8 +65,9 @@ def observing(
         for name, matrix in matrices.items() if kind else ():
             assert kind is not None
             statistics[name] = kind(matrix.shape[1], device or matrix.parameter.device)
-            handles.append(matrix.module.register_forward_pre_hook(feed(statistics[name])))
-        yield statistics
+            handles += [module.register_forward_pre_hook(feed(statistics[name])) for module in matrix.modules]
+        with taken_apart(matrix.module for matrix in matrices.values()):
+            yield statistics
     finally:
         for handle in handles:
             handle.remove()
