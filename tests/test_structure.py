@@ -27,6 +27,7 @@ RANK = {
     "models": 2,
     "prox": 3,
     "straight_through": 2,
+    "starvation": 2,
     "mirror_descent": 2,
     "refine": 3,
     "masks": 2,

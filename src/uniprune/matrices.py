@@ -102,7 +102,8 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 def find_matrices(model: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> Matrices:
     """The prunable matrices in the order of the model, by module name; a weight that modules share is listed once.
 
-    Matrices of fused experts are named as the checkpoint names them. include, exclude: regular expressions, searched in the
+    Where the checkpoint that transformers writes has another name than the module, as of each fused expert, it is that one.
+    include, exclude: regular expressions, searched in the
     names; ``exclude`` wins. Raises InputError if under 90 % of the blocks' parameters lie in matrices, if an expression matches
     none, or for a model with adapters.
     """
@@ -116,12 +117,13 @@ def left_dense(model: nn.Module) -> Left:
 
 
 def _discover(model: nn.Module) -> tuple[Matrices, Left]:
+    _check_unquantised(model)
     prefix, blocks = find_blocks(model)
     inside = [(f"{prefix}.{i}.{name}", i, module) for i, block in enumerate(blocks) for name, module in block.named_modules()]
     outside = {id(p): name for name, p in model.named_parameters() if not name.startswith(f"{prefix}.")}
     routers = {id(module): module for block in blocks for module in _routers(block)}
     groups = {id(module): group for name, _, module in inside for module, group in _fellows(name, module)}
-    layout: Layout | None = None
+    layout = Layout(model)
     found: Matrices = {}
     left: Left = {}
     names: dict[int, str] = {}  # of the matrix that a weight is
@@ -130,7 +132,6 @@ def _discover(model: nn.Module) -> tuple[Matrices, Left]:
         if hasattr(module, "base_layer"):
             raise InputError(f"{name} has an adapter (PEFT); merge it first: model = model.merge_and_unload()")
         if is_fused(module):
-            layout = layout or Layout(model)
             found |= _of_experts(Fused(name, module, layout.parts), index)
             covered |= {id(parameter) for parameter in module.parameters(recurse=False)}
             continue
@@ -138,6 +139,7 @@ def _discover(model: nn.Module) -> tuple[Matrices, Left]:
         if not isinstance(weight, Tensor) or not (id(module) in routers or isinstance(module, (nn.Linear, Conv1D))):
             continue
         covered.add(id(weight))
+        name = layout.key(f"{name}.weight").removesuffix(".weight")
         if id(module) in routers or id(weight) in outside:
             why = "a router" if id(module) in routers else f"shared with {outside[id(weight)]}"
             left[name] = tuple(weight.shape), why
@@ -148,6 +150,19 @@ def _discover(model: nn.Module) -> tuple[Matrices, Left]:
             found[name] = Matrix(name, module, index, isinstance(module, Conv1D), group=groups.get(id(module)))
     _check_coverage(prefix, blocks, covered)
     return found, left
+
+
+def _check_unquantised(model: nn.Module) -> None:
+    config = getattr(model, "config", None)
+    for part in (config, config.get_text_config()) if config is not None else ():
+        found = getattr(part, "quantization_config", None) or getattr(part, "compression_config", None)
+        facts = found if isinstance(found, dict) else getattr(found, "__dict__", {})
+        if found and not facts.get("dequantize"):
+            method = facts.get("quant_method", "by an unnamed method")
+            raise InputError(
+                f"{type(model).__name__} is quantised ({getattr(method, 'value', method)}): its weights are no plain matrices; "
+                "give the model that it was made from, or dequantise it first: model.dequantize(), then save_pretrained"
+            )
 
 
 def _used_by(matrix: Matrix, module: nn.Module, block: int) -> Matrix:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
 from rich.table import Table
 
-from uniprune.forecast import Plan
+from uniprune.forecast import Plan, kind_of
 
 NOTE = (
     "A pruned checkpoint is dense with zeros: it has the size and the speed of the original "
@@ -48,6 +49,10 @@ def plan_lines(plan: Plan) -> list[str]:
         f"Execution: {how[plan.execution]} ({plan.dtype}). About {max(plan.seconds, 1):.0f} s for {plan.tokens} calibration "
         f"tokens on this machine, {plan.disk / 1e9:.2f} GB of disk for the output."
     )
+    for (kind, why), count in Counter((kind_of(name), why) for name, why in plan.left_dense.items()).items():
+        lines.append(f"Left dense: {count} x {kind}, {why}.")
+    if plan.shared:
+        lines.append(f"Shared by several modules, and pruned once: {len(plan.shared)} matrices, e.g. {next(iter(plan.shared))}.")
     if not plan.fits:
         lines.append(
             "Some matrices cannot have the pattern: pruning refuses until --misfits, a --rule or --exclude says what they get."

@@ -18,14 +18,15 @@ def taken_apart(modules: Iterable[nn.Module]) -> Iterator[None]:
 
     Raises UniPruneError, at the first tokens, if that is not what their module computes.
     """
-    fused = {id(module.fused): module.fused for module in modules if isinstance(module, Slice)}
+    slices = {id(module.fused): module.fused for module in modules if isinstance(module, Slice)}
+    fused = [one for one in slices.values() if "forward" not in vars(one.module)]  # else it is apart already
     try:
-        for one in fused.values():
+        for one in fused:
             one.module.forward = _checked(one)  # type: ignore[method-assign]
         yield
     finally:
-        for one in fused.values():
-            one.module.__dict__.pop("forward", None)  # the class's own forward shows again
+        for one in fused:
+            del one.module.forward  # the class's own forward shows again
 
 
 def _checked(fused: Fused) -> Callable[..., Tensor]:
