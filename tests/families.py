@@ -25,7 +25,11 @@ TABLE = Path(__file__).parents[1] / "docs" / "models.md"
 BEGIN, END = "<!-- table: written by make models -->", "<!-- /table -->"
 STEPS = ("plan", "local metric", "controller", "mask and apply", "reload", "N:M by key", "streamed")
 VOCABULARY = 64
-EXCLUDED = {"mamba": "dt_proj", "falcon_mamba": "dt_proj", "jamba": "dt_proj"}  # read past its layer's forward: see docs/models.md
+EXCLUDED = {
+    "mamba": "dt_proj",
+    "falcon_mamba": "dt_proj",
+    "jamba": "dt_proj",
+}  # read past its layer's forward: see docs/models.md
 SMALL = {
     "hidden_size": 32,
     "intermediate_size": 64,
@@ -167,7 +171,8 @@ def walk(family: str, folder: Path) -> dict[str, str]:
         assert same_files(folder / "applied", outputs["local metric"])
 
     def plan() -> None:
-        check_plan(uniprune.plan(source, recipe), model)
+        with mock.patch("uniprune.forecast._flops", return_value=1e9):  # how fast this machine is does not matter here
+            check_plan(uniprune.plan(source, recipe), model)
 
     def streamed() -> None:
         for step, settings in (("local metric", recipe), ("controller", corrected)):
@@ -223,7 +228,7 @@ def check_reload(folder, ids):
 
 
 def check_pattern(source, output):
-    """In the output's own files: each planned key has the 2:4 zeros and the kept bits of the source; the rest is the source's."""
+    """In the output's own files: under each key 2:4 zeros and the kept bits of the source; all else is the source's."""
     masks = artefacts.MasksFile(output / "pruning" / "masks.safetensors")
     before, after = tensors(source), tensors(output)
     assert before.keys() == after.keys()

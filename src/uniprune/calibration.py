@@ -69,7 +69,7 @@ def observing(
     try:
         for name, matrix in matrices.items() if kind else ():
             assert kind is not None
-            statistics[name] = kind(matrix.shape[1], device or matrix.parameter.device)
+            statistics[name] = kind(matrix.shape[1], device or matrix.device)
             handles += [module.register_forward_pre_hook(feed(statistics[name])) for module in matrix.modules]
         with taken_apart(matrix.module for matrix in matrices.values()):
             yield statistics
@@ -212,8 +212,8 @@ def check_seen(statistics: Mapping[str, SquaredNorm]) -> None:
     blind = [name for name, statistic in statistics.items() if statistic.tokens == 0]
     if blind:
         raise UniPruneError(
-            f"{len(blind)} matrices saw no calibration token, e.g. {blind[0]}: their weights are read past their layers, or they "
-            "are experts that no token was sent to; leave them out (--exclude), or use more text"
+            f"{len(blind)} matrices saw no calibration token, e.g. {blind[0]}: their layers are passed by, or they are experts "
+            "that nothing was sent to; leave them out (--exclude), or use more text"
         )
     for name, statistic in statistics.items():
         if not bool(torch.isfinite(statistic.total).all()):

@@ -19,10 +19,19 @@ from torch.nn import functional
 class Slice(nn.Module):
     """Some rows of one expert's matrix. Its weight is a view, whatever the parameter is at the time; it owns nothing."""
 
+    fused: Fused
+
     def __init__(self, fused: Fused, parameter: str, expert: int, rows: slice) -> None:
         super().__init__()
         object.__setattr__(self, "fused", fused)  # not a part of this module
         self._parameter, self._expert, self._rows = parameter, expert, rows
+        self.shape: tuple[int, ...] = tuple(self.weight.shape)
+
+    @property
+    def whole(self) -> Tensor:
+        """The parameter that the weight is a view of."""
+        parameter: Tensor = self.fused.module._parameters[self._parameter]
+        return parameter
 
     @property
     def place(self) -> str:
@@ -32,12 +41,12 @@ class Slice(nn.Module):
     @property
     def weight(self) -> Tensor:
         """``[rows, in]``, or ``[in, rows]`` where the module stores it transposed."""
-        matrix = self.fused.module._parameters[self._parameter][self._expert]
+        matrix = self.whole[self._expert]
         return matrix[:, self._rows] if self.fused.transposed else matrix[self._rows]
 
     @property
     def bias(self) -> Tensor | None:
-        bias = self.fused.module._parameters.get(f"{self._parameter}_bias")
+        bias: Tensor | None = self.fused.module._parameters.get(f"{self._parameter}_bias")
         return None if bias is None else bias[self._expert][self._rows]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -52,49 +61,48 @@ class Fused:
     that tensor's key and the expert's number.
     """
 
-    def __init__(self, name: str, module: nn.Module, parts: Callable[[str, tuple[int, ...]], Iterable[Any]]) -> None:
+    def __init__(self, name: str, module: Any, parts: Callable[[str, tuple[int, ...]], Iterable[Any]]) -> None:
         self.name, self.module = name, module
-        self.transposed: bool = module.is_transposed  # type: ignore[assignment]
+        self.transposed: bool = module.is_transposed
         self.first = "gate_up_proj" if module.has_gate else "up_proj"
-        self.experts = len(module._parameters[self.first])  # type: ignore[arg-type]
+        self.experts = len(module._parameters[self.first])
         self.slices: dict[str, Slice] = {}
         self._up: list[list[Slice]] = [[] for _ in range(self.experts)]
         self._down: list[list[Slice]] = [[] for _ in range(self.experts)]
         for parameter, into in ((self.first, self._up), ("down_proj", self._down)):
-            shape = tuple(module._parameters[parameter].shape)  # type: ignore[union-attr]
-            for part in parts(f"{name}.{parameter}", shape):
+            for part in parts(f"{name}.{parameter}", tuple(module._parameters[parameter].shape)):
                 whole = part.expert is None
                 for expert in range(self.experts) if whole else [part.expert]:
                     rows = slice(None) if whole else slice(part.start, part.stop)
-                    into[expert].append(Slice(self, parameter, expert, rows))  # type: ignore[index,arg-type]
                     key = part.key.removesuffix(".weight") + (f".{expert}" if whole else "")
-                    self.slices[key] = into[expert][-1]  # type: ignore[index]
+                    self.slices[key] = Slice(self, parameter, expert, rows)
+                    into[expert].append(self.slices[key])
 
     @property
     def complete(self) -> bool:
         """Whether it is known how the checkpoint stores them."""
         return all(self._up) and all(self._down)
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        top_k_index: Tensor,
-        top_k_weights: Tensor,
-        call: Callable[[Slice, Tensor], Tensor] = nn.Module.__call__,
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """What the module computes, for tokens ``[tokens, width]``."""
+        return self.run(nn.Module.__call__, hidden_states, top_k_index, top_k_weights)
+
+    def run(
+        self, call: Callable[[Slice, Tensor], Tensor], hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
     ) -> Tensor:
-        """What the module computes, for tokens ``[tokens, width]``, through one ``call`` per expert and matrix."""
+        """:meth:`forward` through one ``call`` per expert and matrix."""
         module = self.module
         output = torch.zeros_like(hidden_states)
-        for expert in top_k_index.unique().tolist():
+        for expert in torch.unique(top_k_index).tolist():
             if expert >= self.experts:  # a place holder for an expert that is elsewhere
                 continue
             token, position = torch.where(top_k_index == expert)
             x = hidden_states[token]
             y = torch.cat([call(part, x) for part in self._up[expert]], -1)
-            y = module._apply_gate(y) if module.has_gate else module.act_fn(y)  # type: ignore[operator]
+            y = module._apply_gate(y) if module.has_gate else module.act_fn(y)
             y = torch.cat([call(part, y) for part in self._down[expert]], -1)
             if module.has_post_expert_norm:
-                y = module.post_expert_norm(y)  # type: ignore[operator]
+                y = module.post_expert_norm(y)
             weighted = y * top_k_weights[token, position, None]
             output = output.index_add(0, token, weighted.to(output.dtype))
         return output
@@ -106,4 +114,6 @@ def is_fused(module: nn.Module) -> bool:
     second = module._parameters.get("down_proj")
     if first is None or second is None or first.dim() != 3 or second.dim() != 3 or len(first) != len(second):
         return False
-    return all(hasattr(module, name) for name in ("is_transposed", "has_gate", "has_bias", "has_post_expert_norm", "_apply_gate"))
+    return all(
+        hasattr(module, name) for name in ("is_transposed", "has_gate", "has_bias", "has_post_expert_norm", "_apply_gate")
+    )

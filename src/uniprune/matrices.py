@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from uniprune.errors import InputError
-from uniprune.experts import Fused, is_fused
+from uniprune.experts import Fused, Slice, is_fused
 from uniprune.layout import Layout
 
 COVERAGE = 0.9  # of the blocks' parameters must lie in matrices that we know how to prune
@@ -55,12 +55,21 @@ class Matrix:
         return weight
 
     @property
+    def whole(self) -> Tensor:
+        """The parameter, of an expert that of all experts."""
+        return self.module.whole if isinstance(self.module, Slice) else self.parameter
+
+    @property
+    def device(self) -> torch.device:
+        return self.whole.device
+
+    @property
     def stored(self) -> Tensor:
         """The parameter, read from the checkpoint where it is not in memory as a whole."""
-        parameter = self.parameter.detach()
-        if self.read and (parameter.is_meta or type(parameter) is not Tensor):
+        whole = self.whole.detach()
+        if self.read and (whole.is_meta or type(whole) is not Tensor):
             return self.read(f"{self.name}.weight")
-        return parameter
+        return self.parameter.detach()
 
     @property
     def weight(self) -> Tensor:
@@ -69,12 +78,13 @@ class Matrix:
 
     @property
     def shape(self) -> tuple[int, int]:
-        rows, columns = self.parameter.shape
+        rows, columns = self.module.shape if isinstance(self.module, Slice) else self.parameter.shape
         return (columns, rows) if self.transposed else (rows, columns)
 
     @property
     def size(self) -> int:
-        return self.parameter.numel()
+        rows, columns = self.shape
+        return rows * columns
 
 
 Matrices = dict[str, Matrix]
@@ -120,7 +130,8 @@ def _discover(model: nn.Module) -> tuple[Matrices, Left]:
     _check_unquantised(model)
     prefix, blocks = find_blocks(model)
     inside = [(f"{prefix}.{i}.{name}", i, module) for i, block in enumerate(blocks) for name, module in block.named_modules()]
-    outside = {id(p): name for name, p in model.named_parameters() if not name.startswith(f"{prefix}.")}
+    parameters = model.named_parameters(remove_duplicate=False)
+    outside = {id(p): name for name, p in parameters if not name.startswith(f"{prefix}.")}
     routers = {id(module): module for block in blocks for module in _routers(block)}
     groups = {id(module): group for name, _, module in inside for module, group in _fellows(name, module)}
     layout = Layout(model)
@@ -212,7 +223,9 @@ def _check_coverage(prefix: str, blocks: nn.ModuleList, covered: set[int]) -> No
     if sum(p.numel() for _, p in missed) > (1 - COVERAGE) * total:
         largest = sorted(missed, key=lambda item: -item[1].numel())[:5]
         names = ", ".join(f"{prefix}.{n} {tuple(p.shape)}" for n, p in largest)
-        raise InputError(f"under {COVERAGE:.0%} of the blocks' parameters are in matrices (Linear, Conv1D, experts); not: {names}")
+        raise InputError(
+            f"under {COVERAGE:.0%} of the blocks' parameters are in matrices (Linear, Conv1D, experts); not: {names}"
+        )
 
 
 def _select(found: Matrices, include: Sequence[str], exclude: Sequence[str]) -> Matrices:

@@ -136,7 +136,9 @@ def skeleton(origin: Origin) -> nn.Module:
 
     config = _guarded(origin, lambda: AutoConfig.from_pretrained(origin.folder, **origin.options()))
     if config.is_encoder_decoder:
-        raise InputError(f"model {origin} is an encoder-decoder ({config.model_type}); only decoders (causal models) are supported")
+        raise InputError(
+            f"model {origin} is an encoder-decoder ({config.model_type}); only decoders (causal models) are supported"
+        )
     with torch.device("meta"):
         model: nn.Module = _guarded(origin, lambda: AutoModelForCausalLM.from_config(config))
     return model

@@ -48,8 +48,8 @@ from uniprune.matrices import Matrices, Matrix, check_fit
 from uniprune.metrics import Metric
 from uniprune.patterns import NM, Pattern
 from uniprune.progress import Progress, silent
-from uniprune.routing import taken_apart
 from uniprune.prox import prox_nm, soft_threshold
+from uniprune.routing import taken_apart
 
 logger = logging.getLogger(__name__)
 

@@ -52,7 +52,9 @@ def plan_lines(plan: Plan) -> list[str]:
     for (kind, why), count in Counter((kind_of(name), why) for name, why in plan.left_dense.items()).items():
         lines.append(f"Left dense: {count} x {kind}, {why}.")
     if plan.shared:
-        lines.append(f"Shared by several modules, and pruned once: {len(plan.shared)} matrices, e.g. {next(iter(plan.shared))}.")
+        lines.append(
+            f"Shared by several modules, and pruned once: {len(plan.shared)} matrices, e.g. {next(iter(plan.shared))}."
+        )
     if not plan.fits:
         lines.append(
             "Some matrices cannot have the pattern: pruning refuses until --misfits, a --rule or --exclude says what they get."

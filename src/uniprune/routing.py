@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ def taken_apart(modules: Iterable[nn.Module]) -> Iterator[None]:
     fused = [one for one in slices.values() if "forward" not in vars(one.module)]  # else it is apart already
     try:
         for one in fused:
-            one.module.forward = _checked(one)  # type: ignore[method-assign]
+            one.module.forward = _checked(one)
         yield
     finally:
         for one in fused:
@@ -32,7 +33,7 @@ def taken_apart(modules: Iterable[nn.Module]) -> Iterator[None]:
 def _checked(fused: Fused) -> Callable[..., Tensor]:
     checked = False
 
-    def forward(*args: Tensor, **kwargs: Tensor) -> Tensor:
+    def forward(*args: Any, **kwargs: Any) -> Tensor:
         nonlocal checked
         if not checked:
             checked = True
@@ -43,9 +44,9 @@ def _checked(fused: Fused) -> Callable[..., Tensor]:
 
 
 @torch.no_grad()
-def _check(fused: Fused, *args: Tensor, **kwargs: Tensor) -> None:
+def _check(fused: Fused, *args: Any, **kwargs: Any) -> None:
     expected = type(fused.module).forward(fused.module, *args, **kwargs)
-    found = fused.forward(*args, **kwargs, call=Slice.forward)
+    found = fused.run(Slice.forward, *args, **kwargs)
     if not torch.allclose(found, expected, rtol=0.02, atol=0.02 * float(expected.abs().max())):
         kind = type(fused.module).__name__
         raise UniPruneError(f"{fused.name}: {kind} computes something else than its experts one by one; they cannot be pruned")

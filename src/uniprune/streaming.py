@@ -80,7 +80,9 @@ class Streamer:
         key = find_key(name, self._entries) or find_key(layout.key(name), self._entries) or self._renamed(model, shape)
         if key is None or self._entries[key].shape != shape:
             found = "no tensor" if key is None else f"a tensor {self._entries[key].shape}"
-            raise InputError(f"model {origin} cannot be streamed: {found} for {name} {shape}; give it memory for the whole model")
+            raise InputError(
+                f"model {origin} cannot be streamed: {found} for {name} {shape}; give it memory for the whole model"
+            )
         return [Part(key)]
 
     def _renamed(self, model: nn.Module, shape: tuple[int, ...]) -> str | None:
