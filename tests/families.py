@@ -23,7 +23,6 @@ from uniprune.models import Origin
 
 TABLE = Path(__file__).parents[1] / "docs" / "models.md"
 BEGIN, END = "<!-- table: written by make models -->", "<!-- /table -->"
-STEPS = ("plan", "local metric", "controller", "mask and apply", "reload", "N:M by key", "streamed")
 VOCABULARY = 64
 EXCLUDED = {
     "mamba": "dt_proj",
@@ -148,58 +147,75 @@ def tiny(family: str, **changes: object) -> torch.nn.Module:
     return kind.from_config(config).eval().requires_grad_(False)
 
 
-def walk(family: str, folder: Path) -> dict[str, str]:
-    """What happened at each step: ``yes``, or why uniprune refused it. Anything else that goes wrong is raised."""
-    model = tiny(family)
-    source, tokens = folder / "model", folder / "tokens.safetensors"
-    model.save_pretrained(source, max_shard_size="40KB")
-    ids = torch.randint(0, VOCABULARY, (9, 32), generator=torch.Generator().manual_seed(0))
-    text.save_windows(text.Windows(ids, "random", 9, False), tokens)
-    common = {"sparsity": "2:4", "text": str(tokens), "exclude": EXCLUDED.get(family, ())}
-    recipe = uniprune.Recipe(controller="none", **common)
-    corrected = uniprune.Recipe(tuning={"batch_tokens": 128}, **common)
-    scores, masks, outputs = folder / "scores.safetensors", folder / "masks.safetensors", {}
+class Walk:
+    """One family through all steps; a step raises UniPruneError if uniprune refuses, and anything else if something is wrong."""
 
-    def prune(step: str, *arguments: object, **options: object) -> None:
-        uniprune.prune(*arguments, folder / step, **options)
-        outputs[step] = folder / step
+    def __init__(self, family: str, folder: Path) -> None:
+        self.model, self.folder, self.source = tiny(family), folder, folder / "model"
+        self.model.save_pretrained(self.source, max_shard_size="40KB")
+        self.ids = torch.randint(0, VOCABULARY, (9, 32), generator=torch.Generator().manual_seed(0))
+        text.save_windows(text.Windows(self.ids, "random", 9, False), folder / "tokens.safetensors")
+        common = {"sparsity": "2:4", "text": str(folder / "tokens.safetensors"), "exclude": EXCLUDED.get(family, ())}
+        self.recipes = {
+            "local": uniprune.Recipe(controller="none", **common),
+            "controller": uniprune.Recipe(tuning={"batch_tokens": 128}, **common),
+        }
+        self.outputs: dict[str, Path] = {}
 
-    def mask_and_apply() -> None:
-        uniprune.calibrate(source, recipe, scores)
-        uniprune.mask(scores, "2:4", masks)
-        uniprune.apply(source, masks, folder / "applied")
-        assert same_files(folder / "applied", outputs["local metric"])
-
-    def plan() -> None:
+    def plan(self) -> None:
         with mock.patch("uniprune.forecast._flops", return_value=1e9):  # how fast this machine is does not matter here
-            check_plan(uniprune.plan(source, recipe), model)
+            check_plan(uniprune.plan(self.source, self.recipes["local"]), self.model)
 
-    def streamed() -> None:
-        for step, settings in (("local metric", recipe), ("controller", corrected)):
-            if step not in outputs:
-                continue
+    def prune(self, name: str) -> None:
+        uniprune.prune(self.source, self.recipes[name], self.folder / name)
+        self.outputs[name] = self.folder / name
+
+    def mask_and_apply(self) -> None:
+        scores, masks, applied = (self.folder / name for name in ("scores.safetensors", "masks.safetensors", "applied"))
+        uniprune.calibrate(self.source, self.recipes["local"], scores)
+        uniprune.mask(scores, "2:4", masks)
+        uniprune.apply(self.source, masks, applied)
+        assert same_files(applied, self.outputs["local"])
+
+    def reload(self) -> None:
+        for output in self.outputs.values():
+            check_reload(output, self.ids)
+
+    def by_key(self) -> None:
+        for output in self.outputs.values():
+            check_pattern(self.source, output)
+
+    def streamed(self) -> None:
+        for name, resident in self.outputs.items():
             with mock.patch("uniprune.job.choose", return_value="streamed"):  # models this small need no less memory that way
-                prune("streamed", source, settings, overwrite=True)
-            assert same_files(outputs["streamed"], outputs[step])
+                uniprune.prune(self.source, self.recipes[name], self.folder / "streamed", overwrite=True)
+            assert same_files(self.folder / "streamed", resident)
 
-    actions = [
-        plan,
-        lambda: prune("local metric", source, recipe),
-        lambda: prune("controller", source, corrected),
-        mask_and_apply,
-        lambda: [check_reload(output, ids) for output in outputs.values()],
-        lambda: [check_pattern(source, output) for output in outputs.values()],
-        streamed,
-    ]
+
+STEPS = {
+    "plan": Walk.plan,
+    "local metric": lambda walk: walk.prune("local"),
+    "controller": lambda walk: walk.prune("controller"),
+    "mask and apply": Walk.mask_and_apply,
+    "reload": Walk.reload,
+    "N:M by key": Walk.by_key,
+    "streamed": Walk.streamed,
+}
+
+
+def walk(family: str, folder: Path) -> dict[str, str]:
+    """What happened at each step: ``yes``, or why uniprune refused it. A family without a plan goes no further."""
     found: dict[str, str] = {}
-    for step, action in zip(STEPS, actions, strict=True):
-        try:
-            action()
-            found[step] = "yes"
-        except UniPruneError as error:
-            found[step] = str(error).replace(str(source), "M")
-            if step == STEPS[0]:
-                break
+    with mock.patch("os.fsync"):  # a thousand of them; whether files last is tested elsewhere
+        walk = Walk(family, folder)
+        for name, step in STEPS.items():
+            try:
+                step(walk)
+                found[name] = "yes"
+            except UniPruneError as error:
+                found[name] = str(error).replace(str(walk.source), "M")
+                if name == "plan":
+                    break
     return found
 
 
@@ -271,7 +287,7 @@ def same_files(one, other):
 
 def row(family: str, found: dict[str, str]) -> str:
     """A line of the table; why something was refused stands in its last column."""
-    cells = ["refused" if found.get(step, "").strip() not in ("yes", "") else found.get(step, "") for step in STEPS]
+    cells = [found.get(step, "") if found.get(step, "yes") == "yes" else "refused" for step in STEPS]
     notes = [f"with `--exclude {EXCLUDED[family]}`"] if family in EXCLUDED else []
     notes += dict.fromkeys(reason for reason in found.values() if reason != "yes")
     return f"| {family} | {' | '.join(cells)} | {'; '.join(notes).replace('|', '/')} |"
@@ -280,7 +296,8 @@ def row(family: str, found: dict[str, str]) -> str:
 def rows() -> dict[str, str]:
     """The table as it is committed."""
     table = TABLE.read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0]
-    return {line.split("|")[1].strip(): line for line in re.findall(r"^\| \w+ \|.*$", table, re.MULTILINE)}
+    lines = [line for line in table.splitlines() if line.startswith("| ")][2:]
+    return {line.split("|")[1].strip(): line for line in lines}
 
 
 def main() -> None:

@@ -19,6 +19,7 @@ from uniprune.loss import Loss
 from uniprune.matrices import find_blocks, find_matrices, left_dense
 from uniprune.metrics import RIA, Gram, SquaredNorm, Wanda
 from uniprune.passes import Resident
+from uniprune.report import plan_lines
 from uniprune.routing import taken_apart
 from uniprune.shards import entries
 from uniprune.starvation import FEW
@@ -130,6 +131,24 @@ def test_routers_are_left_dense_and_shown():
     names = "".join(find_matrices(tiny("deepseek_v3")))
     assert "layers.0.mlp.gate_proj" in names  # a first layer without experts
     assert "layers.1.mlp.shared_experts.up_proj" in names
+
+
+@pytest.mark.parametrize(
+    ("family", "line"),
+    [
+        ("qwen2_moe", "Left dense: 2 x model.layers.*.mlp.shared_expert_gate, a router."),
+        (
+            "zamba2",
+            "Shared by several modules, and pruned once: 7 matrices, e.g. model.layers.1.shared_transformer.self_attn.q_proj.",
+        ),
+    ],
+)
+def test_the_plan_says_what_is_left_and_what_is_shared(family, line, tmp_path):
+    tiny(family).save_pretrained(tmp_path)
+    plan = uniprune.plan(tmp_path, Recipe(sparsity="2:4"))
+    print(plan_lines(plan))
+    assert line in plan_lines(plan)
+    assert all(group.count % 2 == 0 or family != "qwen2_moe" for group in plan.groups)  # experts of all layers in one row
 
 
 def test_what_no_conversion_touches_keeps_its_name():

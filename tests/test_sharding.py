@@ -126,7 +126,11 @@ def interrupted(folders, output):
 def folders(tmp_path_factory, tokenizer):
     path = tmp_path_factory.mktemp("models")
     for name, changes in MODELS.items():
-        model = tiny_model("gpt2" if name == "gpt2" else "llama", **changes) if name != "qwen3_moe" else families.tiny(name, **changes)
+        model = (
+            tiny_model("gpt2" if name == "gpt2" else "llama", **changes)
+            if name != "qwen3_moe"
+            else families.tiny(name, **changes)
+        )
         model.save_pretrained(path / name, max_shard_size="50KB")
         tokenizer.save_pretrained(path / name)
     return path

@@ -25,7 +25,10 @@ class Slice(nn.Module):
         super().__init__()
         object.__setattr__(self, "fused", fused)  # not a part of this module
         self._parameter, self._expert, self._rows = parameter, expert, rows
-        self.shape: tuple[int, ...] = tuple(self.weight.shape)
+        sizes = list(self.whole.shape[1:])
+        axis = 1 if fused.transposed else 0
+        sizes[axis] = len(range(sizes[axis])[rows])
+        self.shape = sizes[0], sizes[1]  # of the weight, which may lie in parts in several processes
 
     @property
     def whole(self) -> Tensor:
@@ -101,10 +104,10 @@ class Fused:
             y = torch.cat([call(part, x) for part in self._up[expert]], -1)
             y = module._apply_gate(y) if module.has_gate else module.act_fn(y)
             y = torch.cat([call(part, y) for part in self._down[expert]], -1)
-            if module.has_post_expert_norm:
+            if getattr(module, "has_post_expert_norm", False):
                 y = module.post_expert_norm(y)
             weighted = y * top_k_weights[token, position, None]
-            output = output.index_add(0, token, weighted.to(output.dtype))
+            output.index_add_(0, token, weighted.to(output.dtype))
         return output
 
 

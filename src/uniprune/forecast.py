@@ -16,6 +16,7 @@ import torch
 from uniprune.budget import spell
 from uniprune.errors import InputError
 from uniprune.executor import BATCH_TOKENS
+from uniprune.experts import Slice
 from uniprune.matrices import Matrices, find_blocks, left_dense
 from uniprune.models import Origin, dtype_name
 from uniprune.passes import PART_TOKENS
@@ -185,6 +186,7 @@ def needs(
     passing = BATCH_TOKENS * 16 * width * item
     resident = parameters * item + SCORING * largest + passing + STATE[controller] * prunable
     resident += corrected * (step_tokens * item * widths + STEPPING * largest)
+    mapped = mapped and not any(isinstance(matrix.module, Slice) for matrix in matrices.values())  # experts are put together
     stepping = PART_TOKENS * item * in_block + (item + 1) * block + STEPPING * largest
     streamed = (parameters - inside + (0 if mapped else block)) * item + max(SCORING * largest, passing, corrected * stepping)
     hidden = max(step_tokens, BATCH_TOKENS) * item * width * (len(blocks) + 4)

@@ -94,14 +94,13 @@ class Streamer:
     def read(self, name: str) -> Tensor:
         """A parameter by its name in the model, or a matrix of an expert by its own, in the type computed in."""
         parts = self._stored.get(name) or [Part(key_of(name, self._entries))]
-        tensors = [self._get(part.key) for part in parts]
         if len(parts) == 1:
-            return tensors[0]
-        experts = 1 + max(part.expert or 0 for part in parts)
-        rows = max(part.stop for part in parts)
-        whole = torch.empty(experts, rows, tensors[0].shape[1], dtype=self._dtype, device=self._device)
-        for part, tensor in zip(parts, tensors, strict=True):
-            whole[part.expert, part.start : part.stop] = tensor
+            return self._get(parts[0].key)
+        experts, rows = 1 + max(part.expert or 0 for part in parts), max(part.stop for part in parts)
+        columns = self._entries[parts[0].key].shape[1]
+        whole = torch.empty(experts, rows, columns, dtype=self._dtype, device=self._device)
+        for part in parts:
+            whole[part.expert, part.start : part.stop] = self._get(part.key)
         return whole
 
     def _get(self, key: str) -> Tensor:
