@@ -148,7 +148,7 @@ def tiny(family: str, **changes: object) -> torch.nn.Module:
 
 
 class Walk:
-    """One family through all steps; a step raises UniPruneError if uniprune refuses, and anything else if something is wrong."""
+    """One family through all steps; where uniprune refuses, a step raises UniPruneError, and else if something is wrong."""
 
     def __init__(self, family: str, folder: Path) -> None:
         self.model, self.folder, self.source = tiny(family), folder, folder / "model"

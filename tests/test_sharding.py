@@ -126,11 +126,8 @@ def interrupted(folders, output):
 def folders(tmp_path_factory, tokenizer):
     path = tmp_path_factory.mktemp("models")
     for name, changes in MODELS.items():
-        model = (
-            tiny_model("gpt2" if name == "gpt2" else "llama", **changes)
-            if name != "qwen3_moe"
-            else families.tiny(name, **changes)
-        )
+        make = families.tiny if name == "qwen3_moe" else tiny_model
+        model = make(name if name in families.FAMILIES else "llama", **changes)
         model.save_pretrained(path / name, max_shard_size="50KB")
         tokenizer.save_pretrained(path / name)
     return path
