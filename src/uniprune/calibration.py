@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from uniprune import masks as masking
-from uniprune import ranks
+from uniprune import ranks, starvation
 from uniprune import refine as refining
 from uniprune.errors import InputError, UniPruneError
 from uniprune.executor import Blocks, Replay, Residency, Stash, batches, device_of, last_hidden, resident
@@ -18,6 +18,7 @@ from uniprune.matrices import Matrices, find_blocks
 from uniprune.metrics import Gram, Metric, SquaredNorm
 from uniprune.patterns import Pattern
 from uniprune.progress import Progress, silent
+from uniprune.routing import taken_apart
 from uniprune.runs import Run
 from uniprune.store import Store
 
@@ -32,6 +33,11 @@ class LocalSaliency(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         return self._metric(self._matrices[name].weight, self._statistics.get(name))
+
+    @property
+    def starved(self) -> dict[str, Any]:
+        """For the report, the experts that are scored by magnitude."""
+        return starvation.starved(self._matrices, self._statistics)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._matrices)
@@ -63,9 +69,10 @@ def observing(
     try:
         for name, matrix in matrices.items() if kind else ():
             assert kind is not None
-            statistics[name] = kind(matrix.shape[1], device or matrix.parameter.device)
-            handles.append(matrix.module.register_forward_pre_hook(feed(statistics[name])))
-        yield statistics
+            statistics[name] = kind(matrix.shape[1], device or matrix.device)
+            handles += [module.register_forward_pre_hook(feed(statistics[name])) for module in matrix.modules]
+        with taken_apart(matrix.module for matrix in matrices.values()):
+            yield statistics
     finally:
         for handle in handles:
             handle.remove()
@@ -85,7 +92,7 @@ def one_shot(
 
     windows: token ids ``[windows, length]``. residency: of a model whose blocks are in memory one at a time. run: where hidden
     states lie between such blocks, and which blocks are done; a pass of a model in memory is short, and begins anew.
-    Raises UniPruneError if a matrix saw no token (an expert that was never routed to).
+    Raises UniPruneError if a matrix saw no token and has no fellows that did (see uniprune.starvation).
     """
     if metric.statistic is None:
         return LocalSaliency(matrices, metric, {})
@@ -95,7 +102,7 @@ def one_shot(
         with observing(matrices, metric.statistic, device_of(model)) as statistics:
             for batch in progress(todo, "calibrating", len(todo)):
                 last_hidden(model, batch)
-        pool(statistics)
+        pool(matrices, statistics)
         return LocalSaliency(matrices, metric, statistics)
     store = Store(run, SWEEP) if run else None
     runner = _blocks(model, mine, residency, run, store)
@@ -105,7 +112,7 @@ def one_shot(
         for index in progress(runner, "calibrating block by block", len(runner)):
             runner.run(index, advance=True)
             here = {name: statistics[name] for name, matrix in matrices.items() if matrix.block == index}
-            pool(here)
+            pool(matrices, here)
             if store is not None:
                 for name, statistic in here.items():
                     store[name] = {"total": statistic.total, "tokens": torch.tensor(statistic.tokens)}
@@ -132,6 +139,8 @@ def sequential(
     The model's weights are the same afterwards, bit for bit.
     Raises InputError if the pattern needs all scores at once (scope ``model``), or with ``refine`` has no budget by row.
     """
+    if any(matrix.spans for matrix in matrices.values()):
+        raise InputError("--sequential cuts block after block, but blocks of this model share weights; leave it out")
     if not pattern.local:
         raise InputError(f"--sequential cuts block after block, but {pattern} needs all scores; use --scope row or matrix")
     if refine:
@@ -145,7 +154,8 @@ def sequential(
         if kind:
             with observing(here, kind, device_of(model)) as statistics:
                 runner.run(index)
-            pool(statistics)
+            pool(here, statistics)
+            starvation.starved(here, statistics)
         else:
             statistics = {}
         cut = dict(pattern(LocalSaliency(here, metric, statistics)))
@@ -178,11 +188,12 @@ class StoredMasks(Mapping[str, Tensor]):
         return len(self._matrices)
 
 
-def pool(statistics: Mapping[str, SquaredNorm]) -> None:
-    """Sums statistics over all processes, and checks them as :func:`check_seen` does."""
+def pool(matrices: Matrices, statistics: Mapping[str, SquaredNorm]) -> None:
+    """Sums statistics over all processes, sees to starved experts, and checks them as :func:`check_seen` does."""
     for statistic in statistics.values():
         ranks.total(statistic.total)
         statistic.tokens = round(ranks.total_of(statistic.tokens))
+    starvation.feed(matrices, statistics)
     check_seen(statistics)
 
 
@@ -201,7 +212,8 @@ def check_seen(statistics: Mapping[str, SquaredNorm]) -> None:
     blind = [name for name, statistic in statistics.items() if statistic.tokens == 0]
     if blind:
         raise UniPruneError(
-            f"{len(blind)} matrices saw no calibration token, e.g. {blind[0]}; use more text, or leave them out"
+            f"{len(blind)} matrices saw no calibration token, e.g. {blind[0]}: their layers are passed by, or they are experts "
+            "that nothing was sent to; leave them out (--exclude), or use more text"
         )
     for name, statistic in statistics.items():
         if not bool(torch.isfinite(statistic.total).all()):

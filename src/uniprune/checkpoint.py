@@ -169,13 +169,14 @@ def write_checkpoint(
         origin = Origin("output", folder)
     keys = entries(origin.shards)
     pruned = {key_of(f"{name}.weight", keys): name for name in masks or ()}
+    tensors = keys.unstacked(pruned)
 
     def write(shard: Path, start: int, stop: int, key: str | None) -> None:
         name = pruned.get(key or "")
         if masks is None or name is None:
             _transfer(shard, folder / shard.name, start, stop)
             return
-        entry, packed = keys[key or ""], masks.packed(name)
+        entry, packed = tensors[key or ""], masks.packed(name)
         shape = masks.shapes[name]
         if name in masks.transposed:  # the mask is [out, in], the tensor [in, out]
             packed, shape = masking.pack(masks[name].T).numpy(), shape[::-1]
@@ -186,7 +187,7 @@ def write_checkpoint(
             check(name, _digest(entry.dtype, entry.shape, bits))
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        written = [(piece[0], pool.submit(write, *piece)) for piece in _pieces(origin.shards, keys)]
+        written = [(piece[0], pool.submit(write, *piece)) for piece in _pieces(origin.shards, tensors)]
         try:
             for shard, parts in groupby(written, key=itemgetter(0)):
                 for _, part in parts:

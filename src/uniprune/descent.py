@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from uniprune import ranks
+from uniprune import ranks, starvation
 from uniprune.calibration import LocalSaliency, check_seen
 from uniprune.duals import Best, Cut, States, StoredStates
 from uniprune.errors import InputError
@@ -150,6 +150,7 @@ class Descent:
         self._scale, self._size = 1.0, 0.0
         self._flipped, self._seen = 0, 0
         self.record: dict[str, Any] = {"tokens": 0, "kl": [], "flips": [], "backed_off": 0}
+        self.record |= self._local.starved
         saved = StoredStates(self._store) if self._store.facts else None
         for name in matrices:
             state = saved[name].to(passes.device) if saved else self.start(name)
@@ -286,6 +287,7 @@ def sensitivities(passes: Passes, windows: Tensor) -> tuple[dict[str, SquaredNor
         ranks.total(norm.total)
         norm.tokens = int(ranks.total_of(norm.tokens))
         ranks.total(totals[name])
+    starvation.feed(network.matrices, inputs, totals)
     check_seen(inputs)
     return inputs, {name: (total / windows.numel()).sqrt() for name, total in totals.items()}
 

@@ -82,7 +82,7 @@ class Cut(Mapping[str, Tensor]):
             block = self._matrices[name].block
             if self._frugal and any(self._matrices[other].block != block for other in self._kept):
                 self._kept.clear()
-            dual = self._dual(name).to(self._matrices[name].parameter.device)
+            dual = self._dual(name).to(self._matrices[name].device)
             self._kept[name] = (
                 dict(relaxed(self._target, {name: dual}, self._temperature))[name]
                 if self._temperature

@@ -8,7 +8,7 @@ import re
 import time
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -16,7 +16,8 @@ import torch
 from uniprune.budget import spell
 from uniprune.errors import InputError
 from uniprune.executor import BATCH_TOKENS
-from uniprune.matrices import Matrices, find_blocks
+from uniprune.experts import Slice
+from uniprune.matrices import Matrices, find_blocks, left_dense
 from uniprune.models import Origin, dtype_name
 from uniprune.passes import PART_TOKENS
 from uniprune.patterns import Pattern
@@ -67,6 +68,8 @@ class Plan:
 
     memory: of the execution that would be chosen; ``memory_resident`` and ``memory_streamed``: of either. disk: of the output;
     scratch: beside it, while the run lasts. size: what the archive may take, if that was asked for; level: what it became.
+    left_dense: matrices in the blocks that are never pruned, and why. shared: those that several modules multiply by, and are
+    pruned once, and how many modules.
     """
 
     model: str
@@ -88,6 +91,8 @@ class Plan:
     seconds: float
     size: int | None = None
     level: float | None = None
+    left_dense: dict[str, str] = field(default_factory=dict)
+    shared: dict[str, int] = field(default_factory=dict)
 
     @property
     def fits(self) -> bool:
@@ -117,7 +122,7 @@ def make_plan(
     groups: dict[tuple[str, tuple[int, int], str | None], list[str]] = defaultdict(list)
     for name, matrix in matrices.items():
         gets = spell(pattern.part(name)) if pattern else None
-        groups[re.sub(r"\.\d+\.", ".*.", name), matrix.shape, gets].append(name)
+        groups[kind_of(name), matrix.shape, gets].append(name)
     rows = [
         Group(name, len(names), shape, len(names) * shape[0] * shape[1], gets, misfits.get(names[0]))
         for (name, shape, gets), names in groups.items()
@@ -143,7 +148,14 @@ def make_plan(
         disk=(sum(shard.stat().st_size for shard in origin.shards) or parameters * dtype.itemsize) + prunable // 8,
         scratch=needed.scratch if execution == "streamed" else 0,
         seconds=WORK[controller] * prunable * tokens / _flops(dtype, device),
+        left_dense={name: why for name, (_, why) in left_dense(model).items()},
+        shared={name: len(matrix.modules) for name, matrix in matrices.items() if matrix.others or matrix.spans},
     )
+
+
+def kind_of(name: str) -> str:
+    """What the names of matrices at the same place of every block, and of every expert, have in common."""
+    return re.sub(r"\.\d+(?=\.|$)", ".*", name)
 
 
 def _removed(pattern: Pattern, matrices: Matrices) -> float:
@@ -174,6 +186,7 @@ def needs(
     passing = BATCH_TOKENS * 16 * width * item
     resident = parameters * item + SCORING * largest + passing + STATE[controller] * prunable
     resident += corrected * (step_tokens * item * widths + STEPPING * largest)
+    mapped = mapped and not any(isinstance(matrix.module, Slice) for matrix in matrices.values())  # experts are put together
     stepping = PART_TOKENS * item * in_block + (item + 1) * block + STEPPING * largest
     streamed = (parameters - inside + (0 if mapped else block)) * item + max(SCORING * largest, passing, corrected * stepping)
     hidden = max(step_tokens, BATCH_TOKENS) * item * width * (len(blocks) + 4)

@@ -37,7 +37,7 @@ def kept(packed: Array) -> int:
 def apply(matrices: Matrices, masks: Iterable[tuple[str, Tensor]]) -> None:
     """Zeroes the pruned weights of a model in memory; kept weights keep their bits."""
     for name, mask in masks:
-        matrices[name].weight.masked_fill_(~mask.to(matrices[name].parameter.device), 0)
+        matrices[name].weight.masked_fill_(~mask.to(matrices[name].device), 0)
 
 
 def apply_to_array(weights: Array, packed: Array) -> None:

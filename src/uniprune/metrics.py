@@ -54,6 +54,16 @@ class SquaredNorm:
         """Root mean square ``[in]`` of each input channel, float32."""
         return self.mean.sqrt().float()
 
+    @property
+    def power(self) -> float:
+        """The squared norms of all tokens, per channel."""
+        return float(self.total.mean())
+
+    def even(self, power: float) -> None:
+        """Becomes the statistic of one token, all of whose channels have this square."""
+        self.total.fill_(power)
+        self.tokens = 1
+
 
 class Gram(SquaredNorm):
     """Sum of outer products ``[in, in]`` over the tokens, float32, for refinement; its diagonal holds the squared norms."""
@@ -65,6 +75,14 @@ class Gram(SquaredNorm):
     @property
     def rms(self) -> Tensor:
         return self.mean.diagonal().sqrt()
+
+    @property
+    def power(self) -> float:
+        return float(self.total.diagonal().mean())
+
+    def even(self, power: float) -> None:
+        self.total.zero_().diagonal().fill_(power)
+        self.tokens = 1
 
 
 class Metric(Protocol):

@@ -78,6 +78,8 @@ def resolve(source: str | Path) -> Origin:
             raise InputError(f"model {source} is a file, but not a .gguf one; give the folder it is in")
         return Origin(str(source), path.parent, path.name)
     folder = path if path.is_dir() else _from_hub(str(source))
+    if (folder / "adapter_config.json").is_file():
+        raise InputError(f"model {source} is an adapter (PEFT), or has one; merge it (merge_and_unload, save_pretrained) first")
     if not (folder / "config.json").is_file():
         raise InputError(f"model folder {source} has no config.json; give the folder of a Hugging Face checkpoint")
     if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
@@ -147,6 +149,10 @@ def skeleton(origin: Origin) -> nn.Module:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = _guarded(origin, lambda: AutoConfig.from_pretrained(origin.folder, **origin.options()))
+    if config.is_encoder_decoder:
+        raise InputError(
+            f"model {origin} is an encoder-decoder ({config.model_type}); only decoders (causal models) are supported"
+        )
     with torch.device("meta"):
         model: nn.Module = _guarded(origin, lambda: AutoModelForCausalLM.from_config(config))
     return model

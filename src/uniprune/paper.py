@@ -33,6 +33,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -48,6 +49,7 @@ from uniprune.metrics import Metric
 from uniprune.patterns import NM, Pattern
 from uniprune.progress import Progress, silent
 from uniprune.prox import prox_nm, soft_threshold
+from uniprune.routing import taken_apart
 
 logger = logging.getLogger(__name__)
 
@@ -171,15 +173,20 @@ class WorkingCopy:
         self._model, self._matrices = model, matrices
         self.weights = {name: _copy(matrix) for name, matrix in matrices.items()}
         self._adam = torch.optim.Adam(self.weights.values(), foreach=False)  # foreach would need another copy
+        self._apart = ExitStack()
 
     def __enter__(self) -> WorkingCopy:
         for name, matrix in self._matrices.items():
-            matrix.module.forward = _route(matrix, self.weights[name])  # type: ignore[method-assign]
+            for module in matrix.modules:
+                module.forward = _route(module, self.weights[name])  # type: ignore[method-assign]
+        self._apart.enter_context(taken_apart(matrix.module for matrix in self._matrices.values()))
         return self
 
     def __exit__(self, *error: object) -> None:
+        self._apart.close()
         for matrix in self._matrices.values():
-            del matrix.module.forward  # the class's own forward shows again
+            for module in matrix.modules:
+                del module.forward  # the class's own forward shows again
 
     def step(self, batch: Tensor, rate: float) -> float:
         """One Adam step on the next-token cross-entropy of windows ``[n, length]``; returns it in nats per token."""
@@ -213,9 +220,9 @@ def _copy(matrix: Matrix) -> Tensor:
     return copied.requires_grad_()
 
 
-def _route(matrix: Matrix, weight: Tensor) -> Callable[[Tensor], Tensor]:
+def _route(module: nn.Module, weight: Tensor) -> Callable[[Tensor], Tensor]:
     def forward(x: Tensor) -> Tensor:
-        bias = matrix.module.bias
+        bias = module.bias
         return functional.linear(x, weight.to(x.dtype), bias if isinstance(bias, Tensor) else None)
 
     return forward

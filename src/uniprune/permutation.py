@@ -79,8 +79,10 @@ def find_channels(model: nn.Module, matrices: Matrices) -> list[Channels]:
     as its own forward runs it: a model that reads the channels past it would not be seen.
     """
     families: dict[str, list[Matrix]] = defaultdict(list)
+    ours = dict(model.named_modules())  # fused experts' matrices are no modules of the model; they stay as they are
     for name, matrix in find_matrices(model).items():
-        families[name.rpartition(".")[0]].append(matrix)
+        if ours.get(name) is matrix.module:
+            families[name.rpartition(".")[0]].append(matrix)
     uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     verdicts: dict[tuple[str, Channels], bool] = {}
     found = []

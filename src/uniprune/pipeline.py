@@ -302,7 +302,8 @@ def _saliency(
     loaded, tokens, metric = job.loaded, job.windows.tokens, recipe.parsed_metric()
     settings = recipe.parsed_tuning()
     if not recipe.corrected:
-        return calibration.one_shot(loaded.model, job.matrices, tokens, metric, progress, loaded.residency, run), {}
+        local = calibration.one_shot(loaded.model, job.matrices, tokens, metric, progress, loaded.residency, run)
+        return local, local.starved
     steps = recipe.steps
     if recipe.budget_tokens is not None:
         within = max(1, recipe.budget_tokens // settings.step_tokens(tokens.shape[1]))

@@ -8,6 +8,7 @@ from torch.nn.functional import linear
 from torch.sparse import SparseSemiStructuredTensor
 
 from uniprune.errors import InputError, first_line
+from uniprune.experts import Slice
 from uniprune.kernels import SEMI_STRUCTURED, check_product
 from uniprune.matrices import Matrix, find_matrices
 
@@ -38,6 +39,8 @@ def to_semi_structured(model: nn.Module) -> dict[str, str]:
 def _misfit(matrix: Matrix) -> str | None:
     """Why a matrix cannot be swapped, or None; the weights are looked at last."""
     weight = matrix.parameter
+    if isinstance(matrix.module, Slice):
+        return "it is one of fused experts"
     if isinstance(weight, SparseSemiStructuredTensor):
         return "it is semi-structured already"
     if reason := SEMI_STRUCTURED.misfit(matrix.shape, weight.dtype, weight.device):

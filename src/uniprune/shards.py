@@ -59,12 +59,43 @@ class Entry:
         return not bool((bits & exponent == exponent).any())
 
 
-def entries(shards: Iterable[Path]) -> dict[str, Entry]:
+class Entries(dict[str, Entry]):
+    """Tensors by key. A stack of matrices ``[n, rows, columns]`` has each by ``KEY.3.weight`` too, found but not listed."""
+
+    def __contains__(self, key: object) -> bool:
+        return super().__contains__(key) or self._inside(str(key)) is not None
+
+    def __missing__(self, key: str) -> Entry:
+        found = self._inside(key)
+        if found is None:
+            raise KeyError(key)
+        return found[1]
+
+    def unstacked(self, wanted: Iterable[str]) -> dict[str, Entry]:
+        """All tensors, those stacks as their matrices of which one is among the ``wanted`` keys."""
+        stacks = {found[0] for key in wanted if not super(Entries, self).__contains__(key) and (found := self._inside(key))}
+        whole = {key: entry for key, entry in self.items() if key not in stacks}
+        names = (f"{stack.removesuffix('.weight')}.{n}.weight" for stack in stacks for n in range(self[stack].shape[0]))
+        return whole | {name: self[name] for name in names}
+
+    def _inside(self, key: str) -> tuple[str, Entry] | None:
+        """The stack that a key means a matrix of, and where in it that lies."""
+        base, _, number = key.removesuffix(".weight").rpartition(".")
+        for stack in (base, f"{base}.weight") if number.isdigit() else ():
+            entry = self.get(stack)
+            if entry is not None and len(entry.shape) == 3 and int(number) < entry.shape[0]:
+                size = (entry.stop - entry.start) // entry.shape[0]
+                start = entry.start + int(number) * size
+                return stack, Entry(entry.file, entry.dtype, entry.shape[1:], start, start + size)
+        return None
+
+
+def entries(shards: Iterable[Path]) -> Entries:
     """Every tensor of a sharded checkpoint, by its key.
 
     Raises InputError for a shard that is missing, or whose header does not fit it (a download that was cut off).
     """
-    found: dict[str, Entry] = {}
+    found = Entries()
     for shard in shards:
         try:
             size = shard.stat().st_size

@@ -83,7 +83,7 @@ class Estimate:
 
     def __init__(self, source: Loaded | Origin, matrices: Matrices, pattern: Pattern) -> None:
         self._zstd = archive.Zstd()
-        stored = _stored(source)
+        stored = _stored(source, matrices)
         keys = {name: shards.key_of(f"{name}.weight", stored) for name in matrices}
         every = max(1, sum(matrix.size for matrix in matrices.values()) // SAMPLE)
         self._samples = {name: Sample(one, stored[keys[name]], every, pattern) for name, one in matrices.items()}
@@ -193,11 +193,13 @@ class Sample:
         return np.where(mask.T if self._transposed else mask, self._bits, 0).ravel()
 
 
-def _stored(source: Loaded | Origin) -> dict[str, Stored]:
+def _stored(source: Loaded | Origin, matrices: Matrices) -> dict[str, Stored]:
     """The tensors of the checkpoint that pruning a model writes."""
     origin = source if isinstance(source, Origin) else source.origin
     if origin is not None and origin.shards:
-        return {key: _mapped(entry) for key, entry in shards.entries(origin.shards).items()}
+        keys = shards.entries(origin.shards)
+        found = keys.unstacked(key for name in matrices if (key := shards.find_key(f"{name}.weight", keys)))
+        return {key: _mapped(entry) for key, entry in found.items()}
     assert isinstance(source, Loaded)
     tensors = {tensor.data_ptr(): (key, tensor) for key, tensor in reversed(source.model.state_dict().items())}
     return {key: _in_memory(tensor) for key, tensor in tensors.values()}  # what is tied is stored once

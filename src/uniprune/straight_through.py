@@ -9,14 +9,15 @@ the dense one: a teacher that takes no memory.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from uniprune.matrices import Matrices, Matrix
+from uniprune.routing import taken_apart
 
 Sink = Callable[[str, "Tensor | None"], None]
 Weigh = Callable[[str, Tensor, Tensor], Tensor]
@@ -42,15 +43,20 @@ class StraightThrough:
         self.sink, self.weigh, self.watch = sink, weigh, watch
         self._gradients: dict[str, Tensor] = {}
         self._dense = False
+        self._apart = ExitStack()
 
     def __enter__(self) -> StraightThrough:
         for matrix in self.matrices.values():
-            matrix.module.forward = self._route(matrix)  # type: ignore[method-assign]
+            for module in matrix.modules:
+                module.forward = self._route(matrix, module)  # type: ignore[method-assign]
+        self._apart.enter_context(taken_apart(matrix.module for matrix in self.matrices.values()))
         return self
 
     def __exit__(self, *error: object) -> None:
+        self._apart.close()
         for matrix in self.matrices.values():
-            del matrix.module.forward  # the class's own forward shows again
+            for module in matrix.modules:
+                del module.forward  # the class's own forward shows again
 
     def flush(self, block: int | None = None) -> None:
         """Hands over the gradients of one block's matrices, or of all that have any."""
@@ -81,16 +87,16 @@ class StraightThrough:
         finally:
             self._dense = False
 
-    def _route(self, matrix: Matrix) -> Callable[[Tensor], Tensor]:
+    def _route(self, matrix: Matrix, module: nn.Module) -> Callable[[Tensor], Tensor]:
         # Autograd builds a graph only behind something that requires a gradient, and no parameter does.
         spark = torch.zeros((), requires_grad=True)
-        original = matrix.module.forward
+        original = module.forward
 
         def forward(x: Tensor) -> Tensor:
             if self._dense:
                 return original(x)  # type: ignore[no-any-return]
             y: Tensor = _MaskedLinear.apply(x, spark, matrix, self)  # type: ignore[no-untyped-call]
-            bias = matrix.module.bias
+            bias = module.bias
             return y + bias if isinstance(bias, Tensor) else y
 
         return forward

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from uniprune.errors import InputError
 from uniprune.executor import give_back_memory
+from uniprune.layout import Layout, Part
 from uniprune.matrices import Matrices, find_blocks
 from uniprune.models import Loaded, Origin, hollow
-from uniprune.shards import entries, find_key
+from uniprune.shards import DTYPES, entries, find_key, key_of
 
 
 class Streamer:
@@ -34,15 +35,12 @@ class Streamer:
         self._dtype, self._device = dtype, device
         self._entries = entries(origin.shards)
         prefix, self._blocks = find_blocks(model)
-        self._keys: dict[str, str] = {}
+        _check_shared(self._blocks, origin)
+        layout = Layout(model)
+        self._stored: dict[str, list[Part]] = {}  # parameter -> where it lies
         outside: list[str] = []
         for name, parameter in model.named_parameters():
-            key = find_key(name, self._entries) or self._renamed(model, tuple(parameter.shape))
-            if key is None or self._entries[key].shape != tuple(parameter.shape):
-                found = "no tensor" if key is None else f"a tensor {self._entries[key].shape}"
-                wanted = f"{name} {tuple(parameter.shape)}"
-                raise InputError(f"model {origin} cannot be streamed: {found} for {wanted}; give it memory for the whole model")
-            self._keys[name] = key
+            self._stored[name] = self._find(model, layout, name, tuple(parameter.shape), origin)
             if not name.startswith(f"{prefix}."):
                 outside.append(name)
         self._prefix = prefix
@@ -74,6 +72,19 @@ class Streamer:
             _assign(block, name, nn.Parameter(self.read(f"{self._prefix}.{index}.{name}"), requires_grad=False))
         return block
 
+    def _find(self, model: nn.Module, layout: Layout, name: str, shape: tuple[int, ...], origin: Origin) -> list[Part]:
+        """Where a parameter lies: under one key, or in parts."""
+        parts = layout.parts(name, shape) if len(shape) == 3 else []
+        if len(parts) > 1 and all(part.key in self._entries for part in parts):
+            return parts
+        key = find_key(name, self._entries) or find_key(layout.key(name), self._entries) or self._renamed(model, shape)
+        if key is None or self._entries[key].shape != shape:
+            found = "no tensor" if key is None else f"a tensor {self._entries[key].shape}"
+            raise InputError(
+                f"model {origin} cannot be streamed: {found} for {name} {shape}; give it memory for the whole model"
+            )
+        return [Part(key)]
+
     def _renamed(self, model: nn.Module, shape: tuple[int, ...]) -> str | None:
         """The only tensor of a shape that no parameter claims by its name: a few heads are stored under another one."""
         claimed = {find_key(name, self._entries) for name, _ in model.named_parameters()}
@@ -81,10 +92,24 @@ class Streamer:
         return free[0] if len(free) == 1 else None
 
     def read(self, name: str) -> Tensor:
-        """A parameter by its name in the model, in the type computed in."""
-        key = self._keys[name]
-        with safe_open(self._entries[key].file, framework="pt") as file:
-            tensor: Tensor = file.get_tensor(key)
+        """A parameter by its name in the model, or a matrix of an expert by its own, in the type computed in."""
+        parts = self._stored.get(name) or [Part(key_of(name, self._entries))]
+        if len(parts) == 1:
+            return self._get(parts[0].key)
+        experts, rows = 1 + max(part.expert or 0 for part in parts), max(part.stop for part in parts)
+        columns = self._entries[parts[0].key].shape[1]
+        whole = torch.empty(experts, rows, columns, dtype=self._dtype, device=self._device)
+        for part in parts:
+            whole[part.expert, part.start : part.stop] = self._get(part.key)
+        return whole
+
+    def _get(self, key: str) -> Tensor:
+        entry = self._entries[key]
+        if key in self._entries.keys():  # noqa: SIM118  # the keys are the whole tensors, what it contains are parts of them too
+            with safe_open(entry.file, framework="pt") as file:
+                tensor: Tensor = file.get_tensor(key)
+        else:
+            tensor = torch.from_numpy(entry.array().copy()).view(DTYPES[entry.dtype]).reshape(entry.shape)
         return tensor.to(self._device, self._dtype)
 
     def _announce(self, index: int) -> None:
@@ -92,9 +117,22 @@ class Streamer:
         if not hasattr(os, "posix_fadvise"):
             return
         for name in self._parts[index]:
-            entry = self._entries[self._keys[f"{self._prefix}.{index}.{name}"]]
-            with entry.file.open("rb") as file:
-                os.posix_fadvise(file.fileno(), entry.start, entry.stop - entry.start, os.POSIX_FADV_WILLNEED)
+            for part in self._stored[f"{self._prefix}.{index}.{name}"]:
+                entry = self._entries[part.key]
+                with entry.file.open("rb") as file:
+                    os.posix_fadvise(file.fileno(), entry.start, entry.stop - entry.start, os.POSIX_FADV_WILLNEED)
+
+
+def _check_shared(blocks: nn.ModuleList, origin: Origin) -> None:
+    """Weights of several blocks have no block whose turn they could wait for."""
+    owner: dict[int, int] = {}
+    for index, block in enumerate(blocks):
+        for name, parameter in block.named_parameters():
+            if owner.setdefault(id(parameter), index) != index:
+                raise InputError(
+                    f"model {origin} cannot be streamed: its blocks {owner[id(parameter)]} and {index} share {name}; "
+                    "give it memory for the whole model"
+                )
 
 
 def open_streamed(origin: Origin, tokenizer: Any, dtype: torch.dtype, device: torch.device) -> Loaded:

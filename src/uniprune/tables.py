@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from rich.table import Table
 
 from uniprune import grids
 from uniprune.findings import sentences
-from uniprune.forecast import Plan
+from uniprune.forecast import Plan, kind_of
 from uniprune.grids import Grid
 from uniprune.summary import Summary
 from uniprune.words import NOTE
@@ -50,6 +51,12 @@ def plan_lines(plan: Plan) -> list[str]:
         f"Execution: {how[plan.execution]} ({plan.dtype}). About {max(plan.seconds, 1):.0f} s for {plan.tokens} calibration "
         f"tokens on this machine, {plan.disk / 1e9:.2f} GB of disk for the output."
     )
+    for (kind, why), count in Counter((kind_of(name), why) for name, why in plan.left_dense.items()).items():
+        lines.append(f"Left dense: {count} x {kind}, {why}.")
+    if plan.shared:
+        lines.append(
+            f"Shared by several modules, and pruned once: {len(plan.shared)} matrices, e.g. {next(iter(plan.shared))}."
+        )
     if not plan.fits:
         lines.append(
             "Some matrices cannot have the pattern: pruning refuses until --misfits, a --rule or --exclude says what they get."
