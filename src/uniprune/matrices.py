@@ -212,7 +212,8 @@ def _routers(block: nn.Module) -> Iterator[nn.Module]:
         counts = {count for child in children if (count := _experts_in(child))}
         for child in children if counts else ():
             holders = [m for m in child.modules() for p in m.parameters(recurse=False) if p.dim() == 2]
-            if len(holders) == 1 and len(holders[0].weight) in counts | {1}:  # type: ignore[arg-type]
+            weight = getattr(holders[0], "weight", None) if len(holders) == 1 else None
+            if weight is not None and len(weight) in counts | {1}:
                 yield holders[0]
 
 
