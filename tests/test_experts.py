@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from torch.nn import functional
-from uniprune.report import plan_lines
+from uniprune.tables import plan_lines
 
 import uniprune
 from families import VOCABULARY, tensors, tiny
