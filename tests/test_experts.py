@@ -6,7 +6,6 @@ import pytest
 import torch
 from safetensors import safe_open
 from torch.nn import functional
-from uniprune.tables import plan_lines
 
 import uniprune
 from families import VOCABULARY, tensors, tiny
@@ -24,6 +23,7 @@ from uniprune.routing import taken_apart
 from uniprune.shards import entries
 from uniprune.starvation import FEW
 from uniprune.straight_through import StraightThrough
+from uniprune.tables import plan_lines
 
 FAMILIES = ("mixtral", "qwen3_moe", "deepseek_v3", "granitemoe", "gpt_oss")
 
