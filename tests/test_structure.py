@@ -10,6 +10,7 @@ import uniprune
 
 RANK = {
     "errors": 0,
+    "objects": 0,
     "progress": 0,
     "significance": 0,
     "saliency": 0,

@@ -13,7 +13,7 @@ from uniprune import masks as masking
 from uniprune.errors import InputError
 from uniprune.evaluation import perplexity
 from uniprune.harness import Harness
-from uniprune.job import Source, check_context, context, window_length
+from uniprune.job import Source, check_context, check_vocabulary, context, window_length
 from uniprune.matrices import find_matrices
 from uniprune.models import Loaded, dtype_name, load_tokenizer, load_weights, parse_device, parse_dtype, resolve, skeleton
 from uniprune.progress import Progress, silent
@@ -108,10 +108,16 @@ class _Subject:
     def windows(self, text: str | Path, count: int | None, length: int | None) -> Windows:
         length = window_length(text, length, min(2048, context(self._config)))
         check_context(self._config, length)
-        return load_windows(text, self._tokenizer, use="evaluation", length=length, count=count)
+        found = load_windows(text, self._tokenizer, use="evaluation", length=length, count=count)
+        check_vocabulary(self._config, int(found.tokens.max()), text)
+        return found
 
     def tokenised(self, tasks: Sequence[Task]) -> list[list[list[Tokens]]]:
-        return [tokenise(task, self._tokenizer, context(self._config)) for task in tasks]
+        found = [tokenise(task, self._tokenizer, context(self._config)) for task in tasks]
+        for task, questions in zip(tasks, found, strict=True):
+            highest = max(max(choice.ids) for question in questions for choice in question)
+            check_vocabulary(self._config, highest, f"task {task.name}")
+        return found
 
     def load(self, dtype: str | None, device: str | None) -> Loaded:
         if isinstance(self._source, Loaded):

@@ -7,6 +7,7 @@ Scores are float32 ``[out, in]``, finite and >= 0; higher = keep. A new metric i
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
@@ -106,8 +107,8 @@ class RIA:
     statistic: ClassVar[type[SquaredNorm] | None] = SquaredNorm
 
     def __post_init__(self) -> None:
-        if self.a < 0:
-            raise InputError(f"ria: the exponent a = {self.a} is negative")
+        if not 0 <= self.a < math.inf:
+            raise InputError(f"ria: the exponent a = {self.a} is negative, or no number")
 
     def __call__(self, weight: Tensor, inputs: SquaredNorm) -> Tensor:
         size = weight.float().abs()
@@ -128,8 +129,8 @@ class StochRIA:
     statistic: ClassVar[type[SquaredNorm] | None] = SquaredNorm
 
     def __post_init__(self) -> None:
-        if self.a < 0:
-            raise InputError(f"stochria: the exponent a = {self.a} is negative")
+        if not 0 <= self.a < math.inf:
+            raise InputError(f"stochria: the exponent a = {self.a} is negative, or no number")
         if not 0 < self.beta <= 1:
             raise InputError(f"stochria: beta = {self.beta} is not in (0, 1]")
 
