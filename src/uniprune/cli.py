@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import sys
 from pathlib import Path
@@ -53,6 +54,9 @@ from uniprune.terminal import Bars, quiet, show
 
 if TYPE_CHECKING:
     from uniprune.recipe import Recipe
+
+# What is wrong with a path, not with a machine.
+PATHS = {errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EACCES, errno.EPERM, errno.EROFS}
 
 app = typer.Typer(
     name="uniprune",
@@ -351,6 +355,8 @@ def main() -> NoReturn:
     except OSError as error:  # a full disk, a folder that may not be written
         if error.strerror is None:
             raise
+        if error.errno in PATHS:
+            _fail(f"{str(error.filename)[-200:]}: {error.strerror}; give another path", 2)
         _fail(f"{error.filename or 'the disk'}: {error.strerror}; what was complete is kept, and --resume goes on", 1)
     except Exception as error:
         # typer has its own copy of click's usage errors, and exports no base class of them.

@@ -22,7 +22,7 @@ from uniprune.patterns import NM, Pattern, Scope
 
 Controller = Literal["none", "feedback", "paper"]
 WINDOWS, LENGTH = 128, 512
-SIZE = 1 << 20  # bytes; the largest recipe
+SIZE, DEPTH = 1 << 20, 4  # of a recipe: bytes, collections in each other; at most
 
 
 class Recipe(BaseModel):
@@ -123,9 +123,8 @@ class Recipe(BaseModel):
             data = _read_yaml(path.read_bytes())
         except OSError as error:
             raise InputError(f"recipe {path} cannot be read: {error.strerror}") from None
-        except (yaml.YAMLError, ValueError, RecursionError) as error:
-            reason = "nested too deep" if isinstance(error, RecursionError) else " ".join(str(error).split())[:300]
-            raise InputError(f"recipe {path} is not a recipe: {reason}") from None
+        except (yaml.YAMLError, ValueError) as error:
+            raise InputError(f"recipe {path} is not a recipe: {' '.join(str(error).split())[:300]}") from None
         return cls(**{**data, **overrides})
 
     def _check_size(self) -> None:
@@ -208,14 +207,21 @@ def _read_yaml(content: bytes) -> dict[str, Any]:
     """
     if len(content) > SIZE:
         raise ValueError(f"it has {len(content)} bytes, more than {SIZE}")
-    text = content.decode("utf-8")
-    if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.BaseLoader)):
-        raise ValueError("it has an alias (*name), which a recipe may not; write the value out")
-    data = yaml.load(text, Loader=yaml.BaseLoader)
-    if not isinstance(data, dict):
-        raise ValueError("it is not a mapping of settings")
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"it is not UTF-8 ({error.reason} at byte {error.start})") from None
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.BaseLoader):
+        if isinstance(event, yaml.AliasEvent):
+            raise ValueError("it has an alias (*name), which a recipe may not; write the value out")
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > DEPTH:
+            raise ValueError("it is nested too deep")
     node = yaml.compose(text, Loader=yaml.BaseLoader)
-    assert isinstance(node, yaml.MappingNode)
-    if len(node.value) > len(data):
-        raise ValueError("it has a setting twice")
-    return data
+    if not isinstance(node, yaml.MappingNode):
+        raise ValueError("it is not a mapping of settings")
+    names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+    if len(names) < len(node.value) or len({*names}) < len(names):
+        raise ValueError(f"it has a setting twice, or one without a name: {', '.join(names)}")
+    return dict(yaml.load(text, Loader=yaml.BaseLoader))
