@@ -1,8 +1,8 @@
 """Mutated files for every reader of ours: whatever a file holds, a reader gives a result or an error of ours, at once.
 
-The files are small and valid before they are mutated: bits flip, pieces go, come and move, numbers that are sizes become absurd,
-JSON inside gets other values, names and types. Checksums that an attacker would set right are set right. ``make fuzz`` runs 100,000
-cases, the suite a few thousand; a file that ever did harm stays in ``tests/corpus``.
+The files are small and valid before they are mutated: bits flip, pieces go, come and move, sizes become absurd, JSON inside
+gets other values, names and types. Checksums that an attacker would set right are set right. ``make fuzz`` runs 100,000 cases,
+the suite a few thousand; a file that ever did harm stays in ``tests/corpus``.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import struct
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -83,7 +83,7 @@ def readers(folder: Path) -> dict[str, Reader]:
     masks = {name: torch.rand(SHAPE, generator=generator) < 0.5 for name in NAMES}
     scores = {name: torch.rand(SHAPE, generator=generator) for name in NAMES}
     weights = {f"{name}.weight": (scores[name] * masks[name]).bfloat16() for name in NAMES}
-    digests = {name: f"BF16 {SHAPE} {'0' * 64}" for name in NAMES}
+    digests = dict.fromkeys(NAMES, f"BF16 {SHAPE} {'0' * 64}")
     facts = {"base": checkpoint.fingerprint(digests), "base_name": "m", "digests": digests, "transposed": []}
     shapes = dict.fromkeys(NAMES, SHAPE)
 
@@ -141,7 +141,7 @@ def readers(folder: Path) -> dict[str, Reader]:
 
     def resumed(path: Path) -> None:
         folder = path.parents[0 if path.suffix == ".json" else 1]
-        with suppressed(Stop), runs.open_run(folder.parent / "out", {"seed": 0}, resume=True) as run:
+        with suppress(Stop), runs.open_run(folder.parent / "out", {"seed": 0}, resume=True) as run:
             for tensors in Store(run, "sweep").values():
                 tensors["total"].sum() if "total" in tensors else None
             raise Stop  # else the run is done, and its folder goes
@@ -191,14 +191,6 @@ class Stop(Exception):
     pass
 
 
-@contextmanager
-def suppressed(kind: type[Exception]) -> Iterator[None]:
-    try:
-        yield
-    except kind:
-        pass
-
-
 # ------------------------------------------------------------------------------------------------------------ mutations
 
 
@@ -223,7 +215,11 @@ def _flip(content: bytes, rng: random.Random) -> bytes:
 
 def _bytes(content: bytes, rng: random.Random) -> bytes:
     start, length = _span(content, rng, 16)
-    return content[:start] + bytes(rng.choice((0, 255, 127, rng.randrange(256))) for _ in range(length)) + content[start + length :]
+    return (
+        content[:start]
+        + bytes(rng.choice((0, 255, 127, rng.randrange(256))) for _ in range(length))
+        + content[start + length :]
+    )
 
 
 def _cut(content: bytes, rng: random.Random) -> bytes:
@@ -255,7 +251,9 @@ def _digits(content: bytes, rng: random.Random) -> bytes:
     if not found:
         return content
     match = rng.choice(found)
-    return content[: match.start()] + rng.choice((*map(str, SIZES), "-1", "1e999", "9" * 5000)).encode() + content[match.end() :]
+    return (
+        content[: match.start()] + rng.choice((*map(str, SIZES), "-1", "1e999", "9" * 5000)).encode() + content[match.end() :]
+    )
 
 
 def _span(content: bytes, rng: random.Random, most: int = 1 << 30) -> tuple[int, int]:
@@ -329,7 +327,23 @@ def _yaml(content: bytes, rng: random.Random) -> bytes:
     rows = [row for row in content.split(b"\n") if row]
     name, _, value = rows[rng.randrange(len(rows))].partition(b": ")
     other = rng.choice(rows).partition(b": ")[0]
-    values = ("&a [*a]", "*x", "!!python/name:os.system", "[[[[[[", "{", "? x", "- 1", "|", "~", "\t", "inf", "nan", "(", "[", "1e999")
+    values = (
+        "&a [*a]",
+        "*x",
+        "!!python/name:os.system",
+        "[[[[[[",
+        "{",
+        "? x",
+        "- 1",
+        "|",
+        "~",
+        "\t",
+        "inf",
+        "nan",
+        "(",
+        "[",
+        "1e999",
+    )
     new = rng.choice((*values, value.decode(errors="replace"), json.dumps(rng.choice(VALUES))))
     known = (*Recipe.model_fields, other.decode(errors="replace"), name.decode(errors="replace"))
     rows.insert(rng.randrange(len(rows) + 1), f"{rng.choice(known)}: {new}".encode(errors="replace"))

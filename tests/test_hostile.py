@@ -6,10 +6,12 @@ byte for byte, what it was.
 
 import json
 import os
+import resource
 import shutil
 import signal
 import stat
 import struct
+import subprocess
 import sys
 from pathlib import Path
 
@@ -776,3 +778,106 @@ def bounded(command, capfd):
         signal.alarm(0)
         signal.signal(signal.SIGALRM, previous)
     return code, capfd.readouterr().err
+
+
+# ----------------------------------------------------------------------------------------------- what the machine forbids
+
+
+@pytest.fixture
+def mounted(tmp_path):
+    """A file system of its own: a function that mounts one of so many bytes, or read-only, or skips."""
+    place = tmp_path / "disk"
+    place.mkdir()
+
+    def mount(options):
+        if (
+            os.geteuid()
+            or subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", place], capture_output=True).returncode
+        ):
+            pytest.skip("mounting takes root")
+        return place
+
+    yield mount
+    subprocess.run(["umount", place], capture_output=True)
+
+
+@pytest.mark.parametrize("options", ["size=8k", "ro"], ids=["a full disk", "a read-only disk"])
+@pytest.mark.parametrize(
+    "command", [SINGLE, APPLY, MASK, UNPACK, "pack pruned -o out.upz", CONVERT], ids=lambda command: command.split()[0]
+)
+def test_disks_that_take_nothing(world, mounted, monkeypatch, capfd, options, command):
+    """Exit code 2 where it is seen before the work, 1 where the disk fills meanwhile; nothing is left either way."""
+    place = mounted(options)
+    monkeypatch.chdir(world)
+    code, errors = bounded(command.replace("-o out", f"-o {place}/out"), capfd)
+    assert errors.startswith("error: ")
+    assert errors.count("\n") == 1
+    assert str(place) in errors
+    assert code == 2 if options == "ro" or command in (SINGLE, APPLY, UNPACK) else code == 1
+    assert list(place.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "command", [SINGLE, APPLY, MASK, UNPACK, "pack pruned -o out.upz"], ids=lambda command: command.split()[0]
+)
+def test_a_write_that_fails_leaves_nothing(world, tmp_path, monkeypatch, capfd, command):
+    """As a disk that fills meanwhile: no file may be longer than 8 kB. A run keeps its progress, and no more."""
+    shutil.copytree(world, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    before = snapshot(tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8 << 10, limits[1]))
+    try:
+        code, errors = bounded(command, capfd)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert code == 1
+    assert errors.startswith("error: ")
+    assert errors.count("\n") == 1
+    assert {name: about for name, about in snapshot(tmp_path).items() if not name.startswith(".run-out")} == before
+
+
+def test_links_in_an_old_output_are_not_followed(world, tmp_path, monkeypatch):
+    """An output that is replaced may hold links; what they point to is neither written nor deleted."""
+    shutil.copytree(world, tmp_path / "w")
+    monkeypatch.chdir(tmp_path / "w")
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "masks.safetensors").write_text("precious")
+    assert call(APPLY) == 0
+    shutil.rmtree("out/pruning")
+    Path("out/pruning").symlink_to(outside)
+    Path("out/model.safetensors").unlink()
+    Path("out/model.safetensors").symlink_to(outside / "masks.safetensors")
+    Path("mine.safetensors").symlink_to(outside / "masks.safetensors")
+    assert call(APPLY + " --overwrite") == 0
+    assert call(MASK.replace("out.safetensors", "mine.safetensors --overwrite")) == 0
+    assert {path.name: path.read_text() for path in outside.iterdir()} == {"masks.safetensors": "precious"}
+    assert not any(path.is_symlink() for path in (*Path("out").rglob("*"), Path("mine.safetensors")))
+
+
+def test_temporary_files_are_private_and_new(world, tmp_path, monkeypatch):
+    """While a command works, no other user can read what it writes, nor have put anything there before."""
+    monkeypatch.chdir(world)
+    seen = {}
+
+    def watch(event, arguments):
+        if event == "open" and isinstance(arguments[0], str) and arguments[0].startswith(str(tmp_path)):
+            seen.update({str(path): path.lstat().st_mode for path in tmp_path.iterdir()})
+
+    watching.append(watch)
+    try:
+        assert call(SINGLE.replace("-o out", f"-o {tmp_path}/out")) == 0
+        assert call(MASK.replace("-o out", f"-o {tmp_path}/masks")) == 0
+    finally:
+        watching.clear()
+    passing = {path: mode for path, mode in seen.items() if not Path(path).exists()}
+    assert any(".run-" in path for path in passing)
+    assert any(".partial-" in path for path in passing)
+    for path, mode in passing.items():
+        assert not mode & 0o077, path
+    assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o755
+
+
+watching = []  # an audit hook cannot be taken back, so there is one, which asks these
+sys.addaudithook(lambda event, arguments: [watch(event, arguments) for watch in watching])

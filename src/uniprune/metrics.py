@@ -32,7 +32,7 @@ class SquaredNorm:
     @staticmethod
     def sums(x: Tensor) -> Tensor:
         """What the inputs ``[tokens, in]`` add to the total."""
-        return x.float().square().sum(0, dtype=torch.float64)
+        return x.double().square().sum(0)  # a float32 square overflows at 2e19, and is 0 below 3e-23
 
     def add(self, sums: Tensor, tokens: int) -> None:
         self.total += sums
@@ -200,5 +200,5 @@ class Comparable(View):
 
 
 def _with_mean_one(name: str, scores: Tensor) -> Tensor:
-    mean = scores.mean()
-    return scores / mean if mean > 0 else scores
+    mean = scores.mean(dtype=torch.float64)
+    return scores / mean.float() if mean > 0 else scores
