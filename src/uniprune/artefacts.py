@@ -34,6 +34,17 @@ Specs = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
 @contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Inside ``with``, a write that fails (a full disk) says where: the system does not."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+@contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside ``path`` that takes its place when the ``with`` block ends well, and vanishes otherwise."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -41,7 +52,8 @@ def replacing(path: Path) -> Iterator[Path]:
     os.close(handle)
     temporary = Path(name)
     try:
-        yield temporary
+        with writing(path):
+            yield temporary
         temporary.chmod(0o644)
         os.replace(temporary, path)
     finally:

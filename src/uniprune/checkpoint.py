@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from uniprune import masks as masking
-from uniprune.artefacts import MasksFile, check_place
+from uniprune.artefacts import MasksFile, check_place, writing
 from uniprune.errors import InputError, UniPruneError
 from uniprune.matrices import Matrices
 from uniprune.models import Loaded, Origin
@@ -133,7 +133,8 @@ def new_folder(path: Path, inside: Path | None = None) -> Iterator[Path]:
     )
     temporary = Path(tempfile.mkdtemp(**where))
     try:
-        yield temporary
+        with writing(path):
+            yield temporary
         temporary.chmod(0o755)
         if path.exists():
             retired = Path(tempfile.mkdtemp(**where))
