@@ -183,11 +183,15 @@ def test_gguf_files_become_safetensors(tmp_path, tokenizer):
 
 
 def test_pickled_weights_are_never_loaded(tmp_path, tokenizer):
-    """Neither where they are all there is, nor where safetensors files lie beside them."""
+    """Neither where they are all there is, nor where safetensors files lie beside them; and no code beside them is run."""
     model = tiny_model()
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     touched = tmp_path / "touched"
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model" / "own.py").write_text(f"open({str(touched)!r}, 'w')")
     (tmp_path / "model" / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch %b'\ntR." % str(touched).encode())
     uniprune.prune(str(tmp_path / "model"), Recipe(sparsity="2:4", **SMALL), tmp_path / "out")
     assert not list((tmp_path / "out").glob("*.bin"))
