@@ -728,11 +728,6 @@ CASES = {
         "mask scores.safetensors -s 2:4 -o scores.safetensors --overwrite",
         "scores.safetensors",
     ),
-    "output: masks over one of them": (
-        None,
-        "masks union masks.safetensors masks.safetensors -o masks.safetensors --overwrite",
-        "masks.safetensors",
-    ),
     "output: scores inside the model": (None, f"calibrate single {SMALL} -o single/scores.safetensors", "single"),
     "output: the model's weights": (None, f"calibrate single {SMALL} -o {WEIGHTS} --overwrite", "single"),
     "output: tokens inside the model": (None, f"{SINGLE} --save-tokens single/tokens.safetensors", "single"),

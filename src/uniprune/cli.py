@@ -395,7 +395,7 @@ def _show_pruned(output: Path, result: dict[str, Any], as_json: bool) -> None:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    sys.stderr.write("error: " + " ".join(message.split()) + "\n")
+    sys.stderr.write("error: " + " ".join(message.split())[:2000] + "\n")
     sys.exit(code)
 
 

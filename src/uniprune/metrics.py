@@ -32,7 +32,7 @@ class SquaredNorm:
     @staticmethod
     def sums(x: Tensor) -> Tensor:
         """What the inputs ``[tokens, in]`` add to the total."""
-        return x.double().square().sum(0)  # a float32 square overflows at 2e19, and is 0 below 3e-23
+        return x.to(torch.float64, copy=True).square_().sum(0)  # a float32 square overflows at 2e19, and is 0 below 3e-23
 
     def add(self, sums: Tensor, tokens: int) -> None:
         self.total += sums

@@ -92,7 +92,7 @@ def _recognise(row: Row, where: str) -> str:
         if form.fields.keys() <= row.keys():
             return name
     known = "; ".join(f"{name} ({', '.join(form.fields)})" for name, form in FORMATS.items())
-    raise InputError(f"{where}: the fields {', '.join(row)} are of no known format: {known}")
+    raise InputError(f"{where}: the fields {', '.join(row)[:300]} are of no known format: {known}")
 
 
 def _question(row: Row, name: str, where: str) -> Question:
