@@ -25,9 +25,9 @@ def parse(text: str | bytes) -> dict[str, Any]:
 
 def check(found: Mapping[str, Any], kinds: Mapping[str, type]) -> None:
     """Raises ValueError unless an object has all these names, each with a value of just this type."""
+    if missing := sorted(kinds.keys() - found.keys()):
+        raise ValueError(f"it lacks {', '.join(missing)}")
     for name, kind in kinds.items():
-        if name not in found:
-            raise ValueError(f"it lacks {name!r}")
         if type(found[name]) is not kind:
             raise ValueError(f"{name!r} is of the wrong type")
 

@@ -23,7 +23,7 @@ from uniprune import objects
 from uniprune.errors import UniPruneError
 from uniprune.runs import Run, damaged, sync
 
-NAME = re.compile(r"[\w.~%-]{1,220}\.\d{1,20}\.safetensors")  # quoted, so that none leads out of the folder
+NAME = re.compile(r"[\w.~%-]{0,220}\.\d{1,20}\.safetensors")  # quoted, so that none leads out of the folder
 
 
 class Store(Mapping[str, dict[str, Tensor]]):
