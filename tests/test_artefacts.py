@@ -46,7 +46,8 @@ def test_masks_round_trip(tmp_path):
 
 def test_scores_round_trip_in_their_order(tmp_path):
     scores = {name: torch.randn(3, 5) for name in ("b.10", "b.9", "a")}
-    artefacts.write_scores(tmp_path / "s.safetensors", scores.items(), dict.fromkeys(scores, (3, 5)), FACTS)
+    facts = FACTS | {"digests": dict.fromkeys(scores, "F32"), "comparable": True}
+    artefacts.write_scores(tmp_path / "s.safetensors", scores.items(), dict.fromkeys(scores, (3, 5)), facts)
     file = artefacts.ScoresFile(tmp_path / "s.safetensors")
     assert list(file) == list(scores)  # ties across matrices are broken by this order
     for name in scores:

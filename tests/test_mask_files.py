@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from conftest import tiny_model
+from conftest import tiny_model, write_gguf
 from uniprune import artefacts, checkpoint, mask_files, models
 from uniprune.budget import DENSE, Mixed, Rule, Ruled
 from uniprune.errors import InputError, MismatchError
@@ -486,19 +486,16 @@ def test_converted_checkpoints_are_taken_when_asked_to(made, tmp_path):
     assert same_masks(path, out)
 
 
-def test_dense_models_need_not_be_safetensors(folder, tmp_path):
-    """A pickled checkpoint, whose bits are had from the model in memory."""
-    path, pruned, pickled = tmp_path / "m.safetensors", tmp_path / "pruned", tmp_path / "pickled"
+def test_dense_models_need_not_be_safetensors(folder, tokenizer, tmp_path):
+    """A GGUF file, whose bits are had from the model in memory."""
+    path, pruned = tmp_path / "m.safetensors", tmp_path / "pruned"
     cut(folder, NM(2, 4), path, pruned)
-    model = models.load(folder).model
-    pickled.mkdir()
-    model.config.save_pretrained(pickled)
-    torch.save(model.state_dict(), pickled / "pytorch_model.bin")
-    assert "model" in mask_files.verify(path, pickled)["checked"]
-    mask_files.from_checkpoint(pruned, pickled, tmp_path / "out.safetensors")
+    gguf = write_gguf(models.load(folder).model, tokenizer, tmp_path / "gguf" / "model.gguf")
+    assert "model" in mask_files.verify(path, gguf, dtype="bfloat16")["checked"]
+    mask_files.from_checkpoint(pruned, gguf, tmp_path / "out.safetensors", dtype="bfloat16")
     assert same_masks(path, tmp_path / "out.safetensors")
     with pytest.raises(InputError, match="in safetensors files"):
-        mask_files.from_checkpoint(pickled, folder, tmp_path / "none.safetensors")
+        mask_files.from_checkpoint(gguf, folder, tmp_path / "none.safetensors")
 
 
 @pytest.mark.parametrize("given", [True, False])

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import uniprune
-from conftest import shared, tiny_model
+from conftest import shared, tiny_model, write_gguf
 from uniprune import Loaded, Recipe
 from uniprune.errors import InputError, MismatchError
 from uniprune.matrices import find_matrices
@@ -172,18 +172,34 @@ def test_gpt2_goes_the_whole_way(tmp_path, tokenizer):
         assert int((matrix.weight.reshape(-1, 4) != 0).sum(1).max()) == 1
 
 
-def test_pickled_checkpoints_become_safetensors(tmp_path, tokenizer):
+def test_gguf_files_become_safetensors(tmp_path, tokenizer):
     model = tiny_model()
-    (tmp_path / "model").mkdir()
-    model.config.save_pretrained(tmp_path / "model")
-    torch.save(model.state_dict(), tmp_path / "model" / "pytorch_model.bin")
-    tokenizer.save_pretrained(tmp_path / "model")
-    uniprune.prune(str(tmp_path / "model"), Recipe(sparsity="2:4", **SMALL), tmp_path / "out")
-    assert not list((tmp_path / "out").glob("*.bin"))
+    source = write_gguf(model, tokenizer, tmp_path / "model" / "tiny.gguf")
+    uniprune.prune(str(source), Recipe(sparsity="2:4", **SMALL), tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*.gguf"))
     pruned = find_matrices(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
     for name, matrix in find_matrices(model).items():
         kept = pruned[name].weight != 0
         assert torch.equal(pruned[name].weight[kept], matrix.weight[kept])
+
+
+def test_pickled_weights_are_never_loaded(tmp_path, tokenizer):
+    """Neither where they are all there is, nor where safetensors files lie beside them; and no code beside them is run."""
+    model = tiny_model()
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    touched = tmp_path / "touched"
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model" / "own.py").write_text(f"open({str(touched)!r}, 'w')")
+    (tmp_path / "model" / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch %b'\ntR." % str(touched).encode())
+    uniprune.prune(str(tmp_path / "model"), Recipe(sparsity="2:4", **SMALL), tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*.bin"))
+    (tmp_path / "model" / "model.safetensors").unlink()
+    with pytest.raises(InputError, match="convert them to safetensors"):
+        uniprune.load(tmp_path / "model")
+    assert not touched.exists()
 
 
 def test_plan_reads_no_weight(folder, tmp_path):

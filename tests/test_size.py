@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config
 
 import uniprune
-from conftest import tiny_model
+from conftest import tiny_model, write_gguf
 from uniprune import Loaded, Recipe, archive, size
 from uniprune.budget import DENSE, Mixed, Rule, Ruled, reach
 from uniprune.errors import InputError
@@ -93,10 +93,7 @@ def test_models_in_memory_and_in_other_formats(tmp_path, tokenizer):
     loaded = Loaded(model(), tokenizer)
     limit, had = asked_and_had(loaded, Recipe(size="900kB", **QUICK), tmp_path)
     assert 0.98 * limit <= had <= limit
-    other = tmp_path / "other"
-    model().config.save_pretrained(other)
-    torch.save(model().state_dict(), other / "pytorch_model.bin")
-    tokenizer.save_pretrained(other)
+    other = write_gguf(model(), tokenizer, tmp_path / "other" / "model.gguf")
     (tmp_path / "second").mkdir()
     assert asked_and_had(str(other), Recipe(size="900kB", **QUICK), tmp_path / "second")[1] == pytest.approx(had, rel=0.01)
     plan = uniprune.plan(str(other), Recipe(size="900kB", **QUICK))

@@ -13,6 +13,7 @@ RANK = {
     "layout": 0,
     "experts": 0,
     "routing": 1,
+    "objects": 0,
     "progress": 0,
     "significance": 0,
     "saliency": 0,

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from uniprune import checkpoint, shards
+from uniprune import checkpoint, objects, shards
 from uniprune.artefacts import replacing
 from uniprune.errors import InputError
 from uniprune.progress import Progress, silent
@@ -377,7 +377,7 @@ def _read_index(archive: BinaryIO, path: Path) -> list[Packed]:
         raise _damaged(path, "its index is not what was written")
     files: list[Packed] = []
     try:
-        for record in json.loads(text)["files"]:
+        for record in objects.parse(text)["files"]:
             _check_name(record["path"], path)
             chunks = [_parse_chunk(files, *chunk) for chunk in record["chunks"]]
             if sum(chunk.size for chunk in chunks) != _natural(record["size"]):

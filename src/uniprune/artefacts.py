@@ -16,13 +16,14 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from uniprune import masks as masking
+from uniprune import objects, shards
 from uniprune.errors import InputError
 
 FORMAT = 1
@@ -33,6 +34,17 @@ Specs = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
 @contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Inside ``with``, a write that fails (a full disk) says where: the system does not."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+@contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside ``path`` that takes its place when the ``with`` block ends well, and vanishes otherwise."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -40,21 +52,38 @@ def replacing(path: Path) -> Iterator[Path]:
     os.close(handle)
     temporary = Path(name)
     try:
-        yield temporary
+        with writing(path):
+            yield temporary
         temporary.chmod(0o644)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def check_output_file(path: Path, overwrite: bool, suffix: str = ".safetensors") -> None:
-    """Raises InputError if ``path`` exists and may not be replaced, before any work is done."""
+def check_output_file(path: Path, overwrite: bool, *sources: Path, suffix: str = ".safetensors") -> None:
+    """Raises InputError if ``path`` exists and may not be replaced, or may not be written, before any work is done.
+
+    sources: files and folders that are read meanwhile, and never written to.
+    """
     if path.suffix != suffix:
         raise InputError(f"output {path} is a {suffix[1:]} file; let its name end in {suffix}")
     if path.is_dir():
         raise InputError(f"output {path} is a folder; give a file name")
+    for source in sources:
+        if source.resolve() in (path.resolve(), *path.resolve().parents):
+            raise InputError(f"output {path} is, or lies in, the input {source}; give another place")
     if path.exists() and not overwrite:
         raise InputError(f"output {path} exists; give another name, or --overwrite")
+    check_place(path)
+
+
+def check_place(path: Path) -> None:
+    """Raises InputError unless an output may be made at ``path``: below folders only, and where one may write."""
+    parent = path.absolute().parent
+    while not os.path.lexists(parent):
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise InputError(f"output {path} cannot be made: nothing can be written in {parent}; give another place")
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -107,31 +136,62 @@ def open_tensors(path: Path, kind: str) -> Iterator[tuple[Any, dict[str, Any]]]:
         raise InputError(f"{kind} file {path} does not exist")
     try:
         with safe_open(path, framework="pt") as file:
-            facts = json.loads((file.metadata() or {}).get(KEY, "null"))
-            if facts is None:
-                raise InputError(f"{path} was not written by uniprune: it has no metadata {KEY!r}")
-            if facts["kind"] != kind:
-                raise InputError(f"{path} holds {facts['kind']}, not {kind}")
-            if facts["format"] > FORMAT:
-                raise InputError(f"{path} has format {facts['format']}, this version reads up to {FORMAT}; upgrade")
-            if "base" in facts and "digests" not in facts:
-                raise InputError(
-                    f"{kind} file {path} is damaged: it lacks 'digests', or is from before there were any; make it anew"
-                )
-            yield file, facts
+            yield file, _facts(path, kind, (file.metadata() or {}).get(KEY))
     except SafetensorError as error:
         raise InputError(f"{path} is not a complete safetensors file ({error})") from None
 
 
+def _facts(path: Path, kind: str, text: str | None) -> dict[str, Any]:
+    if text is None:
+        raise InputError(f"{path} was not written by uniprune: it has no metadata {KEY!r}")
+    try:
+        facts = objects.parse(text)
+        objects.check(facts, {"kind": str, "format": int})
+    except ValueError as error:
+        raise damaged(kind, path, error) from None
+    if facts["kind"] != kind:
+        raise InputError(f"{path} holds {facts['kind'][:80]}, not {kind}")
+    if facts["format"] > FORMAT:
+        raise InputError(f"{path} has format {facts['format']}, this version reads up to {FORMAT}; upgrade")
+    if "base" in facts and "digests" not in facts:
+        raise InputError(f"{kind} file {path} is damaged: it lacks 'digests', or is from before there were any; make it anew")
+    return facts
+
+
+def damaged(kind: str, path: Path, reason: object) -> InputError:
+    """The error for an artefact that does not agree with itself."""
+    return InputError(f"{kind} file {path} is damaged: {str(reason)[:300]}; make it again, or fetch it again")
+
+
 class ScoresFile(Mapping[str, Tensor]):
-    """A saliency on disk, read one matrix at a time."""
+    """A saliency on disk, read one matrix at a time; InputError when it is opened, unless it agrees with itself."""
+
+    KINDS: ClassVar[Mapping[str, type]] = {
+        "matrices": list,
+        "comparable": bool,
+        "digests": dict,
+        "transposed": list,
+        "base": str,
+        "base_name": str,
+    }
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        with open_tensors(path, "scores") as (file, facts):
-            self.facts = facts
-            shapes = {name: file.get_slice(name).get_shape() for name in facts["matrices"]}
-        self.shapes: dict[str, tuple[int, int]] = {name: (rows, columns) for name, (rows, columns) in shapes.items()}
+        with open_tensors(path, "scores") as (_, self.facts):
+            found = shards.entries([path])
+        try:
+            objects.check(self.facts, self.KINDS)
+            names = self.facts["matrices"]
+            if not names or sorted(map(str, names)) != sorted(found) or self.facts["digests"].keys() != found.keys():
+                raise ValueError("its scores, matrices and digests are not of the same names")
+            for name, entry in found.items():
+                if entry.dtype != "F32" or len(entry.shape) != 2 or 0 in entry.shape:
+                    raise ValueError(f"{name} is {entry.dtype} {list(entry.shape)}, which are no scores")
+                if not isinstance(self.facts["digests"][name], str) or not self.facts["digests"][name]:
+                    raise ValueError(f"{name} has no digest")
+        except ValueError as error:
+            raise damaged("scores", path, error) from None
+        self.shapes = {name: (found[name].shape[0], found[name].shape[1]) for name in names}
 
     def __getitem__(self, name: str) -> Tensor:
         with safe_open(self._path, framework="pt") as file:

@@ -217,4 +217,4 @@ def check_seen(statistics: Mapping[str, SquaredNorm]) -> None:
         )
     for name, statistic in statistics.items():
         if not bool(torch.isfinite(statistic.total).all()):
-            raise UniPruneError(f"{name}: its inputs overflowed; calibrate in another dtype (--dtype bfloat16 or float32)")
+            raise InputError(f"{name}: its inputs overflowed; calibrate in another dtype (--dtype bfloat16 or float32)")

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from uniprune import masks as masking
-from uniprune.artefacts import MasksFile
+from uniprune.artefacts import MasksFile, check_place, writing
 from uniprune.errors import InputError, UniPruneError
 from uniprune.matrices import Matrices
 from uniprune.models import Loaded, Origin
@@ -97,13 +97,16 @@ def check_output_folder(path: Path, overwrite: bool, source: Path | None = None)
         here, there = path.resolve(), source.resolve()
         if here == there or there in here.parents or here in there.parents:
             raise InputError(f"output {path} and model {source} overlap; give another output folder")
-    if path.is_file():
+    if path.is_symlink():
+        raise InputError(f"output {path} is a link, which is not followed; give the folder itself")
+    if path.exists() and not path.is_dir():
         raise InputError(f"output {path} is a file; give the name of a folder")
     if path.is_dir() and any(path.iterdir()):
         if not (path / REPORT).is_file():
             raise InputError(f"output folder {path} exists and was not written by uniprune; give another name")
         if not overwrite:
             raise InputError(f"output folder {path} exists; give another name, or --overwrite")
+    check_place(path)
 
 
 def check_disk_space(path: Path, needed: int) -> None:
@@ -130,7 +133,8 @@ def new_folder(path: Path, inside: Path | None = None) -> Iterator[Path]:
     )
     temporary = Path(tempfile.mkdtemp(**where))
     try:
-        yield temporary
+        with writing(path):
+            yield temporary
         temporary.chmod(0o755)
         if path.exists():
             retired = Path(tempfile.mkdtemp(**where))

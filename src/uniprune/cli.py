@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import sys
 from collections.abc import Callable
@@ -49,6 +50,9 @@ from uniprune.terminal import Bars, quiet, show
 
 if TYPE_CHECKING:
     from uniprune.recipe import Recipe
+
+# What is wrong with a path, not with a machine.
+PATHS = {errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EACCES, errno.EPERM, errno.EROFS}
 
 app = typer.Typer(
     name="uniprune",
@@ -339,6 +343,8 @@ def main() -> NoReturn:
     except OSError as error:  # a full disk, a folder that may not be written
         if error.strerror is None:
             raise
+        if error.errno in PATHS:
+            _fail(f"{str(error.filename)[-200:]}: {error.strerror}; give another path", 2)
         _fail(f"{error.filename or 'the disk'}: {error.strerror}; what was complete is kept, and --resume goes on", 1)
     except Exception as error:
         # typer has its own copy of click's usage errors, and exports no base class of them.
@@ -384,7 +390,7 @@ def _push(repository: str | None, overwrite: bool) -> Callable[[Path], dict[str,
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    sys.stderr.write("error: " + " ".join(message.split()) + "\n")
+    sys.stderr.write("error: " + " ".join(message.split())[:2000] + "\n")
     sys.exit(code)
 
 

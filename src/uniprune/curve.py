@@ -50,7 +50,7 @@ def sweep(
     """
     saliency = ScoresFile(scores)
     asked = _parsed(sparsities, scope, saliency)
-    check_output_file(output, overwrite or resume, ".json")
+    check_output_file(output, overwrite or resume, suffix=".json")
     subject = Subject(source)
     chosen = subject.windows(text_source, windows, length)
     loaded = subject.load(dtype, device)

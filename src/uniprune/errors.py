@@ -21,5 +21,5 @@ class MismatchError(InputError):
 
 
 def first_line(error: Exception) -> str:
-    """What another library's error says, in one line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """What another library's error says, in one line of at most 300 characters."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

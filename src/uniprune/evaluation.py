@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from uniprune.errors import InputError
 from uniprune.executor import batches, device_of
 from uniprune.models import dtype_name
 from uniprune.progress import Progress, silent
@@ -40,6 +41,10 @@ def perplexity(model: nn.Module, windows: Windows, progress: Progress = silent) 
         tokens += batch[:, 1:].numel()
     count, length = windows.tokens.shape
     dtype = dtype_name(next(model.parameters()).dtype)
+    if not math.isfinite(nats):
+        raise InputError(
+            "the model's loss is not finite: it overflows, or its weights are broken; try --dtype float32 or bfloat16"
+        )
     value = math.exp(nats / tokens) if nats / tokens < 700 else math.inf
     return Perplexity(value, nats, tokens, count, length, length, dtype, windows.describe())
 

@@ -73,7 +73,7 @@ def evaluate(
     if model is None and not check:
         raise InputError("the argument MODEL is missing; only with --check the result names it")
     if output:
-        check_output_file(output, overwrite, ".json")
+        check_output_file(output, overwrite, suffix=".json")
     with Bars() as progress:
         if check:
             result = assessment.check(check, model, against=against, device=device, progress=progress)

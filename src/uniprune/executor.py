@@ -19,9 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from uniprune.errors import UniPruneError
+from uniprune.errors import InputError, UniPruneError
 
 BATCH_TOKENS = 2048
+OVERFLOW = "puts out NaN or infinity; calibrate in another dtype (--dtype bfloat16 or float32), or check its weights"
 PROBE_TOKENS = 16
 M_MMAP_THRESHOLD, LARGE = -3, 32 << 20  # bytes; smaller ones are better kept: activations come and go all the time
 
@@ -186,6 +187,8 @@ class Replay:
             def both(*args: Any, **kwargs: Any) -> Any:
                 with self.residency(index):
                     output = forward(*args, **kwargs)
+                    if not bool(torch.isfinite(hidden_of(output)).all()):
+                        raise InputError(f"block {index} {OVERFLOW}")
                     alone.append(self._calls[probe.shape][index](forward, alone.pop()))
                 return output
 

@@ -201,7 +201,7 @@ def parse_size(text: str) -> int:
     Raises InputError for anything else.
     """
     units = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?\s*", text, re.IGNORECASE)
+    match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([kmgt]i?)?b?\s*", text, re.IGNORECASE)
     size = int(float(match[1]) * units[(match[2] or "").lower()]) if match else 0
     if size < 1:
         raise InputError(f"{text!r} is not a size; give a number and a unit, e.g. 8GB or 512MB")

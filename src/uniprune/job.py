@@ -127,10 +127,11 @@ def prepare(
     output: an output folder, or None; scores: a scores file instead, whose name its writer checks.
     """
     place, asked = place_of(machine), parse_dtype(recipe.dtype)
-    if save_tokens is not None:
-        check_output_file(save_tokens, machine.overwrite)
     loaded = source if isinstance(source, Loaded) else None
     origin = loaded.origin if loaded else resolve(source)  # type: ignore[arg-type]
+    for file in (save_tokens, scores):
+        if file is not None:
+            check_output_file(file, machine.overwrite or file is scores, *([origin.folder] if origin else []))
     if output is not None:
         checkpoint.check_output_folder(output, machine.overwrite, origin.folder if origin else None)
     model = loaded.model if loaded else skeleton(origin)  # type: ignore[arg-type]
@@ -295,7 +296,9 @@ def calibration_windows(recipe: Recipe, tokenizer: Any, model: torch.nn.Module) 
     length = window_length(recipe.text, recipe.length, min(LENGTH, context(model.config)))
     check_context(model.config, length)
     count = recipe.windows or (None if recipe.text.endswith(".safetensors") else WINDOWS)
-    return text.load_windows(recipe.text, tokenizer, use="calibration", length=length, count=count, seed=recipe.seed)
+    windows = text.load_windows(recipe.text, tokenizer, use="calibration", length=length, count=count, seed=recipe.seed)
+    check_vocabulary(model.config, int(windows.tokens.max()), recipe.text)
+    return windows
 
 
 def window_length(source: str | Path, length: int | None, default: int) -> int:
@@ -315,6 +318,13 @@ def check_context(config: Any, length: int) -> None:
     """Raises InputError if windows of ``length`` tokens are more than a model can read at once."""
     if length > context(config):
         raise InputError(f"windows of {length} tokens do not fit the model's context of {context(config)}; lower --length")
+
+
+def check_vocabulary(config: Any, highest: int, where: object) -> None:
+    """Raises InputError for a token that a model has no embedding of: its tokenizer, or the token file, is another's."""
+    size = getattr(config.get_text_config(), "vocab_size", None)
+    if isinstance(size, int) and highest >= size:
+        raise InputError(f"{where}: token {highest} is beyond the model's vocabulary of {size}; give the tokenizer that it has")
 
 
 def stored_dtype(origin: Origin, matrices: Matrices) -> torch.dtype:

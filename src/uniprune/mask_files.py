@@ -333,7 +333,7 @@ def from_checkpoint(
     bitwise the dense model's; turn it off for one that was tuned after pruning. dtype: as for :func:`verify`.
     Raises InputError, or MismatchError naming the first matrix that is not the model's.
     """
-    artefacts.check_output_file(output, overwrite)
+    artefacts.check_output_file(output, overwrite, Path(pruned), Path(model))
     dense = Dense(model, dtype)
     weights = _find_weights(pruned, {name: (*matrix.parameter.shape,) for name, matrix in dense.matrices.items()})
 
@@ -356,7 +356,7 @@ def to_plain(
     A tensor has the key and the shape that the checkpoint has the weight by, ``[in, out]`` where that is transposed.
     model: the masks must be of it, and the keys are its own; without it they are ``<matrix>.weight``. dtype: as for verify.
     """
-    artefacts.check_output_file(output, overwrite)
+    artefacts.check_output_file(output, overwrite, masks, *([] if model is None else [Path(model)]))
     file = CheckedMasks(masks)
     dense = None if model is None else Dense(model, dtype).of(file)
     keys = {name: dense.key(name) if dense is not None else f"{name}.weight" for name in file}
@@ -375,7 +375,7 @@ def from_plain(plain: Path, model: Source, output: Path, *, dtype: str | None = 
     ``[out, in]``; packed bits are refused. Matrices without an array stay dense. dtype: as for :func:`verify`.
     Raises InputError naming the first array that is not a mask.
     """
-    artefacts.check_output_file(output, overwrite)
+    artefacts.check_output_file(output, overwrite, plain, Path(model))
     given = _read(plain, lambda file: set(file.keys()))
     dense = Dense(model, dtype)
     named = {name: spelled for name in dense.matrices for spelled in (name, dense.key(name)) if spelled in given}

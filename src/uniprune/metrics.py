@@ -7,6 +7,7 @@ Scores are float32 ``[out, in]``, finite and >= 0; higher = keep. A new metric i
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
@@ -31,7 +32,7 @@ class SquaredNorm:
     @staticmethod
     def sums(x: Tensor) -> Tensor:
         """What the inputs ``[tokens, in]`` add to the total."""
-        return x.float().square().sum(0, dtype=torch.float64)
+        return x.to(torch.float64, copy=True).square_().sum(0)  # a float32 square overflows at 2e19, and is 0 below 3e-23
 
     def add(self, sums: Tensor, tokens: int) -> None:
         self.total += sums
@@ -124,8 +125,8 @@ class RIA:
     statistic: ClassVar[type[SquaredNorm] | None] = SquaredNorm
 
     def __post_init__(self) -> None:
-        if self.a < 0:
-            raise InputError(f"ria: the exponent a = {self.a} is negative")
+        if not 0 <= self.a < math.inf:
+            raise InputError(f"ria: the exponent a = {self.a} is negative, or no number")
 
     def __call__(self, weight: Tensor, inputs: SquaredNorm) -> Tensor:
         size = weight.float().abs()
@@ -146,8 +147,8 @@ class StochRIA:
     statistic: ClassVar[type[SquaredNorm] | None] = SquaredNorm
 
     def __post_init__(self) -> None:
-        if self.a < 0:
-            raise InputError(f"stochria: the exponent a = {self.a} is negative")
+        if not 0 <= self.a < math.inf:
+            raise InputError(f"stochria: the exponent a = {self.a} is negative, or no number")
         if not 0 < self.beta <= 1:
             raise InputError(f"stochria: beta = {self.beta} is not in (0, 1]")
 
@@ -217,5 +218,5 @@ class Comparable(View):
 
 
 def _with_mean_one(name: str, scores: Tensor) -> Tensor:
-    mean = scores.mean()
-    return scores / mean if mean > 0 else scores
+    mean = scores.mean(dtype=torch.float64)
+    return scores / mean.float() if mean > 0 else scores

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import logging
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,13 +12,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from uniprune.errors import InputError, first_line
+from uniprune import objects
+from uniprune.errors import InputError, UniPruneError, first_line
 from uniprune.executor import Residency, resident
+from uniprune.shards import entries
 
 logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-HUB_FILES = ["README.md", "*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+HUB_FILES = ["README.md", "*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]  # no pickle, no code
+INDEX = "model.safetensors.index.json"
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 @dataclass(frozen=True)
@@ -40,15 +44,26 @@ class Origin:
         """
         if self.gguf:
             return []
-        index = self.folder / "model.safetensors.index.json"
-        if index.is_file():
-            return sorted({self.folder / name for name in json.loads(index.read_text())["weight_map"].values()})
+        if (self.folder / INDEX).is_file():
+            return [self.folder / name for name in sorted({*self._index().values()})]
         single = self.folder / "model.safetensors"
         return [single] if single.is_file() else sorted(self.folder.glob("*.safetensors"))
 
+    def _index(self) -> dict[str, str]:
+        """Tensor -> file, which must lie in the folder itself. Raises InputError for an index that says anything else."""
+        try:
+            index = objects.parse((self.folder / INDEX).read_bytes())
+            objects.check(index, {"weight_map": dict})
+            for name in (names := index["weight_map"]).values():
+                if type(name) is not str or "/" in name or "\\" in name or not name.endswith(".safetensors"):
+                    raise ValueError(f"{str(name)[:80]!r} is no .safetensors file beside it")
+        except ValueError as error:
+            raise InputError(f"{self.folder / INDEX} is damaged: {error}; fetch the checkpoint again") from None
+        return dict(names)
+
     def options(self) -> dict[str, Any]:
-        """Keyword arguments for every ``from_pretrained`` of this model."""
-        return {"gguf_file": self.gguf} if self.gguf else {}
+        """Keyword arguments for every ``from_pretrained`` of this model: no code that comes with it is run."""
+        return {"trust_remote_code": False} | ({"gguf_file": self.gguf} if self.gguf else {})
 
 
 @dataclass
@@ -78,29 +93,45 @@ def resolve(source: str | Path) -> Origin:
             raise InputError(f"model {source} is a file, but not a .gguf one; give the folder it is in")
         return Origin(str(source), path.parent, path.name)
     folder = path if path.is_dir() else _from_hub(str(source))
-    if (folder / "adapter_config.json").is_file():
-        raise InputError(f"model {source} is an adapter (PEFT), or has one; merge it (merge_and_unload, save_pretrained) first")
+    origin = Origin(str(source), folder)
+    _check_folder(origin)
+    return origin
+
+
+def _check_folder(origin: Origin) -> None:
+    """Raises InputError for a folder that holds no model, or one that could only be read by unpickling it."""
+    folder = origin.folder
     if not (folder / "config.json").is_file():
-        raise InputError(f"model folder {source} has no config.json; give the folder of a Hugging Face checkpoint")
-    if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
-        raise InputError(f"model folder {source} has no weights (.safetensors or .bin)")
-    return Origin(str(source), folder)
+        raise InputError(f"model folder {origin} has no config.json; give the folder of a Hugging Face checkpoint")
+    for file in folder.iterdir():
+        if file.exists() and not file.is_file() and not file.is_dir():
+            raise InputError(f"{file} is neither a file nor a folder; remove it")
+    if (folder / "adapter_config.json").is_file():
+        raise InputError(f"model {origin} is an adapter (PEFT), or has one; merge it (merge_and_unload, save_pretrained) first")
+    try:
+        objects.parse((folder / "config.json").read_bytes())
+    except ValueError as error:
+        raise InputError(f"{folder / 'config.json'} is damaged: {error}; fetch the checkpoint again") from None
+    if not any(folder.glob("*.safetensors")):
+        if any(file for kind in PICKLES for file in folder.glob(kind)):
+            raise InputError(
+                f"model folder {origin} has pickled weights alone, which can run code when they are read; convert them to "
+                "safetensors (load the model with transformers where you trust it, and save_pretrained)"
+            )
+        raise InputError(f"model folder {origin} has no weights (.safetensors)")
 
 
 def _from_hub(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
-    if name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith(".gguf"):
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith(".") or name.endswith(".gguf"):
         # Not a hub name ("owner/model"), so it was meant as a path.
-        raise InputError(f"model {name!r} does not exist here, and is not a hub name of the form owner/model")
+        raise InputError(f"model {name[:200]!r} does not exist here, and is not a hub name of the form owner/model")
     try:
-        folder = Path(snapshot_download(name, allow_patterns=HUB_FILES))
-        if not any(folder.glob("*.safetensors")):
-            folder = Path(snapshot_download(name, allow_patterns=[*HUB_FILES, "*.bin"]))
+        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
     except Exception as error:  # the hub client's errors have no base class short of this
         reason = first_line(error)
         raise InputError(f"model {name!r} is no folder here and cannot be had from the hub: {reason}") from error
-    return folder
 
 
 def parse_dtype(name: str | None) -> torch.dtype | None:
@@ -139,6 +170,8 @@ def parse_device(name: str | None) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise InputError(f"device {name!r} is unknown; use cpu, cuda or cuda:N") from None
+    if device.type == "meta":
+        raise InputError(f"device {name!r} computes nothing; use cpu, cuda or cuda:N")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InputError(f"device {name!r}: this PyTorch sees no CUDA device; use --device cpu")
     return device
@@ -146,38 +179,57 @@ def parse_device(name: str | None) -> torch.device:
 
 def skeleton(origin: Origin) -> nn.Module:
     """The model without its weights (on the meta device): enough to see its matrices, and free of cost."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    config = _guarded(origin, lambda: AutoConfig.from_pretrained(origin.folder, **origin.options()))
+    config = _config(origin)
     if config.is_encoder_decoder:
         raise InputError(
             f"model {origin} is an encoder-decoder ({config.model_type}); only decoders (causal models) are supported"
         )
     with torch.device("meta"):
-        model: nn.Module = _guarded(origin, lambda: AutoModelForCausalLM.from_config(config))
+        model: nn.Module = _guarded(origin, lambda: AutoModelForCausalLM.from_config(config, trust_remote_code=False))
     return model
 
 
 def hollow(origin: Origin, dtype: torch.dtype) -> nn.Module:
     """The model with its parameters on the meta device, but real buffers (rotary frequencies, say): ready to be filled."""
     from accelerate import init_empty_weights  # type: ignore[import-untyped]
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    config = _guarded(origin, lambda: AutoConfig.from_pretrained(origin.folder))
+    config = _config(origin)
     with init_empty_weights(include_buffers=False):
-        model: nn.Module = _guarded(origin, lambda: AutoModelForCausalLM.from_config(config, dtype=dtype))
+        model: nn.Module = _guarded(
+            origin, lambda: AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+        )
     model.tie_weights()  # type: ignore[operator]  # what was tied while parameters were being swapped for hollow ones is not
     return model.eval().requires_grad_(False)
 
 
+def _config(origin: Origin) -> Any:
+    """The model's configuration. Raises InputError for one that could not be of its files."""
+    from transformers import AutoConfig
+
+    config = _guarded(origin, lambda: AutoConfig.from_pretrained(origin.folder, **origin.options()))
+    layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+    if isinstance(layers, int) and origin.shards and layers > len(entries(origin.shards)):  # they would all be built
+        raise InputError(f"model {origin}: config.json says {layers} layers, its files have fewer tensors; fetch it again")
+    return config
+
+
 def load_tokenizer(origin: Origin) -> Any:
-    """The model's tokenizer, or None if it has none."""
+    """The model's tokenizer, or None if it has none. Raises InputError for one that is there, but cannot be read."""
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(origin.folder, **origin.options())
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        logger.warning("model %s has no usable tokenizer (%s)", origin, first_line(error))
+    except Exception as error:  # transformers and tokenizers raise all kinds for a file that they cannot read
+        reason = first_line(error)
+        if origin.gguf is None and any(origin.folder.glob("tokenizer*")):
+            raise InputError(
+                f"model {origin}: its tokenizer cannot be read ({reason}); fetch it again, or move its files away and give a "
+                "token file"
+            ) from error
+        logger.info("model %s has no usable tokenizer (%s)", origin, reason)
         return None
 
 
@@ -205,8 +257,13 @@ def load_weights(origin: Origin, dtype: torch.dtype | None, device: torch.device
         # Without this the model keeps quantised layers, which are no matrices and cannot be saved.
         options |= {"quantization_config": GgufConfig(dequantize=True), "dtype": dtype or torch.float32}
     else:
-        options["dtype"] = dtype or "auto"
-    model: nn.Module = _guarded(origin, lambda: AutoModelForCausalLM.from_pretrained(origin.folder, **options))
+        options |= {"dtype": dtype or "auto", "use_safetensors": True}
+    model: nn.Module
+    model, about = _guarded(
+        origin, lambda: AutoModelForCausalLM.from_pretrained(origin.folder, output_loading_info=True, **options)
+    )
+    if missing := sorted(about["missing_keys"]):  # they were drawn at random
+        raise InputError(f"model {origin}: its files lack {len(missing)} tensors, e.g. {missing[0]}; fetch it again")
     if origin.gguf:
         # The file's free-form title would travel into every saved config as if it were a path.
         model.config.name_or_path = ""  # type: ignore[union-attr]
@@ -222,5 +279,11 @@ def _guarded(origin: Origin, load: Callable[[], Any]) -> Any:
         if origin.gguf:
             raise InputError(f"model {origin}: reading GGUF needs the gguf package; pip install 'uniprune[gguf]'") from error
         raise InputError(f"model {origin} needs a package that is not installed: {first_line(error)}") from error
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise InputError(f"model {origin} cannot be loaded: {first_line(error)}") from error
+    except UniPruneError:
+        raise
+    except Exception as error:  # a configuration or a file that makes no sense fails in many ways, far from where it is read
+        if "trust_remote_code" in str(error):
+            raise InputError(
+                f"model {origin} needs its own code (auto_map), which is never run; give one that transformers has a class for"
+            ) from error
+        raise InputError(f"model {origin} cannot be loaded: {type(error).__name__}: {first_line(error)}"[:500]) from error

@@ -37,7 +37,7 @@ def report(paths: Sequence[str | Path], output: Path, *, overwrite: bool = False
 
 def write(paths: Sequence[Path], output: Path, *, overwrite: bool = False) -> tuple[list[Source], Summary]:
     """As :func:`report`; returns what it read, and that put together."""
-    check_output_file(output, overwrite, ".html")
+    check_output_file(output, overwrite, suffix=".html")
     sources = read_all(paths)
     summary = summarise(sources)
     page = render(sources, summary)

@@ -14,7 +14,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from uniprune.executor import Replay, Stash, batches, device_of, hidden_of, last_hidden
+from uniprune.errors import InputError
+from uniprune.executor import OVERFLOW, Replay, Stash, batches, device_of, hidden_of, last_hidden
 from uniprune.loss import Head
 from uniprune.straight_through import StraightThrough
 
@@ -103,8 +104,11 @@ class Resident:
 
     def head(self, text: Tensor, vocabulary: int | None = None) -> Head:
         probe = text[:1, :8]
+        hidden, states = self._dense(probe, keep=True)
+        for index, state in enumerate((*states, hidden)):
+            if not bool(torch.isfinite(state).all()):
+                raise InputError(f"block {index} {OVERFLOW}")
         with self.network.dense():
-            hidden = last_hidden(self._model, probe)
             return Head(self._model, text, vocabulary).fit(
                 self._model, lambda model: model(input_ids=probe.to(hidden.device), use_cache=False), hidden
             )

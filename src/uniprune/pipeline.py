@@ -24,6 +24,7 @@ from uniprune import (
     descent,
     forecast,
     metrics,
+    objects,
     paper,
     patterns,
     ranks,
@@ -170,7 +171,7 @@ def mask(
 
     budget: ``allow``, ``rules``, ``hardware`` and ``misfits``, as in :class:`Recipe`.
     """
-    artefacts.check_output_file(output, overwrite)
+    artefacts.check_output_file(output, overwrite, scores)
     saliency = artefacts.ScoresFile(scores)
     controller = "feedback" if saliency.facts["comparable"] else "none"
     recipe = Recipe(sparsity=str(sparsity), scope=scope, controller=controller, **budget)
@@ -326,8 +327,12 @@ def _finished(output: Path, recipe: Recipe, source: Source) -> dict[str, Any] | 
     path = output / checkpoint.REPORT
     if runs.pending(output) or not path.is_file():
         return None
-    report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return report if _same_run(report.get("recipe"), report.get("model", {}).get("name"), output, recipe, source) else None
+    try:
+        report = objects.parse(path.read_bytes())
+        objects.check(report, {"model": dict})
+    except ValueError as error:
+        raise InputError(f"{path} is damaged: {error}; --overwrite without --resume makes it anew") from None
+    return report if _same_run(report.get("recipe"), report["model"].get("name"), output, recipe, source) else None
 
 
 def _calibrated(output: Path, recipe: Recipe, source: Source) -> dict[str, Any] | None:

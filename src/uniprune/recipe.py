@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +22,7 @@ from uniprune.patterns import NM, Pattern, Scope
 
 Controller = Literal["none", "feedback", "paper"]
 WINDOWS, LENGTH = 128, 512
+SIZE, DEPTH = 1 << 20, 4  # of a recipe: bytes, collections in each other; at most
 
 
 class Recipe(BaseModel):
@@ -92,7 +94,7 @@ class Recipe(BaseModel):
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"]) or "recipe"
             known = f"; known settings: {', '.join(type(self).model_fields)}" if first["type"] == "extra_forbidden" else ""
-            raise InputError(f"{where} = {first['input']!r}: {first['msg']}{known}") from None
+            raise InputError(f"{where} = {first['input']!r:.200}: {first['msg']}{known}") from None
         self.parsed_metric()
         if self.refine and not self.sequential:
             raise InputError("--refine works block after block, but sequential is set to false; leave one of them out")
@@ -115,15 +117,14 @@ class Recipe(BaseModel):
     @classmethod
     def load(cls, path: Path, **overrides: Any) -> Recipe:
         """A recipe from a YAML file; ``overrides`` win over what the file says."""
+        if not path.is_file():
+            raise InputError(f"recipe {path} is not a file; give a YAML file with settings")
         try:
-            # BaseLoader keeps scalars as they are spelled: YAML 1.1 would read 2:4 as the sexagesimal number 124.
-            data = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
+            data = _read_yaml(path.read_bytes())
         except OSError as error:
             raise InputError(f"recipe {path} cannot be read: {error.strerror}") from None
-        except yaml.YAMLError as error:
-            raise InputError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from None
-        if not isinstance(data, dict):
-            raise InputError(f"recipe {path} is not a mapping of settings")
+        except (yaml.YAMLError, ValueError) as error:
+            raise InputError(f"recipe {path} is not a recipe: {' '.join(str(error).split())[:300]}") from None
         return cls(**{**data, **overrides})
 
     def _check_size(self) -> None:
@@ -180,6 +181,9 @@ class Recipe(BaseModel):
         for name in self.tuning:
             if name not in defaults:
                 raise InputError(f"tuning: {name!r} is not a setting of {kind.__name__}; it has: {', '.join(defaults)}")
+        for name, value in self.tuning.items():
+            if not math.isfinite(value) or value != type(defaults[name])(value):
+                raise InputError(f"tuning: {name} = {value} is not a {type(defaults[name]).__name__}")
         return kind(**{name: type(defaults[name])(value) for name, value in self.tuning.items()})
 
     def step_tokens(self, length: int) -> int:
@@ -193,3 +197,31 @@ class Recipe(BaseModel):
         """The settings as JSON data, defaults included; ``Recipe(**record)`` is the same recipe."""
         resolved = {"metric": metrics.spell(self.parsed_metric()), "controller": self.resolved_controller}
         return self.model_dump(mode="json") | resolved
+
+
+def _read_yaml(content: bytes) -> dict[str, Any]:
+    """The settings in a recipe file. Raises ValueError or YAMLError for anything but one mapping with each name once.
+
+    BaseLoader keeps scalars as they are spelled: YAML 1.1 would read 2:4 as the sexagesimal number 124. It makes no objects.
+    Aliases are refused before they are resolved: a few lines of them stand for more than any memory holds.
+    """
+    if len(content) > SIZE:
+        raise ValueError(f"it has {len(content)} bytes, more than {SIZE}")
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"it is not UTF-8 ({error.reason} at byte {error.start})") from None
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.BaseLoader):
+        if isinstance(event, yaml.AliasEvent):
+            raise ValueError("it has an alias (*name), which a recipe may not; write the value out")
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > DEPTH:
+            raise ValueError("it is nested too deep")
+    node = yaml.compose(text, Loader=yaml.BaseLoader)
+    if not isinstance(node, yaml.MappingNode):
+        raise ValueError("it is not a mapping of settings")
+    names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+    if len(names) < len(node.value) or len({*names}) < len(names):
+        raise ValueError(f"it has a setting twice, or one without a name: {', '.join(names)}")
+    return dict(yaml.load(text, Loader=yaml.BaseLoader))

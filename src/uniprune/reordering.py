@@ -67,7 +67,8 @@ def permute(
                 for name, scores in progress(saliency.items(), "permuting", len(consumers)):
                     orders[name] = search(scores, pattern.n, pattern.m, seed=recipe.seed)
                     total = float(scores.sum(dtype=torch.float64))
-                    shares = [kept(scores, pattern.n, pattern.m, order) / total for order in (None, orders[name])]
+                    orderings = (None, orders[name])  # of scores that are all 0, any order keeps all there is
+                    shares = [kept(scores, pattern.n, pattern.m, order) / total if total else 1.0 for order in orderings]
                     gains[name] = dict(zip(("kept_before", "kept_after"), shares, strict=True))
             with checkpoint.new_folder(output, run.folder) as folder:
                 with watch("write"):

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from uniprune import objects
 from uniprune.errors import InputError, first_line
 
 Row = dict[str, Any]
@@ -28,11 +29,12 @@ def read_jsonl(path: Path, what: str) -> Iterator[tuple[int, Row]]:
 
 def _parse(line: str, where: str) -> Row:
     try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{where}: not JSON ({error.msg})") from None
-    if not isinstance(row, dict):
-        raise InputError(f"{where}: not a JSON object, which is in braces")
+        row = objects.parse(line)
+        if "\\ud" in line.lower():  # an escaped surrogate, which alone is no character, and no tokenizer takes it
+            json.dumps(row, ensure_ascii=False).encode()
+    except ValueError as error:
+        reason = "it has half a character (\\ud800 to \\udfff)" if isinstance(error, UnicodeEncodeError) else error
+        raise InputError(f"{where}: {reason}") from None
     return row
 
 

@@ -26,6 +26,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from uniprune import objects
 from uniprune.errors import InputError, MismatchError
 
 KEY = "uniprune"  # marks an identity file as ours
@@ -220,12 +221,20 @@ def _check_ours(folder: Path, discard: bool) -> None:
     try:
         ours = stat.S_ISDIR(folder.lstat().st_mode)  # no link to one either
         if ours:
-            names = {path.name for path in folder.iterdir()}
-            ours = _has_mark(folder, discard) if IDENTITY in names else names <= {LOCK, IDENTITY + PARTIAL}
+            paths = [*folder.iterdir()]
+            names = {path.name for path in paths if _plain(path)}  # what is written to must not lead elsewhere
+            known = _has_mark(folder, discard) if IDENTITY in names else names <= {LOCK, IDENTITY + PARTIAL}
+            ours = known and len(names) == len(paths)
     except FileNotFoundError:
         return
     if not ours:
         raise InputError(f"{folder}, where the run would keep its progress, was not written by uniprune; move it away")
+
+
+def _plain(path: Path) -> bool:
+    """Whether a path is a file or a folder, and no link to one."""
+    mode = path.lstat().st_mode
+    return stat.S_ISREG(mode) or stat.S_ISDIR(mode)
 
 
 def _has_mark(folder: Path, discard: bool) -> bool:
@@ -294,12 +303,9 @@ def _short(text: str) -> str:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return objects.parse(path.read_bytes())
     except ValueError as error:
         raise damaged(path, error) from None
-    if not isinstance(content, dict):
-        raise damaged(path, "it is not a JSON object")
-    return content
 
 
 def damaged(path: Path, why: object) -> InputError:
@@ -311,12 +317,17 @@ def _write(path: Path, content: Mapping[str, Any]) -> None:
     """Replaces a JSON file: a reader sees the old content or the new one, even after a loss of power."""
     text = json.dumps(content)
     temporary = path.with_name(path.name + PARTIAL)
-    with temporary.open("w", encoding="utf-8") as file:
+    temporary.unlink(missing_ok=True)  # of a process that was killed
+    with open(temporary, "x", encoding="utf-8", opener=_private) as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
     sync(path.parent)
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
 
 
 def sync(path: Path) -> None:

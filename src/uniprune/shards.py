@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-import json
+import math
+import os
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 
-from uniprune.errors import InputError, UniPruneError
+from uniprune import objects
+from uniprune.errors import InputError
 
 UINTS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 PIECE = 1 << 17  # weights of a tensor that are looked at together
 ITEMSIZE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
+WIDTHS = ITEMSIZE | {"BOOL": 1, "U8": 1, "I8": 1, "U16": 2, "I16": 2, "U32": 4, "I32": 4, "U64": 8, "I64": 8}
+HEADER = 100_000_000  # bytes; the longest header, the safetensors library's own limit
 NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 # Bits that are all set in NaN, and in infinity where a type has it.
@@ -39,7 +44,7 @@ class Entry:
     def uint(self) -> Any:
         """The type of unsigned integers as large as the tensor's elements."""
         if self.dtype not in ITEMSIZE:
-            raise UniPruneError(f"{self.file}: weights of type {self.dtype} cannot be pruned; use an unquantised model")
+            raise InputError(f"{self.file}: weights of type {self.dtype} cannot be pruned; use an unquantised model")
         return UINTS[ITEMSIZE[self.dtype]]
 
     def array(self) -> np.ndarray[Any, Any]:
@@ -93,26 +98,55 @@ class Entries(dict[str, Entry]):
 def entries(shards: Iterable[Path]) -> Entries:
     """Every tensor of a sharded checkpoint, by its key.
 
-    Raises InputError for a shard that is missing, or whose header does not fit it (a download that was cut off).
+    Raises InputError for a shard that is missing, that was cut off, or whose header cannot be of it: a type, a shape and a
+    place in the file that do not go together, tensors on top of each other, a key twice.
     """
     found = Entries()
     for shard in shards:
         try:
-            size = shard.stat().st_size
             with shard.open("rb") as file:
-                (length,) = struct.unpack("<Q", file.read(8))
-                header = json.loads(file.read(min(length, size)))
-            header.pop("__metadata__", None)
-            for key, item in header.items():
-                start, stop = (8 + length + offset for offset in item["data_offsets"])
-                if not start <= stop <= size:
-                    raise InputError(f"{shard} is cut off: {key} would end at byte {stop} of {size}; fetch it again")
-                found[key] = Entry(shard, item["dtype"], tuple(item["shape"]), start, stop)
+                here = _entries(shard, file)
         except OSError as error:
             raise InputError(f"{shard} cannot be read: {error.strerror}; fetch the checkpoint again") from None
-        except (struct.error, ValueError, KeyError, TypeError, AttributeError):
-            raise InputError(f"{shard} is not a safetensors file, or damaged; fetch it again") from None
+        except (struct.error, ValueError) as error:
+            raise InputError(f"{shard} is not a safetensors file, or damaged ({error}); fetch it again") from None
+        if twice := found.keys() & here.keys():
+            raise InputError(f"{shard} has {min(twice)}, which stands in another shard, too; fetch the checkpoint again")
+        found |= here
     return found
+
+
+def _entries(shard: Path, file: BinaryIO) -> dict[str, Entry]:
+    """The tensors of one file. Raises ValueError or struct.error before memory for what its header claims is taken."""
+    size = os.fstat(file.fileno()).st_size
+    (length,) = struct.unpack("<Q", file.read(8))
+    if length > min(HEADER, size - 8):
+        raise ValueError(f"its header would have {length} bytes")
+    header = objects.parse(file.read(length))
+    header.pop("__metadata__", None)
+    found = {key: _entry(shard, key, item, 8 + length) for key, item in header.items()}
+    ordered = sorted((entry.start, entry.stop, key) for key, entry in found.items())
+    for (_, stop, _), (start, _, key) in pairwise(ordered):
+        if start < stop:
+            raise ValueError(f"{key} lies on top of another tensor")
+    if ordered and ordered[-1][1] > size:
+        _, stop, key = ordered[-1]
+        raise InputError(f"{shard} is cut off: {key} would end at byte {stop} of {size}; fetch it again")
+    return found
+
+
+def _entry(shard: Path, key: str, item: Any, base: int) -> Entry:
+    """One tensor, as the header has it; base: where its offsets count from."""
+    if not isinstance(item, dict):
+        raise ValueError(f"{key} is no object")
+    objects.check(item, {"dtype": str, "shape": list, "data_offsets": list})
+    dtype, shape, offsets = item["dtype"], item["shape"], item["data_offsets"]
+    if any(type(value) is not int or value < 0 for value in (*shape, *offsets)) or len(offsets) != 2:
+        raise ValueError(f"{key} has an impossible shape or place")
+    start, stop = offsets
+    if start > stop or (dtype in WIDTHS and math.prod(shape) * WIDTHS[dtype] != stop - start):
+        raise ValueError(f"{key} is {dtype} {shape}, which is not {stop - start} bytes"[:200])
+    return Entry(shard, dtype, tuple(shape), base + start, base + stop)
 
 
 def find_key(name: str, keys: Mapping[str, Any]) -> str | None:
@@ -121,8 +155,8 @@ def find_key(name: str, keys: Mapping[str, Any]) -> str | None:
 
 
 def key_of(name: str, keys: Mapping[str, Any]) -> str:
-    """As :func:`find_key`; raises UniPruneError if the checkpoint has no such tensor."""
+    """As :func:`find_key`; raises InputError if the checkpoint has no such tensor."""
     key = find_key(name, keys)
     if key is None:
-        raise UniPruneError(f"the checkpoint has no tensor {name}; its keys are like {list(keys)[:3]}")
+        raise InputError(f"the checkpoint has no tensor {name}; its keys are like {list(keys)[:3]}")
     return key

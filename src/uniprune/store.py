@@ -9,6 +9,7 @@ files that it does not name are removed when the store is opened again.
 
 from __future__ import annotations
 
+import re
 from collections import ChainMap
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -18,8 +19,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from uniprune import objects
 from uniprune.errors import UniPruneError
 from uniprune.runs import Run, damaged, sync
+
+NAME = re.compile(r"[\w.~%-]{0,220}\.\d{1,20}\.safetensors")  # quoted, so that none leads out of the folder
 
 
 class Store(Mapping[str, dict[str, Tensor]]):
@@ -97,8 +101,12 @@ class Store(Mapping[str, dict[str, Tensor]]):
         """Takes over what the disk says, and removes the files that are not of it."""
         first: dict[str, Any] = {"version": 0, "written": 0, "files": {}, "facts": {}}
         content = self._run.read(self._stage) or first
-        if missing := first.keys() - content.keys():
-            raise damaged(self._folder.with_suffix(".json"), f"it lacks {', '.join(sorted(missing))}")
+        try:
+            objects.check(content, {name: type(value) for name, value in first.items()})
+            if not all(type(file) is str and NAME.fullmatch(file) for file in content["files"].values()):
+                raise ValueError("it names a file that is none of its own")
+        except ValueError as error:
+            raise damaged(self._folder.with_suffix(".json"), error) from None
         self.version: int = content["version"]
         self.facts: dict[str, Any] = content["facts"]
         self._written: int = content["written"]  # files so far: no two have the same name

@@ -11,7 +11,7 @@ from uniprune.closeness import Recording
 from uniprune.errors import InputError
 from uniprune.evaluation import Perplexity, perplexity
 from uniprune.generation import check_prompts, generate
-from uniprune.job import Source, check_context, context, window_length
+from uniprune.job import Source, check_context, check_vocabulary, context, window_length
 from uniprune.models import (
     Loaded,
     fast_dtype,
@@ -65,7 +65,9 @@ class Subject:
     def windows(self, text: str | Path, count: int | None, length: int | None) -> Windows:
         length = window_length(text, length, min(2048, self.context))
         check_context(self._config, length)
-        return load_windows(text, self.tokenizer, use="evaluation", length=length, count=count)
+        found = load_windows(text, self.tokenizer, use="evaluation", length=length, count=count)
+        check_vocabulary(self._config, int(found.tokens.max()), text)
+        return found
 
     def ask(self, windows: Windows | None, tasks: Sequence[Task], prompts: Sequence[str], new_tokens: int) -> None:
         """Says what to measure. Raises InputError if a question cannot be scored, or a prompt not be gone on with."""
@@ -74,6 +76,9 @@ class Subject:
         check_prompts(prompts, self.tokenizer, new_tokens, self.context)
         self._windows, self._tasks, self._prompts, self._new_tokens = windows, tasks, prompts, new_tokens
         self._tokens: list[list[list[Tokens]]] = [tokenise(task, self.tokenizer, self.context) for task in tasks]
+        for task, questions in zip(tasks, self._tokens, strict=True):
+            highest = max(max(choice.ids) for question in questions for choice in question)
+            check_vocabulary(self._config, highest, f"task {task.name}")
 
     def load(self, dtype: str | None, device: str | None) -> Loaded:
         if isinstance(self._source, Loaded):

@@ -92,7 +92,7 @@ def _recognise(row: Row, where: str) -> str:
         if form.fields.keys() <= row.keys():
             return name
     known = "; ".join(f"{name} ({', '.join(form.fields)})" for name, form in FORMATS.items())
-    raise InputError(f"{where}: the fields {', '.join(row)} are of no known format: {known}")
+    raise InputError(f"{where}: the fields {', '.join(row)[:300]} are of no known format: {known}")
 
 
 def _question(row: Row, name: str, where: str) -> Question:
@@ -102,7 +102,7 @@ def _question(row: Row, name: str, where: str) -> Question:
             raise InputError(f'{where}: no {kind.__name__} field "{field}", which the format {name} has')
     try:
         question = form.question(row)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:  # a field may be anything
         reason = f"no field {error}" if isinstance(error, KeyError) else str(error)
         raise InputError(f"{where}: not a labelled row of the format {name} ({reason})") from None
     if not 0 <= question.gold < len(question.choices):

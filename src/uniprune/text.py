@@ -18,7 +18,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from uniprune.errors import InputError
+from uniprune import objects
+from uniprune.errors import InputError, first_line
 from uniprune.rows import read_hub, read_jsonl
 
 logger = logging.getLogger(__name__)
@@ -134,23 +135,37 @@ def _tokenise(text: str, tokenizer: Any, source: str | Path) -> tuple[Tensor, bo
 
 
 def _load_tokens(path: Path, length: int, count: int | None) -> Windows:
-    from uniprune.artefacts import open_tensors
-
-    with open_tensors(path, "tokens") as (file, facts):
-        tokens = file.get_tensor("tokens").to(torch.int64)
+    tokens, facts = _read_tokens(path)
     if tokens.shape[1] != length:
         raise InputError(f"token file {path} has windows of {tokens.shape[1]} tokens, not {length}; give --length")
     if count is not None and count > len(tokens):
         raise InputError(f"token file {path} has {len(tokens)} windows, {count} were asked for; lower --windows")
-    return Windows(tokens[:count], facts["source"], facts["available"], facts["bos"])
+    return Windows(tokens[:count], facts.source, facts.available, facts.bos)
+
+
+def _read_tokens(path: Path) -> tuple[Tensor, _TokenFile]:
+    """The windows of a token file, and where they come from; InputError unless they could be windows."""
+    from uniprune.artefacts import damaged, open_tensors
+
+    kinds = {"source": str, "available": int, "bos": bool}
+    with open_tensors(path, "tokens") as (file, facts):
+        try:
+            objects.check(facts, kinds)
+            if list(file.keys()) != ["tokens"]:
+                raise ValueError("it must hold one tensor, named tokens")
+            tokens = file.get_tensor("tokens")
+            if tokens.dtype != torch.int32 or tokens.ndim != 2 or not tokens.numel():
+                raise ValueError(f"its tokens are {tokens.dtype} {list(tokens.shape)}, not int32 [windows, length]")
+            if int(tokens.min()) < 0:
+                raise ValueError(f"{int(tokens.min())} is no token")
+        except ValueError as error:
+            raise damaged("token", path, error) from None
+    return tokens.to(torch.int64), _TokenFile(**{key: facts[key] for key in kinds})
 
 
 def token_file_shape(path: Path) -> tuple[int, int]:
     """(windows, length) of a saved token file."""
-    from uniprune.artefacts import open_tensors
-
-    with open_tensors(path, "tokens") as (file, _):
-        count, length = file.get_slice("tokens").get_shape()
+    count, length = _read_tokens(path)[0].shape
     return count, length
 
 
@@ -178,7 +193,7 @@ def _file(path: Path) -> Iterator[str]:
 
 
 def _folder(path: Path) -> Iterator[str]:
-    files = sorted(file for file in path.rglob("*") if file.suffix in READERS)
+    files = sorted(file for file in path.rglob("*") if file.suffix in READERS and file.is_file())
     if not files:
         raise InputError(f"text folder {path} holds no file ending in {', '.join(READERS)}")
     for file in files:
@@ -207,7 +222,10 @@ def _parquet(path: Path) -> Iterator[str]:
         import pyarrow.parquet as parquet
     except ImportError:
         raise InputError(f"text {path}: reading .parquet needs pyarrow; pip install 'uniprune[data]'") from None
-    file = parquet.ParquetFile(path)
+    try:
+        file = parquet.ParquetFile(path)
+    except (OSError, ValueError) as error:  # pyarrow's own errors are these
+        raise InputError(f"text {path} is not a Parquet file, or damaged ({first_line(error)})") from None
     if "text" not in file.schema_arrow.names:
         raise InputError(f'text {path} has no column "text", only {", ".join(file.schema_arrow.names)}')
     for batch in file.iter_batches(columns=["text"]):
