@@ -73,7 +73,7 @@ def test_another_kind_of_machine_may_differ_a_little(capsys, monkeypatch, result
     ("content", "message"),
     [
         ("{", "cannot be read"),
-        ("[]", "no result of uniprune evaluate"),
+        ("[]", "not a JSON object"),
         ("{}", "no result of uniprune evaluate"),
         ('{"protocol": {"request": {"windows": "many"}}}', "not written by this version"),
         ('{"protocol": {"request": {"shell": "rm"}}}', "not written by this version"),

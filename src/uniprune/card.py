@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from uniprune import protocol
+from uniprune import objects, protocol
 from uniprune.checkpoint import REPORT
 from uniprune.errors import InputError, UniPruneError, first_line
 from uniprune.models import Origin
@@ -55,7 +55,7 @@ def rewrite(folder: Path, results: Sequence[Path], *, overwrite: bool = False) -
     Raises InputError if the folder is no output folder, or a result is none of this very checkpoint's.
     """
     try:
-        report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+        report = objects.parse((folder / REPORT).read_bytes())
         name = report["model"]["name"]
     except (OSError, ValueError, KeyError, TypeError):
         raise InputError(f"folder {folder} has no {REPORT} of uniprune; give an output folder of prune or apply") from None

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from uniprune import checkpoint, masks, metrics, patterns, protocol, size
+from uniprune import checkpoint, masks, metrics, objects, patterns, protocol, size
 from uniprune.artefacts import ScoresFile, check_output_file, write_json
 from uniprune.errors import InputError, MismatchError
 from uniprune.evaluation import perplexity
@@ -137,10 +136,10 @@ def _check_model(loaded: Loaded, matrices: Matrices, saliency: ScoresFile, score
 def _earlier(output: Path, result: dict[str, Any]) -> dict[str, Any]:
     """The rows that a file has from an earlier run in the same way. Raises InputError if it was in another."""
     try:
-        there = json.loads(output.read_text(encoding="utf-8"))
+        there = objects.parse(output.read_bytes())
         rows = {"dense": there["dense"], "rows": [row for row in there["rows"] if {"pattern", "perplexity"} <= row.keys()]}
         how = {key: there[key] for key in ("scores", "protocol")}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise InputError(f"output {output} is no sweep that could be gone on with; give another name, or --overwrite") from None
     differing = [change.what for change in protocol.differences(how, {key: result[key] for key in how})]
     if differing:

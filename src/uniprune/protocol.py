@@ -13,6 +13,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import nn
 
+from uniprune import objects
 from uniprune.errors import InputError, first_line
 from uniprune.executor import device_of
 
@@ -73,12 +74,12 @@ def differences(recorded: Mapping[str, Any], found: Mapping[str, Any]) -> list[D
 def read(path: Path) -> tuple[dict[str, Any], Request]:
     """A result file of ``evaluate``, and what was asked. Raises InputError if it is none."""
     try:
-        result = json.loads(path.read_text(encoding="utf-8"))
+        result = objects.parse(path.read_bytes())
     except FileNotFoundError:
         raise InputError(f"result {path} does not exist") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise InputError(f"result {path} cannot be read: {error}") from None
-    protocol = result.get("protocol") if isinstance(result, dict) else None
+    protocol = result.get("protocol")
     if not isinstance(protocol, dict) or not isinstance(protocol.get("request"), dict):
         raise InputError(f"{path} is no result of uniprune evaluate with a protocol; make one with evaluate --output")
     try:
