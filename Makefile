@@ -35,7 +35,7 @@ test-lowest test-highest: %: .venv-%/.ready
 .venv-%/.ready: pyproject.toml
 	$(PYTHON) -m venv .venv-$*
 	.venv-$*/bin/pip install --quiet torch==2.13.0
-	.venv-$*/bin/pip install --quiet --upgrade --editable '.[gguf,data,pack,dev]' $(OLDEST)
+	.venv-$*/bin/pip install --quiet --upgrade --editable '.[gguf,data,pack,report,dev]' $(OLDEST)
 	touch $@
 
 check: $(READY)

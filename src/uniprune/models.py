@@ -101,13 +101,13 @@ def resolve(source: str | Path) -> Origin:
 def _check_folder(origin: Origin) -> None:
     """Raises InputError for a folder that holds no model, or one that could only be read by unpickling it."""
     folder = origin.folder
+    if (folder / "adapter_config.json").is_file():
+        raise InputError(f"model {origin} is an adapter (PEFT), or has one; merge it (merge_and_unload, save_pretrained) first")
     if not (folder / "config.json").is_file():
         raise InputError(f"model folder {origin} has no config.json; give the folder of a Hugging Face checkpoint")
     for file in folder.iterdir():
         if file.exists() and not file.is_file() and not file.is_dir():
             raise InputError(f"{file} is neither a file nor a folder; remove it")
-    if (folder / "adapter_config.json").is_file():
-        raise InputError(f"model {origin} is an adapter (PEFT), or has one; merge it (merge_and_unload, save_pretrained) first")
     try:
         objects.parse((folder / "config.json").read_bytes())
     except ValueError as error:
