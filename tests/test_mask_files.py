@@ -282,7 +282,7 @@ def test_every_fact_is_needed(tmp_path, key):
     path = write(tmp_path / "m.safetensors", random_masks(names=("w",)))
     facts = {k: v for k, v in artefacts.MasksFile(path).facts.items() if k != key}
     save_file(load_file(path), path, metadata={"uniprune": json.dumps(facts)})
-    with pytest.raises(InputError, match=f"damaged: it lacks '{key}'"):
+    with pytest.raises(InputError, match=f"damaged: it lacks '?{key}'?"):
         mask_files.verify(path)
 
 
