@@ -92,6 +92,7 @@ def write_gguf(model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, path:
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(sorted(inner["vocab"], key=inner["vocab"].get))
     writer.add_token_merges([" ".join(pair) for pair in inner["merges"]])
+    writer.add_bos_token_id(tokenizer.eos_token_id)  # transformers 5.17 asks for one
     writer.add_eos_token_id(tokenizer.eos_token_id)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
