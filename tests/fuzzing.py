@@ -28,11 +28,26 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from uniprune import archive, artefacts, checkpoint, mask_files, models, pipeline, runs, shards, tasks, text
+from uniprune import (
+    archive,
+    artefacts,
+    card,
+    checkpoint,
+    mask_files,
+    models,
+    pipeline,
+    protocol,
+    results,
+    runs,
+    shards,
+    tasks,
+    text,
+)
 from uniprune.errors import UniPruneError
 from uniprune.matrices import Matrix
 from uniprune.recipe import Recipe
 from uniprune.store import Store
+from uniprune.summary import summarise
 
 SECONDS = 5.0  # that a case may take
 MEMORY = 256 << 20  # bytes of addresses that a case may take on top of what the process has; the files have some thousands
@@ -105,6 +120,19 @@ def readers(folder: Path) -> dict[str, Reader]:
         shutil.copytree(run.folder, made / "run")
     stored = next((made / "run" / "sweep").iterdir())
     report = {"model": {"name": "m"}, "recipe": Recipe(sparsity="2:4").record(), "sparsity": 0.5}
+    result = {
+        "model": "m",
+        "perplexity": 9.5,
+        "windows": 2,
+        "length": 8,
+        "text": {"text": "t", "sha256": "0"},
+        "tasks": {"a": {"questions": 2, "acc": 0.5, "against": {"acc": {"reference": 1.0, "gained": 0, "lost": 1, "p": 1.0}}}},
+        "closeness": {"kl": 0.1, "kl_stderr": None, "agreement": 0.9, "agreement_stderr": 0.1, "tokens": 14},
+        "generations": [{"prompt": "p", "model": "a", "against": "b", "same_tokens": 0, "tokens": 3}],
+        "protocol": {"request": {"windows": 2, "tasks": ["a"], "dtype": "float32"}, "machine": {"threads": 1}},
+    }
+    carding = report | {"model": {"name": "m", "fingerprint": "0" * 64}, "pattern": "2:4", "matrices": {}}
+    carding |= {"versions": {"torch": "2"}, "calibration": {"windows": 2, "length": 8, "text": "t", "sha256": "0"}}
     index = {"metadata": {}, "weight_map": {f"{name}.weight": "model.safetensors" for name in NAMES}}
     row = {"goal": "to see", "sol1": "look", "sol2": "sleep", "label": 0}
     hella = {"activity_label": "a", "ctx_a": "b", "ctx_b": "c", "endings": ["d [x] e", "f"], "label": "1"}
@@ -152,6 +180,13 @@ def readers(folder: Path) -> dict[str, Reader]:
     def indexed(path: Path) -> None:
         assert all(shard.parent == path.parent for shard in models.Origin("m", path.parent).shards)
 
+    def carded(path: Path) -> None:
+        card.rewrite(path.parent, [])
+        (path.parent / card.CARD).unlink()
+
+    def paged(path: Path) -> None:
+        summarise([results.read(path)])
+
     found = [
         Reader("checkpoint", "safetensors", (model / "model.safetensors").read_bytes(), entries, "model.safetensors"),
         Reader("index", "json", json.dumps(index).encode(), indexed, models.INDEX),
@@ -163,6 +198,9 @@ def readers(folder: Path) -> dict[str, Reader]:
         Reader("plain", "bytes", (made / "p.npz").read_bytes(), plain, "p.npz"),
         Reader("recipe", "yaml", settings.encode(), Recipe.load, "r.yaml"),
         Reader("report", "json", json.dumps(report).encode(), finished, "pruning.json"),
+        Reader("result", "json", json.dumps(result).encode(), protocol.read, "result.json"),
+        Reader("page", "json", json.dumps(result).encode(), paged, "result.json"),
+        Reader("card", "json", json.dumps(carding).encode(), carded, "pruning.json"),
         Reader("text", "lines", b'{"text": "to be"}\n{"text": "or not \\u00e9"}\n', lines, "t.jsonl"),
         Reader("task", "lines", "".join(json.dumps(r) + "\n" for r in (row, row)).encode(), _task, "t.jsonl"),
         Reader("task-hellaswag", "lines", json.dumps(hella).encode(), _task, "t.jsonl"),

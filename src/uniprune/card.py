@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from uniprune import objects, protocol
+from uniprune.artefacts import replacing
 from uniprune.checkpoint import REPORT
 from uniprune.errors import InputError, UniPruneError, first_line
 from uniprune.models import Origin
@@ -29,7 +31,7 @@ def card(report: Result, results: Sequence[Result] = (), licence: str | None = N
     report: what pruning.json says. results: what ``evaluate`` said of this checkpoint. licence: the base model's.
     """
     source = str(report["model"]["name"])
-    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", source) is not None and not Path(source).exists()
+    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", source) is not None and not os.path.exists(source)
     data = ModelCardData(
         base_model=source if on_hub else None,
         library_name="transformers",
@@ -66,8 +68,12 @@ def rewrite(folder: Path, results: Sequence[Path], *, overwrite: bool = False) -
     for result, file in zip(read, results, strict=True):
         if Path(str(result.get("model"))).resolve() != folder.resolve():
             raise InputError(f"result {file} is of {result.get('model')}, not of {folder}")
-    text = card(report, read, _licence(folder) or _licence(Path(str(name))))
-    path.write_text(text, encoding="utf-8")
+    try:
+        text = card(report, read, _licence(folder) or _licence(Path(str(name))))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"{folder / REPORT}, or a result, is damaged ({error!r}); make it anew") from None
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", errors="replace")
     return text
 
 
@@ -188,7 +194,7 @@ def _pattern(report: Result) -> str:
 
 def _licence(folder: Path | None) -> str | None:
     """What the card in a folder says."""
-    if folder is None or not (folder / CARD).is_file():
+    if folder is None or not os.path.isfile(folder / CARD):  # pathlib raises for a name that is too long
         return None
     try:
         licence = ModelCard.load(folder / CARD, ignore_metadata_errors=True).data.license
