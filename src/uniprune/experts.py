@@ -117,6 +117,4 @@ def is_fused(module: nn.Module) -> bool:
     second = module._parameters.get("down_proj")
     if first is None or second is None or first.dim() != 3 or second.dim() != 3 or len(first) != len(second):
         return False
-    return all(
-        hasattr(module, name) for name in ("is_transposed", "has_gate", "has_bias", "has_post_expert_norm", "_apply_gate")
-    )
+    return all(hasattr(module, name) for name in ("is_transposed", "has_gate", "has_bias", "_apply_gate"))

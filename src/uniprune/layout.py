@@ -45,13 +45,15 @@ class Layout:
     def parts(self, name: str, shape: tuple[int, ...]) -> list[Part]:
         """The parts of a fused parameter ``[experts, rows, columns]``; one part if it lies under one key as it is."""
         experts, rows, _ = shape
-        numbers = torch.arange(experts * rows, dtype=torch.int32).reshape(experts, rows, 1)
+        # Two columns: of one, some versions of transformers drop the axis.
+        numbers = torch.arange(experts * rows, dtype=torch.int32).reshape(experts, rows, 1).repeat(1, 1, 2)
         parts = []
         for key, found in self._reversed(name, numbers).items():
             if found.shape == numbers.shape and torch.equal(found, numbers):
                 return [Part(key)]
-            first, count = int(found.flatten()[0]), found.numel()
-            if found.shape != (count, 1) or not torch.equal(found.flatten(), torch.arange(first, first + count).int()):
+            first, count = int(found.flatten()[0]), len(found)
+            wanted = torch.arange(first, first + count, dtype=torch.int32)[:, None].repeat(1, 2)
+            if not torch.equal(found, wanted):  # of another shape, too
                 return []
             parts.append(Part(key, first // rows, first % rows, first % rows + count))
         return sorted(parts, key=lambda part: (part.expert, part.start))
