@@ -131,9 +131,9 @@ def prepare(
     origin = loaded.origin if loaded else resolve(source)  # type: ignore[arg-type]
     for file in (save_tokens, scores):
         if file is not None:
-            check_output_file(file, machine.overwrite or file is scores, *([origin.folder] if origin else []))
+            check_output_file(file, machine.overwrite or file is scores, *([origin.path] if origin else []))
     if output is not None:
-        checkpoint.check_output_folder(output, machine.overwrite, origin.folder if origin else None)
+        checkpoint.check_output_folder(output, machine.overwrite, origin.path if origin else None)
     model = loaded.model if loaded else skeleton(origin)  # type: ignore[arg-type]
     matrices = find_matrices(model, recipe.include, recipe.exclude)
     aim = aim_of(recipe, model, matrices, loaded or origin)

@@ -37,6 +37,11 @@ class Origin:
         return self.name
 
     @property
+    def path(self) -> Path:
+        """The folder, or the GGUF file: what an output must keep away from."""
+        return self.folder / self.gguf if self.gguf else self.folder
+
+    @property
     def shards(self) -> list[Path]:
         """The safetensors files that transformers loads the weights from; empty for other formats.
 

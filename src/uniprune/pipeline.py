@@ -200,7 +200,7 @@ def apply(
     """
     watch = Stopwatch()
     origin = resolve(source)
-    checkpoint.check_output_folder(output, overwrite, origin.folder)
+    checkpoint.check_output_folder(output, overwrite, origin.path)
     file = CheckedMasks(masks)
     with watch("prepare"):
         loaded: Loaded | Origin = origin
