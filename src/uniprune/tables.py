@@ -185,7 +185,7 @@ def _accuracy_table(result: Mapping[str, Any]) -> Table:
     reference = result.get("against")
     title = f"zero-shot accuracy: {result['model']}, {_percent(result['sparsity'])} zeros, {result['dtype']}"
     table = Table(title=f"{title}, against {reference}" if reference else title)
-    columns = ["task", "questions", "metric", "value", "± error", *(["reference", "gained", "lost", "p"] if reference else [])]
+    columns = ["task", "n", "metric", "value", "± error", *(["other", "gained", "lost", "p"] if reference else [])]
     for column in columns:
         table.add_column(column, justify="left" if column in ("task", "metric") else "right")
     for name, facts in result["tasks"].items():
