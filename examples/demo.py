@@ -27,7 +27,7 @@ from uniprune.artefacts import write_json
 from uniprune.words import NOTE
 
 OUT = Path("demo")
-TEXT = {"text_source": "builtin", "windows": 6, "length": 512}
+TEXT = {"text_source": "builtin", "windows": 4, "length": 512}
 
 
 def main() -> None:
@@ -41,7 +41,7 @@ def main() -> None:
     uniprune.prune(str(model), recipe, OUT / "pruned", overwrite=True)
 
     console.print("evaluating it beside the dense model ...")
-    result = uniprune.evaluate(str(OUT / "pruned"), against=str(model), **TEXT)
+    result = uniprune.evaluate(str(OUT / "pruned"), against=str(model), new_tokens=24, **TEXT)
     write_json(OUT / "result.json", result)
 
     console.print("pruning by Wanda alone, for comparison ...")
