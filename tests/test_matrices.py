@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 import uniprune
 from conftest import tiny_model
+from families import SMALL
 from uniprune import Recipe, masks
 from uniprune.calibration import observing, sequential
 from uniprune.errors import InputError
@@ -18,17 +19,6 @@ from uniprune.passes import Resident
 from uniprune.patterns import NM
 from uniprune.straight_through import StraightThrough
 
-SMALL = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "vocab_size": 64,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-}
 FAMILIES = {  # family: matrices per block
     "llama": 7,
     "mistral": 7,

@@ -252,7 +252,7 @@ def write_masks(
 
     def packed() -> Iterator[tuple[str, Tensor]]:
         for name, mask in cut:
-            removed[name] = 1 - int(mask.sum()) / mask.numel()
+            removed[name] = masking.removed(mask)
             yield name, masking.pack(mask)
 
     specs = {name: (torch.uint8, (-(-rows * columns // 8),)) for name, (rows, columns) in shapes.items()}

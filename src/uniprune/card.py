@@ -17,6 +17,7 @@ from uniprune.artefacts import replacing
 from uniprune.checkpoint import REPORT
 from uniprune.errors import InputError, UniPruneError, first_line
 from uniprune.models import Origin
+from uniprune.words import NOTE
 
 MARK = "<!-- Written by uniprune: `uniprune card` replaces this file. -->"
 CARD = "README.md"
@@ -131,10 +132,7 @@ def _body(report: Result, results: Sequence[Result], source: str) -> Iterator[st
             f"{len(report['matrices'])} matrices are zero** ({_pattern(report)}). No weight was updated: what is kept has the "
             "bits of the original."
         )
-        yield (
-            "> **This checkpoint is dense with zeros.** It has the size and the speed of the original unless a runtime with "
-            "sparse kernels loads it; most do not. `uniprune pack` makes it smaller to store, `uniprune bench` measures speed."
-        )
+        yield f"> **{NOTE}** `uniprune pack` makes it smaller to store, `uniprune bench` measures speed."
     yield (
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         'model = AutoModelForCausalLM.from_pretrained("path/of/this/folder", dtype="auto")\n'

@@ -7,7 +7,6 @@ vocabulary / width times the memory, and two models need not be in memory at onc
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -19,6 +18,7 @@ from torch.nn import functional
 from uniprune.errors import InputError
 from uniprune.executor import last_hidden
 from uniprune.loss import PIECE, Head
+from uniprune.significance import standard_error
 from uniprune.text import Windows
 
 PROBE = 16  # tokens on which a head is tried
@@ -101,17 +101,11 @@ def closeness(ours: Recording, theirs: Recording, windows: Windows) -> Closeness
     count, length = windows.tokens.shape
     tokens = count * (length - 1)
     kl, agreement = (math.fsum(values) / count for values in (divergences, agreements))
-    return Closeness(kl, _error(divergences), agreement, _error(agreements), tokens, count, length, windows.describe())
+    return Closeness(
+        kl, standard_error(divergences), agreement, standard_error(agreements), tokens, count, length, windows.describe()
+    )
 
 
 def _logits(ours: Recording, mine: Tensor, theirs: Recording, other: Tensor, start: int, length: int) -> tuple[Tensor, Tensor]:
     piece = slice(start, min(start + PIECE, length))
     return ours.head(mine[piece].to(ours.head.device)), theirs.head(other[piece].to(theirs.head.device))
-
-
-def _error(values: Sequence[float]) -> float | None:
-    """Standard error of a mean; None of one value."""
-    if len(values) < 2:
-        return None
-    mean = math.fsum(values) / len(values)
-    return math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values))

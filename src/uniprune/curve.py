@@ -79,14 +79,14 @@ def sweep(
     bytes_of = _Estimate(loaded, matrices)
     for spec in progress(missing, "sweeping", len(missing)):
         pattern = asked.get(spec, DENSE)
-        scaled = saliency if pattern.local or saliency.facts["comparable"] else metrics.Comparable(saliency)
+        scaled = metrics.on_one_scale(saliency, pattern.local or saliency.facts["comparable"])
         cut = dict(pattern(scaled))
         with masks.applied(matrices, cut):
             costs = {"perplexity": perplexity(loaded.model, chosen).perplexity, "bytes": bytes_of(pattern, scaled)}
         if pattern is DENSE:
             result["dense"] = costs
         else:
-            removed = {name: 1 - int(mask.sum()) / mask.numel() for name, mask in cut.items()}
+            removed = {name: masks.removed(mask) for name, mask in cut.items()}
             facts = {"pattern": spec, "scope": getattr(pattern, "scope", None)}
             result["rows"].append(facts | {"sparsity": sparsity(removed, saliency.shapes)} | costs)
         _mark(result["rows"])

@@ -28,6 +28,11 @@ def unpack(packed: Tensor, shape: tuple[int, int]) -> Tensor:
     return torch.from_numpy(bits.view(np.bool_)).reshape(shape)
 
 
+def removed(mask: Tensor) -> float:
+    """The fraction of weights that a boolean mask removes."""
+    return 1 - int(mask.sum()) / mask.numel()
+
+
 def kept(packed: Array) -> int:
     """How many weights a packed mask keeps; the bits past its end are 0."""
     pieces = (packed[start : start + PIECE] for start in range(0, len(packed), PIECE))

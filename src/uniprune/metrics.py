@@ -217,6 +217,11 @@ class Comparable(View):
         super().__init__(saliency, _with_mean_one)
 
 
+def on_one_scale(saliency: Mapping[str, Tensor], already: bool) -> Mapping[str, Tensor]:
+    """Scores that one budget over all matrices may compare; already: they are, or every matrix is cut by itself."""
+    return saliency if already else Comparable(saliency)
+
+
 def _with_mean_one(name: str, scores: Tensor) -> Tensor:
     mean = scores.mean(dtype=torch.float64)
     return scores / mean.float() if mean > 0 else scores

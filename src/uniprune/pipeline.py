@@ -100,7 +100,7 @@ def prune(
             with watch("mask"):
                 kept = dict(cut)
                 masking.apply(job.matrices, kept.items())
-            removed = {name: 1 - int(mask.sum()) / mask.numel() for name, mask in kept.items()}
+            removed = {name: masking.removed(mask) for name, mask in kept.items()}
             return _report(recipe, job, removed, watch) | record
         with progress_of(output, machine, job.identity(recipe, verb="prune")) as run:
             cut, record = _cut(job, recipe, pattern, progress, watch, run)
@@ -178,7 +178,7 @@ def mask(
     stored = next(iter(saliency.facts["digests"].values())).split()[0]
     dtype = dtype_name(shards.DTYPES.get(stored, stored))
     pattern, misfits = fitted(recipe.pattern(), saliency.shapes, dtype, recipe.hardware, recipe.misfits)
-    cut = pattern(_on_one_scale(saliency, pattern, saliency.facts["comparable"]))
+    cut = pattern(metrics.on_one_scale(saliency, pattern.local or saliency.facts["comparable"]))
     removed = artefacts.write_masks(output, cut, saliency.shapes, artefacts.binding(saliency.facts) | {"pattern": str(pattern)})
     return {"pattern": str(pattern), "misfits": misfits} | realised(removed, saliency.shapes)
 
@@ -288,7 +288,7 @@ def _cut(
     with watch("calibrate"):
         if not recipe.sequential:
             saliency, record = _saliency(job, recipe, [pattern], progress, run)
-            saliency = _on_one_scale(saliency, pattern, recipe.comparable)
+            saliency = metrics.on_one_scale(saliency, pattern.local or recipe.comparable)
             return (job.choose_level(saliency) or pattern)(saliency), record
         loaded, metric = job.loaded, recipe.parsed_metric()
         arguments = loaded.model, job.matrices, job.windows.tokens, metric, pattern, progress
@@ -348,11 +348,6 @@ def _same_run(settings: Any, name: Any, output: Path, recipe: Recipe, source: So
         return False
     runs.discard(output)
     return True
-
-
-def _on_one_scale(saliency: Saliency, pattern: patterns.Pattern, comparable: bool) -> Saliency:
-    """One budget over all matrices needs their scores on one scale."""
-    return saliency if pattern.local or comparable else metrics.Comparable(saliency)
 
 
 def _fitting(targets: Sequence[patterns.Pattern], shapes: Mapping[str, tuple[int, int]]) -> list[patterns.Pattern]:

@@ -1,4 +1,4 @@
-"""Whether a difference between accuracies is more than chance."""
+"""Whether a difference is more than chance."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import math
 from collections.abc import Sequence
 
 
-def standard_error(right: Sequence[bool]) -> float | None:
-    """Of an accuracy: sqrt(p (1 - p) / (n - 1)), the sample's own deviation; None for a single question."""
-    count = len(right)
+def standard_error(values: Sequence[float]) -> float | None:
+    """Of a mean, by the sample's own deviation; of an accuracy, sqrt(p (1 - p) / (n - 1)). None for a single value."""
+    count = len(values)
     if count < 2:
         return None
-    accuracy = sum(right) / count
-    return math.sqrt(accuracy * (1 - accuracy) / (count - 1))
+    mean = math.fsum(values) / count
+    return math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (count - 1) / count)
 
 
 def paired_error(gained: int, lost: int, questions: int) -> float | None:
