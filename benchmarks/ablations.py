@@ -4,7 +4,7 @@
 
 A small budget, 32,768 tokens in all, so that many rows fit; compare rows of this table with each other only. Settings are
 chosen by such rows, so they look at the *validation* part of WikiText-2 and at held-out calibration text, never at the test
-part: 24 windows of 512, bfloat16. Rows accumulate in results/ablations.json.
+part: 24 windows of 512; bfloat16, or float32 on a CPU that only emulates it. Rows accumulate in results/ablations.json.
 """
 
 from __future__ import annotations
@@ -12,13 +12,12 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-import torch
-
 from common import DATA, load, save
-from quality import Bench
+from quality import FAST, Bench
 from uniprune import evaluation, masks, metrics, patterns
 from uniprune.descent import any_sparsity, descend
 from uniprune.mirror_descent import MirrorDescent
+from uniprune.models import dtype_name
 from uniprune.text import load_windows
 
 TOKENS = 32_768
@@ -75,8 +74,8 @@ def run(
     steps: int | None = None,
     length: int = 512,
 ) -> dict[str, Any]:
-    if bench.model.dtype != torch.bfloat16:
-        bench.reload("bfloat16")
+    if bench.model.dtype != FAST:
+        bench.reload(FAST)
     tuned, target = MirrorDescent(**{"checks": 1, **(settings or {})}), patterns.parse(pattern, scope)
     if steps is None:
         steps = (tokens - 8192 - 4096) // tuned.batch_tokens
@@ -89,7 +88,8 @@ def run(
     valid = load_windows(DATA / "wikitext2" / "wiki.valid.raw", bench.loaded.tokenizer, use="evaluation", length=512, count=24)
     with masks.applied(bench.matrices, dict(target(saliency))):
         perplexity = evaluation.perplexity(bench.model, valid).perplexity
-    return {"perplexity": perplexity, "held_out_kl": record["best_held_out_kl"], "pattern": str(target), "steps": steps}
+    facts = {"perplexity": perplexity, "held_out_kl": record["best_held_out_kl"], "pattern": str(target), "steps": steps}
+    return facts | {"dtype": dtype_name(FAST)}
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The results page: what pruning costs where people look, SmolLM2-135M, every method on the same rows in the same process.
 
     uniprune calibrate MODEL --text c4_demo.jsonl --windows 240 --budget-tokens 131072 -o scores.safetensors
-    python benchmarks/page.py [--scores scores.safetensors] [--windows N] [--limit N] [--methods wanda,ours]
+    python benchmarks/page.py [--scores scores.safetensors] [--windows N] [--limit N] [--methods wanda,ours] [--patterns 0.6]
 
 Perplexity of WikiText-2's test text and of C4 (other documents than calibration draws from), windows of 2048; accuracy on four
 tasks, with McNemar's test against the dense model; KL to the dense model. float32. --windows, --limit: fewer windows of a text
@@ -78,8 +78,8 @@ class Page:
             row["tasks"][name]["against"] = ours.against(theirs)
         return row
 
-    def rows(self, method: str, scores: Path | None) -> Iterator[dict[str, Any]]:
-        for spec in PATTERNS:
+    def rows(self, method: str, specs: list[str], scores: Path | None) -> Iterator[dict[str, Any]]:
+        for spec in specs:
             if method == "sparsegpt":  # it changes weights
                 self.bench.reload()
                 pattern = patterns.parse(spec)
@@ -105,12 +105,13 @@ def main() -> None:
     parser.add_argument("--windows", type=int)
     parser.add_argument("--limit", type=int)
     parser.add_argument("--methods", default=",".join(METHODS))
+    parser.add_argument("--patterns", default=",".join(PATTERNS))
     options = parser.parse_args()
     torch.manual_seed(0)
     page = Page(options.windows, options.limit)
     keep(page, {"method": "dense", "pattern": "0", **page.dense[0]})
     for method in options.methods.split(","):
-        for row in page.rows(method, options.scores):
+        for row in page.rows(method, options.patterns.split(","), options.scores):
             keep(page, row)
 
 

@@ -8,9 +8,9 @@ calibration of the controller, all patterns cut from it). A level such as 0.5 is
 row, but for fisher and the controller, which have one for the model.
 
 Local methods see 64 windows of 512 tokens, the controllers 131,072 tokens in all, counted with repeats, start and judging
-included. Controllers descend in bfloat16 (the faster type here). Rows accumulate in results/quality.json, keyed by method,
-pattern and seed. At 2:4 and 50 % they have other domains too: encyclopedia articles, and questions with their right answers.
---full adds the whole test text in windows of 2048, in bfloat16 (minutes).
+included. Controllers descend in bfloat16, or in float32 on a CPU that only emulates it; a row's dtype says which. Rows
+accumulate in results/quality.json, keyed by method, pattern and seed. At 2:4 and 50 % they have other domains too: encyclopedia
+articles, and questions with their right answers. --full adds the whole test text in windows of 2048, in that type (minutes).
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ import uniprune
 from common import CALIBRATION, DATA, EVALUATION, load, peak_memory, relative, save, smollm2
 from uniprune import baselines, calibration, descent, evaluation, masks, metrics, mirror_descent, paper, patterns
 from uniprune.matrices import find_matrices
+from uniprune.models import dtype_name, fast_dtype
 from uniprune.patterns import Masks, Pattern
 from uniprune.text import load_windows
 
@@ -36,6 +37,7 @@ PATTERNS = ("2:4", "0.5", "0.6", "0.7", "4:8")
 TRANSFER = ("0", "2:4", "0.5")
 BUDGET = 131_072
 WINDOWS, LENGTH = 64, 512
+FAST = fast_dtype(torch.bfloat16, torch.device("cpu"))
 Cut = Iterator[tuple[str, Pattern, Masks, int]]  # spelling, pattern, masks, calibration tokens
 
 
@@ -59,7 +61,8 @@ def main() -> None:
     start = time.perf_counter()
     for spec, pattern, cut, tokens in run(chosen.patterns or PATTERNS):
         row = {"method": chosen.method, "pattern": spec, "scope": getattr(pattern, "scope", None), "seed": chosen.seed}
-        row |= {"tokens": tokens, "seconds": time.perf_counter() - start, "peak_bytes": peak_memory()}
+        row |= {"dtype": dtype_name(bench.model.dtype), "tokens": tokens}
+        row |= {"seconds": time.perf_counter() - start, "peak_bytes": peak_memory()}
         removed = sum(int((~mask).sum()) for mask in cut.values())
         row["sparsity"] = removed / sum(matrix.size for matrix in bench.matrices.values())
         keep(row | bench.evaluate(cut, transfer=spec in TRANSFER) | (bench.whole(cut) if chosen.full else {}))
@@ -73,8 +76,8 @@ class Bench:
         self.seed = seed
         self.reload()
 
-    def reload(self, dtype: str = "float32") -> None:
-        self.loaded = uniprune.load(smollm2(), dtype=dtype, device="cpu")
+    def reload(self, dtype: torch.dtype = torch.float32) -> None:
+        self.loaded = uniprune.load(smollm2(), dtype=dtype_name(dtype), device="cpu")
         self.model, self.matrices = self.loaded.model, find_matrices(self.loaded.model)
 
     def text(self, windows: int = WINDOWS, length: int = LENGTH) -> torch.Tensor:
@@ -96,8 +99,8 @@ class Bench:
             return {name: self.perplexity(*text) for name, text in texts.items()}
 
     def whole(self, cut: Masks) -> dict[str, float]:
-        """Perplexity over the whole test text in windows of 2048, bfloat16."""
-        self.model.to(torch.bfloat16)
+        """Perplexity over the whole test text in windows of 2048."""
+        self.model.to(FAST)
         windows = load_windows(EVALUATION, self.loaded.tokenizer, use="evaluation", length=2048)
         with masks.applied(self.matrices, cut):
             return {"full": evaluation.perplexity(self.model, windows).perplexity}
@@ -149,7 +152,7 @@ class Bench:
         """128 windows, each seen once by the local metric and once by a step. stochRIA is the paper's own metric."""
         tokens = self.text(BUDGET // LENGTH // 2)
         for spec in specs:
-            self.reload("bfloat16")
+            self.reload(FAST)
             pattern = patterns.parse(spec)
             metric = metrics.StochRIA(seed=self.seed)
             saliency, _ = paper.descend(self.model, self.matrices, tokens, metric, [pattern], seed=self.seed)
@@ -169,7 +172,7 @@ class Bench:
 
     def descend(self, targets: Any, budget: int = BUDGET, **settings: Any) -> tuple[dict[str, torch.Tensor], int]:
         """As many steps as the budget leaves after the start and the judging."""
-        self.reload("bfloat16")
+        self.reload(FAST)
         tuned = mirror_descent.MirrorDescent(**settings)
         held_out = max(tuned.held_out, len(targets))
         judged = held_out * LENGTH * (tuned.checks + 1)
