@@ -34,6 +34,9 @@ def test_by_hand():
     assert result.tokens == 4
     assert result.perplexity == pytest.approx(math.exp(expected), rel=1e-6)
     assert (result.windows, result.length, result.stride) == (2, 3, 3)
+    means = [-math.log(0.5 * 0.5) / 2, -math.log(0.75 * 0.25) / 2]  # of the two windows
+    assert result.nats_stderr == pytest.approx(abs(means[0] - means[1]) / 2, rel=1e-6)  # deviation / sqrt(2)
+    assert perplexity(model, windows([[0, 0, 1]])).nats_stderr is None
 
 
 def test_agrees_with_the_loss_of_transformers():

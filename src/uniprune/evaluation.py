@@ -14,15 +14,21 @@ from uniprune.errors import InputError
 from uniprune.executor import batches, device_of
 from uniprune.models import dtype_name
 from uniprune.progress import Progress, silent
+from uniprune.significance import standard_error
 from uniprune.text import Windows
 
 
 @dataclass(frozen=True)
 class Perplexity:
-    """``perplexity`` = exp(total nats / predicted tokens); everything that is needed to get the number again."""
+    """``perplexity`` = exp(total nats / predicted tokens); everything that is needed to get the number again.
+
+    ``nats_stderr``: standard error of the mean nats per token, by how windows differ: what other windows of such text would
+    have changed. About the relative error of the perplexity; two models read on the same windows differ by less.
+    """
 
     perplexity: float
     nats: float
+    nats_stderr: float | None
     tokens: int
     windows: int
     length: int
@@ -34,19 +40,20 @@ class Perplexity:
 @torch.no_grad()
 def perplexity(model: nn.Module, windows: Windows, progress: Progress = silent) -> Perplexity:
     """Token perplexity of a model: each window is read by itself, its first token is given and the rest predicted."""
-    nats, tokens = 0.0, 0
+    losses: list[float] = []
     todo = batches(windows.tokens)
     for batch in progress(todo, "evaluating", len(todo)):
-        nats += float(window_nats(model, batch).sum())
-        tokens += batch[:, 1:].numel()
+        losses += window_nats(model, batch).tolist()
     count, length = windows.tokens.shape
+    nats, tokens = sum(losses), count * (length - 1)
     dtype = dtype_name(next(model.parameters()).dtype)
     if not math.isfinite(nats):
         raise InputError(
             "the model's loss is not finite: it overflows, or its weights are broken; try --dtype float32 or bfloat16"
         )
+    error = standard_error([loss / (length - 1) for loss in losses])
     value = math.exp(nats / tokens) if nats / tokens < 700 else math.inf
-    return Perplexity(value, nats, tokens, count, length, length, dtype, windows.describe())
+    return Perplexity(value, nats, error, tokens, count, length, length, dtype, windows.describe())
 
 
 def window_nats(model: nn.Module, batch: Tensor) -> Tensor:

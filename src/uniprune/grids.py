@@ -15,6 +15,8 @@ Cell = str | tuple[str, float]
 """Text, or text and the number that it is sorted by."""
 
 METRICS = ("acc", "acc_norm", "perplexity")
+LOSSES = {"nats", "nats_stderr", "tokens"}
+RESULTS = LOSSES | {"matrices", "controller", "tasks", "lm_eval", "closeness", "generations", "rows", "dense"}
 LONGEST = 4  # values of a list that are shown one by one
 
 
@@ -158,8 +160,7 @@ def closeness(summary: Summary) -> Grid | None:
 
 def protocol(source: Source) -> Grid:
     """Everything that is needed to get a result again: what the file says, but for the results themselves."""
-    results = {"matrices", "controller", "tasks", "lm_eval", "closeness", "generations", "rows", "dense", "nats", "tokens"}
-    settings = {key: value for key, value in source.data.items() if key not in results}
+    settings = {key: value for key, value in source.data.items() if key not in RESULTS}
     stated = settings.pop("protocol", None)
     rows: list[list[Cell]] = [[key, value] for key, value in _flat(stated or settings)]
     return Grid(

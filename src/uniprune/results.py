@@ -145,6 +145,7 @@ class Evaluation(Record):
     model: str
     sparsity: float | None = None
     perplexity: float | None = None
+    nats_stderr: float | None = None
     windows: int | None = None
     length: int | None = None
     stride: int | None = None

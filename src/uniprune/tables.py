@@ -68,10 +68,12 @@ def evaluation_table(rows: Mapping[str, Mapping[str, Any]]) -> Table:
     """Perplexities side by side: label -> result of ``evaluate``."""
     first = next(iter(rows.values()))
     table = Table(title=f"token perplexity: {first['text']['text']}, {first['windows']} windows of {first['length']}")
-    for column in ("model", "perplexity", "zeros", "dtype"):
+    for column in ("model", "perplexity", "± error", "zeros", "dtype"):
         table.add_column(column, justify="left" if column == "model" else "right")
     for label, result in rows.items():
-        table.add_row(label, f"{result['perplexity']:.2f}", _percent(result["sparsity"]), result["dtype"])
+        value, error = result["perplexity"], result.get("nats_stderr")
+        spread = "" if error is None else f"{value * error:.2f}"
+        table.add_row(label, f"{value:.2f}", spread, _percent(result["sparsity"]), result["dtype"])
     return table
 
 
