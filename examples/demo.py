@@ -37,20 +37,21 @@ def main() -> None:
     start = time.perf_counter()
     model = packaged_model()
     console.print(f"model: {model.name}; pruning to 2:4 with the controller ...")
-    recipe = uniprune.Recipe(sparsity="2:4", text="builtin", windows=16, length=512)
-    uniprune.prune(str(model), recipe, OUT / "pruned", overwrite=True)
+    loaded = uniprune.load(str(model))  # stays dense as long as what is pruned goes into a folder
+    recipe = uniprune.Recipe(sparsity="2:4", text="builtin", windows=10, length=512)
+    uniprune.prune(loaded, recipe, OUT / "pruned", overwrite=True)
 
     console.print("evaluating it beside the dense model ...")
-    result = uniprune.evaluate(str(OUT / "pruned"), against=str(model), new_tokens=24, **TEXT)
+    result = uniprune.evaluate(str(OUT / "pruned"), against=loaded, new_tokens=24, **TEXT)
     write_json(OUT / "result.json", result)
 
     console.print("pruning by Wanda alone, for comparison ...")
-    loaded = uniprune.load(str(model))
     uniprune.prune(loaded, recipe.model_copy(update={"controller": "none"}))
     wanda = {**uniprune.evaluate(loaded, **TEXT), "model": "Wanda alone"}
     write_json(OUT / "wanda.json", wanda)
 
-    dense = {**result, "perplexity": result["closeness"]["reference_perplexity"], "sparsity": 0.0}
+    reference = result["closeness"]["reference_perplexity"]
+    dense = {**result, "perplexity": reference, "nats_stderr": None, "sparsity": 0.0}
     console.print(tables.evaluation_table({"dense": dense, "2:4, Wanda": wanda, "2:4, controller": result}))
     for line in [*tables.closeness_lines(result), NOTE]:
         console.print(line, highlight=False)

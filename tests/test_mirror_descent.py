@@ -260,6 +260,13 @@ def test_tokens_are_weighed_in_the_gradient():
     assert all(torch.allclose(doubled[name], 2 * plain[name]) for name in matrices)
 
 
+@pytest.mark.parametrize("steps", [1, 5, 7, 9])
+def test_held_out_windows_judge_no_more_often_than_the_budget_counts(steps):
+    model, matrices, ids, metric, settings = setting(checks=4)
+    _, record = descend(model, matrices, ids, metric, [NM(2, 4)], steps, settings)
+    assert len(record["held_out_kl"]) <= 1 + 4  # the start, and as often as asked
+
+
 def test_a_diverging_descent_backs_off_and_keeps_the_start():
     model, matrices, ids, metric, settings = setting(step_size=1000.0)
     duals, record = descend(model, matrices, ids, metric, [NM(2, 4)], 8, settings)

@@ -7,6 +7,7 @@ shared between processes (``ranks``): each takes its part of every step's window
 from __future__ import annotations
 
 import logging
+import math
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -84,6 +85,7 @@ def descend(
         descent = Descent(passes, matrices, windows, metric, targets, settings, kept, durable=run is not None)
         best, order = descent.best, _drawn(targets, seed)
         history, stale, begin = [], 0, 0
+        every = math.ceil(steps / settings.checks)
         if saved := descent.saved():
             history, stale, begin = saved["history"], saved["stale"], saved["step"]
             best.value = saved["best"]
@@ -97,7 +99,7 @@ def descend(
             kl, flips = descent.step(todo[index % len(todo)], target, 1 - index / steps)
             progress.note(f"{target}: KL {kl:.3f}, {flips:.2%} flipped")
             logger.info("step %d: %s KL %.4f", index, target, kl)
-            if not ((index + 1) % max(1, steps // settings.checks) and index + 1 < steps):
+            if not (index + 1) % every or index + 1 == steps:
                 history.append(descent.judge(targets, held_out))
                 if history[-1] < best.value:
                     best.keep(history[-1], descent.states)
@@ -112,7 +114,6 @@ def descend(
             descent.save(facts, last=after == steps)
             if stale == 2:
                 break
-        every = max(1, steps // settings.checks)
         judged = {"steps": steps, "judged_every": every, "held_out_kl": history, "best_held_out_kl": best.value}
         return best if run else dict(best), judged | descent.record
 

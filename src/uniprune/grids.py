@@ -116,7 +116,7 @@ def accuracies(summary: Summary) -> Grid | None:
                         *_compared(task, metric, value),
                     ]
                 )
-    columns = ["task:", "model:", "metric:", "questions", "value", "± error", "dense", "gained", "lost", "p"]
+    columns = ["task:", "model:", "metric:", "questions", "value", "± error", "reference", "gained", "lost", "p"]
     if not rows:
         return None
     return _without_empty(Grid("Zero-shot accuracy, standard errors, and McNemar's test of the difference", columns, rows))

@@ -61,7 +61,7 @@ class MirrorDescent:
     has hard masks throughout. labels, evenness, hidden, vocabulary: of the loss, see ``loss.Loss``. even_tokens: whether each
     matrix's gradient evens its tokens out. focus: whether rows and columns move by how far their gradients agree from step to
     step (:func:`confidence`). batch_tokens: per step. held_out: so many windows, one for each target at least and
-    an eighth at most, judge and are never descended on. checks: how often they do.
+    an eighth at most, judge and are never descended on. checks: how often they do, at most.
     """
 
     step_size: float = 0.0045

@@ -14,7 +14,8 @@ from uniprune import grids
 from uniprune.findings import sentences
 from uniprune.forecast import Plan, kind_of
 from uniprune.grids import Grid
-from uniprune.summary import Summary
+from uniprune.results import Evaluation, Source
+from uniprune.summary import Summary, summarise
 from uniprune.words import NOTE
 
 
@@ -105,10 +106,14 @@ def bench_table(result: Mapping[str, Any]) -> Table:
 
 
 def evaluation_tables(result: Mapping[str, Any]) -> list[Table | str]:
-    """One result of ``evaluate`` as tables and sentences: those of what it measured."""
-    tables: list[Table | str] = [evaluation_table({result["model"]: result})] if "perplexity" in result else []
-    tables += [_accuracy_table(result)] if "tasks" in result else []
-    tables += [_harness_table(result["lm_eval"])] if "lm_eval" in result else []
+    """One result of ``evaluate`` as tables and sentences: those of what it measured, accuracies as a report shows them."""
+    tables: list[Table | str] = []
+    if "perplexity" in result:
+        tables.append(evaluation_table({result["model"]: result}))
+    else:
+        tables.append(f"{result['model']}: {_percent(result['sparsity'])} zeros, {result['dtype']}")
+    summary = summarise([Source(Path(), dict(result), Evaluation.model_validate(result))])
+    tables += [_grid_table(grid) for grid in (grids.accuracies(summary), grids.harness(summary)) if grid]
     return [*tables, *closeness_lines(result)]
 
 
@@ -180,49 +185,6 @@ def _grid_table(grid: Grid) -> Table:
 def _inert(text: str) -> str:
     """Text of others, that is neither markup nor moves the cursor."""
     return escape("".join(letter if letter.isprintable() else " " for letter in text))
-
-
-def _accuracy_table(result: Mapping[str, Any]) -> Table:
-    """Accuracies with standard errors; beside another model's, the answers gained and lost, and McNemar's p."""
-    reference = result.get("against")
-    title = f"zero-shot accuracy: {result['model']}, {_percent(result['sparsity'])} zeros, {result['dtype']}"
-    table = Table(title=f"{title}, against {reference}" if reference else title)
-    columns = ["task", "n", "metric", "value", "± error", *(["other", "gained", "lost", "p"] if reference else [])]
-    for column in columns:
-        table.add_column(column, justify="left" if column in ("task", "metric") else "right")
-    for name, facts in result["tasks"].items():
-        for metric in ("acc", "acc_norm", "perplexity"):
-            if metric in facts:
-                other = facts.get("against", {}).get(metric)
-                cells = [
-                    Path(name).stem,
-                    str(facts["questions"]),
-                    metric,
-                    f"{facts[metric]:.4f}",
-                    _error(facts.get(f"{metric}_stderr")),
-                ]
-                table.add_row(*cells, *(_compared(other) if other else []))
-    return table
-
-
-def _harness_table(tasks: Mapping[str, Mapping[str, float]]) -> Table:
-    table = Table("task", "metric", title="lm-evaluation-harness")
-    table.add_column("value", justify="right")
-    table.add_column("± error", justify="right")
-    for name, metrics in tasks.items():
-        for metric, value in metrics.items():
-            if "_stderr" not in metric:
-                error = metrics.get(f"{metric}_stderr")
-                table.add_row(name, metric, f"{value:.4f}", _error(error))
-    return table
-
-
-def _compared(other: Mapping[str, Any]) -> list[str]:
-    return [f"{other['reference']:.4f}", str(other["gained"]), str(other["lost"]), f"{other['p']:.2g}"]
-
-
-def _error(value: float | None) -> str:
-    return "" if value is None else f"{value:.4f}"
 
 
 def _percent(fraction: float | None) -> str:
