@@ -136,6 +136,19 @@ def test_a_model_in_memory_is_pruned_in_place(loaded):
         assert torch.equal(parameter[parameter != 0], dense[name][parameter != 0])
 
 
+@pytest.mark.parametrize("controller", ["none", "feedback"])
+def test_a_model_in_memory_stays_dense_if_a_folder_is_written(folder, tmp_path, controller):
+    loaded = uniprune.load(str(folder), dtype="float32")
+    dense = {name: p.clone() for name, p in loaded.model.named_parameters()}
+    recipe = Recipe(sparsity="2:4", controller=controller, dtype="float32", **SMALL)
+    uniprune.prune(loaded, recipe, tmp_path / "out")
+    assert all(torch.equal(p, dense[name]) for name, p in loaded.model.named_parameters())
+    uniprune.prune(str(folder), recipe, tmp_path / "again")
+    written, again = weights(tmp_path / "out"), weights(tmp_path / "again")
+    assert written.keys() == again.keys()
+    assert all(torch.equal(written[key], again[key]) for key in written)
+
+
 def test_masks_of_another_model_are_refused(folder, tmp_path, tokenizer):
     scores, masks = tmp_path / "scores.safetensors", tmp_path / "masks.safetensors"
     uniprune.calibrate(str(folder), Recipe(metric="magnitude", **SMALL), scores)
