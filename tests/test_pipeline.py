@@ -328,3 +328,14 @@ def test_a_cpu_that_only_emulates_a_type_computes_in_float32(monkeypatch):
         assert fast_dtype(torch.bfloat16, cpu) == expected
     assert fast_dtype(torch.bfloat16, cuda) == torch.bfloat16
     assert fast_dtype(torch.float32, cpu) == torch.float32
+
+
+@pytest.mark.parametrize(("dtype", "warned"), [("bfloat16", True), ("float32", False)])
+def test_a_loaded_model_of_an_emulated_type_is_warned_of(monkeypatch, folder, caplog, dtype, warned):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False, raising=False)
+    loaded = uniprune.load(str(folder), dtype=dtype)
+    with caplog.at_level("WARNING"):
+        uniprune.evaluate(loaded, windows=1, length=16)
+        uniprune.prune(loaded, Recipe(sparsity="2:4", metric="magnitude", controller="none", **SMALL))
+    assert caplog.text.count("load the model with dtype='float32'") == 2 * warned
+    assert all(p.dtype == getattr(torch, dtype) for p in loaded.model.parameters())

@@ -33,6 +33,7 @@ from uniprune.models import (
     parse_dtype,
     resolve,
     skeleton,
+    warn_of_emulation,
 )
 from uniprune.patterns import Pattern, Saliency
 from uniprune.recipe import LENGTH, WINDOWS, Recipe
@@ -148,7 +149,9 @@ def prepare(
     windows = calibration_windows(recipe, tokenizer, model)
     if save_tokens is not None and ranks.rank() == 0:
         text.save_windows(windows, save_tokens)
-    if loaded is None:
+    if loaded:
+        warn_of_emulation(loaded.model)
+    else:
         assert origin is not None
         stored = stored_dtype(origin, matrices)
         computed = asked or fast_dtype(stored, place)

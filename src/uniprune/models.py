@@ -162,6 +162,16 @@ def fast_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
         return torch.float32
 
 
+def warn_of_emulation(model: nn.Module) -> None:
+    """Says so if a model that somebody else loaded has a type that its CPU only emulates."""
+    first = next(model.parameters())
+    if fast_dtype(first.dtype, first.device) != first.dtype:
+        logger.warning(
+            "this CPU only emulates %s, tens of times slower than float32; load the model with dtype='float32'",
+            dtype_name(first.dtype),
+        )
+
+
 def dtype_name(dtype: torch.dtype | str) -> str:
     """A dtype as people spell it: ``bfloat16``."""
     return str(dtype).removeprefix("torch.")

@@ -21,6 +21,7 @@ from uniprune.models import (
     parse_dtype,
     resolve,
     skeleton,
+    warn_of_emulation,
 )
 from uniprune.progress import Progress
 from uniprune.scoring import Tokens
@@ -82,6 +83,7 @@ class Subject:
 
     def load(self, dtype: str | None, device: str | None) -> Loaded:
         if isinstance(self._source, Loaded):
+            warn_of_emulation(self._source.model)
             return self._source
         chosen, place = parse_dtype(dtype), parse_device(device)
         model = load_weights(self._source, chosen, place)
