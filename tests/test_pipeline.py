@@ -275,7 +275,7 @@ def test_calibration_refuses_what_it_cannot_do(folder, tmp_path):
 
 @pytest.mark.slow
 def test_the_real_model_end_to_end(smollm2, tmp_path):
-    """GGUF in, 2:4 out: sparser, worse than dense, far better than magnitude, and bitwise the dequantised weights."""
+    """GGUF in, 2:4 out: sparser, worse than dense, far better than magnitude, bitwise the source; twice the same."""
     small = {"windows": 8, "length": 256, "text": "builtin"}
     evaluation = {"windows": 4, "length": 256}
     out = tmp_path / "wanda"
@@ -292,6 +292,8 @@ def test_the_real_model_end_to_end(smollm2, tmp_path):
     for name, matrix in pruned.items():
         kept = matrix.weight != 0
         assert torch.equal(matrix.weight[kept], original[name].weight[kept])
+    again = uniprune.prune(dense, Recipe(sparsity="2:4", **small), tmp_path / "again")
+    assert again["masks_sha256"] == report["masks_sha256"]
     in_place = Loaded(dense.model, dense.tokenizer)
     uniprune.prune(in_place, Recipe(sparsity="2:4", metric="magnitude", controller="none", **small))
     assert uniprune.evaluate(in_place, **evaluation)["perplexity"] > 2 * after["perplexity"]
