@@ -10,6 +10,7 @@ import re
 import statistics
 from typing import Any
 
+from ablations import VARIANTS
 from common import ROOT, load
 from uniprune.tables import bench_rows
 
@@ -137,8 +138,10 @@ class Quality:
 
 
 def ablations(results: dict[str, Any]) -> str:
-    lines = [[r["name"], r["pattern"], number(r["perplexity"]), f"{r['held_out_kl']:.3f}"] for r in results["rows"]]
-    return table(["variant", "pattern", "perplexity (validation)", "held-out KL, nats a token"], lines)
+    """In the order of the variants."""
+    rows = sorted(results["rows"], key=lambda row: [*VARIANTS].index(row["name"]))
+    lines = [[r["name"], r["pattern"], r["dtype"], number(r["perplexity"]), f"{r['held_out_kl']:.3f}"] for r in rows]
+    return table(["variant", "pattern", "type", "perplexity (validation)", "held-out KL, nats a token"], lines)
 
 
 PAGE = {"dense": "dense", "wanda": "Wanda", "ria": "RIA", "sparsegpt": "SparseGPT (updates weights)", "ours": "**ours**"}

@@ -24,7 +24,7 @@ from uniprune.forecast import Needs, needs, parse_size
 from uniprune.job import Machine, choose, progress_of
 from uniprune.loss import Loss
 from uniprune.matrices import find_blocks, find_matrices
-from uniprune.metrics import Wanda
+from uniprune.metrics import Gram, Wanda
 from uniprune.mirror_descent import MirrorDescent
 from uniprune.passes import Resident, Streamed
 from uniprune.patterns import NM, Unstructured
@@ -134,6 +134,15 @@ def test_the_states_take_the_disk_that_was_forecast(tmp_path, monkeypatch):
     assert found.keys() == hollow.keys()
     assert all(torch.equal(dual, judged[2][name]) for name, dual in found.items())
     assert not any(torch.equal(judged[2][name], judged[3][name]) for name in hollow)
+
+
+def test_the_gram_matrices_of_a_block_are_forecast():
+    model = tiny_model()
+    matrices = find_matrices(model)
+    plain, refined = (needs(model, matrices, torch.float32, "none", 0, True, refine) for refine in (False, True))
+    held = sum(Gram(matrix.shape[1], CPU).total.nbytes for matrix in matrices.values() if matrix.block == 0)
+    for before, after in ((plain.resident, refined.resident), (plain.streamed, refined.streamed)):
+        assert held < after - before < 2 * held
 
 
 @pytest.mark.parametrize("settings", [{"controller": "none"}, {"steps": 3}, {"sequential": True}, {"refine": True}], ids=str)

@@ -166,12 +166,19 @@ def _removed(pattern: Pattern, matrices: Matrices) -> float:
 
 
 def needs(
-    model: torch.nn.Module, matrices: Matrices, dtype: torch.dtype, controller: str, step_tokens: int, mapped: bool
+    model: torch.nn.Module,
+    matrices: Matrices,
+    dtype: torch.dtype,
+    controller: str,
+    step_tokens: int,
+    mapped: bool,
+    refine: bool = False,
 ) -> Needs:
     """What pruning would take, from the shapes alone (the model may be on the meta device).
 
     step_tokens: of one step of the controller. mapped: whether blocks are computed with in the type that they are stored in:
-    streamed, their weights are then pages of the checkpoint, which the system keeps as long as there is room.
+    streamed, their weights are then pages of the checkpoint, which the system keeps as long as there is room. refine: whether
+    each matrix of a block has its inputs' Gram matrix.
     """
     _, blocks = find_blocks(model)
     parameters = sum(p.numel() for p in model.parameters())
@@ -185,14 +192,23 @@ def needs(
     item, corrected = dtype.itemsize, controller != "none"
     passing = BATCH_TOKENS * 16 * width * item
     resident = parameters * item + SCORING * largest + passing + STATE[controller] * prunable
-    resident += corrected * (step_tokens * item * widths + STEPPING * largest)
+    grams = refine * _grams(matrices, len(blocks))
+    resident += grams + corrected * (step_tokens * item * widths + STEPPING * largest)
     mapped = mapped and not any(isinstance(matrix.module, Slice) for matrix in matrices.values())  # experts are put together
     stepping = PART_TOKENS * item * in_block + (item + 1) * block + STEPPING * largest
     streamed = (parameters - inside + (0 if mapped else block)) * item + max(SCORING * largest, passing, corrected * stepping)
     hidden = max(step_tokens, BATCH_TOKENS) * item * width * (len(blocks) + 4)
     scratch = corrected * ((2 * 8 + 4) * prunable + hidden)  # the last two versions of the states, the best duals
-    whole, by_block = PROCESS + int(RAGGED * resident), PROCESS + int(RAGGED * streamed)
+    whole, by_block = PROCESS + int(RAGGED * resident), PROCESS + int(RAGGED * (streamed + grams))
     return Needs(whole, by_block, scratch, inside * item, block * item)
+
+
+def _grams(matrices: Matrices, blocks: int) -> int:
+    """Bytes of the Gram matrices of one block, and of one more while it is added or read."""
+    of_block = [0] * blocks
+    for matrix in matrices.values():
+        of_block[matrix.block] += 4 * matrix.shape[1] ** 2
+    return max(of_block) + 4 * max(matrix.shape[1] for matrix in matrices.values()) ** 2
 
 
 def parse_size(text: str) -> int:

@@ -156,7 +156,7 @@ def prepare(
         stored = stored_dtype(origin, matrices)
         computed = asked or fast_dtype(stored, place)
         step, controller = recipe.step_tokens(windows.tokens.shape[1]), recipe.resolved_controller
-        needs = forecast.needs(model, matrices, computed, controller, step, mapped=computed == stored)
+        needs = forecast.needs(model, matrices, computed, controller, step, computed == stored, recipe.refine)
         execution = choose(origin, needs, machine, place, target)
         if execution == "resident":
             loaded = Loaded(load_weights(origin, computed, place), tokenizer, origin)

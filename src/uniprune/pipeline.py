@@ -257,7 +257,7 @@ def plan(source: str | Path, recipe: Recipe, *, device: str | None = None, max_m
     place, controller = place_of(machine), recipe.resolved_controller
     dtype = parse_dtype(recipe.dtype) or fast_dtype(stored, place)
     step = recipe.step_tokens(recipe.length or LENGTH)
-    needs = forecast.needs(model, matrices, dtype, controller, step, mapped=dtype == stored)
+    needs = forecast.needs(model, matrices, dtype, controller, step, dtype == stored, recipe.refine)
     execution: str
     to_load = recipe.size is not None and not origin.shards
     try:
