@@ -116,10 +116,12 @@ def accuracies(summary: Summary) -> Grid | None:
                         *_compared(task, metric, value),
                     ]
                 )
-    columns = ["task:", "model:", "metric:", "questions", "value", "± error", "reference", "gained", "lost", "p"]
+    columns = ["task:", "model:", "metric:", "n", "value", "±", "other", "gained", "lost", "p"]  # as narrow as a terminal
     if not rows:
         return None
-    return _without_empty(Grid("Zero-shot accuracy, standard errors, and McNemar's test of the difference", columns, rows))
+    return _without_empty(
+        Grid("Zero-shot accuracy of n questions ± standard error, and McNemar's test of the difference", columns, rows)
+    )
 
 
 def asked(summary: Summary) -> Iterator[tuple[Subject, str, Task]]:
