@@ -43,8 +43,8 @@ def sweep(
 
     sparsities: levels and N:M. scope: as in a recipe. text_source, windows, length: as in ``evaluate``. The file is written
     anew after each row; resume: keep the rows that it has, if they were had in the same way, and add those that are missing.
-    A row's ``bytes`` are what ``pack`` would make, estimated from samples; None without the zstandard package. ``nats_stderr``:
-    see :class:`evaluation.Perplexity`. ``pareto``: no other row is both smaller and better.
+    A row's ``bytes`` are what ``pack`` would make, estimated from samples; None without the zstandard package. ``pareto``: no
+    other row is both smaller and better.
     Raises InputError or MismatchError before the first row if anything asked for cannot be done.
     """
     saliency = ScoresFile(scores)
@@ -82,8 +82,7 @@ def sweep(
         scaled = metrics.on_one_scale(saliency, pattern.local or saliency.facts["comparable"])
         cut = dict(pattern(scaled))
         with masks.applied(matrices, cut):
-            found = perplexity(loaded.model, chosen)
-            costs = {"perplexity": found.perplexity, "nats_stderr": found.nats_stderr, "bytes": bytes_of(pattern, scaled)}
+            costs = {"perplexity": perplexity(loaded.model, chosen).perplexity, "bytes": bytes_of(pattern, scaled)}
         if pattern is DENSE:
             result["dense"] = costs
         else:

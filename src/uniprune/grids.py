@@ -62,13 +62,11 @@ def tradeoff(facts: Tradeoff) -> Grid:
     """One row for each pattern."""
     rows: list[list[Cell]] = []
     if facts.dense is not None:
-        rows.append(["dense", percent(0.0), _shown(facts.dense), NONE, _sized(facts.dense_bytes), ""])
+        rows.append(["dense", percent(0.0), _shown(facts.dense), _sized(facts.dense_bytes), ""])
     for point in facts.points:
-        error = NONE if point.nats_stderr is None else number(point.nats_stderr * point.perplexity)
-        front = "yes" if point.front else ""
-        cells: list[Cell] = [point.name, (percent(point.sparsity), point.sparsity), _shown(point.perplexity), error]
-        rows.append([*cells, _sized(point.bytes), front])
-    columns = ["pattern:", "sparsity", "perplexity", "± error", "packed", "best for its sparsity:"]
+        sparsity, front = (percent(point.sparsity), point.sparsity), "yes" if point.front else ""
+        rows.append([point.name, sparsity, _shown(point.perplexity), _sized(point.bytes), front])
+    columns = ["pattern:", "sparsity", "perplexity", "packed", "best for its sparsity:"]
     return _without_empty(Grid(f"{short(facts.model)}: {facts.measure}", columns, rows, sortable=True))
 
 

@@ -90,15 +90,10 @@ def tradeoff(name: str, facts: Tradeoff, by: str) -> Plot | None:
 
 
 def _scatter(axes: Any, points: Sequence[Point], series: str, index: int, by: str, scale: float) -> None:
-    """One series, with error bars where the loss has a standard error; a curve if they are levels of one sweep."""
+    """One series; a curve if they are levels of one sweep."""
     x, y = [scale * getattr(point, by) for point in points], [point.perplexity for point in points]
-    spread = [point.nats_stderr or 0 for point in points]
-    low, high = (
-        [-v * math.expm1(-e) for v, e in zip(y, spread, strict=True)],
-        [v * math.expm1(e) for v, e in zip(y, spread, strict=True)],
-    )
     style = MARKERS[index] + ("-" if series.startswith("levels") and len(points) > 1 else "")
-    axes.errorbar(x, y, yerr=(low, high), fmt=style, color=SERIES[index], ms=5.5, elinewidth=1, label=_label(series))
+    axes.plot(x, y, style, color=SERIES[index], ms=5.5, label=_label(series))
     if not series.startswith("levels"):
         for at, value, point in zip(x, y, points, strict=True):
             text = point.pattern if point.label is None else point.label

@@ -145,7 +145,6 @@ class Evaluation(Record):
     model: str
     sparsity: float | None = None
     perplexity: float | None = None
-    nats_stderr: float | None = None
     windows: int | None = None
     length: int | None = None
     stride: int | None = None
@@ -159,14 +158,13 @@ class Evaluation(Record):
 
 
 class Row(Record):
-    """One pattern of a sweep. ``bytes``: of the packed model; ``nats_stderr``: of the mean loss in nats per token."""
+    """One pattern of a sweep. ``bytes``: of the packed model."""
 
     pattern: str
     scope: str | None = None
     sparsity: Fraction
     perplexity: float
     bytes: Count | None = None
-    nats_stderr: float | None = None
 
 
 class Dense(Record):

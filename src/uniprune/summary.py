@@ -99,7 +99,6 @@ class Point:
     sparsity: float
     perplexity: float
     bytes: int | None = None
-    nats_stderr: float | None = None
     front: bool = False
     label: str | None = None
 
@@ -225,7 +224,7 @@ def _point(subject: Subject) -> Point:
     assert reading.perplexity is not None
     assert sparsity is not None
     pattern, _, scope = (subject.pruning.pattern if subject.pruning else percent(sparsity)).partition(" by ")
-    return Point(pattern, scope or None, sparsity, reading.perplexity, nats_stderr=reading.nats_stderr, label=subject.label)
+    return Point(pattern, scope or None, sparsity, reading.perplexity, label=subject.label)
 
 
 def _front(points: list[Point]) -> list[Point]:
