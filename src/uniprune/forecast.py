@@ -6,8 +6,8 @@ import math
 import os
 import re
 import time
-from collections import defaultdict
-from collections.abc import Mapping
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ from uniprune.budget import spell
 from uniprune.errors import InputError
 from uniprune.executor import BATCH_TOKENS
 from uniprune.experts import Slice
-from uniprune.matrices import Matrices, find_blocks, left_dense
+from uniprune.matrices import Matrices, Matrix, find_blocks, left_dense
 from uniprune.models import Origin, dtype_name
 from uniprune.passes import PART_TOKENS
 from uniprune.patterns import Pattern
@@ -187,12 +187,12 @@ def needs(
     prunable = sum(matrix.size for matrix in matrices.values())
     largest = max(matrix.size for matrix in matrices.values())
     widths = sum(sum(matrix.shape) for matrix in matrices.values())  # activations that a backward pass keeps, per token
-    in_block = 2 * max(sum(sum(m.shape) for m in matrices.values() if m.block == index) for index in range(len(blocks)))
+    in_block = 2 * _most_of_a_block(matrices, lambda matrix: sum(matrix.shape))
     width = max(matrix.shape[1] for matrix in matrices.values())
     item, corrected = dtype.itemsize, controller != "none"
     passing = BATCH_TOKENS * 16 * width * item
     resident = parameters * item + SCORING * largest + passing + STATE[controller] * prunable
-    grams = refine * _grams(matrices, len(blocks))
+    grams = refine * 4 * (_most_of_a_block(matrices, lambda matrix: matrix.shape[1] ** 2) + width**2)  # one more while added
     resident += grams + corrected * (step_tokens * item * widths + STEPPING * largest)
     mapped = mapped and not any(isinstance(matrix.module, Slice) for matrix in matrices.values())  # experts are put together
     stepping = PART_TOKENS * item * in_block + (item + 1) * block + STEPPING * largest
@@ -203,12 +203,12 @@ def needs(
     return Needs(whole, by_block, scratch, inside * item, block * item)
 
 
-def _grams(matrices: Matrices, blocks: int) -> int:
-    """Bytes of the Gram matrices of one block, and of one more while it is added or read."""
-    of_block = [0] * blocks
+def _most_of_a_block(matrices: Matrices, size: Callable[[Matrix], int]) -> int:
+    """The most that the matrices of one block have together."""
+    sizes: Counter[int] = Counter()
     for matrix in matrices.values():
-        of_block[matrix.block] += 4 * matrix.shape[1] ** 2
-    return max(of_block) + 4 * max(matrix.shape[1] for matrix in matrices.values()) ** 2
+        sizes[matrix.block] += size(matrix)
+    return max(sizes.values())
 
 
 def parse_size(text: str) -> int:
