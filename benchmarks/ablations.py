@@ -58,7 +58,8 @@ def main() -> None:
     bench = Bench(seed=0)
     for name in sys.argv[1:] or VARIANTS:
         row = {"name": name, **run(bench, **VARIANTS[name])}
-        rows = [other for other in load("ablations").get("rows", []) if other["name"] != name]
+        key = name, row["dtype"]
+        rows = [other for other in load("ablations").get("rows", []) if (other["name"], other["dtype"]) != key]
         save("ablations", {"tokens": TOKENS, "rows": [*rows, row]})
         print(row, flush=True)
 
