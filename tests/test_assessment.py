@@ -1,15 +1,17 @@
 """The verb ``evaluate`` on tasks, end to end on a tiny model, and what it refuses."""
 
+import io
 import json
 import sys
 
 import pytest
 import torch
+from rich.console import Console
 
 import uniprune
 from test_cli import run
 from test_tasks import ROWS
-from uniprune import InputError, Recipe
+from uniprune import InputError, Recipe, tables
 from uniprune.models import dtype_name, fast_dtype
 
 COMPUTED = dtype_name(fast_dtype(torch.bfloat16, torch.device("cpu")))
@@ -55,8 +57,23 @@ def test_the_command_line_shows_tables(capsys, monkeypatch, folder, tasks):
     assert (code, errors) == (0, "")
     assert "acc_norm" in printed
     assert "gained" in printed
+    assert f"against {folder}" in printed
     result = json.loads(run(capsys, monkeypatch, *command, "--json")[1])
     assert result["tasks"][tasks[1]]["against"]["acc"]["p"] == 1  # against itself
+
+
+def test_text_and_names_of_others_are_shown_as_they_are():
+    console = Console(width=200, record=True, file=io.StringIO())
+    texts = {"prompt": "[INST] a [/INST]", "model": "[/b]", "against": "[red]"}
+    result = {"model": "m[/x]", "dtype": "float32", "sparsity": 0.5, "against": "n[/y]"}
+    result |= {"tasks": {"../data/own.jsonl": {"questions": 2, "acc": 0.5}}}
+    result |= {"generations": [texts | {"same_tokens": 0, "tokens": 1}]}
+    for item in tables.evaluation_tables(result):
+        console.print(item, highlight=False)
+    shown = console.export_text()
+    for text in ("[INST] a [/INST]", "[/b]", "[red]", "m[/x]", "n[/y]", " own "):
+        assert text in shown
+    assert "data" not in shown
 
 
 @pytest.mark.parametrize(

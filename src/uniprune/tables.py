@@ -74,7 +74,7 @@ def evaluation_table(rows: Mapping[str, Mapping[str, Any]]) -> Table:
     for label, result in rows.items():
         value, error = result["perplexity"], result.get("nats_stderr")
         spread = "" if error is None else f"{value * error:.2f}"
-        table.add_row(label, f"{value:.2f}", spread, _percent(result["sparsity"]), result["dtype"])
+        table.add_row(_inert(label), f"{value:.2f}", spread, _percent(result["sparsity"]), result["dtype"])
     return table
 
 
@@ -111,7 +111,8 @@ def evaluation_tables(result: Mapping[str, Any]) -> list[Table | str]:
     if "perplexity" in result:
         tables.append(evaluation_table({result["model"]: result}))
     else:
-        tables.append(f"{result['model']}: {_percent(result['sparsity'])} zeros, {result['dtype']}")
+        beside = f", against {result['against']}" if "against" in result else ""
+        tables.append(_inert(f"{result['model']}: {_percent(result['sparsity'])} zeros, {result['dtype']}{beside}"))
     summary = summarise([Source(Path(), dict(result), Evaluation.model_validate(result))])
     tables += [_grid_table(grid) for grid in (grids.accuracies(summary), grids.harness(summary)) if grid]
     return [*tables, *closeness_lines(result)]
@@ -129,7 +130,7 @@ def closeness_lines(result: Mapping[str, Any]) -> list[str]:
     for row in result.get("generations", ()):
         lines += [f"> {row['prompt']!r}", f"  model:   {row['model']!r}", f"  against: {row['against']!r}"]
         lines.append(f"  the same for {row['same_tokens']} of {row['tokens']} tokens")
-    return lines
+    return [_inert(line) for line in lines]
 
 
 def check_lines(result: Mapping[str, Any]) -> list[str]:

@@ -15,7 +15,7 @@ MINUS, NONE = "\N{MINUS SIGN}", "\N{EN DASH}"
 def short(name: str | None) -> str:
     """A model, text or task without this machine's folders; hub names are as they are."""
     name = name or ""
-    if name.startswith(("/", "~")) or re.match(r"[A-Za-z]:[\\/]", name):
+    if name.startswith(("/", "~")) or name.endswith(".jsonl") or re.match(r"[A-Za-z]:[\\/]", name):
         name = re.split(r"[\\/]", name.rstrip("\\/"))[-1] or name
     return name.removesuffix(".jsonl").removesuffix(".gguf")
 
