@@ -51,6 +51,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "50 % by row": {"pattern": "0.5", "scope": "row"},
     "50 % by matrix": {"pattern": "0.5", "scope": "matrix"},
     "50 % by model": {"pattern": "0.5", "scope": "model"},
+    "50 % by model, step size halved": {"pattern": "0.5", "scope": "model", "settings": {"step_size": 0.00225}},
+    "50 % by model, step size doubled": {"pattern": "0.5", "scope": "model", "settings": {"step_size": 0.009}},
+    "50 % by model, 512 tokens a step": {"pattern": "0.5", "scope": "model", "settings": {"batch_tokens": 512}},
 }
 
 

@@ -94,6 +94,12 @@ class Quality:
         shown = [m for m in self.methods() if m not in ("magnitude", "wanda")]
         return table(["R", *PATTERNS], [[METHODS[m], *(share(self.recovered(m, p)) for p in PATTERNS)] for m in shown])
 
+    def shared(self) -> str:
+        """What one calibration for all costs against one for each."""
+        pairs = [(self.value("any", p), self.value("feedback", p)) for p in PATTERNS]
+        ratios = [f"{both / alone:.3f}" if both and alone else "" for both, alone in pairs]
+        return table(["perplexity", *PATTERNS], [["one calibration for all / one for each", *ratios]])
+
     def transfer(self) -> str:
         columns = [(p, c) for p in ("50%", "2:4") for c in ("perplexity", "articles", "answers")]
         names = {"perplexity": "WikiText-2", "articles": "articles", "answers": "answers"}
@@ -110,13 +116,19 @@ class Quality:
         return table(["method", "whole text, windows of 2048", "24 windows of 512"], lines)
 
     def costs(self) -> str:
+        """Medians over calibration seeds of ratios to Wanda's row of the same seed; of the rows in their commonest type."""
+        starts = {row["seed"]: row for row in self.rows["wanda", "2:4"]}
         lines = []
-        for (method, pattern), rows in self.rows.items():
-            if method in METHODS and pattern == "2:4":
-                start = self.rows["wanda", "2:4"][0]
-                ratios = [f"{rows[0][key] / start[key]:.1f}" for key in ("seconds", "peak_bytes")]
-                lines.append([METHODS[method], f"{rows[0]['tokens']:,}", *ratios])
-        return table(["method, 2:4", "tokens", "time / Wanda's", "peak memory / Wanda's"], lines)
+        for method in self.methods():
+            if rows := [row for row in self.rows.get((method, "2:4"), []) if row["seed"] in starts]:
+                dtype = statistics.mode(row["dtype"] for row in rows)
+                rows = [row for row in rows if row["dtype"] == dtype]
+                ratios = [
+                    f"{statistics.median(row[key] / starts[row['seed']][key] for row in rows):.1f}"
+                    for key in ("seconds", "peak_bytes")
+                ]
+                lines.append([METHODS[method], f"{rows[0]['tokens']:,}", dtype, *ratios])
+        return table(["method, 2:4", "tokens", "type", "time / Wanda's", "peak memory / Wanda's"], lines)
 
     def seeds(self) -> str:
         lines = []
@@ -347,7 +359,7 @@ def main() -> None:
     sections = {}
     if results := load("quality"):
         quality = Quality(results)
-        names = ("perplexities", "gaps", "whole", "transfer", "costs", "seeds")
+        names = ("perplexities", "gaps", "shared", "whole", "transfer", "costs", "seeds")
         sections = {name: getattr(quality, name)() for name in names}
     writers = {"page": page, "ablations": ablations, "peer": peer, "zeroshot": zeroshot, "speed": speed, "fuzz": fuzz}
     for name, write in writers.items():
