@@ -24,10 +24,10 @@ import torch
 
 import uniprune
 from common import CALIBRATION, load, relative, save, smollm2
+from quality import FAST
 from uniprune import artefacts, calibration, descent, metrics, mirror_descent, patterns
 from uniprune.executor import batches
 from uniprune.matrices import find_matrices
-from uniprune.models import fast_dtype
 from uniprune.text import load_windows
 
 ROUNDS = 2
@@ -114,7 +114,7 @@ def main() -> None:
     results: dict[str, Any] = {"text": relative(CALIBRATION), "tokens": single.tokens.numel()}
     results |= {"local": single.local(), "again_seconds": single.again(), "state_bytes_per_weight": single.state()}
     results["step"] = load("speed").get("step", {}) | {"float32": single.step()}
-    if fast_dtype(torch.bfloat16, torch.device("cpu")) == torch.bfloat16:
+    if FAST is torch.bfloat16:
         results["step"]["bfloat16"] = Bench("bfloat16").step()
     save("speed", results)
 

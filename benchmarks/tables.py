@@ -79,6 +79,10 @@ class Quality:
         """R = (ln ppl_Wanda - ln ppl) / (ln ppl_Wanda - ln ppl_dense); start: Wanda's."""
         return math.log(start / found) / math.log(start / self.dense["perplexity"])
 
+    def starts(self, pattern: str) -> dict[int, dict[str, Any]]:
+        """Wanda's row of each seed."""
+        return {row["seed"]: row for row in self.rows["wanda", pattern]}
+
     def methods(self) -> list[str]:
         return [method for method in METHODS if any(key[0] == method for key in self.rows)]
 
@@ -117,8 +121,7 @@ class Quality:
 
     def costs(self) -> str:
         """Medians over calibration seeds of ratios to Wanda's row of the same seed; of the rows in their commonest type."""
-        starts = {row["seed"]: row for row in self.rows["wanda", "2:4"]}
-        lines = []
+        starts, lines = self.starts("2:4"), []
         for method in self.methods():
             if rows := [row for row in self.rows.get((method, "2:4"), []) if row["seed"] in starts]:
                 dtype = statistics.mode(row["dtype"] for row in rows)
@@ -136,9 +139,9 @@ class Quality:
             if len(rows) > 1:
                 values = [row["perplexity"] for row in rows]
                 mean = math.exp(statistics.fmean(map(math.log, values)))
-                starts = {row["seed"]: row["perplexity"] for row in self.rows["wanda", pattern]}
+                starts = self.starts(pattern)
                 gaps = [
-                    self.gap(starts[row["seed"]], row["perplexity"])
+                    self.gap(starts[row["seed"]]["perplexity"], row["perplexity"])
                     for row in rows
                     if row["seed"] in starts and method != "wanda"
                 ]
@@ -150,10 +153,12 @@ class Quality:
 
 
 def ablations(results: dict[str, Any]) -> str:
-    """In the order of the variants."""
+    """In the order of the variants, and those that were not run."""
     rows = sorted(results["rows"], key=lambda row: [*VARIANTS].index(row["name"]))
     lines = [[r["name"], r["pattern"], r["dtype"], number(r["perplexity"]), f"{r['held_out_kl']:.3f}"] for r in rows]
-    return table(["variant", "pattern", "type", "perplexity (validation)", "held-out KL, nats a token"], lines)
+    missing = ", ".join(f'"{name}"' for name in VARIANTS if name not in {row["name"] for row in rows})
+    body = table(["variant", "pattern", "type", "perplexity (validation)", "held-out KL, nats a token"], lines)
+    return body + (f"\n\nNot run yet: {missing}." if missing else "")
 
 
 PAGE = {"dense": "dense", "wanda": "Wanda", "ria": "RIA", "sparsegpt": "SparseGPT (updates weights)", "ours": "**ours**"}
