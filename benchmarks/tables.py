@@ -30,6 +30,10 @@ def number(value: float | None) -> str:
     return f"{value:.1f}" if value < 1000 else f"{value:.0f}"
 
 
+def part(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
 def label(pattern: str, scope: str | None) -> str:
     return pattern if scope is None else f"{float(pattern):.0%} by {scope}"
 
@@ -71,13 +75,13 @@ class Quality:
     def dense(self) -> dict[str, float]:
         return self.rows["dense", "0%"][0]
 
-    def recovered(self, method: str, pattern: str) -> float | None:
-        start, found = self.value("wanda", pattern), self.value(method, pattern)
-        return self.gap(start, found) if start and found else None
+    def recovered(self, method: str, pattern: str, column: str = "perplexity") -> float | None:
+        start, found = self.value("wanda", pattern, column), self.value(method, pattern, column)
+        return self.gap(start, found, column) if start and found else None
 
-    def gap(self, start: float, found: float) -> float:
+    def gap(self, start: float, found: float, column: str = "perplexity") -> float:
         """R = (ln ppl_Wanda - ln ppl) / (ln ppl_Wanda - ln ppl_dense); start: Wanda's."""
-        return math.log(start / found) / math.log(start / self.dense["perplexity"])
+        return math.log(start / found) / math.log(start / self.dense[column])
 
     def starts(self, pattern: str) -> dict[int, dict[str, Any]]:
         """Wanda's row of each seed."""
@@ -92,11 +96,8 @@ class Quality:
         return table(["method", *PATTERNS], lines)
 
     def gaps(self) -> str:
-        def share(value: float | None) -> str:
-            return "" if value is None else f"{value:.2f}"
-
         shown = [m for m in self.methods() if m not in ("magnitude", "wanda")]
-        return table(["R", *PATTERNS], [[METHODS[m], *(share(self.recovered(m, p)) for p in PATTERNS)] for m in shown])
+        return table(["R", *PATTERNS], [[METHODS[m], *(part(self.recovered(m, p)) for p in PATTERNS)] for m in shown])
 
     def shared(self) -> str:
         """What one calibration for all costs against one for each."""
@@ -112,12 +113,15 @@ class Quality:
         return table(["method", *(f"{p}, {names[c]}" for p, c in columns)], lines)
 
     def whole(self) -> str:
-        lines = [["dense", number(self.dense["full"]), number(self.dense["perplexity"])]] if "full" in self.dense else []
+        columns = ("full", "perplexity")
+        lines = [["dense", *(cell for c in columns for cell in (number(self.dense[c]), ""))]] if "full" in self.dense else []
         for method in self.methods():
             for pattern in PATTERNS:
-                if value := self.value(method, pattern, "full"):
-                    lines.append([f"{METHODS[method]}, {pattern}", number(value), number(self.value(method, pattern))])
-        return table(["method", "whole text, windows of 2048", "24 windows of 512"], lines)
+                if self.value(method, pattern, "full"):
+                    found = [(self.value(method, pattern, c), self.recovered(method, pattern, c)) for c in columns]
+                    cells = (cell for value, share in found for cell in (number(value), part(share)))
+                    lines.append([f"{METHODS[method]}, {pattern}", *cells])
+        return table(["method", "whole text, windows of 2048", "R", "24 windows of 512", "R"], lines)
 
     def costs(self) -> str:
         """Medians over calibration seeds of ratios to Wanda's row of the same seed; of the rows in their commonest type."""
