@@ -10,8 +10,8 @@ row, but for fisher and the controller, which have one for the model.
 Local methods see 64 windows of 512 tokens, the controllers 131,072 tokens in all, counted with repeats, start and judging
 included. Controllers descend in bfloat16, or in float32 on a CPU that only emulates it; a row's dtype says which. Rows
 accumulate in results/quality.json, keyed by method, pattern and seed. At 2:4 and 50 % they have other domains too: encyclopedia
-articles, and questions with their right answers; there, --full adds the whole test text in windows of 2048, in that type
-(minutes a row, or half an hour).
+articles, and questions with their right answers. With --full, rows have the whole test text in windows of 2048, too, in that
+type (half an hour each on a slow core); they are kept apart, for they may come from another machine than the others.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from uniprune.patterns import Masks, Pattern
 from uniprune.text import load_windows
 
 PATTERNS = ("2:4", "0.5", "0.6", "0.7", "4:8")
-MAIN = ("0", "2:4", "0.5")
+MAIN = ("2:4", "0.5")
 BUDGET = 131_072
 WINDOWS, LENGTH = 64, 512
 FAST = fast_dtype(torch.bfloat16, torch.device("cpu"))
@@ -60,14 +60,17 @@ def main() -> None:
     }
     run = method.get(chosen.method, lambda specs: bench.local(chosen.method, specs))
     start = time.perf_counter()
-    for spec, pattern, cut, tokens in run(chosen.patterns or PATTERNS):
+    for spec, pattern, cut, tokens in run(chosen.patterns or (MAIN if chosen.full else PATTERNS)):
         row = {"method": chosen.method, "pattern": spec, "scope": getattr(pattern, "scope", None), "seed": chosen.seed}
         row |= {"dtype": dtype_name(bench.model.dtype), "tokens": tokens}
         row |= {"seconds": time.perf_counter() - start, "peak_bytes": peak_memory()}
         removed = sum(int((~mask).sum()) for mask in cut.values())
         row["sparsity"] = removed / sum(matrix.size for matrix in bench.matrices.values())
-        row |= bench.evaluate(cut, transfer=spec in MAIN)
-        keep(row | (bench.whole(cut) if chosen.full and spec in MAIN else {}))
+        row |= bench.evaluate(cut, transfer=spec in ("0", *MAIN))
+        if chosen.full:
+            keep(row | bench.whole(cut), table="whole")
+        else:
+            keep(row)
         start = time.perf_counter()
 
 
@@ -198,11 +201,11 @@ def right_answers() -> Iterator[str]:
         yield f"Question: {row['goal']}\nAnswer: {row['sol2' if row['label'] else 'sol1']}"
 
 
-def keep(row: dict[str, Any]) -> None:
-    rows = load("quality").get("rows", [])
+def keep(row: dict[str, Any], table: str = "rows") -> None:
+    tables = {name: load("quality").get(name, []) for name in ("rows", "whole")}
     key = ("method", "pattern", "scope", "seed")
-    rows = [other for other in rows if [other[k] for k in key] != [row[k] for k in key]]
-    save("quality", {"calibration": relative(CALIBRATION), "evaluation": relative(EVALUATION), "rows": [*rows, row]})
+    tables[table] = [other for other in tables[table] if [other[k] for k in key] != [row[k] for k in key]] + [row]
+    save("quality", {"calibration": relative(CALIBRATION), "evaluation": relative(EVALUATION), **tables})
     print(row, flush=True)
 
 

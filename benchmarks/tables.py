@@ -58,11 +58,11 @@ KINDS = {"dense": "dense", "wanda": "2:4 by Wanda", "feedback": "2:4 by the cont
 
 
 class Quality:
-    """The rows of results/quality.json by method and pattern, those of seed 0 first: all tables but one are of that seed."""
+    """Rows of results/quality.json by method and pattern, those of seed 0 first: all tables but one are of that seed."""
 
-    def __init__(self, results: dict[str, Any]) -> None:
+    def __init__(self, rows: list[dict[str, Any]]) -> None:
         self.rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
-        for row in sorted(results["rows"], key=lambda row: row["seed"]):
+        for row in sorted(rows, key=lambda row: row["seed"]):
             pattern = row["pattern"] if ":" in row["pattern"] else f"{float(row['pattern']):.0%}"
             self.rows.setdefault((row["method"], pattern), []).append(row)
 
@@ -113,14 +113,14 @@ class Quality:
         return table(["method", *(f"{p}, {names[c]}" for p, c in columns)], lines)
 
     def whole(self) -> str:
+        """Of the rows that have the whole test text, and nothing else."""
         columns = ("full", "perplexity")
-        lines = [["dense", *(cell for c in columns for cell in (number(self.dense[c]), ""))]] if "full" in self.dense else []
-        for method in self.methods():
-            for pattern in PATTERNS:
-                if self.value(method, pattern, "full"):
-                    found = [(self.value(method, pattern, c), self.recovered(method, pattern, c)) for c in columns]
-                    cells = (cell for value, share in found for cell in (number(value), part(share)))
-                    lines.append([f"{METHODS[method]}, {pattern}", *cells])
+        lines = [["dense", *(cell for c in columns for cell in (number(self.dense[c]), ""))]]
+        for pattern in PATTERNS:
+            for method in (m for m in self.methods() if (m, pattern) in self.rows):
+                found = [(self.value(method, pattern, c), self.recovered(method, pattern, c)) for c in columns]
+                cells = (cell for value, share in found for cell in (number(value), part(share)))
+                lines.append([f"{METHODS[method]}, {pattern}", *cells])
         return table(["method", "whole text, windows of 2048", "R", "24 windows of 512", "R"], lines)
 
     def costs(self) -> str:
@@ -367,9 +367,9 @@ def fill(path: Any, sections: dict[str, str]) -> None:
 def main() -> None:
     sections = {}
     if results := load("quality"):
-        quality = Quality(results)
-        names = ("perplexities", "gaps", "shared", "whole", "transfer", "costs", "seeds")
-        sections = {name: getattr(quality, name)() for name in names}
+        quality = Quality(results["rows"])
+        names = ("perplexities", "gaps", "shared", "transfer", "costs", "seeds")
+        sections = {name: getattr(quality, name)() for name in names} | {"whole": Quality(results["whole"]).whole()}
     writers = {"page": page, "ablations": ablations, "peer": peer, "zeroshot": zeroshot, "speed": speed, "fuzz": fuzz}
     for name, write in writers.items():
         if results := load(name):
