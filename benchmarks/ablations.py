@@ -12,8 +12,8 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from common import DATA, load, save
-from quality import FAST, Bench
+from common import DATA, FAST, load, save
+from quality import Bench
 from uniprune import evaluation, masks, metrics, patterns
 from uniprune.descent import any_sparsity, descend
 from uniprune.mirror_descent import MirrorDescent

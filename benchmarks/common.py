@@ -18,12 +18,14 @@ from transformers.utils import logging
 
 import uniprune
 from uniprune import pipeline
+from uniprune.models import fast_dtype
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
 DATA = ROOT.parent / "shared" / "data"
 CALIBRATION = DATA / "c4" / "c4_demo.jsonl"
 EVALUATION = DATA / "wikitext2" / "wiki.test.raw"
+FAST = fast_dtype(torch.bfloat16, torch.device("cpu"))  # float32 where bfloat16 is only emulated
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()

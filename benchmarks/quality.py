@@ -27,10 +27,10 @@ from typing import Any
 import torch
 
 import uniprune
-from common import CALIBRATION, DATA, EVALUATION, load, peak_memory, relative, save, smollm2
+from common import CALIBRATION, DATA, EVALUATION, FAST, load, peak_memory, relative, save, smollm2
 from uniprune import baselines, calibration, descent, evaluation, masks, metrics, mirror_descent, paper, patterns
 from uniprune.matrices import find_matrices
-from uniprune.models import dtype_name, fast_dtype
+from uniprune.models import dtype_name
 from uniprune.patterns import Masks, Pattern
 from uniprune.text import load_windows
 
@@ -38,7 +38,6 @@ PATTERNS = ("2:4", "0.5", "0.6", "0.7", "4:8")
 MAIN = ("2:4", "0.5")
 BUDGET = 131_072
 WINDOWS, LENGTH = 64, 512
-FAST = fast_dtype(torch.bfloat16, torch.device("cpu"))
 Cut = Iterator[tuple[str, Pattern, Masks, int]]  # spelling, pattern, masks, calibration tokens
 
 
@@ -67,10 +66,7 @@ def main() -> None:
         removed = sum(int((~mask).sum()) for mask in cut.values())
         row["sparsity"] = removed / sum(matrix.size for matrix in bench.matrices.values())
         row |= bench.evaluate(cut, transfer=spec in ("0", *MAIN))
-        if chosen.full:
-            keep(row | bench.whole(cut), table="whole")
-        else:
-            keep(row)
+        keep(row | (bench.whole(cut) if chosen.full else {}), "whole" if chosen.full else "rows")
         start = time.perf_counter()
 
 
@@ -201,8 +197,9 @@ def right_answers() -> Iterator[str]:
         yield f"Question: {row['goal']}\nAnswer: {row['sol2' if row['label'] else 'sol1']}"
 
 
-def keep(row: dict[str, Any], table: str = "rows") -> None:
-    tables = {name: load("quality").get(name, []) for name in ("rows", "whole")}
+def keep(row: dict[str, Any], table: str) -> None:
+    results = load("quality")
+    tables = {name: results.get(name, []) for name in ("rows", "whole")}
     key = ("method", "pattern", "scope", "seed")
     tables[table] = [other for other in tables[table] if [other[k] for k in key] != [row[k] for k in key]] + [row]
     save("quality", {"calibration": relative(CALIBRATION), "evaluation": relative(EVALUATION), **tables})

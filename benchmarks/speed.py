@@ -23,8 +23,7 @@ from typing import Any
 import torch
 
 import uniprune
-from common import CALIBRATION, load, relative, save, smollm2
-from quality import FAST
+from common import CALIBRATION, FAST, load, relative, save, smollm2
 from uniprune import artefacts, calibration, descent, metrics, mirror_descent, patterns
 from uniprune.executor import batches
 from uniprune.matrices import find_matrices

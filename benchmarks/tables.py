@@ -24,14 +24,10 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, rule, *rows])
 
 
-def number(value: float | None) -> str:
+def number(value: float | None, digits: int = 1) -> str:
     if value is None:
         return ""
-    return f"{value:.1f}" if value < 1000 else f"{value:.0f}"
-
-
-def part(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}"
+    return f"{value:.{digits}f}" if value < 1000 else f"{value:.0f}"
 
 
 def label(pattern: str, scope: str | None) -> str:
@@ -97,7 +93,7 @@ class Quality:
 
     def gaps(self) -> str:
         shown = [m for m in self.methods() if m not in ("magnitude", "wanda")]
-        return table(["R", *PATTERNS], [[METHODS[m], *(part(self.recovered(m, p)) for p in PATTERNS)] for m in shown])
+        return table(["R", *PATTERNS], [[METHODS[m], *(number(self.recovered(m, p), 2) for p in PATTERNS)] for m in shown])
 
     def shared(self) -> str:
         """What one calibration for all costs against one for each."""
@@ -115,11 +111,12 @@ class Quality:
     def whole(self) -> str:
         """Of the rows that have the whole test text, and nothing else."""
         columns = ("full", "perplexity")
-        lines = [["dense", *(cell for c in columns for cell in (number(self.dense[c]), ""))]]
-        for pattern in PATTERNS:
+        dense = self.rows.get(("dense", "0%"), [])
+        lines = [["dense", *(cell for c in columns for cell in (number(row[c]), ""))] for row in dense]
+        for pattern in PATTERNS if dense else ():
             for method in (m for m in self.methods() if (m, pattern) in self.rows):
                 found = [(self.value(method, pattern, c), self.recovered(method, pattern, c)) for c in columns]
-                cells = (cell for value, share in found for cell in (number(value), part(share)))
+                cells = (cell for value, share in found for cell in (number(value), number(share, 2)))
                 lines.append([f"{METHODS[method]}, {pattern}", *cells])
         return table(["method", "whole text, windows of 2048", "R", "24 windows of 512", "R"], lines)
 
@@ -135,7 +132,10 @@ class Quality:
                     for key in ("seconds", "peak_bytes")
                 ]
                 lines.append([METHODS[method], f"{rows[0]['tokens']:,}", dtype, *ratios])
-        return table(["method, 2:4", "tokens", "type", "time / Wanda's", "peak memory / Wanda's"], lines)
+        body = table(["method, 2:4", "tokens", "type", "time / Wanda's", "peak memory / Wanda's"], lines)
+        times = [self.value(method, "2:4", "seconds") for method in ("refine", "sequential")]
+        ratio = f"{times[0] / times[1]:.1f}" if times[0] and times[1] else "not measured"
+        return f"{body}\n\nTime of `--refine` / of `--sequential` Wanda, seed 0: {ratio}."
 
     def seeds(self) -> str:
         lines = []
