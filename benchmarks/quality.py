@@ -101,7 +101,7 @@ class Bench:
 
     def whole(self, cut: Masks) -> dict[str, float]:
         """Perplexity over the whole test text in windows of 2048."""
-        self.model.to(FAST)
+        self.reload(FAST)
         windows = load_windows(EVALUATION, self.loaded.tokenizer, use="evaluation", length=2048)
         with masks.applied(self.matrices, cut):
             return {"full": evaluation.perplexity(self.model, windows).perplexity}

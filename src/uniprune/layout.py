@@ -68,3 +68,18 @@ class Layout:
         except Exception:  # a conversion that needs the values, or other parameters beside this one
             return {name: tensor}
         return found
+
+
+def loaded_dtypes(model: nn.Module, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """The type that transformers loads each parameter and persistent buffer in, when it is asked for ``dtype``.
+
+    model: made in that type (it may be on the meta device). Some families keep a few tensors in float32.
+    """
+    from transformers.core_model_loading import build_glob_alternation
+
+    found = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+    plan = model._get_dtype_plan(dtype)  # type: ignore[operator]
+    if plan:
+        kept, _, _ = build_glob_alternation(list(plan))
+        found |= {name: torch.float32 for name in found if kept.search(name)}
+    return found

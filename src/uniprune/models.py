@@ -15,6 +15,7 @@ from torch import nn
 from uniprune import objects
 from uniprune.errors import InputError, UniPruneError, first_line
 from uniprune.executor import Residency, resident
+from uniprune.shards import DTYPES as DTYPES_STORED
 from uniprune.shards import entries
 
 logger = logging.getLogger(__name__)
@@ -160,6 +161,17 @@ def fast_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
         return stored if getattr(torch.ops.mkldnn, supported[stored])() else torch.float32
     except (AttributeError, RuntimeError):  # PyTorch was built without these kernels
         return torch.float32
+
+
+def native_dtype(origin: Origin) -> torch.dtype:
+    """The type that transformers loads a model in unless it is told another: its config's, else the first tensor's."""
+    if origin.gguf:
+        return torch.float32
+    configured = getattr(_config(origin), "dtype", None)
+    if isinstance(configured, torch.dtype):
+        return configured
+    stored = (DTYPES_STORED[entry.dtype] for entry in entries(origin.shards).values() if entry.dtype in DTYPES_STORED)
+    return next(stored, torch.float32)
 
 
 def warn_of_emulation(model: nn.Module) -> None:

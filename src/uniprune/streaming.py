@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from uniprune.errors import InputError
 from uniprune.executor import give_back_memory
-from uniprune.layout import Layout, Part
+from uniprune.layout import Layout, Part, loaded_dtypes
 from uniprune.matrices import Matrices, find_blocks
 from uniprune.models import Loaded, Origin, hollow
 from uniprune.shards import DTYPES, entries, find_key, key_of
@@ -33,6 +33,7 @@ class Streamer:
 
     def __init__(self, model: nn.Module, origin: Origin, dtype: torch.dtype, device: torch.device) -> None:
         self._dtype, self._device = dtype, device
+        self._dtypes = loaded_dtypes(model, dtype)
         self._entries = entries(origin.shards)
         prefix, self._blocks = find_blocks(model)
         _check_shared(self._blocks, origin)
@@ -50,6 +51,10 @@ class Streamer:
         model.tie_weights()  # type: ignore[operator]
         for name, buffer in list(model.named_buffers()):
             owner, _, leaf = name.rpartition(".")
+            # A persistent one is in the checkpoint, as a router's bias is; the others are as the model made them.
+            stored = find_key(layout.key(name), self._entries) if name in self._dtypes else None
+            if stored is not None:
+                buffer = self._get(stored, self._dtypes[name]).clone()
             model.get_submodule(owner)._buffers[leaf] = buffer.to(device)
 
     @contextmanager
@@ -94,23 +99,24 @@ class Streamer:
     def read(self, name: str) -> Tensor:
         """A parameter by its name in the model, or a matrix of an expert by its own, in the type computed in."""
         parts = self._stored.get(name) or [Part(key_of(name, self._entries))]
+        dtype = self._dtypes.get(name, self._dtype)
         if len(parts) == 1:
-            return self._get(parts[0].key)
+            return self._get(parts[0].key, dtype)
         experts, rows = 1 + max(part.expert or 0 for part in parts), max(part.stop for part in parts)
         columns = self._entries[parts[0].key].shape[1]
-        whole = torch.empty(experts, rows, columns, dtype=self._dtype, device=self._device)
+        whole = torch.empty(experts, rows, columns, dtype=dtype, device=self._device)
         for part in parts:
-            whole[part.expert, part.start : part.stop] = self._get(part.key)
+            whole[part.expert, part.start : part.stop] = self._get(part.key, dtype)
         return whole
 
-    def _get(self, key: str) -> Tensor:
+    def _get(self, key: str, dtype: torch.dtype) -> Tensor:
         entry = self._entries[key]
         if key in self._entries.keys():  # noqa: SIM118  # the keys are the whole tensors, what it contains are parts of them too
             with safe_open(entry.file, framework="pt") as file:
                 tensor: Tensor = file.get_tensor(key)
         else:
             tensor = torch.from_numpy(entry.array().copy()).view(DTYPES[entry.dtype]).reshape(entry.shape)
-        return tensor.to(self._device, self._dtype)
+        return tensor.to(self._device, dtype)
 
     def _announce(self, index: int) -> None:
         """Tells the system which bytes come next, so that it reads them while this block computes."""

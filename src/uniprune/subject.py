@@ -17,6 +17,7 @@ from uniprune.models import (
     fast_dtype,
     load_tokenizer,
     load_weights,
+    native_dtype,
     parse_device,
     parse_dtype,
     resolve,
@@ -86,10 +87,9 @@ class Subject:
             warn_of_emulation(self._source.model)
             return self._source
         chosen, place = parse_dtype(dtype), parse_device(device)
-        model = load_weights(self._source, chosen, place)
-        if chosen is None:
-            model.to(fast_dtype(next(model.parameters()).dtype, place))
-        return Loaded(model, self.tokenizer, self._source)
+        # Loaded in the type that it computes in, never cast afterwards: that would cast its buffers, too.
+        dtype_here = chosen or fast_dtype(native_dtype(self._source), place)
+        return Loaded(load_weights(self._source, dtype_here, place), self.tokenizer, self._source)
 
     def measure(self, loaded: Loaded, progress: Progress, record: bool) -> Measured:
         """record: whether predictions are to be compared with another model's."""
