@@ -43,6 +43,7 @@ check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
 
 format: $(READY)
 	$(BIN)/ruff check --fix .
@@ -50,7 +51,7 @@ format: $(READY)
 
 # Rewrites docs/cli.md from the code.
 reference: $(READY)
-	$(BIN)/python -m typer uniprune.cli utils docs --name uniprune --title "Command line" --output docs/cli.md
+	$(BIN)/python -m typer uniprune.cli.main utils docs --name uniprune --title "Command line" --output docs/cli.md
 
 # Rewrites the table in docs/models.md.
 models: $(READY)

@@ -14,11 +14,14 @@ from typing import Any
 
 from common import DATA, FAST, load, save
 from quality import Bench
-from uniprune import evaluation, masks, metrics, patterns
-from uniprune.descent import any_sparsity, descend
-from uniprune.mirror_descent import MirrorDescent
-from uniprune.models import dtype_name
-from uniprune.text import load_windows
+from uniprune.controller.descent import any_sparsity, descend
+from uniprune.controller.mirror_descent import MirrorDescent
+from uniprune.data.text import load_windows
+from uniprune.evaluation import perplexity as perplexity_module
+from uniprune.models import masking
+from uniprune.models.loading import dtype_name
+from uniprune.saliency import metrics
+from uniprune.sparsity import patterns
 
 TOKENS = 32_768
 # name: settings, metric of the start, patterns descended on, pattern evaluated, budget
@@ -90,8 +93,8 @@ def run(
     wanted = any_sparsity() if targets == "any" else [target]
     saliency, record = descend(bench.model, bench.matrices, windows, metrics.parse(metric), wanted, steps, tuned)
     valid = load_windows(DATA / "wikitext2" / "wiki.valid.raw", bench.loaded.tokenizer, use="evaluation", length=512, count=24)
-    with masks.applied(bench.matrices, dict(target(saliency))):
-        perplexity = evaluation.perplexity(bench.model, valid).perplexity
+    with masking.applied(bench.matrices, dict(target(saliency))):
+        perplexity = perplexity_module.perplexity(bench.model, valid).perplexity
     facts = {"perplexity": perplexity, "held_out_kl": record["best_held_out_kl"], "pattern": str(target), "steps": steps}
     return facts | {"dtype": dtype_name(FAST)}
 

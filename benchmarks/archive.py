@@ -27,7 +27,9 @@ from typing import Any
 import zstandard
 
 from common import CALIBRATION, save, smollm2_folder
-from uniprune import archive, artefacts, checkpoint, shards
+from uniprune.artefacts import archive, writer
+from uniprune.artefacts import masks as masks_file
+from uniprune.storage import safetensors_index
 
 PATTERNS = ("0.5", "2:4")
 ROUNDS = 3
@@ -61,7 +63,7 @@ def main() -> None:
 def prune(dense: Path, pattern: str) -> Path:
     folder = dense.parent / pattern.replace(":", "-")
     flags = ["--sparsity", pattern, "--controller", "none", "--text", str(CALIBRATION), "--windows", str(WINDOWS)]
-    subprocess.run([sys.executable, "-m", "uniprune.cli", "prune", str(dense), "-o", str(folder), *flags], check=True)
+    subprocess.run([sys.executable, "-m", "uniprune.cli.main", "prune", str(dense), "-o", str(folder), *flags], check=True)
     return folder
 
 
@@ -118,8 +120,8 @@ def by_kind(folder: Path, packed: Path) -> tuple[float, float]:
     for chunk in chunks:
         stored[start] = sum(chunk.pieces)
         start += chunk.size
-    keys = shards.entries([folder / WEIGHTS])
-    pruned = {shards.key_of(f"{name}.weight", keys) for name in artefacts.MasksFile(folder / checkpoint.MASKS)}
+    keys = safetensors_index.entries([folder / WEIGHTS])
+    pruned = {safetensors_index.key_of(f"{name}.weight", keys) for name in masks_file.MasksFile(folder / writer.MASKS)}
     ratios = []
     for chosen in (pruned, keys.keys() - pruned):
         entries = [keys[key] for key in chosen]

@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from common import load, relative, save, smollm2
-from uniprune import bench, probe
-from uniprune.kernels import CSR, check_product
-from uniprune.matrices import Matrices, find_matrices
-from uniprune.speed import BATCHES, verdicts
+from uniprune import bench
+from uniprune.entrypoints.bench import BATCHES, verdicts
+from uniprune.models.matrices import Matrices, find_matrices
+from uniprune.speed import timing
+from uniprune.speed.kernels import CSR, check_product
 
 WIDE = {(4096, 4096): 4 * 32, (11008, 4096): 2 * 32, (4096, 11008): 32}
 WIDE_LEVELS = (0.5, 0.7, 0.8, 0.9)
@@ -60,7 +61,7 @@ def small() -> dict[str, Any]:
 
 
 def wide() -> dict[str, Any]:
-    results, missing = probe.measure(WIDE, torch.device("cpu"), [torch.float32], [1], WIDE_LEVELS, kernels=[CSR()])
+    results, missing = timing.measure(WIDE, torch.device("cpu"), [torch.float32], [1], WIDE_LEVELS, kernels=[CSR()])
     return {"results": [asdict(result) for result in results], "verdicts": verdicts(results, missing)}
 
 

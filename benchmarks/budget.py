@@ -33,10 +33,13 @@ from torch import Tensor
 import uniprune
 from common import CALIBRATION, EVALUATION, load, relative, save, smollm2, smollm2_folder
 from scale import measured
-from uniprune import artefacts, budget, evaluation, masks, patterns
-from uniprune.matrices import find_matrices
-from uniprune.patterns import NM, Pattern
-from uniprune.text import load_windows
+from uniprune.artefacts import scores as scores_file
+from uniprune.data.text import load_windows
+from uniprune.evaluation import perplexity as perplexity_module
+from uniprune.models import masking
+from uniprune.models.matrices import find_matrices
+from uniprune.sparsity import constraints, patterns
+from uniprune.sparsity.patterns import NM, Pattern
 
 LEVELS = ("0.1", "0.2", "0.3", "0.4", "0.5", "0.6", "0.7", "0.8", "2:4", "4:8")
 MIXED = 0.45
@@ -87,16 +90,16 @@ class Bench:
         return self._scores
 
     @property
-    def scores(self) -> artefacts.ScoresFile:
-        return artefacts.ScoresFile(self.artefact())
+    def scores(self) -> scores_file.ScoresFile:
+        return scores_file.ScoresFile(self.artefact())
 
     def perplexity(self, model: str, pattern: Pattern | dict[str, Tensor] | None = None) -> float:
         """Of a model, or of it under masks cut from the artefact, or under masks."""
         loaded = uniprune.load(model, dtype="float32", device="cpu")
         cut = pattern(self.scores) if isinstance(pattern, patterns.Cutting) else (pattern or {}).items()
-        masks.apply(find_matrices(loaded.model), cut)
+        masking.apply(find_matrices(loaded.model), cut)
         windows = load_windows(EVALUATION, loaded.tokenizer, use="evaluation", length=512, count=24)
-        return evaluation.perplexity(loaded.model, windows).perplexity
+        return perplexity_module.perplexity(loaded.model, windows).perplexity
 
     def levels(self) -> Iterator[dict[str, Any]]:
         source, output = self.artefact(), self.scratch / "masks.safetensors"
@@ -111,9 +114,9 @@ class Bench:
                 yield shown({"level": level, "scope": scope, "perplexity": self.perplexity(smollm2(), pattern)})
 
     def mixed(self) -> Iterator[dict[str, Any]]:
-        allow = NM(2, 4), budget.DENSE
+        allow = NM(2, 4), constraints.DENSE
         for power in POWERS:
-            pattern = budget.Mixed(MIXED, allow, power)
+            pattern = constraints.Mixed(MIXED, allow, power)
             yield self.mix(f"2:4 and dense, chosen by scores to the power {power:g}", dict(pattern(self.scores)))
         yield self.mix("2:4 and dense, dense ones evenly over depth", self.even())
         yield self.mix("all 2:4", dict(allow[0](self.scores)))
@@ -164,7 +167,7 @@ class Bench:
         path = self.scratch / "billion.safetensors"
         names = [f"matrix.{index}" for index in range(SCORES)]
         facts: dict[str, Any] = {"base": "", "base_name": "", "transposed": [], "digests": {}}
-        artefacts.write_scores(path, ((name, torch.rand(MATRIX)) for name in names), dict.fromkeys(names, MATRIX), facts)
+        scores_file.write_scores(path, ((name, torch.rand(MATRIX)) for name in names), dict.fromkeys(names, MATRIX), facts)
         rows = []
         for _ in range(ROUNDS):
             read, found = (cold(path, code) for code in (READ, SETTLE))

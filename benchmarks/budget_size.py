@@ -19,11 +19,12 @@ import torch
 
 import uniprune
 from common import CALIBRATION, load, save, smollm2, smollm2_folder
-from uniprune import Recipe, Unstructured, archive
-from uniprune.forecast import parse_size
-from uniprune.matrices import find_matrices
-from uniprune.models import resolve, skeleton
-from uniprune.size import Estimate
+from uniprune import Recipe, Unstructured
+from uniprune.artefacts import archive
+from uniprune.artefacts.archive_size import Estimate
+from uniprune.common.formatting import parse_size
+from uniprune.models.loading import resolve, skeleton
+from uniprune.models.matrices import find_matrices
 
 QUICK = {"metric": "magnitude", "controller": "none", "windows": 2, "length": 64}
 WANDA = {"controller": "none", "text": str(CALIBRATION), "windows": 8, "length": 128}

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import uniprune
 from common import RESULTS, smollm2
-from uniprune.artefacts import write_json
-from uniprune.models import resolve
+from uniprune.models.loading import resolve
+from uniprune.storage.files import write_json
 
 TEXT = "../shared/data/wikitext2/wiki.test.raw"
 

@@ -18,18 +18,21 @@ from typing import Any
 
 import torch
 
+import baselines
 from common import CALIBRATION, DATA, EVALUATION, load, relative, save
 from quality import Bench
-from uniprune import baselines, calibration, metrics, patterns, protocol
-from uniprune.artefacts import ScoresFile
-from uniprune.closeness import Recording, closeness
-from uniprune.evaluation import perplexity
-from uniprune.job import context
-from uniprune.masks import applied
-from uniprune.patterns import Masks, Pattern
-from uniprune.tasks import load_task
-from uniprune.text import Windows, load_windows
-from uniprune.zeroshot import Answers, answer, tokenise
+from uniprune.artefacts.scores import ScoresFile
+from uniprune.data.tasks import load_task
+from uniprune.data.text import Windows, load_windows
+from uniprune.evaluation import reproduce
+from uniprune.evaluation.divergence import Recording, closeness
+from uniprune.evaluation.perplexity import perplexity
+from uniprune.evaluation.zero_shot import Answers, answer, tokenise
+from uniprune.models.loading import context
+from uniprune.models.masking import applied
+from uniprune.saliency import calibration, metrics
+from uniprune.sparsity import patterns
+from uniprune.sparsity.patterns import Masks, Pattern
 
 PATTERNS = ("0.5", "0.6", "2:4")
 METHODS = ("wanda", "ria", "sparsegpt", "ours")
@@ -54,7 +57,7 @@ class Page:
             "texts": {name: text.describe() | {"text": relative(text.source)} for name, text in self.texts.items()},
             "tasks": {name: len(task.questions) for name, task in zip(TASKS, self.tasks, strict=True)},
             "dtype": "float32",
-            "machine": protocol.machine(self.bench.model),
+            "machine": reproduce.machine(self.bench.model),
         }
         self.dense = self.measure()
 
@@ -117,7 +120,7 @@ def main() -> None:
 
 def keep(page: Page, row: dict[str, Any]) -> None:
     there = load("page")
-    same = not there or not protocol.differences(there["protocol"], page.protocol)
+    same = not there or not reproduce.differences(there["protocol"], page.protocol)
     rows = [one for one in there.get("rows", []) if same and (one["method"], one["pattern"]) != (row["method"], row["pattern"])]
     save("page", {"protocol": page.protocol, "rows": [*rows, row]})
     print(row, flush=True)

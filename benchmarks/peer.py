@@ -28,7 +28,7 @@ _, status, usage = os.wait4(process.pid, 0)
 seconds = time.perf_counter() - start
 json.dump({"seconds": seconds, "peak_bytes": usage.ru_maxrss * 1024, "status": status}, open(sys.argv[1], "w"))
 """
-UNIPRUNE = [sys.executable, "-m", "uniprune.cli"]
+UNIPRUNE = [sys.executable, "-m", "uniprune.cli.main"]
 
 
 def measured(command: list[str], note: Path) -> dict[str, float]:

@@ -26,13 +26,19 @@ from typing import Any
 
 import torch
 
+import baselines
 import uniprune
 from common import CALIBRATION, DATA, EVALUATION, FAST, load, peak_memory, relative, save, smollm2
-from uniprune import baselines, calibration, descent, evaluation, masks, metrics, mirror_descent, paper, patterns
-from uniprune.matrices import find_matrices
-from uniprune.models import dtype_name
-from uniprune.patterns import Masks, Pattern
-from uniprune.text import load_windows
+from uniprune.controller import descent, mirror_descent, published
+from uniprune.data.text import load_windows
+from uniprune.evaluation import perplexity as perplexity_module
+from uniprune.models import masking
+from uniprune.models.loading import dtype_name
+from uniprune.models.matrices import find_matrices
+from uniprune.saliency import calibration, metrics
+from uniprune.saliency import sequential as sequential_module
+from uniprune.sparsity import patterns
+from uniprune.sparsity.patterns import Masks, Pattern
 
 PATTERNS = ("2:4", "0.5", "0.6", "0.7", "4:8")
 MAIN = ("2:4", "0.5")
@@ -91,7 +97,7 @@ class Bench:
         """Perplexity of the model that is loaded, under masks, in float32; ``transfer``: on the other domains, too."""
         if self.model.dtype != torch.float32:
             self.reload()
-        with tempfile.TemporaryDirectory() as scratch, masks.applied(self.matrices, cut):
+        with tempfile.TemporaryDirectory() as scratch, masking.applied(self.matrices, cut):
             answers = Path(scratch) / "answers.txt"
             answers.write_text("\n\n".join(right_answers()))
             texts = {"perplexity": (EVALUATION, 24)}
@@ -103,12 +109,12 @@ class Bench:
         """Perplexity over the whole test text in windows of 2048."""
         self.reload(FAST)
         windows = load_windows(EVALUATION, self.loaded.tokenizer, use="evaluation", length=2048)
-        with masks.applied(self.matrices, cut):
-            return {"full": evaluation.perplexity(self.model, windows).perplexity}
+        with masking.applied(self.matrices, cut):
+            return {"full": perplexity_module.perplexity(self.model, windows).perplexity}
 
     def perplexity(self, path: Path, count: int) -> float:
         windows = load_windows(path, self.loaded.tokenizer, use="evaluation", length=LENGTH, count=count)
-        return evaluation.perplexity(self.model, windows).perplexity
+        return perplexity_module.perplexity(self.model, windows).perplexity
 
     def dense(self, specs: list[str]) -> Cut:
         yield "0", patterns.parse("0"), {}, 0
@@ -143,7 +149,7 @@ class Bench:
     def sequential(self, specs: list[str], refine: bool = False) -> Cut:
         for spec in specs:
             tokens, pattern = self.text(), patterns.parse(spec)
-            cut = calibration.sequential(self.model, self.matrices, tokens, metrics.Wanda(), pattern, refine=refine)
+            cut = sequential_module.sequential(self.model, self.matrices, tokens, metrics.Wanda(), pattern, refine=refine)
             yield spec, pattern, cut, tokens.numel()
 
     def refine(self, specs: list[str]) -> Cut:
@@ -156,7 +162,7 @@ class Bench:
             self.reload(FAST)
             pattern = patterns.parse(spec)
             metric = metrics.StochRIA(seed=self.seed)
-            saliency, _ = paper.descend(self.model, self.matrices, tokens, metric, [pattern], seed=self.seed)
+            saliency, _ = published.descend(self.model, self.matrices, tokens, metric, [pattern], seed=self.seed)
             yield spec, pattern, dict(pattern(saliency)), BUDGET
 
     def feedback(self, specs: list[str]) -> Cut:

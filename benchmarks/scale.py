@@ -39,14 +39,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import shards
 from common import load, save, smollm2_folder
-from uniprune.artefacts import MasksFile
-from uniprune.checkpoint import MASKS, REPORT, check_disk_space, checkpoint_bytes, new_folder
+from uniprune.artefacts.masks import MasksFile
+from uniprune.artefacts.writer import MASKS, checkpoint_bytes
 from uniprune.errors import InputError
-from uniprune.forecast import needs
-from uniprune.matrices import find_matrices
-from uniprune.models import Origin
+from uniprune.job.estimate import needs
+from uniprune.models.loading import Origin
+from uniprune.models.matrices import find_matrices
+from uniprune.storage.files import REPORT, check_disk_space, new_folder
 
-UNIPRUNE = ["-m", "uniprune.cli"]
+UNIPRUNE = ["-m", "uniprune.cli.main"]
 RUNS = {"local": ["--controller", "none"], "step": ["--controller", "feedback", "--steps", "1"]}
 LIMITS = {"local": "1.5GB", "step": "2.5GB"}
 # Less than the smallest of these models takes when it is held whole; `streamed` tells when that is no longer so.

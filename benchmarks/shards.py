@@ -21,9 +21,9 @@ import torch
 from transformers import LlamaConfig
 
 from common import smollm2
-from uniprune.checkpoint import check_disk_space, new_folder
 from uniprune.errors import InputError
-from uniprune.models import Origin, load_tokenizer, resolve, skeleton
+from uniprune.models.loading import Origin, load_tokenizer, resolve, skeleton
+from uniprune.storage.files import check_disk_space, new_folder
 
 SIZES = {
     "1b": {"hidden_size": 2048, "intermediate_size": 5632, "heads": 32, "kv_heads": 8, "blocks": 22},

@@ -24,10 +24,13 @@ import torch
 
 import uniprune
 from common import CALIBRATION, FAST, load, relative, save, smollm2
-from uniprune import artefacts, calibration, descent, metrics, mirror_descent, patterns
-from uniprune.executor import batches
-from uniprune.matrices import find_matrices
-from uniprune.text import load_windows
+from uniprune.artefacts import scores as scores_file
+from uniprune.controller import descent, mirror_descent
+from uniprune.data.text import load_windows
+from uniprune.models.blocks import batches
+from uniprune.models.matrices import find_matrices
+from uniprune.saliency import calibration, metrics
+from uniprune.sparsity import patterns
 
 ROUNDS = 2
 PATTERNS = ("0.5", "2:4")
@@ -104,7 +107,7 @@ class Bench:
         facts["digests"] = dict.fromkeys(shapes, "F32")
         with tempfile.TemporaryDirectory() as scratch:
             scores, out = Path(scratch) / "scores.safetensors", Path(scratch) / "masks.safetensors"
-            artefacts.write_scores(scores, saliency.items(), shapes, facts)
+            scores_file.write_scores(scores, saliency.items(), shapes, facts)
             return {spec: timed(lambda spec=spec: uniprune.mask(scores, spec, out, overwrite=True)) for spec in PATTERNS}
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from ablations import VARIANTS
 from common import ROOT, load
-from uniprune.tables import bench_rows
+from uniprune.cli.tables import bench_rows
 
 START, END = "<!-- {}: written by benchmarks/tables.py -->", "<!-- /{} -->"
 

@@ -24,9 +24,9 @@ from lm_eval.tasks import TaskManager
 
 import uniprune
 from common import DATA, save, smollm2
-from uniprune.job import context
-from uniprune.tasks import load_task
-from uniprune.zeroshot import Answers, answer, tokenise
+from uniprune.data.tasks import load_task
+from uniprune.evaluation.zero_shot import Answers, answer, tokenise
+from uniprune.models.loading import context
 
 CONFIGS = {  # our files -> the harness's own tasks
     "piqa": "piqa/piqa.yaml",

@@ -22,9 +22,9 @@ from rich.console import Console
 from transformers.utils import logging
 
 import uniprune
-from uniprune import tables
-from uniprune.artefacts import write_json
-from uniprune.words import NOTE
+from uniprune.cli import tables
+from uniprune.common.formatting import NOTE
+from uniprune.storage.files import write_json
 
 OUT = Path("demo")
 TEXT = {"text_source": "builtin", "windows": 4, "length": 512}

@@ -12,7 +12,7 @@ from typing import ClassVar
 from torch import Tensor
 
 import uniprune
-from uniprune import metrics
+from uniprune.saliency import metrics, statistics
 
 
 @dataclass(frozen=True)
@@ -20,9 +20,9 @@ class Peaky:
     """``|W_ij| * rms(X_j) ** a``: Wanda's with an exponent on the activations."""
 
     a: float = 0.5
-    statistic: ClassVar[type[metrics.SquaredNorm]] = metrics.SquaredNorm  # what it wants to know of the inputs
+    statistic: ClassVar[type[statistics.SquaredNorm]] = statistics.SquaredNorm  # what it wants to know of the inputs
 
-    def __call__(self, weight: Tensor, inputs: metrics.SquaredNorm) -> Tensor:
+    def __call__(self, weight: Tensor, inputs: statistics.SquaredNorm) -> Tensor:
         return weight.abs().float() * inputs.rms**self.a  # [out, in], higher = keep, finite
 
 

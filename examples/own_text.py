@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import uniprune
-from uniprune.text import read
+from uniprune.data.text import read
 
 model = sys.argv[1] if len(sys.argv) > 1 else "HuggingFaceTB/SmolLM2-135M"
 folder = Path(sys.argv[2] if len(sys.argv) > 2 else "own-text")

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedTokenizerFast
 
 from uniprune import Loaded
-from uniprune.text import read
+from uniprune.data.text import read
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 VOCABULARY = 512

@@ -13,138 +13,18 @@ from unittest import mock
 
 import torch
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import AutoModelForCausalLM
 
 import uniprune
-from uniprune import artefacts, text
+from small_models import EXCLUDED, FAMILIES, VOCABULARY, tiny
+from uniprune.artefacts import masks as masks_file
+from uniprune.data import text
 from uniprune.errors import UniPruneError
-from uniprune.matrices import find_blocks
-from uniprune.models import Origin
+from uniprune.models.loading import Origin
+from uniprune.models.matrices import find_blocks
 
 TABLE = Path(__file__).parents[1] / "docs" / "models.md"
 BEGIN, END = "<!-- table: written by make models -->", "<!-- /table -->"
-VOCABULARY = 64
-EXCLUDED = {
-    "mamba": "dt_proj",
-    "falcon_mamba": "dt_proj",
-    "jamba": "dt_proj",
-}  # read past its layer's forward: see docs/models.md
-SMALL = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "vocab_size": VOCABULARY,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
-WIDE = {"hidden_size": 64, "state_size": 4, "conv_kernel": 4, "expand": 2}
-MAMBA2 = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_expand": 2, "mamba_n_groups": 1}
-FAMILIES = {  # transformers' name of the family -> what its configuration needs beside SMALL; None: leaves that out
-    "llama": {},
-    "mistral": {},
-    "qwen2": {},
-    "qwen3": {},
-    "gemma2": {},
-    "gemma3_text": {},
-    "phi3": {},
-    "olmo2": {},
-    "stablelm": {},
-    "cohere": {},
-    "granite": {},
-    "smollm3": {},
-    "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32},
-    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
-    "gpt_neox": {},
-    "bloom": {"n_layer": 2, "n_head": 4},
-    "falcon": {"new_decoder_architecture": True, "num_kv_heads": 2, "head_dim": None},
-    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
-    "qwen2_moe": {"num_experts": 4, "shared_expert_intermediate_size": 32, **EXPERTS},
-    "qwen3_moe": {"num_experts": 4, **EXPERTS},
-    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
-    "deepseek_v3": {
-        "n_routed_experts": 4,
-        "n_group": 2,
-        "topk_group": 1,
-        "first_k_dense_replace": 1,
-        "kv_lora_rank": 16,
-        "q_lora_rank": 16,
-        "qk_rope_head_dim": 8,
-        "qk_nope_head_dim": 8,
-        "v_head_dim": 8,
-        "num_key_value_heads": 4,
-        **EXPERTS,
-    },
-    "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
-    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2},
-    "mamba": WIDE,
-    "mamba2": {"num_heads": 4, "head_dim": 32, "n_groups": 1, "chunk_size": 8, **WIDE},
-    "falcon_mamba": WIDE,
-    "jamba": {
-        "num_experts": 2,
-        "num_experts_per_tok": 1,
-        "mamba_d_state": 4,
-        "use_mamba_kernels": False,
-        "attn_layer_period": 2,
-        "attn_layer_offset": 1,
-        "expert_layer_period": 2,
-        "expert_layer_offset": 1,
-        "mamba_dt_rank": 4,
-    },
-    "zamba2": {
-        "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"],
-        "num_hidden_layers": 4,
-        "hybrid_layer_ids": [1, 3],
-        "num_mem_blocks": 1,
-        "mamba_d_state": 8,
-        "n_mamba_heads": 4,
-        "mamba_headdim": 16,
-        "mamba_ngroups": 1,
-        "use_mem_rope": False,
-        "chunk_size": 8,
-    },
-    "bamba": {"attn_layer_indices": [1], "mamba_chunk_size": 8, **MAMBA2},
-    "granitemoehybrid": {
-        "layer_types": ["mamba", "attention"],
-        "num_local_experts": 0,
-        "shared_intermediate_size": 64,
-        **MAMBA2,
-    },
-    "qwen3_next": {
-        "num_experts": 4,
-        "layer_types": ["linear_attention", "full_attention"],
-        "shared_expert_intermediate_size": 32,
-        "linear_num_value_heads": 4,
-        "linear_num_key_heads": 2,
-        "linear_key_head_dim": 8,
-        "linear_value_head_dim": 8,
-        **EXPERTS,
-    },
-    "lfm2": {"layer_types": ["conv", "full_attention"]},
-    "recurrent_gemma": {"lru_width": 32, "attention_window_size": 16, "block_types": ["recurrent", "attention"]},
-    "nemotron_h": {
-        "layers_block_type": ["mamba", "attention"],
-        "n_groups": 1,
-        "mamba_num_heads": 4,
-        "mamba_head_dim": 16,
-        "ssm_state_size": 8,
-    },
-    "t5": {"d_model": 32, "d_ff": 64, "num_layers": 2, "num_heads": 4, "d_kv": 8},
-}
-
-
-def tiny(family: str, **changes: object) -> torch.nn.Module:
-    """A random model of a family, float32, on which every step takes a blink."""
-    torch.manual_seed(0)
-    settings = {key: value for key, value in (SMALL | FAMILIES[family] | changes).items() if value is not None}
-    config = AutoConfig.for_model(family, **settings)
-    kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    return kind.from_config(config).eval().requires_grad_(False)
 
 
 class Walk:
@@ -163,7 +43,7 @@ class Walk:
         self.outputs: dict[str, Path] = {}
 
     def plan(self) -> None:
-        with mock.patch("uniprune.forecast._flops", return_value=1e9):  # how fast this machine is does not matter here
+        with mock.patch("uniprune.job.estimate._flops", return_value=1e9):  # how fast this machine is does not matter here
             check_plan(uniprune.plan(self.source, self.recipes["local"]), self.model)
 
     def prune(self, name: str) -> None:
@@ -187,7 +67,9 @@ class Walk:
 
     def streamed(self) -> None:
         for name, resident in self.outputs.items():
-            with mock.patch("uniprune.job.choose", return_value="streamed"):  # models this small need no less memory that way
+            with mock.patch(
+                "uniprune.job.prepare.choose", return_value="streamed"
+            ):  # models this small need no less memory that way
                 uniprune.prune(self.source, self.recipes[name], self.folder / "streamed", overwrite=True)
             assert same_files(self.folder / "streamed", resident)
 
@@ -245,7 +127,7 @@ def check_reload(folder, ids):
 
 def check_pattern(source, output):
     """In the output's own files: under each key 2:4 zeros and the kept bits of the source; all else is the source's."""
-    masks = artefacts.MasksFile(output / "pruning" / "masks.safetensors")
+    masks = masks_file.MasksFile(output / "pruning" / "masks.safetensors")
     before, after = tensors(source), tensors(output)
     assert before.keys() == after.keys()
     pruned = set()

@@ -28,26 +28,21 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from uniprune import (
-    archive,
-    artefacts,
-    card,
-    checkpoint,
-    mask_files,
-    models,
-    pipeline,
-    protocol,
-    results,
-    runs,
-    shards,
-    tasks,
-    text,
-)
+from uniprune.artefacts import archive, mask_tools, writer
+from uniprune.artefacts import masks as masks_file
+from uniprune.artefacts import scores as scores_file
+from uniprune.data import tasks, text
+from uniprune.entrypoints import mask as entry_mask
+from uniprune.entrypoints import prune as entry_prune
 from uniprune.errors import UniPruneError
-from uniprune.matrices import Matrix
-from uniprune.recipe import Recipe
-from uniprune.store import Store
-from uniprune.summary import summarise
+from uniprune.evaluation import reproduce
+from uniprune.job.recipe import Recipe
+from uniprune.models import loading
+from uniprune.models.matrices import Matrix
+from uniprune.reporting import model_card, results
+from uniprune.reporting.summary import summarise
+from uniprune.storage import runs, safetensors_index
+from uniprune.storage.tensor_store import Store
 
 SECONDS = 5.0  # that a case may take
 MEMORY = 256 << 20  # bytes of addresses that a case may take on top of what the process has; the files have some thousands
@@ -99,15 +94,15 @@ def readers(folder: Path) -> dict[str, Reader]:
     scores = {name: torch.rand(SHAPE, generator=generator) for name in NAMES}
     weights = {f"{name}.weight": (scores[name] * masks[name]).bfloat16() for name in NAMES}
     digests = dict.fromkeys(NAMES, f"BF16 {SHAPE} {'0' * 64}")
-    facts = {"base": checkpoint.fingerprint(digests), "base_name": "m", "digests": digests, "transposed": []}
+    facts = {"base": writer.fingerprint(digests), "base_name": "m", "digests": digests, "transposed": []}
     shapes = dict.fromkeys(NAMES, SHAPE)
 
     model = made / "model"
     (model / "pruning").mkdir(parents=True)
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
-    artefacts.write_masks(model / checkpoint.MASKS, masks.items(), shapes, facts | {"pattern": "masks of x"})
+    masks_file.write_masks(model / writer.MASKS, masks.items(), shapes, facts | {"pattern": "masks of x"})
     (model / "config.json").write_text('{"model_type": "llama", "hidden_size": 16}')
-    artefacts.write_scores(made / "s.safetensors", scores.items(), shapes, facts | {"comparable": False, "recipe": {}})
+    scores_file.write_scores(made / "s.safetensors", scores.items(), shapes, facts | {"comparable": False, "recipe": {}})
     windows = text.Windows(torch.arange(64).view(4, 16), "builtin", 9, False)
     text.save_windows(windows, made / "t.safetensors")
     archive.pack(model, made / "a.upz")
@@ -141,16 +136,16 @@ def readers(folder: Path) -> dict[str, Reader]:
     matrix = {name: Matrix(name, nn.Linear(SHAPE[1], SHAPE[0]), 0, False) for name in NAMES}
 
     def entries(path: Path) -> None:
-        for entry in shards.entries([path]).values():
+        for entry in safetensors_index.entries([path]).values():
             for piece in entry.pieces():
                 entry.finite(piece)
 
     def verify(path: Path) -> None:
-        mask_files.verify(path)
-        mask_files.stats(path)
+        mask_tools.verify(path)
+        mask_tools.stats(path)
 
     def cut(path: Path) -> None:
-        pipeline.mask(path, "0.5", path.parent / "out.safetensors", scope="model", overwrite=True)
+        entry_mask.mask(path, "0.5", path.parent / "out.safetensors", scope="model", overwrite=True)
 
     def tokens(path: Path) -> None:
         text.load_windows(path, None, use="calibration", length=text.token_file_shape(path)[1])
@@ -159,13 +154,13 @@ def readers(folder: Path) -> dict[str, Reader]:
         archive.unpack(path, path.parent / "out")
 
     def plain(path: Path) -> None:
-        for key in mask_files._read(path, lambda file: sorted(file.keys())):
+        for key in mask_tools._read(path, lambda file: sorted(file.keys())):
             name = key.removesuffix(".weight")
             if name in matrix:
-                mask_files._read_mask(path, key, matrix[name])
+                mask_tools._read_mask(path, key, matrix[name])
 
     def finished(path: Path) -> None:
-        pipeline._finished(path.parent, Recipe(sparsity="2:4"), "m")
+        entry_prune._finished(path.parent, Recipe(sparsity="2:4"), "m")
 
     def resumed(path: Path) -> None:
         folder = path.parents[0 if path.suffix == ".json" else 1]
@@ -178,27 +173,29 @@ def readers(folder: Path) -> dict[str, Reader]:
         text.read(path, "calibration").encode()
 
     def indexed(path: Path) -> None:
-        assert all(shard.parent == path.parent for shard in models.Origin("m", path.parent).shards)
+        assert all(shard.parent == path.parent for shard in loading.Origin("m", path.parent).shards)
 
     def carded(path: Path) -> None:
-        card.rewrite(path.parent, [])
-        (path.parent / card.CARD).unlink()
+        model_card.rewrite(path.parent, [])
+        (path.parent / model_card.CARD).unlink()
 
     def paged(path: Path) -> None:
         summarise([results.read(path)])
 
     found = [
         Reader("checkpoint", "safetensors", (model / "model.safetensors").read_bytes(), entries, "model.safetensors"),
-        Reader("index", "json", json.dumps(index).encode(), indexed, models.INDEX),
-        Reader("config", "json", (model / "config.json").read_bytes(), lambda path: models.resolve(path.parent), "config.json"),
-        Reader("masks", "safetensors", (model / checkpoint.MASKS).read_bytes(), verify, "m.safetensors"),
+        Reader("index", "json", json.dumps(index).encode(), indexed, loading.INDEX),
+        Reader(
+            "config", "json", (model / "config.json").read_bytes(), lambda path: loading.resolve(path.parent), "config.json"
+        ),
+        Reader("masks", "safetensors", (model / writer.MASKS).read_bytes(), verify, "m.safetensors"),
         Reader("scores", "safetensors", (made / "s.safetensors").read_bytes(), cut, "s.safetensors"),
         Reader("tokens", "safetensors", (made / "t.safetensors").read_bytes(), tokens, "t.safetensors"),
         Reader("archive", "archive", (made / "a.upz").read_bytes(), unpack, "a.upz"),
         Reader("plain", "bytes", (made / "p.npz").read_bytes(), plain, "p.npz"),
         Reader("recipe", "yaml", settings.encode(), Recipe.load, "r.yaml"),
         Reader("report", "json", json.dumps(report).encode(), finished, "pruning.json"),
-        Reader("result", "json", json.dumps(result).encode(), protocol.read, "result.json"),
+        Reader("result", "json", json.dumps(result).encode(), reproduce.read, "result.json"),
         Reader("page", "json", json.dumps(result).encode(), paged, "result.json"),
         Reader("card", "json", json.dumps(carding).encode(), carded, "pruning.json"),
         Reader("text", "lines", b'{"text": "to be"}\n{"text": "or not \\u00e9"}\n', lines, "t.jsonl"),

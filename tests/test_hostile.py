@@ -21,8 +21,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import tiny_model
-from uniprune import cli
-from uniprune.mask_files import to_plain
+from uniprune.artefacts.mask_tools import to_plain
+from uniprune.cli import main
 
 SECONDS = 20  # no case takes one; a read that never ends is ended here
 SMALL = "--windows 2 --length 32"
@@ -77,7 +77,7 @@ def call(command, argv=None):
     """The exit code of a command line in this process."""
     argv, sys.argv = sys.argv, ["uniprune", *(argv or command.split())]
     try:
-        cli.main()
+        main.main()
     except SystemExit as stop:
         return stop.code
     finally:
@@ -259,7 +259,7 @@ def index_of(change):
     def damage():
         import hashlib
 
-        from uniprune.archive import FORMAT, HEADER, MAGIC
+        from uniprune.artefacts.archive import FORMAT, HEADER, MAGIC
 
         content = Path("packed.upz").read_bytes()
         _, _, offset, size, _ = HEADER.unpack(content[: HEADER.size])

@@ -5,16 +5,20 @@ import torch
 from safetensors.torch import load_file
 
 import uniprune
+from baselines import inverse_factor, sparsegpt
 from conftest import tiny_model
-from uniprune import Loaded, Recipe, calibration, executor
-from uniprune.baselines import inverse_factor, sparsegpt
+from uniprune import Loaded, Recipe
+from uniprune.entrypoints.permute import permute
 from uniprune.errors import InputError, UniPruneError
-from uniprune.matrices import find_matrices
-from uniprune.metrics import METRICS, Comparable, Gram, SquaredNorm, Wanda
-from uniprune.patterns import NM, Unstructured
-from uniprune.refine import errors, refine
-from uniprune.reordering import permute
-from uniprune.selection import thresholds
+from uniprune.models import blocks
+from uniprune.models.matrices import find_matrices
+from uniprune.saliency import calibration
+from uniprune.saliency.metrics import METRICS, Wanda
+from uniprune.saliency.refine import errors, refine
+from uniprune.saliency.statistics import Gram, SquaredNorm
+from uniprune.sparsity.patterns import NM, Unstructured
+from uniprune.sparsity.threshold import thresholds
+from uniprune.sparsity.views import Comparable
 
 CPU = torch.device("cpu")
 SMALL = {"windows": 4, "length": 32}
@@ -56,7 +60,7 @@ def test_statistics_are_the_same_in_whatever_parts_they_come(dtype):
 
 def test_masks_are_the_same_in_whatever_batches_windows_come(tokenizer, monkeypatch):
     def masks(tokens):
-        monkeypatch.setattr("uniprune.calibration.batches", lambda windows: executor.batches(windows, tokens))
+        monkeypatch.setattr("uniprune.saliency.calibration.batches", lambda windows: blocks.batches(windows, tokens))
         model = tiny_model()
         matrices = find_matrices(model)
         windows = torch.arange(8 * 32).view(8, 32) % 512

@@ -1,4 +1,4 @@
-"""The shape of the package itself."""
+"""The shape of the package itself; the directions of its imports are import-linter's (pyproject.toml, ``make check``)."""
 
 import ast
 import re
@@ -8,106 +8,10 @@ import pytest
 
 import uniprune
 
-RANK = {
-    "errors": 0,
-    "layout": 0,
-    "experts": 0,
-    "routing": 1,
-    "objects": 0,
-    "progress": 0,
-    "significance": 0,
-    "saliency": 0,
-    "selection": 1,
-    "ranks": 1,
-    "rows": 1,
-    "patterns": 2,
-    "matrices": 1,
-    "metrics": 1,
-    "executor": 1,
-    "shards": 1,
-    "models": 2,
-    "prox": 3,
-    "straight_through": 2,
-    "starvation": 2,
-    "mirror_descent": 2,
-    "refine": 3,
-    "masks": 2,
-    "loss": 2,
-    "tasks": 2,
-    "scoring": 2,
-    "zeroshot": 3,
-    "harness": 3,
-    "forecast": 4,
-    "passes": 3,
-    "streaming": 3,
-    "artefacts": 3,
-    "archive": 5,
-    "sharding": 4,
-    "permutation": 4,
-    "mask_files": 5,
-    "budget": 3,
-    "hardware": 4,
-    "checkpoint": 4,
-    "kernels": 5,
-    "semi_structured": 6,
-    "probe": 6,
-    "speed": 7,
-    "words": 0,
-    "results": 1,
-    "summary": 2,
-    "findings": 3,
-    "grids": 3,
-    "plots": 3,
-    "sections": 4,
-    "tables": 5,
-    "page": 8,
-    "text": 4,
-    "runs": 1,
-    "store": 2,
-    "calibration": 4,
-    "duals": 5,
-    "paper": 5,
-    "baselines": 5,
-    "evaluation": 5,
-    "descent": 6,
-    "size": 6,
-    "recipe": 6,
-    "job": 7,
-    "pipeline": 8,
-    "reordering": 8,
-    "assessment": 9,
-    "curve": 9,
-    "evaluation_cli": 10,
-    "subject": 8,
-    "closeness": 5,
-    "generation": 5,
-    "protocol": 2,
-    "card": 5,
-    "record": 5,
-    "terminal": 8,
-    "options": 8,
-    "masks_cli": 9,
-    "speed_cli": 9,
-    "cli": 11,
-    "report_cli": 9,
-}
-MODULES = {path.stem: path for path in Path(uniprune.__file__).parent.glob("*.py") if not path.stem.startswith("__")}
-
-
-def test_every_module_has_a_rank():
-    assert MODULES.keys() == RANK.keys()
-
-
-@pytest.mark.parametrize("module", MODULES)
-def test_imports_go_down(module):
-    for node in ast.walk(ast.parse(MODULES[module].read_text())):
-        names = []
-        if isinstance(node, ast.ImportFrom) and node.module == "uniprune":
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("uniprune."):
-            names = [node.module.split(".")[1]]
-        for name in names:
-            assert RANK[name] < RANK[module], name
+PACKAGE = Path(uniprune.__file__).parent
+MODULES = {str(path.relative_to(PACKAGE)): path for path in sorted(PACKAGE.rglob("*.py"))}
+FOLDERS = sorted({path.parent for path in MODULES.values()})
+LINES, FILES, PARAMETERS = 400, 12, 8
 
 
 @pytest.mark.parametrize("name", uniprune.__all__)
@@ -124,5 +28,25 @@ def test_unknown_names_are_attribute_errors():
 @pytest.mark.parametrize("module", MODULES)
 def test_modules_stay_short_and_do_not_print(module):
     text = MODULES[module].read_text()
-    assert len(text.splitlines()) <= 420
+    assert len(text.splitlines()) <= LINES
     assert not re.search(r"(?<![.\w])print\(", text)
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_folders_can_be_read_at_a_glance(folder):
+    assert len([*folder.glob("*.py")]) <= FILES
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if not name.startswith("cli")])
+def test_functions_have_few_parameters(module):
+    """A command's are its options; every other function has few, or takes a value that holds them together."""
+    for node in ast.walk(ast.parse(MODULES[module].read_text())):
+        if isinstance(node, ast.FunctionDef):
+            arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+            names = [argument.arg for argument in arguments if argument.arg not in ("self", "cls")]
+            assert len(names) <= PARAMETERS, f"{node.name}: {', '.join(names)}"
+
+
+def test_a_sub_package_loads_nothing_by_itself():
+    """``uniprune --help`` must not load PyTorch."""
+    assert all(not (folder / "__init__.py").read_text() for folder in FOLDERS if folder != PACKAGE)

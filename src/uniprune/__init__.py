@@ -15,34 +15,42 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOME = {
-    "assessment": ("check", "evaluate"),
+    "entrypoints.apply": ("apply",),
+    "entrypoints.bench": ("bench",),
+    "entrypoints.calibrate": ("calibrate",),
+    "entrypoints.evaluate": ("check", "evaluate"),
+    "entrypoints.mask": ("mask",),
+    "entrypoints.permute": ("permute",),
+    "entrypoints.plan": ("plan",),
+    "entrypoints.prune": ("prune",),
+    "entrypoints.report": ("report",),
+    "entrypoints.sweep": ("sweep",),
     "errors": ("InputError", "MismatchError", "UniPruneError"),
-    "metrics": ("Magnitude", "RIA", "StochRIA", "Wanda"),
-    "models": ("Loaded", "load"),
-    "page": ("report",),
-    "patterns": ("NM", "Unstructured"),
-    "pipeline": ("apply", "calibrate", "mask", "plan", "prune"),
-    "recipe": ("Recipe",),
-    "reordering": ("permute",),
-    "semi_structured": ("to_semi_structured",),
-    "speed": ("bench",),
-    "curve": ("sweep",),
+    "job.recipe": ("Recipe",),
+    "models.loading": ("Loaded", "load"),
+    "saliency.metrics": ("Magnitude", "RIA", "StochRIA", "Wanda"),
+    "sparsity.patterns": ("NM", "Unstructured"),
+    "speed.semi_structured": ("to_semi_structured",),
 }
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
 
 if TYPE_CHECKING:
-    from uniprune.assessment import check, evaluate
-    from uniprune.curve import sweep
+    from uniprune.entrypoints.apply import apply
+    from uniprune.entrypoints.bench import bench
+    from uniprune.entrypoints.calibrate import calibrate
+    from uniprune.entrypoints.evaluate import check, evaluate
+    from uniprune.entrypoints.mask import mask
+    from uniprune.entrypoints.permute import permute
+    from uniprune.entrypoints.plan import plan
+    from uniprune.entrypoints.prune import prune
+    from uniprune.entrypoints.report import report
+    from uniprune.entrypoints.sweep import sweep
     from uniprune.errors import InputError, MismatchError, UniPruneError
-    from uniprune.metrics import RIA, Magnitude, StochRIA, Wanda
-    from uniprune.models import Loaded, load
-    from uniprune.page import report
-    from uniprune.patterns import NM, Unstructured
-    from uniprune.pipeline import apply, calibrate, mask, plan, prune
-    from uniprune.recipe import Recipe
-    from uniprune.reordering import permute
-    from uniprune.semi_structured import to_semi_structured
-    from uniprune.speed import bench
+    from uniprune.job.recipe import Recipe
+    from uniprune.models.loading import Loaded, load
+    from uniprune.saliency.metrics import RIA, Magnitude, StochRIA, Wanda
+    from uniprune.sparsity.patterns import NM, Unstructured
+    from uniprune.speed.semi_structured import to_semi_structured
 
 __all__ = [
     "NM",

@@ -1,5 +1,5 @@
 """``python -m uniprune``, and what ``torchrun -m uniprune`` starts."""
 
-from uniprune.cli import main
+from uniprune.cli.main import main
 
 main()

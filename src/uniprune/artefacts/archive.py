@@ -1,0 +1,424 @@
+"""Archives: a pruned checkpoint folder in one smaller file, and the same folder back, bit for bit.
+
+Every file is cut into chunks of at most 4 MiB; the chunks of a safetensors file end where its tensors end. A chunk of weights
+is turned into planes of bytes that compress: the places of its zeros as one bit each, and of the other weights sign and
+exponent apart from the mantissa. docs/archive.md specifies the format. Its reader need not know of tensors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PureWindowsPath
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from uniprune.artefacts import writer
+from uniprune.common.progress import Progress, silent
+from uniprune.errors import InputError
+from uniprune.storage import files as files_module
+from uniprune.storage import safetensors_index, strict_json
+from uniprune.storage.files import replacing
+
+SUFFIX = ".upz"
+MAGIC = b"\x89UPZ\r\n\x1a\n"  # as PNG's: a transfer that changes line ends is seen at once
+FORMAT = 1
+HEADER = struct.Struct("<8sQQQ32s")  # magic, format, offset and size of the index, its sha256
+INDEX = 1 << 25  # bytes; the largest index, enough for a terabyte
+CHUNK = 1 << 22  # bytes; the largest chunk
+SPARSE = 0.02  # from this fraction of zeros on, a bit for each weight is cheaper than zeros among the weights
+GROUP = 32  # weights that share a scale in a chunk of `scaled`
+BLOCK = 1 << 11  # groups handled at a time: their float32 values fit a core's cache
+
+# Bytes of each kind of word, and two bits of it that change places before it is cut into bytes. In bfloat16 and float32 these
+# are the exponent's highest bit, the same for all weights below 2, and its lowest: so the first byte has all that is uneven.
+WORDS = {"u8": (1, 0, 0), "u16": (2, 0, 0), "u32": (4, 0, 0), "u64": (8, 0, 0), "bf16": (2, 14, 7), "f32": (4, 30, 23)}
+DTYPES = {"BF16": "bf16", "F32": "f32", "F16": "u16", "I16": "u16", "U16": "u16", "I32": "u32", "U32": "u32"}
+DTYPES |= {"F64": "u64", "I64": "u64", "U64": "u64"}  # every other dtype is u8
+# Planes have uneven bytes, but no phrases: the match-finder would spend bits and time on chance repeats. With a table of 64
+# entries it finds next to none, and what is left of zstandard is its Huffman coder.
+HUFFMAN = {"min_match": 7, "hash_log": 6, "chain_log": 6}
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass
+class Chunk:
+    """A piece of a file. ``words`` locate what a chunk of `bits` is compared with: file, offset, number, bytes of each."""
+
+    layout: str
+    word: str
+    size: int
+    pieces: list[int] = field(default_factory=list)
+    words: tuple[int, ...] = ()
+
+
+@dataclass
+class Packed:
+    """One file on its way into an archive, or out of it."""
+
+    name: str
+    size: int
+    chunks: list[Chunk]
+    sha256: str = ""
+    digest: Any = field(default_factory=hashlib.sha256)
+
+
+def pack(folder: Path, output: Path, *, overwrite: bool = False, level: int = 3, progress: Progress = silent) -> dict[str, Any]:
+    """Writes every file of a checkpoint folder into one archive; returns the number of files, the bytes and their ratio.
+
+    level: zstandard's, for bytes that are no tensor (mostly the tokenizer); weights are coded in one way only.
+    Raises InputError if the folder or the output cannot be used as they are.
+    """
+    zstd = Zstd(level)
+    _check_archive(folder, output, overwrite)
+    files = _survey(folder)
+    with replacing(output) as temporary, temporary.open("wb") as archive:
+        archive.write(bytes(HEADER.size))
+        for file, chunk, raw in progress(_contents(folder, files), "pack", sum(len(file.chunks) for file in files)):
+            file.digest.update(raw)
+            layout, pieces = encode(chunk, raw, zstd)
+            if chunk.words:
+                delta = zstd.bytes(_xor(raw, _words(folder, files, chunk.words)))
+                if len(delta) < sum(map(len, pieces)):
+                    layout, pieces = "bits", [delta]
+            chunk.words = chunk.words if layout == "bits" else ()
+            chunk.layout, chunk.pieces = layout, [len(piece) for piece in pieces]
+            archive.writelines(pieces)
+        index = _index(files)
+        offset = archive.tell()
+        archive.write(index)
+        archive.seek(0)
+        archive.write(HEADER.pack(MAGIC, FORMAT, offset, len(index), hashlib.sha256(index).digest()))
+        archive.flush()
+        os.fsync(archive.fileno())
+    return _facts(files, offset + len(index))
+
+
+def unpack(path: Path, output: Path, *, overwrite: bool = False, progress: Progress = silent) -> dict[str, Any]:
+    """Writes the folder that an archive holds and verifies every file's sha256; returns what :func:`pack` returned.
+
+    Raises InputError if the archive is damaged, and then leaves the output as it was.
+    """
+    zstd = Zstd()
+    files_module.check_output_folder(output, overwrite, path)
+    if not path.is_file():
+        raise InputError(f"archive {path} does not exist")
+    with path.open("rb") as archive:
+        files = _read_index(archive, path)
+        files_module.check_disk_space(output, sum(file.size for file in files))
+        archive.seek(HEADER.size)
+        with files_module.new_folder(output) as folder:
+            for file in files:
+                try:
+                    (folder / file.name).parent.mkdir(parents=True, exist_ok=True)
+                    (folder / file.name).touch(exist_ok=False)
+                except OSError as error:  # two of this name, or one that this system cannot have
+                    raise InputError(f"archive {path}: {file.name[:80]!r} cannot be written ({error.strerror})") from None
+            steps = ((file, chunk) for file in files for chunk in file.chunks)
+            for file, chunk in progress(steps, "unpack", sum(len(file.chunks) for file in files)):
+                pieces = [archive.read(size) for size in chunk.pieces]
+                words = _words(folder, files, chunk.words) if chunk.words else None
+                try:
+                    raw = decode(chunk, pieces, zstd, words)
+                except (ValueError, zstd.error) as error:
+                    raise _damaged(path, f"a piece of {file.name!r} does not unpack ({error})") from None
+                file.digest.update(raw)
+                with (folder / file.name).open("ab") as target:
+                    target.write(raw)
+            for file in files:
+                if file.digest.hexdigest() != file.sha256:
+                    raise _damaged(path, f"{file.name!r} is not what was packed")
+    return _facts(files, path.stat().st_size)
+
+
+def _facts(files: list[Packed], size: int) -> dict[str, Any]:
+    total = sum(file.size for file in files)
+    return {"files": len(files), "bytes": total, "archive_bytes": size, "ratio": size / max(total, 1)}
+
+
+# ------------------------------------------------------------------------------------------------------------- chunks
+
+
+class Zstd:
+    """The two compressors and the bounded decompressor; InputError if the package is missing."""
+
+    def __init__(self, level: int = 3) -> None:
+        try:
+            import zstandard
+        except ImportError:
+            raise InputError("archives need the zstandard package; pip install 'uniprune[pack]'") from None
+        if not 1 <= level <= zstandard.MAX_COMPRESSION_LEVEL:
+            raise InputError(f"level {level} is not one of zstandard's; use 1 to {zstandard.MAX_COMPRESSION_LEVEL}")
+        huffman = zstandard.ZstdCompressionParameters.from_level(1, **HUFFMAN)
+        self.bytes = zstandard.ZstdCompressor(level=level).compress
+        self.plane: Callable[[Any], bytes] = zstandard.ZstdCompressor(compression_params=huffman).compress
+        self.error = zstandard.ZstdError
+        self._size = zstandard.frame_content_size
+        self._expand = zstandard.ZstdDecompressor().decompress
+
+    def expand(self, piece: bytes, size: int) -> bytes:
+        """What one frame holds; ValueError unless that is ``size`` bytes, before memory for it is taken."""
+        if self._size(piece) != size:
+            raise ValueError("its size is wrong")
+        return self._expand(piece, max_output_size=size, allow_extra_data=False)
+
+
+def encode(chunk: Chunk, raw: bytes, zstd: Zstd) -> tuple[str, list[bytes]]:
+    """The layout that a chunk's bytes get, and its pieces, compressed."""
+    if chunk.layout == "bytes":
+        return "dense", [zstd.bytes(raw)]
+    words = np.frombuffer(raw, f"<u{WORDS[chunk.word][0]}")
+    if chunk.word == "bf16" and (scaled := fit_scales(words)):
+        return "scaled", [zstd.plane(part) for part in scaled]
+    mask = words != 0
+    kept = np.flatnonzero(mask)  # places: an index several times faster than a mask
+    if len(kept) > (1 - SPARSE) * len(words):
+        return "dense", [zstd.plane(plane) for plane in _planes(words, chunk.word)]
+    return "sparse", [zstd.plane(plane) for plane in (np.packbits(mask, bitorder="little"), *_planes(words[kept], chunk.word))]
+
+
+def decode(chunk: Chunk, pieces: list[bytes], zstd: Zstd, words: Array | None = None) -> bytes:
+    """The bytes of a chunk; ``words`` are what a chunk of `bits` is compared with. Raises ValueError or ZstdError."""
+    width = WORDS[chunk.word][0]
+    count = chunk.size // width
+    if words is not None:
+        return _xor(zstd.expand(pieces[0], chunk.size), words)
+    if chunk.layout == "scaled":
+        scales = np.frombuffer(zstd.expand(pieces[0], 2 * count // GROUP), "<f2")
+        return _scaled(scales, np.frombuffer(zstd.expand(pieces[1], count), np.int8).reshape(-1, GROUP)).tobytes()
+    if chunk.layout == "dense":
+        return _joined([zstd.expand(piece, count) for piece in pieces], chunk.word).tobytes()
+    bits = np.frombuffer(zstd.expand(pieces[0], -(-count // 8)), np.uint8)
+    kept = np.flatnonzero(np.unpackbits(bits, count=count, bitorder="little").view(np.bool_))
+    whole = np.zeros(count, f"<u{width}")
+    whole[kept] = _joined([zstd.expand(piece, len(kept)) for piece in pieces[1:]], chunk.word)
+    return whole.tobytes()
+
+
+def _swapped(words: Array, word: str) -> Array:
+    """Words with two bits in each other's place; its own inverse."""
+    width, high, low = WORDS[word]
+    if high == low:
+        return words
+    unequal = ((words >> high) ^ (words >> low)) & 1
+    swapped: Array = words ^ (unequal << high) ^ (unequal << low)
+    return swapped.astype(f"<u{width}", copy=False)
+
+
+def _planes(words: Array, word: str) -> Iterator[bytes]:
+    """The words' highest bytes, then their second highest, and so on."""
+    for column in _swapped(words, word).view(np.uint8).reshape(-1, WORDS[word][0]).T[::-1]:
+        yield column.tobytes()
+
+
+def _joined(planes: list[bytes], word: str) -> Array:
+    """The words that :func:`_planes` cut."""
+    columns = np.empty((len(planes[0]), len(planes)), np.uint8)
+    for column, plane in zip(columns.T[::-1], planes, strict=True):
+        column[:] = np.frombuffer(plane, np.uint8)
+    return _swapped(columns.view(f"<u{len(planes)}").ravel(), word)
+
+
+def _xor(raw: bytes, words: Array) -> bytes:
+    """``raw``, a bit for each word, xor whether that word is other than zero; its own inverse."""
+    return (np.frombuffer(raw, np.uint8) ^ np.packbits(words != 0, bitorder="little")).tobytes()
+
+
+def fit_scales(words: Array) -> tuple[Array, Array] | None:
+    """Scales (float16) and integers (int8 ``[groups, 32]``) that give these bfloat16 words bit for bit, or None.
+
+    They exist for weights that were dequantised from eight bits (Q8_0 of GGUF), where a group still has its largest.
+    """
+    if len(words) % GROUP:
+        return None
+    grid, found = words.reshape(-1, GROUP), []
+    for start in range(0, len(grid), BLOCK):  # other weights fail on the first block
+        part = grid[start : start + BLOCK]
+        with np.errstate(all="ignore"):
+            values = (part.astype(np.uint32) << 16).view(np.float32)
+            scales = (np.abs(values).max(axis=1) / np.float32(127)).astype("<f2")
+            integers = np.rint(values / np.where(scales > 0, scales, 1).astype(np.float32)[:, None]).astype(np.int8)
+        if not np.array_equal(_scaled(scales, integers), part):
+            return None
+        found.append((scales, integers))
+    return np.concatenate([scales for scales, _ in found]), np.concatenate([integers for _, integers in found])
+
+
+def _scaled(scales: Array, integers: Array) -> Array:
+    """Scale times integer (exact in float32) rounded to bfloat16, ties to even; as words."""
+    with np.errstate(all="ignore"):
+        bits = (integers.astype(np.float32) * scales.astype(np.float32)[:, None]).view(np.uint32)
+    rounded: Array = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return rounded.astype("<u2")
+
+
+# ------------------------------------------------------------------------------------------------------------ writing
+
+
+def _check_archive(folder: Path, output: Path, overwrite: bool) -> None:
+    """Raises InputError if this folder cannot be packed into this file, before any work is done."""
+    if not any(folder.glob("*.safetensors")):
+        raise InputError(f"{folder} is no folder with .safetensors files; give the folder of a checkpoint")
+    if output.suffix != SUFFIX or output.is_dir():
+        raise InputError(f"output {output} is to be one file; give a name that ends in {SUFFIX}")
+    if output.exists() and not overwrite:
+        raise InputError(f"output {output} exists; give another name, or --overwrite")
+    if folder.resolve() in output.resolve().parents:
+        raise InputError(f"output {output} lies in the folder to be packed; give another place")
+
+
+def _survey(folder: Path) -> list[Packed]:
+    """Every file of the folder, cut into chunks; the masks last, because they are compared with the weights."""
+    files: list[Packed] = []
+    weights: dict[str, tuple[int, safetensors_index.Entry]] = {}
+    for path in sorted(folder.rglob("*"), key=lambda path: (path == folder / writer.MASKS, path)):
+        if path.is_dir() and not path.is_symlink():
+            continue
+        if not path.is_file():
+            raise InputError(f"{path} is neither a file nor a folder; remove it")
+        name = path.relative_to(folder).as_posix()
+        _check_name(name, folder)
+        tensors = _tensors(path) if path.suffix == ".safetensors" else {}
+        size = path.stat().st_size
+        chunks = list(_chunks(tensors, size, weights if name == writer.MASKS else {}))
+        weights |= {key: (len(files), entry) for key, entry in tensors.items()}
+        files.append(Packed(name, size, chunks))
+    return files
+
+
+def _tensors(path: Path) -> dict[str, safetensors_index.Entry]:
+    """A safetensors file's tensors, in order; none if it is damaged: it is then packed as what it is, bytes."""
+    try:
+        ordered = sorted(safetensors_index.entries([path]).items(), key=lambda item: (item[1].start, item[1].stop))
+    except InputError:
+        return {}
+    stops = [0, *(entry.stop for _, entry in ordered)]
+    return dict(ordered) if all(stop <= entry.start for stop, (_, entry) in zip(stops, ordered, strict=False)) else {}
+
+
+def _chunks(
+    tensors: Mapping[str, safetensors_index.Entry], size: int, weights: Mapping[str, tuple[int, safetensors_index.Entry]]
+) -> Iterator[Chunk]:
+    """A file as chunks of tensors and of what lies between them. ``weights`` are given for the file of their masks."""
+    position = 0
+    for name, entry in tensors.items():
+        yield from (Chunk("bytes", "u8", length) for _, length in _cut(entry.start - position, CHUNK))
+        position = entry.stop
+        key = safetensors_index.find_key(f"{name}.weight", weights)
+        if key is not None:
+            yield from _mask_chunks(entry.stop - entry.start, *weights[key])
+            continue
+        word = DTYPES.get(entry.dtype, "u8")
+        for _, length in _cut(entry.stop - entry.start, CHUNK):
+            yield Chunk("tensor", word if length % WORDS[word][0] == 0 else "u8", length)
+    yield from (Chunk("bytes", "u8", length) for _, length in _cut(size - position, CHUNK))
+
+
+def _mask_chunks(size: int, number: int, weight: safetensors_index.Entry) -> Iterator[Chunk]:
+    """A mask in chunks, each for at most 4 MiB of the weight that it is of (and that is stored the same way round)."""
+    width = WORDS[DTYPES.get(weight.dtype, "u8")][0]
+    count = (weight.stop - weight.start) // width
+    for start, length in _cut(size, CHUNK // (8 * width)):
+        first, number_of = 8 * start, min(count - 8 * start, 8 * length)
+        words = (number, weight.start + first * width, number_of, width) if size == -(-count // 8) else ()
+        yield Chunk("tensor", "u8", length, words=words)
+
+
+def _cut(size: int, step: int) -> Iterable[tuple[int, int]]:
+    """Start and length of each of the pieces that ``size`` bytes are cut into."""
+    return ((start, min(step, size - start)) for start in range(0, size, step))
+
+
+def _contents(folder: Path, files: list[Packed]) -> Iterator[tuple[Packed, Chunk, bytes]]:
+    for file in files:
+        with (folder / file.name).open("rb") as source:
+            for chunk in file.chunks:
+                raw = source.read(chunk.size)
+                if len(raw) < chunk.size:
+                    raise InputError(f"{folder / file.name} became shorter while it was read; try again")
+                yield file, chunk, raw
+
+
+def _words(folder: Path, files: list[Packed], words: tuple[int, ...]) -> Array:
+    number, offset, count, width = words
+    return np.fromfile(folder / files[number].name, f"<u{width}", count, offset=offset)
+
+
+def _index(files: list[Packed]) -> bytes:
+    records = []
+    for file in files:
+        chunks = [[chunk.layout, chunk.word, chunk.size, chunk.pieces, *chunk.words] for chunk in file.chunks]
+        records.append({"path": file.name, "size": file.size, "sha256": file.digest.hexdigest(), "chunks": chunks})
+    return json.dumps({"files": records}, separators=(",", ":")).encode()
+
+
+# ------------------------------------------------------------------------------------------------------------ reading
+
+
+def _damaged(path: Path, reason: str) -> InputError:
+    return InputError(f"archive {path} is damaged: {reason[:200]}; fetch it again")
+
+
+def _read_index(archive: BinaryIO, path: Path) -> list[Packed]:
+    """The index, if everything in it is possible; InputError before memory for what it describes is taken."""
+    head = archive.read(HEADER.size)
+    if len(head) < HEADER.size or not head.startswith(MAGIC):
+        raise InputError(f"{path} is not an archive of uniprune's; give a {SUFFIX} file that `uniprune pack` wrote")
+    _, version, offset, size, sha256 = HEADER.unpack(head)
+    if version != FORMAT:
+        raise InputError(f"archive {path} has format {version}, this version reads {FORMAT}; upgrade")
+    if offset < HEADER.size or size > INDEX or offset + size != os.fstat(archive.fileno()).st_size:
+        raise _damaged(path, "it is cut off, or its header is wrong")
+    archive.seek(offset)
+    text = archive.read(size)
+    if hashlib.sha256(text).digest() != sha256:
+        raise _damaged(path, "its index is not what was written")
+    files: list[Packed] = []
+    try:
+        for record in strict_json.parse(text)["files"]:
+            _check_name(record["path"], path)
+            chunks = [_parse_chunk(files, *chunk) for chunk in record["chunks"]]
+            if sum(chunk.size for chunk in chunks) != _natural(record["size"]):
+                raise ValueError("the chunks of a file do not make up its size")
+            files.append(Packed(record["path"], record["size"], chunks, record["sha256"]))
+        if HEADER.size + sum(sum(chunk.pieces) for file in files for chunk in file.chunks) != offset:
+            raise ValueError("its pieces do not fill it")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise _damaged(path, f"its index makes no sense ({error})") from None
+    return files
+
+
+def _parse_chunk(before: list[Packed], layout: str, word: str, size: int, pieces: list[int], *words: int) -> Chunk:
+    """One chunk of the index, with ``before`` the files before its own; ValueError, KeyError, TypeError if it cannot be."""
+    width = WORDS[word][0]
+    number, unit = {"bits": (1, 1), "dense": (width, width), "sparse": (1 + width, width), "scaled": (2, 2 * GROUP)}[layout]
+    if not 0 < _natural(size) <= CHUNK or size % unit or (layout == "scaled" and word != "bf16"):
+        raise ValueError("a chunk has an impossible size")
+    if len(pieces) != number or sum(map(_natural, pieces)) > 2 * CHUNK or bool(words) != (layout == "bits"):
+        raise ValueError("a chunk has impossible pieces")
+    if words:
+        other, offset, count, wide = map(_natural, words)
+        if wide not in (1, 2, 4, 8) or count * wide > CHUNK or -(-count // 8) != size:
+            raise ValueError("a chunk is compared with an impossible number of words")
+        if other >= len(before) or offset + count * wide > before[other].size:
+            raise ValueError("a chunk is compared with words that are not there")
+    return Chunk(layout, word, size, pieces, words)
+
+
+def _natural(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError("a size is not a natural number")
+    return value
+
+
+def _check_name(name: str, place: Path) -> None:
+    """Raises InputError for names that could lead out of a folder, on any system, or that not every system can show."""
+    escapes = {"", ".", ".."} & {*name.split("/")} or "\\" in name or PureWindowsPath(name).drive
+    if escapes or not name.isprintable():
+        raise InputError(f"{place} has a file named {name[:80]!r}, which archives may not; rename it")

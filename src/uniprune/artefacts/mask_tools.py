@@ -1,0 +1,409 @@
+"""Masks files as things of their own: verify, compare, combine, count and convert them. docs/masks.md specifies the format.
+
+Everything streams: one matrix is in memory at a time, as packed bits where that will do. Outputs are checked before the work
+starts, and appear whole or not at all.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from uniprune.artefacts import masks as masks_file
+from uniprune.artefacts import writer
+from uniprune.errors import InputError, MismatchError, first_line
+from uniprune.models import loading
+from uniprune.models.matrices import Matrix, find_matrices
+from uniprune.sparsity import bits, constraints
+from uniprune.sparsity.patterns import NM, Cutter
+from uniprune.sparsity.views import View
+from uniprune.storage import files as files_module
+from uniprune.storage import safetensors_index, tensor_file
+
+KERNELS = (NM(2, 4), NM(4, 8))  # patterns that there are kernels for; they take groups with fewer, too
+ABOUT = ("base", "base_name", "pattern")  # facts that say what masks are of
+
+Array = np.ndarray[Any, Any]
+Source = str | Path
+Record = dict[str, Any]
+
+
+class CheckedMasks(masks_file.MasksFile):
+    """A masks file that is complete and agrees with itself, in the order of its tensors; else InputError when it is opened."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            super().__init__(path)
+            found = safetensors_index.entries([path])
+            _check_facts(self.facts, found)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            reason = f"it lacks {error}" if isinstance(error, KeyError) else error
+            raise InputError(f"masks file {path} is damaged: {reason}; make it again, or fetch it again") from None
+        self.shapes = {name: self.shapes[name] for name in found}
+
+    @property
+    def size(self) -> int:
+        """The number of weights."""
+        return sum(rows * columns for rows, columns in self.shapes.values())
+
+    def stored(self, name: str) -> tuple[int, int]:
+        """The shape of a matrix in the checkpoint."""
+        return self.shapes[name][::-1] if name in self.transposed else self.shapes[name]
+
+
+def _check_facts(facts: Mapping[str, Any], entries: Mapping[str, safetensors_index.Entry]) -> None:
+    """Raises ValueError, KeyError or TypeError unless the facts have the right types and are of the file's tensors."""
+    shapes, transposed, digests = facts["shapes"], facts["transposed"], facts["digests"]
+    if [type(facts[key]) for key in ("format", *ABOUT)] != [int, str, str, str] or type(transposed) is not list:
+        raise ValueError("its facts are of wrong types")
+    if not entries or not entries.keys() == shapes.keys() == digests.keys() or not entries.keys() >= {*transposed}:
+        raise ValueError("its masks, shapes, digests and transposed matrices are not of the same names")
+    if facts["base"] != writer.fingerprint(digests):
+        raise ValueError("its base is not the fingerprint that its digests make")
+    for name, entry in entries.items():
+        rows, columns = shape = (*shapes[name],)
+        count = -(-rows * columns // 8)
+        if {*map(type, shape)} != {int} or min(shape) < 1 or (entry.dtype, entry.shape) != ("U8", (count,)):
+            raise ValueError(f"{name} is {entry.dtype} {list(entry.shape)}, which is no mask of {list(shape)}")
+        stored = shape[::-1] if name in transposed else shape
+        if not re.fullmatch(rf"\w+ {re.escape(str(stored))} [0-9a-f]{{64}}", digests[name]):
+            raise ValueError(f"{name} has a digest that is not of {stored}")
+        used = rows * columns % 8  # bits beyond these would be counted as kept weights
+        if used and np.fromfile(entry.file, np.uint8, 1, offset=entry.stop - 1)[0] >> used:
+            raise ValueError(f"{name} has bits set beyond its last weight")
+
+
+def verify(masks: Path, model: Source | None = None, pruned: Source | None = None, *, dtype: str | None = None) -> Record:
+    """Checks all that a masks file says; returns what was checked, and the realised sparsity.
+
+    Always: the file is complete, its names, shapes and sizes agree, and its masks have the pattern it claims, whole tiles,
+    exact budgets and rules included. Other claims (of a union, say), and levels of six digits, which may have been rounded,
+    cannot be checked: ``checked`` then lacks ``pattern``.
+    model: the file was made for it: names, shapes, orientation, bits of the weights. dtype: only for sources that are not
+    safetensors. pruned: in this checkpoint, every weight that a mask removes is 0.
+    Raises InputError or MismatchError naming the first matrix at fault.
+    """
+    file = CheckedMasks(masks)
+    cut = _check_pattern(file)
+    weights = {} if pruned is None else _find_weights(pruned, {name: file.stored(name) for name in file})
+    if model is not None:
+        Dense(model, dtype).of(file)
+    kept = 0
+    for name, mask in file.items():
+        kept += int(mask.sum())
+        if cut:
+            _compare(file, name, mask, cut)
+        if name in weights:
+            alive = _alive(weights[name].array())
+            keep = (mask.T if name in file.transposed else mask).numpy().reshape(-1)
+            if left := np.count_nonzero(alive & ~keep):
+                raise MismatchError(f"{pruned} was not pruned by {masks}: {name}: {left} weights that it removes are not 0")
+    asked = {"pattern": cut, "model": model, "pruned": pruned}
+    return {
+        **{key: file.facts[key] for key in ("format", *ABOUT)},
+        "checked": ["file", *(name for name, item in asked.items() if item is not None)],
+        "matrices": len(file),
+        "sparsity": 1 - kept / file.size,
+    }
+
+
+def _check_pattern(file: CheckedMasks) -> Cutter | None:
+    """What cuts the pattern that masks claim to have, from themselves as scores; None for a claim that cannot be checked.
+
+    A mask has a pattern if, and only if, the pattern cuts that very mask from it.
+    """
+    try:
+        pattern = constraints.spelled(file.facts["pattern"])
+        if isinstance(pattern, constraints.Ruled):
+            pattern.check(file.shapes)
+        return None if pattern is None else pattern.settle(View(file, lambda _, mask: mask.float()))
+    except InputError as error:
+        raise InputError(f"{file.path}: {error}") from None
+
+
+def _compare(file: CheckedMasks, name: str, mask: Tensor, cut: Cutter) -> None:
+    """Raises InputError at the first weight of a mask that its pattern would not keep, or would."""
+    claim = f"{file.path}: {name} is not {file.facts['pattern']}"
+    try:
+        wrong = (cut(name, mask.float()) != mask).nonzero()
+    except InputError as error:
+        raise InputError(f"{claim}: {error}") from None
+    if len(wrong):
+        row, column = wrong[0].tolist()
+        what = "would not keep" if mask[row, column] else "would keep"
+        raise InputError(f"{claim}, which {what} the weight in row {row}, input {column}")
+
+
+def _kept_per(mask: Tensor, run: int) -> Array:
+    """How many are kept in each run of so many consecutive weights: a row, or a group of N:M."""
+    counts: Array = np.einsum("rk->r", mask.contiguous().numpy().view(np.uint8).reshape(-1, run), dtype=np.int32)
+    return counts
+
+
+def _find_weights(folder: Source, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, safetensors_index.Entry]:
+    """Where a pruned checkpoint has matrices, given the shapes that it must store them in."""
+    keys, found = safetensors_index.entries(loading.resolve(folder).shards), {}
+    for name, shape in shapes.items():
+        key = safetensors_index.find_key(f"{name}.weight", keys)
+        if key is None or keys[key].shape != shape:
+            raise MismatchError(f"{folder} has no matrix {name} of shape {shape} in safetensors files")
+        found[name] = keys[key]
+    return found
+
+
+def _alive(words: Array) -> Array:
+    """Which weights are not 0, from their bits. -0.0 is 0, too: it is what weight * mask leaves of negative ones."""
+    alive: Array = words << 1 != 0  # the sign is the highest bit in every floating-point format
+    return alive
+
+
+def diff(a: Path, b: Path, *, force: bool = False) -> Record:
+    """Counts the weights that both files keep, only ``a`` and only ``b``, and their Jaccard similarity, in all and by matrix.
+
+    The similarity is what both keep / what either keeps, and 1 where neither keeps anything.
+    Raises InputError for files of different matrices, and MismatchError for different base models unless ``force``.
+    """
+    first, second = CheckedMasks(a), CheckedMasks(b)
+    same = _check_comparable(first, second, force)
+    matrices = {}
+    for name in first:
+        one, other = first.packed(name), second.packed(name)
+        both = bits.kept(one & other)
+        matrices[name] = _overlap(both, bits.kept(one) - both, bits.kept(other) - both)
+    total = _overlap(*(sum(found[key] for found in matrices.values()) for key in ("both", "only_a", "only_b")))
+    about = {side: {key: file.facts[key] for key in ABOUT} for side, file in (("a", first), ("b", second))}
+    return {**about, "same_base": same, **total, "matrices": matrices}
+
+
+def _overlap(both: int, only_a: int, only_b: int) -> Record:
+    either = both + only_a + only_b
+    return {"both": both, "only_a": only_a, "only_b": only_b, "jaccard": both / either if either else 1.0}
+
+
+def intersect(files: Sequence[Path], output: Path, *, overwrite: bool = False) -> Record:
+    """Writes masks that keep what all of the files keep; returns their pattern and realised sparsity.
+
+    Of N:M masks at most N of every M are left: fewer than N:M says, but kernels for N:M take them.
+    Raises InputError for files of different matrices, MismatchError for different base models.
+    """
+    return _combine("intersection", np.bitwise_and, files, output, overwrite)
+
+
+def union(files: Sequence[Path], output: Path, *, overwrite: bool = False) -> Record:
+    """Writes masks that keep what any of the files keeps; returns their pattern and realised sparsity.
+
+    Of N:M masks up to M of every M may be left, and kernels for N:M do not take those. Raises as :func:`intersect`.
+    """
+    return _combine("union", np.bitwise_or, files, output, overwrite)
+
+
+def _combine(kind: str, operation: Callable[..., Array], paths: Sequence[Path], output: Path, overwrite: bool) -> Record:
+    files_module.check_output_file(output, overwrite)
+    if len(paths) < 2:
+        raise InputError(f"{kind} of {len(paths)} masks files: give two or more")
+    files = [CheckedMasks(path) for path in paths]
+    first = files[0]
+    for other in files[1:]:
+        _check_comparable(first, other)
+
+    def combined(name: str) -> Array:
+        return reduce(operation, (file.packed(name) for file in files))
+
+    sparsity = 1 - sum(bits.kept(combined(name)) for name in first) / first.size  # a second pass: the header goes first
+    parts = " and ".join(f"({file.facts['pattern']})" for file in files)
+    pattern = f"{kind} of {parts}, sparsity {sparsity:.6g}"
+    facts = masks_file.binding(first.facts) | {"pattern": pattern}
+    masks = ((name, bits.unpack(torch.from_numpy(combined(name)), shape)) for name, shape in first.shapes.items())
+    masks_file.write_masks(output, masks, first.shapes, facts)
+    return {"pattern": pattern, "matrices": len(first), "sparsity": sparsity}
+
+
+def _check_comparable(a: CheckedMasks, b: CheckedMasks, force: bool = False) -> bool:
+    """Whether two files are of one base model; raises InputError or MismatchError if they cannot be compared."""
+    for name in a.shapes | b.shapes:
+        one, other = (file.shapes.get(name, "missing") for file in (a, b))
+        if one != other:
+            raise InputError(f"{a.path} and {b.path} are of different matrices: {name} is {one} and {other}")
+    same = bool(a.facts["base"] == b.facts["base"])
+    if not same and not force:
+        names = " and ".join(f"{file.facts['base_name']} ({file.facts['base'][:12]})" for file in (a, b))
+        raise MismatchError(f"{a.path} and {b.path} were made for different models: {names}")
+    return same
+
+
+def stats(masks: Path) -> Record:
+    """What masks look like, in all, by block (names up to their first number, as ``model.layers.0``) and by matrix.
+
+    Sparsity; rows (outputs) and columns (inputs) of which nothing is kept; weights kept per row, by quartiles; ``at_most``:
+    whether no M consecutive inputs keep more than N, for 2:4 and 4:8.
+    """
+    file = CheckedMasks(masks)
+    matrices = {name: _statistics(mask) for name, mask in file.items()}
+    blocks: dict[str, list[Record]] = {}
+    for name, found in matrices.items():
+        blocks.setdefault(re.sub(r"(\.\d+)\..*", r"\1", name), []).append(found)
+    return {
+        **{key: file.facts[key] for key in ABOUT},
+        **_totals([*matrices.values()]),
+        "blocks": {block: _totals(found) for block, found in blocks.items()},
+        "matrices": matrices,
+    }
+
+
+def _statistics(mask: Tensor) -> Record:
+    rows = _kept_per(mask, mask.shape[1])
+    quartiles = np.quantile(rows, (0, 0.25, 0.5, 0.75, 1)).tolist()
+    fits = {str(nm): not nm.misfit(*mask.shape) and bool((_kept_per(mask, nm.m) <= nm.n).all()) for nm in KERNELS}
+    return {
+        "shape": list(mask.shape),
+        "weights": mask.numel(),
+        "kept": int(rows.sum()),
+        "sparsity": 1 - int(rows.sum()) / mask.numel(),
+        "empty_rows": int((rows == 0).sum()),
+        "empty_columns": int((~mask.any(0)).sum()),
+        "kept_per_row": dict(zip(("min", "q1", "median", "q3", "max"), quartiles, strict=True)),
+        "at_most": fits,
+    }
+
+
+def _totals(parts: Sequence[Mapping[str, Any]]) -> Record:
+    sums: dict[str, Any] = {key: sum(part[key] for part in parts) for key in ("weights", "kept", "empty_rows", "empty_columns")}
+    fits = {str(nm): all(part["at_most"][str(nm)] for part in parts) for nm in KERNELS}
+    return sums | {"sparsity": 1 - sums["kept"] / sums["weights"], "at_most": fits}
+
+
+class Dense:
+    """The dense model that masks belong to: its matrices by structure, its weights as they are stored."""
+
+    def __init__(self, source: Source, dtype: str | None) -> None:
+        self.origin = origin = loading.resolve(source)
+        self._keys = safetensors_index.entries(origin.shards)
+        chosen, cpu = loading.parse_dtype(dtype), torch.device("cpu")
+        self.matrices = find_matrices(loading.skeleton(origin) if self._keys else loading.load_weights(origin, chosen, cpu))
+
+    def key(self, name: str) -> str:
+        """The checkpoint's key of a matrix."""
+        return safetensors_index.key_of(f"{name}.weight", self._keys) if self._keys else f"{name}.weight"
+
+    def words(self, name: str) -> Array:
+        """The bits of a matrix's weights as they are stored: unsigned integers, flat."""
+        if self._keys:
+            return self._keys[self.key(name)].array()
+        weight = self.matrices[name].parameter.detach().contiguous()
+        return weight.view(torch.uint8).numpy().reshape(-1).view(safetensors_index.UINTS[weight.itemsize])
+
+    def of(self, file: CheckedMasks) -> Dense:
+        """This model, if the masks were made for it; else raises MismatchError."""
+        for name, shape in file.shapes.items():
+            matrix = self.matrices.get(name)
+            if matrix is None or (matrix.shape, matrix.transposed) != (shape, name in file.transposed):
+                raise MismatchError(f"{file.path} was made for another model: {self.origin} has no such matrix {name}")
+        for name, digest in writer.digests(self.origin, file, self.matrices).items():
+            if digest != file.facts["digests"][name]:
+                raise MismatchError(f"{file.path} was made for another model: {self.origin} has other weights in {name}")
+        return self
+
+    def write(self, output: Path, names: Sequence[str], masks: Iterable[tuple[str, Tensor]], pattern: str) -> Record:
+        """Writes masks ``[out, in]``, in the order of ``names``, as a file bound to this model; returns what was written."""
+        shapes = {name: self.matrices[name].shape for name in names}
+        digests = writer.digests(self.origin, names, self.matrices)
+        facts = {"base": writer.fingerprint(digests), "base_name": str(self.origin), "pattern": pattern, "digests": digests}
+        facts["transposed"] = [name for name in names if self.matrices[name].transposed]
+        removed = masks_file.write_masks(output, masks, shapes, facts)
+        size = sum(self.matrices[name].size for name in names)
+        return {
+            **{key: facts[key] for key in ABOUT},
+            "matrices": len(names),
+            "left_dense": [name for name in self.matrices if name not in shapes],
+            "sparsity": sum(removed[name] * self.matrices[name].size for name in names) / size,
+        }
+
+
+def from_checkpoint(
+    pruned: Source, model: Source, output: Path, *, check_bits: bool = True, dtype: str | None = None, overwrite: bool = False
+) -> Record:
+    """Writes the masks of a pruned checkpoint: what is 0 there, or -0.0, is removed. The file is bound to the dense model.
+
+    A weight that is 0 in the dense model counts as removed, too. check_bits: refuse a checkpoint whose other weights are not
+    bitwise the dense model's; turn it off for one that was tuned after pruning. dtype: as for :func:`verify`.
+    Raises InputError, or MismatchError naming the first matrix that is not the model's.
+    """
+    files_module.check_output_file(output, overwrite, Path(pruned), Path(model))
+    dense = Dense(model, dtype)
+    weights = _find_weights(pruned, {name: (*matrix.parameter.shape,) for name, matrix in dense.matrices.items()})
+
+    def masks() -> Iterator[tuple[str, Tensor]]:
+        for name, entry in weights.items():
+            alive = _alive(words := entry.array())
+            if check_bits and (alive & (words != dense.words(name))).any():
+                raise MismatchError(f"{pruned} has other kept weights in {name} than {model}; if it was tuned: --no-check-bits")
+            mask = torch.from_numpy(alive).reshape(entry.shape)
+            yield name, mask.T if dense.matrices[name].transposed else mask
+
+    return dense.write(output, list(weights), masks(), f"zeros of {pruned}")
+
+
+def to_plain(
+    masks: Path, output: Path, model: Source | None = None, *, dtype: str | None = None, overwrite: bool = False
+) -> Record:
+    """Writes masks for other tools: a safetensors file with a uint8 tensor of 0 and 1 (keep) for each weight.
+
+    A tensor has the key and the shape that the checkpoint has the weight by, ``[in, out]`` where that is transposed.
+    model: the masks must be of it, and the keys are its own; without it they are ``<matrix>.weight``. dtype: as for verify.
+    """
+    files_module.check_output_file(output, overwrite, masks, *([] if model is None else [Path(model)]))
+    file = CheckedMasks(masks)
+    dense = None if model is None else Dense(model, dtype).of(file)
+    keys = {name: dense.key(name) if dense is not None else f"{name}.weight" for name in file}
+    specs = {keys[name]: (torch.uint8, file.stored(name)) for name in file}
+    files_module.check_disk_space(output, file.size)
+    tensors = ((keys[n], (mask.T if n in file.transposed else mask).to(torch.uint8)) for n, mask in file.items())
+    facts = {"kind": "plain masks"} | {key: file.facts[key] for key in ABOUT}
+    tensor_file.stream_tensors(output, specs, tensors, facts)
+    return {"pattern": file.facts["pattern"], "matrices": len(file)}
+
+
+def from_plain(plain: Path, model: Source, output: Path, *, dtype: str | None = None, overwrite: bool = False) -> Record:
+    """Writes a masks file, bound to a model, from other tools' masks: .safetensors or .npz, of booleans or integers 0 and 1.
+
+    An array is named by the checkpoint's key, and then has the shape of that tensor, or by the matrix, and then is
+    ``[out, in]``; packed bits are refused. Matrices without an array stay dense. dtype: as for :func:`verify`.
+    Raises InputError naming the first array that is not a mask.
+    """
+    files_module.check_output_file(output, overwrite, plain, Path(model))
+    given = _read(plain, lambda file: set(file.keys()))
+    dense = Dense(model, dtype)
+    named = {name: spelled for name in dense.matrices for spelled in (name, dense.key(name)) if spelled in given}
+    left = sorted(given - {*named.values()})
+    if left or not named:
+        raise InputError(f"{plain} must have an array for each matrix to prune of {model}, and no other; left over: {left[:3]}")
+    masks = ((name, _read_mask(plain, spelled, dense.matrices[name])) for name, spelled in named.items())
+    return dense.write(output, list(named), masks, f"masks of {plain.name}")
+
+
+def _read(path: Path, read: Callable[[Any], Any]) -> Any:
+    """What ``read`` gets from a file of plain masks."""
+    try:
+        with np.load(path, allow_pickle=False) if path.suffix == ".npz" else safe_open(path, "np") as file:
+            return read(file)
+    except Exception as error:  # of damaged files, zipfile, numpy and safetensors raise all kinds
+        raise InputError(f"{path} cannot be read as .npz or .safetensors: {first_line(error)}") from error
+
+
+def _read_mask(path: Path, spelled: str, matrix: Matrix) -> Tensor:
+    array = _read(path, lambda file: np.asarray(file[spelled] if path.suffix == ".npz" else file.get_tensor(spelled)))
+    flip = matrix.transposed and spelled != matrix.name
+    shape = matrix.shape[::-1] if flip else matrix.shape
+    if array.shape != shape or array.dtype.kind not in "bui" or ((array != 0) & (array != 1)).any():
+        raise InputError(f"{path}: {spelled} is {array.dtype} {list(array.shape)}, not {list(shape)} of booleans or 0 and 1")
+    mask = torch.from_numpy(array != 0)
+    return mask.T if flip else mask

@@ -1,0 +1,66 @@
+"""Masks files: one bit a weight, bound to their model; docs/masks.md specifies the format."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from uniprune.sparsity import bits as bits_module
+from uniprune.storage.tensor_file import open_tensors, stream_tensors
+
+
+def binding(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Of an artefact's facts those that tie it to its model: what is made of it has them, too."""
+    return {key: facts[key] for key in ("base", "base_name", "digests", "transposed")}
+
+
+class MasksFile(Mapping[str, Tensor]):
+    """Masks on disk, unpacked one matrix at a time."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        with open_tensors(path, "masks") as (_, facts):
+            self.facts = facts
+        self.shapes: dict[str, tuple[int, int]] = {name: (rows, cols) for name, (rows, cols) in facts["shapes"].items()}
+        self.transposed = set(facts["transposed"])
+
+    def __getitem__(self, name: str) -> Tensor:
+        return bits_module.unpack(torch.from_numpy(self.packed(name)), self.shapes[name])
+
+    def packed(self, name: str) -> bits_module.Array:
+        """The bits of one mask, as masks.pack has them; they map the file, privately."""
+        with safe_open(self._path, framework="pt") as file:
+            bits: bits_module.Array = file.get_tensor(name).numpy()
+            return bits
+
+    def removed(self) -> dict[str, float]:
+        """The fraction of weights that each mask removes."""
+        return {name: 1 - bits_module.kept(self.packed(name)) / (rows * cols) for name, (rows, cols) in self.shapes.items()}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+
+def write_masks(
+    path: Path, cut: Iterable[tuple[str, Tensor]], shapes: Mapping[str, tuple[int, int]], facts: Mapping[str, Any]
+) -> dict[str, float]:
+    """Writes masks as they are cut, packed; returns the fraction of weights that each one removes."""
+    removed: dict[str, float] = {}
+
+    def packed() -> Iterator[tuple[str, Tensor]]:
+        for name, mask in cut:
+            removed[name] = bits_module.removed(mask)
+            yield name, bits_module.pack(mask)
+
+    specs = {name: (torch.uint8, (-(-rows * columns // 8),)) for name, (rows, columns) in shapes.items()}
+    shape_facts = {name: list(shape) for name, shape in shapes.items()}
+    stream_tensors(path, specs, packed(), {"kind": "masks", "shapes": shape_facts, **facts})
+    return removed

@@ -1,0 +1,198 @@
+"""Results for people: terminal tables. Machines read the JSON."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from uniprune.common.formatting import NOTE
+from uniprune.job.estimate import Plan, kind_of
+from uniprune.reporting import tables as report_tables_module
+from uniprune.reporting.headline import sentences
+from uniprune.reporting.results import Evaluation, Source
+from uniprune.reporting.summary import Summary, summarise
+from uniprune.reporting.tables import Grid
+
+
+def plan_table(plan: Plan) -> Table:
+    """The matrices of a plan, one row per kind."""
+    table = Table(title=f"{plan.model}: {plan.prunable / 1e6:.1f}M of {plan.parameters / 1e6:.1f}M weights are prunable")
+    for column, justify in (("matrix", "left"), ("count", "right"), ("out x in", "right"), ("weights", "right")):
+        table.add_column(column, justify=justify)  # type: ignore[arg-type]
+    if plan.pattern:
+        table.add_column(plan.pattern.partition(";")[0])  # rules show in the rows
+    for group in plan.groups:
+        cells = [group.name, str(group.count), f"{group.shape[0]} x {group.shape[1]}", f"{group.weights / 1e6:.2f}M"]
+        gets = f"{group.pattern} ({group.misfit})" if group.misfit else group.pattern
+        table.add_row(*cells, *([gets] if plan.pattern else []))
+    return table
+
+
+def plan_lines(plan: Plan) -> list[str]:
+    """The forecast of a plan, in sentences."""
+    lines = []
+    if plan.sparsity is not None:
+        lines.append(f"Sparsity {plan.sparsity:.1%} of the prunable weights, {plan.sparsity_of_model:.1%} of all parameters.")
+    if plan.size is not None:
+        lines.append(f"Level {plan.level:g}, so that the archive that `uniprune pack` makes has at most {plan.size:,} bytes.")
+    how = {
+        "sharded": f"blocks in the memory of all processes, about {plan.memory / 1e9:.1f} GB in each beside its part of them",
+        "resident": f"the whole model in memory, about {plan.memory / 1e9:.1f} GB",
+        "streamed": f"block by block, in about {plan.memory / 1e9:.1f} GB of memory "
+        f"(the whole model would take {plan.memory_resident / 1e9:.1f} GB) and {plan.scratch / 1e9:.1f} GB of disk meanwhile",
+        "none": f"not here: the whole model would take {plan.memory_resident / 1e9:.1f} GB of memory, "
+        f"block by block {plan.memory_streamed / 1e9:.1f} GB",
+    }
+    lines.append(
+        f"Execution: {how[plan.execution]} ({plan.dtype}). About {max(plan.seconds, 1):.0f} s for {plan.tokens} calibration "
+        f"tokens on this machine, {plan.disk / 1e9:.2f} GB of disk for the output."
+    )
+    for (kind, why), count in Counter((kind_of(name), why) for name, why in plan.left_dense.items()).items():
+        lines.append(f"Left dense: {count} x {kind}, {why}.")
+    if plan.shared:
+        lines.append(
+            f"Shared by several modules, and pruned once: {len(plan.shared)} matrices, e.g. {next(iter(plan.shared))}."
+        )
+    if not plan.fits:
+        lines.append(
+            "Some matrices cannot have the pattern: pruning refuses until --misfits, a --rule or --exclude says what they get."
+        )
+    return [*lines, NOTE]
+
+
+def evaluation_table(rows: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Perplexities side by side: label -> result of ``evaluate``."""
+    first = next(iter(rows.values()))
+    table = Table(title=f"token perplexity: {first['text']['text']}, {first['windows']} windows of {first['length']}")
+    for column in ("model", "perplexity", "± error", "zeros", "dtype"):
+        table.add_column(column, justify="left" if column == "model" else "right")
+    for label, result in rows.items():
+        value, error = result["perplexity"], result.get("nats_stderr")
+        spread = "" if error is None else f"{value * error:.2f}"
+        table.add_row(_inert(label), f"{value:.2f}", spread, _percent(result["sparsity"]), result["dtype"])
+    return table
+
+
+def bench_rows(result: Mapping[str, Any]) -> list[list[str]]:
+    """Speeds as ``speed.bench`` gives them, head first: a row for each kernel, dtype and batch, a column for each sparsity.
+
+    A question mark follows where the rounds' quartiles lie on both sides of 1.
+    """
+    levels = sorted({row["sparsity"] for row in result["results"]})
+    rows: dict[tuple[str, str, str], dict[float, str]] = {}
+    for row in result["results"]:
+        masks = row["kind"] if row["dtype"] == row["against"] else f"{row['kind']}, against {row['against']}"
+        cell = f"{row['speedup']:.2f}" + ("?" if row["low"] < 1 < row["high"] else "")
+        rows.setdefault((masks, row["dtype"], str(row["batch"])), {})[row["sparsity"]] = cell
+    body = [[*label, *(cells.get(level, "") for level in levels)] for label, cells in rows.items()]
+    return [["masks", "type", "batch", *(f"{100 * level:g}%" for level in levels)], *body]
+
+
+def bench_table(result: Mapping[str, Any]) -> Table:
+    """Speeds against the dense product of the same dtype."""
+    head, *rows = bench_rows(result)
+    place = f"{result['device']}, {result['threads']} thread{'s' if result['threads'] > 1 else ''}"
+    table = Table(title=f"{result['model']} on {place}: times as fast as the dense product of the same type (?: or not)")
+    for column in head:
+        table.add_column(column, justify="left" if column in ("masks", "type") else "right")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def evaluation_tables(result: Mapping[str, Any]) -> list[Table | str]:
+    """One result of ``evaluate`` as tables and sentences: those of what it measured, accuracies as a report shows them."""
+    tables: list[Table | str] = []
+    if "perplexity" in result:
+        tables.append(evaluation_table({result["model"]: result}))
+    else:
+        beside = f", against {result['against']}" if "against" in result else ""
+        tables.append(_inert(f"{result['model']}: {_percent(result['sparsity'])} zeros, {result['dtype']}{beside}"))
+    summary = summarise([Source(Path(), dict(result), Evaluation.model_validate(result))])
+    tables += [
+        _grid_table(grid) for grid in (report_tables_module.accuracies(summary), report_tables_module.harness(summary)) if grid
+    ]
+    return [*tables, *closeness_lines(result)]
+
+
+def closeness_lines(result: Mapping[str, Any]) -> list[str]:
+    """How near a model's predictions and continuations are to another's, in sentences."""
+    lines = []
+    if found := result.get("closeness"):
+        lines.append(
+            f"Beside {result['against']} (perplexity {found['reference_perplexity']:.2f}): KL {found['kl']:.4f} nats per token"
+            f"{_plus_minus(found['kl_stderr'])}, the same likeliest token at {found['agreement']:.1%} of {found['tokens']} "
+            f"tokens{_plus_minus(found['agreement_stderr'])}."
+        )
+    for row in result.get("generations", ()):
+        lines += [f"> {row['prompt']!r}", f"  model:   {row['model']!r}", f"  against: {row['against']!r}"]
+        lines.append(f"  the same for {row['same_tokens']} of {row['tokens']} tokens")
+    return [_inert(line) for line in lines]
+
+
+def check_lines(result: Mapping[str, Any]) -> list[str]:
+    """Whether a recorded result was had again, and where not."""
+    place = "" if result["same_machine"] else " (on a machine of another kind: values may differ by 1 %)"
+    lines = [f"{result['result']}: {'reproduced' if result['reproduced'] else 'NOT reproduced'}{place}"]
+    lines += [f"  {one['what']}: {one['recorded']} was recorded, now {one['found']}" for one in result["differences"][:10]]
+    if (more := len(result["differences"]) - 10) > 0:
+        lines.append(f"  and {more} more")
+    recorded, now = (result["versions"][key] or {} for key in ("recorded", "now"))
+    changed = [f"{name} {recorded[name]} -> {now.get(name)}" for name in recorded if recorded[name] != now.get(name)]
+    return lines + ([f"  other versions: {', '.join(changed)}"] if changed else [])
+
+
+def sweep_table(result: Mapping[str, Any]) -> Table:
+    """One row per sparsity; * marks those that no other beats in both perplexity and size."""
+    protocol = result["protocol"]["text"]
+    table = Table(title=f"{result['model']}: {protocol['text']}, {protocol['windows']} windows of {protocol['length']}")
+    for column in ("pattern", "zeros", "perplexity", "packed MB", ""):
+        table.add_column(column, justify="left" if column == "pattern" else "right")
+    rows = [{"pattern": "dense", "sparsity": 0.0, "pareto": False, **(result["dense"] or {})}, *result["rows"]]
+    for row in rows:
+        size = "" if row["bytes"] is None else f"{row['bytes'] / 1e6:.1f}"
+        table.add_row(row["pattern"], _percent(row["sparsity"]), f"{row['perplexity']:.2f}", size, "*" if row["pareto"] else "")
+    return table
+
+
+def _plus_minus(error: float | None) -> str:
+    return "" if error is None else f" ± {error:.2g}"
+
+
+def report_tables(summary: Summary) -> list[Table]:
+    """A report's tables, as far as they fit a terminal."""
+    found = [report_tables_module.models(summary), *map(report_tables_module.tradeoff, summary.tradeoffs)]
+    found += [
+        report_tables_module.accuracies(summary),
+        report_tables_module.harness(summary),
+        report_tables_module.closeness(summary),
+    ]
+    return [_grid_table(grid) for grid in found if grid]
+
+
+def report_lines(summary: Summary) -> list[str]:
+    """A report's findings, in sentences."""
+    return [_inert(sentence) for sentence in (summary.title, *sentences(summary))]
+
+
+def _grid_table(grid: Grid) -> Table:
+    table = Table(title=_inert(grid.caption))
+    for name, numeric in grid.heads:
+        table.add_column(name, justify="right" if numeric else "left")
+    for row in grid.rows:
+        table.add_row(*(_inert(cell if isinstance(cell, str) else cell[0]) for cell in row))
+    return table
+
+
+def _inert(text: str) -> str:
+    """Text of others, that is neither markup nor moves the cursor."""
+    return escape("".join(letter if letter.isprintable() else " " for letter in text))
+
+
+def _percent(fraction: float | None) -> str:
+    return "unknown" if fraction is None else f"{fraction:.1%}"

@@ -1,0 +1,73 @@
+"""What the command line shows: results on stdout, progress and errors on stderr."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bar
+
+
+Item = TypeVar("Item")
+
+
+class Bars:
+    """Progress bars on stderr for people; nothing where stderr is not a terminal."""
+
+    def __init__(self) -> None:
+        self._bar: Bar | None = None
+
+    def __enter__(self) -> Bars:
+        if sys.stderr.isatty() and os.environ.get("RANK", "0") == "0":
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+            self._bar = Progress(*columns, TextColumn("{task.fields[note]}"), console=Console(stderr=True))
+            self._bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def __call__(self, items: Iterable[Item], label: str, total: int) -> Iterator[Item]:
+        if self._bar is None:
+            yield from items
+            return
+        self._task = self._bar.add_task(label, total=total, note="")
+        for item in items:
+            yield item
+            self._bar.advance(self._task)
+
+    def note(self, text: str) -> None:
+        if self._bar:
+            self._bar.update(self._task, note=text)
+
+
+def quiet() -> None:
+    """Keeps the bars and advice of the libraries below off the terminal: ours say what users need."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")  # bars of the GGUF reader; ours are not tqdm's
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    transformers_logging.disable_progress_bar()
+
+
+def show(result: dict[str, Any], as_json: bool, *shown: Any) -> None:
+    if as_json:
+        sys.stdout.write(json.dumps(result) + "\n")
+        return
+    from rich.console import Console
+
+    console = Console()
+    for item in shown:
+        console.print(item, highlight=False, soft_wrap=isinstance(item, str))  # a path is not to be broken

@@ -1,0 +1,70 @@
+"""What the controller minimises: how far the pruned model's predictions are from the dense model's, over token windows.
+
+The loss is the Kullback-Leibler divergence KL(dense || pruned) of the next-token distributions, the cross-entropy of the text
+itself, or a mix; and, if asked for, the distance of the hidden states after every block. All of it is seen from hidden states:
+who computes those, and how, is the business of ``passes``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from uniprune.models.output_head import Head, _pieces
+
+QUIET = 0.02  # nats: tokens with a smaller divergence are not made louder than this
+
+
+class Loss:
+    """The loss of a pruned model, seen from hidden states ``[windows, length, width]``, and its gradient there.
+
+    head: with the whole vocabulary if there are labels. labels: share of the cross-entropy, in [0, 1]. evenness: each token's
+    divergence d is weighted by d ** -evenness, so that few tokens do not drown the others; 0 is the plain mean. hidden: weight
+    of the hidden states' distance; the distance of a token is the mean over the blocks but the last.
+    """
+
+    def __init__(self, head: Head, labels: float = 0.0, evenness: float = 0.0, hidden: float = 0.0) -> None:
+        self._head, self._labels, self._evenness, self._hidden = head, labels, evenness, hidden
+
+    def gradient(self, student: Tensor, teacher: Tensor, ids: Tensor) -> tuple[float, Tensor]:
+        """KL summed over the tokens, in nats, and the gradient of the loss's sum with respect to ``student``."""
+        # Sums over the tokens, not means: the step does not see the scale, and float16 would lose small gradients.
+        total, gradient = 0.0, torch.zeros_like(student)
+        for ours, theirs, into in zip(student, teacher, gradient, strict=True):
+            for piece in _pieces(len(ours)):
+                with torch.enable_grad():
+                    leaf = ours[piece].detach().requires_grad_()
+                    kl = self._kl(leaf, theirs[piece])
+                    loss = (1 - self._labels) * (kl * kl.detach().clamp_min(QUIET) ** -self._evenness).sum()
+                into[piece] = torch.autograd.grad(loss, leaf)[0]
+                total += float(kl.detach().sum())
+        if self._labels:
+            gradient += self._labels * self._head.next_token(student, ids)
+        return total, gradient
+
+    @torch.no_grad()
+    def kl(self, student: Tensor, teacher: Tensor) -> float:
+        """KL(dense || pruned) summed over the tokens, in nats."""
+        pairs = zip(student, teacher, strict=True)
+        return sum(float(self._kl(a[piece], b[piece]).sum()) for a, b in pairs for piece in _pieces(len(a)))
+
+    def between(self, student: Tensor, teacher: Tensor, blocks: int) -> Tensor:
+        """The gradient of the hidden states' distance after one of ``blocks`` blocks, with respect to ``student``."""
+        with torch.enable_grad():
+            leaf = student.detach().requires_grad_()
+            distance = self._hidden / max(1, blocks - 1) * (_unit(leaf) - _unit(teacher)).square().mean(-1).sum()
+        return torch.autograd.grad(distance, leaf)[0]
+
+    def _kl(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """KL(dense || pruned) of each token ``[length]``, from final hidden states ``[length, width]``."""
+        with torch.no_grad():
+            target = functional.log_softmax(self._head(teacher), -1)
+        predicted = functional.log_softmax(self._head(student), -1)
+        return functional.kl_div(predicted, target, log_target=True, reduction="none").sum(-1)
+
+
+def _unit(hidden: Tensor) -> Tensor:
+    """Hidden states with RMS 1, float32: what the next block's norm makes of them."""
+    hidden = hidden.float()
+    return hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + 1e-5)

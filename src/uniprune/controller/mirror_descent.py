@@ -1,0 +1,146 @@
+"""The global controller: mirror descent on the saliency, with the loss of the whole pruned model in the loop.
+
+The state is one float32 dual ``V`` per matrix, a power of the saliency: masks are cut from it by any pattern. It starts at the
+local saliency, put on one scale for the whole model by the gradients at the matrices' outputs,
+
+    V_ij = (local score_ij * rms of dL/dy_i) ** power
+
+and each step moves it against the straight-through gradient of the pruned model's loss with respect to the mask,
+
+    V <- V - eta * unit * (m / r + rho * (V - V_start) / unit),   g = W * dL/d(W * mask)
+
+where m and r are running mean and RMS of g (Adam's, kept in bfloat16), unit is the matrix's mean dual and rho the anchor to the
+local saliency. The power is the mirror map: at 0 (a logarithm) every weight would move by an equal factor, at 1 by an equal
+amount. The loss is that of ``loss.Loss``: by default the divergence from the dense model's predictions. The weights stay as
+they are. Idea: UniPruning, arXiv 2510.03291; departures: the gradient comes from the pruned model itself instead of from a
+drifting copy of the weights, so there is no such copy (that variant is ``paper``).
+
+What limits a descent on few tokens is the noise of the gradients, so three things make it smaller. Rows and columns move by
+how far their gradients agree from step to step (:func:`confidence`). And a few loud tokens would drown the rest, so tokens are
+evened out twice: in the loss (its ``evenness``), and in each matrix's gradient, by the sizes of the input and the output
+gradient that a token has there (:class:`Evener`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from uniprune.errors import InputError
+from uniprune.saliency.statistics import SquaredNorm
+
+TINY = 1e-20
+LEAST, MOST = 0.02, 5.0  # signal share of a row or column, and factor of a weight, in confidence()
+
+
+class State(NamedTuple):
+    """One matrix: the dual (float32), mean and RMS of its gradients (bfloat16). 8 bytes per weight in all."""
+
+    dual: Tensor
+    mean: Tensor
+    rms: Tensor
+    unit: float
+    steps: int
+
+    def to(self, device: torch.device) -> State:
+        return State(self.dual.to(device), self.mean.to(device), self.rms.to(device), self.unit, self.steps)
+
+
+@dataclass(frozen=True)
+class MirrorDescent:
+    """Settings of the controller, and its pure ``init`` / ``step`` on one matrix.
+
+    step_size: of the dual, in units of the matrix's mean dual, falling linearly to 0. mean_decay, rms_decay: of the running
+    mean and RMS of the gradients, in (0, 1). power: of the saliency that the dual is, > 0. anchor: pull towards the start, per
+    unit of step size. temperature: of relaxed masks (``prox.relaxed``), in units of the mean dual, falling linearly to 0; 0
+    has hard masks throughout. labels, evenness, hidden, vocabulary: of the loss, see ``loss.Loss``. even_tokens: whether each
+    matrix's gradient evens its tokens out. focus: whether rows and columns move by how far their gradients agree from step to
+    step (:func:`confidence`). batch_tokens: per step. held_out: so many windows, one for each target at least and
+    an eighth at most, judge and are never descended on. checks: how often they do, at most.
+    """
+
+    step_size: float = 0.0045
+    mean_decay: float = 0.9
+    rms_decay: float = 0.95
+    power: float = 0.5
+    anchor: float = 0.0
+    temperature: float = 0.0
+    labels: float = 0.0
+    evenness: float = 0.5
+    hidden: float = 0.0
+    vocabulary: int = 8192
+    even_tokens: bool = True
+    focus: bool = True
+    batch_tokens: int = 1024
+    held_out: int = 4
+    checks: int = 4
+
+    def __post_init__(self) -> None:
+        below_one = ("mean_decay", "rms_decay", "labels")
+        for name, value in asdict(self).items():
+            if not (0 <= value < math.inf) or (name in below_one and value > 1):
+                raise InputError(f"controller: {name} = {value} is not {'in [0, 1]' if name in below_one else 'a number >= 0'}")
+        if self.power == 0 or min(self.batch_tokens, self.held_out, self.checks, self.vocabulary) < 1:
+            raise InputError("controller: power, batch_tokens, held_out, checks and vocabulary must be above 0")
+
+    def step_tokens(self, length: int) -> int:
+        """Tokens of a step on windows of ``length``."""
+        return self.batch_tokens
+
+    def init(self, local: Tensor, output_gradient: Tensor) -> State:
+        """local: scores ``[out, in]`` >= 0. output_gradient: RMS of dL/dy ``[out]`` at the matrix's outputs."""
+        dual = (local.float() * output_gradient.float()[:, None]).clamp_min(TINY) ** self.power
+        nothing = torch.zeros_like(dual, dtype=torch.bfloat16)
+        return State(dual, nothing, nothing.clone(), float(dual.mean()), 0)
+
+    def step(self, state: State, gradient: Tensor, size: float, start: Tensor | None = None) -> State:
+        """One step against ``gradient`` ``[out, in]``, float32; ``start``: the dual that the anchor pulls to."""
+        steps = state.steps + 1
+        mean = torch.lerp(gradient, state.mean.float(), self.mean_decay)
+        rms = torch.lerp(gradient.square(), state.rms.float().square(), self.rms_decay).sqrt_()
+        move = mean / rms.clamp_min(1e-30)
+        move *= math.sqrt(1 - self.rms_decay**steps) / (1 - self.mean_decay**steps)
+        if self.focus and steps > 2:
+            move *= confidence(move, self.mean_decay, steps)
+        move *= state.unit
+        if start is not None:
+            move += self.anchor * (state.dual - start)
+        return State(state.dual - size * move, mean.bfloat16(), rms.bfloat16(), state.unit, steps)
+
+
+def confidence(move: Tensor, decay: float, steps: int) -> Tensor:
+    """Factors ``[out, in]`` with mean 1 that trust rows and columns as far as their gradients agree from step to step.
+
+    move: running mean over RMS of the gradients after ``steps`` steps, ``decay`` that of the mean. In pure noise its square is
+    the sum of the mean's squared weights; what a row or a column has beyond that is signal. Its share, by row times by column,
+    is the factor of a weight (Wiener's, with the signal of a row and of a column estimated from all of it), at most MOST.
+    """
+    noise = (1 - decay) / (1 + decay) * (1 + decay**steps) / (1 - decay**steps)
+    energy = move.square()
+    shares = [(energy.mean(axis, keepdim=True) - noise).clamp_min(LEAST * (1 - noise)) for axis in (0, 1)]
+    factor = shares[0] * shares[1]
+    return (factor / factor.mean()).clamp_max_(MOST)
+
+
+class Evener:
+    """Weighs the tokens of each matrix's gradient: ``|x| ** -1 * |dL/dy| ** -1/2``.
+
+    Sizes are RMS over channels, each channel in units of its own RMS in the dense model. A token's weight depends on no other
+    token, so that a batch may be run in parts. The exponents were chosen by how well
+    the gradient of few tokens then tells that of many (docs/results.md).
+    """
+
+    def __init__(self, inputs: Mapping[str, SquaredNorm], gradients: Mapping[str, Tensor]) -> None:
+        self._inputs = {name: norm.rms.clamp_min(1e-9).reciprocal() for name, norm in inputs.items()}
+        self._gradients = {name: rms.clamp_min(TINY).reciprocal() for name, rms in gradients.items()}
+
+    def __call__(self, name: str, x: Tensor, gradient: Tensor) -> Tensor:
+        """Weights ``[tokens]`` for inputs ``[tokens, in]`` and output gradients ``[tokens, out]``."""
+        heard = (x * self._inputs[name]).square().mean(1).clamp_min(TINY)
+        said = (gradient * self._gradients[name]).square().mean(1).clamp_min(TINY)
+        return (heard**-0.5 * said**-0.25).to(gradient.dtype)

@@ -1,0 +1,249 @@
+"""Passes of the pruned model and of the dense one, forwards and backwards: in one go, or block by block from disk.
+
+Both kinds give the same numbers; ``mirror_descent`` cannot tell them apart. Block by block, a pass forwards loads each block
+once, for all windows and for both models, and keeps each block's inputs; a pass backwards loads each block once more, last
+one first, and runs it again with gradients. So a step reads the model twice however many windows it has, and only one block
+is ever in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from uniprune.controller.straight_through import StraightThrough
+from uniprune.errors import InputError
+from uniprune.models.blocks import OVERFLOW, Replay, batches, device_of, hidden_of, last_hidden
+from uniprune.models.output_head import Head
+from uniprune.storage.stash import Stash
+
+PART_TOKENS = 1024  # that go through a block at once, with gradients
+
+Between = Callable[[Tensor, Tensor, int], Tensor]
+"""Given hidden states of the pruned and the dense model after one of so many blocks, a gradient with respect to the former."""
+
+
+class Passes(Protocol):
+    """Runs a model routed through a network of masks."""
+
+    network: StraightThrough
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        ...
+
+    def forward(self, batch: Tensor, teacher: bool = True, between: Between | None = None) -> tuple[Tensor, Tensor | None]:
+        """Final hidden states ``[windows, length, width]`` of the pruned and of the dense model, for :meth:`backward`."""
+        ...
+
+    def backward(self, gradient: Tensor) -> None:
+        """From the gradient at the pruned model's final hidden states to the network's sink."""
+        ...
+
+    def look(self, batch: Tensor) -> tuple[Tensor, Tensor]:
+        """As :meth:`forward`, without gradients."""
+        ...
+
+    def portions(self, windows: Tensor, tokens: int) -> list[Tensor]:
+        """Windows in batches that are best run at once; ``tokens`` is how many the memory is meant for."""
+        ...
+
+    def head(self, text: Tensor, vocabulary: int | None = None) -> Head:
+        """The model's output head; ``text`` ``[windows, length]`` is as in Head."""
+        ...
+
+
+class Resident:
+    """Passes of a model that is in memory as a whole."""
+
+    def __init__(self, model: nn.Module, blocks: nn.ModuleList, network: StraightThrough) -> None:
+        self._model, self._blocks, self.network = model, blocks, network
+        self._last: Tensor | None = None
+        self._flushed: set[int] = set()
+
+    @property
+    def device(self) -> torch.device:
+        return device_of(self._model)
+
+    def forward(self, batch: Tensor, teacher: bool = True, between: Between | None = None) -> tuple[Tensor, Tensor | None]:
+        target, states = self._dense(batch, keep=between is not None) if teacher else (None, [])
+        handles = [
+            block.register_forward_pre_hook(self._flush(index), with_kwargs=True) for index, block in enumerate(self._blocks)
+        ]
+        if between:
+            pull = self._pull(states, between)
+            handles += [block.register_forward_hook(pull) for block in self._blocks[:-1]]
+        try:
+            with torch.enable_grad():
+                self._last = last_hidden(self._model, batch)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return self._last.detach(), target
+
+    def backward(self, gradient: Tensor) -> None:
+        assert self._last is not None, "nothing went forwards"
+        self._flushed.clear()
+        torch.autograd.backward([self._last], [gradient])
+        self._last = None
+        for index in range(
+            len(self._blocks)
+        ):  # the first, whose input has no gradient, and what follows blocks without matrices
+            if index not in self._flushed:
+                self.network.flush(index)
+
+    @torch.no_grad()
+    def look(self, batch: Tensor) -> tuple[Tensor, Tensor]:
+        return last_hidden(self._model, batch), self._dense(batch, keep=False)[0]
+
+    def portions(self, windows: Tensor, tokens: int) -> list[Tensor]:
+        return batches(windows, tokens)
+
+    def head(self, text: Tensor, vocabulary: int | None = None) -> Head:
+        probe = text[:1, :8]
+        hidden, states = self._dense(probe, keep=True)
+        for index, state in enumerate((*states, hidden)):
+            if not bool(torch.isfinite(state).all()):
+                raise InputError(f"block {index} {OVERFLOW}")
+        with self.network.dense():
+            return Head(self._model, text, vocabulary).fit(
+                self._model, lambda model: model(input_ids=probe.to(hidden.device), use_cache=False), hidden
+            )
+
+    def _dense(self, batch: Tensor, keep: bool) -> tuple[Tensor, list[Tensor]]:
+        """The dense model's final hidden states, and those after each block but the last if they are to be kept."""
+        states: list[Tensor] = []
+
+        def after(module: nn.Module, args: object, output: Any) -> None:
+            states.append(hidden_of(output))
+
+        handles = [block.register_forward_hook(after) for block in self._blocks[:-1] if keep]
+        try:
+            with self.network.dense():
+                return last_hidden(self._model, batch), states
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _flush(self, index: int) -> Any:
+        """A block has its gradients when that of its input is complete. The first block's input has none."""
+
+        def flush(gradient: Tensor) -> None:
+            self._flushed.add(index)
+            self.network.flush(index)
+
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            if hidden.requires_grad:
+                hidden.register_hook(flush)
+
+        return before
+
+    def _pull(self, states: list[Tensor], between: Between) -> Any:
+        def after(module: nn.Module, args: object, output: Any) -> None:
+            hidden = hidden_of(output)
+            pull = between(hidden, states.pop(0), len(self._blocks))
+            if hidden.requires_grad:
+                hidden.register_hook(lambda gradient: gradient + pull)  # type: ignore[no-untyped-call]
+
+        return after
+
+
+class Streamed:
+    """Passes of a model whose blocks are in memory one at a time.
+
+    stash: where hidden states lie between the blocks.
+    """
+
+    def __init__(self, model: nn.Module, replay: Replay, network: StraightThrough, stash: Stash | None = None) -> None:
+        self._model, self._replay, self.network = model, replay, network
+        self._stash = stash or Stash()
+        self._inputs: list[list[Tensor]] = []  # by block, by part
+        self._pulls: list[list[Tensor]] = []
+        self._last: list[Tensor] = []  # of the last block, by part
+
+    @property
+    def device(self) -> torch.device:
+        return self._replay.device
+
+    def forward(self, batch: Tensor, teacher: bool = True, between: Between | None = None) -> tuple[Tensor, Tensor | None]:
+        self._inputs, self._pulls = [], []
+        return self._sweep(batch, teacher, keep=True, between=between)
+
+    @torch.no_grad()
+    def backward(self, gradient: Tensor) -> None:
+        sizes = [len(last) for last in self._last]
+        pieces = [self._pull_back(*pair) for pair in zip(self._last, torch.split(gradient, sizes), strict=True)]
+        self._last = []
+        for index in reversed(range(len(self._replay))):
+            with self._replay.residency(index):
+                for part, hidden in enumerate(self._inputs[index]):
+                    if self._pulls and index + 1 < len(self._replay):
+                        pieces[part] = pieces[part] + self._pulls[index][part]
+                    with torch.enable_grad():
+                        leaf = self._here(hidden).detach().requires_grad_()
+                        output = self._replay.run(index, leaf)
+                    torch.autograd.backward([output], [self._here(pieces[part])])
+                    assert leaf.grad is not None
+                    pieces[part] = self._stash.put(f"gradient-{part}", leaf.grad)
+                self.network.flush(index)
+
+    def look(self, batch: Tensor) -> tuple[Tensor, Tensor]:
+        student, teacher = self._sweep(batch, teacher=True, keep=False)
+        assert teacher is not None
+        return student, teacher
+
+    def portions(self, windows: Tensor, tokens: int) -> list[Tensor]:
+        return [windows]
+
+    def head(self, text: Tensor, vocabulary: int | None = None) -> Head:
+        probe = text[:1, :8]
+        with torch.no_grad():
+            hidden = self._replay.leave(self._replay.enter(probe))
+            return Head(self._model, text, vocabulary).fit(self._model, lambda model: self._replay.around(model, probe), hidden)
+
+    @torch.no_grad()
+    def _sweep(self, batch: Tensor, teacher: bool, keep: bool, between: Between | None = None) -> tuple[Tensor, Tensor | None]:
+        parts = batches(batch, PART_TOKENS)
+        ours = [self._put("student", part, self._replay.enter(windows)) for part, windows in enumerate(parts)]
+        theirs = [self._put("teacher", part, hidden) for part, hidden in enumerate(ours)] if teacher else []
+        blocks = len(self._replay)
+        for index in range(blocks):
+            if keep:
+                self._inputs.append([self._put(f"input-{index}", part, hidden) for part, hidden in enumerate(ours)])
+                self._pulls.append([])
+            with self._replay.residency(index):
+                for part in range(len(parts)):
+                    student = self._replay.run(index, self._here(ours[part]))
+                    if teacher:
+                        with self.network.dense():
+                            target = self._replay.run(index, self._here(theirs[part]))
+                        if between and index + 1 < blocks:
+                            self._pulls[index].append(self._put(f"pull-{index}", part, between(student, target, blocks)))
+                        theirs[part] = self._put("teacher", part, target)
+                    ours[part] = self._put("student", part, student)
+        self._last = ours if keep else []
+        if not between:
+            self._pulls = []
+        return self._final(ours), self._final(theirs) if teacher else None
+
+    def _final(self, hidden: list[Tensor]) -> Tensor:
+        final = [self._replay.leave(self._here(part)) for part in hidden]
+        return torch.cat(final) if final else torch.empty(0, 0, 0)  # a process may have no window, and yet goes along
+
+    def _pull_back(self, last: Tensor, gradient: Tensor) -> Tensor:
+        """From the gradient at the final hidden states to that at the last block's output."""
+        with torch.enable_grad():
+            leaf = self._here(last).detach().requires_grad_()
+            final = self._replay.leave(leaf)
+        return torch.autograd.grad(final, leaf, gradient)[0]
+
+    def _put(self, name: str, part: int, hidden: Tensor) -> Tensor:
+        return self._stash.put(f"{name}-{part}", hidden)
+
+    def _here(self, hidden: Tensor) -> Tensor:
+        return hidden.to(self._replay.device)

@@ -1,0 +1,122 @@
+"""The pruned model in the forward pass, a gradient for every weight in the backward pass.
+
+The weights are never touched: each matrix multiplies by ``weight * mask`` on the fly, and in the backward pass finds the
+gradient with respect to that product, for pruned and kept weights alike (the straight-through estimator). Gradients are handed
+over block by block and not stored, so that those of a model never exist all at once. With the masks off, the same model is
+the dense one: a teacher that takes no memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from uniprune.models.experts import taken_apart
+from uniprune.models.matrices import Matrices, Matrix
+
+Sink = Callable[[str, "Tensor | None"], None]
+Weigh = Callable[[str, Tensor, Tensor], Tensor]
+Watch = Callable[[str, Tensor, Tensor], None]
+
+
+class StraightThrough:
+    """Routes the matrices of a model through masks, inside ``with``; afterwards the model is as it was.
+
+    masks: matrix name -> mask ``[out, in]``, boolean or relaxed (in [0, 1]), to be replaced at will between passes; without an
+    entry a matrix is dense. sink: receives (name, dL/d(weight * mask)), the sum of all passes since the last time, in the
+    model's dtype, or float32 where passes were summed; None for a matrix that saw no token. It is called when :meth:`flush`
+    is, in the order of the matrices.
+    weigh: given (name, inputs ``[tokens, in]``, output gradients ``[tokens, out]``), the weight ``[tokens]`` of each token in
+    that gradient; without it all weigh 1. watch: given the same, and no gradient of a weight is computed.
+    """
+
+    def __init__(
+        self, matrices: Matrices, sink: Sink | None = None, weigh: Weigh | None = None, watch: Watch | None = None
+    ) -> None:
+        self.matrices = matrices
+        self.masks: Mapping[str, Tensor] = {}
+        self.sink, self.weigh, self.watch = sink, weigh, watch
+        self._gradients: dict[str, Tensor] = {}
+        self._dense = False
+        self._apart = ExitStack()
+
+    def __enter__(self) -> StraightThrough:
+        for matrix in self.matrices.values():
+            for module in matrix.modules:
+                module.forward = self._route(matrix, module)  # type: ignore[method-assign]
+        self._apart.enter_context(taken_apart(matrix.module for matrix in self.matrices.values()))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._apart.close()
+        for matrix in self.matrices.values():
+            for module in matrix.modules:
+                del module.forward  # the class's own forward shows again
+
+    def flush(self, block: int | None = None) -> None:
+        """Hands over the gradients of one block's matrices, or of all that have any."""
+        if self.sink is None:
+            return
+        names = [name for name, m in self.matrices.items() if m.block == block] if block is not None else list(self._gradients)
+        for name in names:
+            self.sink(name, self._gradients.pop(name, None))
+
+    def add(self, name: str, x: Tensor, gradient: Tensor) -> None:
+        """One pass's inputs ``[tokens, in]`` and output gradients ``[tokens, out]`` of a matrix."""
+        if self.watch:
+            self.watch(name, x, gradient)
+            return
+        if self.weigh:
+            gradient = gradient * self.weigh(name, x, gradient)[:, None]
+        product = gradient.T @ x
+        earlier = self._gradients.get(name)
+        self._gradients[name] = product if earlier is None else earlier.float().add_(product)
+
+    @contextmanager
+    def dense(self) -> Iterator[None]:
+        """The unpruned model, without gradients."""
+        self._dense = True
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self._dense = False
+
+    def _route(self, matrix: Matrix, module: nn.Module) -> Callable[[Tensor], Tensor]:
+        # Autograd builds a graph only behind something that requires a gradient, and no parameter does.
+        spark = torch.zeros((), requires_grad=True)
+        original = module.forward
+
+        def forward(x: Tensor) -> Tensor:
+            if self._dense:
+                return original(x)  # type: ignore[no-any-return]
+            y: Tensor = _MaskedLinear.apply(x, spark, matrix, self)  # type: ignore[no-untyped-call]
+            bias = module.bias
+            return y + bias if isinstance(bias, Tensor) else y
+
+        return forward
+
+
+class _MaskedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, spark: Tensor, matrix: Matrix, network: StraightThrough) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(x)
+        ctx.matrix, ctx.mask, ctx.network = matrix, network.masks.get(matrix.name), network
+        return functional.linear(x, _masked(matrix.weight, ctx.mask))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        (x,) = ctx.saved_tensors
+        gradient_x = gradient @ _masked(ctx.matrix.weight, ctx.mask) if ctx.needs_input_grad[0] else None
+        name, network = ctx.matrix.name, ctx.network
+        network.add(name, x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1]))
+        return gradient_x, None, None, None
+
+
+def _masked(weight: Tensor, mask: Tensor | None) -> Tensor:
+    return weight if mask is None else weight * mask.to(weight.dtype)

@@ -1,0 +1,94 @@
+"""The command ``apply``: a masks file and a model -> a pruned checkpoint."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from uniprune.artefacts import masks as masks_file
+from uniprune.artefacts import writer
+from uniprune.artefacts.mask_tools import CheckedMasks
+from uniprune.common.provenance import Stopwatch, realised, sha256, versions
+from uniprune.errors import MismatchError
+from uniprune.models.loading import (
+    Loaded,
+    Origin,
+    load_tokenizer,
+    load_weights,
+    parse_dtype,
+    resolve,
+)
+from uniprune.models.matrices import Matrices, find_matrices
+from uniprune.reporting import model_card
+from uniprune.storage import files, runs, safetensors_index
+
+
+def apply(
+    source: str | Path,
+    masks: Path,
+    output: Path,
+    *,
+    overwrite: bool = False,
+    force: bool = False,
+    dtype: str | None = None,
+) -> dict[str, Any]:
+    """Writes the pruned checkpoint of a model from a masks file; returns the report.
+
+    dtype: only for sources that are not safetensors already (GGUF).
+    Raises MismatchError if the masks were made for another model. force: apply them all the same, if its matrices have the
+    shapes; the report then names those whose weights differ.
+    """
+    watch = Stopwatch()
+    origin = resolve(source)
+    files.check_output_folder(output, overwrite, origin.path)
+    file = CheckedMasks(masks)
+    with watch("prepare"):
+        loaded: Loaded | Origin = origin
+        matrices: Matrices | None = None
+        if not origin.shards:
+            weights = load_weights(origin, parse_dtype(dtype), torch.device("cpu"))
+            loaded = Loaded(weights, load_tokenizer(origin), origin)
+            matrices = find_matrices(weights)
+        _check_names(origin, file, matrices, masks)
+        size = sum(matrix.parameter.nbytes for matrix in matrices.values()) if matrices else 0
+        files.check_disk_space(output, writer.checkpoint_bytes(origin, size))
+    found: dict[str, str] = {}
+
+    def check(name: str, digest: str) -> None:
+        found[name] = digest
+        if digest != file.facts["digests"][name] and not force:
+            made = f"{file.facts['base_name']}, {file.facts['base'][:12]}"
+            raise MismatchError(
+                f"{masks} was made for another model ({made}) than {origin}, which has other weights in {name}; "
+                "give that model, or --force"
+            )
+
+    with runs.open_run(output, {"verb": "apply"}) as run, files.new_folder(output, run.folder) as folder:
+        with watch("write"):
+            (folder / writer.MASKS).parent.mkdir()
+            shutil.copyfile(masks, folder / writer.MASKS)
+            writer.write_checkpoint(loaded, file, folder, check)
+        removed = file.removed()
+        report = {
+            "model": {"name": str(origin), "fingerprint": writer.fingerprint(found)},
+            "pattern": file.facts["pattern"],
+            **realised(removed, file.shapes),
+            "masks_sha256": sha256(masks),
+            "differs": sorted(name for name in found if found[name] != file.facts["digests"][name]),
+            "versions": versions(),
+            "seconds": watch.seconds,
+        }
+        model_card.write(folder, report, origin)
+        writer.write_report(folder, report)
+    return report
+
+
+def _check_names(origin: Origin, file: masks_file.MasksFile, matrices: Matrices | None, path: Path) -> None:
+    """Masks for a model of another architecture name matrices that this one does not have."""
+    keys = safetensors_index.entries(origin.shards)
+    for name in file:
+        if name not in matrices if matrices is not None else not safetensors_index.find_key(f"{name}.weight", keys):
+            raise MismatchError(f"{path} was made for another model: {origin} has no matrix {name}")

@@ -1,0 +1,39 @@
+"""The command ``mask``: scores -> masks of one sparsity."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from uniprune.artefacts import masks as masks_file
+from uniprune.artefacts import scores as scores_file
+from uniprune.common.provenance import realised
+from uniprune.job.recipe import Recipe
+from uniprune.models.loading import (
+    dtype_name,
+)
+from uniprune.sparsity import views
+from uniprune.sparsity.hardware import fitted
+from uniprune.sparsity.patterns import Scope
+from uniprune.storage import files, safetensors_index
+
+
+def mask(
+    scores: Path, sparsity: str | float, output: Path, *, scope: Scope | None = None, overwrite: bool = False, **budget: Any
+) -> dict[str, Any]:
+    """Cuts masks of one sparsity from a scores file and writes them; returns the realised sparsity.
+
+    budget: ``allow``, ``rules``, ``hardware`` and ``misfits``, as in :class:`Recipe`.
+    """
+    files.check_output_file(output, overwrite, scores)
+    saliency = scores_file.ScoresFile(scores)
+    controller = "feedback" if saliency.facts["comparable"] else "none"
+    recipe = Recipe(sparsity=str(sparsity), scope=scope, controller=controller, **budget)
+    stored = next(iter(saliency.facts["digests"].values())).split()[0]
+    dtype = dtype_name(safetensors_index.DTYPES.get(stored, stored))
+    pattern, misfits = fitted(recipe.pattern(), saliency.shapes, dtype, recipe.hardware, recipe.misfits)
+    cut = pattern(views.on_one_scale(saliency, pattern.local or saliency.facts["comparable"]))
+    removed = masks_file.write_masks(
+        output, cut, saliency.shapes, masks_file.binding(saliency.facts) | {"pattern": str(pattern)}
+    )
+    return {"pattern": str(pattern), "misfits": misfits} | realised(removed, saliency.shapes)

@@ -1,0 +1,110 @@
+"""The verb ``permute``: a dense checkpoint that computes the same, with its hidden channels in an order that suits N:M.
+
+What is written is a model like any other. So it is calibrated, pruned, packed and served as it is, and masks are bound to it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from uniprune.artefacts import writer
+from uniprune.common import distributed
+from uniprune.common.progress import Progress, silent
+from uniprune.common.provenance import Stopwatch, versions
+from uniprune.errors import InputError
+from uniprune.job.prepare import Job, Machine, place_of, prepare, progress_of
+from uniprune.job.recipe import Recipe
+from uniprune.models.channels import Channels, find_channels, fold, folding, reorder
+from uniprune.models.loading import Loaded, Source, resolve, skeleton
+from uniprune.models.matrices import find_matrices
+from uniprune.reporting import model_card
+from uniprune.saliency import calibration
+from uniprune.sparsity.channel_order import kept, search
+from uniprune.sparsity.patterns import NM
+from uniprune.storage import files, safetensors_index
+
+
+def permute(
+    source: Source,
+    recipe: Recipe,
+    output: Path,
+    *,
+    overwrite: bool = False,
+    max_memory: int | None = None,
+    device: str | None = None,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Writes the model with its MLPs' hidden channels reordered for an N:M pattern, and pruning.json; returns that report.
+
+    recipe: of it count the pattern, the metric that scores what is kept, and the text. source: as in
+    :func:`pipeline.prune`; a model in memory is itself reordered. The report says for each consumer (down_proj) how much of
+    its scores the pattern keeps, before and after. The dense outputs are the same up to the order of floating-point sums.
+    Raises InputError for a pattern other than N:M, and for a model in which no reordering could be proved to be harmless.
+    """
+    pattern = recipe.pattern()
+    if not isinstance(pattern, NM):
+        raise InputError(f"{pattern}: the order of channels matters to N:M patterns only; use --sparsity 2:4")
+    recipe = recipe.model_copy(update={"controller": "none"})
+    model = source.model if isinstance(source, Loaded) else skeleton(resolve(source))
+    found = find_channels(model, find_matrices(model, recipe.include, recipe.exclude))
+    if not found:
+        raise InputError(f"{source}: it has no hidden channels that could be proved to go in any order")
+    watch = Stopwatch()
+    machine = Machine(device, max_memory, overwrite=overwrite)
+    with distributed.joined(place_of(machine)):
+        if distributed.count() > 1:
+            raise InputError("permute runs in one process; start it without torchrun")
+        with watch("prepare"):
+            job = prepare(source, recipe, output, machine)
+        with progress_of(output, machine, job.identity(recipe, verb="permute")) as run:
+            consumers = {channels.consumer: job.matrices[channels.consumer] for channels in found}
+            with watch("calibrate"):
+                arguments = job.loaded.model, consumers, job.windows.tokens, recipe.parsed_metric(), progress
+                saliency = calibration.one_shot(*arguments, job.loaded.residency, run)
+            orders: dict[str, Tensor] = {}
+            gains: dict[str, dict[str, float]] = {}
+            with watch("search"):
+                for name, scores in progress(saliency.items(), "permuting", len(consumers)):
+                    orders[name] = search(scores, pattern.n, pattern.m, seed=recipe.seed)
+                    total = float(scores.sum(dtype=torch.float64))
+                    orderings = (None, orders[name])  # of scores that are all 0, any order keeps all there is
+                    shares = [kept(scores, pattern.n, pattern.m, order) / total if total else 1.0 for order in orderings]
+                    gains[name] = dict(zip(("kept_before", "kept_after"), shares, strict=True))
+            with files.new_folder(output, run.folder) as folder:
+                with watch("write"):
+                    write(job, found, orders, folder)
+                report = {
+                    "model": {"name": str(job.loaded), "fingerprint": job.base},
+                    "recipe": recipe.record(),
+                    "pattern": str(pattern),
+                    "permuted": gains,
+                    "calibration": job.windows.describe(),
+                    "versions": versions(),
+                    "seconds": watch.seconds,
+                }
+                model_card.write(folder, report, job.loaded.origin)
+                writer.write_report(folder, report)
+                run.commit("done", {})
+    return report
+
+
+def write(job: Job, found: list[Channels], orders: dict[str, Tensor], folder: Path) -> None:
+    """The checkpoint in another order; what has none of the channels is copied byte by byte."""
+    origin = job.loaded.origin
+    if origin is None or not origin.shards:
+        fold(job.loaded.model, found, orders)
+        writer.write_checkpoint(job.loaded, None, folder)
+        return
+    writer.write_checkpoint(origin, None, folder)
+    keys = safetensors_index.entries(folder / shard.name for shard in origin.shards)
+    for channels in found:
+        for name, (axis, order) in folding(channels, orders[channels.consumer]).items():
+            entry = keys[safetensors_index.key_of(name, keys)]
+            bits = np.memmap(entry.file, entry.uint, "r+", entry.start, entry.shape)
+            reorder(bits, axis, order)
+            bits.flush()

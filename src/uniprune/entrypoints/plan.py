@@ -1,0 +1,49 @@
+"""The command ``plan``: what pruning a model would touch, cost and yield, without reading its weights."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from uniprune.errors import InputError
+from uniprune.job import estimate
+from uniprune.job.prepare import Machine, aim_of, choose, place_of, stored_dtype
+from uniprune.job.recipe import LENGTH, WINDOWS, Recipe
+from uniprune.models.loading import (
+    fast_dtype,
+    load,
+    parse_dtype,
+    resolve,
+    skeleton,
+)
+from uniprune.models.matrices import find_matrices
+
+
+def plan(source: str | Path, recipe: Recipe, *, device: str | None = None, max_memory: int | None = None) -> estimate.Plan:
+    """What pruning this model would touch, cost and yield; writes nothing.
+
+    It reads no weights, but samples of them for a size: from safetensors files, while a model in another format is loaded.
+    """
+    origin = resolve(source)
+    model = skeleton(origin)
+    matrices = find_matrices(model, recipe.include, recipe.exclude)
+    stored = stored_dtype(origin, matrices)
+    tokens = (recipe.windows or WINDOWS) * (recipe.length or LENGTH)
+    machine = Machine(device, max_memory)
+    place, controller = place_of(machine), recipe.resolved_controller
+    dtype = parse_dtype(recipe.dtype) or fast_dtype(stored, place)
+    step = recipe.step_tokens(recipe.length or LENGTH)
+    needs = estimate.needs(model, matrices, dtype, controller, step, dtype == stored, recipe.refine)
+    execution: str
+    to_load = recipe.size is not None and not origin.shards
+    try:
+        execution = choose(origin, needs, machine, place)
+    except InputError:
+        if to_load:
+            raise
+        execution = "none"
+    weights = load(origin, recipe.dtype, "cpu") if to_load else origin
+    aim = aim_of(recipe, model, matrices, weights, refuse=False)
+    arguments = origin, model, matrices, aim.pattern, dtype, tokens, place, controller, needs, execution, aim.misfits
+    found = estimate.make_plan(*arguments)
+    return replace(found, size=aim.budget.size, level=aim.level) if aim.budget else found

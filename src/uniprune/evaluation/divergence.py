@@ -1,0 +1,111 @@
+"""How close a model's predictions are to another's, token by token: perplexity can hide what this shows.
+
+Both read the same windows. What is kept of each is its final hidden states and its output head, not its logits: those take
+vocabulary / width times the memory, and two models need not be in memory at once.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from uniprune.common.significance import standard_error
+from uniprune.data.text import Windows
+from uniprune.errors import InputError
+from uniprune.models.blocks import last_hidden
+from uniprune.models.output_head import PIECE, Head
+
+PROBE = 16  # tokens on which a head is tried
+
+
+class Recording:
+    """While it is entered, the final hidden states of every pass of a model, in the order of its windows.
+
+    Raises UniPruneError for a model whose logits are not its output head times its final hidden states.
+    """
+
+    def __init__(self, model: nn.Module, windows: Windows) -> None:
+        probe = windows.tokens[:1, :PROBE]
+        with torch.no_grad():
+            hidden = last_hidden(model, probe)
+            self.head = Head(model).fit(model, lambda whole: whole(input_ids=probe.to(hidden.device), use_cache=False), hidden)
+        self.hidden: list[Tensor] = []  # of each window, [length, width], on the CPU
+        self._output = model.get_output_embeddings()  # type: ignore[operator]
+
+    def __enter__(self) -> Recording:
+        self._hook = self._output.register_forward_pre_hook(self._keep)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._hook.remove()
+        del self._output
+
+    def _keep(self, module: nn.Module, given: tuple[Tensor, ...]) -> None:
+        self.hidden += given[0].detach().cpu()
+
+    @property
+    def vocabulary(self) -> int:
+        return self.head.vocabulary
+
+
+@dataclass(frozen=True)
+class Closeness:
+    """kl: mean KL(reference || model) of the next-token distributions, in nats per token. agreement: fraction of tokens at
+    which both find the same next token likeliest. Errors are standard errors over windows: tokens of one window go together.
+    """
+
+    kl: float
+    kl_stderr: float | None
+    agreement: float
+    agreement_stderr: float | None
+    tokens: int
+    windows: int
+    length: int
+    text: dict[str, Any]
+
+
+def check_same_tokens(ours: Windows, theirs: Windows, reference: str) -> None:
+    """Raises InputError if two models do not read a text as the same tokens."""
+    if ours.sha256 != theirs.sha256:
+        raise InputError(
+            f"--against {reference}: it reads the text as other tokens, so predictions cannot be compared; "
+            "give --tasks without --text to compare answers alone"
+        )
+
+
+@torch.no_grad()
+def closeness(ours: Recording, theirs: Recording, windows: Windows) -> Closeness:
+    """Compares what two models predicted for the same windows; ``theirs`` is the reference.
+
+    As for perplexity, a window's last token predicts nothing that counts. Raises InputError if the vocabularies differ.
+    """
+    if ours.vocabulary != theirs.vocabulary:
+        raise InputError(
+            f"the model has {ours.vocabulary} tokens and the reference {theirs.vocabulary}; they cannot be compared"
+        )
+    divergences, agreements = [], []
+    for mine, other in zip(ours.hidden, theirs.hidden, strict=True):
+        kl, same, length = 0.0, 0, len(mine) - 1
+        for start in range(0, length, PIECE):
+            a, b = (functional.log_softmax(one, -1) for one in _logits(ours, mine, theirs, other, start, length))
+            kl += float(functional.kl_div(a, b, log_target=True, reduction="none").sum(-1).double().sum())
+            same += int((a.argmax(-1) == b.argmax(-1)).sum())
+        divergences.append(kl / length)
+        agreements.append(same / length)
+    count, length = windows.tokens.shape
+    tokens = count * (length - 1)
+    kl, agreement = (math.fsum(values) / count for values in (divergences, agreements))
+    return Closeness(
+        kl, standard_error(divergences), agreement, standard_error(agreements), tokens, count, length, windows.describe()
+    )
+
+
+def _logits(ours: Recording, mine: Tensor, theirs: Recording, other: Tensor, start: int, length: int) -> tuple[Tensor, Tensor]:
+    piece = slice(start, min(start + PIECE, length))
+    return ours.head(mine[piece].to(ours.head.device)), theirs.head(other[piece].to(theirs.head.device))

@@ -1,0 +1,106 @@
+"""How a result was had, so that it can be had again: what was asked, of which weights, by which software, on which machine."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import nn
+
+from uniprune.errors import InputError, first_line
+from uniprune.models.blocks import device_of
+from uniprune.storage import strict_json
+
+# Not what a model does: its name may be another, and versions and machines are compared apart.
+ASIDE = {"model", "against", "versions", "protocol.versions", "protocol.machine", "protocol.request"}
+TOLERANCE = 1e-2  # relative, between machines of different kinds: their kernels add in another order
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """Of all parameters' names, shapes, types and bits, as the model computes with them."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
+        digest.update(parameter.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def machine(model: nn.Module) -> dict[str, Any]:
+    """What decides in which order numbers are added: on the same kind of machine results are the same to the last bit."""
+    device = device_of(model)
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
+    return {"device": device.type, "kind": kind, "threads": torch.get_num_threads()}
+
+
+class Request(BaseModel):
+    """What ``evaluate`` was asked, beside the models: its arguments."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    text_source: str | None = None
+    windows: int | None = None
+    length: int | None = None
+    tasks: tuple[str, ...] = ()
+    limit: int | None = None
+    lm_eval: tuple[str, ...] = ()
+    prompts: tuple[str, ...] = ()
+    new_tokens: int | None = None
+    dtype: str | None = None
+
+
+class Difference(NamedTuple):
+    """A value that is not what was recorded; None where there is none. ``within``: by less than machines differ."""
+
+    what: str
+    recorded: Any
+    found: Any
+    within: bool
+
+
+def differences(recorded: Mapping[str, Any], found: Mapping[str, Any]) -> list[Difference]:
+    """Where two results differ in what was measured."""
+    before, now = dict(_leaves(recorded)), dict(_leaves(json.loads(json.dumps(found))))
+    every = [*before, *(what for what in now if what not in before)]
+    pairs = ((what, before.get(what), now.get(what)) for what in every)
+    return [Difference(what, a, b, _near(a, b)) for what, a, b in pairs if a != b and not (a != a and b != b)]
+
+
+def read(path: Path) -> tuple[dict[str, Any], Request]:
+    """A result file of ``evaluate``, and what was asked. Raises InputError if it is none."""
+    try:
+        result = strict_json.parse(path.read_bytes())
+    except FileNotFoundError:
+        raise InputError(f"result {path} does not exist") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"result {path} cannot be read: {error}") from None
+    protocol = result.get("protocol")
+    if not isinstance(protocol, dict) or not isinstance(protocol.get("request"), dict):
+        raise InputError(f"{path} is no result of uniprune evaluate with a protocol; make one with evaluate --output")
+    try:
+        return result, Request(**protocol["request"])
+    except ValidationError as error:
+        raise InputError(f"result {path} was not written by this version of uniprune: {first_line(error)}") from None
+
+
+def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            where = f"{path}.{key}" if path else str(key)
+            if where not in ASIDE:
+                yield from _leaves(inner, where)
+    elif isinstance(value, list):
+        for index, inner in enumerate(value):
+            yield from _leaves(inner, f"{path}[{index}]")
+    else:
+        yield path, value
+
+
+def _near(a: Any, b: Any) -> bool:
+    numbers = isinstance(a, int | float) and isinstance(b, int | float)
+    return numbers and math.isclose(a, b, rel_tol=TOLERANCE)

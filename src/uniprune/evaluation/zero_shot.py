@@ -1,0 +1,99 @@
+"""Zero-shot accuracy: which questions of a task a model has right, and how that compares with another model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from torch import nn
+
+from uniprune.common.progress import Progress, silent
+from uniprune.common.significance import mcnemar, standard_error
+from uniprune.data.tasks import Question, Task
+from uniprune.errors import InputError
+from uniprune.evaluation.scoring import Score, Tokens, encode, score
+
+
+@dataclass(frozen=True)
+class Answers:
+    """A model's answers to a task. ``right``: metric -> whether each question is answered rightly. ``scores``: by choice.
+
+    ``acc`` takes the choice with the highest log-likelihood, ``acc_norm`` the one with the highest per character.
+    """
+
+    task: Task
+    scores: list[list[Score]]
+    right: dict[str, list[bool]]
+
+    def record(self) -> dict[str, Any]:
+        """The accuracies with their standard errors, and what was asked."""
+        facts: dict[str, Any] = {
+            "format": self.task.format,
+            "questions": len(self.task.questions),
+            "sha256": self.task.sha256,
+        }
+        for metric, right in self.right.items():
+            facts |= {metric: sum(right) / len(right), f"{metric}_stderr": standard_error(right)}
+        if all(len(choices) == 1 for choices in self.scores):  # cloze: perplexity of the answers, each as a whole
+            facts["perplexity"] = math.exp(-sum(only.nats for (only,) in self.scores) / len(self.scores))
+        return facts
+
+    def against(self, reference: Answers) -> dict[str, Any]:
+        """By metric: the accuracy of a reference on the same questions, the answers gained and lost, McNemar's p."""
+        facts = {}
+        for metric, theirs in reference.right.items():
+            ours = self.right[metric]
+            gained = sum(a and not b for a, b in zip(ours, theirs, strict=True))
+            lost = sum(b and not a for a, b in zip(ours, theirs, strict=True))
+            accuracy = sum(theirs) / len(theirs)
+            facts[metric] = {"reference": accuracy, "gained": gained, "lost": lost, "p": mcnemar(gained, lost)}
+        return facts
+
+
+def tokenise(task: Task, tokenizer: Any, limit: int) -> list[list[Tokens]]:
+    """The choices of every question as tokens, for a model that reads ``limit`` at once.
+
+    Raises InputError that names the task and the question if one cannot be scored.
+    """
+    questions = []
+    for number, question in enumerate(task.questions, 1):
+        try:
+            questions.append([encode(tokenizer, before, after, limit) for before, after in question.choices])
+        except InputError as error:
+            raise InputError(f"task {task.name}, question {number}: {error}") from None
+    return questions
+
+
+def answer(
+    model: nn.Module, tasks: Sequence[Task], tokens: Sequence[Sequence[Sequence[Tokens]]], progress: Progress = silent
+) -> list[Answers]:
+    """What a model answers to the questions of several tasks, given as :func:`tokenise` makes them for it, task by task."""
+    scores = iter(score(model, [question for questions in tokens for question in questions], progress))
+    return [_marked(task, list(islice(scores, len(task.questions)))) for task in tasks]
+
+
+def _marked(task: Task, scores: list[list[Score]]) -> Answers:
+    right = {"acc": [_right(*pair) for pair in zip(task.questions, scores, strict=True)]}
+    if task.normalised:
+        right["acc_norm"] = [_right_per_character(*pair) for pair in zip(task.questions, scores, strict=True)]
+    return Answers(task, scores, right)
+
+
+def _right(question: Question, scores: Sequence[Score]) -> bool:
+    if len(scores) == 1:
+        return scores[0].greedy
+    return _best([choice.nats for choice in scores]) == question.gold
+
+
+def _right_per_character(question: Question, scores: Sequence[Score]) -> bool:
+    """The space before an answer does not count; an empty answer is never the best."""
+    lengths = [len(after) - 1 for _, after in question.choices]
+    return _best([one.nats / size if size else -math.inf for one, size in zip(scores, lengths, strict=True)]) == question.gold
+
+
+def _best(values: Sequence[float]) -> int:
+    """Of equal ones the first."""
+    return max(range(len(values)), key=lambda index: values[index])

@@ -1,0 +1,230 @@
+"""What a run would do, found out without reading a single weight."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from uniprune.controller.passes import PART_TOKENS
+from uniprune.models.blocks import BATCH_TOKENS
+from uniprune.models.experts import Slice
+from uniprune.models.loading import Origin, dtype_name
+from uniprune.models.matrices import Matrices, Matrix, find_blocks, left_dense
+from uniprune.sparsity.constraints import spell
+from uniprune.sparsity.patterns import Pattern
+
+# Bytes per prunable weight that a controller holds beside the model: duals and moments, masks, a working copy.
+STATE = {"none": 0, "feedback": 9, "paper": 20}
+# Floating-point operations per prunable weight and token: a forward pass takes 2, a backward pass 4.
+WORK = {"none": 2, "feedback": 8, "paper": 6}
+PROCESS = 350_000_000  # bytes: the interpreter and its libraries
+SCORING = 20  # bytes per weight of the largest matrix while it is scored and cut, in float32
+STEPPING = 32  # the same while its dual is moved
+RAGGED = 1.1  # what the allocator loses
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes of memory that a run needs with the whole model in memory, and block by block; and of disk for its state then.
+
+    blocks: of the weights of all blocks. block: of the largest one.
+    """
+
+    resident: int
+    streamed: int
+    scratch: int
+    blocks: int = 0
+    block: int = 0
+
+    def sharded(self, processes: int) -> int:
+        """Bytes for each of so many processes that hold the blocks together: its part, the block that runs, the one to come."""
+        return self.streamed + int(RAGGED * (self.blocks / processes + 2 * self.block))
+
+
+@dataclass(frozen=True)
+class Group:
+    """Matrices of one kind: the same place in every block, the same shape (out, in), and what they get."""
+
+    name: str
+    count: int
+    shape: tuple[int, int]
+    weights: int
+    pattern: str | None
+    misfit: str | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sizes are bytes, times seconds; the forecasts are estimates and say so in the table.
+
+    memory: of the execution that would be chosen; ``memory_resident`` and ``memory_streamed``: of either. disk: of the output;
+    scratch: beside it, while the run lasts. size: what the archive may take, if that was asked for; level: what it became.
+    left_dense: matrices in the blocks that are never pruned, and why. shared: those that several modules multiply by, and are
+    pruned once, and how many modules.
+    """
+
+    model: str
+    parameters: int
+    prunable: int
+    groups: list[Group]
+    matrices: dict[str, tuple[int, int]]
+    pattern: str | None
+    sparsity: float | None
+    sparsity_of_model: float | None
+    dtype: str
+    tokens: int
+    execution: str
+    memory: int
+    memory_resident: int
+    memory_streamed: int
+    disk: int
+    scratch: int
+    seconds: float
+    size: int | None = None
+    level: float | None = None
+    left_dense: dict[str, str] = field(default_factory=dict)
+    shared: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def fits(self) -> bool:
+        return all(group.misfit is None for group in self.groups)
+
+    def record(self) -> dict[str, Any]:
+        return asdict(self) | {"fits": self.fits}
+
+
+def make_plan(
+    origin: Origin,
+    model: torch.nn.Module,
+    matrices: Matrices,
+    pattern: Pattern | None,
+    dtype: torch.dtype,
+    tokens: int,
+    device: torch.device,
+    controller: str,
+    needed: Needs,
+    execution: str,
+    misfits: Mapping[str, str],
+) -> Plan:
+    """The plan of pruning ``matrices`` of ``model`` (which may be on the meta device) with ``tokens`` of calibration.
+
+    controller: what corrects the local saliency.
+    """
+    groups: dict[tuple[str, tuple[int, int], str | None], list[str]] = defaultdict(list)
+    for name, matrix in matrices.items():
+        gets = spell(pattern.part(name)) if pattern else None
+        groups[kind_of(name), matrix.shape, gets].append(name)
+    rows = [
+        Group(name, len(names), shape, len(names) * shape[0] * shape[1], gets, misfits.get(names[0]))
+        for (name, shape, gets), names in groups.items()
+    ]
+    parameters = sum(p.numel() for p in model.parameters())
+    prunable = sum(matrix.size for matrix in matrices.values())
+    removed = _removed(pattern, matrices) if pattern else None
+    return Plan(
+        model=str(origin),
+        parameters=parameters,
+        prunable=prunable,
+        groups=rows,
+        matrices={name: matrix.shape for name, matrix in matrices.items()},
+        pattern=str(pattern) if pattern else None,
+        sparsity=removed / prunable if removed is not None else None,
+        sparsity_of_model=removed / parameters if removed is not None else None,
+        dtype=dtype_name(dtype),
+        tokens=tokens,
+        execution=execution,
+        memory=needed.streamed if execution == "streamed" else needed.resident,
+        memory_resident=needed.resident,
+        memory_streamed=needed.streamed,
+        disk=(sum(shard.stat().st_size for shard in origin.shards) or parameters * dtype.itemsize) + prunable // 8,
+        scratch=needed.scratch if execution == "streamed" else 0,
+        seconds=WORK[controller] * prunable * tokens / _flops(dtype, device),
+        left_dense={name: why for name, (_, why) in left_dense(model).items()},
+        shared={name: len(matrix.modules) for name, matrix in matrices.items() if matrix.others or matrix.spans},
+    )
+
+
+def kind_of(name: str) -> str:
+    """What the names of matrices at the same place of every block, and of every expert, have in common."""
+    return re.sub(r"\.\d+(?=\.|$)", ".*", name)
+
+
+def _removed(pattern: Pattern, matrices: Matrices) -> float:
+    """How many weights a pattern will remove: of a common budget its level, of others what each matrix loses."""
+    if pattern.local:
+        return sum(pattern.part(name).sparsity * matrix.size for name, matrix in matrices.items())
+    return pattern.sparsity * sum(matrix.size for matrix in matrices.values())
+
+
+def needs(
+    model: torch.nn.Module,
+    matrices: Matrices,
+    dtype: torch.dtype,
+    controller: str,
+    step_tokens: int,
+    mapped: bool,
+    refine: bool = False,
+) -> Needs:
+    """What pruning would take, from the shapes alone (the model may be on the meta device).
+
+    step_tokens: of one step of the controller. mapped: whether blocks are computed with in the type that they are stored in:
+    streamed, their weights are then pages of the checkpoint, which the system keeps as long as there is room. refine: whether
+    each matrix of a block has its inputs' Gram matrix.
+    """
+    _, blocks = find_blocks(model)
+    parameters = sum(p.numel() for p in model.parameters())
+    inside = sum(p.numel() for p in blocks.parameters())
+    block = max(sum(p.numel() for p in one.parameters()) for one in blocks)
+    prunable = sum(matrix.size for matrix in matrices.values())
+    largest = max(matrix.size for matrix in matrices.values())
+    widths = sum(sum(matrix.shape) for matrix in matrices.values())  # activations that a backward pass keeps, per token
+    in_block = 2 * _most_of_a_block(matrices, lambda matrix: sum(matrix.shape))
+    width = max(matrix.shape[1] for matrix in matrices.values())
+    item, corrected = dtype.itemsize, controller != "none"
+    passing = BATCH_TOKENS * 16 * width * item
+    resident = parameters * item + SCORING * largest + passing + STATE[controller] * prunable
+    grams = refine * 4 * (_most_of_a_block(matrices, lambda matrix: matrix.shape[1] ** 2) + width**2)  # one more while added
+    resident += grams + corrected * (step_tokens * item * widths + STEPPING * largest)
+    mapped = mapped and not any(isinstance(matrix.module, Slice) for matrix in matrices.values())  # experts are put together
+    stepping = PART_TOKENS * item * in_block + (item + 1) * block + STEPPING * largest
+    streamed = (parameters - inside + (0 if mapped else block)) * item + max(SCORING * largest, passing, corrected * stepping)
+    hidden = max(step_tokens, BATCH_TOKENS) * item * width * (len(blocks) + 4)
+    scratch = corrected * ((2 * 8 + 4) * prunable + hidden)  # the last two versions of the states, the best duals
+    whole, by_block = PROCESS + int(RAGGED * resident), PROCESS + int(RAGGED * (streamed + grams))
+    return Needs(whole, by_block, scratch, inside * item, block * item)
+
+
+def _most_of_a_block(matrices: Matrices, size: Callable[[Matrix], int]) -> int:
+    """The most that the matrices of one block have together."""
+    sizes: Counter[int] = Counter()
+    for matrix in matrices.values():
+        sizes[matrix.block] += size(matrix)
+    return max(sizes.values())
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that a process may take on a device. ``torchrun``'s processes share the memory of their machine."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    import psutil  # type: ignore[import-untyped]
+
+    return int(psutil.virtual_memory().available) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def _flops(dtype: torch.dtype, device: torch.device) -> float:
+    """Floating-point operations per second of this machine, from a matrix product that takes a blink."""
+    size = 1024
+    a, b = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
+    best = float("inf")
+    for _ in range(8):
+        start = time.perf_counter()
+        float((a @ b)[0, 0])  # reading a number waits for the device
+        best = min(best, time.perf_counter() - start)
+    return 0.5 * 2 * size**3 / best  # attention, norms and scoring take about as long again as the products

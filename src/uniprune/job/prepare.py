@@ -1,0 +1,324 @@
+"""What a run needs before it starts: checked input, a choice of how to execute it, the model, the windows.
+
+The cheap checks come first and the weights last. How the model is executed, whole, block by block from the memory of all
+processes, or block by block from disk, follows from the memory that the forecast asks for and the machine has.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+from uniprune.artefacts import archive_size, writer
+from uniprune.common import distributed, formatting
+from uniprune.data import text
+from uniprune.data.text import Windows, window_length
+from uniprune.errors import InputError
+from uniprune.job import estimate
+from uniprune.job.recipe import LENGTH, WINDOWS, Recipe
+from uniprune.models.blocks import resident
+from uniprune.models.loading import (
+    Loaded,
+    Origin,
+    Source,
+    check_context,
+    check_vocabulary,
+    context,
+    dtype_name,
+    fast_dtype,
+    load_tokenizer,
+    load_weights,
+    parse_device,
+    parse_dtype,
+    resolve,
+    skeleton,
+    warn_of_emulation,
+)
+from uniprune.models.matrices import Matrices, check_finite, find_matrices
+from uniprune.models.sharding import Sharder, open_sharded
+from uniprune.models.streaming import attached, open_streamed
+from uniprune.saliency.calibration import SWEEP
+from uniprune.sparsity.hardware import Misfits, fitted
+from uniprune.sparsity.patterns import Pattern, Saliency
+from uniprune.storage import files, runs, safetensors_index
+from uniprune.storage.files import check_output_file
+
+Execution = Literal["resident", "sharded", "streamed"]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where and how to compute, and what to do about earlier output: all that does not change the result.
+
+    device: ``cpu``, ``cuda``, ``cuda:N``; by default CUDA where there is one. max_memory: bytes of memory (of the device) that
+    each process may take; by default what is free. resume: go on with an interrupted run. overwrite: replace existing output.
+    """
+
+    device: str | None = None
+    max_memory: int | None = None
+    resume: bool = False
+    overwrite: bool = False
+
+
+@dataclass
+class Job:
+    """Everything a run needs, checked and loaded."""
+
+    loaded: Loaded
+    matrices: Matrices
+    windows: Windows
+    digests: dict[str, str]  # of the matrices' bits
+    pattern: Pattern | None = None
+    misfits: dict[str, str] = field(default_factory=dict)  # matrices that cannot have it, and why
+    budget: archive_size.Budget | None = None  # if a size was asked for
+    level: float | None = None  # what it became
+
+    @property
+    def base(self) -> str:
+        return writer.fingerprint(self.digests)
+
+    @property
+    def execution(self) -> Execution:
+        if self.loaded.residency is resident:
+            return "resident"
+        return "sharded" if isinstance(self.loaded.residency, Sharder) else "streamed"
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        return {name: matrix.shape for name, matrix in self.matrices.items()}
+
+    @property
+    def transposed(self) -> list[str]:
+        return [name for name, matrix in self.matrices.items() if matrix.transposed]
+
+    def choose_level(self, saliency: Saliency) -> Pattern | None:
+        """The pattern, now that there are scores: of the level at which what they keep has the size that was asked for."""
+        if self.budget is not None:
+            self.level = self.budget.level(saliency)
+            self.pattern = self.budget.at(self.level)
+        return self.pattern
+
+    def facts(self) -> dict[str, Any]:
+        """What ties an artefact to its model."""
+        return {"base": self.base, "base_name": str(self.loaded), "digests": self.digests, "transposed": self.transposed}
+
+    def identity(self, recipe: Recipe, **more: Any) -> dict[str, Any]:
+        """What a run must have in common with the interrupted one that it goes on with."""
+        tokens = hashlib.sha256(self.windows.tokens.contiguous().numpy().data).hexdigest()
+        dtype = dtype_name(next(self.loaded.model.parameters()).dtype)
+        settings = {
+            "recipe": recipe.record(),
+            "model": self.base,
+            "tokens": tokens,
+            "execution": self.execution,
+            "dtype": dtype,
+        }
+        return settings | {"processes": distributed.count()} | more
+
+
+def prepare(
+    source: Source,
+    recipe: Recipe,
+    output: Path | None,
+    machine: Machine,
+    save_tokens: Path | None = None,
+    scores: Path | None = None,
+) -> Job:
+    """Checks the cheap things first and loads the weights last.
+
+    output: an output folder, or None; scores: a scores file instead, whose name its writer checks.
+    """
+    place, asked = place_of(machine), parse_dtype(recipe.dtype)
+    loaded = source if isinstance(source, Loaded) else None
+    origin = loaded.origin if loaded else resolve(source)  # type: ignore[arg-type]
+    for file in (save_tokens, scores):
+        if file is not None:
+            check_output_file(file, machine.overwrite or file is scores, *([origin.path] if origin else []))
+    if output is not None:
+        files.check_output_folder(output, machine.overwrite, origin.path if origin else None)
+    model = loaded.model if loaded else skeleton(origin)  # type: ignore[arg-type]
+    matrices = find_matrices(model, recipe.include, recipe.exclude)
+    aim = aim_of(recipe, model, matrices, loaded or origin)
+    disk = 4 * sum(matrix.size for matrix in matrices.values())  # of scores
+    if output is not None:
+        weights = sum(p.numel() for p in model.parameters()) * (asked or torch.float32).itemsize
+        disk = writer.checkpoint_bytes(origin, weights) if origin else weights
+    target = output or scores
+    if target is not None:
+        files.check_disk_space(target, disk)
+    tokenizer = loaded.tokenizer if loaded else load_tokenizer(origin)  # type: ignore[arg-type]
+    windows = calibration_windows(recipe, tokenizer, model)
+    if save_tokens is not None and distributed.rank() == 0:
+        text.save_windows(windows, save_tokens)
+    if loaded:
+        warn_of_emulation(loaded.model)
+    else:
+        assert origin is not None
+        stored = stored_dtype(origin, matrices)
+        computed = asked or fast_dtype(stored, place)
+        step, controller = recipe.step_tokens(windows.tokens.shape[1]), recipe.resolved_controller
+        needs = estimate.needs(model, matrices, computed, controller, step, computed == stored, recipe.refine)
+        execution = choose(origin, needs, machine, place, target)
+        if execution == "resident":
+            loaded = Loaded(load_weights(origin, computed, place), tokenizer, origin)
+            matrices = find_matrices(loaded.model, recipe.include, recipe.exclude)
+        else:
+            if target is not None:
+                files.check_disk_space(target, disk + distributed.count() * needs.scratch)  # each process has its own states
+            open_blocks = open_sharded if execution == "sharded" else open_streamed
+            loaded = open_blocks(origin, tokenizer, computed, place)
+            matrices = attached(find_matrices(loaded.model, recipe.include, recipe.exclude), loaded.residency)  # type: ignore[arg-type]
+    if loaded.residency is resident:
+        check_finite(matrices)  # as they are computed; as they are stored, digests looks
+    if recipe.size is not None and aim.budget is None:
+        aim = aim_of(recipe, loaded.model, matrices, loaded)
+    return Job(loaded, matrices, windows, writer.digests(loaded, matrices, matrices), *aim)
+
+
+class Aim(NamedTuple):
+    """What a recipe's budget comes to for a model's matrices; see :class:`Job`."""
+
+    pattern: Pattern | None
+    misfits: dict[str, str]
+    budget: archive_size.Budget | None
+    level: float | None
+
+
+def aim_of(
+    recipe: Recipe, model: torch.nn.Module, matrices: Matrices, source: Loaded | Origin | None, refuse: bool = True
+) -> Aim:
+    """The pattern, and the size that a recipe asks for, if it does and the weights can be read before they are loaded.
+
+    refuse: as in :func:`_pattern_of`.
+    """
+    origin = source.origin if isinstance(source, Loaded) else source
+
+    def at(level: float | None) -> Pattern:
+        pattern, _ = _pattern_of(recipe, model, matrices, origin, level, refuse)
+        assert pattern is not None
+        return pattern
+
+    budget = None
+    if recipe.size is not None and source is not None and (isinstance(source, Loaded) or source.shards):
+        budget = archive_size.budget(formatting.parse_size(recipe.size), source, matrices, at, at(None))
+    level = budget.level() if budget else None
+    return Aim(*_pattern_of(recipe, model, matrices, origin, level, refuse), budget, level)
+
+
+def _pattern_of(
+    recipe: Recipe,
+    model: torch.nn.Module,
+    matrices: Matrices,
+    origin: Origin | None,
+    level: float | None,
+    refuse: bool,
+) -> tuple[Pattern | None, dict[str, str]]:
+    """The pattern that a recipe asks for, if it does, as these matrices can have it; and those that cannot, with reasons.
+
+    level: what a size became; the lowest while that is not known. refuse: whether matrices that cannot have the pattern are an
+    error if the recipe does not say what they are to be; else they are left dense.
+    """
+    shapes = {name: matrix.shape for name, matrix in matrices.items()}
+    if recipe.size is not None:
+        recipe = recipe.at(archive_size.lowest(recipe.at(recipe.lowest).pattern(), shapes) if level is None else level)
+    if recipe.sparsity is None:
+        return None, {}
+    stored = stored_dtype(origin, matrices) if origin else next(model.parameters()).dtype
+    misfits: Misfits = recipe.misfits if refuse or recipe.misfits != "refuse" else "dense"
+    return fitted(recipe.pattern(), shapes, dtype_name(stored), recipe.hardware, misfits)
+
+
+def choose(
+    origin: Origin, needs: estimate.Needs, machine: Machine, place: torch.device, output: Path | None = None
+) -> Execution:
+    """Whole if that fits into memory, else block by block if that does; an interrupted run goes on as it began.
+
+    Blocks come from the memory of all processes if there are several and their memory is enough, else from disk. All processes
+    choose the same, by the one that has least memory.
+    Raises InputError, with the numbers, if nothing fits.
+    """
+    processes = distributed.count()
+    if machine.resume and output is not None:
+        begun = (runs.identity_of(output) or {}).get("execution")
+        if begun in ("resident", "sharded", "streamed") and (begun != "sharded" or processes > 1):
+            return begun  # type: ignore[no-any-return]
+    limit = machine.max_memory or estimate.free_memory(place)
+    if _everywhere(needs.resident <= limit):
+        return "resident"
+    if not origin.shards:
+        raise InputError(
+            f"model {origin} needs {gigabytes(needs.resident)} of memory, {gigabytes(limit)} are there, and only safetensors "
+            "checkpoints can be read block by block; convert it, or raise --max-memory"
+        )
+    if processes > 1 and _everywhere(needs.sharded(processes) <= limit):
+        return "sharded"
+    if _everywhere(needs.streamed <= limit):
+        return "streamed"
+    raise InputError(
+        f"model {origin} needs {gigabytes(needs.resident)} of memory, or {gigabytes(needs.streamed)} block by block; "
+        f"{gigabytes(limit)} are there; raise --max-memory, or lower the tokens of a step"
+    )
+
+
+def _everywhere(condition: bool) -> bool:
+    """Whether something is so in all processes; all of them must ask."""
+    return distributed.total_of(float(condition)) == distributed.count()
+
+
+def gigabytes(size: int) -> str:
+    return f"{size / 1e9:.2f} GB"
+
+
+@contextmanager
+def progress_of(output: Path, machine: Machine, identity: dict[str, Any]) -> Iterator[runs.Run]:
+    """The run folder of this process: the first one's is what an interrupted run is resumed from, others take a copy.
+
+    A sweep shared by several processes begins anew: each has the hidden states of its own windows, and they are not copied.
+    """
+    if distributed.rank() == 0:
+        with runs.open_run(output, identity, resume=machine.resume, overwrite=machine.overwrite) as run:
+            if distributed.count() > 1:
+                run.drop(SWEEP)
+            distributed.wait()
+            yield run
+            distributed.wait()
+    else:
+        distributed.wait()
+        with runs.copied(output, f"rank-{distributed.rank()}") as run:
+            yield run
+        distributed.wait()
+
+
+def place_of(machine: Machine) -> torch.device:
+    """The device; under ``torchrun`` each process has its own."""
+    place = parse_device(machine.device)
+    return torch.device("cuda", distributed.local_rank()) if place.type == "cuda" and place.index is None else place
+
+
+def calibration_windows(recipe: Recipe, tokenizer: Any, model: torch.nn.Module) -> Windows:
+    """The windows that a recipe asks for."""
+    length = window_length(recipe.text, recipe.length, min(LENGTH, context(model.config)))
+    check_context(model.config, length)
+    count = recipe.windows or (None if recipe.text.endswith(".safetensors") else WINDOWS)
+    windows = text.load_windows(recipe.text, tokenizer, use="calibration", length=length, count=count, seed=recipe.seed)
+    check_vocabulary(model.config, int(windows.tokens.max()), recipe.text)
+    return windows
+
+
+def stored_dtype(origin: Origin, matrices: Matrices) -> torch.dtype:
+    """The type of a model's matrices on disk; what a GGUF file has quantised is float32 here."""
+    if origin.gguf:
+        return torch.float32
+    keys = safetensors_index.entries(origin.shards)
+    first = f"{next(iter(matrices))}.weight"
+    return (
+        safetensors_index.DTYPES.get(keys[safetensors_index.key_of(first, keys)].dtype, torch.float32)
+        if keys
+        else torch.float32
+    )

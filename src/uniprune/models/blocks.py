@@ -1,0 +1,269 @@
+"""Runs a model over token windows: whole, or block after block.
+
+Block after block, a block is called with the very arguments that the model itself passes to it: they are captured while the
+model's own forward pass runs over hollow blocks, and replayed, never rebuilt by hand, so that nothing here knows what an
+attention mask looks like. Hollow blocks hand their input on: no weight of a block is needed to learn its arguments, or to
+have what the model does before the first block and after the last one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from uniprune.errors import InputError, UniPruneError
+from uniprune.storage.stash import Stash
+
+BATCH_TOKENS = 2048
+OVERFLOW = "puts out NaN or infinity; calibrate in another dtype (--dtype bfloat16 or float32), or check its weights"
+PROBE_TOKENS = 16
+
+Residency = Callable[[int], AbstractContextManager[Any]]
+"""Given a block's index, a context inside which that block's weights are in memory."""
+
+
+def resident(index: int) -> AbstractContextManager[None]:
+    """The residency of a model that is in memory as a whole."""
+    return nullcontext()
+
+
+def batches(windows: Tensor, tokens: int = BATCH_TOKENS) -> list[Tensor]:
+    """Windows ``[n, length]`` in batches of about ``tokens`` tokens, at least one window each."""
+    per_batch = max(1, tokens // windows.shape[1])
+    return [windows[start : start + per_batch] for start in range(0, len(windows), per_batch)]
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model computes: blocks that wait for their turn are on the meta device, the rest is not."""
+    return next(parameter.device for parameter in model.parameters() if not parameter.is_meta)
+
+
+def last_hidden(model: nn.Module, batch: Tensor) -> Tensor:
+    """Final hidden states ``[windows, length, width]``: what the output head, which is left out, would be given."""
+    backbone = getattr(model, "base_model", model)
+    output: Tensor = backbone(input_ids=batch.to(device_of(model)), use_cache=False).last_hidden_state
+    return output
+
+
+def hidden_of(output: Any) -> Tensor:
+    """The hidden states in what a block puts out."""
+    hidden = output[0] if isinstance(output, tuple) else output
+    assert isinstance(hidden, Tensor)
+    return hidden
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments of one block's forward, without the hidden states that flow from block to block."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    keyword: bool
+
+    def __call__(self, block: Callable[..., Any], hidden: Tensor) -> Tensor:
+        if self.keyword:
+            output = block(*self.args, hidden_states=hidden, **self.kwargs)
+        else:
+            output = block(hidden, *self.args, **self.kwargs)
+        return hidden_of(output)
+
+
+class Replay:
+    """The decoder blocks of a model, called one by one with the arguments that the model itself passes to them.
+
+    residency: what has a block's weights in memory; whoever runs a block does so inside it.
+    Raises UniPruneError, at the first windows, if the blocks do not give what the model itself gives: if their arguments
+    depend on the tokens, or on what other blocks did.
+    """
+
+    def __init__(self, model: nn.Module, blocks: nn.ModuleList, residency: Residency = resident) -> None:
+        self.blocks, self.residency = blocks, residency
+        self._model = model
+        self._calls: dict[torch.Size, list[Call]] = {}
+        self._wrap: Callable[[Tensor], Any] | None = None  # a block's hidden states -> what its forward returns
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    @property
+    def device(self) -> torch.device:
+        return device_of(self._model)
+
+    def enter(self, batch: Tensor) -> Tensor:
+        """The first block's input ``[windows, length, width]`` for token ids ``[windows, length]``."""
+        if self._wrap is None:
+            self._wrap = self._wrapping(batch)
+            self._verify(batch[:1, :PROBE_TOKENS])
+        if batch.shape not in self._calls:
+            self._calls[batch.shape] = self._learn(batch)
+        with torch.no_grad():
+            return self._through(batch)[0][0]
+
+    def run(self, index: int, hidden: Tensor) -> Tensor:
+        """A block's output for an input ``[windows, length, width]``, with windows of a shape that entered before."""
+        return self._calls[hidden.shape[:2]][index](self.blocks[index], hidden)
+
+    def leave(self, hidden: Tensor) -> Tensor:
+        """What the model makes of the last block's output: its final hidden states."""
+        blank = torch.zeros(hidden.shape[:2], dtype=torch.int64)
+        return self._through(blank, hidden)[2]
+
+    def around(self, module: nn.Module, batch: Tensor) -> Any:
+        """What ``module``, the model or its backbone, returns when its blocks are hollow."""
+        assert self._wrap is not None, "no window has entered"
+        with rerouted(self.blocks, lambda index, forward: self._hollow([], [], None)):
+            return module(input_ids=batch.to(device_of(self._model)), use_cache=False)
+
+    def _through(self, batch: Tensor, last: Tensor | None = None) -> tuple[list[Tensor], list[Call], Tensor]:
+        """The model's own pass over hollow blocks: their inputs and calls, and the final hidden states.
+
+        last: what the last block is to put out.
+        """
+        inputs: list[Tensor] = []
+        calls: list[Call] = []
+
+        def route(index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+            return self._hollow(inputs, calls, last if index + 1 == len(self.blocks) else None)
+
+        with rerouted(self.blocks, route):
+            return inputs, calls, last_hidden(self._model, batch)
+
+    def _hollow(self, inputs: list[Tensor], calls: list[Call], output: Tensor | None) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            hidden, call = _split(args, kwargs)
+            inputs.append(hidden)
+            calls.append(call)
+            assert self._wrap is not None
+            return self._wrap(hidden if output is None else output)
+
+        return forward
+
+    @torch.no_grad()
+    def _wrapping(self, batch: Tensor) -> Callable[[Tensor], Any]:
+        """How the first block packs what it returns, learnt from a run of it."""
+        found: list[Any] = []
+
+        def route(index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+            def stop(*args: Any, **kwargs: Any) -> Any:
+                with self.residency(0):
+                    found.append(forward(*args, **kwargs))
+                raise _Reached
+
+            return stop
+
+        try:
+            with rerouted(self.blocks, route):
+                last_hidden(self._model, batch[:1, :PROBE_TOKENS])
+        except _Reached:
+            pass
+        (output,) = found
+        return (lambda hidden: (hidden, *output[1:])) if isinstance(output, tuple) else lambda hidden: hidden
+
+    @torch.no_grad()
+    def _learn(self, batch: Tensor) -> list[Call]:
+        _, calls, _ = self._through(batch)
+        _, others, _ = self._through(batch.flip(-1))
+        for call, other in zip(calls, others, strict=True):
+            if not _same(call.args, other.args) or not _same(call.kwargs, other.kwargs):
+                kind = type(self.blocks[0]).__name__
+                raise UniPruneError(f"{kind} takes arguments that depend on the tokens; it cannot be run block after block")
+        return calls
+
+    @torch.no_grad()
+    def _verify(self, probe: Tensor) -> None:
+        """A few tokens through the model itself, each block loaded once, and beside it through the blocks alone."""
+        self._calls[probe.shape] = self._learn(probe)
+        alone = [self._through(probe)[0][0]]
+
+        def route(index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+            def both(*args: Any, **kwargs: Any) -> Any:
+                with self.residency(index):
+                    output = forward(*args, **kwargs)
+                    if not bool(torch.isfinite(hidden_of(output)).all()):
+                        raise InputError(f"block {index} {OVERFLOW}")
+                    alone.append(self._calls[probe.shape][index](forward, alone.pop()))
+                return output
+
+            return both
+
+        with rerouted(self.blocks, route):
+            expected = last_hidden(self._model, probe)
+        found = self.leave(alone.pop())
+        if not torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max())):
+            kind = type(self.blocks[0]).__name__
+            raise UniPruneError(f"blocks of {kind} depend on each other beyond their inputs; they cannot be run one by one")
+
+
+class Blocks:
+    """The decoder blocks of a model over a set of windows, to be run one after the other.
+
+    hidden: the inputs of the next block, one tensor ``[windows, length, width]`` per batch, kept in ``stash``. done: so many
+    blocks have been run over the same windows before; their outputs are still in the stash.
+    """
+
+    def __init__(self, replay: Replay, windows: Tensor, stash: Stash | None = None, done: int = 0) -> None:
+        self._replay, self._stash, self._done = replay, stash or Stash(), done
+        first = [replay.enter(batch) for batch in batches(windows)]
+        into = self._stash.take if done else self._stash.put
+        self.hidden = [into(_slot(number, done), hidden) for number, hidden in enumerate(first)]
+
+    def __len__(self) -> int:
+        return len(self._replay)
+
+    def __iter__(self) -> Iterator[int]:
+        """The indices of the blocks to be run; each block's weights are in memory until the next one is asked for."""
+        for index in range(self._done, len(self._replay)):
+            with self._replay.residency(index):
+                yield index
+
+    @torch.no_grad()
+    def run(self, index: int, advance: bool = False) -> None:
+        """Runs one block on the current hidden states; with ``advance`` its outputs take their place."""
+        for number, hidden in enumerate(self.hidden):
+            output = self._replay.run(index, hidden.to(self._replay.device))
+            if advance:
+                self.hidden[number] = self._stash.put(_slot(number, index + 1), output)
+
+
+def _slot(batch: int, block: int) -> str:
+    """Inputs of one block never overwrite those of the block before: until it is known to be done, they may be needed again."""
+    return f"hidden-{batch}-{block % 2}"
+
+
+@contextmanager
+def rerouted(blocks: nn.ModuleList, route: Callable[[int, Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
+    """Inside ``with``, each block's forward is what ``route`` makes of its index and its own forward."""
+    for index, block in enumerate(blocks):
+        block.forward = route(index, block.forward)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward  # the class's own forward shows again
+
+
+class _Reached(Exception):
+    """The first block was run; the rest of the forward pass is not needed."""
+
+
+def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Call]:
+    if args:
+        return args[0], Call(args[1:], kwargs, keyword=False)
+    rest = {key: value for key, value in kwargs.items() if key != "hidden_states"}
+    return kwargs["hidden_states"], Call((), rest, keyword=True)
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two arguments are equal, tensors and what holds them included; objects of other kinds count as equal."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        return len(a) == len(b) and all(map(_same, a, b))
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    return type(a) is type(b)

@@ -1,0 +1,162 @@
+"""Experts whose weights are fused into 3-D parameters: each expert's matrices as if they were Linear layers of their own.
+
+transformers' modules of fused experts share one shape, whatever the family: parameters ``gate_up_proj`` (or ``up_proj``) and
+``down_proj`` of ``[experts, out, in]``, or transposed, and a forward from hidden states, the experts of each token and their
+weights. Here that forward is taken apart into one call per expert and matrix, so that whoever hooks or reroutes a Linear layer
+can do the same to an expert's, and sees the tokens that were routed to it, and no others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from uniprune.errors import UniPruneError
+
+
+class Slice(nn.Module):
+    """Some rows of one expert's matrix. Its weight is a view, whatever the parameter is at the time; it owns nothing."""
+
+    fused: Fused
+
+    def __init__(self, fused: Fused, parameter: str, expert: int, rows: slice) -> None:
+        super().__init__()
+        object.__setattr__(self, "fused", fused)  # not a part of this module
+        self._parameter, self._expert, self._rows = parameter, expert, rows
+        sizes = list(self.whole.shape[1:])
+        axis = 1 if fused.transposed else 0
+        sizes[axis] = len(range(sizes[axis])[rows])
+        self.shape = sizes[0], sizes[1]  # of the weight, which may lie in parts in several processes
+
+    @property
+    def whole(self) -> Tensor:
+        """The parameter that the weight is a view of."""
+        parameter: Tensor = self.fused.module._parameters[self._parameter]
+        return parameter
+
+    @property
+    def place(self) -> str:
+        """Where its weight lies in the parameter, but for the expert's number."""
+        return f"{self._parameter}[{self._rows.start}:{self._rows.stop}]"
+
+    @property
+    def weight(self) -> Tensor:
+        """``[rows, in]``, or ``[in, rows]`` where the module stores it transposed."""
+        matrix = self.whole[self._expert]
+        return matrix[:, self._rows] if self.fused.transposed else matrix[self._rows]
+
+    @property
+    def bias(self) -> Tensor | None:
+        bias: Tensor | None = self.fused.module._parameters.get(f"{self._parameter}_bias")
+        return None if bias is None else bias[self._expert][self._rows]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.linear(x, self.weight.T if self.fused.transposed else self.weight, self.bias)
+
+
+class Fused:
+    """A module of fused experts, taken apart.
+
+    parts: where the rows of a parameter of some shape lie in a checkpoint, as ``Layout.parts`` has it. slices: by the name of
+    the matrix, which is its key in the checkpoint without ``.weight``, or, where one tensor has the matrices of all experts,
+    that tensor's key and the expert's number.
+    """
+
+    def __init__(self, name: str, module: Any, parts: Callable[[str, tuple[int, ...]], Iterable[Any]]) -> None:
+        self.name, self.module = name, module
+        self.transposed: bool = module.is_transposed
+        self.first = "gate_up_proj" if module.has_gate else "up_proj"
+        self.experts = len(module._parameters[self.first])
+        self.slices: dict[str, Slice] = {}
+        self._up: list[list[Slice]] = [[] for _ in range(self.experts)]
+        self._down: list[list[Slice]] = [[] for _ in range(self.experts)]
+        for parameter, into in ((self.first, self._up), ("down_proj", self._down)):
+            for part in parts(f"{name}.{parameter}", tuple(module._parameters[parameter].shape)):
+                whole = part.expert is None
+                for expert in range(self.experts) if whole else [part.expert]:
+                    rows = slice(None) if whole else slice(part.start, part.stop)
+                    key = part.key.removesuffix(".weight") + (f".{expert}" if whole else "")
+                    self.slices[key] = Slice(self, parameter, expert, rows)
+                    into[expert].append(self.slices[key])
+
+    @property
+    def complete(self) -> bool:
+        """Whether it is known how the checkpoint stores them."""
+        return all(self._up) and all(self._down)
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """What the module computes, for tokens ``[tokens, width]``."""
+        return self.run(nn.Module.__call__, hidden_states, top_k_index, top_k_weights)
+
+    def run(
+        self, call: Callable[[Slice, Tensor], Tensor], hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+    ) -> Tensor:
+        """:meth:`forward` through one ``call`` per expert and matrix."""
+        module = self.module
+        output = torch.zeros_like(hidden_states)
+        for expert in torch.unique(top_k_index).tolist():
+            if expert >= self.experts:  # a place holder for an expert that is elsewhere
+                continue
+            token, position = torch.where(top_k_index == expert)
+            x = hidden_states[token]
+            y = torch.cat([call(part, x) for part in self._up[expert]], -1)
+            y = module._apply_gate(y) if module.has_gate else module.act_fn(y)
+            y = torch.cat([call(part, y) for part in self._down[expert]], -1)
+            if getattr(module, "has_post_expert_norm", False):
+                y = module.post_expert_norm(y)
+            weighted = y * top_k_weights[token, position, None]
+            output.index_add_(0, token, weighted.to(output.dtype))
+        return output
+
+
+def is_fused(module: nn.Module) -> bool:
+    """Whether a module has fused experts of the shape that transformers gives them."""
+    first = module._parameters.get("gate_up_proj", module._parameters.get("up_proj"))
+    second = module._parameters.get("down_proj")
+    if first is None or second is None or first.dim() != 3 or second.dim() != 3 or len(first) != len(second):
+        return False
+    return all(hasattr(module, name) for name in ("is_transposed", "has_gate", "has_bias", "_apply_gate"))
+
+
+@contextmanager
+def taken_apart(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Inside ``with``, the experts that any of these modules is a slice of run through all their slices, one by one.
+
+    Raises UniPruneError, at the first tokens, if that is not what their module computes.
+    """
+    slices = {id(module.fused): module.fused for module in modules if isinstance(module, Slice)}
+    fused = [one for one in slices.values() if "forward" not in vars(one.module)]  # else it is apart already
+    try:
+        for one in fused:
+            one.module.forward = _checked(one)
+        yield
+    finally:
+        for one in fused:
+            del one.module.forward  # the class's own forward shows again
+
+
+def _checked(fused: Fused) -> Callable[..., Tensor]:
+    checked = False
+
+    def forward(*args: Any, **kwargs: Any) -> Tensor:
+        nonlocal checked
+        if not checked:
+            checked = True
+            _check(fused, *args, **kwargs)
+        return fused.forward(*args, **kwargs)
+
+    return forward
+
+
+@torch.no_grad()
+def _check(fused: Fused, *args: Any, **kwargs: Any) -> None:
+    expected = type(fused.module).forward(fused.module, *args, **kwargs)
+    found = fused.run(Slice.forward, *args, **kwargs)
+    if not torch.allclose(found, expected, rtol=0.02, atol=0.02 * float(expected.abs().max())):
+        kind = type(fused.module).__name__
+        raise UniPruneError(f"{fused.name}: {kind} computes something else than its experts one by one; they cannot be pruned")

@@ -1,0 +1,338 @@
+"""Models by name: a Hugging Face folder, a hub name or a GGUF file -> config, tokenizer, weights."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from uniprune.errors import InputError, UniPruneError, first_line
+from uniprune.models.blocks import Residency, resident
+from uniprune.storage import strict_json
+from uniprune.storage.safetensors_index import DTYPES as DTYPES_STORED
+from uniprune.storage.safetensors_index import entries
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+HUB_FILES = ["README.md", "*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]  # no pickle, no code
+INDEX = "model.safetensors.index.json"
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a model lies on this machine. ``gguf`` is the file's name inside ``folder``, or None for a Hugging Face folder."""
+
+    name: str
+    folder: Path
+    gguf: str | None = None
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def path(self) -> Path:
+        """The folder, or the GGUF file: what an output must keep away from."""
+        return self.folder / self.gguf if self.gguf else self.folder
+
+    @property
+    def shards(self) -> list[Path]:
+        """The safetensors files that transformers loads the weights from; empty for other formats.
+
+        Some repositories carry the weights a second time in another layout; those files are not part of the model.
+        """
+        if self.gguf:
+            return []
+        if (self.folder / INDEX).is_file():
+            return [self.folder / name for name in sorted({*self._index().values()})]
+        single = self.folder / "model.safetensors"
+        return [single] if single.is_file() else sorted(self.folder.glob("*.safetensors"))
+
+    def _index(self) -> dict[str, str]:
+        """Tensor -> file, which must lie in the folder itself. Raises InputError for an index that says anything else."""
+        try:
+            index = strict_json.parse((self.folder / INDEX).read_bytes())
+            strict_json.check(index, {"weight_map": dict})
+            for name in (names := index["weight_map"]).values():
+                if type(name) is not str or "/" in name or "\\" in name or not name.endswith(".safetensors"):
+                    raise ValueError(f"{str(name)[:80]!r} is no .safetensors file beside it")
+        except ValueError as error:
+            raise InputError(f"{self.folder / INDEX} is damaged: {error}; fetch the checkpoint again") from None
+        return dict(names)
+
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments for every ``from_pretrained`` of this model: no code that comes with it is run."""
+        return {"trust_remote_code": False} | ({"gguf_file": self.gguf} if self.gguf else {})
+
+
+@dataclass
+class Loaded:
+    """A model in memory. ``origin`` is None for one that the caller built himself.
+
+    residency: what brings a block's weights in, where not all of them are in memory (``streaming``).
+    """
+
+    model: nn.Module
+    tokenizer: Any = None
+    origin: Origin | None = None
+    residency: Residency = resident
+
+    def __str__(self) -> str:
+        return str(self.origin) if self.origin else type(self.model).__name__
+
+
+def resolve(source: str | Path) -> Origin:
+    """Finds a model: a folder, a .gguf file, or a hub name (from the cache if it is there, else downloaded).
+
+    Raises InputError that says what was tried.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise InputError(f"model {source} is a file, but not a .gguf one; give the folder it is in")
+        return Origin(str(source), path.parent, path.name)
+    folder = path if path.is_dir() else _from_hub(str(source))
+    origin = Origin(str(source), folder)
+    _check_folder(origin)
+    return origin
+
+
+def _check_folder(origin: Origin) -> None:
+    """Raises InputError for a folder that holds no model, or one that could only be read by unpickling it."""
+    folder = origin.folder
+    if (folder / "adapter_config.json").is_file():
+        raise InputError(f"model {origin} is an adapter (PEFT), or has one; merge it (merge_and_unload, save_pretrained) first")
+    if not (folder / "config.json").is_file():
+        raise InputError(f"model folder {origin} has no config.json; give the folder of a Hugging Face checkpoint")
+    for file in folder.iterdir():
+        if file.exists() and not file.is_file() and not file.is_dir():
+            raise InputError(f"{file} is neither a file nor a folder; remove it")
+    try:
+        strict_json.parse((folder / "config.json").read_bytes())
+    except ValueError as error:
+        raise InputError(f"{folder / 'config.json'} is damaged: {error}; fetch the checkpoint again") from None
+    if not any(folder.glob("*.safetensors")):
+        if any(file for kind in PICKLES for file in folder.glob(kind)):
+            raise InputError(
+                f"model folder {origin} has pickled weights alone, which can run code when they are read; convert them to "
+                "safetensors (load the model with transformers where you trust it, and save_pretrained)"
+            )
+        raise InputError(f"model folder {origin} has no weights (.safetensors)")
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith(".") or name.endswith(".gguf"):
+        # Not a hub name ("owner/model"), so it was meant as a path.
+        raise InputError(f"model {name[:200]!r} does not exist here, and is not a hub name of the form owner/model")
+    try:
+        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
+    except Exception as error:  # the hub client's errors have no base class short of this
+        reason = first_line(error)
+        raise InputError(f"model {name!r} is no folder here and cannot be had from the hub: {reason}") from error
+
+
+def parse_dtype(name: str | None) -> torch.dtype | None:
+    """A dtype by its name, or None for the checkpoint's own."""
+    if name is None or name == "auto":
+        return None
+    if name not in DTYPES:
+        raise InputError(f"dtype {name!r} is unknown; use one of auto, {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def fast_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
+    """The type to compute in unless another is asked for: the stored one, but float32 on a CPU that only emulates it.
+
+    On such a one (AVX2, no AVX-512) a product in bfloat16 took 30 times as long. float32 holds the same weights exactly.
+    """
+    supported = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+    if device.type != "cpu" or stored not in supported:
+        return stored
+    try:
+        return stored if getattr(torch.ops.mkldnn, supported[stored])() else torch.float32
+    except (AttributeError, RuntimeError):  # PyTorch was built without these kernels
+        return torch.float32
+
+
+def native_dtype(origin: Origin) -> torch.dtype:
+    """The type that transformers loads a model in unless it is told another: its config's, else the first tensor's."""
+    if origin.gguf:
+        return torch.float32
+    configured = getattr(_config(origin), "dtype", None)
+    if isinstance(configured, torch.dtype):
+        return configured
+    stored = (DTYPES_STORED[entry.dtype] for entry in entries(origin.shards).values() if entry.dtype in DTYPES_STORED)
+    return next(stored, torch.float32)
+
+
+def warn_of_emulation(model: nn.Module) -> None:
+    """Says so if a model that somebody else loaded has a type that its CPU only emulates."""
+    first = next(model.parameters())
+    if fast_dtype(first.dtype, first.device) != first.dtype:
+        logger.warning(
+            "this CPU only emulates %s, tens of times slower than float32; load the model with dtype='float32'",
+            dtype_name(first.dtype),
+        )
+
+
+def dtype_name(dtype: torch.dtype | str) -> str:
+    """A dtype as people spell it: ``bfloat16``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def parse_device(name: str | None) -> torch.device:
+    """A device by its name; by default CUDA where there is one."""
+    if name is None or name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"device {name!r} is unknown; use cpu, cuda or cuda:N") from None
+    if device.type == "meta":
+        raise InputError(f"device {name!r} computes nothing; use cpu, cuda or cuda:N")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"device {name!r}: this PyTorch sees no CUDA device; use --device cpu")
+    return device
+
+
+def skeleton(origin: Origin) -> nn.Module:
+    """The model without its weights (on the meta device): enough to see its matrices, and free of cost."""
+    from transformers import AutoModelForCausalLM
+
+    config = _config(origin)
+    if config.is_encoder_decoder:
+        raise InputError(
+            f"model {origin} is an encoder-decoder ({config.model_type}); only decoders (causal models) are supported"
+        )
+    with torch.device("meta"):
+        model: nn.Module = _guarded(origin, lambda: AutoModelForCausalLM.from_config(config, trust_remote_code=False))
+    return model
+
+
+def hollow(origin: Origin, dtype: torch.dtype) -> nn.Module:
+    """The model with its parameters on the meta device, but real buffers (rotary frequencies, say): ready to be filled."""
+    from accelerate import init_empty_weights  # type: ignore[import-untyped]
+    from transformers import AutoModelForCausalLM
+
+    config = _config(origin)
+    with init_empty_weights(include_buffers=False):
+        model: nn.Module = _guarded(
+            origin, lambda: AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+        )
+    model.tie_weights()  # type: ignore[operator]  # what was tied while parameters were being swapped for hollow ones is not
+    return model.eval().requires_grad_(False)
+
+
+def _config(origin: Origin) -> Any:
+    """The model's configuration. Raises InputError for one that could not be of its files."""
+    from transformers import AutoConfig
+
+    config = _guarded(origin, lambda: AutoConfig.from_pretrained(origin.folder, **origin.options()))
+    layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+    if isinstance(layers, int) and origin.shards and layers > len(entries(origin.shards)):  # they would all be built
+        raise InputError(f"model {origin}: config.json says {layers} layers, its files have fewer tensors; fetch it again")
+    return config
+
+
+def load_tokenizer(origin: Origin) -> Any:
+    """The model's tokenizer, or None if it has none. Raises InputError for one that is there, but cannot be read."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(origin.folder, **origin.options())
+    except Exception as error:  # transformers and tokenizers raise all kinds for a file that they cannot read
+        reason = first_line(error)
+        if origin.gguf is None and any(origin.folder.glob("tokenizer*")):
+            raise InputError(
+                f"model {origin}: its tokenizer cannot be read ({reason}); fetch it again, or move its files away and give a "
+                "token file"
+            ) from error
+        logger.info("model %s has no usable tokenizer (%s)", origin, reason)
+        return None
+
+
+def load(source: str | Path | Origin, dtype: str | None = None, device: str | None = None) -> Loaded:
+    """Loads a model for inference, with its tokenizer.
+
+    dtype: ``float32``, ``bfloat16``, ``float16``, or the checkpoint's own by default. The quantised weights of a GGUF file
+    are dequantised, to float32 by default.
+    device: ``cpu``, ``cuda``, ...; CUDA by default where there is one.
+    Raises InputError if the model cannot be found, read or understood.
+    """
+    chosen, place = parse_dtype(dtype), parse_device(device)
+    origin = source if isinstance(source, Origin) else resolve(source)
+    return Loaded(load_weights(origin, chosen, place), load_tokenizer(origin), origin)
+
+
+def load_weights(origin: Origin, dtype: torch.dtype | None, device: torch.device) -> nn.Module:
+    """The model in evaluation mode, without gradients."""
+    from transformers import AutoModelForCausalLM
+
+    options = origin.options()
+    if origin.gguf:
+        from transformers import GgufConfig
+
+        # Without this the model keeps quantised layers, which are no matrices and cannot be saved.
+        options |= {"quantization_config": GgufConfig(dequantize=True), "dtype": dtype or torch.float32}
+    else:
+        options |= {"dtype": dtype or "auto", "use_safetensors": True}
+    model: nn.Module
+    model, about = _guarded(
+        origin, lambda: AutoModelForCausalLM.from_pretrained(origin.folder, output_loading_info=True, **options)
+    )
+    if missing := sorted(about["missing_keys"]):  # they were drawn at random
+        raise InputError(f"model {origin}: its files lack {len(missing)} tensors, e.g. {missing[0]}; fetch it again")
+    if origin.gguf:
+        # The file's free-form title would travel into every saved config as if it were a path.
+        model.config.name_or_path = ""  # type: ignore[union-attr]
+    model.requires_grad_(False)
+    return model.eval().to(device)
+
+
+def _guarded(origin: Origin, load: Callable[[], Any]) -> Any:
+    """Turns the many ways in which transformers refuses a checkpoint into one error that names the model."""
+    try:
+        return load()
+    except ImportError as error:
+        if origin.gguf:
+            raise InputError(f"model {origin}: reading GGUF needs the gguf package; pip install 'uniprune[gguf]'") from error
+        raise InputError(f"model {origin} needs a package that is not installed: {first_line(error)}") from error
+    except UniPruneError:
+        raise
+    except Exception as error:  # a configuration or a file that makes no sense fails in many ways, far from where it is read
+        if "trust_remote_code" in str(error):
+            raise InputError(
+                f"model {origin} needs its own code (auto_map), which is never run; give one that transformers has a class for"
+            ) from error
+        raise InputError(f"model {origin} cannot be loaded: {type(error).__name__}: {first_line(error)}"[:500]) from error
+
+
+Source = str | Path | Loaded
+
+
+def context(config: Any) -> int:
+    """The most tokens that a model can read at once."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else 1 << 30
+
+
+def check_context(config: Any, length: int) -> None:
+    """Raises InputError if windows of ``length`` tokens are more than a model can read at once."""
+    if length > context(config):
+        raise InputError(f"windows of {length} tokens do not fit the model's context of {context(config)}; lower --length")
+
+
+def check_vocabulary(config: Any, highest: int, where: object) -> None:
+    """Raises InputError for a token that a model has no embedding of: its tokenizer, or the token file, is another's."""
+    size = getattr(config.get_text_config(), "vocab_size", None)
+    if isinstance(size, int) and highest >= size:
+        raise InputError(f"{where}: token {highest} is beyond the model's vocabulary of {size}; give the tokenizer that it has")

@@ -1,0 +1,254 @@
+"""Which weights are prunable: every matrix inside the decoder blocks, found by structure and never by family.
+
+The decoder blocks are the outermost ``ModuleList`` that holds most of the model. Its members may differ (hybrids), and may
+share weights. Embeddings, norms, biases and the output head lie outside or are not matrices, and stay dense; so do the routers
+of experts. Anything unclear is an error that lists what was seen: a matrix that is silently skipped is a model that is silently
+not pruned.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from uniprune.errors import InputError
+from uniprune.models.checkpoint_keys import Layout
+from uniprune.models.experts import Fused, Slice, is_fused
+
+COVERAGE = 0.9  # of the blocks' parameters must lie in matrices that we know how to prune
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One prunable weight. ``shape`` is (out, in), also where the module stores it transposed (GPT-2's Conv1D).
+
+    read: gives a parameter by name while the module's own waits for its block's turn: it is then on the meta device
+    (``streaming``), or a DTensor of which this process has a part (``sharding``). others: modules that use the same weight;
+    spans: whether one of those is in another block. group: of an expert's matrix, the name that its fellows' have in common.
+    """
+
+    name: str
+    module: nn.Module
+    block: int
+    transposed: bool
+    read: Callable[[str], Tensor] | None = None
+    others: tuple[nn.Module, ...] = ()
+    spans: bool = False
+    group: str | None = None
+
+    @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """All modules that multiply by the weight."""
+        return (self.module, *self.others)
+
+    @property
+    def parameter(self) -> Tensor:
+        """The parameter as the module stores it; of an expert, its part of the parameter."""
+        weight = self.module.weight
+        assert isinstance(weight, Tensor)
+        return weight
+
+    @property
+    def whole(self) -> Tensor:
+        """The parameter, of an expert that of all experts."""
+        return self.module.whole if isinstance(self.module, Slice) else self.parameter
+
+    @property
+    def device(self) -> torch.device:
+        return self.whole.device
+
+    @property
+    def stored(self) -> Tensor:
+        """The parameter, read from the checkpoint where it is not in memory as a whole."""
+        whole = self.whole.detach()
+        if self.read and (whole.is_meta or type(whole) is not Tensor):
+            return self.read(f"{self.name}.weight")
+        return self.parameter.detach()
+
+    @property
+    def weight(self) -> Tensor:
+        """A view of the parameter as ``[out, in]``."""
+        return self.stored.T if self.transposed else self.stored
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        rows, columns = self.module.shape if isinstance(self.module, Slice) else self.parameter.shape
+        return (columns, rows) if self.transposed else (rows, columns)
+
+    @property
+    def size(self) -> int:
+        rows, columns = self.shape
+        return rows * columns
+
+
+Matrices = dict[str, Matrix]
+Left = dict[str, tuple[tuple[int, ...], str]]
+
+
+def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The decoder blocks of a model, by name: the outermost list of modules that holds most parameters.
+
+    Raises InputError if there is none, or if two lists compete (an encoder-decoder model).
+    """
+    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)}
+    outer = {n: m for n, m in lists.items() if not any(n.startswith(other + ".") for other in lists)}
+    sizes = {name: sum(p.numel() for p in module.parameters()) for name, module in outer.items()}
+    ranked = sorted(sizes, key=lambda name: sizes[name], reverse=True)
+    if not ranked or sizes[ranked[0]] == 0:
+        children = ", ".join(f"{n} ({type(m).__name__})" for n, m in model.named_children())
+        raise InputError(f"{type(model).__name__} has no list of decoder blocks; its parts are: {children}")
+    if len(ranked) > 1 and sizes[ranked[1]] > 0.5 * sizes[ranked[0]]:
+        seen = ", ".join(f"{n} ({len(outer[n])} x {type(outer[n][0]).__name__})" for n in ranked)
+        raise InputError(f"{type(model).__name__} has several lists of blocks, only decoders are supported: {seen}")
+    return ranked[0], outer[ranked[0]]
+
+
+def find_matrices(model: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> Matrices:
+    """The prunable matrices in the order of the model, by module name; a weight that modules share is listed once.
+
+    Where the checkpoint that transformers writes has another name than the module, as of each fused expert, it is that one.
+    include, exclude: regular expressions, searched in the
+    names; ``exclude`` wins. Raises InputError if under 90 % of the blocks' parameters lie in matrices, if an expression matches
+    none, or for a model with adapters.
+    """
+    found, _ = _discover(model)
+    return _select(found, include, exclude)
+
+
+def left_dense(model: nn.Module) -> Left:
+    """Matrices in the blocks that are never pruned: shape, and why."""
+    return _discover(model)[1]
+
+
+def _discover(model: nn.Module) -> tuple[Matrices, Left]:
+    _check_unquantised(model)
+    prefix, blocks = find_blocks(model)
+    inside = [(f"{prefix}.{i}.{name}", i, module) for i, block in enumerate(blocks) for name, module in block.named_modules()]
+    parameters = model.named_parameters(remove_duplicate=False)
+    outside = {id(p): name for name, p in parameters if not name.startswith(f"{prefix}.")}
+    routers = {id(module): module for block in blocks for module in _routers(block)}
+    groups = {id(module): group for name, _, module in inside for module, group in _fellows(name, module)}
+    layout = Layout(model)
+    found: Matrices = {}
+    left: Left = {}
+    names: dict[int, str] = {}  # of the matrix that a weight is
+    covered: set[int] = set()
+    for name, index, module in inside:
+        if hasattr(module, "base_layer"):
+            raise InputError(f"{name} has an adapter (PEFT); merge it first: model = model.merge_and_unload()")
+        if is_fused(module):
+            found |= _of_experts(Fused(name, module, layout.parts), index)
+            covered |= {id(parameter) for parameter in module.parameters(recurse=False)}
+            continue
+        weight = getattr(module, "weight", None)
+        if not isinstance(weight, Tensor) or not (id(module) in routers or isinstance(module, (nn.Linear, Conv1D))):
+            continue
+        covered.add(id(weight))
+        name = layout.key(f"{name}.weight").removesuffix(".weight")
+        if id(module) in routers or id(weight) in outside:
+            why = "a router" if id(module) in routers else f"shared with {outside[id(weight)]}"
+            left[name] = tuple(weight.shape), why
+        elif id(weight) in names:
+            found[names[id(weight)]] = _used_by(found[names[id(weight)]], module, index)
+        else:
+            names[id(weight)] = name
+            found[name] = Matrix(name, module, index, isinstance(module, Conv1D), group=groups.get(id(module)))
+    _check_coverage(prefix, blocks, covered)
+    return found, left
+
+
+def _check_unquantised(model: nn.Module) -> None:
+    config = getattr(model, "config", None)
+    for part in (config, config.get_text_config()) if config is not None else ():
+        found = getattr(part, "quantization_config", None) or getattr(part, "compression_config", None)
+        facts = found if isinstance(found, dict) else getattr(found, "__dict__", {})
+        if found and not facts.get("dequantize"):
+            method = facts.get("quant_method", "by an unnamed method")
+            raise InputError(
+                f"{type(model).__name__} is quantised ({getattr(method, 'value', method)}): its weights are no plain matrices; "
+                "give the model that it was made from, or dequantise it first: model.dequantize(), then save_pretrained"
+            )
+
+
+def _used_by(matrix: Matrix, module: nn.Module, block: int) -> Matrix:
+    known = any(module is one for one in matrix.modules)
+    others = matrix.others if known else (*matrix.others, module)
+    return replace(matrix, others=others, spans=matrix.spans or block != matrix.block)
+
+
+def _of_experts(fused: Fused, block: int) -> Iterator[tuple[str, Matrix]]:
+    if not fused.complete:
+        raise InputError(f"{fused.name}: it is not known how a checkpoint stores the weights of {type(fused.module).__name__}")
+    for name, one in fused.slices.items():
+        group = f"{fused.name}: {one.place}"
+        yield name, Matrix(name, one, block, fused.transposed, group=group)
+
+
+def _fellows(name: str, module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """The modules inside the experts of a list of experts, with a name that is the same in all of them."""
+    if _experts_in(module):
+        for expert in module.children():
+            for inner, one in expert.named_modules():
+                yield one, f"{name}: {inner}"
+
+
+def _experts_in(module: nn.Module) -> int:
+    """How many experts a module holds, if it may be one of experts; a list of equal modules may."""
+    if is_fused(module):
+        return len(next(p for p in module.parameters(recurse=False) if p.dim() == 3))
+    return len(module) if isinstance(module, nn.ModuleList) and len(module) > 1 and len(set(map(type, module))) == 1 else 0
+
+
+def _routers(block: nn.Module) -> Iterator[nn.Module]:
+    """Beside experts, what has a single matrix with an output for each of them, or one, the gate of a shared expert."""
+    for parent in block.modules():
+        children = list(parent.children())
+        counts = {count for child in children if (count := _experts_in(child))}
+        for child in children if counts else ():
+            holders = [m for m in child.modules() for p in m.parameters(recurse=False) if p.dim() == 2]
+            weight = getattr(holders[0], "weight", None) if len(holders) == 1 else None
+            if weight is not None and len(weight) in counts | {1}:
+                yield holders[0]
+
+
+def _check_coverage(prefix: str, blocks: nn.ModuleList, covered: set[int]) -> None:
+    parameters = {id(p): (n, p) for n, p in blocks.named_parameters()}
+    total = sum(p.numel() for _, p in parameters.values())
+    missed = [(n, p) for key, (n, p) in parameters.items() if key not in covered]
+    if sum(p.numel() for _, p in missed) > (1 - COVERAGE) * total:
+        largest = sorted(missed, key=lambda item: -item[1].numel())[:5]
+        names = ", ".join(f"{prefix}.{n} {tuple(p.shape)}" for n, p in largest)
+        raise InputError(
+            f"under {COVERAGE:.0%} of the blocks' parameters are in matrices (Linear, Conv1D, experts); not: {names}"
+        )
+
+
+def _select(found: Matrices, include: Sequence[str], exclude: Sequence[str]) -> Matrices:
+    def matches(pattern: str, option: str) -> set[str]:
+        try:
+            names = {name for name in found if re.search(pattern, name)}
+        except re.error as error:
+            raise InputError(f"--{option} {pattern!r} is not a regular expression: {error}") from None
+        if not names:
+            example = next(iter(found))
+            raise InputError(f"--{option} {pattern!r} matches none of the {len(found)} matrices, e.g. {example}")
+        return names
+
+    kept = set.union(*(matches(p, "include") for p in include)) if include else set(found)
+    for pattern in exclude:
+        kept -= matches(pattern, "exclude")
+    if not kept:
+        raise InputError("--include and --exclude leave no matrix to prune")
+    return {name: matrix for name, matrix in found.items() if name in kept}
+
+
+def check_finite(matrices: Matrices) -> None:
+    """Raises InputError naming the first matrix with NaN or infinity: such a checkpoint is broken."""
+    for name, matrix in matrices.items():
+        if not bool(torch.isfinite(matrix.stored).all()):
+            raise InputError(f"{name}: the weights contain NaN or infinity; the checkpoint is broken, fetch it again")

@@ -1,0 +1,83 @@
+"""The output head of a model, applied to final hidden states a piece at a time: logits are never all in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from uniprune.errors import UniPruneError
+
+PIECE = 512  # tokens whose logits are in memory at once
+
+
+class Head:
+    """Logits from final hidden states, in float32: what a model's output head makes of them.
+
+    text: token ids; only its ``vocabulary`` commonest get logits, in the order of their ids (None: all do).
+    """
+
+    def __init__(self, model: nn.Module, text: Tensor | None = None, vocabulary: int | None = None) -> None:
+        head = model.get_output_embeddings()  # type: ignore[operator]
+        config = model.config.get_text_config()  # type: ignore[union-attr,operator]
+        self._cap: float | None = getattr(config, "final_logit_softcapping", None)
+        self._weight: Tensor = head.weight.detach()
+        self._bias: Tensor | None = head.bias.detach() if getattr(head, "bias", None) is not None else None
+        self._common: Tensor | None = None
+        self._scale = 1.0
+        if text is not None and vocabulary is not None and vocabulary < len(self._weight):
+            counts = torch.bincount(text.flatten(), minlength=len(self._weight))
+            self._common = counts.topk(vocabulary).indices.sort().values.to(self._weight.device)
+            self._weight = self._weight[self._common]
+            self._bias = self._bias[self._common] if self._bias is not None else None
+
+    @property
+    def vocabulary(self) -> int:
+        return len(self._weight)
+
+    @property
+    def device(self) -> torch.device:
+        return self._weight.device
+
+    def fit(self, model: nn.Module, run: Callable[[nn.Module], Any], hidden: Tensor) -> Head:
+        """Finds the factor that some families put on their logits.
+
+        run: the model's output for some windows; hidden: the final hidden states it came from.
+        Raises UniPruneError for a model whose logits are not its output head times its final hidden states.
+        """
+        logits: Tensor = run(model).logits.float()
+        logits = logits if self._common is None else logits[..., self._common]
+        ours = self(hidden)
+        self._scale = float((logits * ours).sum() / ours.square().sum())
+        if not torch.allclose(logits, ours * self._scale, rtol=0.05, atol=0.02 * float(logits.abs().max())):
+            kind = type(model).__name__
+            raise UniPruneError(
+                f"the logits of {kind} are not its output head times its last hidden states: "
+                "prune it with --controller none, and compare it --against another by --tasks alone"
+            )
+        return self
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        logits = functional.linear(hidden, self._weight, self._bias).float() * self._scale
+        return self._cap * torch.tanh(logits / self._cap) if self._cap else logits
+
+    def next_token(self, hidden: Tensor, ids: Tensor) -> Tensor:
+        """The gradient ``[windows, length, width]`` of the summed next-token cross-entropy of ``ids`` ``[windows, length]``.
+
+        The head needs its whole vocabulary.
+        """
+        gradient = torch.zeros_like(hidden)
+        for ours, target, into in zip(hidden[:, :-1], ids[:, 1:].to(hidden.device), gradient[:, :-1], strict=True):
+            for piece in _pieces(len(ours)):
+                with torch.enable_grad():
+                    leaf = ours[piece].detach().requires_grad_()
+                    loss = functional.cross_entropy(self(leaf), target[piece], reduction="sum")
+                into[piece] = torch.autograd.grad(loss, leaf)[0]
+        return gradient
+
+
+def _pieces(length: int) -> Iterator[slice]:
+    return (slice(start, start + PIECE) for start in range(0, length, PIECE))

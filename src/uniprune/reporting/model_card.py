@@ -1,0 +1,206 @@
+"""Model cards: the README.md of a pruned checkpoint, with the metadata that model hubs read; and the upload to one."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from uniprune.common.formatting import NOTE
+from uniprune.errors import InputError, UniPruneError, first_line
+from uniprune.evaluation import reproduce
+from uniprune.models.loading import Origin
+from uniprune.storage import strict_json
+from uniprune.storage.files import REPORT, replacing
+
+MARK = "<!-- Written by uniprune: `uniprune card` replaces this file. -->"
+CARD = "README.md"
+METRICS = {"acc": "accuracy", "acc_norm": "accuracy, per character", "perplexity": "perplexity of the answers"}
+
+Result = Mapping[str, Any]
+
+
+def card(report: Result, results: Sequence[Result] = (), licence: str | None = None) -> str:
+    """The card of a checkpoint: markdown after a YAML head.
+
+    report: what pruning.json says. results: what ``evaluate`` said of this checkpoint. licence: the base model's.
+    """
+    source = str(report["model"]["name"])
+    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", source) is not None and not os.path.exists(source)
+    data = ModelCardData(
+        base_model=source if on_hub else None,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        license=licence,
+        tags=["pruned", "sparse", "uniprune", *(["n-m-sparsity"] if ":" in _pattern(report) else [])],
+        model_name=f"{Path(source).name}, {_title(report)}",
+        eval_results=list(_eval_results(results)) or None,
+    )
+    body = "\n\n".join(_body(report, results, f"[{source}](https://huggingface.co/{source})" if on_hub else Path(source).name))
+    return f"---\n{data.to_yaml()}\n---\n\n{MARK}\n\n{body}\n"
+
+
+def write(folder: Path, report: Result, source: Origin | None = None) -> None:
+    """Writes the card of a new checkpoint into its folder. source: the base model, for its licence."""
+    (folder / CARD).write_text(card(report, licence=_licence(source.folder if source else None)), encoding="utf-8")
+
+
+def rewrite(folder: Path, results: Sequence[Path], *, overwrite: bool = False) -> str:
+    """Writes the card of an existing output folder anew, with results of ``evaluate``; returns it.
+
+    overwrite: also if somebody has edited the card so that its mark is gone.
+    Raises InputError if the folder is no output folder, or a result is none of this very checkpoint's.
+    """
+    try:
+        report = strict_json.parse((folder / REPORT).read_bytes())
+        name = report["model"]["name"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise InputError(f"folder {folder} has no {REPORT} of uniprune; give an output folder of prune or apply") from None
+    path = folder / CARD
+    if path.is_file() and MARK not in path.read_text(encoding="utf-8", errors="replace") and not overwrite:
+        raise InputError(f"{path} was written by somebody else; give --overwrite to replace it")
+    read = [reproduce.read(result)[0] for result in results]
+    for result, file in zip(read, results, strict=True):
+        if Path(str(result.get("model"))).resolve() != folder.resolve():
+            raise InputError(f"result {file} is of {result.get('model')}, not of {folder}")
+    try:
+        text = card(report, read, _licence(folder) or _licence(Path(str(name))))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"{folder / REPORT}, or a result, is damaged ({error!r}); make it anew") from None
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", errors="replace")
+    return text
+
+
+def check_push(repository: str) -> None:
+    """Raises InputError if an upload to a hub repository cannot succeed, before any work is done."""
+    from huggingface_hub import constants, get_token
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    try:
+        validate_repo_id(repository)
+    except HFValidationError as error:
+        raise InputError(f"--push-to-hub {repository!r}: {first_line(error)}") from None
+    if repository.count("/") != 1:
+        raise InputError(f"--push-to-hub {repository!r} is no repository; give owner/name")
+    if constants.HF_HUB_OFFLINE:
+        raise InputError("--push-to-hub cannot work while HF_HUB_OFFLINE is set; unset it")
+    if not get_token():
+        raise InputError("--push-to-hub needs a login; run `hf auth login`, or set HF_TOKEN")
+
+
+def push(folder: Path, repository: str, *, overwrite: bool = False) -> str:
+    """Uploads an output folder to a hub repository, which is made if it is not there; returns its address.
+
+    overwrite: also into a repository that has files already.
+    Raises UniPruneError if the hub refuses; the folder stays, and :func:`push` may be called again.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    try:
+        url = api.create_repo(repository, exist_ok=True)
+        there = set(api.list_repo_files(repository)) - {".gitattributes"}
+        if there and not overwrite:
+            raise InputError(f"--push-to-hub {repository} has {len(there)} files; give another name, or --overwrite")
+        api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Pruned by uniprune", ignore_patterns=[".*"])
+    except (OSError, ValueError) as error:  # the hub client's errors are among them
+        raise UniPruneError(f"{folder} is complete, but was not uploaded to {repository}: {first_line(error)}") from error
+    return str(url)
+
+
+# ---------------------------------------------------------------------------------------------------------------- parts
+
+
+def _body(report: Result, results: Sequence[Result], source: str) -> Iterator[str]:
+    yield f"# {Path(str(report['model']['name'])).name}, {_title(report)}"
+    if "permuted" in report:
+        yield (
+            f"The same dense model as {source}: the hidden channels of its MLPs stand in an order that suits "
+            f"{report['pattern']}. No weight was changed."
+        )
+    else:
+        yield (
+            f"{source}, pruned after training by uniprune: **{report['sparsity']:.1%} of the weights in "
+            f"{len(report['matrices'])} matrices are zero** ({_pattern(report)}). No weight was updated: what is kept has the "
+            "bits of the original."
+        )
+        yield f"> **{NOTE}** `uniprune pack` makes it smaller to store, `uniprune bench` measures speed."
+    yield (
+        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        'model = AutoModelForCausalLM.from_pretrained("path/of/this/folder", dtype="auto")\n'
+        'tokenizer = AutoTokenizer.from_pretrained("path/of/this/folder")\n```'
+    )
+    if rows := list(_rows(results)):
+        yield "## Results"
+        head = "| measured | on | this model | compared with |\n| --- | --- | ---: | ---: |"
+        yield "\n".join([head, *("| " + " | ".join(row) + " |" for row in rows)])
+    if "recipe" in report:
+        yield "## How it was made"
+        recipe = {key: value for key, value in report["recipe"].items() if value not in (None, [], {}, ())}
+        yield f"With this recipe (`uniprune prune MODEL --config recipe.yaml -o OUT`):\n\n```yaml\n{_yaml(recipe)}```"
+    about = [f"{name} {version}" for name, version in report["versions"].items()]
+    if calibration := report.get("calibration"):
+        text = f"{calibration['windows']} windows of {calibration['length']} tokens of {Path(str(calibration['text'])).name}"
+        about.insert(0, f"Calibrated on {text} (sha256 {calibration['sha256'][:12]})")
+    yield f"{'; '.join(about)}. Model fingerprint {report['model']['fingerprint'][:12]}; all facts are in `{REPORT}`."
+
+
+def _rows(results: Sequence[Result]) -> Iterator[tuple[str, str, str, str]]:
+    for result in results:
+        other = f"{result['closeness']['reference_perplexity']:.2f}" if "closeness" in result else ""
+        if "perplexity" in result:
+            text, windows = Path(str(result["text"]["text"])).name, f"{result['windows']} windows of {result['length']}"
+            yield "token perplexity", f"{text}, {windows}", f"{result['perplexity']:.2f}", other
+        for name, facts in result.get("tasks", {}).items():
+            for metric, label in METRICS.items():
+                if metric in facts:
+                    error = f" ± {facts[f'{metric}_stderr']:.3f}" if f"{metric}_stderr" in facts else ""
+                    against = facts.get("against", {}).get(metric)
+                    compared = f"{against['reference']:.3f}" if against else ""
+                    where = f"{Path(name).stem}, {facts['questions']} questions"
+                    yield label, where, f"{facts[metric]:.3f}{error}", compared
+
+
+def _eval_results(results: Sequence[Result]) -> Iterator[EvalResult]:
+    """As the hub's model index has them."""
+    for result in results:
+        if "perplexity" in result:
+            name = Path(str(result["text"]["text"])).stem
+            yield EvalResult("text-generation", name, name, "perplexity", round(result["perplexity"], 4))
+        for task, facts in result.get("tasks", {}).items():
+            for metric in METRICS:
+                if metric in facts:
+                    name = Path(task).stem
+                    yield EvalResult("text-generation", name, name, metric, round(facts[metric], 4))
+
+
+def _title(report: Result) -> str:
+    return f"channels ordered for {report['pattern']}" if "permuted" in report else f"{report['sparsity']:.0%} sparse"
+
+
+def _pattern(report: Result) -> str:
+    return str(report["pattern"])
+
+
+def _licence(folder: Path | None) -> str | None:
+    """What the card in a folder says."""
+    if folder is None or not os.path.isfile(folder / CARD):  # pathlib raises for a name that is too long
+        return None
+    try:
+        licence = ModelCard.load(folder / CARD, ignore_metadata_errors=True).data.license
+    except (OSError, ValueError, TypeError, yaml.YAMLError):
+        return None
+    return licence if isinstance(licence, str) else None
+
+
+def _yaml(content: Mapping[str, Any]) -> str:
+    text: str = yaml.safe_dump(json.loads(json.dumps(content)), sort_keys=False)
+    return text

@@ -1,0 +1,194 @@
+"""The parts of a report's page: what each shows of the results, and only those for which there are any."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import takewhile
+
+from uniprune.common.formatting import number, pattern_words, percent, short
+from uniprune.common.significance import standard_error
+from uniprune.reporting import plots as plots_module
+from uniprune.reporting import tables as report_tables
+from uniprune.reporting.plots import Plot
+from uniprune.reporting.results import Controller, Generation, Pruning, Source
+from uniprune.reporting.summary import Subject, Summary
+from uniprune.reporting.tables import Grid
+
+UNIFORM = 0.005  # a smaller difference between matrices is rounding, and no heatmap's matter
+DRAWN = 5  # models in one plot of accuracies; the table has all
+METRIC = "acc"
+WIDE = 6  # columns
+
+
+@dataclass(frozen=True)
+class Dialogue:
+    """A prompt and how two models go on: ``same`` is what both begin with, then each with its own."""
+
+    prompt: str
+    same: str
+    model: str
+    against: str
+    says: str
+
+
+@dataclass(frozen=True)
+class Part:
+    """Plots and a table of one model, say, beside each other. ``folded``: tables that are shown on demand."""
+
+    title: str = ""
+    paragraphs: list[str] = field(default_factory=list)
+    plots: list[Plot] = field(default_factory=list)
+    grids: list[Grid] = field(default_factory=list)
+    folded: list[Grid] = field(default_factory=list)
+    dialogues: list[Dialogue] = field(default_factory=list)
+
+    @property
+    def beside(self) -> bool:
+        """Whether the table is narrow enough to stand beside the plot."""
+        return len(self.plots) == 1 and all(len(grid.columns) < WIDE for grid in self.grids)
+
+
+@dataclass(frozen=True)
+class Section:
+    id: str
+    title: str
+    parts: list[Part]
+
+
+def sections(sources: Sequence[Source], summary: Summary) -> list[Section]:
+    """Those that have something to show, in the order of the page."""
+    models = report_tables.models(summary)
+    found = [
+        Section("models", "The models", [Part(grids=[models])] if models else []),
+        Section("tradeoff", "Perplexity against sparsity", list(_tradeoffs(summary))),
+        Section("sparsity", "Where the zeros are", list(_zeros(summary))),
+        Section("controller", "The controller's descent", list(_descents(summary))),
+        Section("zero-shot", "Zero-shot accuracy", list(_accuracies(summary))),
+        Section("closeness", "Closeness to the dense model", list(_closeness(summary))),
+        Section("generations", "Generations side by side", list(_generations(summary))),
+        Section("protocol", "Protocol", [Part(folded=[report_tables.protocol(source) for source in sources])]),
+    ]
+    return [section for section in found if section.parts]
+
+
+def _tradeoffs(summary: Summary) -> Iterator[Part]:
+    for index, facts in enumerate(summary.tradeoffs):
+        drawn = (plots_module.tradeoff(f"tradeoff-{index}-{by}", facts, by) for by in ("sparsity", "bytes"))
+        grid = report_tables.tradeoff(facts)
+        yield Part(
+            title=short(facts.model) if len(summary.tradeoffs) > 1 else "",
+            paragraphs=[f"Measured on {facts.measure}. The scale is logarithmic; lower is better."],
+            plots=[plot for plot in drawn if plot],
+            grids=[grid],
+        )
+
+
+def _zeros(summary: Summary) -> Iterator[Part]:
+    for index, (subject, pruning) in enumerate(_prunings(summary)):
+        levels = [matrix.sparsity for matrix in pruning.matrices.values()]
+        title, folded = _title(summary, subject), [report_tables.matrices(pruning)]
+        pattern = pattern_words(pruning.pattern)
+        if max(levels) - min(levels) < UNIFORM:
+            says = f"Each of the {len(levels)} matrices has sparsity {percent(pruning.sparsity)}: {pattern}."
+            yield Part(title, [says], folded=folded)
+        else:
+            says = f"The matrices have between {percent(min(levels))} and {percent(max(levels))}: {pattern}."
+            plot = plots_module.heatmap(f"sparsity-{index}", pruning)
+            yield Part(title, [says], [plot], [report_tables.kinds(pruning)], folded)
+
+
+def _descents(summary: Summary) -> Iterator[Part]:
+    for index, (subject, pruning) in enumerate(_prunings(summary)):
+        record = pruning.controller
+        if record and (record.kl or record.loss):
+            drawn = plots_module.divergence(f"kl-{index}", record), plots_module.flips(f"flips-{index}", record)
+            yield Part(_title(summary, subject), [_told(record)], [plot for plot in drawn if plot])
+
+
+def _told(record: Controller) -> str:
+    steps = len(record.kl or record.loss)
+    text = f"{steps} steps on {record.tokens:,} tokens"
+    if record.steps is not None and steps < record.steps:
+        text += f", of {record.steps} that were planned: it had stopped improving"
+    if record.targets:
+        text += f"; aimed at {', '.join(dict.fromkeys(record.targets))}"
+    if record.held_out_kl and record.best_held_out_kl is not None:
+        start, best = record.held_out_kl[0], record.best_held_out_kl
+        text += f". On windows that it never descends on, the masks are {number(start)} nats per token from the dense model "
+        text += f"at the start, and {number(best)} at best" if best < start else "at the start, which no later ones improve on"
+    return f"{text}. The best masks on those windows are the result." if record.held_out_kl else f"{text}."
+
+
+def _accuracies(summary: Summary) -> Iterator[Part]:
+    grid, harness = report_tables.accuracies(summary), report_tables.harness(summary)
+    if grid:
+        plot = plots_module.accuracies("accuracies", _markers(summary))
+        says = f"Bars are standard errors of {METRIC}, of the questions as a sample."
+        yield Part("", [says] if plot else [], [plot] if plot else [], [grid])
+    if harness:
+        yield Part(grids=[harness])
+
+
+def _markers(summary: Summary) -> list[plots_module.Marker]:
+    """Accuracies by model; what a model is compared with counts as one."""
+    labels = list(dict.fromkeys(subject.label for subject, _, _ in report_tables.asked(summary)))[:DRAWN]
+    found, dense = [], {}
+    for subject, name, task in report_tables.asked(summary):
+        if subject.label in labels:
+            found.append(plots_module.Marker(short(name), subject.label, task.acc, task.acc_stderr))
+        if other := task.against.get(METRIC):
+            right = round(other.reference * task.questions)
+            error = standard_error([index < right for index in range(task.questions)])
+            dense[short(name)] = plots_module.Marker(short(name), "dense", other.reference, error)
+    return [*dense.values(), *found]
+
+
+def _closeness(summary: Summary) -> Iterator[Part]:
+    if grid := report_tables.closeness(summary):
+        says = (
+            "KL is the mean over positions of the divergence of the pruned model's next-token distribution from the dense "
+            "model's, 0 if they are the same."
+        )
+        yield Part("", [says], grids=[grid])
+
+
+def _generations(summary: Summary) -> Iterator[Part]:
+    for subject in summary.subjects:
+        found = [dialogue(each) for evaluation in subject.evaluations for each in evaluation.generations]
+        if found:
+            says = "Greedy continuations of the same prompts. What only one of the models says is marked."
+            yield Part(_title(summary, subject), [says], dialogues=found)
+
+
+def dialogue(facts: Generation) -> Dialogue:
+    """Two continuations, cut where the first word differs."""
+    sides = [facts.model, facts.against]
+    if all(side.startswith(" ") for side in sides):
+        sides = [side[1:] for side in sides]
+    same = "".join(letter for letter, other in takewhile(lambda pair: pair[0] == pair[1], zip(*sides, strict=False)))
+    if any(re.match(r"\w", side[len(same) :]) for side in sides):  # not within a word
+        same = re.sub(r"\w+$", "", same)
+    if facts.model == facts.against:
+        says = "Both say the same."
+    elif facts.same_tokens is not None:
+        of = f" of {facts.tokens}" if facts.tokens is not None else ""
+        says = (
+            f"The first {facts.same_tokens}{of} tokens are the same."
+            if facts.same_tokens
+            else "They differ from the first token."
+        )
+    else:
+        says = ""
+    model, against = (side[len(same) :] for side in sides)
+    return Dialogue(facts.prompt, same, model, against, says)
+
+
+def _prunings(summary: Summary) -> list[tuple[Subject, Pruning]]:
+    return [(subject, subject.pruning) for subject in summary.subjects if subject.pruning]
+
+
+def _title(summary: Summary, subject: Subject) -> str:
+    """Whose part it is, where there are several models."""
+    return subject.label if len(summary.pruned) > 1 else ""

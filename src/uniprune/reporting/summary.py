@@ -1,0 +1,265 @@
+"""What results say, put together: which measurements are of which model, what compares with what, in figures and words.
+
+Nothing is compared that was not measured alike: perplexities of other texts or windows never stand side by side.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from os.path import abspath
+from pathlib import PurePath
+from typing import Any
+
+from uniprune.common.formatting import percent, short
+from uniprune.common.significance import paired_error
+from uniprune.reporting.results import Closeness, Controller, Evaluation, Pruning, Source, Sweep
+
+DENSE = 0.005  # a model with fewer zeros is nobody's pruned one
+
+EVALUATED = "evaluated"
+
+
+@dataclass(frozen=True)
+class Change:
+    """Of an accuracy against the dense model's on the same questions: ``error`` is its standard error."""
+
+    task: str
+    value: float
+    error: float | None
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model: how it was pruned, if that is known, and what was measured of it."""
+
+    label: str
+    pruning: Pruning | None
+    evaluations: tuple[Evaluation, ...] = ()
+
+    @property
+    def sparsity(self) -> float | None:
+        """Fraction removed of the prunable weights."""
+        known = [self.pruning.sparsity] if self.pruning else []
+        return next(iter([*known, *(each.sparsity for each in self.evaluations if each.sparsity is not None)]), None)
+
+    @property
+    def dense(self) -> bool:
+        return self.pruning is None and self.sparsity is not None and self.sparsity < DENSE
+
+    @property
+    def base(self) -> str | None:
+        """The dense model's name."""
+        if self.pruning:
+            return self.pruning.model.name
+        return next((each.against for each in self.evaluations if each.against), None)
+
+    @property
+    def reading(self) -> Evaluation | None:
+        """The evaluation that has the perplexity."""
+        return next((each for each in self.evaluations if each.perplexity is not None), None)
+
+    @property
+    def closeness(self) -> Closeness | None:
+        return next((each.closeness for each in self.evaluations if each.closeness), None)
+
+    @property
+    def controller(self) -> Controller | None:
+        return self.pruning.controller if self.pruning else None
+
+    @property
+    def changes(self) -> list[Change]:
+        """Of ``acc``, task by task, where another model answered the same questions."""
+        found = []
+        for each in self.evaluations:
+            for name, task in each.tasks.items():
+                if other := task.against.get("acc"):
+                    value, error = task.acc - other.reference, paired_error(other.gained, other.lost, task.questions)
+                    found.append(Change(short(name), value, error))
+        return found
+
+    @property
+    def change(self) -> Change | None:
+        """The mean over tasks; their errors are independent."""
+        changes = self.changes
+        if not changes:
+            return None
+        errors = [change.error for change in changes if change.error is not None]
+        error = math.hypot(*errors) / len(changes) if len(errors) == len(changes) else None
+        return Change("mean", sum(change.value for change in changes) / len(changes), error)
+
+
+@dataclass(frozen=True)
+class Point:
+    """A pruned model in a trade-off. ``front``: no other is both sparser and better. ``label``: of one evaluated by itself."""
+
+    pattern: str
+    scope: str | None
+    sparsity: float
+    perplexity: float
+    bytes: int | None = None
+    front: bool = False
+    label: str | None = None
+
+    @property
+    def name(self) -> str:
+        name = f"{self.pattern} by {self.scope}" if self.scope else self.pattern
+        return name if self.label is None else f"{self.label}: {name}"
+
+    @property
+    def series(self) -> str:
+        """What it is drawn with: a sweep's levels of one scope are a curve, everything else stands alone."""
+        if self.label is not None:
+            return EVALUATED
+        return "N:M" if ":" in self.pattern else f"levels by {self.scope}" if self.scope else "levels"
+
+
+@dataclass(frozen=True)
+class Tradeoff:
+    """Perplexities of several pruned models of one dense model, all measured alike."""
+
+    model: str
+    measure: str
+    dense: float | None
+    dense_bytes: int | None
+    points: list[Point]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """All of a report but its looks. ``subjects``: pruned ones first, in the order of the sources."""
+
+    subjects: list[Subject]
+    tradeoffs: list[Tradeoff]
+    sweeps: list[Sweep]
+
+    @property
+    def pruned(self) -> list[Subject]:
+        return [subject for subject in self.subjects if not subject.dense]
+
+    @property
+    def title(self) -> str:
+        bases = {short(subject.base) for subject in self.pruned if subject.base}
+        base = next(iter(bases)) if len(bases) == 1 else None
+        if len(self.pruned) == 1:
+            (one,) = self.pruned
+            return f"{base or one.label}, {percent(one.sparsity)} pruned" if one.sparsity else one.label
+        if self.pruned:
+            return f"{base}: {len(self.pruned)} pruned models" if base else f"{len(self.pruned)} models"
+        return f"{short(self.sweeps[0].model)} at many sparsities" if self.sweeps else self.subjects[0].label
+
+    def dense_perplexity(self, subject: Subject) -> float | None:
+        """The dense model's on the same text and windows, if one of the sources has it."""
+        base, reading = short(subject.base), subject.reading
+        if subject.dense or not base or not reading:
+            return None
+        if reading.closeness and reading.closeness.reference_perplexity and short(reading.against) == base:
+            return reading.closeness.reference_perplexity
+        for other in self.subjects:
+            for each in other.evaluations if other.dense else ():
+                if each.perplexity is not None and alike(each, reading) and short(each.model) == base:
+                    return each.perplexity
+        for sweep in self.sweeps:
+            if sweep.dense and alike(sweep.protocol, reading) and short(sweep.model) == base:
+                return sweep.dense.perplexity
+        return None
+
+
+def summarise(sources: Sequence[Source]) -> Summary:
+    """Sources, put together."""
+    sweeps = [source.result for source in sources if isinstance(source.result, Sweep)]
+    evaluations = [source.result for source in sources if isinstance(source.result, Evaluation)]
+    subjects, left = [], evaluations
+    prunings = [(_label(source), source) for source in sources if isinstance(source.result, Pruning)]
+    for label, source in prunings:
+        assert isinstance(source.result, Pruning)
+        mine = [each for each in left if _is_of(each, label, source, [name for name, _ in prunings])]
+        left = [each for each in left if each not in mine]
+        subjects.append(Subject(label, source.result, tuple(mine)))
+    for name in dict.fromkeys(each.model for each in left):
+        subjects.append(Subject(short(name), None, tuple(each for each in left if each.model == name)))
+    subjects.sort(key=lambda subject: subject.dense)
+    return Summary(subjects, list(_tradeoffs(subjects, sweeps)), sweeps)
+
+
+def _label(source: Source) -> str:
+    if source.path.is_dir():
+        return source.path.resolve().name
+    output = source.data.get("output")
+    return PurePath(output).name if isinstance(output, str) and output else source.path.stem
+
+
+def _is_of(evaluation: Evaluation, label: str, source: Source, labels: Sequence[str]) -> bool:
+    """Whether an evaluation is of this output folder: by path, by its name where no other has it; and the zeros must agree."""
+    assert isinstance(source.result, Pruning)
+    if evaluation.sparsity is not None and abs(evaluation.sparsity - source.result.sparsity) > DENSE:
+        return False
+    if source.path.is_dir() and abspath(evaluation.model) == abspath(source.path):
+        return True
+    return PurePath(evaluation.model).name == label and labels.count(label) == 1
+
+
+def _tradeoffs(subjects: Sequence[Subject], sweeps: Sequence[Sweep]) -> Iterator[Tradeoff]:
+    """Of each sweep, with the models that were evaluated as it was; and of evaluations that are alike."""
+    left = [each for each in subjects if each.base and each.reading and each.sparsity is not None and not each.dense]
+    for sweep in sweeps:
+        mine = [each for each in left if alike(sweep.protocol, each.reading) and short(each.base) == short(sweep.model)]
+        left = [each for each in left if each not in mine]
+        points = [Point(**row.model_dump(include=set(type(row).model_fields))) for row in sweep.rows]
+        dense, size = (sweep.dense.perplexity, sweep.dense.bytes) if sweep.dense else (None, None)
+        yield Tradeoff(sweep.model, measure(sweep.protocol), dense, size, _front([*points, *map(_point, mine)]))
+    while left:
+        first = left[0]
+        mine = [each for each in left if alike(each.reading, first.reading) and each.base == first.base]
+        left = [each for each in left if each not in mine]
+        if len(mine) > 1:
+            dense = Summary(list(subjects), [], []).dense_perplexity(first)
+            yield Tradeoff(first.base or first.label, measure(first.reading), dense, None, _front(list(map(_point, mine))))
+
+
+def _point(subject: Subject) -> Point:
+    reading, sparsity = subject.reading, subject.sparsity
+    assert reading is not None
+    assert reading.perplexity is not None
+    assert sparsity is not None
+    pattern, _, scope = (subject.pruning.pattern if subject.pruning else percent(sparsity)).partition(" by ")
+    return Point(pattern, scope or None, sparsity, reading.perplexity, label=subject.label)
+
+
+def _front(points: list[Point]) -> list[Point]:
+    """In order of sparsity, those marked that no other point dominates."""
+    found = []
+    for point in sorted(points, key=lambda point: (point.sparsity, point.pattern)):
+        better = (
+            other.sparsity >= point.sparsity
+            and other.perplexity <= point.perplexity
+            and (other.sparsity, -other.perplexity) != (point.sparsity, -point.perplexity)
+            for other in points
+        )
+        found.append(Point(**{**vars(point), "front": math.isfinite(point.perplexity) and not any(better)}))
+    return found
+
+
+# ----------------------------------------------------------------------------------------------------------- measures
+
+
+def alike(one: Any, other: Any) -> bool:
+    """Whether two perplexities were measured on the same windows of the same text."""
+    return one is not None and other is not None and None not in _key(one) and _key(one) == _key(other)
+
+
+def _key(facts: Evaluation | Mapping[str, Any]) -> tuple[Any, ...]:
+    found = vars(facts) if isinstance(facts, Evaluation) else facts
+    text = found.get("text") or {}
+    text = text if isinstance(text, Mapping) else {"text": text}
+    return text.get("sha256") or text.get("text"), found.get("windows"), found.get("length")
+
+
+def measure(facts: Any) -> str:
+    """The text and the windows of a perplexity, in words."""
+    found = vars(facts) if isinstance(facts, Evaluation) else facts
+    text = found.get("text") or {}
+    name = short(str(text.get("text", "an unnamed text") if isinstance(text, Mapping) else text))
+    windows, length = found.get("windows"), found.get("length")
+    return f"{name}, {windows} windows of {length} tokens" if windows and length else name

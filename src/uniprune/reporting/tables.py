@@ -1,0 +1,213 @@
+"""The tables of a report, as rows of text: the page and the terminal show the same ones."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from uniprune.common.formatting import NONE, count, number, percent, points, short, size
+from uniprune.reporting.results import Pruning, Source, Task
+from uniprune.reporting.summary import Subject, Summary, Tradeoff, measure
+
+Cell = str | tuple[str, float]
+"""Text, or text and the number that it is sorted by."""
+
+METRICS = ("acc", "acc_norm", "perplexity")
+LOSSES = {"nats", "nats_stderr", "tokens"}
+RESULTS = LOSSES | {"matrices", "controller", "tasks", "lm_eval", "closeness", "generations", "rows", "dense"}
+LONGEST = 4  # values of a list that are shown one by one
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table. ``columns``: names, those of text with a trailing colon; the first column heads its row."""
+
+    caption: str
+    columns: list[str]
+    rows: list[list[Cell]]
+    sortable: bool = False
+
+    @property
+    def heads(self) -> list[tuple[str, bool]]:
+        """Each column's name, and whether it holds numbers."""
+        return [(column.removesuffix(":"), not column.endswith(":")) for column in self.columns]
+
+
+def models(summary: Summary) -> Grid | None:
+    """One row for each model; None where there is but one."""
+    if len(summary.subjects) < 2:
+        return None
+    rows: list[list[Cell]] = []
+    for subject in summary.subjects:
+        near, change, reading = subject.closeness, subject.change, subject.reading
+        pattern = subject.pruning.pattern if subject.pruning else "dense" if subject.dense else NONE
+        rows.append(
+            [
+                subject.label,
+                pattern,
+                percent(subject.sparsity),
+                number(reading.perplexity) if reading else NONE,
+                measure(reading) if reading else NONE,
+                number(near.kl) if near else NONE,
+                points(change.value, change.error) if change else NONE,
+            ]
+        )
+    columns = ["model:", "pattern:", "sparsity", "perplexity", "measured on:", "KL", "accuracy, points"]
+    return _without_empty(Grid("Perplexity, divergence from the dense model, and change of accuracy", columns, rows))
+
+
+def tradeoff(facts: Tradeoff) -> Grid:
+    """One row for each pattern."""
+    rows: list[list[Cell]] = []
+    if facts.dense is not None:
+        rows.append(["dense", percent(0.0), _shown(facts.dense), _sized(facts.dense_bytes), ""])
+    for point in facts.points:
+        sparsity, front = (percent(point.sparsity), point.sparsity), "yes" if point.front else ""
+        rows.append([point.name, sparsity, _shown(point.perplexity), _sized(point.bytes), front])
+    columns = ["pattern:", "sparsity", "perplexity", "packed", "best for its sparsity:"]
+    return _without_empty(Grid(f"{short(facts.model)}: {facts.measure}", columns, rows, sortable=True))
+
+
+def kinds(pruning: Pruning) -> Grid:
+    """Sparsity of each kind of matrix, over the blocks."""
+    grid = pruning.grid
+    rows: list[list[Cell]] = []
+    for name in dict.fromkeys(kind for _, kind in grid):
+        values = [value for (_, kind), value in grid.items() if kind == name]
+        mean = sum(values) / len(values)
+        rows.append([name, *((percent(value), value) for value in (mean, min(values), max(values)))])
+    return Grid(
+        "Sparsity by kind of matrix, over the decoder blocks", ["matrix:", "mean", "least", "most"], rows, sortable=True
+    )
+
+
+def matrices(pruning: Pruning) -> Grid:
+    """One row for each matrix."""
+    rows: list[list[Cell]] = [
+        [
+            name,
+            (f"{matrix.shape[0]} x {matrix.shape[1]}", float(matrix.size)),
+            (count(matrix.size), float(matrix.size)),
+            (percent(matrix.sparsity), matrix.sparsity),
+        ]
+        for name, matrix in pruning.matrices.items()
+    ]
+    return Grid("Every pruned matrix", ["matrix:", "out x in", "weights", "sparsity"], rows, sortable=True)
+
+
+def accuracies(summary: Summary) -> Grid | None:
+    """One row for each model, task and metric; beside a reference the answers gained and lost, and McNemar's p."""
+    rows: list[list[Cell]] = []
+    several = len({subject.label for subject, _, _ in asked(summary)}) > 1
+    for subject, name, task in asked(summary):
+        for metric in METRICS:
+            value = getattr(task, metric, None)
+            if isinstance(value, (int, float)):
+                rows.append(
+                    [
+                        short(name),
+                        subject.label if several else "",
+                        metric,
+                        str(task.questions),
+                        *_compared(task, metric, value),
+                    ]
+                )
+    columns = ["task:", "model:", "metric:", "n", "value", "±", "other", "gained", "lost", "p"]  # as narrow as a terminal
+    if not rows:
+        return None
+    return _without_empty(
+        Grid("Zero-shot accuracy of n questions ± standard error, and McNemar's test of the difference", columns, rows)
+    )
+
+
+def asked(summary: Summary) -> Iterator[tuple[Subject, str, Task]]:
+    """Every task that a model was asked."""
+    for subject in summary.subjects:
+        for evaluation in subject.evaluations:
+            for name, task in evaluation.tasks.items():
+                yield subject, name, task
+
+
+def harness(summary: Summary) -> Grid | None:
+    """What lm-evaluation-harness found."""
+    rows: list[list[Cell]] = []
+    for subject in summary.subjects:
+        for evaluation in subject.evaluations:
+            for task, metrics in evaluation.lm_eval.items():
+                for metric, value in metrics.items():
+                    if isinstance(value, (int, float)) and "_stderr" not in metric:
+                        error = metrics.get(f"{metric}_stderr")
+                        shown = f"{error:.4f}" if isinstance(error, float) else NONE
+                        rows.append([task, subject.label, metric, f"{value:.4f}", shown])
+    return Grid("lm-evaluation-harness", ["task:", "model:", "metric:", "value", "± error"], rows) if rows else None
+
+
+def closeness(summary: Summary) -> Grid | None:
+    """How far each model is from the dense one."""
+    rows: list[list[Cell]] = []
+    for subject in summary.subjects:
+        if near := subject.closeness:
+            text = short(str(near.text.get("text", ""))) or NONE
+            kl, agreement = number(near.kl), percent(near.agreement)
+            errors = number(near.kl_stderr), NONE if near.agreement_stderr is None else percent(near.agreement_stderr)
+            tokens = f"{near.tokens:,}" if near.tokens is not None else NONE
+            rows.append([subject.label, kl, errors[0], agreement, errors[1], tokens, text])
+    columns = ["model:", "KL, nats per token", "± error", "same likeliest token", "± error", "tokens", "text:"]
+    return Grid("Next-token distributions, pruned against dense", columns, rows) if rows else None
+
+
+def protocol(source: Source) -> Grid:
+    """Everything that is needed to get a result again: what the file says, but for the results themselves."""
+    settings = {key: value for key, value in source.data.items() if key not in RESULTS}
+    stated = settings.pop("protocol", None)
+    rows: list[list[Cell]] = [[key, value] for key, value in _flat(stated or settings)]
+    return Grid(
+        f"How {source.path.name} was {'made' if source.kind == 'pruning' else 'measured'}", ["setting:", "value:"], rows
+    )
+
+
+def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """Nested settings, one line each; empty ones are left out."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _flat(inner, f"{name} / {key}" if name else str(key))
+    elif isinstance(value, list) and len(value) > LONGEST:
+        yield name, f"{len(value)} values"
+    elif value not in (None, "", []):
+        yield name, _plain(value)
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list):
+        return ", ".join(map(_plain, value))
+    if isinstance(value, float):
+        return f"{value:.6g}" if math.isfinite(value) else number(value)
+    return repr(value)[1:-1] if isinstance(value, str) and not value.isprintable() else short(str(value))
+
+
+def _compared(task: Task, metric: str, value: float) -> list[Cell]:
+    error = getattr(task, f"{metric}_stderr", None)
+    shown = number(value) if metric == "perplexity" else percent(value)
+    cells: list[Cell] = [shown, NONE if error is None else percent(error)]
+    if other := task.against.get(metric):
+        return [*cells, percent(other.reference), str(other.gained), str(other.lost), f"{other.p:.2g}"]
+    return [*cells, NONE, NONE, NONE, NONE]
+
+
+def _shown(value: float) -> Cell:
+    return number(value), value if math.isfinite(value) else math.inf
+
+
+def _sized(value: int | None) -> Cell:
+    return (size(value), float(value)) if value is not None else NONE
+
+
+def _without_empty(grid: Grid) -> Grid:
+    """The columns in which something stands."""
+    kept = [index for index in range(len(grid.columns)) if any(row[index] not in (NONE, "") for row in grid.rows)]
+    rows = [[row[index] for index in kept] for row in grid.rows]
+    return Grid(grid.caption, [grid.columns[index] for index in kept], rows, grid.sortable)

@@ -1,0 +1,138 @@
+"""Local saliency metrics: how much each weight matters, from its matrix and that matrix's inputs alone.
+
+A metric is a frozen dataclass: its fields are its hyper-parameters, ``statistic`` is what it wants to know of the inputs.
+Scores are float32 ``[out, in]``, finite and >= 0; higher = keep. A new metric is one class and one line in METRICS.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from uniprune.errors import InputError
+from uniprune.saliency.statistics import SquaredNorm
+
+
+class Metric(Protocol):
+    """Scores a weight ``[out, in]``; ``statistic`` is None where the inputs do not matter."""
+
+    statistic: ClassVar[type[SquaredNorm] | None]
+
+    def __call__(self, weight: Tensor, inputs: Any) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Magnitude:
+    """``|W|``: large weights matter."""
+
+    statistic: ClassVar[type[SquaredNorm] | None] = None
+
+    def __call__(self, weight: Tensor, inputs: None = None) -> Tensor:
+        return weight.abs().float()
+
+
+@dataclass(frozen=True)
+class Wanda:
+    """``|W_ij| * rms(X_j)`` (arXiv 2306.11695). The RMS is the paper's norm up to one factor per matrix."""
+
+    statistic: ClassVar[type[SquaredNorm] | None] = SquaredNorm
+
+    def __call__(self, weight: Tensor, inputs: SquaredNorm) -> Tensor:
+        return weight.abs().float().mul_(inputs.rms)
+
+
+@dataclass(frozen=True)
+class RIA:
+    """``(|W_ij| / sum_i |W_ij| + |W_ij| / sum_j |W_ij|) * rms(X_j) ** a`` (Zhang et al., ICLR 2024).
+
+    a: exponent of the activations, >= 0; 0 leaves the relative importance of the weight alone.
+    """
+
+    a: float = 0.5
+    statistic: ClassVar[type[SquaredNorm] | None] = SquaredNorm
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.a < math.inf:
+            raise InputError(f"ria: the exponent a = {self.a} is negative, or no number")
+
+    def __call__(self, weight: Tensor, inputs: SquaredNorm) -> Tensor:
+        size = weight.float().abs()
+        return _relative(size, size.sum(1), size.sum(0)) * inputs.rms**self.a
+
+
+@dataclass(frozen=True)
+class StochRIA:
+    """RIA whose row and column sums run over a random subset of ``beta * min(out, in)`` entries (arXiv 2501.18980).
+
+    a: as in RIA. beta: fraction in (0, 1]. seed: of the subset. Departure: one subset of columns serves all rows of a
+    matrix, and one of rows all its columns, where the paper draws one for each; on a square matrix beta = 1 is RIA.
+    """
+
+    a: float = 0.5
+    beta: float = 0.1
+    seed: int = 0
+    statistic: ClassVar[type[SquaredNorm] | None] = SquaredNorm
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.a < math.inf:
+            raise InputError(f"stochria: the exponent a = {self.a} is negative, or no number")
+        if not 0 < self.beta <= 1:
+            raise InputError(f"stochria: beta = {self.beta} is not in (0, 1]")
+
+    def __call__(self, weight: Tensor, inputs: SquaredNorm) -> Tensor:
+        size = weight.float().abs()
+        rows, columns = size.shape
+        tau = max(1, int(self.beta * min(rows, columns)))
+        generator = torch.Generator().manual_seed(self.seed)
+        some_columns = torch.randperm(columns, generator=generator)[:tau].to(size.device)
+        some_rows = torch.randperm(rows, generator=generator)[:tau].to(size.device)
+        return _relative(size, size[:, some_columns].sum(1), size[some_rows].sum(0)) * inputs.rms**self.a
+
+
+def _relative(size: Tensor, row_sums: Tensor, column_sums: Tensor) -> Tensor:
+    """Each entry relative to its row and its column; the floor keeps it finite where a (sampled) sum is zero."""
+    floor = (size.max() * 1e-6).clamp_min(torch.finfo(torch.float32).tiny)
+    return size / row_sums.maximum(floor)[:, None] + size / column_sums.maximum(floor)
+
+
+METRICS: dict[str, type[Magnitude | Wanda | RIA | StochRIA]] = {
+    "magnitude": Magnitude,
+    "wanda": Wanda,
+    "ria": RIA,
+    "stochria": StochRIA,
+}
+
+
+def parse(spec: str, seed: int = 0) -> Metric:
+    """A metric from its spelling: a name, or with hyper-parameters ``ria:a=0.5`` or ``stochria:a=0.5,beta=0.1``.
+
+    seed: for metrics that have one and whose spelling does not set it.
+    Raises InputError for an unknown name or hyper-parameter.
+    """
+    name, _, options = spec.partition(":")
+    if name not in METRICS:
+        raise InputError(f"metric {name!r} is unknown; use one of {', '.join(METRICS)}")
+    fields = {field.name: field for field in dataclasses.fields(METRICS[name])}
+    values: dict[str, Any] = {"seed": seed} if "seed" in fields else {}
+    for option in filter(None, options.split(",")):
+        key, _, value = option.partition("=")
+        if key not in fields:
+            known = ", ".join(fields) or "none"
+            raise InputError(f"metric {name} has no hyper-parameter {key!r}; it has: {known}")
+        try:
+            values[key] = int(value) if fields[key].type == "int" else float(value)
+        except ValueError:
+            raise InputError(f"metric {name}: {key} = {value!r} is not a number") from None
+    return METRICS[name](**values)
+
+
+def spell(metric: Metric) -> str:
+    """The spelling that :func:`parse` turns into this metric, hyper-parameters and all."""
+    name = next(name for name, kind in METRICS.items() if kind is type(metric))
+    options = ",".join(f"{k}={v}" for k, v in dataclasses.asdict(metric).items())  # type: ignore[call-overload]
+    return f"{name}:{options}" if options else name

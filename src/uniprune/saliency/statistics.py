@@ -1,0 +1,186 @@
+"""Statistics of the inputs of each linear layer, how they are collected, and what stands in for those of starved experts."""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from uniprune.common import distributed
+from uniprune.errors import InputError, UniPruneError
+from uniprune.models.experts import taken_apart
+from uniprune.models.matrices import Matrices
+from uniprune.saliency import statistics as statistics_module
+
+
+class SquaredNorm:
+    """Per input channel: sum of squares over the tokens, and how many tokens there were.
+
+    Float64 sums and a count: mergeable, and the same in float32 however the tokens were split into batches and processes.
+    """
+
+    def __init__(self, columns: int, device: torch.device) -> None:
+        self.total = self.sums(torch.zeros(0, columns, device=device))
+        self.tokens = 0
+
+    @staticmethod
+    def sums(x: Tensor) -> Tensor:
+        """What the inputs ``[tokens, in]`` add to the total."""
+        return x.to(torch.float64, copy=True).square_().sum(0)  # a float32 square overflows at 2e19, and is 0 below 3e-23
+
+    def add(self, sums: Tensor, tokens: int) -> None:
+        self.total += sums
+        self.tokens += tokens
+
+    def update(self, x: Tensor) -> None:
+        self.add(self.sums(x), len(x))
+
+    def merge(self, other: SquaredNorm) -> None:
+        """Adds the sums of other tokens, e.g. of another rank."""
+        self.add(other.total, other.tokens)
+
+    @property
+    def mean(self) -> Tensor:
+        """The total per token."""
+        return self.total / max(self.tokens, 1)
+
+    @property
+    def rms(self) -> Tensor:
+        """Root mean square ``[in]`` of each input channel, float32."""
+        return self.mean.sqrt().float()
+
+    @property
+    def power(self) -> float:
+        """The squared norms of all tokens, per channel."""
+        return float(self.total.mean())
+
+    def even(self, power: float) -> None:
+        """Becomes the statistic of one token, all of whose channels have this square."""
+        self.total.fill_(power)
+        self.tokens = 1
+
+
+class Gram(SquaredNorm):
+    """Sum of outer products ``[in, in]`` over the tokens, float32, for refinement; its diagonal holds the squared norms."""
+
+    @staticmethod
+    def sums(x: Tensor) -> Tensor:
+        return x.float().T @ x.float()
+
+    @property
+    def rms(self) -> Tensor:
+        return self.mean.diagonal().sqrt()
+
+    @property
+    def power(self) -> float:
+        return float(self.total.diagonal().mean())
+
+    def even(self, power: float) -> None:
+        self.total.zero_().diagonal().fill_(power)
+        self.tokens = 1
+
+
+logger = logging.getLogger(__name__)
+
+FEW = 32  # tokens: with fewer, the RMS of a channel is off by more than an eighth
+
+
+def feed(matrices: Matrices, statistics: Mapping[str, SquaredNorm], gradients: Mapping[str, Tensor] | None = None) -> None:
+    """Where an expert's matrix saw under FEW tokens, its inputs become even, and as large as its fellows' are per token.
+
+    So an activation-aware score becomes the magnitude, on the scale of the other experts' scores. gradients: sums over the
+    tokens of squared output gradients ``[out]``; they become even, too, and as large as the fellows' are on average. Where all
+    experts of a group saw too little, they are all treated so; where none saw any token, nothing is changed.
+    """
+    for names in _groups(matrices, statistics).values():
+        poor = [name for name in names if statistics[name].tokens < FEW]
+        rich = [name for name in names if statistics[name].tokens >= FEW] or [n for n in poor if statistics[n].tokens]
+        if not poor or not rich:
+            continue
+        power = sum(statistics[name].power for name in rich) / sum(statistics[name].tokens for name in rich)
+        said = sum(float(gradients[name].mean()) for name in rich) / len(rich) if gradients is not None else 0.0
+        for name in poor:
+            statistics[name].even(power)
+            if gradients is not None:
+                gradients[name].fill_(said)
+
+
+def starved(matrices: Matrices, statistics: Mapping[str, SquaredNorm]) -> dict[str, Any]:
+    """For the report, which experts' matrices :func:`feed` gave a stand-in, with a warning; empty if there are none."""
+    groups = _groups(matrices, statistics)
+    names = [name for group in groups.values() for name in group if statistics[name].tokens < FEW]
+    if not names:
+        return {}
+    count = sum(map(len, groups.values()))
+    logger.warning(
+        "%d of %d experts' matrices saw under %d calibration tokens, e.g. %s; they are scored by magnitude: use more text",
+        *(len(names), count, FEW, names[0]),
+    )
+    return {"starved": {"matrices": names, "of": count, "tokens_under": FEW}}
+
+
+def _groups(matrices: Matrices, statistics: Mapping[str, SquaredNorm]) -> dict[str, list[str]]:
+    groups: dict[str, list[str]] = defaultdict(list)
+    for name in statistics:
+        if group := matrices[name].group:
+            groups[group].append(name)
+    return groups
+
+
+@contextmanager
+def observing(
+    matrices: Matrices, kind: type[SquaredNorm] | None, device: torch.device | None = None
+) -> Iterator[dict[str, SquaredNorm]]:
+    """Inside the ``with`` block, every forward pass feeds each matrix's inputs to its statistic.
+
+    device: where the sums lie; by default each matrix's own, which must then be in memory.
+    """
+    statistics: dict[str, SquaredNorm] = {}
+    handles = []
+    latest: list[Any] = [None, None]  # q, k, v and gate, up are called on one tensor, whose sums are computed once
+
+    def feed(statistic: SquaredNorm) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            if args[0] is not latest[0]:
+                latest[:] = args[0], statistic.sums(args[0].detach().reshape(-1, args[0].shape[-1]))
+            statistic.add(latest[1], args[0].shape[:-1].numel())
+
+        return hook
+
+    try:
+        for name, matrix in matrices.items() if kind else ():
+            assert kind is not None
+            statistics[name] = kind(matrix.shape[1], device or matrix.device)
+            handles += [module.register_forward_pre_hook(feed(statistics[name])) for module in matrix.modules]
+        with taken_apart(matrix.module for matrix in matrices.values()):
+            yield statistics
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def pool(matrices: Matrices, statistics: Mapping[str, SquaredNorm]) -> None:
+    """Sums statistics over all processes, sees to starved experts, and checks them as :func:`check_seen` does."""
+    for statistic in statistics.values():
+        distributed.total(statistic.total)
+        statistic.tokens = round(distributed.total_of(statistic.tokens))
+    statistics_module.feed(matrices, statistics)
+    check_seen(statistics)
+
+
+def check_seen(statistics: Mapping[str, SquaredNorm]) -> None:
+    """Raises UniPruneError if a matrix saw no token, or if its sums overflowed."""
+    blind = [name for name, statistic in statistics.items() if statistic.tokens == 0]
+    if blind:
+        raise UniPruneError(
+            f"{len(blind)} matrices saw no calibration token, e.g. {blind[0]}: their layers are passed by, or they are experts "
+            "that nothing was sent to; leave them out (--exclude), or use more text"
+        )
+    for name, statistic in statistics.items():
+        if not bool(torch.isfinite(statistic.total).all()):
+            raise InputError(f"{name}: its inputs overflowed; calibrate in another dtype (--dtype bfloat16 or float32)")

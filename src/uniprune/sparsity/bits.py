@@ -1,0 +1,45 @@
+"""Masks as bits: packed, unpacked, counted, and applied to the bits of weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Array = np.ndarray[Any, Any]
+
+PIECE = 1 << 17  # bytes of packed bits counted at a time: unpacked, they fit into a core's cache
+
+
+def pack(mask: Tensor) -> Tensor:
+    """A boolean mask as uint8 ``[ceil(n / 8)]``, row-major, the first weight in the lowest bit."""
+    return torch.from_numpy(np.packbits(mask.flatten().cpu().numpy(), bitorder="little"))
+
+
+def unpack(packed: Tensor, shape: tuple[int, int]) -> Tensor:
+    """The boolean mask ``[out, in]`` that :func:`pack` packed."""
+    bits = np.unpackbits(packed.numpy(), count=shape[0] * shape[1], bitorder="little")
+    return torch.from_numpy(bits.view(np.bool_)).reshape(shape)
+
+
+def removed(mask: Tensor) -> float:
+    """The fraction of weights that a boolean mask removes."""
+    return 1 - int(mask.sum()) / mask.numel()
+
+
+def kept(packed: Array) -> int:
+    """How many weights a packed mask keeps; the bits past its end are 0."""
+    pieces = (packed[start : start + PIECE] for start in range(0, len(packed), PIECE))
+    return sum(int(np.count_nonzero(np.unpackbits(piece).view(np.bool_))) for piece in pieces)
+
+
+def apply_to_array(weights: Array, packed: Array) -> None:
+    """Zeroes, in place, the pruned entries of a flat array of unsigned integers that are the weights' bits.
+
+    packed: their mask as :func:`pack` has it, uint8 ``[ceil(n / 8)]``. All-zero bits are 0.0 in every floating-point format, so
+    one routine serves every dtype a checkpoint can have. Times 0 or 1 is the fastest way to zero what is in a core's cache:
+    seven times the speed of sha256; so callers hand over pieces.
+    """
+    np.multiply(weights, np.unpackbits(packed, count=len(weights), bitorder="little"), out=weights)

@@ -1,0 +1,100 @@
+"""What hardware asks of a pruned matrix, as data: which patterns its kernels take, of which types and shapes.
+
+That a profile is met does not make a model faster.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from uniprune.errors import InputError
+from uniprune.sparsity.constraints import DENSE, Mixed, Rule, Ruled
+from uniprune.sparsity.patterns import NM, Pattern, Shape, Tiled
+
+Misfits = Literal["refuse", "dense", "unstructured"]
+
+
+@dataclass(frozen=True)
+class Profile:
+    """One kind of kernel.
+
+    patterns: N:M patterns and tile sizes (rows, inputs) that it takes; none: whatever there is. types: by type of the weights
+    what rows and inputs must be multiples of; none: any type, any shape. capability: of CUDA devices, at least.
+    """
+
+    patterns: tuple[NM | Shape, ...] = ()
+    types: Mapping[str, Shape] = field(default_factory=dict)
+    capability: tuple[int, int] | None = None
+
+    def misfit(self, pattern: Pattern, shape: Shape, dtype: str) -> str | None:
+        """Why a matrix of this shape and type (``bfloat16``) would not be multiplied faster, or None."""
+        parts = [nm for nm in pattern.allow if nm != DENSE] if isinstance(pattern, Mixed) else [pattern]
+        for part in parts:
+            kind = (part.height, part.width) if isinstance(part, Tiled) else part
+            if self.patterns and part != DENSE and kind not in self.patterns:
+                return f"{part} is not {' or '.join(_spell(one) for one in self.patterns)}"
+        if pattern == DENSE or not self.types:
+            return None
+        if dtype not in self.types:
+            return f"weights of type {dtype}; the kernels take {', '.join(self.types)}"
+        rows, columns = self.types[dtype]
+        fits = shape[0] % rows == 0 and shape[1] % columns == 0
+        return None if fits else f"{shape[0]} x {shape[1]} weights are not multiples of {rows} x {columns}"
+
+
+PROFILES = {
+    "any": Profile(),
+    # torch.sparse.to_sparse_semi_structured with CUTLASS, the narrower of its two backends; Ampere and later.
+    "nvidia-semi-structured": Profile(
+        (NM(2, 4),), {"float16": (32, 64), "bfloat16": (32, 64), "int8": (16, 128)}, capability=(8, 0)
+    ),
+    # Block-sparse rows (BSR), as CPU kernels have them: tiles as wide as a register, as high, or both.
+    "block": Profile(((1, 16), (16, 1), (16, 16))),
+}
+
+
+def parse(name: str) -> Profile:
+    """Raises InputError for a profile that is not in the table."""
+    if name not in PROFILES:
+        raise InputError(f"hardware {name!r} is unknown; use one of {', '.join(PROFILES)}")
+    return PROFILES[name]
+
+
+def fitted(
+    pattern: Pattern, shapes: Mapping[str, Shape], dtype: str, hardware: str = "any", misfits: Misfits = "refuse"
+) -> tuple[Pattern, dict[str, str]]:
+    """The pattern with a rule for every matrix that cannot have it as the hardware wants it, and the reasons by matrix.
+
+    misfits: what such matrices get: ``dense``, or ``unstructured``, the same level by matrix; with ``refuse`` InputError is
+    raised that names them. Raises InputError, too, for rules that cannot hold (see ``budget.Ruled``).
+    """
+    if isinstance(pattern, Ruled):
+        pattern.check(shapes)
+    profile, reasons = parse(hardware), {}
+    for name, shape in shapes.items():
+        part = pattern.part(name)
+        if reason := part.misfit(*shape) or profile.misfit(part, shape, dtype):
+            reasons[name] = reason
+    if not reasons:
+        return pattern, {}
+    if misfits == "refuse":
+        name, reason = next(iter(reasons.items()))
+        place = "" if hardware == "any" else f" on {hardware} hardware"
+        raise InputError(
+            f"{len(reasons)} of {len(shapes)} matrices cannot be {pattern}{place}, e.g. {name}: {reason}; "
+            "say what they are to be, with --misfits or a --rule, or leave them out with --exclude"
+        )
+    base, rules = (pattern.base, pattern.rules) if isinstance(pattern, Ruled) else (pattern, ())
+    what = "dense" if misfits == "dense" else f"{pattern.sparsity:g}"
+    spared = tuple(Rule(f"^{re.escape(name)}$", what) for name in reasons)
+    left = tuple(rule for rule in rules if any(re.search(rule.match, name) for name in shapes.keys() - reasons.keys()))
+    fits = Ruled(base, spared + left)
+    fits.check(shapes)
+    return fits, reasons
+
+
+def _spell(pattern: NM | Shape) -> str:
+    return str(pattern) if isinstance(pattern, NM) else f"{pattern[0]}x{pattern[1]} tiles"

@@ -1,0 +1,57 @@
+"""Saliencies, matrix name -> scores ``[out, in]``, seen in another way without a copy of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+
+class View(Mapping[str, Tensor]):
+    """A saliency through a function of (name, scores), one matrix at a time, when it is asked for.
+
+    see: None leaves the scores as they are. names: the matrices to be seen, all by default.
+    """
+
+    def __init__(
+        self,
+        saliency: Mapping[str, Tensor],
+        see: Callable[[str, Tensor], Tensor] | None = None,
+        names: Iterable[str] | None = None,
+    ) -> None:
+        self._saliency, self._see = saliency, see
+        self._names = dict.fromkeys(saliency if names is None else names)
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        scores = self._saliency[name]
+        return self._see(name, scores) if self._see else scores
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+class Comparable(View):
+    """A view of a saliency in which every matrix has mean score 1, one matrix at a time.
+
+    One budget over several matrices compares their scores, but local metrics put each matrix on a scale of its own: cut by
+    one threshold, raw Wanda scores remove whole matrices and the model collapses.
+    """
+
+    def __init__(self, saliency: Mapping[str, Tensor]) -> None:
+        super().__init__(saliency, _with_mean_one)
+
+
+def on_one_scale(saliency: Mapping[str, Tensor], already: bool) -> Mapping[str, Tensor]:
+    """Scores that one budget over all matrices may compare; already: they are, or every matrix is cut by itself."""
+    return saliency if already else Comparable(saliency)
+
+
+def _with_mean_one(name: str, scores: Tensor) -> Tensor:
+    mean = scores.mean(dtype=torch.float64)
+    return scores / mean.float() if mean > 0 else scores

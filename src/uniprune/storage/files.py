@@ -1,0 +1,147 @@
+"""Outputs that appear whole or not at all, and the checks whether they may be written."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from uniprune.errors import InputError
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Inside ``with``, a write that fails (a full disk) says where: the system does not."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path beside ``path`` that takes its place when the ``with`` block ends well, and vanishes otherwise."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".partial-{path.name}-", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        with writing(path):
+            yield temporary
+        temporary.chmod(0o644)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def check_output_file(path: Path, overwrite: bool, *sources: Path, suffix: str = ".safetensors") -> None:
+    """Raises InputError if ``path`` exists and may not be replaced, or may not be written, before any work is done.
+
+    sources: files and folders that are read meanwhile, and never written to.
+    """
+    if path.suffix != suffix:
+        raise InputError(f"output {path} is a {suffix[1:]} file; let its name end in {suffix}")
+    if path.is_dir():
+        raise InputError(f"output {path} is a folder; give a file name")
+    for source in sources:
+        if source.resolve() in (path.resolve(), *path.resolve().parents):
+            raise InputError(f"output {path} is, or lies in, the input {source}; give another place")
+    if path.exists() and not overwrite:
+        raise InputError(f"output {path} exists; give another name, or --overwrite")
+    check_place(path)
+
+
+def check_place(path: Path) -> None:
+    """Raises InputError unless an output may be made at ``path``: below folders only, and where one may write."""
+    parent = path.absolute().parent
+    while not os.path.lexists(parent):
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise InputError(f"output {path} cannot be made: nothing can be written in {parent}; give another place")
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes a result file, at once or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+REPORT = "pruning.json"  # written last: a folder without it is incomplete
+
+
+# --------------------------------------------------------------------------------------------------------- output folder
+
+
+def check_output_folder(path: Path, overwrite: bool, source: Path | None = None) -> None:
+    """Raises InputError if ``path`` may not become an output folder, before any work is done.
+
+    Only folders that this package wrote (or empty ones) are ever replaced, however the flags are set.
+    """
+    if source is not None:
+        here, there = path.resolve(), source.resolve()
+        if here == there or there in here.parents or here in there.parents:
+            raise InputError(f"output {path} and model {source} overlap; give another output folder")
+    if path.is_symlink():
+        raise InputError(f"output {path} is a link, which is not followed; give the folder itself")
+    if path.exists() and not path.is_dir():
+        raise InputError(f"output {path} is a file; give the name of a folder")
+    if path.is_dir() and any(path.iterdir()):
+        if not (path / REPORT).is_file():
+            raise InputError(f"output folder {path} exists and was not written by uniprune; give another name")
+        if not overwrite:
+            raise InputError(f"output folder {path} exists; give another name, or --overwrite")
+    check_place(path)
+
+
+def check_disk_space(path: Path, needed: int) -> None:
+    """Raises InputError if the disk that ``path`` lies on has less than ``needed`` bytes free."""
+    parent = path.resolve().parent
+    while not parent.exists():
+        parent = parent.parent
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise InputError(f"output {path} needs {needed / 1e9:.2f} GB of disk, {free / 1e9:.2f} GB are free; make room")
+
+
+@contextmanager
+def new_folder(path: Path, inside: Path | None = None) -> Iterator[Path]:
+    """A temporary folder that takes the place of ``path`` when the ``with`` block ends well, and vanishes otherwise.
+
+    inside: where it lies, on the same disk: the folder of a run, so that who goes on with a killed run removes it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for left in inside.glob("output-*") if inside else ():
+        shutil.rmtree(left)
+    where: dict[str, Any] = (
+        {"prefix": "output-", "dir": inside} if inside else {"prefix": f".partial-{path.name}-", "dir": path.parent}
+    )
+    temporary = Path(tempfile.mkdtemp(**where))
+    try:
+        with writing(path):
+            yield temporary
+        temporary.chmod(0o755)
+        if path.exists():
+            retired = Path(tempfile.mkdtemp(**where))
+            os.replace(path, retired)
+            os.replace(temporary, path)
+            shutil.rmtree(retired)
+        else:
+            os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Returns when a file, or the list of the files in a folder, is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

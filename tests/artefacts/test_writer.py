@@ -1,0 +1,183 @@
+"""The pruned checkpoint is the source's bytes with zeros, and belongs to one model."""
+
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from conftest import tiny_model
+from uniprune import Loaded
+from uniprune.artefacts import masks as masks_file
+from uniprune.artefacts import writer
+from uniprune.errors import InputError, UniPruneError
+from uniprune.models.loading import Origin
+from uniprune.models.matrices import find_matrices
+from uniprune.storage import files, safetensors_index
+
+
+def random_masks(matrices):
+    generator = torch.Generator().manual_seed(0)
+    return {name: torch.rand(matrix.shape, generator=generator) < 0.5 for name, matrix in matrices.items()}
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes the checkpoint that masks, given as booleans, make into tmp_path/out."""
+
+    def write(source, masks, transposed=(), check=None, out="out"):
+        facts = {"base": "", "base_name": "", "digests": {}, "transposed": list(transposed)}
+        file = tmp_path / "masks.safetensors"
+        masks_file.write_masks(file, masks.items(), {name: tuple(mask.shape) for name, mask in masks.items()}, facts)
+        (tmp_path / out).mkdir()
+        writer.write_checkpoint(source, masks_file.MasksFile(file), tmp_path / out, check)
+        return tmp_path / out
+
+    return write
+
+
+def test_kept_weights_are_bitwise_the_source(folder, write):
+    matrices = find_matrices(tiny_model())
+    masks = random_masks(matrices)
+    out = write(Origin("tiny", folder), masks)
+    for shard in folder.glob("*.safetensors"):
+        source, pruned = load_file(shard), load_file(out / shard.name)
+        assert source.keys() == pruned.keys()
+        for key, weight in source.items():
+            mask = masks.get(key.removesuffix(".weight"), torch.ones_like(weight, dtype=torch.bool))
+            assert pruned[key].dtype == torch.bfloat16
+            expected = torch.where(mask, weight, 0)
+            assert torch.equal(pruned[key].view(torch.int16), expected.view(torch.int16)), key
+
+
+def test_keeping_everything_is_a_bitwise_copy(folder, write):
+    masks = {name: torch.ones(matrix.shape, dtype=torch.bool) for name, matrix in find_matrices(tiny_model()).items()}
+    out = write(Origin("tiny", folder), masks)
+    assert {file.name for file in out.iterdir()} == {file.name for file in folder.iterdir()}
+    for file in folder.iterdir():
+        assert file.read_bytes() == (out / file.name).read_bytes(), file.name
+
+
+def test_transposed_weights_are_zeroed_where_the_mask_says(write):
+    model = tiny_model("gpt2")
+    matrices = find_matrices(model)
+    masks = random_masks(matrices)
+    pruned = find_matrices(AutoModelForCausalLM.from_pretrained(write(Loaded(model), masks, matrices)))
+    for name, mask in masks.items():
+        assert torch.equal(pruned[name].weight, matrices[name].weight * mask)
+
+
+def test_fingerprint_is_of_the_weights_not_of_the_files(folder, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    matrices = find_matrices(model)
+    sharded = writer.fingerprint(writer.digests(Origin("tiny", folder), matrices))
+    model.save_pretrained(tmp_path)  # one shard
+    assert writer.fingerprint(writer.digests(Origin("other", tmp_path), list(matrices)[::-1])) == sharded
+    before = writer.digests(Loaded(model), matrices, matrices)
+    assert writer.fingerprint(before) == sharded
+    matrices["model.layers.0.mlp.up_proj"].weight[0, 0] += 1
+    after = writer.digests(Loaded(model), matrices, matrices)
+    assert [name for name in after if after[name] != before[name]] == ["model.layers.0.mlp.up_proj"]
+    assert writer.fingerprint(after) != sharded
+
+
+def test_writing_finds_the_digests_of_what_it_read(folder, write):
+    origin, matrices, found = Origin("tiny", folder), find_matrices(tiny_model()), {}
+    write(origin, random_masks(matrices), check=found.__setitem__)
+    assert found == writer.digests(origin, matrices)
+
+
+def test_pieces_smaller_than_a_tensor_give_the_same_checkpoint(folder, write, monkeypatch):
+    masks, found = random_masks(find_matrices(tiny_model())), []
+    for size in (writer.PIECE, 960):
+        monkeypatch.setattr(writer, "PIECE", size)
+        digests = {}
+        out = write(Origin("tiny", folder), masks, check=digests.__setitem__, out=str(size))
+        found.append([(file.name, file.read_bytes()) for file in sorted(out.iterdir())] + [digests])
+    assert found[0] == found[1]
+
+
+def test_keys_without_the_outer_prefix_are_found():
+    assert safetensors_index.key_of("transformer.h.0.mlp.c_fc.weight", {"h.0.mlp.c_fc.weight": 0}) == "h.0.mlp.c_fc.weight"
+    with pytest.raises(UniPruneError, match="no tensor"):
+        safetensors_index.key_of("model.layers.0.x.weight", {"model.layers.1.x.weight": 0})
+
+
+def test_wrong_shapes_are_refused(folder, write):
+    mask = torch.ones(2, 2, dtype=torch.bool)
+    with pytest.raises(UniPruneError, match="the mask is"):
+        write(Origin("tiny", folder), {"model.layers.0.mlp.up_proj": mask})
+
+
+def test_output_folders_are_checked_first(folder, tmp_path):
+    check = files.check_output_folder
+    check(tmp_path / "new", False, folder)
+    (tmp_path / "empty").mkdir()
+    check(tmp_path / "empty", False, folder)
+    ours = tmp_path / "ours"
+    ours.mkdir()
+    (ours / files.REPORT).touch()
+    check(ours, True, folder)
+    with pytest.raises(InputError, match="--overwrite"):
+        check(ours, False, folder)
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "thesis.txt").touch()
+    with pytest.raises(InputError, match="not written by uniprune"):
+        check(precious, True, folder)
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="is a file"):
+        check(tmp_path / "file", True, folder)
+    for bad in (folder, folder / "sub", folder.parent):
+        with pytest.raises(InputError, match="overlap"):
+            check(bad, True, folder)
+
+
+def test_full_disks_are_noticed_first(tmp_path, monkeypatch):
+    files.check_disk_space(tmp_path / "a" / "b", 1)
+    with pytest.raises(InputError, match=r"needs 1000000000\.00 GB of disk"):
+        files.check_disk_space(tmp_path / "a" / "b", 10**18)
+
+
+def test_a_failed_run_leaves_the_old_folder(tmp_path):
+    out = tmp_path / "out"
+    for content in ("first", "second"):
+        with files.new_folder(out) as folder:
+            (folder / "file").write_text(content)
+    with pytest.raises(KeyboardInterrupt), files.new_folder(out) as folder:
+        (folder / "file").write_text("third")
+        raise KeyboardInterrupt
+    assert (out / "file").read_text() == "second"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_quantised_checkpoints_are_refused(folder, tmp_path):
+    from safetensors.torch import save_file
+
+    save_file({"model.layers.0.x.weight": torch.ones(2, 2, dtype=torch.int8)}, tmp_path / "model.safetensors")
+    with pytest.raises(UniPruneError, match="type I8"):
+        writer.digests(Origin("q", tmp_path), ["model.layers.0.x"])
+    shutil.rmtree(tmp_path)
+
+
+def test_weights_in_a_second_layout_are_not_part_of_the_model(folder, tmp_path, write):
+    shutil.copytree(folder, tmp_path / "model")
+    shutil.copyfile(next(folder.glob("*.safetensors")), tmp_path / "model" / "consolidated.safetensors")
+    origin = Origin("two layouts", tmp_path / "model")
+    assert [shard.name for shard in origin.shards] == [shard.name for shard in Origin("one", folder).shards]
+    assert not (write(origin, {}) / "consolidated.safetensors").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_digests_name_the_matrix_that_is_not_finite(tmp_path, dtype, value):
+    largest = torch.finfo(dtype).max
+    weights = {name: torch.tensor([[largest, -largest], [0.0, 1.0]], dtype=dtype) for name in ("a.weight", "b.weight")}
+    file = tmp_path / "model.safetensors"
+    save_file(weights, file)
+    assert set(writer.digests(Origin("tiny", tmp_path), ["a", "b"])) == {"a", "b"}
+    weights["b.weight"][1, 0] = value
+    save_file(weights, file)
+    with pytest.raises(InputError, match=r"^b: the weights contain NaN or infinity"):
+        writer.digests(Origin("tiny", tmp_path), ["a", "b"])

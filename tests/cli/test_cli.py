@@ -1,0 +1,201 @@
+"""The command line as users meet it: a frozen set of flags, one-line errors, exit codes, JSON."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import typer
+
+from command import run
+from conftest import tiny_model
+from uniprune.cli import main
+
+FLAGS = {
+    "plan": "allow hardware misfits rule size"
+    " config device dtype exclude include json length max-memory scope sparsity windows",
+    "calibrate": "allow hardware misfits rule"
+    " budget-tokens config controller device dtype exclude include json length max-memory metric output overwrite"
+    " resume save-tokens scope seed sparsity steps text windows",
+    "mask": "allow hardware misfits rule json output overwrite scope sparsity",
+    "apply": "force dtype json output overwrite push-to-hub",
+    "card": "json overwrite push-to-hub",
+    "prune": "allow hardware misfits rule"
+    " budget-tokens config controller device dtype exclude include json length max-memory metric output overwrite"
+    " push-to-hub resume save-tokens refine scope seed sequential size sparsity steps text windows",
+    "permute": "device dtype exclude include json length max-memory metric output overwrite seed sparsity text windows",
+    "pack": "json level output overwrite",
+    "unpack": "json output overwrite",
+    "bench": "batch device dtype json levels",
+    "evaluate": "against check device dtype json length limit lm-eval new-tokens output overwrite prompt tasks text windows",
+    "sweep": "device dtype json length output overwrite resume scope sparsities text windows",
+    "report": "json output overwrite",
+}
+MASKS_FLAGS = {
+    "verify": "dtype json model pruned",
+    "diff": "force json",
+    "intersect": "json output overwrite",
+    "union": "json output overwrite",
+    "stats": "json",
+    "convert": "check-bits dtype json model output overwrite to-plain",
+}
+
+
+def test_the_flags_are_frozen():
+    """Adding a flag is a decision: it changes this table and the README."""
+    commands = dict(typer.main.get_command(main.app).commands)
+    for table, verbs in ((MASKS_FLAGS, commands.pop("masks").commands), (FLAGS, commands)):
+        found = {
+            name: " ".join(
+                sorted({o.removeprefix("--") for p in command.params for o in p.opts if o.startswith("--")} - {"help"})
+            )
+            for name, command in verbs.items()
+        }
+        assert found == {name: " ".join(sorted(flags.split())) for name, flags in table.items()}
+
+
+def test_help_is_immediate():
+    """No PyTorch behind --help. Processor time, and the best of three, because test machines are busy."""
+    seconds = []
+    for _ in range(3):
+        before = os.times()
+        subprocess.run([sys.executable, "-m", "uniprune.cli.main", "--help"], check=True, capture_output=True)
+        after = os.times()
+        seconds.append(after.children_user - before.children_user + after.children_system - before.children_system)
+    assert min(seconds) < 0.4
+
+
+def test_all_verbs_speak_json(capsys, monkeypatch, folder, tmp_path):
+    small = ["--windows", 4, "--length", 32]
+    scores, masks, out = tmp_path / "s.safetensors", tmp_path / "m.safetensors", tmp_path / "out"
+    for arguments in (
+        ["plan", folder, "--sparsity", "2:4"],
+        ["calibrate", folder, "--metric", "ria:a=0.5", *small, "-o", scores],
+        ["mask", scores, "--sparsity", "0.6", "--scope", "model", "-o", masks],
+        ["apply", folder, masks, "-o", out],
+        ["prune", folder, "--sparsity", "2:4", *small, "-o", out, "--overwrite"],
+        ["evaluate", out, *small],
+    ):
+        code, printed, errors = run(capsys, monkeypatch, *arguments, "--json")
+        assert (code, errors) == (0, ""), arguments
+        result = json.loads(printed)
+        assert printed.count("\n") == 1
+    assert result["perplexity"] > 1
+    assert (result["windows"], result["length"], result["tokens"]) == (4, 32, 4 * 31)
+
+
+def test_tables_for_people(capsys, monkeypatch, folder, tmp_path):
+    code, printed, _ = run(capsys, monkeypatch, "plan", folder, "--sparsity", "2:5")
+    assert code == 0
+    assert "pruning refuses" in printed.replace("\n", " ")
+    code, printed, _ = run(
+        capsys, monkeypatch, "prune", folder, "-s", "2:4", "--windows", 2, "--length", 32, "-o", tmp_path / "o"
+    )
+    assert code == 0
+    assert "sparsity 0.5000 in 21 matrices" in printed.replace("\n", " ")
+    assert "dense with zeros" in printed  # nobody is to find out later that it is no faster
+
+
+def test_recipe_files_and_flags_over_them(capsys, monkeypatch, folder, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("sparsity: 2:4\nmetric: magnitude\nwindows: 4\nlength: 32\nexclude: [down_proj]\nsequential: true\n")
+    command = ["prune", folder, "--config", recipe, "--metric", "wanda", "-o", tmp_path / "o", "--json"]
+    code, printed, _ = run(capsys, monkeypatch, *command)
+    assert code == 0
+    used = json.loads(printed)["recipe"]
+    assert used["sparsity"] == "2:4"  # and not the sexagesimal 124 that YAML 1.1 makes of it
+    assert (used["metric"], used["windows"], used["exclude"], used["sequential"]) == ("wanda", 4, ["down_proj"], True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["prune", "MISSING", "-s", "2:4"], "missing/model"),
+        (["prune", "FOLDER", "-s", "1.2"], "sparsity 1.2 is not between 0 and 1"),
+        (["prune", "FOLDER", "-s", "4:2"], "4:2 is impossible"),
+        (["prune", "FOLDER", "-s", "0:4"], "0:4 is impossible"),
+        (["prune", "FOLDER", "-s", "2:5"], "not divisible by 5"),
+        (["prune", "FOLDER", "-s", "2:4", "--metric", "wnada"], "metric 'wnada' is unknown"),
+        (["prune", "FOLDER", "-s", "2:4", "--include", "nope"], "'nope' matches none"),
+        (["prune", "FOLDER", "-s", "2:4", "--text", "EMPTY"], "is empty"),
+        (["prune", "FOLDER", "-s", "2:4", "--text", "SHORT"], "less than one window"),
+        (["prune", "FOLDER", "-s", "2:4", "--text", "nowhere.txt"], "'nowhere.txt' is neither"),
+        (["prune", "FOLDER", "-s", "2:4", "--windows", "0"], "windows = 0"),
+        (["prune", "FOLDER", "-s", "2:4", "--controller", "magic"], "controller = 'magic'"),
+        (["prune", "FOLDER", "-s", "2:4", "--dtype", "int4"], "dtype = 'int4'"),
+        (["prune", "FOLDER", "-s", "2:4", "--device", "abacus"], "device 'abacus'"),
+        (["prune", "FOLDER", "-s", "2:4", "--scope", "row"], "scope 'row' does not go with 2:4"),
+        (["prune", "FOLDER", "-s", "0.5", "--scope", "model", "--sequential"], "needs all scores"),
+        (["prune", "FOLDER", "-s", "0.5", "--scope", "matrix", "--refine"], "0.5 by matrix has no budget by row"),
+        (["prune", "FOLDER", "-s", "0.5", "--scope", "model", "--refine"], "0.5 by model has no budget by row"),
+        (["prune", "FOLDER", "-s", "2:4", "--controller", "feedback", "--refine"], "--refine and --controller feedback"),
+        (["prune", "FOLDER"], "no sparsity given"),
+        (["prune", "FOLDER", "-s", "0.5", "--size", "1MB"], "drop --sparsity, or --size"),
+        (["prune", "FOLDER", "--size", "9GB"], "out of reach"),
+        (["prune", "FOLDER", "-s", "2:4", "--config", "RECIPE"], "sparsty"),
+        (["prune", "NAN", "-s", "2:4"], "contain NaN"),
+        (["evaluate", "FOLDER", "--text", "SHORT"], "less than one window"),
+        (["evaluate", "FOLDER", "--tasks", "piqaa"], "task 'piqaa' is neither one of"),
+        (["evaluate", "FOLDER", "--tasks", "RECIPE"], "line 1: not JSON"),
+        (["evaluate", "FOLDER", "--limit", "5"], "give --tasks"),
+        (["mask", "SHORT", "-s", "2:4"], "not a complete safetensors file"),
+        (["mask", "FOLDER", "-s", "2:4"], "does not exist"),
+        (["frobnicate"], "No such command"),
+        (["prune", "FOLDER", "--wat"], "--wat"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_input_is_one_line_and_writes_nothing(capsys, monkeypatch, folder, tmp_path, arguments, message):
+    (tmp_path / "empty.txt").write_text(" \n")
+    (tmp_path / "short.txt").write_text("Too short.")
+    (tmp_path / "recipe.yaml").write_text("sparsty: 0.5\n")
+    names = {
+        "FOLDER": folder,
+        "MISSING": "missing/model/here",
+        "EMPTY": tmp_path / "empty.txt",
+        "SHORT": tmp_path / "short.txt",
+        "RECIPE": tmp_path / "recipe.yaml",
+        "NAN": tmp_path / "nan",
+    }
+    if "NAN" in arguments:
+        model = tiny_model()
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = torch.nan
+        model.save_pretrained(tmp_path / "nan")
+        for file in folder.glob("tokenizer*"):
+            (tmp_path / "nan" / file.name).write_bytes(file.read_bytes())
+    output = {"prune": ["-o", tmp_path / "out"], "mask": ["-o", tmp_path / "out.safetensors"]}.get(arguments[0], [])
+    before = set(tmp_path.rglob("*"))
+    code, printed, errors = run(capsys, monkeypatch, *[names.get(word, word) for word in arguments], *output)
+    assert code == 2, errors
+    assert printed == ""
+    assert errors.startswith("error: ")
+    assert errors.count("\n") == 1
+    assert message in errors
+    assert set(tmp_path.rglob("*")) == before
+
+
+def test_existing_outputs_are_kept(capsys, monkeypatch, folder, tmp_path):
+    out = tmp_path / "out"
+    command = ["prune", folder, "-s", "2:4", "--windows", 2, "--length", 32, "-o", out]
+    assert run(capsys, monkeypatch, *command)[0] == 0
+    before = (out / "pruning.json").read_bytes()
+    code, _, errors = run(capsys, monkeypatch, *command)
+    assert code == 2
+    assert "--overwrite" in errors
+    assert (out / "pruning.json").read_bytes() == before
+    assert run(capsys, monkeypatch, *command, "--overwrite")[0] == 0
+    assert (out / "pruning.json").read_bytes() != before  # the timings differ
+
+
+def test_a_full_disk_is_bad_input(capsys, monkeypatch, folder, tmp_path):
+    import shutil
+
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage._replace(free=10))
+    command = ["prune", folder, "-s", "2:4", "--windows", 2, "--length", 32, "-o", tmp_path / "out"]
+    code, _, errors = run(capsys, monkeypatch, *command)
+    assert code == 2
+    assert "of disk" in errors
+    assert list(tmp_path.iterdir()) == []

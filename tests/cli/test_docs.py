@@ -1,0 +1,155 @@
+"""The documents are run: every command in the order in which it stands there, every Python block, on a tiny model.
+
+Names of hubs, data sets and tasks stand for local files here; sizes are made small. Nothing else is changed.
+"""
+
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import torch
+
+import uniprune
+from command import run
+from task_rows import ROWS
+from uniprune import Recipe
+from uniprune.data import text
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+HUB = ("HuggingFaceTB/SmolLM2-135M", "meta-llama/Llama-3.1-70B")
+SMALL = {"--windows": "2", "--length": "32"}
+SIZES = {
+    **dict.fromkeys(("plan", "calibrate", "prune", "permute", "sweep"), SMALL),
+    "bench": {"--batch": "1", "--levels": "0.9", "--dtype": "float32"},
+}
+
+
+def commands(page):
+    """The indented lines that call uniprune, without their comments."""
+    for line in page.read_text().splitlines():
+        if re.match(r"    (torchrun .*-m )?uniprune ", line):
+            yield line.strip().partition(" #")[0].split("-m uniprune ")[-1].removeprefix("uniprune ").strip()
+
+
+def blocks(page):
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture
+def place(folder, tmp_path, monkeypatch):
+    """A working directory that has what the documents speak of, and a hub cache with the models that they name."""
+    for name in HUB:
+        repository = tmp_path / "hub" / ("models--" + name.replace("/", "--"))
+        shutil.copytree(folder, repository / "snapshots" / "0")
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text("0")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    for name in ("c4", "wikitext2"):
+        monkeypatch.setitem(text.NAMED, name, text.NAMED["builtin"])
+    work = tmp_path / "work"
+    shutil.copytree(folder, work / "MODEL")
+    prose = text.read("builtin", "calibration")[:200_000]
+    for name in ("corpus.txt", "evaluation.txt"):
+        (work / name).write_text(prose)
+    (work / "my_corpus.jsonl").write_text(json.dumps({"text": prose}))
+    for name in ("piqa", "arc_easy", "questions", "my_questions"):
+        (work / f"{name}.jsonl").write_text(json.dumps(ROWS["arc" if name == "arc_easy" else "piqa"]) + "\n")
+    (work / "recipe.yaml").write_text("sparsity: 2:4\ntuning:\n  batch_tokens: 64\n")
+    monkeypatch.chdir(work)
+    small = {"windows": 2, "length": 32, "controller": "none"}
+    uniprune.prune("MODEL", Recipe(sparsity="2:4", **small), Path("pruned"))
+    uniprune.calibrate("MODEL", Recipe(**small), Path("scores.safetensors"))
+    uniprune.mask(Path("scores.safetensors"), "2:4", Path("masks.safetensors"))
+    return work
+
+
+def runnable(command):
+    """The command's words, small, its output not in the way."""
+    words = shlex.split(command)
+    if "--tasks" in words:
+        at = words.index("--tasks") + 1
+        words[at] = ",".join(name if name.endswith(".jsonl") else f"{name}.jsonl" for name in words[at].split(","))
+    sizes = SIZES.get(words[0], SMALL if words[0] == "evaluate" and not {"--check", "--lm-eval"} & set(words) else {})
+    words += [word for flag, value in sizes.items() if flag not in words for word in (flag, value)]
+    for flag in ("-o", "--output"):
+        if flag in words and (output := Path(words[words.index(flag) + 1])).exists() and "--resume" not in words:
+            shutil.rmtree(output) if output.is_dir() else output.unlink()
+    return words
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if list(commands(page))], ids=lambda page: page.stem)
+def test_commands(place, capsys, monkeypatch, page):
+    for command in commands(page):
+        capsys.readouterr()
+        code, _, errors = run(capsys, monkeypatch, *runnable(command))
+        if "--lm-eval" in command:  # an extra, and its tasks are the hub's
+            assert "lm-eval" in errors
+        else:
+            assert code == 0, f"{command}: {errors}"
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.stem)
+def test_python_blocks(place, page):
+    for block in blocks(page):
+        code = compile(block, str(page), "exec")
+        if 'device="cuda"' in block and not torch.cuda.is_available():
+            continue
+        for name in re.findall(r'Path\("([\w-]+)"\)', block):  # outputs of commands before it
+            shutil.rmtree(name, ignore_errors=True)
+        before = dict(uniprune.saliency.metrics.METRICS)
+        exec(code, {"Path": Path})
+        uniprune.saliency.metrics.METRICS.clear()
+        uniprune.saliency.metrics.METRICS.update(before)
+
+
+def test_links_and_files_exist():
+    for page in [*PAGES, ROOT / "CONTRIBUTING.md"]:
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+            if not target.startswith("http"):
+                assert (page.parent / target).exists(), f"{page.name} -> {target}"
+        for target in re.findall(r"`((?:src|tests|benchmarks|examples|docs)/[\w./-]+\.\w+)`", page.read_text()):
+            assert (ROOT / target).exists(), f"{page.name} names {target}"
+
+
+def test_make_targets_and_extras_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    extras = re.findall(r"^([\w-]+) = \[", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    for page in [*PAGES, ROOT / "CONTRIBUTING.md"]:
+        content = page.read_text()
+        for target in re.findall(r"(?:^    |`)make ([\w-]+)", content, re.MULTILINE):
+            assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"{page.name}: make {target}"
+        for names in re.findall(r"pip install '(?:uniprune|\.)\[([\w,-]+)\]'", content):
+            assert set(names.split(",")) <= set(extras), f"{page.name}: {names}"
+
+
+def test_every_public_name_is_on_the_page_for_python():
+    page = (ROOT / "docs" / "python.md").read_text()
+    assert not [name for name in uniprune.__all__ if f"`{name}" not in page]
+
+
+def test_every_flag_is_in_the_reference():
+    """docs/cli.md is generated (make reference); other versions of typer write it a little differently."""
+    pinned = re.search(r"^typer==(.*)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    if pinned is None or version("typer") != pinned[1]:
+        pytest.skip("docs/cli.md was generated by another version of typer")
+    command = [
+        sys.executable,
+        "-m",
+        "typer",
+        "uniprune.cli.main",
+        "utils",
+        "docs",
+        "--name",
+        "uniprune",
+        "--title",
+        "Command line",
+    ]
+    made = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert (ROOT / "docs" / "cli.md").read_text().strip() == made.strip(), "run `make reference`"

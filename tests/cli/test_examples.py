@@ -1,0 +1,29 @@
+"""Every example runs as its docstring says, on a tiny model."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+SHOWS = {
+    "quickstart": ["50.0% of 21 matrices is zero", "perplexity: ", "KL to the dense model", "pruned: "],
+    "own_metric": ["wanda", "peaky:a=0.5", "peaky:a=0 "],
+    "own_text": ["the same masks: True"],
+    "walkthrough": ["weights are prunable", "2:4: 50.0% removed", "nothing beats it", "pruning.json", "reproduced: True"],
+}
+
+
+def test_every_example_is_here():
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == SHOWS.keys() | {"demo"}  # the demo is run by make demo
+
+
+@pytest.mark.parametrize("name", SHOWS)
+def test_examples_run(folder, tmp_path, name):
+    arguments = [folder, tmp_path / "out"][: 1 if name == "own_metric" else 2]
+    command = [sys.executable, EXAMPLES / f"{name}.py", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for text in SHOWS[name]:
+        assert text in done.stdout

@@ -1,0 +1,317 @@
+"""The controller against plain autograd, torch's Adam, and its own promises."""
+
+import pytest
+import torch
+from torch.nn import functional
+
+from conftest import VOCABULARY, tiny_model
+from small_models import MATRICES, tiny
+from uniprune.controller.descent import Descent, any_sparsity, descend, sensitivities
+from uniprune.controller.loss import Loss
+from uniprune.controller.mirror_descent import Evener, MirrorDescent, confidence
+from uniprune.controller.passes import Resident
+from uniprune.controller.straight_through import StraightThrough
+from uniprune.errors import InputError
+from uniprune.models.matrices import find_blocks, find_matrices
+from uniprune.saliency.calibration import one_shot
+from uniprune.saliency.metrics import Wanda
+from uniprune.saliency.statistics import SquaredNorm
+from uniprune.sparsity.patterns import NM, Unstructured
+from uniprune.storage.runs import Run
+
+
+def tokens(count=8, length=16):
+    return torch.randint(0, VOCABULARY, (count, length), generator=torch.Generator().manual_seed(0))
+
+
+def resident(model, network):
+    return Resident(model, find_blocks(model)[1], network)
+
+
+def differentiate(model, network, ids, **settings):
+    """One pass forwards and backwards, into the network's sink; the mean KL, and the loss and passes for more."""
+    passes = resident(model, network)
+    loss = Loss(passes.head(ids), **settings)
+    between = loss.between if "hidden" in settings else None
+    student, teacher = passes.forward(ids, between=between)
+    kl, gradient = loss.gradient(student, teacher, ids)
+    passes.backward(gradient)
+    return kl / ids.numel(), loss, passes
+
+
+def random_masks(matrices):
+    generator = torch.Generator().manual_seed(1)
+    return {name: torch.rand(matrix.shape, generator=generator) < 0.5 for name, matrix in matrices.items()}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_straight_through_gradients_are_those_of_the_pruned_model(family):
+    """The same model with its weights really pruned, by plain autograd."""
+    ids = tokens(2)
+    model, pruned = tiny_model(family), tiny_model(family)
+    matrices, reference = find_matrices(model), find_matrices(pruned)
+    masks = random_masks(matrices)
+    for name, matrix in reference.items():
+        matrix.weight.mul_(masks[name])
+        matrix.parameter.requires_grad_(True)
+    expected = pruned(input_ids=ids, labels=ids).loss
+    expected.backward()
+    found = {}
+    with StraightThrough(matrices, found.__setitem__) as network:
+        network.masks = masks
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        network.flush()
+    torch.testing.assert_close(loss, expected)
+    for name, matrix in reference.items():
+        gradient = matrix.parameter.grad.T if matrix.transposed else matrix.parameter.grad
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-7)
+
+
+def test_the_model_is_as_before_and_the_teacher_is_dense():
+    ids = tokens(2)
+    model = tiny_model()
+    matrices = find_matrices(model)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    dense = model(input_ids=ids).logits
+    with StraightThrough(matrices, lambda name, gradient: None) as network:
+        network.masks = random_masks(matrices)
+        pruned = model(input_ids=ids).logits
+        with network.dense():
+            assert torch.equal(model(input_ids=ids).logits, dense)
+    assert not torch.allclose(pruned, dense)
+    assert torch.equal(model(input_ids=ids).logits, dense)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert all("forward" not in vars(matrix.module) for matrix in matrices.values())
+
+
+def test_the_step_is_adams_on_the_dual():
+    settings = MirrorDescent(mean_decay=0.9, rms_decay=0.95, focus=False)
+    state = settings.init(torch.rand(4, 6) + 0.1, torch.ones(4))
+    dual = torch.nn.Parameter(state.dual.clone())
+    adam = torch.optim.Adam([dual], lr=0.02 * float(state.dual.mean()), betas=(0.9, 0.95), eps=1e-30)
+    for step in range(20):
+        gradient = torch.randn(4, 6, generator=torch.Generator().manual_seed(step)) * 1e-4
+        state = settings.step(state, gradient, 0.02)
+        dual.grad = gradient
+        adam.step()
+    torch.testing.assert_close(state.dual, dual.detach(), rtol=0, atol=5e-3)  # the moments are kept in bfloat16
+    assert (state.dual.dtype, state.mean.dtype, state.rms.dtype) == (torch.float32, torch.bfloat16, torch.bfloat16)
+
+
+def test_the_start_is_a_power_of_the_local_saliency():
+    local = torch.tensor([[0.5, 2.0], [0.0, 1.0]])
+    dual = MirrorDescent(power=0.5).init(local, torch.tensor([1.0, 3.0])).dual
+    assert dual[0].tolist() == pytest.approx([0.5**0.5, 2**0.5])
+    assert dual[1].tolist() == pytest.approx([0, 3**0.5], abs=1e-6)
+
+
+def test_confidence_is_in_rows_whose_gradients_agree():
+    """Running means of pure noise, but for one row with a signal; in pure noise the move has the energy that is subtracted."""
+    generator = torch.Generator().manual_seed(0)
+    settings = MirrorDescent(mean_decay=0.9, rms_decay=0.99, focus=False)
+    state = settings.init(torch.ones(40, 300), torch.ones(40))
+    signal = torch.zeros(40, 1)
+    signal[7] = 1
+    for _ in range(60):
+        before, state = state, settings.step(state, signal + torch.randn(40, 300, generator=generator), 1.0)
+    move = (before.dual - state.dual) / state.unit
+    others = [row for row in range(40) if row != 7]
+    assert move[others].square().mean().item() == pytest.approx(0.1 / 1.9, rel=0.1)
+    factor = confidence(move, 0.9, 60)
+    assert factor[7].min() > 3 * factor[others].max()
+
+
+def test_the_evener_by_hand():
+    """Two channels, three tokens; sizes in units of the channels' own."""
+    norm = SquaredNorm(2, torch.device("cpu"))
+    norm.update(torch.tensor([[1.0, 2.0]]))
+    evener = Evener({"w": norm}, {"w": torch.tensor([4.0])})
+    x = torch.tensor([[1.0, 2.0], [2.0, 4.0], [1.0, 2.0]])
+    gradient = torch.tensor([[4.0], [4.0], [16.0]])
+    weights = evener("w", x, gradient)
+    assert (weights / weights[0]).tolist() == pytest.approx([1, 1 / 2, 1 / 2])  # input twice as loud; output gradient 4 times
+
+
+def test_the_anchor_pulls_back():
+    settings = MirrorDescent(anchor=1.0)
+    start = torch.zeros(2, 2)
+    state = settings.init(torch.ones(2, 2), torch.ones(2))._replace(dual=torch.ones(2, 2))
+    moved = settings.step(state, torch.zeros(2, 2), 0.1, start).dual
+    assert moved.flatten().tolist() == pytest.approx([0.9] * 4)
+
+
+def test_sensitivities_by_hand():
+    """The last block's last matrix adds straight into the stream: its output gradient is that of the stream."""
+    model, ids = tiny_model(), tokens(3)
+    name = "model.layers.2.mlp.down_proj"
+    with StraightThrough(find_matrices(model)) as network:
+        inputs, gradients = sensitivities(Resident(model, find_blocks(model)[1], network), ids)
+    statistic = one_shot(model, find_matrices(model), ids, Wanda())._statistics[name]
+    torch.testing.assert_close(inputs[name].rms, statistic.rms)
+    total = torch.zeros(32)
+    for window in ids:
+        stream = []
+        handle = model.model.norm.register_forward_pre_hook(
+            lambda m, a, seen=stream: seen.append(a[0].requires_grad_()) or None
+        )
+        logits = model(input_ids=window[None]).logits[0, :-1]
+        handle.remove()
+        (gradient,) = torch.autograd.grad(functional.cross_entropy(logits, window[1:], reduction="sum"), stream[0])
+        total += gradient[0].square().sum(0)
+    torch.testing.assert_close(gradients[name], (total / ids.numel()).sqrt(), rtol=1e-4, atol=1e-8)
+
+
+def test_the_loss_is_the_kl_of_the_whole_distributions():
+    model, ids = tiny_model(), tokens(2)
+    matrices = find_matrices(model)
+    found = {}
+    with StraightThrough(matrices, found.__setitem__) as network:
+        network.masks = random_masks(matrices)
+        kl, loss, passes = differentiate(model, network, ids)
+        gradients = dict(found)
+        assert loss.kl(*passes.look(ids)) / ids.numel() == pytest.approx(kl, rel=1e-4)
+        with network.dense():
+            target = model(input_ids=ids).logits.log_softmax(-1)
+        predicted = model(input_ids=ids).logits.log_softmax(-1)
+        expected = functional.kl_div(predicted, target, log_target=True, reduction="sum")
+        expected.backward()
+        network.flush()
+    assert kl == pytest.approx(float(expected.detach()) / ids.numel(), rel=1e-4)
+    for name in matrices:
+        torch.testing.assert_close(gradients[name], found[name], rtol=1e-3, atol=1e-5)
+
+
+def test_sampled_thresholds_are_close_to_the_exact_ones(tmp_path):
+    model, matrices, ids, metric, settings = setting()
+    target = Unstructured(0.7, "model")
+    with StraightThrough(matrices) as network:
+        descent = Descent(resident(model, network), matrices, ids, metric, [target], settings, Run(tmp_path))
+        descent.judge([target], ids[:1])
+        kept = sum(int(mask.sum()) for mask in network.masks.values())
+    assert kept == pytest.approx(target.keep(sum(matrix.size for matrix in matrices.values())), rel=0.03)
+
+
+def setting(**changes):
+    model = tiny_model(initializer_range=0.3)
+    matrices = find_matrices(model)
+    ids = tokens(32, 32)
+    return model, matrices, ids, Wanda(), MirrorDescent(batch_tokens=128, **changes)
+
+
+def test_descent_lowers_the_held_out_loss():
+    model, matrices, ids, metric, settings = setting(step_size=0.05)
+    duals, record = descend(model, matrices, ids, metric, [NM(2, 4)], 24, settings)
+    assert duals.keys() == matrices.keys()
+    assert record["best_held_out_kl"] < 0.97 * record["held_out_kl"][0]
+    assert record["tokens"] == 24 * 128
+
+
+@pytest.mark.parametrize("changes", [{"temperature": 0.3}, {"labels": 0.1}, {"hidden": 4.0}, {"anchor": 1.0}], ids=str)
+def test_variants_lower_the_held_out_loss(changes):
+    model, matrices, ids, metric, settings = setting(step_size=0.05, **changes)
+    _, record = descend(model, matrices, ids, metric, [NM(2, 4)], 24, settings)
+    assert record["best_held_out_kl"] < record["held_out_kl"][0]
+
+
+def test_labels_are_the_cross_entropy():
+    """With labels alone, the gradient is that of the next-token loss of the pruned model."""
+    model, ids = tiny_model(), tokens(2)
+    matrices = find_matrices(model)
+    found = {}
+    with StraightThrough(matrices, found.__setitem__) as network:
+        network.masks = random_masks(matrices)
+        differentiate(model, network, ids, labels=1.0)
+        gradients = dict(found)
+        logits = model(input_ids=ids).logits[:, :-1]
+        functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").backward()
+        network.flush()
+    for name in matrices:
+        torch.testing.assert_close(gradients[name], found[name], rtol=1e-3, atol=1e-5)
+
+
+def test_evenness_weighs_tokens_by_their_divergence():
+    """With evenness 1/2 the gradient is that of twice the root of each token's divergence."""
+    model, ids = tiny_model(initializer_range=0.3), tokens(2)
+    matrices = find_matrices(model)
+    found = {}
+    with StraightThrough(matrices, found.__setitem__) as network:
+        network.masks = random_masks(matrices)
+        differentiate(model, network, ids, evenness=0.5)
+        gradients = dict(found)
+        with network.dense():
+            target = model(input_ids=ids).logits.log_softmax(-1)
+        predicted = model(input_ids=ids).logits.log_softmax(-1)
+        kl = functional.kl_div(predicted, target, log_target=True, reduction="none").sum(-1)
+        assert kl.min() > 0.02
+        (2 * kl.sqrt()).sum().backward()
+        network.flush()
+    for name in matrices:
+        torch.testing.assert_close(gradients[name], found[name], rtol=1e-3, atol=1e-4)
+
+
+def test_tokens_are_weighed_in_the_gradient():
+    model, ids = tiny_model(), tokens(2)
+    matrices = find_matrices(model)
+    plain, doubled = {}, {}
+    for found, weigh in ((plain, None), (doubled, lambda name, x, gradient: torch.full((len(x),), 2.0))):
+        with StraightThrough(matrices, found.__setitem__, weigh) as network:
+            model(input_ids=ids, labels=ids).loss.backward()
+            network.flush()
+    assert all(torch.allclose(doubled[name], 2 * plain[name]) for name in matrices)
+
+
+@pytest.mark.parametrize("steps", [1, 5, 7, 9])
+def test_held_out_windows_judge_no_more_often_than_the_budget_counts(steps):
+    model, matrices, ids, metric, settings = setting(checks=4)
+    _, record = descend(model, matrices, ids, metric, [NM(2, 4)], steps, settings)
+    assert len(record["held_out_kl"]) <= 1 + 4  # the start, and as often as asked
+
+
+def test_a_diverging_descent_backs_off_and_keeps_the_start():
+    model, matrices, ids, metric, settings = setting(step_size=1000.0)
+    duals, record = descend(model, matrices, ids, metric, [NM(2, 4)], 8, settings)
+    assert record["best_held_out_kl"] <= record["held_out_kl"][0]
+    if record["best_held_out_kl"] == record["held_out_kl"][0]:
+        with StraightThrough(matrices) as network:
+            norms, gradients = sensitivities(resident(model, network), ids[:28])
+        for name in matrices:
+            assert torch.equal(duals[name], settings.init(metric(matrices[name].weight, norms[name]), gradients[name]).dual)
+
+
+def test_same_seed_same_duals():
+    model, matrices, ids, metric, settings = setting(step_size=0.05, checks=1)
+    runs = [descend(model, matrices, ids, metric, any_sparsity(), 6, settings, seed=seed) for seed in (3, 3, 4)]
+    (first, record), (again, same_record), (_, other_record) = runs
+    assert all(torch.equal(first[name], again[name]) for name in matrices)
+    assert record == same_record
+    assert record["held_out_kl"] != other_record["held_out_kl"]
+
+
+def test_targets_share_the_windows_that_judge(tmp_path):
+    model, matrices, ids, metric, settings = setting()
+    targets = [NM(2, 4), Unstructured(0.7, "row")]
+    with StraightThrough(matrices) as network:
+        descent = Descent(resident(model, network), matrices, ids, metric, targets, settings, Run(tmp_path))
+        alone = [descent.judge([target], ids[start:5:2]) for start, target in enumerate(targets)]
+        assert descent.judge(targets, ids[:5]) == pytest.approx(sum(alone) / 2)
+        assert descent.judge(targets, ids[:1]) == pytest.approx(sum(descent.judge([t], ids[:1]) for t in targets) / 2)
+
+
+def test_too_few_windows_are_refused():
+    model, matrices, ids, metric, settings = setting()
+    with pytest.raises(InputError, match="--windows 2 or more"):
+        descend(model, matrices, ids[:1], metric, [NM(2, 4)], 2, settings)
+
+
+@pytest.mark.parametrize("family", MATRICES)
+def test_every_family_can_be_descended_on(family):
+    """Whatever a family does to its logits (scaling, capping, a bias), the loss at no sparsity is 0 and a step can be made."""
+    model, ids = tiny(family), tokens(4) % 64
+    matrices = find_matrices(model)
+    with StraightThrough(matrices) as network:
+        passes = resident(model, network)
+        assert Loss(passes.head(ids)).kl(*passes.look(ids)) / ids.numel() == pytest.approx(0, abs=1e-4)
+    duals, record = descend(model, matrices, ids, Wanda(), [NM(2, 4)], 2, MirrorDescent(batch_tokens=32))
+    assert record["held_out_kl"][0] > 0
+    assert all(bool(torch.isfinite(dual).all()) for dual in duals.values())

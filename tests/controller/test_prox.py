@@ -1,0 +1,219 @@
+"""Proximal maps and projections against grids, torch's optimiser and each other's objectives."""
+
+from itertools import combinations
+
+import pytest
+import torch
+
+from uniprune.controller.prox import (
+    budget_groups,
+    budget_objective,
+    l1_objective,
+    nm_objective,
+    nm_regulariser,
+    prox_nm,
+    relaxed,
+    relaxed_top,
+    soft_threshold,
+)
+from uniprune.errors import InputError
+from uniprune.sparsity.patterns import NM, Unstructured, top
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.3, 5.0])
+def test_soft_threshold_is_the_best_on_a_grid(lam):
+    grid = torch.linspace(-4, 4, 801)
+    for value in [-1.7, -0.3, -0.1, 0.0, 0.2, 0.3, 2.5]:
+        v = torch.tensor([value])
+        best = grid[torch.stack([l1_objective(x, v, lam) for x in grid]).argmin()]
+        assert soft_threshold(v, lam).item() == pytest.approx(float(best), abs=1e-2)
+
+
+def test_soft_threshold_by_hand():
+    assert soft_threshold(torch.tensor([-2.0, -0.5, 0.0, 0.5, 3.0]), 1.0).tolist() == [-1, 0, 0, 0, 2]
+
+
+def test_relaxed_top_is_what_an_optimiser_finds():
+    """Softmax of free logits, scaled to the budget, is a feasible mask while no entry passes 1; Adam finds the best of them."""
+    scores, keep, temperature = random(3, 6, seed=1), 2, 0.7
+    logits = torch.zeros(3, 6, requires_grad=True)
+    adam = torch.optim.Adam([logits], lr=0.05)
+    for _ in range(500):
+        mask = (keep * logits.softmax(1)).clamp_max(1)
+        adam.zero_grad()
+        (-budget_objective(mask, scores, temperature).sum()).backward()
+        adam.step()
+    found = relaxed_top(scores, keep, temperature)
+    torch.testing.assert_close(found, mask.detach(), rtol=0, atol=2e-3)
+    assert bool((budget_objective(found, scores, temperature) >= budget_objective(mask, scores, temperature) - 1e-5).all())
+
+
+def test_relaxed_top_is_the_best_on_a_grid():
+    """Two free entries of three; the budget gives the last."""
+    scores, temperature = torch.tensor([[0.3, -0.2, 0.9]]), 0.25
+    axis = torch.linspace(0, 1, 1001)
+    first, second = torch.meshgrid(axis, axis, indexing="ij")
+    masks = torch.stack([first, second, 1 - first - second], -1).reshape(-1, 3)
+    masks = masks[masks[:, 2] >= 0]
+    best = masks[budget_objective(masks, scores, temperature).argmax()]
+    torch.testing.assert_close(relaxed_top(scores, 1, temperature)[0], best, rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("temperature", [1e-6, 1e-2, 1.0, 1e3, 1e9])
+@pytest.mark.parametrize(
+    ("rows", "size", "keep"), [(200, 4, 1), (200, 4, 2), (7, 1000, 3), (7, 1000, 999), (1, 300_000, 150_000)]
+)
+@pytest.mark.parametrize("shift", [0.0, 1e3])
+def test_budgets_are_met(temperature, rows, size, keep, shift):
+    mask = relaxed_top(random(rows, size) + shift, keep, temperature)
+    assert mask.min() >= 0
+    assert mask.max() <= 1
+    assert float((mask.double().sum(1) / keep - 1).abs().max()) < 1e-5
+
+
+def test_no_budget_and_all_of_it():
+    scores = random(3, 5)
+    assert torch.equal(relaxed_top(scores, 0, 0.1), torch.zeros(3, 5))
+    assert torch.equal(relaxed_top(scores, 5, 0.1), torch.ones(3, 5))
+
+
+@pytest.mark.parametrize("temperature", [1e-12, 1e-3, 1.0])
+def test_ties_share(temperature):
+    """Also at a temperature below the spacing of floats at the tied score."""
+    mask = relaxed_top(torch.tensor([[7.0, 7.0, 7.0, 7.0]]), 3, temperature)
+    assert mask[0].tolist() == pytest.approx([0.75] * 4, rel=1e-5)
+    mask = relaxed_top(torch.tensor([[9e9, 7.0, 7.0, 7.0, -9e9]]), 2, temperature)
+    assert mask[0].tolist() == pytest.approx([1, *[1 / 3] * 3, 0], rel=1e-5)
+
+
+def test_cold_masks_are_the_hard_ones():
+    scores = random(50, 40, seed=2)
+    assert torch.equal(relaxed_top(scores, 13, 1e-9).round().bool(), top(scores, 13))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "groups", "keep"),
+    [
+        (NM(2, 4), (32, 4), 2),
+        (NM(3, 8), (16, 8), 3),
+        (Unstructured(0.7), (8, 16), 5),
+        (Unstructured(0.7, "matrix"), (1, 128), 39),
+    ],
+)
+def test_groups_are_those_of_the_pattern(pattern, groups, keep):
+    scores = random(8, 16, seed=3)
+    found, count = budget_groups(pattern, scores)
+    assert (found.shape, count) == (groups, keep)
+    soft = dict(relaxed(pattern, {"w": scores}, 0.5))["w"]
+    torch.testing.assert_close(soft.reshape(groups), relaxed_top(found, keep, 0.5))
+    assert torch.equal(dict(relaxed(pattern, {"w": scores}, 1e-9))["w"].round().bool(), dict(pattern({"w": scores}))["w"])
+
+
+@pytest.mark.parametrize("temperature", [1e-9, 0.3, 100.0])
+def test_one_budget_for_the_model_is_one_long_row(temperature):
+    saliency = {"a": random(6, 5), "b": random(4, 8, seed=1) + 1, "c": random(1, 3, seed=2) - 50}
+    pattern = Unstructured(0.6, "model")
+    together = torch.cat([scores.flatten() for scores in saliency.values()])[None]
+    expected = relaxed_top(together, pattern.keep(65), temperature)[0]
+    found = dict(relaxed(pattern, saliency, temperature))
+    assert {name: mask.shape for name, mask in found.items()} == {name: scores.shape for name, scores in saliency.items()}
+    torch.testing.assert_close(torch.cat([mask.flatten() for mask in found.values()]), expected, rtol=1e-4, atol=1e-6)
+    assert sum(float(mask.sum()) for mask in found.values()) == pytest.approx(pattern.keep(65), rel=1e-5)
+
+
+@pytest.mark.parametrize(("sparsity", "value"), [(0.0, 1.0), (1.0, 0.0)])
+def test_nothing_and_all_of_a_model(sparsity, value):
+    found = dict(relaxed(Unstructured(sparsity, "model"), {"a": random(2, 3)}, 0.1))
+    assert torch.equal(found["a"], torch.full((2, 3), value))
+
+
+def test_nonsense_is_refused():
+    with pytest.raises(InputError, match="temperature 0"):
+        relaxed_top(random(1, 4), 2, 0)
+    with pytest.raises(InputError, match="weight -1"):
+        soft_threshold(random(3), -1)
+    with pytest.raises(InputError, match="weight nan"):
+        prox_nm(random(1, 4), float("nan"), 2, 4)
+    with pytest.raises(InputError, match="6 inputs are not divisible by 4"):
+        prox_nm(random(2, 6), 1.0, 2, 4)
+    with pytest.raises(InputError, match="NaN"):
+        dict(relaxed(NM(2, 4), {"w": torch.full((1, 4), torch.nan)}, 0.1))
+
+
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (1, 2), (3, 4), (4, 8), (4, 4)])
+def test_the_regulariser_is_a_sum_over_sets(n, m):
+    w = random(3, 2 * m, seed=m)
+    sets = [group[list(chosen)].abs().prod() for group in w.reshape(-1, m) for chosen in combinations(range(m), n + 1)]
+    torch.testing.assert_close(nm_regulariser(w, n, m), sum(sets, torch.zeros(())))
+    assert nm_regulariser(w * dict(NM(n, m)({"w": w.abs()}))["w"], n, m) == 0
+
+
+def test_two_of_four_by_hand():
+    assert nm_regulariser(torch.tensor([[1.0, -2.0, 3.0, 4.0]]), 2, 4).item() == 6 + 8 + 12 + 24
+
+
+def best_on_a_grid(z, lam, n, m, points):
+    """The lowest objective of one group on a grid from 0 to each magnitude; beyond it, or across 0, both terms only grow."""
+    axes = [torch.linspace(0, 1, points) * value for value in z[0]]
+    grid = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).reshape(-1, m)
+    size = grid.abs()
+    sets = [size[:, list(chosen)].prod(1) for chosen in combinations(range(m), n + 1)]
+    return float((0.5 * (grid - z).square().sum(1) + lam * torch.stack(sets).sum(0)).min())
+
+
+@pytest.mark.parametrize(("n", "m", "points"), [(2, 4, 16), (1, 4, 16), (3, 4, 16), (1, 2, 501), (2, 3, 41)])
+@pytest.mark.parametrize("lam", [0.05, 0.3, 0.7, 1.0, 2.0, 10.0])
+def test_prox_nm_beats_a_grid(n, m, points, lam):
+    """Random, tied and nearly tied groups: at ties a descent from z alone overshoots into a corner."""
+    groups = [random(1, m, seed=seed) for seed in range(6)]
+    groups += [torch.ones(1, m), torch.tensor([[1.0, 1.0, 0.9, 0.9]])[:, :m], torch.tensor([[1.0, -0.5, 0.0, 0.0]])[:, :m]]
+    found = prox_nm(torch.cat(groups), lam, n, m)
+    for z, w in zip(groups, found, strict=True):
+        assert float(nm_objective(w[None], z, lam, n, m)) <= best_on_a_grid(z, lam, n, m, points) + 1e-6, z
+
+
+@pytest.mark.parametrize("lam", [0.5, 0.8, 1.0, 1.3])
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (3, 4), (2, 3)])
+def test_random_starts_find_nothing_better(n, m, lam):
+    """Gradient descent on the box, from 30 random points, near the weights where the number of survivors changes."""
+    z = 1 - 0.1 * torch.rand(20, m, generator=torch.Generator().manual_seed(1))
+    found = prox_nm(z, lam, n, m)
+    starts = z.repeat(30, 1)
+    w = torch.rand(starts.shape, generator=torch.Generator().manual_seed(2)) * starts
+    for _ in range(300):
+        (gradient,) = torch.autograd.grad(nm_objective(w.requires_grad_(), starts, lam, n, m), w)
+        w = (w - 0.1 * gradient).detach().clamp_min(0)
+    for group, tries in enumerate(w.reshape(30, 20, 1, m).unbind(1)):
+        best = min(nm_objective(one, z[group, None], lam, n, m) for one in tries)
+        assert nm_objective(found[group, None], z[group, None], lam, n, m) <= best + 1e-5
+
+
+@pytest.mark.parametrize("lam", [0.3, 1.0, 3.0])
+def test_many_groups_are_solved_as_each_alone(lam, monkeypatch):
+    z = random(2, 12, seed=5)
+    together = prox_nm(z, lam, 2, 4)
+    alone = torch.cat([prox_nm(group[None], lam, 2, 4) for group in z.reshape(-1, 4)]).reshape(z.shape)
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
+    monkeypatch.setattr("uniprune.controller.prox.CHUNK", 5)
+    torch.testing.assert_close(prox_nm(z, lam, 2, 4), together, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (4, 8), (1, 2)])
+def test_prox_nm_between_nothing_and_all(n, m):
+    z = random(5, 2 * m, seed=7)
+    assert torch.equal(prox_nm(z, 0.0, n, m), z)
+    assert torch.equal(prox_nm(z, 1e6, n, m), z * dict(NM(n, m)({"w": z.abs()}))["w"])
+    shrunk = prox_nm(z, 0.2, n, m)
+    assert bool((shrunk.abs() <= z.abs()).all())
+    assert bool((shrunk * z >= 0).all())
+    assert nm_regulariser(shrunk, n, m) < nm_regulariser(z, n, m)
+
+
+def test_among_equal_magnitudes_the_lower_index_survives():
+    assert prox_nm(torch.tensor([[1.0, -1.0, 1.0, 1.0]]), 1e3, 2, 4).tolist() == [[1, -1, 0, 0]]
+    assert prox_nm(torch.tensor([[3.0, -4.0]]), 1e3, 2, 2).tolist() == [[3, -4]]
+    assert prox_nm(torch.tensor([[3.0]]), 1e3, 1, 1).tolist() == [[3]]

@@ -1,0 +1,144 @@
+"""Token windows, with gold cases by hand: this is where off-by-one lives."""
+
+import json
+
+import pytest
+import torch
+
+from uniprune.data.text import load_windows, read, save_windows
+from uniprune.errors import InputError
+
+
+class Letters:
+    """A tokenizer whose tokens are character codes, so that windows can be read with the eye."""
+
+    bos_token_id = None
+
+    def __call__(self, text, **options):
+        return {"input_ids": [ord(letter) for letter in text]}
+
+
+def letters(windows):
+    return ["".join(map(chr, row)) for row in windows.tokens.tolist()]
+
+
+@pytest.fixture
+def abc(tmp_path):
+    file = tmp_path / "abc.txt"
+    file.write_text("abcdefghijklm")  # 13 letters: 4 windows of 3 and a rest
+    return file
+
+
+def test_evaluation_takes_every_whole_window(abc):
+    windows = load_windows(abc, Letters(), use="evaluation", length=3)
+    assert letters(windows) == ["abc", "def", "ghi", "jkl"]
+    assert windows.available == 4
+
+
+def test_evaluation_spreads_fewer_windows_from_first_to_last(abc):
+    assert letters(load_windows(abc, Letters(), use="evaluation", length=3, count=3)) == ["abc", "def", "jkl"]
+    assert letters(load_windows(abc, Letters(), use="evaluation", length=3, count=1)) == ["abc"]
+
+
+def test_calibration_draws_without_replacement_by_seed(abc):
+    first, again, other = (load_windows(abc, Letters(), use="calibration", length=3, count=4, seed=s) for s in (0, 0, 1))
+    assert sorted(letters(first)) == ["abc", "def", "ghi", "jkl"]
+    assert torch.equal(first.tokens, again.tokens)
+    assert first.sha256 == again.sha256 != other.sha256
+
+
+def test_short_documents_are_joined(tmp_path):
+    file = tmp_path / "docs.jsonl"
+    file.write_text("\n".join(json.dumps({"text": text}) for text in ("ab", "c", "de")))
+    assert read(file, "calibration") == "ab\n\nc\n\nde"
+
+
+def test_folders_are_read_in_order_of_name(tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "b.txt").write_text("second")
+    (tmp_path / "a.jsonl").write_text('{"text": "first"}\n')
+    (tmp_path / "sub" / "c.txt").write_text("third")
+    (tmp_path / "ignored.bin").write_bytes(b"\xff")
+    assert read(tmp_path, "calibration") == "first\n\nsecond\n\nthird"
+
+
+def test_parquet(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    parquet.write_table(pyarrow.table({"text": ["one", None, "two"], "n": [1, 2, 3]}), tmp_path / "t.parquet")
+    assert read(tmp_path / "t.parquet", "calibration") == "one\n\ntwo"
+
+
+def test_wikitext_raw_rows_are_those_of_datasets(tmp_path):
+    file = tmp_path / "wiki.raw"
+    file.write_text(" \n = Title = \n \n Text @-@ here \n")
+    assert read(file, "evaluation") == "\n\n = Title = \n\n\n\n\n Text @-@ here \n"
+
+
+def test_builtin_parts_are_disjoint():
+    calibration, evaluation = read("builtin", "calibration"), read("builtin", "evaluation")
+    assert len(evaluation) > 50_000
+    assert len(calibration) > 200_000
+    assert not set(calibration.split("\n\n")) >= set(evaluation.split("\n\n"))
+
+
+def test_bos_stands_once_at_the_start(abc):
+    class WithBos(Letters):
+        bos_token_id = ord("^")
+
+        def __call__(self, text, **options):
+            return super().__call__("^" + text)
+
+    windows = load_windows(abc, WithBos(), use="evaluation", length=7)
+    assert letters(windows) == ["^abcdef", "ghijklm"]
+    assert windows.describe()["bos"] is True
+
+
+def test_token_file_round_trip(abc, tmp_path):
+    windows = load_windows(abc, Letters(), use="calibration", length=3, count=3)
+    save_windows(windows, tmp_path / "tokens.safetensors")
+    again = load_windows(tmp_path / "tokens.safetensors", None, use="calibration", length=3)
+    assert again.describe() == windows.describe()
+    with pytest.raises(InputError, match="windows of 3 tokens, not 4"):
+        load_windows(tmp_path / "tokens.safetensors", None, use="calibration", length=4)
+    with pytest.raises(InputError, match="3 windows, 9"):
+        load_windows(tmp_path / "tokens.safetensors", None, use="calibration", length=3, count=9)
+
+
+def test_hash_sees_the_shape(abc):
+    one = load_windows(abc, Letters(), use="evaluation", length=6)
+    two = load_windows(abc, Letters(), use="evaluation", length=12)
+    assert one.tokens.flatten().tolist() == two.tokens.flatten().tolist()
+    assert one.sha256 != two.sha256
+
+
+@pytest.mark.parametrize(
+    ("content", "name", "message"),
+    [
+        ("", "e.txt", "empty"),
+        (" \n \n", "e.txt", "empty"),
+        ("ab", "e.txt", "2 tokens, less than one window of 3"),
+        ('{"txt": "a"}', "e.jsonl", 'line 1: no string field "text"'),
+        ("{", "e.jsonl", "line 1: not JSON"),
+        ("abc", "e.docx", "no"),
+    ],
+)
+def test_bad_text_is_refused(tmp_path, content, name, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(InputError, match=message):
+        load_windows(tmp_path / name, Letters(), use="evaluation", length=3)
+
+
+def test_more_bad_requests(abc, tmp_path):
+    with pytest.raises(InputError, match="4 windows of 3 tokens, 5 were asked for"):
+        load_windows(abc, Letters(), use="calibration", length=3, count=5)
+    with pytest.raises(InputError, match="neither one of builtin"):
+        load_windows("nowhere", Letters(), use="calibration", length=3)
+    with pytest.raises(InputError, match="no tokenizer"):
+        load_windows(abc, None, use="calibration", length=3)
+    with pytest.raises(InputError, match="too short"):
+        load_windows(abc, Letters(), use="evaluation", length=1)
+    (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
+    with pytest.raises(InputError, match="not UTF-8"):
+        load_windows(tmp_path / "latin.txt", Letters(), use="evaluation", length=3)

@@ -1,0 +1,104 @@
+"""The verb ``evaluate`` on tasks, end to end on a tiny model, and what it refuses."""
+
+import io
+import json
+import sys
+
+import pytest
+import torch
+from rich.console import Console
+
+import uniprune
+from command import run
+from task_rows import ROWS
+from uniprune import InputError, Recipe
+from uniprune.cli import tables
+from uniprune.models.loading import dtype_name, fast_dtype
+
+COMPUTED = dtype_name(fast_dtype(torch.bfloat16, torch.device("cpu")))
+
+
+@pytest.fixture
+def tasks(tmp_path):
+    """Two task files of several rows."""
+    paths = []
+    for name in ("arc", "rte"):
+        rows = [ROWS[name] | {field: f"{number} {ROWS[name][field]}"} for number in range(6) for field in list(ROWS[name])[1:2]]
+        paths.append(tmp_path / f"{name}.jsonl")
+        paths[-1].write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return [str(path) for path in paths]
+
+
+def test_accuracy_against_the_dense_model(folder, tasks, tmp_path):
+    uniprune.prune(str(folder), Recipe(sparsity="2:4", windows=2, length=32, controller="none"), tmp_path / "pruned")
+    found = uniprune.evaluate(str(tmp_path / "pruned"), tasks=tasks, limit=4, against=str(folder))
+    assert "perplexity" not in found
+    assert (found["against"], found["dtype"], found["sparsity"]) == (str(folder), COMPUTED, 0.5)
+    dense = uniprune.evaluate(str(folder), tasks=tasks, limit=4)
+    for name in tasks:
+        ours, theirs = found["tasks"][name], dense["tasks"][name]
+        assert ours["questions"] == 4
+        assert ours["sha256"] == theirs["sha256"]
+        for metric, compared in ours["against"].items():
+            assert compared["reference"] == theirs[metric]
+            assert ours[metric] - theirs[metric] == pytest.approx((compared["gained"] - compared["lost"]) / 4)
+    assert list(found["tasks"][tasks[0]]["against"]) == ["acc", "acc_norm"]
+
+
+def test_perplexity_and_accuracy_at_once(loaded, tasks):
+    found = uniprune.evaluate(loaded, text_source="builtin", windows=2, length=32, tasks=tasks)
+    assert found["perplexity"] > 1
+    assert found["tasks"].keys() == set(tasks)
+
+
+def test_the_command_line_shows_tables(capsys, monkeypatch, folder, tasks):
+    monkeypatch.setenv("COLUMNS", "200")
+    command = ["evaluate", folder, "--tasks", ",".join(tasks), "--limit", 3, "--against", folder]
+    code, printed, errors = run(capsys, monkeypatch, *command)
+    assert (code, errors) == (0, "")
+    assert "acc_norm" in printed
+    assert "gained" in printed
+    assert f"against {folder}" in printed
+    result = json.loads(run(capsys, monkeypatch, *command, "--json")[1])
+    assert result["tasks"][tasks[1]]["against"]["acc"]["p"] == 1  # against itself
+
+
+def test_text_and_names_of_others_are_shown_as_they_are():
+    console = Console(width=200, record=True, file=io.StringIO())
+    texts = {"prompt": "[INST] a [/INST]", "model": "[/b]", "against": "[red]"}
+    result = {"model": "m[/x]", "dtype": "float32", "sparsity": 0.5, "against": "n[/y]"}
+    result |= {"tasks": {"../data/own.jsonl": {"questions": 2, "acc": 0.5}}}
+    result |= {"generations": [texts | {"same_tokens": 0, "tokens": 1}]}
+    for item in tables.evaluation_tables(result):
+        console.print(item, highlight=False)
+    shown = console.export_text()
+    for text in ("[INST] a [/INST]", "[/b]", "[red]", "m[/x]", "n[/y]", " own "):
+        assert text in shown
+    assert "data" not in shown
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"limit": 3}, "--limit is a number of questions"),
+        ({"against": "other/model"}, "cannot be had from the hub"),
+        ({"tasks": ["picqa"]}, "'picqa' is neither one of"),
+    ],
+)
+def test_bad_requests(monkeypatch, folder, options, message):
+    monkeypatch.setattr("uniprune.evaluation.model.load_weights", None)  # refused before any weight is loaded
+    with pytest.raises(InputError, match=message):
+        uniprune.evaluate(str(folder), **options)
+
+
+def test_tasks_need_a_tokenizer(loaded, tasks):
+    loaded.tokenizer = None
+    for options in ({"tasks": tasks}, {"lm_eval": ["piqa"]}):
+        with pytest.raises(InputError, match="has no tokenizer"):
+            uniprune.evaluate(loaded, **options)
+
+
+def test_the_harness_is_an_extra(monkeypatch, loaded):
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
+    with pytest.raises(InputError, match=r"pip install 'uniprune\[lm-eval\]'"):
+        uniprune.evaluate(loaded, lm_eval=["piqa"])

@@ -1,0 +1,343 @@
+"""The verbs end to end, on a tiny model in a folder."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import uniprune
+from conftest import shared, tiny_model, write_gguf
+from uniprune import Loaded, Recipe
+from uniprune.errors import InputError, MismatchError
+from uniprune.models.loading import dtype_name, fast_dtype
+from uniprune.models.matrices import find_matrices
+
+SMALL = {"windows": 8, "length": 32}
+
+
+def weights(folder):
+    return {key: value for shard in sorted(folder.glob("*.safetensors")) for key, value in load_file(shard).items()}
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"sequential": True}, {"refine": True}, {"metric": "ria:a=0.5"}, {"metric": "magnitude"}]
+)
+def test_prune_writes_what_plain_transformers_runs(folder, tmp_path, settings):
+    out = tmp_path / "out"
+    report = uniprune.prune(str(folder), Recipe(sparsity="2:4", **SMALL, **settings), out)
+    assert report["sparsity"] == 0.5
+    assert json.loads((out / "pruning.json").read_text()) == json.loads(json.dumps(report))
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
+    assert model.generate(**tokenizer("The import", return_tensors="pt"), max_new_tokens=5).shape[1] > 5
+    for matrix in find_matrices(model).values():
+        assert int((matrix.weight.view(-1, 4) != 0).sum(1).max()) == 2
+    source, pruned = weights(folder), weights(out)
+    for key, weight in source.items():
+        assert pruned[key].dtype == weight.dtype == torch.bfloat16
+        kept = pruned[key] != 0
+        assert torch.equal(pruned[key][kept], weight[kept])
+
+
+def test_one_seed_one_file(folder, tmp_path):
+    recipe = Recipe(sparsity="0.5", metric="stochria", **SMALL)
+    first = uniprune.prune(str(folder), recipe, tmp_path / "first")
+    again = uniprune.prune(str(folder), recipe, tmp_path / "again")
+    other = uniprune.prune(str(folder), recipe.model_copy(update={"seed": 1}), tmp_path / "other")
+    assert first["masks_sha256"] == again["masks_sha256"] != other["masks_sha256"]
+    assert first["calibration"]["sha256"] != other["calibration"]["sha256"]
+
+
+def test_sparsity_zero_is_the_identity(folder, tmp_path):
+    uniprune.prune(str(folder), Recipe(sparsity="0", **SMALL), tmp_path / "out")
+    for file in folder.iterdir():
+        assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "scope", "controller"),
+    [
+        ("2:4", None, "none"),
+        ("0.6", None, "none"),
+        ("0.6", "matrix", "none"),
+        ("0.6", "model", "none"),
+        ("2:4", None, "feedback"),
+        ("0.6", None, "feedback"),
+        ("2:4", None, "paper"),
+        ("0.6", "model", "paper"),
+    ],
+)
+def test_the_three_steps_are_prune(folder, tmp_path, sparsity, scope, controller):
+    """With the controller, too, if calibrate is told the one target."""
+    scores, masks = tmp_path / "scores.safetensors", tmp_path / "masks.safetensors"
+    recipe = Recipe(sparsity=sparsity, scope=scope, controller=controller, **SMALL)
+    uniprune.calibrate(str(folder), recipe, scores)
+    uniprune.mask(scores, sparsity, masks, scope=scope)
+    uniprune.apply(str(folder), masks, tmp_path / "steps")
+    report = uniprune.prune(str(folder), recipe, tmp_path / "once")
+    steps, once = weights(tmp_path / "steps"), weights(tmp_path / "once")
+    assert steps.keys() == once.keys()
+    assert all(torch.equal(steps[key], once[key]) for key in once)
+    assert json.loads((tmp_path / "steps" / "pruning.json").read_text())["sparsity"] == report["sparsity"]
+
+
+def test_one_calibration_serves_every_sparsity(folder, tmp_path):
+    scores = tmp_path / "scores.safetensors"
+    facts = uniprune.calibrate(str(folder), Recipe(**SMALL), scores)
+    assert facts["controller"]["targets"] == ["0.5 by model", "0.6 by model", "0.7 by model", "2:4", "4:8", "2:4"]
+    for sparsity, expected in {"0.31": 0.31, "0.8": 0.8, "1:4": 0.75, "7:8": 0.125}.items():
+        cut = uniprune.mask(scores, sparsity, tmp_path / "masks.safetensors", overwrite=True)
+        assert cut["sparsity"] == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_report_replays_its_run(folder, tmp_path):
+    recipe = Recipe(sparsity="0.3", scope="matrix", metric="ria:a=0.7", exclude="down_proj", seed=3, **SMALL)
+    report = uniprune.prune(str(folder), recipe, tmp_path / "out")
+    again = uniprune.prune(str(folder), Recipe(**report["recipe"]), tmp_path / "again")
+    assert again["masks_sha256"] == report["masks_sha256"]
+
+
+def test_a_recipe_tunes_its_controller(folder, tmp_path):
+    recipe = Recipe(sparsity="2:4", tuning={"labels": 0.5, "temperature": 0.2, "anchor": 0.1}, **SMALL)
+    report = uniprune.prune(str(folder), recipe, tmp_path / "out")
+    plain = uniprune.prune(str(folder), Recipe(sparsity="2:4", **SMALL), tmp_path / "plain")
+    assert report["controller"]["kl"] != plain["controller"]["kl"]
+    again = uniprune.prune(str(folder), Recipe(**report["recipe"]), tmp_path / "again")
+    assert again["masks_sha256"] == report["masks_sha256"]
+
+
+@pytest.mark.parametrize(
+    ("tuning", "controller", "message"),
+    [
+        ({"stepsize": 1}, "feedback", "'stepsize' is not a setting of MirrorDescent; it has: step_size"),
+        ({"step_size": 1}, "paper", "'step_size' is not a setting of Paper; it has: learning_rate"),
+        ({"rho": -1}, "paper", "alpha \\* rho \\* kappa"),
+        ({"step_size": -1}, "feedback", "step_size = -1.0"),
+        ({"labels": 2}, "feedback", "labels = 2.0"),
+    ],
+)
+def test_bad_tuning_is_named(tuning, controller, message):
+    with pytest.raises(InputError, match=message):
+        Recipe(tuning=tuning, controller=controller)
+
+
+def test_a_model_in_memory_is_pruned_in_place(loaded):
+    dense = {name: p.clone() for name, p in loaded.model.named_parameters()}
+    report = uniprune.prune(loaded, Recipe(sparsity="0.5", exclude="down_proj", scope="row", **SMALL))
+    assert report["sparsity"] == pytest.approx(0.5)
+    assert len(report["matrices"]) == 18
+    for name, parameter in loaded.model.named_parameters():
+        pruned = name.removesuffix(".weight") in report["matrices"]
+        assert float((parameter == 0).float().mean()) == pytest.approx(0.5 if pruned else 0, abs=0.001)
+        assert torch.equal(parameter[parameter != 0], dense[name][parameter != 0])
+
+
+@pytest.mark.parametrize("controller", ["none", "feedback"])
+def test_a_model_in_memory_stays_dense_if_a_folder_is_written(folder, tmp_path, controller):
+    loaded = uniprune.load(str(folder), dtype="float32")
+    dense = {name: p.clone() for name, p in loaded.model.named_parameters()}
+    recipe = Recipe(sparsity="2:4", controller=controller, dtype="float32", **SMALL)
+    uniprune.prune(loaded, recipe, tmp_path / "out")
+    assert all(torch.equal(p, dense[name]) for name, p in loaded.model.named_parameters())
+    uniprune.prune(str(folder), recipe, tmp_path / "again")
+    written, again = weights(tmp_path / "out"), weights(tmp_path / "again")
+    assert written.keys() == again.keys()
+    assert all(torch.equal(written[key], again[key]) for key in written)
+
+
+def test_masks_of_another_model_are_refused(folder, tmp_path, tokenizer):
+    scores, masks = tmp_path / "scores.safetensors", tmp_path / "masks.safetensors"
+    uniprune.calibrate(str(folder), Recipe(metric="magnitude", **SMALL), scores)
+    uniprune.mask(scores, "2:4", masks)
+    same_shapes, other_shapes = tmp_path / "same", tmp_path / "other"
+    tiny_model(rms_norm_eps=1e-3, initializer_range=0.03).to(torch.bfloat16).save_pretrained(same_shapes)
+    tiny_model(num_hidden_layers=2).to(torch.bfloat16).save_pretrained(other_shapes)
+    for wrong in (same_shapes, other_shapes):
+        with pytest.raises(MismatchError, match="made for another model"):
+            uniprune.apply(str(wrong), masks, tmp_path / "out")
+    assert not list(tmp_path.glob("*out*"))
+    with pytest.raises(MismatchError, match="has no matrix"):
+        uniprune.apply(str(other_shapes), masks, tmp_path / "out", force=True)
+    assert len(uniprune.apply(str(same_shapes), masks, tmp_path / "out", force=True)["differs"]) == 21
+    assert uniprune.apply(str(folder), masks, tmp_path / "right")["differs"] == []
+
+
+def test_evaluate_says_how_sparse_the_model_really_is(folder, tmp_path):
+    uniprune.prune(str(folder), Recipe(sparsity="0.75", **SMALL), tmp_path / "out")
+    dense = uniprune.evaluate(str(folder), length=64, windows=4)
+    pruned = uniprune.evaluate(str(tmp_path / "out"), length=64, windows=4)
+    assert dense["sparsity"] < 0.01
+    assert pruned["sparsity"] == pytest.approx(0.75, abs=0.01)
+    assert dense["text"] == pruned["text"]
+    assert dense["perplexity"] != pruned["perplexity"]
+
+
+def test_gpt2_goes_the_whole_way(tmp_path, tokenizer):
+    tiny_model("gpt2").save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    report = uniprune.prune(str(tmp_path / "model"), Recipe(sparsity="1:4", **SMALL), tmp_path / "out")
+    assert report["sparsity"] == 0.75
+    for matrix in find_matrices(AutoModelForCausalLM.from_pretrained(tmp_path / "out")).values():
+        assert int((matrix.weight.reshape(-1, 4) != 0).sum(1).max()) == 1
+
+
+def test_gguf_files_become_safetensors(tmp_path, tokenizer):
+    model = tiny_model()
+    source = write_gguf(model, tokenizer, tmp_path / "model" / "tiny.gguf")
+    out = source.parent / "out"  # beside a file there is room
+    uniprune.prune(str(source), Recipe(sparsity="2:4", **SMALL), out)
+    assert not list(out.glob("*.gguf"))
+    pruned = find_matrices(AutoModelForCausalLM.from_pretrained(out))
+    for name, matrix in find_matrices(model).items():
+        kept = pruned[name].weight != 0
+        assert torch.equal(pruned[name].weight[kept], matrix.weight[kept])
+
+
+def test_pickled_weights_are_never_loaded(tmp_path, tokenizer):
+    """Neither where they are all there is, nor where safetensors files lie beside them; and no code beside them is run."""
+    model = tiny_model()
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    touched = tmp_path / "touched"
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model" / "own.py").write_text(f"open({str(touched)!r}, 'w')")
+    (tmp_path / "model" / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch %b'\ntR." % str(touched).encode())
+    uniprune.prune(str(tmp_path / "model"), Recipe(sparsity="2:4", **SMALL), tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*.bin"))
+    (tmp_path / "model" / "model.safetensors").unlink()
+    with pytest.raises(InputError, match="convert them to safetensors"):
+        uniprune.load(tmp_path / "model")
+    assert not touched.exists()
+
+
+def test_plan_reads_no_weight(folder, tmp_path):
+    """A folder with a configuration and safetensors headers, but broken data."""
+    for file in folder.iterdir():
+        data = file.read_bytes()
+        if file.suffix == ".safetensors":
+            header = 8 + int.from_bytes(data[:8], "little")
+            data = data[:header] + b"\xff" * (len(data) - header)
+        (tmp_path / file.name).write_bytes(data)
+    plan = uniprune.plan(str(tmp_path), Recipe(sparsity="3:8"))
+    assert plan.prunable == sum(matrix.size for matrix in find_matrices(tiny_model()).values())
+    assert plan.sparsity == 0.625
+    assert plan.dtype == dtype_name(fast_dtype(torch.bfloat16, torch.device("cpu")))
+    assert plan.fits
+    assert not uniprune.plan(str(tmp_path), Recipe(sparsity="2:5")).fits
+
+
+def test_one_budget_under_rules_and_mixed_patterns(folder, tmp_path):
+    scores = tmp_path / "scores.safetensors"
+    uniprune.calibrate(str(folder), Recipe(controller="none", **SMALL), scores)
+    cut = uniprune.mask(scores, "0.5", tmp_path / "a.safetensors", scope="model", rules=["down_proj=dense", "q_proj=0.1..0.2"])
+    assert cut["sparsity"] == pytest.approx(0.5, abs=1e-4)
+    for name, matrix in cut["matrices"].items():
+        assert matrix["sparsity"] == 0 or "down_proj" not in name
+        assert 0.1 <= matrix["sparsity"] <= 0.2 or "q_proj" not in name
+    mixed = uniprune.mask(scores, "0.3", tmp_path / "b.safetensors", allow=["2:4,dense"])
+    assert mixed["sparsity"] == pytest.approx(0.3, abs=1e-3)
+    assert sum(matrix["sparsity"] in (0, 0.5) for matrix in mixed["matrices"].values()) >= 20
+    recipe = Recipe(sparsity="2:4", hardware="nvidia-semi-structured", misfits="dense", **SMALL)
+    report = uniprune.prune(str(folder), recipe, tmp_path / "out")
+    assert report["misfits"]
+    assert all(report["matrices"][name]["sparsity"] == (0 if name in report["misfits"] else 0.5) for name in report["matrices"])
+    with pytest.raises(InputError, match="matches none of the 21 matrices"):
+        uniprune.plan(str(folder), Recipe(sparsity="0.5", rules="o_project=dense"))
+    with pytest.raises(InputError, match="--allow goes with a level"):
+        Recipe(sparsity="2:4", allow="2:4,dense")
+
+
+def test_the_controller_descends_on_budgets_with_rules(folder, tmp_path):
+    for index, settings in enumerate(({"rules": "down_proj=2:4"}, {"allow": "2:4,dense"}, {"scope": "block"})):
+        recipe = Recipe(sparsity="0.4", steps=2, **settings, **SMALL)
+        assert uniprune.prune(str(folder), recipe, tmp_path / str(index))["sparsity"] == pytest.approx(0.4, abs=1e-3)
+
+
+def test_calibration_refuses_what_it_cannot_do(folder, tmp_path):
+    with pytest.raises(InputError, match=r"3:7, e\.g"):
+        uniprune.prune(str(folder), Recipe(sparsity="3:7", **SMALL), tmp_path / "out")
+    with pytest.raises(InputError, match="context of 128"):
+        uniprune.prune(str(folder), Recipe(sparsity="2:4", windows=1, length=129), tmp_path / "out")
+    with pytest.raises(InputError, match="no sparsity"):
+        uniprune.prune(str(folder), Recipe(**SMALL), tmp_path / "out")
+    with pytest.raises(InputError, match="use it with prune"):
+        uniprune.calibrate(str(folder), Recipe(sequential=True), tmp_path / "s.safetensors")
+    with pytest.raises(InputError, match="--refine needs the masks"):
+        uniprune.calibrate(str(folder), Recipe(refine=True), tmp_path / "s.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_the_real_model_end_to_end(smollm2, tmp_path):
+    """GGUF in, 2:4 out: sparser, worse than dense, far better than magnitude, bitwise the source; twice the same."""
+    small = {"windows": 8, "length": 256, "text": "builtin"}
+    evaluation = {"windows": 4, "length": 256}
+    out = tmp_path / "wanda"
+    report = uniprune.prune(str(smollm2), Recipe(sparsity="2:4", **small), out)
+    assert report["sparsity"] == 0.5
+    assert len(report["matrices"]) == 210
+    dense = uniprune.load(smollm2)
+    original = find_matrices(dense.model)
+    before = uniprune.evaluate(dense, **evaluation)
+    after = uniprune.evaluate(str(out), **evaluation)
+    assert before["perplexity"] < 30
+    assert before["perplexity"] < after["perplexity"] < 10 * before["perplexity"]
+    pruned = find_matrices(uniprune.load(out).model)
+    for name, matrix in pruned.items():
+        kept = matrix.weight != 0
+        assert torch.equal(matrix.weight[kept], original[name].weight[kept])
+    again = uniprune.prune(dense, Recipe(sparsity="2:4", **small), tmp_path / "again")
+    assert again["masks_sha256"] == report["masks_sha256"]
+    in_place = Loaded(dense.model, dense.tokenizer)
+    uniprune.prune(in_place, Recipe(sparsity="2:4", metric="magnitude", controller="none", **small))
+    assert uniprune.evaluate(in_place, **evaluation)["perplexity"] > 2 * after["perplexity"]
+
+
+def test_wikitext_rows():
+    """The development data reads as the papers' text: 4358 rows joined by two newlines."""
+    from uniprune.data.text import read
+
+    text = read(shared("wikitext2/wiki.test.raw"), "evaluation")
+    assert text.startswith("\n\n = Robert Boulter = \n\n\n\n\n")
+    assert text.count("\n\n") >= 4357
+
+
+def test_hub_names_that_are_not_here(tmp_path):
+    """Offline and not cached: one error that names the model, and no traceback of the hub client."""
+    code = "import uniprune; uniprune.plan('nobody/nothing', uniprune.Recipe())"
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    assert "InputError: model 'nobody/nothing' is no folder here and cannot be had from the hub" in done.stderr
+
+
+def test_no_safetensors_but_the_weights_lie_beside_the_config(folder, tmp_path):
+    """Runtimes that load every safetensors file of a folder must not meet the masks."""
+    uniprune.prune(str(folder), Recipe(sparsity="2:4", controller="none", **SMALL), tmp_path / "out")
+    assert {f.name for f in (tmp_path / "out").glob("*.safetensors")} == {f.name for f in folder.glob("*.safetensors")}
+    assert (tmp_path / "out" / "pruning" / "masks.safetensors").is_file()
+
+
+def test_a_cpu_that_only_emulates_a_type_computes_in_float32(monkeypatch):
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    for supported, expected in ((lambda: True, torch.bfloat16), (lambda: False, torch.float32)):
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", supported, raising=False)
+        assert fast_dtype(torch.bfloat16, cpu) == expected
+    assert fast_dtype(torch.bfloat16, cuda) == torch.bfloat16
+    assert fast_dtype(torch.float32, cpu) == torch.float32
+
+
+@pytest.mark.parametrize(("dtype", "warned"), [("bfloat16", True), ("float32", False)])
+def test_a_loaded_model_of_an_emulated_type_is_warned_of(monkeypatch, folder, caplog, dtype, warned):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False, raising=False)
+    loaded = uniprune.load(str(folder), dtype=dtype)
+    with caplog.at_level("WARNING"):
+        uniprune.evaluate(loaded, windows=1, length=16)
+        uniprune.prune(loaded, Recipe(sparsity="2:4", metric="magnitude", controller="none", **SMALL))
+    assert caplog.text.count("load the model with dtype='float32'") == 2 * warned
+    assert all(p.dtype == getattr(torch, dtype) for p in loaded.model.parameters())

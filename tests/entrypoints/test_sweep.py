@@ -1,0 +1,93 @@
+"""Many sparsities of one calibration: each row is what pruning at that sparsity gives."""
+
+import json
+
+import pytest
+
+import uniprune
+from command import run
+from conftest import Stopped, Stops
+from uniprune import InputError, MismatchError, Recipe
+from uniprune.artefacts import archive
+from uniprune.entrypoints.sweep import _mark, sweep
+
+TEXT = {"windows": 2, "length": 32}
+
+
+@pytest.fixture(scope="module")
+def scores(folder, tmp_path_factory):
+    path = tmp_path_factory.mktemp("scores") / "scores.safetensors"
+    uniprune.calibrate(str(folder), Recipe(controller="none", **TEXT), path)
+    return path
+
+
+def test_rows_are_what_pruning_gives(folder, scores, tmp_path):
+    found = sweep(str(folder), scores, tmp_path / "sweep.json", ["0.5", "2:4"], **TEXT)
+    assert json.loads((tmp_path / "sweep.json").read_text()) == json.loads(json.dumps(found))
+    assert found["dense"]["perplexity"] == uniprune.evaluate(str(folder), text_source="builtin", **TEXT)["perplexity"]
+    for row in found["rows"]:
+        uniprune.mask(scores, row["pattern"], tmp_path / "masks.safetensors", overwrite=True)
+        uniprune.apply(str(folder), tmp_path / "masks.safetensors", tmp_path / "pruned", overwrite=True)
+        pruned = uniprune.evaluate(str(tmp_path / "pruned"), text_source="builtin", **TEXT)
+        assert row["perplexity"] == pruned["perplexity"]
+        assert row["sparsity"] == pytest.approx(pruned["sparsity"], abs=1e-3)
+        packed = archive.pack(tmp_path / "pruned", tmp_path / "a.upz", overwrite=True)["archive_bytes"]
+        assert row["bytes"] == pytest.approx(packed, rel=0.1)
+    assert found["rows"][0]["bytes"] < found["dense"]["bytes"]
+
+
+def test_an_interrupted_sweep_goes_on(folder, scores, tmp_path):
+    out, asked = tmp_path / "sweep.json", ["0.3", "0.5", "0.7"]
+    whole = sweep(str(folder), scores, tmp_path / "whole.json", asked, **TEXT)
+
+    class StopsAtRows(Stops):
+        def __call__(self, items, label, total):
+            return super().__call__(items, label, total) if label == "sweeping" else iter(items)
+
+    with pytest.raises(Stopped):
+        sweep(str(folder), scores, out, asked, progress=StopsAtRows(2), **TEXT)
+    assert [row["pattern"] for row in json.loads(out.read_text())["rows"]] == ["0.3"]
+    with pytest.raises(InputError, match="exists"):
+        sweep(str(folder), scores, out, asked, **TEXT)
+    assert sweep(str(folder), scores, out, asked, resume=True, **TEXT) == whole
+    more = sweep(str(folder), scores, out, ["2:4"], resume=True, **TEXT)
+    assert [row["pattern"] for row in more["rows"]] == [*asked, "2:4"]
+    with pytest.raises(InputError, match="made otherwise"):
+        sweep(str(folder), scores, out, asked, resume=True, windows=3, length=32)
+    out.write_text('{"rows": 3}')
+    with pytest.raises(InputError, match="no sweep that could be gone on with"):
+        sweep(str(folder), scores, out, asked, resume=True, **TEXT)
+
+
+def test_another_models_scores_are_refused(loaded, scores, tmp_path):
+    loaded.model.model.layers[1].mlp.up_proj.weight[0, 0] += 1
+    with pytest.raises(MismatchError, match="another model"):
+        sweep(loaded, scores, tmp_path / "sweep.json", ["0.5"], **TEXT)
+    assert not (tmp_path / "sweep.json").exists()
+
+
+@pytest.mark.parametrize("asked", ["", "0.5,1.5", "5:4", "3:7", "picqa"])
+def test_bad_sparsities(capsys, monkeypatch, folder, scores, tmp_path, asked):
+    code, _, errors = run(capsys, monkeypatch, "sweep", folder, scores, "-s", asked, "-o", tmp_path / "sweep.json")
+    assert code == 2
+    assert errors.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command_line_marks_the_front(capsys, monkeypatch, folder, scores, tmp_path):
+    command = ["sweep", folder, scores, "-s", "0.4,2:4", "--windows", 2, "--length", 32, "-o", tmp_path / "sweep.json"]
+    code, printed, errors = run(capsys, monkeypatch, *command)
+    assert (code, errors) == (0, "")
+    assert "packed MB" in printed
+    assert "*" in printed
+
+
+def test_the_front_is_what_no_other_beats():
+    rows = [
+        {"perplexity": 2.0, "bytes": 10, "sparsity": 0.5},
+        {"perplexity": 3.0, "bytes": 10, "sparsity": 0.5},  # same size, worse
+        {"perplexity": 3.0, "bytes": 5, "sparsity": 0.7},
+        {"perplexity": 4.0, "bytes": 6, "sparsity": 0.7},  # larger and worse
+    ]
+    _mark(rows)
+    assert [row["pareto"] for row in rows] == [True, False, True, False]

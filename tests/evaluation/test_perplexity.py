@@ -1,0 +1,54 @@
+"""Perplexity against numbers that can be had by hand."""
+
+import math
+
+import pytest
+import torch
+from transformers.modeling_outputs import CausalLMOutput
+
+from conftest import tiny_model
+from uniprune.data.text import Windows
+from uniprune.evaluation.perplexity import perplexity
+
+
+class Bigram(torch.nn.Module):
+    """Predicts the next token from a table of probabilities ``[token, next]``."""
+
+    def __init__(self, table):
+        super().__init__()
+        self.table = torch.nn.Parameter(torch.tensor(table).log())
+
+    def forward(self, input_ids, use_cache):
+        return CausalLMOutput(logits=self.table[input_ids])
+
+
+def windows(rows):
+    return Windows(torch.tensor(rows), "by hand", len(rows), False)
+
+
+def test_by_hand():
+    model = Bigram([[0.5, 0.5], [0.25, 0.75]])
+    result = perplexity(model, windows([[0, 0, 1], [1, 1, 0]]))
+    # predicted: 0->0 (1/2), 0->1 (1/2), 1->1 (3/4), 1->0 (1/4); the first token of each window is given
+    expected = -math.log(0.5 * 0.5 * 0.75 * 0.25) / 4
+    assert result.tokens == 4
+    assert result.perplexity == pytest.approx(math.exp(expected), rel=1e-6)
+    assert (result.windows, result.length, result.stride) == (2, 3, 3)
+    means = [-math.log(0.5 * 0.5) / 2, -math.log(0.75 * 0.25) / 2]  # of the two windows
+    assert result.nats_stderr == pytest.approx(abs(means[0] - means[1]) / 2, rel=1e-6)  # deviation / sqrt(2)
+    assert perplexity(model, windows([[0, 0, 1]])).nats_stderr is None
+
+
+def test_agrees_with_the_loss_of_transformers():
+    model = tiny_model()
+    ids = torch.randint(0, 512, (3, 20), generator=torch.Generator().manual_seed(0))
+    expected = model(input_ids=ids, labels=ids).loss  # mean over windows of equal length
+    assert perplexity(model, windows(ids.tolist())).perplexity == pytest.approx(float(expected.exp()), rel=1e-5)
+
+
+def test_batches_do_not_matter(monkeypatch):
+    model = tiny_model()
+    data = windows(torch.randint(0, 512, (5, 20), generator=torch.Generator().manual_seed(0)).tolist())
+    whole = perplexity(model, data).nats
+    monkeypatch.setattr("uniprune.evaluation.perplexity.batches", lambda tokens: list(tokens.split(2)))
+    assert perplexity(model, data).nats == pytest.approx(whole, rel=1e-6)

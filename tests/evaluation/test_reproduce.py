@@ -1,0 +1,137 @@
+"""Results that can be had again, and what is said when they cannot."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import uniprune
+from command import run
+from conftest import shared, tiny_model
+from uniprune import Recipe
+from uniprune.evaluation.reproduce import differences, weights_sha256
+
+ASKED = ("--text", "builtin", "--windows", 2, "--length", 32)
+
+
+@pytest.fixture
+def result(capsys, monkeypatch, folder, tmp_path):
+    """A result of two models beside each other, and the command's output folder."""
+    uniprune.prune(str(folder), Recipe(sparsity="2:4", windows=2, length=32, controller="none"), tmp_path / "pruned")
+    capsys.readouterr()
+    path = tmp_path / "result.json"
+    command = ["evaluate", tmp_path / "pruned", *ASKED, "--against", folder, "--new-tokens", 4, "-o", path]
+    code, printed, errors = run(capsys, monkeypatch, *command)
+    assert (code, errors) == (0, "")
+    assert "nats per token" in printed
+    return path
+
+
+def test_a_result_is_reproduced_to_the_last_bit(capsys, monkeypatch, result):
+    code, printed, _ = run(capsys, monkeypatch, "evaluate", "--check", result)
+    assert code == 0
+    assert "result.json: reproduced" in printed
+    found = json.loads(run(capsys, monkeypatch, "evaluate", "--check", result, "--json")[1])
+    assert found["reproduced"]
+    assert found["same_machine"]
+    assert found["differences"] == []
+
+
+def test_a_changed_value_is_named(capsys, monkeypatch, result):
+    recorded = json.loads(result.read_text())
+    recorded["closeness"]["kl"] *= 1 + 1e-12
+    recorded["generations"][0]["model"] += "!"
+    result.write_text(json.dumps(recorded))
+    code, printed, _ = run(capsys, monkeypatch, "evaluate", "--check", result)
+    assert code == 1
+    assert "NOT reproduced" in printed
+    assert "closeness.kl" in printed
+    assert "generations[0].model" in printed
+
+
+def test_other_weights_are_named(capsys, monkeypatch, result, folder):
+    code, printed, _ = run(capsys, monkeypatch, "evaluate", folder, "--check", result)
+    assert code == 1
+    assert "protocol.weights_sha256" in printed
+
+
+def test_another_kind_of_machine_may_differ_a_little(capsys, monkeypatch, result):
+    recorded = json.loads(result.read_text())
+    recorded["protocol"]["machine"]["kind"] = "another"
+    recorded["perplexity"] *= 1.001
+    result.write_text(json.dumps(recorded))
+    code, printed, _ = run(capsys, monkeypatch, "evaluate", "--check", result)
+    assert code == 0
+    assert "another kind" in printed
+    recorded["perplexity"] *= 1.1
+    result.write_text(json.dumps(recorded))
+    assert run(capsys, monkeypatch, "evaluate", "--check", result)[0] == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "cannot be read"),
+        ("[]", "not a JSON object"),
+        ("{}", "no result of uniprune evaluate"),
+        ('{"protocol": {"request": {"windows": "many"}}}', "not written by this version"),
+        ('{"protocol": {"request": {"shell": "rm"}}}', "not written by this version"),
+        ('{"protocol": {"request": {}}}', "names no model"),
+    ],
+)
+def test_what_is_no_result(capsys, monkeypatch, tmp_path, content, message):
+    path = tmp_path / "bad.json"
+    path.write_text(content)
+    code, _, errors = run(capsys, monkeypatch, "evaluate", "--check", path)
+    assert code == 2
+    assert message in errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--check", "none.json"], "does not exist"),
+        (["model", "--check", "none.json", "--windows", 3], "--check asks what its result was asked"),
+        ([], "MODEL is missing"),
+        (["model", "-o", "result.txt"], "end in .json"),
+    ],
+)
+def test_bad_requests(capsys, monkeypatch, arguments, message):
+    code, _, errors = run(capsys, monkeypatch, "evaluate", *arguments)
+    assert code == 2
+    assert message in errors
+
+
+def test_results_are_not_overwritten(capsys, monkeypatch, folder, result):
+    before = result.read_bytes()
+    command = ["evaluate", folder, *ASKED, "-o", result]
+    code, _, errors = run(capsys, monkeypatch, *command)
+    assert code == 2
+    assert "--overwrite" in errors
+    assert result.read_bytes() == before
+    assert run(capsys, monkeypatch, *command, "--overwrite")[0] == 0
+    assert result.read_bytes() != before
+
+
+def test_one_bit_of_any_parameter_changes_the_hash():
+    model, other = tiny_model(), tiny_model()
+    assert weights_sha256(model) == weights_sha256(other)
+    other.model.norm.weight.view(torch.int32)[3] ^= 1
+    assert weights_sha256(model) != weights_sha256(other)
+
+
+def test_differences_are_leaf_by_leaf():
+    before = {"a": [1, {"b": 2.0}], "c": float("nan"), "versions": {"x": 1}, "only": 1}
+    after = {"a": [1, {"b": 2.001}], "c": float("nan"), "versions": {"x": 2}, "new": None}
+    assert [(d.what, d.within) for d in differences(before, after)] == [("a[1].b", True), ("only", False)]
+
+
+@pytest.mark.slow
+def test_the_committed_result_is_had_again(smollm2, monkeypatch):
+    """To the last bit on the kind of machine it was recorded on, within 1 % elsewhere."""
+    shared("wikitext2/wiki.test.raw")
+    root = Path(__file__).parents[2]
+    monkeypatch.chdir(root)  # the text's path is relative
+    found = uniprune.check(root / "benchmarks" / "results" / "check.json", str(smollm2), device="cpu")
+    assert found["reproduced"], found["differences"]

@@ -1,0 +1,133 @@
+"""The trie against every choice alone, one forward pass each; tokens against cases by hand."""
+
+import logging
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, MambaConfig, MistralConfig
+
+from conftest import VOCABULARY, tiny_model
+from uniprune.errors import InputError
+from uniprune.evaluation import scoring
+from uniprune.evaluation.scoring import Tokens, encode, score
+
+
+class Letters:
+    """One token per character, but ``th`` is one; BOS and EOS are 0 and 1."""
+
+    bos_token_id, eos_token_id = 0, 1
+
+    def encode(self, text, add_special_tokens=True):
+        return [ord(letter) for letter in text.replace("th", "θ")]
+
+
+def questions(seed=0, count=7):
+    """Questions of two to four choices with long and short common beginnings, one choice a prefix of another, two equal."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def ids(length):
+        return torch.randint(0, VOCABULARY, (length,), generator=draw).tolist()
+
+    made = []
+    for number in range(count):
+        context, answer = ids(3 + 5 * number), ids(4)
+        choices = [Tokens(context + answer, 4), Tokens(context + answer[:2] + ids(6), 8), Tokens(context + answer, 4)]
+        made.append([*choices, Tokens(context + answer[:1], 1)][: 2 + number % 3])
+    return made
+
+
+def alone(model, choice):
+    """The definition, token by token."""
+    nats, greedy = 0.0, True
+    for end in range(len(choice.ids) - choice.scored, len(choice.ids)):
+        logits = model(input_ids=torch.tensor([choice.ids[:end]])).logits[0, -1].double()
+        nats += float(logits.log_softmax(-1)[choice.ids[end]])
+        greedy &= int(logits.argmax()) == choice.ids[end]
+    return nats, greedy
+
+
+def check(model, asked):
+    for found, question in zip(score(model, asked), asked, strict=True):
+        for got, choice in zip(found, question, strict=True):
+            nats, greedy = alone(model, choice)
+            assert got.nats == pytest.approx(nats, abs=1e-4)
+            assert got.greedy == greedy
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("tokens", [1, 100, 10_000])
+def test_the_trie_is_every_choice_alone(monkeypatch, family, tokens):
+    monkeypatch.setattr(scoring, "BATCH_TOKENS", tokens)
+    model = tiny_model(family)
+    assert scoring._as_checked_trie(model, questions())
+    check(model, questions())
+
+
+def test_batches_begin_with_the_longest_question_last_in_its_batch(monkeypatch):
+    monkeypatch.setattr(scoring, "BATCH_TOKENS", 20)
+    lengths = [4, 30, 9, 12, 3, 5]  # each question has one choice
+    batches = scoring._batches([[Tokens([1] * length, 1)] for length in lengths])
+    assert [[lengths[index] for index in batch] for batch in batches] == [[12, 30], [3, 4, 5, 9]]
+
+
+def test_greedy_is_seen():
+    model = tiny_model()
+    context = [5, 6, 7]
+    for _ in range(3):
+        context.append(int(model(input_ids=torch.tensor([context])).logits[0, -1].argmax()))
+    ((right, wrong),) = score(model, [[Tokens(context, 3), Tokens([*context[:-1], context[-1] ^ 1], 3)]])
+    assert (right.greedy, wrong.greedy) == (True, False)
+
+
+def test_what_is_common_is_read_once():
+    trie = scoring._Trie()
+    assert trie.insert([7, 8, 9]) == [0, 1, 2]
+    assert trie.insert([7, 8, 5, 9]) == [0, 1, 3, 4]
+    assert trie.insert([8]) == [5]
+    assert (trie.tokens, trie.depths) == ([7, 8, 9, 5, 9, 8], [0, 1, 2, 2, 3, 0])
+    sees = trie.mask(torch.float32)[0, 0] == 0
+    assert [row.nonzero().flatten().tolist() for row in sees] == [[0], [0, 1], [0, 1, 2], [0, 1, 3], [0, 1, 3, 4], [5]]
+
+
+def mamba():
+    config = MambaConfig(vocab_size=VOCABULARY, hidden_size=32, state_size=4, num_hidden_layers=2)
+    return AutoModelForCausalLM.from_config(config)
+
+
+def short_sighted():
+    """Its sliding window is shorter than the longest question, and no mask of ours says so."""
+    config = MistralConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        sliding_window=8,
+        initializer_range=0.5,
+    )
+    return AutoModelForCausalLM.from_config(config)
+
+
+@pytest.mark.parametrize("build", [mamba, short_sighted])
+def test_models_that_do_not_heed_masks_read_every_choice_whole(caplog, build):
+    torch.manual_seed(0)
+    model = build().eval().requires_grad_(False)
+    with caplog.at_level(logging.INFO):
+        check(model, questions())
+    assert "every choice is read whole" in caplog.text
+
+
+def test_tokens_are_split_where_the_context_ends():
+    assert encode(Letters(), "ab", " c", 99) == Tokens([97, 98, 32, 99], 2)
+    assert encode(Letters(), "ab ", "c", 99) == Tokens([97, 98, 32, 99], 2)  # the space is the answer's
+    assert encode(Letters(), "abt", "hc", 99) == Tokens([97, 98, ord("θ"), 99], 1)  # as one text: the context loses its t
+    assert encode(Letters(), "", " c", 99) == Tokens([0, 32, 99], 2)
+    assert encode(Letters(), " ", "c", 99) == Tokens([0, 32, 99], 2)
+    assert encode(Letters(), "abcdef", " g", 4) == Tokens([100, 101, 102, 32, 103], 2)  # 4 are read, the last is predicted
+
+
+@pytest.mark.parametrize(("context", "answer", "limit"), [("ab", "", 9), ("t", "h", 9), ("ab", " cdefgh", 6)])
+def test_answers_that_cannot_be_scored(context, answer, limit):
+    with pytest.raises(InputError, match="tokens of its own"):
+        encode(Letters(), context, answer, limit)

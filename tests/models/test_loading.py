@@ -1,0 +1,78 @@
+"""Every way to load a model gives the parameters and the buffers that transformers gives, in the same types."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import uniprune
+from conftest import tiny_model, write_gguf
+from small_models import tiny
+from uniprune.evaluation.model import Subject
+from uniprune.models.loading import load_weights, native_dtype, resolve
+from uniprune.models.streaming import open_streamed
+
+CPU = torch.device("cpu")
+
+
+def by_hand(folder, dtype):
+    return uniprune.load(folder, dtype="auto" if dtype is None else str(dtype).removeprefix("torch.")).model
+
+
+def to_evaluate(folder, dtype):
+    return Subject(folder).load(None if dtype is None else str(dtype).removeprefix("torch."), "cpu").model
+
+
+def streamed(folder, dtype):
+    origin = resolve(folder)
+    loaded = open_streamed(origin, None, dtype or native_dtype(origin), CPU)
+    for index in range(len(loaded.residency._blocks)):
+        loaded.residency.fill(index)
+    return loaded.model
+
+
+@pytest.fixture(scope="module", params=["llama", "deepseek_v3", "gemma2"])
+def source(request, tmp_path_factory):
+    """A checkpoint in bfloat16 whose persistent buffers are not what the model starts with."""
+    model = tiny(request.param)
+    for buffer in model.buffers():
+        if buffer.dtype == torch.float32 and bool((buffer == 0).all()):  # a router's bias
+            buffer.uniform_()
+    folder = tmp_path_factory.mktemp(request.param) / "model"
+    model.bfloat16().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("native", [True, False], ids=["native bfloat16", "emulated bfloat16"])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("way", [by_hand, to_evaluate, streamed])
+def test_parameters_and_buffers_are_those_of_transformers(monkeypatch, source, way, dtype, native):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: native, raising=False)
+    expected_dtype = dtype or torch.bfloat16
+    if way is to_evaluate and dtype is None and not native:
+        expected_dtype = torch.float32
+    expected = AutoModelForCausalLM.from_pretrained(source, dtype=expected_dtype)
+    found = way(source, dtype)
+    for tensors in ("named_parameters", "named_buffers"):
+        theirs, ours = (dict(getattr(model, tensors)()) for model in (expected, found))
+        assert ours.keys() == theirs.keys()
+        for name, tensor in theirs.items():
+            assert ours[name].dtype == tensor.dtype, name
+            assert torch.equal(ours[name], tensor), name
+    assert all(buffer.dtype == torch.float32 for name, buffer in found.named_buffers() if name.endswith("inv_freq"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_gguf_file_has_the_same_buffers(tmp_path, tokenizer, dtype):
+    file = write_gguf(tiny_model(), tokenizer, tmp_path / "model.gguf")
+    model = load_weights(resolve(file), dtype, CPU)
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    for name, buffer in tiny_model().named_buffers():
+        assert torch.equal(dict(model.named_buffers())[name], buffer), name
+    assert native_dtype(resolve(file)) == torch.float32
+
+
+def test_the_type_is_the_files_where_the_config_names_none(tmp_path):
+    tiny_model().bfloat16().save_pretrained(tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text(config.read_text().replace('"dtype": "bfloat16"', '"unused": 0'))
+    assert native_dtype(resolve(tmp_path)) == torch.bfloat16

@@ -1,0 +1,388 @@
+"""Block by block from disk, against the same model in memory; interrupted and resumed, against the same run in one go."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import uniprune
+from conftest import VOCABULARY, Stopped, Stops, tiny_model
+from small_models import MATRICES, tiny
+from uniprune import Recipe
+from uniprune.common.formatting import parse_size
+from uniprune.controller import descent
+from uniprune.controller.descent import descend
+from uniprune.controller.loss import Loss
+from uniprune.controller.mirror_descent import MirrorDescent
+from uniprune.controller.passes import Resident, Streamed
+from uniprune.controller.straight_through import StraightThrough
+from uniprune.errors import InputError, MismatchError, UniPruneError
+from uniprune.job.estimate import Needs, needs
+from uniprune.job.prepare import Machine, choose, progress_of
+from uniprune.models import loading
+from uniprune.models.blocks import Replay
+from uniprune.models.matrices import find_blocks, find_matrices
+from uniprune.models.streaming import attached, open_streamed
+from uniprune.saliency.calibration import one_shot
+from uniprune.saliency.metrics import Wanda
+from uniprune.saliency.sequential import sequential
+from uniprune.saliency.statistics import Gram
+from uniprune.sparsity.patterns import NM, Unstructured
+from uniprune.storage import files, runs
+from uniprune.storage.stash import Stash
+from uniprune.storage.tensor_store import Store
+
+CPU = torch.device("cpu")
+SMALL = {"windows": 16, "length": 32}
+
+
+def tokens(count=8, length=16, vocabulary=64):
+    return torch.randint(0, vocabulary, (count, length), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module", params=MATRICES)
+def pair(request, tmp_path_factory):
+    """A model in memory, and the same one streamed from its checkpoint."""
+    folder = tmp_path_factory.mktemp("family")
+    model = tiny(request.param)
+    model.save_pretrained(folder, max_shard_size="20KB")
+    loaded = open_streamed(loading.resolve(folder), None, torch.float32, CPU)
+    hollow = attached(find_matrices(loaded.model), loaded.residency)
+    return (model, find_matrices(model)), (loaded.model, hollow, loaded.residency)
+
+
+def gradients(passes, ids, **settings):
+    found = {}
+    with passes.network as network:
+        network.sink = found.__setitem__
+        generator = torch.Generator().manual_seed(1)
+        network.masks = {n: torch.rand(m.shape, generator=generator) < 0.5 for n, m in network.matrices.items()}
+        loss = Loss(passes.head(ids), evenness=0.5, hidden=4.0)
+        student, teacher = passes.forward(ids, between=loss.between)
+        kl, gradient = loss.gradient(student, teacher, ids)
+        passes.backward(gradient)
+    return kl, found
+
+
+def test_gradients_are_those_of_the_model_in_memory(pair, tmp_path, monkeypatch):
+    """Also when the windows go through a block in several parts, and states lie in files in between."""
+    (model, matrices), (streamed, hollow, residency) = pair
+    ids = tokens()
+    kl, expected = gradients(Resident(model, find_blocks(model)[1], StraightThrough(matrices)), ids)
+    monkeypatch.setattr("uniprune.controller.passes.PART_TOKENS", 64)
+    blocks = find_blocks(streamed)[1]
+    assert all(parameter.is_meta for parameter in blocks.parameters())
+    passes = Streamed(streamed, Replay(streamed, blocks, residency), StraightThrough(hollow), Stash(tmp_path))
+    found_kl, found = gradients(passes, ids)
+    assert all(parameter.is_meta for parameter in blocks.parameters())
+    assert found_kl == pytest.approx(kl, rel=1e-5)
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert float((found[name] - gradient).norm() / gradient.norm()) < 1e-5, name
+
+
+def test_local_masks_are_those_of_the_model_in_memory(pair):
+    (model, matrices), (streamed, hollow, residency) = pair
+    ids = tokens()
+    for pattern in (NM(2, 4), Unstructured(0.5, "row")):
+        expected = dict(pattern(one_shot(model, matrices, ids, Wanda())))
+        found = dict(pattern(one_shot(streamed, hollow, ids, Wanda(), residency=residency)))
+        assert all(torch.equal(found[name], mask) for name, mask in expected.items())
+    expected = sequential(model, matrices, ids, Wanda(), NM(2, 4))
+    found = sequential(streamed, hollow, ids, Wanda(), NM(2, 4), residency=residency)
+    assert all(torch.equal(found[name], mask) for name, mask in expected.items())
+
+
+def test_descents_agree(tmp_path):
+    model = tiny_model(initializer_range=0.3)
+    model.save_pretrained(tmp_path)
+    loaded = open_streamed(loading.resolve(tmp_path), None, torch.float32, CPU)
+    hollow = attached(find_matrices(loaded.model), loaded.residency)
+    ids, settings = tokens(32, 32, VOCABULARY), MirrorDescent(step_size=0.05, batch_tokens=128)
+    targets = descent.any_sparsity()
+    expected, record = descend(model, find_matrices(model), ids, Wanda(), targets, 8, settings)
+    found, again = descend(loaded.model, hollow, ids, Wanda(), targets, 8, settings, residency=loaded.residency)
+    assert again["held_out_kl"] == pytest.approx(record["held_out_kl"], rel=1e-4)
+    for name, dual in expected.items():
+        assert float(((found[name] > dual.mean()) != (dual > dual.mean())).float().mean()) < 1e-3
+
+
+def test_the_states_take_the_disk_that_was_forecast(tmp_path, monkeypatch):
+    """Two versions and the best duals, which are the second step's; and these come out, whatever became of the states."""
+    model = tiny_model(hidden_size=256, intermediate_size=512, num_hidden_layers=2)
+    model.save_pretrained(tmp_path / "model")
+    loaded = open_streamed(loading.resolve(tmp_path / "model"), None, torch.float32, CPU)
+    hollow = attached(find_matrices(loaded.model), loaded.residency)
+    run, taken, judged = runs.Run(tmp_path / "run"), [], []
+    run.folder.mkdir()
+
+    def sync(path, sync=files.sync):
+        sync(path)
+        taken.append(sum(512 * file.stat().st_blocks for file in run.folder.rglob("*") if file.is_file()))
+
+    def judge(self, targets, windows):
+        judged.append({name: self.states.dual(name).clone() for name in hollow})
+        return [1.0, 0.9, 0.5, 0.9, 0.8][len(judged) - 1]
+
+    monkeypatch.setattr("uniprune.storage.tensor_store.sync", sync)
+    monkeypatch.setattr(descent.Descent, "judge", judge)
+    monkeypatch.setattr("uniprune.job.estimate.BATCH_TOKENS", 1)
+    expected = needs(loaded.model, hollow, torch.float32, "feedback", step_tokens=128, mapped=True).scratch
+    ids, settings = tokens(32, 32, VOCABULARY), MirrorDescent(batch_tokens=128)
+    found, _ = descend(loaded.model, hollow, ids, Wanda(), [NM(2, 4)], 5, settings, residency=loaded.residency, run=run)
+    assert 0.95 * expected < max(taken) <= expected
+    assert found.keys() == hollow.keys()
+    assert all(torch.equal(dual, judged[2][name]) for name, dual in found.items())
+    assert not any(torch.equal(judged[2][name], judged[3][name]) for name in hollow)
+
+
+def test_the_gram_matrices_of_a_block_are_forecast():
+    model = tiny_model()
+    matrices = find_matrices(model)
+    plain, refined = (needs(model, matrices, torch.float32, "none", 0, True, refine) for refine in (False, True))
+    held = sum(Gram(matrix.shape[1], CPU).total.nbytes for matrix in matrices.values() if matrix.block == 0)
+    for before, after in ((plain.resident, refined.resident), (plain.streamed, refined.streamed)):
+        assert held < after - before < 2 * held
+
+
+@pytest.mark.parametrize("settings", [{"controller": "none"}, {"steps": 3}, {"sequential": True}, {"refine": True}], ids=str)
+def test_a_model_that_does_not_fit_is_streamed(folder, tmp_path, settings):
+    recipe = Recipe(sparsity="2:4", dtype="float32", **SMALL, **settings)
+    whole = uniprune.prune(str(folder), recipe, tmp_path / "whole")
+    memory = uniprune.plan(str(folder), recipe).memory_streamed
+    assert uniprune.plan(str(folder), recipe, max_memory=memory).execution == "streamed"
+    streamed = uniprune.prune(str(folder), recipe, tmp_path / "streamed", max_memory=memory)
+    assert streamed["masks_sha256"] == whole["masks_sha256"]
+    for file in (tmp_path / "whole").glob("*.safetensors"):
+        assert (tmp_path / "streamed" / file.name).read_bytes() == file.read_bytes()
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_what_fits_nowhere_is_refused(folder, tmp_path):
+    with pytest.raises(InputError, match=r"needs 0\.\d+ GB of memory, or 0\.\d+ GB block by block; 0\.00 GB are there"):
+        uniprune.prune(str(folder), Recipe(sparsity="2:4", **SMALL), tmp_path / "out", max_memory=1000)
+    assert uniprune.plan(str(folder), Recipe(sparsity="2:4"), max_memory=1000).execution == "none"
+    gguf = loading.Origin("m.gguf", tmp_path, "m.gguf")
+    with pytest.raises(InputError, match="only safetensors checkpoints can be read block by block"):
+        choose(gguf, Needs(10**10, 10**9, 0), Machine(max_memory=2 * 10**9), CPU)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("text", "size"), [("8GB", 8 * 10**9), ("1.5 gb", 15 * 10**8), ("2GiB", 2**31), ("700M", 7 * 10**8)])
+def test_sizes(text, size):
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "8XB", "-1GB", "GB", "0"])
+def test_what_is_no_size(text):
+    with pytest.raises(InputError, match="is not a size"):
+        parse_size(text)
+
+
+STEPS = {"steps": 4, "tuning": {"checks": 1}}
+WAYS = {
+    "local, streamed": ({"controller": "none"}, True),
+    "sequential": ({"sequential": True}, False),
+    "sequential, streamed": ({"sequential": True}, True),
+    "refine": ({"refine": True}, False),
+    "controller": (STEPS, False),
+    "controller, streamed": (STEPS, True),
+    "controller for any": (STEPS | {"sparsity": None}, False),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_an_interrupted_run_goes_on_to_the_same_masks(folder, tmp_path, way, monkeypatch):
+    changes, streamed = WAYS[way]
+    monkeypatch.setattr(runs.Pace, "due", lambda self: True)
+    recipe = Recipe(**({"sparsity": "2:4", "dtype": "float32"} | SMALL | changes))
+    memory = uniprune.plan(str(folder), recipe).memory_streamed if streamed else None
+
+    def start(output, **more):
+        if recipe.sparsity:
+            return uniprune.prune(str(folder), recipe, tmp_path / output, max_memory=memory, **more)["masks_sha256"]
+        uniprune.calibrate(str(folder), recipe, tmp_path / f"{output}.safetensors", max_memory=memory, **more)
+        return (tmp_path / f"{output}.safetensors").read_bytes()
+
+    expected = start("whole")
+    for after in (1, 2):
+        with pytest.raises(Stopped):
+            start(f"out{after}", progress=Stops(after))
+        name = f".run-out{after}" + ("" if recipe.sparsity else ".safetensors")
+        assert (tmp_path / name / "identity.json").is_file()
+        with pytest.raises(InputError, match=r"an interrupted run of .* --resume goes on with it"):
+            start(f"out{after}")
+        assert start(f"out{after}", resume=True) == expected
+        assert not (tmp_path / name).exists()
+
+
+def test_hidden_states_that_are_gone_are_an_error(tmp_path):
+    stash = Stash(tmp_path)
+    stash.put("hidden-0-0", torch.ones(2, 3))
+    assert Stash(tmp_path).take("hidden-0-0", torch.zeros(2, 3)).tolist() == [[1] * 3] * 2
+    for name, like in (("hidden-1-0", torch.zeros(2, 3)), ("hidden-0-0", torch.zeros(4, 3))):
+        with pytest.raises(UniPruneError, match="is missing or damaged"):
+            Stash(tmp_path).take(name, like)
+
+
+def test_a_sweep_of_several_processes_begins_anew(tmp_path, monkeypatch):
+    """Hidden states are of one process's own windows, and other processes would take up a sweep without any."""
+    with pytest.raises(Stopped), progress_of(tmp_path / "out", Machine(), {}) as run:
+        for stage in ("sweep", "descent"):
+            store = Store(run, stage)
+            store["w"] = {"dual": torch.ones(2)}
+            store.commit({"done": 1})
+        raise Stopped
+    monkeypatch.setattr("uniprune.common.distributed.count", lambda: 2)
+    monkeypatch.setattr("uniprune.common.distributed.rank", lambda: 0)
+    monkeypatch.setattr("uniprune.common.distributed.wait", lambda: None)
+    with progress_of(tmp_path / "out", Machine(resume=True), {}) as run:
+        assert run.facts("descent") == {"done": 1}
+        assert (run.facts("sweep"), dict(Store(run, "sweep"))) == (None, {})
+
+
+def test_another_run_is_not_resumed(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(runs.Pace, "due", lambda self: True)
+    recipe = Recipe(sparsity="2:4", **STEPS, **SMALL)
+    with pytest.raises(Stopped):
+        uniprune.prune(str(folder), recipe, tmp_path / "out", progress=Stops(2))
+    with pytest.raises(MismatchError, match=r"recipe\.seed was 0, is 1"):
+        uniprune.prune(str(folder), recipe.model_copy(update={"seed": 1}), tmp_path / "out", resume=True)
+    uniprune.prune(str(folder), recipe, tmp_path / "out", overwrite=True)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_resume_finishes_what_was_complete_already(folder, tmp_path, monkeypatch):
+    """Killed between the move of the output and the end of the run."""
+    recipe = Recipe(sparsity="2:4", steps=2, **SMALL)
+    with monkeypatch.context() as patched:
+        patched.setattr(runs, "_delete", lambda folder: None)
+        report = uniprune.prune(str(folder), recipe, tmp_path / "out")
+        uniprune.calibrate(str(folder), recipe, tmp_path / "s.safetensors")
+    with pytest.raises(InputError, match="exists; give another name, or --overwrite"):
+        uniprune.prune(str(folder), recipe, tmp_path / "out")
+    assert uniprune.prune(str(folder), recipe, tmp_path / "out", resume=True)["masks_sha256"] == report["masks_sha256"]
+    assert uniprune.calibrate(str(folder), recipe, tmp_path / "s.safetensors", resume=True)["base"]
+    assert not list(tmp_path.glob(".*"))
+
+
+def command(*arguments):
+    return [sys.executable, "-m", "uniprune", *map(str, arguments)]
+
+
+def environment():
+    return os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+
+def memory_of(folder, execution):
+    """Flags that have the tiny model executed in this way."""
+    recipe = Recipe(sparsity="2:4", dtype="float32", steps=3, **SMALL)
+    return ("--max-memory", uniprune.plan(str(folder), recipe).memory_streamed) if execution == "streamed" else ()
+
+
+KILLED = [("prune", "resident"), ("prune", "streamed"), ("calibrate", "resident"), ("calibrate", "streamed"), ("apply", "")]
+
+
+@pytest.mark.parametrize(("verb", "execution"), KILLED)
+def test_killed_at_any_moment(folder, tmp_path, verb, execution):
+    """SIGKILL at random moments, again and again; what comes out in the end is what an undisturbed run writes.
+
+    UNIPRUNE_KILLS=30 kills more often than every test run has the time for. How long a run takes is measured again and again:
+    machines become slower and faster.
+    """
+    suffix = ".safetensors" if verb == "calibrate" else ""
+    whole, out = tmp_path / f"whole{suffix}", tmp_path / f"out{suffix}"
+    if verb == "apply":
+        uniprune.prune(str(folder), Recipe(sparsity="2:4", controller="none", **SMALL), tmp_path / "pruned")
+        start = command(verb, folder, tmp_path / "pruned" / "pruning" / "masks.safetensors", "--overwrite", "-o")
+    else:
+        settings = "-s", "2:4", "--windows", 16, "--length", 32, "--steps", 12, "--dtype", "float32"
+        start = command(verb, folder, *settings, *memory_of(folder, execution), "--resume", "-o")
+    draw = random.Random(0)
+    began = time.monotonic()
+    subprocess.run([*start, str(whole)], check=True, env=environment(), stdout=subprocess.DEVNULL)
+    takes = time.monotonic() - began
+
+    def run(seconds):
+        """Whether the run ended before it was killed."""
+        process = subprocess.Popen([*start, str(out)], env=environment(), stdout=subprocess.DEVNULL)
+        try:
+            process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+        assert process.wait() in (0, -signal.SIGKILL)
+        return process.returncode == 0
+
+    def compare():
+        for file in [whole] if suffix else sorted(whole.rglob("*.safetensors")):
+            assert (out / file.relative_to(whole)).read_bytes() == file.read_bytes()
+        assert not list(tmp_path.glob(".*"))
+        out.unlink() if suffix else shutil.rmtree(out)
+
+    left = int(os.environ.get("UNIPRUNE_KILLS", 3))
+    while left:
+        new, began = not runs.folder_of(out).exists(), time.monotonic()
+        if run(takes * draw.uniform(0.3, 1.1)):
+            takes = time.monotonic() - began if new else takes
+            compare()
+        else:
+            left -= 1
+            assert not out.exists() or suffix or (out / "pruning.json").is_file()
+    assert run(None)
+    compare()
+
+
+@pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="only root may mount a small disk")
+@pytest.mark.parametrize("execution", ["resident", "streamed"])
+@pytest.mark.parametrize("size", [200_000, 400_000])
+def test_a_full_disk_loses_nothing(folder, tmp_path, execution, size):
+    """The disk fills up when the run is under way; with more room it goes on."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(disk)], check=False, capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip("this machine does not let us mount a small disk")
+    settings = *memory_of(folder, execution), "-s", "2:4", "--windows", 16, "--length", 32, "--steps", 3, "--dtype", "float32"
+    unchecked = (
+        "import uniprune.artefacts.writer as c; c.check_disk_space = lambda *a: None; import uniprune.cli.main as m; m.main()"
+    )
+    start = [sys.executable, "-c", unchecked, "prune", str(folder), "-o", str(disk / "out"), *map(str, settings), "--resume"]
+    try:
+        failed = subprocess.run(start, check=False, env=environment(), capture_output=True, text=True)
+        assert failed.returncode == 1, failed.stderr
+        assert failed.stderr.startswith("error: ")
+        assert failed.stderr.count("\n") == 1
+        assert not (disk / "out").exists()
+        subprocess.run(["mount", "-o", "remount,size=20M", str(disk)], check=True)
+        subprocess.run(start, check=True, env=environment(), stdout=subprocess.DEVNULL)
+        assert (disk / "out" / "pruning.json").is_file()
+        assert not list(disk.glob(".*"))
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "execution"),
+    [(("--controller", "none"), "resident"), (("--steps", "3"), "resident"), (("--steps", "3"), "streamed")],
+)
+def test_two_processes_make_the_masks_of_one(folder, tmp_path, settings, execution):
+    common = "prune", folder, "-s", "2:4", "--windows", 16, "--length", 32, "--dtype", "float32", *settings
+    common += memory_of(folder, execution)
+    subprocess.run(command(*common, "-o", tmp_path / "one"), check=True, env=environment())
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "uniprune"]
+    process = [*launch, *map(str, common), "-o", str(tmp_path / "two"), "--json"]
+    done = subprocess.run(process, check=True, env=environment(), capture_output=True, text=True)
+    assert json.loads(done.stdout)["sparsity"] == 0.5
+    one, two = (uniprune.artefacts.masks.MasksFile(tmp_path / name / "pruning/masks.safetensors") for name in ("one", "two"))
+    differing = sum(int((one[name] != two[name]).sum()) for name in one)
+    assert differing <= 1e-3 * sum(mask.numel() for mask in one.values())
+    assert not list(tmp_path.glob(".*"))

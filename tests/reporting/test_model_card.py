@@ -1,0 +1,141 @@
+"""Model cards: what they say is what the folder and the results hold; and what an upload needs."""
+
+import json
+import shutil
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+
+import uniprune
+from command import run
+from uniprune import Recipe
+from uniprune.reporting import model_card
+
+ASKED = ("--text", "builtin", "--windows", 2, "--length", 32)
+
+
+@pytest.fixture
+def pruned(folder, tmp_path):
+    source = tmp_path / "base"
+    shutil.copytree(folder, source)
+    (source / "README.md").write_text("---\nlicense: apache-2.0\n---\n# The base model\n")
+    uniprune.prune(str(source), Recipe(sparsity="2:4", windows=2, length=32, controller="none"), tmp_path / "pruned")
+    return tmp_path / "pruned"
+
+
+def test_every_output_folder_has_a_card(pruned):
+    written = ModelCard.load(pruned / "README.md")
+    assert written.data.library_name == "transformers"
+    assert written.data.pipeline_tag == "text-generation"
+    assert written.data.license == "apache-2.0"
+    assert written.data.base_model is None  # a folder is no name that others know
+    assert {"pruned", "n-m-sparsity"} <= set(written.data.tags)
+    assert "50.0% of the weights in 21 matrices are zero** (2:4" in written.text
+    assert "dense with zeros" in written.text
+    recipe = written.text.partition("```yaml\n")[2].partition("```")[0]
+    assert Recipe(**yaml.safe_load(recipe)).record() == json.loads((pruned / "pruning.json").read_text())["recipe"]
+
+
+def test_a_hub_name_is_the_base_model():
+    report = {"model": {"name": "owner/model", "fingerprint": "0" * 64}, "pattern": "0.5", "sparsity": 0.5, "matrices": {}}
+    text = model_card.card(report | {"versions": {"uniprune": "1"}})
+    assert ModelCard(text).data.base_model == "owner/model"
+    assert "[owner/model](https://huggingface.co/owner/model)" in text
+
+
+def test_results_are_shown_as_they_are(capsys, monkeypatch, pruned, tmp_path):
+    capsys.readouterr()
+    result = tmp_path / "result.json"
+    code, _, errors = run(capsys, monkeypatch, "evaluate", pruned, *ASKED, "-o", result)
+    assert (code, errors) == (0, "")
+    code, printed, errors = run(capsys, monkeypatch, "card", pruned, result)
+    assert (code, errors) == (0, "")
+    assert "README.md: written" in printed
+    perplexity = json.loads(result.read_text())["perplexity"]
+    written = ModelCard.load(pruned / "README.md")
+    assert f"| {perplexity:.2f} |" in written.text
+    (found,) = written.data.eval_results
+    assert (found.metric_type, found.metric_value) == ("perplexity", round(perplexity, 4))
+
+
+def test_cards_of_others_are_kept(capsys, monkeypatch, pruned, folder, tmp_path):
+    result = tmp_path / "result.json"
+    capsys.readouterr()
+    run(capsys, monkeypatch, "evaluate", folder, *ASKED, "-o", result)
+    code, _, errors = run(capsys, monkeypatch, "card", pruned, result)
+    assert code == 2
+    assert "not of" in errors
+    (pruned / "README.md").write_text("my own words")
+    code, _, errors = run(capsys, monkeypatch, "card", pruned)
+    assert code == 2
+    assert "--overwrite" in errors
+    assert (pruned / "README.md").read_text() == "my own words"
+    assert run(capsys, monkeypatch, "card", pruned, "--overwrite")[0] == 0
+    code, _, errors = run(capsys, monkeypatch, "card", tmp_path)
+    assert code == 2
+    assert "no pruning.json" in errors
+
+
+@pytest.mark.parametrize(
+    ("repository", "message"),
+    [("owner/name", "HF_HUB_OFFLINE"), ("name", "give owner/name"), ("owner/na me", "owner/na me"), ("a/b/c", "a/b/c")],
+)
+def test_uploads_are_checked_before_the_work(capsys, monkeypatch, folder, tmp_path, repository, message):
+    command = ["prune", folder, "-s", "2:4", "-o", tmp_path / "out", "--push-to-hub", repository]
+    code, _, errors = run(capsys, monkeypatch, *command)
+    assert code == 2
+    assert message in errors
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_upload_needs_a_login(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    with pytest.raises(uniprune.InputError, match="hf auth login"):
+        model_card.check_push("owner/name")
+
+
+class Hub:
+    """Stands in for the hub, which no test can reach."""
+
+    files = (".gitattributes",)
+
+    def create_repo(self, name, exist_ok):
+        return f"https://hub/{name}"
+
+    def list_repo_files(self, name):
+        return list(self.files)
+
+    def upload_folder(self, *, repo_id, folder_path, commit_message, ignore_patterns):
+        self.uploaded.append((repo_id, folder_path))
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    monkeypatch.setattr(Hub, "uploaded", [], raising=False)
+    return Hub
+
+
+def test_a_folder_is_uploaded(hub, tmp_path):
+    assert model_card.push(tmp_path, "owner/name") == "https://hub/owner/name"
+    assert hub.uploaded == [("owner/name", tmp_path)]
+
+
+def test_a_repository_with_files_is_not_overwritten(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(hub, "files", (".gitattributes", "model.safetensors"))
+    with pytest.raises(uniprune.InputError, match="has 1 files"):
+        model_card.push(tmp_path, "owner/name")
+    assert not hub.uploaded
+    model_card.push(tmp_path, "owner/name", overwrite=True)
+    assert hub.uploaded
+
+
+def test_a_refused_upload_leaves_the_folder(hub, tmp_path, monkeypatch):
+    def refuse(self, **arguments):
+        raise OSError("no space for owner")
+
+    monkeypatch.setattr(hub, "upload_folder", refuse)
+    with pytest.raises(uniprune.UniPruneError, match="is complete, but was not uploaded"):
+        model_card.push(tmp_path, "owner/name")

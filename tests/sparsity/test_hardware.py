@@ -1,0 +1,72 @@
+"""Hardware profiles: what does not fit is named, and treated as the caller says."""
+
+import pytest
+import torch
+
+from uniprune.errors import InputError
+from uniprune.sparsity.constraints import DENSE, Mixed, Rule, Ruled
+from uniprune.sparsity.hardware import PROFILES, fitted, parse
+from uniprune.sparsity.patterns import NM, Tiled, Unstructured
+
+SHAPES = {"layers.0.q": (64, 128), "layers.0.k": (16, 128), "layers.0.down": (64, 96)}
+NVIDIA = "nvidia-semi-structured"
+
+
+def test_everything_fits_the_profile_of_no_hardware():
+    assert fitted(NM(2, 4), SHAPES, "float32") == (NM(2, 4), {})
+
+
+def test_shapes_that_kernels_do_not_take_are_named():
+    with pytest.raises(InputError, match=r"2 of 3 matrices cannot be 2:4 on nvidia.*layers\.0\.k: 16 x 128 .* 32 x 64"):
+        fitted(NM(2, 4), SHAPES, "bfloat16", NVIDIA)
+
+
+@pytest.mark.parametrize(("misfits", "part"), [("dense", DENSE), ("unstructured", Unstructured(0.5, "matrix"))])
+def test_misfits_get_what_was_said_and_are_reported(misfits, part):
+    pattern, reasons = fitted(NM(2, 4), SHAPES, "float16", NVIDIA, misfits)
+    assert list(reasons) == ["layers.0.k", "layers.0.down"]
+    assert [pattern.part(name) for name in SHAPES] == [NM(2, 4), part, part]
+    masks = dict(pattern({name: torch.rand(shape) for name, shape in SHAPES.items()}))
+    assert bool((masks["layers.0.q"].reshape(-1, 4).sum(1) == 2).all())
+
+
+def test_n_m_that_does_not_divide_is_a_misfit_on_any_hardware():
+    shapes = {"a": (4, 8), "b": (4, 6)}
+    with pytest.raises(InputError, match=r"b: 6 inputs are not divisible by 4; say what they are to be"):
+        fitted(NM(2, 4), shapes, "float32")
+    pattern, reasons = fitted(NM(2, 4), shapes, "float32", misfits="dense")
+    assert list(reasons) == ["b"]
+    assert bool(dict(pattern({name: torch.rand(shape) for name, shape in shapes.items()}))["b"].all())
+
+
+@pytest.mark.parametrize(
+    ("pattern", "dtype", "hardware", "complaint"),
+    [
+        (NM(2, 4), "float32", NVIDIA, "type float32; the kernels take float16"),
+        (NM(4, 8), "float16", NVIDIA, "4:8 is not 2:4"),
+        (Unstructured(0.5, "model"), "float16", NVIDIA, "0.5 by model is not 2:4"),
+        (Mixed(0.3, (NM(1, 4), DENSE)), "float16", NVIDIA, "1:4 is not 2:4"),
+        (Unstructured(0.9), "float32", "block", "not 1x16 tiles or 16x1 tiles"),
+        (Tiled(Unstructured(0.9), 8, 8), "float32", "block", "8x8 tiles is not"),
+        (NM(2, 4), "float32", "tpu", "hardware 'tpu' is unknown"),
+    ],
+)
+def test_patterns_and_types_that_kernels_do_not_take_are_refused(pattern, dtype, hardware, complaint):
+    with pytest.raises(InputError, match=complaint):
+        fitted(pattern, SHAPES, dtype, hardware)
+
+
+def test_rules_come_after_misfits_and_stay():
+    pattern, reasons = fitted(Ruled(NM(2, 4), (Rule("down", "dense"),)), SHAPES, "bfloat16", NVIDIA, "dense")
+    assert list(reasons) == ["layers.0.k"]
+    assert [pattern.part(name) for name in SHAPES] == [NM(2, 4), DENSE, DENSE]
+
+
+def test_mixed_patterns_and_tiles_fit_where_their_parts_do():
+    shapes = {"a": (64, 128), "b": (32, 64)}
+    assert fitted(Mixed(0.3, (NM(2, 4), DENSE)), shapes, "float16", NVIDIA)[1] == {}
+    assert fitted(Tiled(Unstructured(0.9, "model"), 16, 16), shapes, "float32", "block")[1] == {}
+
+
+def test_profiles_are_data():
+    assert all(parse(name) is profile for name, profile in PROFILES.items())

@@ -1,0 +1,27 @@
+"""A row of each multiple-choice format."""
+
+ROWS = {
+    "piqa": {"goal": "Boil water", "sol1": "Use heat.", "sol2": "Use ice.", "label": 0},
+    "arc": {
+        "id": "x",
+        "question": "What falls?",
+        "choices": {"text": ["rain", "hills", "air"], "label": ["1", "2", "3"]},
+        "answerKey": "1",
+    },
+    "openbookqa": {
+        "question_stem": "Plants need",
+        "choices": {"text": ["salt", "light"], "label": ["A", "B"]},
+        "answerKey": " B",
+    },
+    "winogrande": {"sentence": "Ann paid Bea because _ was late .", "option1": "Ann", "option2": "Bea", "answer": "2"},
+    "hellaswag": {
+        "activity_label": "Baking",
+        "ctx_a": "[header] How to bake [title] Mix",
+        "ctx_b": "the DOUGH",
+        "endings": ["rises.  ", "[step] sings  [substeps] well."],
+        "label": "0",
+    },
+    "boolq": {"passage": "Ice floats.", "question": "does ice float", "label": 1},
+    "rte": {"sentence1": "Ice floats.", "sentence2": "Ice sinks.", "label": 1},
+    "lambada": {"text": "He opened the old door"},
+}
