@@ -95,8 +95,6 @@ def pack(folder: Path, output: Path, *, overwrite: bool = False, level: int = 3,
         archive.write(index)
         archive.seek(0)
         archive.write(HEADER.pack(MAGIC, FORMAT, offset, len(index), hashlib.sha256(index).digest()))
-        archive.flush()
-        os.fsync(archive.fileno())
     return _facts(files, offset + len(index))
 
 

@@ -31,9 +31,6 @@ def mcnemar(gained: int, lost: int) -> float:
 
     gained, lost: how many only the one, and only the other has right. What both have right, or neither, says nothing.
     """
-    count = gained + lost
-    tail, ways = 0, 1  # exact integers: ways to flip so many coins, and all up to the smaller number
-    for flips in range(min(gained, lost) + 1):
-        tail += ways
-        ways = ways * (count - flips) // (flips + 1)
-    return min(1.0, 2 * tail / (1 << count))
+    from scipy.stats import binomtest
+
+    return float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -66,7 +65,7 @@ def calibrate(
                 scores = run.folder / "scores.safetensors"
                 scores_file.write_scores(scores, saliency.items(), job.shapes, facts)
                 run.commit("done", {})
-                os.replace(scores, output)
+                files.move(scores, output)
             return {} if distributed.rank() else facts
 
 

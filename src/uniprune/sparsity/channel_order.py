@@ -1,4 +1,4 @@
-"""The order of input channels in which an N:M pattern keeps the most: a search on scores alone, as in RIA's paper."""
+"""The order of input channels in which an N:M pattern keeps the most: a search on scores alone, as in the paper of RIA."""
 
 from __future__ import annotations
 
@@ -11,10 +11,6 @@ from uniprune.sparsity.patterns import NM
 PIECE = 1 << 24  # elements handled at a time where a matrix may be mapped from a file, or large
 SWEEPS = 4
 BATCH = 512  # groups that exchange channels with each other at a time: time and memory grow with it
-STEPS = 4, 32, 256  # the auction's price steps, as fractions of what a channel stands to win
-
-
-# --------------------------------------------------------------------------------------------------------------- search
 
 
 def kept(scores: Tensor, n: int, m: int, permutation: Tensor | None = None) -> float:
@@ -36,8 +32,9 @@ def search(scores: Tensor, n: int, m: int, sweeps: int = SWEEPS, batch: int = BA
     group gives up one channel, and all those are handed out anew, in the best way. Let ``t_rg`` be the N-th largest of the
     scores that row r has left in group g: channel i adds ``max(s_ri - t_rg, 0)`` there, which is ``|s_ri - t_rg| / 2`` and
     terms of i alone and g alone, that every assignment has. So the best assignment is the one with the highest sum of L1
-    distances. Departures from RIA: which channel leaves is drawn at random, and is another one in every sweep, and at most
-    ``batch`` groups exchange channels at a time. The time goes as ``sweeps * batch * in * out``.
+    distances (Zhang et al., ICLR 2024, solve it alike). Departures from RIA: which channel leaves is drawn at random, and is
+    another one in every sweep, and at most ``batch`` groups exchange channels at a time. The time goes as
+    ``sweeps * batch * in * out``.
 
     Raises InputError if the columns cannot be grouped, or if a score is NaN or infinite.
     """
@@ -85,31 +82,10 @@ def _exchanged(scores: Tensor, groups: Tensor, place: int, n: int) -> Tensor:
 
 
 def _assignment(value: Tensor) -> Tensor:
-    """For each column of ``value`` ``[n, n]`` one row, so that the sum of the chosen entries is about the highest.
+    """For each column of ``value`` ``[n, n]`` one row, so that the sum of the chosen entries is the highest there is."""
+    from scipy.optimize import linear_sum_assignment
 
-    Bertsekas' auction (1979) with falling price steps: all rows without a column bid for the one that is worth most to them
-    at present prices, up to where their second choice would be better by one step. The sum is at most n of the last steps
-    from the highest.
-    """
-    size = len(value)
-    spread = float((value.amax(1) - value.mean(1)).mean())
-    if spread <= 0:
-        return torch.arange(size)
-    prices = torch.zeros(size, dtype=value.dtype)
-    for fraction in STEPS:
-        owner, column = torch.full((size,), -1), torch.full((size,), -1)
-        while len(bidders := (column < 0).nonzero().squeeze(1)):
-            best, choice = (value[bidders] - prices).topk(2)
-            bids, wanted = best[:, 0] - best[:, 1] + spread / fraction, choice[:, 0]
-            highest = torch.zeros_like(prices).scatter_reduce(0, wanted, bids, "amax")
-            equal = bids == highest[wanted]  # among equal bids the lowest row wins
-            first = torch.full((size,), size).scatter_reduce(0, wanted[equal], bidders[equal], "amin")
-            sold = (first < size).nonzero().squeeze(1)
-            outbid = owner[sold]
-            column[outbid[outbid >= 0]] = -1
-            owner[sold], column[first[sold]] = first[sold], sold
-            prices += highest
-    return owner
+    return torch.from_numpy(linear_sum_assignment(value.T.numpy(), maximize=True)[1])
 
 
 def _pieces(table: Tensor, axis: int) -> tuple[Tensor, ...]:

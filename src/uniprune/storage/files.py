@@ -13,6 +13,8 @@ from typing import Any
 
 from uniprune.errors import InputError
 
+REPORT = "pruning.json"  # written last: a folder without it is incomplete
+
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
@@ -26,19 +28,35 @@ def writing(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path`` that takes its place when the ``with`` block ends well, and vanishes otherwise."""
+def replacing(path: Path, temporary: Path | None = None) -> Iterator[Path]:
+    """A temporary path that takes the place of ``path`` when the ``with`` block ends well, and vanishes otherwise.
+
+    Afterwards the file is on the disk, also after a loss of power. temporary: by default beside ``path``, under a name that no
+    other process has; a caller whose folder is locked may name one, so that what a killed process left is removed.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".partial-{path.name}-", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+    public = temporary is None
+    if temporary is None:
+        handle, name = tempfile.mkstemp(prefix=f".partial-{path.name}-", dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
+    else:
+        temporary.unlink(missing_ok=True)
     try:
         with writing(path):
             yield temporary
-        temporary.chmod(0o644)
-        os.replace(temporary, path)
+            if public:
+                temporary.chmod(0o644)
+            move(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def move(path: Path, target: Path) -> None:
+    """Puts a file, on the same disk, in the place of another: whoever looks sees the old one or the whole new one."""
+    sync(path)
+    os.replace(path, target)
+    sync(target.parent)
 
 
 def check_output_file(path: Path, overwrite: bool, *sources: Path, suffix: str = ".safetensors") -> None:
@@ -71,12 +89,6 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Writes a result file, at once or not at all."""
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-
-
-REPORT = "pruning.json"  # written last: a folder without it is incomplete
-
-
-# --------------------------------------------------------------------------------------------------------- output folder
 
 
 def check_output_folder(path: Path, overwrite: bool, source: Path | None = None) -> None:
@@ -134,6 +146,7 @@ def new_folder(path: Path, inside: Path | None = None) -> Iterator[Path]:
             shutil.rmtree(retired)
         else:
             os.replace(temporary, path)
+        sync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

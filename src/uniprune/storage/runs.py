@@ -28,7 +28,7 @@ from filelock import FileLock, Timeout
 
 from uniprune.errors import InputError, MismatchError
 from uniprune.storage import strict_json
-from uniprune.storage.files import sync
+from uniprune.storage.files import replacing, sync
 
 KEY = "uniprune"  # marks an identity file as ours
 IDENTITY = "identity.json"
@@ -317,14 +317,11 @@ def damaged(path: Path, why: object) -> InputError:
 def _write(path: Path, content: Mapping[str, Any]) -> None:
     """Replaces a JSON file: a reader sees the old content or the new one, even after a loss of power."""
     text = json.dumps(content)
-    temporary = path.with_name(path.name + PARTIAL)
-    temporary.unlink(missing_ok=True)  # of a process that was killed
-    with open(temporary, "x", encoding="utf-8", opener=_private) as file:
+    with (
+        replacing(path, path.with_name(path.name + PARTIAL)) as temporary,
+        open(temporary, "x", encoding="utf-8", opener=_private) as file,
+    ):
         file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync(path.parent)
 
 
 def _private(path: str, flags: int) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -44,8 +43,6 @@ def stream_tensors(path: Path, specs: Specs, tensors: Iterable[tuple[str, Tensor
             dtype, shape = specs[expected]
             assert (name, tensor.dtype, tuple(tensor.shape)) == (expected, dtype, tuple(shape))
             file.write(tensor.detach().cpu().contiguous().numpy().data)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
