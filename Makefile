@@ -49,9 +49,9 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Rewrites docs/cli.md from the code.
+# Rewrites docs/cli.md and the README's table of settings from the code.
 reference: $(READY)
-	$(BIN)/python -m typer uniprune.cli.main utils docs --name uniprune --title "Command line" --output docs/cli.md
+	$(BIN)/python docs/reference.py
 
 # Rewrites the table in docs/models.md.
 models: $(READY)

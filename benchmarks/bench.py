@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from common import load, relative, save, smollm2
 from uniprune import bench
-from uniprune.entrypoints.bench import BATCHES, verdicts
+from uniprune.entrypoints.bench import DEFAULTS, verdicts
 from uniprune.models.matrices import Matrices, find_matrices
 from uniprune.speed import timing
 from uniprune.speed.kernels import CSR, check_product
@@ -75,7 +75,7 @@ def decoder(level: float) -> list[dict[str, Any]]:
         matrices[name].weight.mul_(mask)
     sides = {name: matrix.module for name, matrix in matrices.items()}, {n: Sparse(m.weight) for n, m in matrices.items()}
     rows = []
-    for batch in BATCHES:
+    for batch in DEFAULTS.batches:
         tokens = torch.randint(0, HEADS["vocab_size"], (1, batch))
         check_product(*(run(model, matrices, side, tokens)[1] for side in sides))
         times = [[run(model, matrices, side, tokens)[0] for side in sides] for _ in range(WARM_UP + ROUNDS[batch])]

@@ -144,5 +144,5 @@ class Stops:
             self.left -= 1
             yield item
 
-    def note(self, text):
+    def note(self, text, tokens=0):
         pass

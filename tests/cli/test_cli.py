@@ -1,36 +1,38 @@
 """The command line as users meet it: a frozen set of flags, one-line errors, exit codes, JSON."""
 
+import io
 import json
-import os
+import re
 import subprocess
 import sys
+import time
 
+import click
 import pytest
 import torch
-import typer
 
 from command import run
 from conftest import tiny_model
 from uniprune.cli import main
+from uniprune.cli.terminal import Bars
 
+RECIPE = "allow hardware misfits rule scope sparsity sparsity-type include exclude dtype"
+TEXT = "text dataset windows num-samples length seq-len"
+CONTROLLER = "controller budget-tokens steps set"
 FLAGS = {
-    "plan": "allow hardware misfits rule size"
-    " config device dtype exclude include json length max-memory scope sparsity windows",
-    "calibrate": "allow hardware misfits rule"
-    " budget-tokens config controller device dtype exclude include json length max-memory metric output overwrite"
-    " resume save-tokens scope seed sparsity steps text windows",
-    "mask": "allow hardware misfits rule json output overwrite scope sparsity",
+    "plan": f"{RECIPE} size config device json max-memory windows num-samples length seq-len",
+    "calibrate": f"{RECIPE} {CONTROLLER} {TEXT} config device json max-memory metric output overwrite resume save-tokens seed",
+    "mask": "allow hardware misfits rule json output overwrite scope sparsity sparsity-type",
     "apply": "force dtype json output overwrite push-to-hub",
-    "card": "json overwrite push-to-hub",
-    "prune": "allow hardware misfits rule"
-    " budget-tokens config controller device dtype exclude include json length max-memory metric output overwrite"
-    " push-to-hub resume save-tokens refine scope seed sequential size sparsity steps text windows",
-    "permute": "device dtype exclude include json length max-memory metric output overwrite seed sparsity text windows",
+    "prune": f"{RECIPE} {CONTROLLER} {TEXT} config device json max-memory metric output overwrite push-to-hub"
+    " refine resume save-tokens seed sequential size",
+    "permute": f"{TEXT} device dtype exclude include json max-memory metric output overwrite seed sparsity",
+    "evaluate": f"{TEXT} against check device dtype json limit lm-eval new-tokens output overwrite prompt tasks",
+    "sweep": f"{TEXT} device dtype json output overwrite resume scope sparsities",
     "pack": "json level output overwrite",
     "unpack": "json output overwrite",
+    "card": "json overwrite push-to-hub",
     "bench": "batch device dtype json levels",
-    "evaluate": "against check device dtype json length limit lm-eval new-tokens output overwrite prompt tasks text windows",
-    "sweep": "device dtype json length output overwrite resume scope sparsities text windows",
     "report": "json output overwrite",
 }
 MASKS_FLAGS = {
@@ -43,28 +45,45 @@ MASKS_FLAGS = {
 }
 
 
+def commands(group):
+    context = click.Context(group)
+    return {name: group.get_command(context, name) for name in group.list_commands(context)}
+
+
 def test_the_flags_are_frozen():
-    """Adding a flag is a decision: it changes this table and the README."""
-    commands = dict(typer.main.get_command(main.app).commands)
-    for table, verbs in ((MASKS_FLAGS, commands.pop("masks").commands), (FLAGS, commands)):
-        found = {
-            name: " ".join(
-                sorted({o.removeprefix("--") for p in command.params for o in p.opts if o.startswith("--")} - {"help"})
-            )
-            for name, command in verbs.items()
+    """Adding a flag is a decision: it changes this table."""
+    found = commands(main.app)
+    for table, made in ((MASKS_FLAGS, commands(found.pop("masks"))), (FLAGS, found)):
+        flags = {
+            name: {o.removeprefix("--") for p in command.params for o in p.opts if o.startswith("--")}
+            for name, command in made.items()
         }
-        assert found == {name: " ".join(sorted(flags.split())) for name, flags in table.items()}
+        assert flags == {name: set(flags.split()) for name, flags in table.items()}
 
 
-def test_help_is_immediate():
-    """No PyTorch behind --help. Processor time, and the best of three, because test machines are busy."""
-    seconds = []
-    for _ in range(3):
-        before = os.times()
-        subprocess.run([sys.executable, "-m", "uniprune.cli.main", "--help"], check=True, capture_output=True)
-        after = os.times()
-        seconds.append(after.children_user - before.children_user + after.children_system - before.children_system)
-    assert min(seconds) < 0.4
+@pytest.mark.parametrize(("words", "unwanted"), [("--help", {"torch", "pydantic", "rich"}), ("prune --help", {"torch"})])
+def test_help_loads_little(words, unwanted):
+    """Nobody waits for PyTorch to read a help. benchmarks/help.py measures how long it takes."""
+    code = f"""
+import sys
+from uniprune.cli.main import main
+sys.argv = ["uniprune", *{words.split()!r}]
+try:
+    main()
+finally:
+    print(*({unwanted!r} & sys.modules.keys()), file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.startswith("Usage: uniprune")
+    assert done.stderr.split() == []
+
+
+@pytest.mark.parametrize("words", [[], ["masks"]])
+def test_a_command_is_missing(capsys, monkeypatch, words):
+    code, printed, errors = run(capsys, monkeypatch, *words)
+    assert (code, printed) == (2, "")
+    assert errors.startswith(" ".join(["Usage: uniprune", *words]))
+    assert "Commands:" in errors
 
 
 def test_all_verbs_speak_json(capsys, monkeypatch, folder, tmp_path):
@@ -199,3 +218,24 @@ def test_a_full_disk_is_bad_input(capsys, monkeypatch, folder, tmp_path):
     assert code == 2
     assert "of disk" in errors
     assert list(tmp_path.iterdir()) == []
+
+
+def test_progress_shows_the_speed_and_the_time_left(monkeypatch):
+    screen = io.StringIO()
+    monkeypatch.setattr(screen, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr("sys.stderr", screen)
+    monkeypatch.setenv("COLUMNS", "160")
+    with Bars() as progress:
+        for index in progress(range(4), "descending", 4):
+            time.sleep(0.01)
+            progress.note(f"KL {index}", 1000)
+    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", screen.getvalue())
+    (speed,) = {found[1] for found in re.finditer(r"descending .* 4/4 0:00:00 KL 3, ([\d,]+) tokens/s", shown)}
+    assert 0 < int(speed.replace(",", "")) <= 4000 / 0.04
+
+
+def test_progress_says_nothing_where_nobody_looks(capsys):
+    with Bars() as progress:
+        assert list(progress(range(3), "descending", 3)) == [0, 1, 2]
+        progress.note("KL 1", 1000)
+    assert capsys.readouterr() == ("", "")

@@ -111,7 +111,7 @@ def test_the_schedule_by_hand():
 class Breaks(Silent):
     """Progress that fails while the third step is under way."""
 
-    def note(self, text):
+    def note(self, text, tokens=0):
         self.notes = getattr(self, "notes", 0) + 1
         if self.notes == 3:
             raise KeyboardInterrupt

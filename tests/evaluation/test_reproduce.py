@@ -92,7 +92,7 @@ def test_what_is_no_result(capsys, monkeypatch, tmp_path, content, message):
     ("arguments", "message"),
     [
         (["--check", "none.json"], "does not exist"),
-        (["model", "--check", "none.json", "--windows", 3], "--check asks what its result was asked"),
+        (["model", "--check", "none.json", "--windows", 3], "--check re-runs the evaluation that RESULT records"),
         ([], "MODEL is missing"),
         (["model", "-o", "result.txt"], "end in .json"),
     ],

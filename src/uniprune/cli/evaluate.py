@@ -1,134 +1,132 @@
-"""The verbs that measure how good models are: ``uniprune evaluate`` and ``uniprune sweep``."""
+"""The commands that measure and show: ``evaluate``, ``sweep``, ``bench`` and ``report``."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
-import typer
+import click
+from pydantic import Field
 
-from uniprune.cli.options import (
-    Against,
-    AsJson,
-    Check,
-    Device,
-    Dtype,
-    EvaluationLength,
-    EvaluationWindows,
-    Limit,
-    LmEval,
-    Model,
-    NewTokens,
-    Output,
-    Overwrite,
-    Prompts,
-    ResultFile,
-    Resume,
-    ScopeOption,
-    Tasks,
-    Text,
-)
+from uniprune.cli.groups import Overwrite, Printed, Source, Target
+from uniprune.cli.options import Only
 from uniprune.cli.terminal import Bars, quiet, show
+from uniprune.common.options import Commas, Flag, Options, Positional
 from uniprune.errors import InputError
+from uniprune.evaluation.request import EvaluationRequest
+from uniprune.job.options import RunOptions
+from uniprune.job.settings import Settings
+from uniprune.speed.settings import Measurement
 
-SPARSITIES = "0.3,0.4,0.5,0.6,0.7,2:4,4:8"
+
+class Evaluated(Options):
+    model: Annotated[str | None, Positional("[MODEL]")] = Field(
+        default=None, description="Model or output folder: a folder, a .gguf file, or a Hub name."
+    )
+
+
+class Comparison(Options):
+    heading: ClassVar[str] = "Comparison"
+
+    against: Annotated[str | None, Flag(metavar="MODEL")] = Field(
+        default=None, description="Compare predictions and answers with this model's, usually the dense one's."
+    )
+    check: Annotated[Path | None, Flag(metavar="RESULT")] = Field(
+        default=None, description="Re-run the evaluation recorded in RESULT and compare; exit code 1 on mismatch."
+    )
+
+
+class ResultFile(Options):
+    output: Annotated[Path | None, Flag(("-o",))] = Field(default=None, description="Also write the result to this JSON file.")
+
+
+class Sweep(Options):
+    scores: Annotated[Path, Positional()] = Field(description="Scores file, as calibrate writes it.")
+    sparsities: Annotated[tuple[str, ...], Flag(("-s",)), Commas] = Field(
+        default=("0.3", "0.4", "0.5", "0.6", "0.7", "2:4", "4:8"),
+        description="Sparsities and N:M patterns, separated by commas.",
+    )
+
+
+class Report(Options):
+    sources: Annotated[tuple[Path, ...], Positional("SOURCE...")] = Field(
+        description="Output folders of prune or apply; JSON files of evaluate or sweep."
+    )
+    output: Annotated[Path, Flag(("-o",))] = Field(description="The page, an .html file.")
 
 
 def evaluate(
-    model: Annotated[str | None, typer.Argument(help="Model: a folder, a .gguf file, or a hub name.")] = None,
-    text: Text = None,
-    length: EvaluationLength = None,
-    windows: EvaluationWindows = None,
-    tasks: Tasks = None,
-    limit: Limit = None,
-    against: Against = None,
-    prompts: Prompts = None,
-    new_tokens: NewTokens = None,
-    lm_eval: LmEval = None,
-    check: Check = None,
-    dtype: Dtype = None,
-    device: Device = None,
-    output: ResultFile = None,
-    overwrite: Overwrite = False,
-    as_json: AsJson = False,
+    source: Evaluated,
+    request: EvaluationRequest,
+    comparison: Comparison,
+    target: ResultFile,
+    run: Annotated[RunOptions, Only("device overwrite")],
+    printed: Printed,
 ) -> None:
-    """Measure the token perplexity or the zero-shot accuracy of a model or of an output folder."""
     quiet()
     from uniprune.cli import tables
-    from uniprune.entrypoints import evaluate as entry_evaluate
+    from uniprune.entrypoints.evaluate import check, evaluate
     from uniprune.storage.files import check_output_file, write_json
 
-    asked: dict[str, Any] = {
-        "text_source": text,
-        "windows": windows,
-        "length": length,
-        "tasks": _listed(tasks),
-        "limit": limit,
-        "prompts": prompts or [],
-        "new_tokens": new_tokens,
-        "lm_eval": _listed(lm_eval),
-        "dtype": dtype,
-    }
-    if check and any(value not in (None, []) for value in asked.values()):
-        raise InputError("--check asks what its result was asked; give beside it no more than MODEL, --against and --device")
-    if model is None and not check:
-        raise InputError("the argument MODEL is missing; only with --check the result names it")
-    if output:
-        check_output_file(output, overwrite, suffix=".json")
+    result_file = comparison.check
+    if result_file and request.given():
+        raise InputError(
+            "--check re-runs the evaluation that RESULT records; give no more than MODEL, --against and --device with it"
+        )
+    if source.model is None and not result_file:
+        raise InputError("the argument MODEL is missing; it can be left out with --check only, whose RESULT names it")
+    if target.output:
+        check_output_file(target.output, run.overwrite, suffix=".json")
+    models: dict[str, Any] = {"against": comparison.against, "device": run.device}
     with Bars() as progress:
-        if check:
-            result = entry_evaluate.check(check, model, against=against, device=device, progress=progress)
+        if result_file:
+            result = check(result_file, source.model, **models, progress=progress)
         else:
-            assert model is not None
-            result = entry_evaluate.evaluate(model, against=against, device=device, progress=progress, **asked)
-    if output:
-        write_json(output, result)
-    if check:
-        show(result, as_json, *tables.check_lines(result))
+            assert source.model is not None
+            result = evaluate(source.model, **models, progress=progress, **request.given())
+    if target.output:
+        write_json(target.output, result)
+    if result_file:
+        show(result, printed.as_json, *tables.check_lines(result))
         if not result["reproduced"]:
-            raise typer.Exit(1)
+            raise click.exceptions.Exit(1)
     else:
-        show(result, as_json, *tables.evaluation_tables(result))
+        show(result, printed.as_json, *tables.evaluation_tables(result))
 
 
 def sweep(
-    model: Model,
-    scores: Annotated[Path, typer.Argument(help="Scores file, as calibrate writes it.")],
-    output: Output,
-    sparsities: Annotated[str, typer.Option("--sparsities", "-s", help="Levels and N:M, by comma.")] = SPARSITIES,
-    scope: ScopeOption = None,
-    text: Text = None,
-    length: EvaluationLength = None,
-    windows: EvaluationWindows = None,
-    dtype: Dtype = None,
-    device: Device = None,
-    resume: Resume = False,
-    overwrite: Overwrite = False,
-    as_json: AsJson = False,
+    source: Source,
+    sparsities: Sweep,
+    target: Target,
+    scope: Annotated[Settings, Only("scope")],
+    request: Annotated[EvaluationRequest, Only("text_source windows length dtype")],
+    run: Annotated[RunOptions, Only("device resume overwrite")],
+    printed: Printed,
 ) -> None:
-    """Cut masks of many sparsities from one scores file, and measure perplexity and packed size of each."""
     quiet()
-    from uniprune.cli import tables
-    from uniprune.entrypoints import sweep as entry_sweep
+    from uniprune.cli.tables import sweep_table
+    from uniprune.entrypoints.sweep import sweep
+
+    options = {**scope.given(), **request.given(), **run.given()}
+    with Bars() as progress:
+        result = sweep(source.model, sparsities.scores, target.output, sparsities.sparsities, **options, progress=progress)
+    show(result, printed.as_json, sweep_table(result))
+
+
+def bench(source: Source, measurement: Measurement, printed: Printed) -> None:
+    quiet()
+    from uniprune.cli.tables import bench_table
+    from uniprune.entrypoints.bench import bench
 
     with Bars() as progress:
-        result = entry_sweep.sweep(
-            model,
-            scores,
-            output,
-            _listed(sparsities),
-            scope=scope,  # type: ignore[arg-type]
-            text_source=text or "builtin",
-            length=length,
-            windows=windows,
-            dtype=dtype,
-            device=device,
-            resume=resume,
-            overwrite=overwrite,
-            progress=progress,
-        )
-    show(result, as_json, tables.sweep_table(result))
+        result = bench(source.model, **measurement.given(), progress=progress)
+    show(result, printed.as_json, bench_table(result), *result["verdicts"], *result["notes"])
 
 
-def _listed(names: str | None) -> list[str]:
-    return [name.strip() for name in (names or "").split(",") if name.strip()]
+def report(asked: Report, over: Overwrite, printed: Printed) -> None:
+    from uniprune.cli.tables import report_lines, report_tables
+    from uniprune.entrypoints.report import facts, write
+
+    found, summary = write(asked.sources, asked.output, **over.given())
+    result = {"output": str(asked.output), **facts(found, summary)}
+    show(result, printed.as_json, *report_tables(summary), *report_lines(summary), f"{asked.output} written")

@@ -1,346 +1,108 @@
-"""The command line. It parses, calls one verb of the pipeline and prints; the rest is loaded only when a verb runs."""
+"""The command line: its commands, and how it ends. A command's module is loaded when the command is called, not before."""
 
 from __future__ import annotations
 
 import errno
 import logging
 import sys
-from collections.abc import Callable
-from pathlib import Path
-from statistics import fmean
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from importlib import import_module
+from typing import NoReturn
 
-import typer
+import click
 
-from uniprune.cli import bench as cli_bench
-from uniprune.cli import evaluate as cli_evaluate
-from uniprune.cli import masks as cli_masks
-from uniprune.cli import report as cli_report
-from uniprune.cli.options import (
-    Allow,
-    AsJson,
-    BudgetTokens,
-    Config,
-    Controller,
-    Device,
-    Dtype,
-    Exclude,
-    Hardware,
-    Include,
-    Length,
-    MaxMemory,
-    Metric,
-    MisfitsOption,
-    Model,
-    Output,
-    Overwrite,
-    PushToHub,
-    Refine,
-    Resume,
-    Rules,
-    SaveTokens,
-    ScopeOption,
-    Seed,
-    Sequential,
-    Size,
-    Sparsity,
-    Steps,
-    Text,
-    WindowsOption,
-)
-from uniprune.cli.terminal import Bars, quiet, show
 from uniprune.errors import InputError, UniPruneError
-
-if TYPE_CHECKING:
-    from uniprune.job.recipe import Recipe
-
 
 # What is wrong with a path, not with a machine.
 PATHS = {errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EACCES, errno.EPERM, errno.EROFS}
 
-app = typer.Typer(
-    name="uniprune",
-    help="Prunes language models after training: calibrate once, cut masks of any sparsity, keep every kept weight's bits.",
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
+# Commands: the module of uniprune.cli that has the function of this name, and what the command does.
+MASKS = {
+    "verify": ("masks", "Check that a masks file is complete, has its pattern, and belongs to a model."),
+    "diff": ("masks", "Count the weights that two files both keep, and those that only one of them keeps."),
+    "intersect": ("masks", "Keep the weights that all files keep."),
+    "union": ("masks", "Keep the weights that any file keeps."),
+    "stats": ("masks", "Show the sparsity of each matrix and block, empty rows and columns, and whether 2:4 holds."),
+    "convert": (
+        "masks",
+        "Turn a pruned checkpoint or another tool's masks into a masks file, or a masks file into plain tensors.",
+    ),
+}
+COMMANDS = {
+    "plan": (
+        "prune",
+        "Show which linear layers would be pruned, whether they support the pattern, time and memory; write nothing.",
+    ),
+    "calibrate": (
+        "prune",
+        "Score every prunable weight, for masks of any sparsity; better ones for the sparsity that --sparsity names.",
+    ),
+    "mask": ("prune", "Create masks of one sparsity from scores."),
+    "apply": ("prune", "Write the pruned checkpoint of a model from masks."),
+    "prune": ("prune", "Calibrate, create masks and write the pruned checkpoint, in one go."),
+    "permute": (
+        "prune",
+        "Reorder the hidden channels of a model for N:M pruning, and write the equivalent dense model.",
+    ),
+    "evaluate": ("evaluate", "Measure token perplexity or zero-shot accuracy of a model or of an output folder."),
+    "sweep": (
+        "evaluate",
+        "Create masks of many sparsities from one scores file; measure perplexity and packed size of each.",
+    ),
+    "pack": ("package", "Pack a pruned checkpoint, without loss, into one smaller file (.upz)."),
+    "unpack": ("package", "Unpack an archive into the folder it was made of, and verify every file."),
+    "card": ("package", "Rewrite a checkpoint's model card, with results; upload the folder if asked to."),
+    "bench": (
+        "evaluate",
+        "Measure whether a pruned model would be faster on this machine: its matrix products, dense and by sparse kernels.",
+    ),
+    "report": ("evaluate", "Put results on one HTML page: figures, plots, tables and the evaluation protocol."),
+}
+
+
+class Commands(click.Group):
+    """Commands that are made when they are called. Listed are their names and what they do, for which nothing is loaded."""
+
+    def __init__(self, name: str, help: str, table: dict[str, tuple[str, str]], *groups: Commands) -> None:
+        super().__init__(name, help=help, no_args_is_help=True, context_settings={"max_content_width": 120})
+        self._table, self._groups = table, {group.name: group for group in groups}
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return [*self._table, *map(str, self._groups)]
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in self._table:
+            return self._groups.get(name)
+        from uniprune.cli.options import Command
+
+        module, help = self._table[name]
+        return Command(name, help, getattr(import_module(f"uniprune.cli.{module}"), name))
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        rows = [(name, help) for name, (_, help) in self._table.items()]
+        with formatter.section("Commands"):
+            formatter.write_dl(rows + [(str(name), str(group.help)) for name, group in self._groups.items()])
+
+
+app = Commands(
+    "uniprune",
+    "Prunes language models after training: calibrate once, create masks of any sparsity, keep every remaining weight's bits.",
+    COMMANDS,
+    Commands("masks", "Verify, compare, combine, count and convert masks files.", MASKS),
 )
-
-
-@app.command()
-def plan(
-    model: Model,
-    sparsity: Sparsity = None,
-    size: Size = None,
-    scope: ScopeOption = None,
-    allow: Allow = None,
-    rules: Rules = None,
-    hardware: Hardware = None,
-    misfits: MisfitsOption = None,
-    windows: WindowsOption = None,
-    length: Length = None,
-    dtype: Dtype = None,
-    device: Device = None,
-    max_memory: MaxMemory = None,
-    include: Include = None,
-    exclude: Exclude = None,
-    config: Config = None,
-    as_json: AsJson = False,
-) -> None:
-    """Show what would be pruned, what fits the pattern, and what it would take; touch nothing."""
-    recipe = _recipe(**locals())
-    from uniprune.cli import tables
-    from uniprune.entrypoints import plan as entry_plan
-
-    found = entry_plan.plan(model, recipe, device=device, max_memory=_bytes(max_memory))
-    show(found.record(), as_json, tables.plan_table(found), *tables.plan_lines(found))
-
-
-@app.command()
-def calibrate(
-    model: Model,
-    output: Output,
-    sparsity: Sparsity = None,
-    scope: ScopeOption = None,
-    allow: Allow = None,
-    rules: Rules = None,
-    hardware: Hardware = None,
-    misfits: MisfitsOption = None,
-    metric: Metric = None,
-    controller: Controller = None,
-    steps: Steps = None,
-    budget_tokens: BudgetTokens = None,
-    text: Text = None,
-    windows: WindowsOption = None,
-    length: Length = None,
-    seed: Seed = None,
-    dtype: Dtype = None,
-    device: Device = None,
-    include: Include = None,
-    exclude: Exclude = None,
-    config: Config = None,
-    save_tokens: SaveTokens = None,
-    max_memory: MaxMemory = None,
-    resume: Resume = False,
-    overwrite: Overwrite = False,
-    as_json: AsJson = False,
-) -> None:
-    """Score every prunable weight: for any sparsity, or better for one if --sparsity names it."""
-    recipe = _recipe(**locals())
-    from uniprune.entrypoints import calibrate as entry_calibrate
-
-    with Bars() as progress:
-        facts = entry_calibrate.calibrate(
-            model,
-            recipe,
-            output,
-            overwrite=overwrite,
-            resume=resume,
-            max_memory=_bytes(max_memory),
-            device=device,
-            save_tokens=save_tokens,
-            progress=progress,
-        )
-    if not facts:  # another process of the run has them
-        return
-    result = {"output": str(output), **{key: value for key, value in facts.items() if key != "transposed"}}
-    show(result, as_json, f"{output}: scores of {facts['base_name']} by {facts['recipe']['metric']}")
-
-
-@app.command()
-def mask(
-    scores: Annotated[Path, typer.Argument(help="Scores, as calibrate writes them.")],
-    sparsity: Annotated[str, typer.Option("--sparsity", "-s", help="A level to remove (0.6), or N:M kept (2:4).")],
-    output: Output,
-    scope: ScopeOption = None,
-    allow: Allow = None,
-    rules: Rules = None,
-    hardware: Hardware = None,
-    misfits: MisfitsOption = None,
-    overwrite: Overwrite = False,
-    as_json: AsJson = False,
-) -> None:
-    """Cut masks of one sparsity from scores."""
-    from uniprune.entrypoints import mask as entry_mask
-
-    budget = {"allow": allow, "rules": rules, "hardware": hardware, "misfits": misfits}
-    given = {key: value for key, value in budget.items() if value}
-    result = entry_mask.mask(scores, sparsity, output, scope=scope, overwrite=overwrite, **given)  # type: ignore[arg-type]
-    show({"output": str(output), **result}, as_json, f"{output}: {result['pattern']}, sparsity {result['sparsity']:.4f}")
-
-
-@app.command()
-def apply(
-    model: Model,
-    masks: Annotated[Path, typer.Argument(help="Masks, as mask writes them.")],
-    output: Output,
-    dtype: Dtype = None,
-    force: Annotated[bool, typer.Option("--force", help="Apply masks that were made for other weights.")] = False,
-    push_to_hub: PushToHub = None,
-    overwrite: Overwrite = False,
-    as_json: AsJson = False,
-) -> None:
-    """Write the pruned checkpoint of a model from masks."""
-    from uniprune.entrypoints import apply as entry_apply
-
-    push = _push(push_to_hub, overwrite)
-    result = entry_apply.apply(model, masks, output, overwrite=overwrite, force=force, dtype=dtype)
-    _show_pruned(output, result | push(output), as_json)
-
-
-@app.command()
-def prune(
-    model: Model,
-    output: Output,
-    sparsity: Sparsity = None,
-    size: Size = None,
-    scope: ScopeOption = None,
-    allow: Allow = None,
-    rules: Rules = None,
-    hardware: Hardware = None,
-    misfits: MisfitsOption = None,
-    metric: Metric = None,
-    controller: Controller = None,
-    steps: Steps = None,
-    budget_tokens: BudgetTokens = None,
-    sequential: Sequential = None,
-    refine: Refine = None,
-    text: Text = None,
-    windows: WindowsOption = None,
-    length: Length = None,
-    seed: Seed = None,
-    dtype: Dtype = None,
-    device: Device = None,
-    include: Include = None,
-    exclude: Exclude = None,
-    config: Config = None,
-    save_tokens: SaveTokens = None,
-    max_memory: MaxMemory = None,
-    push_to_hub: PushToHub = None,
-    resume: Resume = False,
-    overwrite: Overwrite = False,
-    as_json: AsJson = False,
-) -> None:
-    """Calibrate, cut masks and write the pruned checkpoint, in one go."""
-    recipe = _recipe(**locals())
-    from uniprune.entrypoints import prune as entry_prune
-
-    push = _push(push_to_hub, overwrite)
-    with Bars() as progress:
-        result = entry_prune.prune(
-            model,
-            recipe,
-            output,
-            overwrite=overwrite,
-            resume=resume,
-            max_memory=_bytes(max_memory),
-            device=device,
-            save_tokens=save_tokens,
-            progress=progress,
-        )
-    _show_pruned(output, result | push(output) if result else result, as_json)
-
-
-@app.command()
-def permute(
-    model: Model,
-    output: Output,
-    sparsity: Annotated[str, typer.Option("--sparsity", "-s", help="The N:M pattern that the order is to suit.")] = "2:4",
-    metric: Metric = None,
-    text: Text = None,
-    windows: WindowsOption = None,
-    length: Length = None,
-    seed: Seed = None,
-    dtype: Dtype = None,
-    device: Device = None,
-    include: Include = None,
-    exclude: Exclude = None,
-    max_memory: MaxMemory = None,
-    overwrite: Overwrite = False,
-    as_json: AsJson = False,
-) -> None:
-    """Write the same dense model with its hidden channels in an order that suits N:M, to prune that one."""
-    recipe = _recipe(None, **locals())
-    from uniprune.entrypoints import permute as entry_permute
-
-    with Bars() as progress:
-        result = entry_permute.permute(
-            model, recipe, output, overwrite=overwrite, max_memory=_bytes(max_memory), device=device, progress=progress
-        )
-    before, after = (fmean(found[key] for found in result["permuted"].values()) for key in ("kept_before", "kept_after"))
-    line = f"{output}: {len(result['permuted'])} MLPs; {result['pattern']} keeps {after:.4f} of their scores, not {before:.4f}"
-    show({"output": str(output), **result}, as_json, line)
-
-
-app.command()(cli_evaluate.evaluate)
-app.command()(cli_evaluate.sweep)
-
-
-@app.command()
-def pack(
-    folder: Annotated[Path, typer.Argument(help="Checkpoint folder, as prune writes it.")],
-    output: Output,
-    level: Annotated[int, typer.Option(help="Level of zstandard, for files that are no weights.")] = 3,
-    overwrite: Overwrite = False,
-    as_json: AsJson = False,
-) -> None:
-    """Pack a pruned checkpoint, without loss, into one smaller file (.upz)."""
-    from uniprune.artefacts import archive
-
-    with Bars() as progress:
-        result = archive.pack(folder, output, overwrite=overwrite, level=level, progress=progress)
-    line = f"{output}: {result['archive_bytes'] / 1e6:.1f} MB, {result['ratio']:.3f} of {folder}"
-    show({"output": str(output), **result}, as_json, line)
-
-
-@app.command()
-def unpack(
-    path: Annotated[Path, typer.Argument(metavar="FILE", help="Archive, as pack writes it.")],
-    output: Output,
-    overwrite: Overwrite = False,
-    as_json: AsJson = False,
-) -> None:
-    """Unpack an archive into the folder it was made of, and verify every file."""
-    from uniprune.artefacts import archive
-
-    with Bars() as progress:
-        result = archive.unpack(path, output, overwrite=overwrite, progress=progress)
-    line = f"{output}: {result['files']} files, {result['bytes'] / 1e6:.1f} MB, verified"
-    show({"output": str(output), **result}, as_json, line)
-
-
-@app.command("card")
-def card_(
-    folder: Annotated[Path, typer.Argument(help="Output folder of prune or apply.")],
-    results: Annotated[list[Path] | None, typer.Argument(help="Results of evaluate for it, to show in the card.")] = None,
-    push_to_hub: PushToHub = None,
-    overwrite: Overwrite = False,
-    as_json: AsJson = False,
-) -> None:
-    """Write a checkpoint's model card anew, with results; and upload the folder if asked to."""
-    from uniprune.reporting import model_card
-
-    push = _push(push_to_hub, overwrite)
-    text = model_card.rewrite(folder, results or [], overwrite=overwrite)
-    result = {"card": str(folder / model_card.CARD), "text": text, **push(folder)}
-    lines = [f"{result['card']}: written", *([f"uploaded to {result['uploaded']}"] if "uploaded" in result else [])]
-    show(result, as_json, *lines)
-
-
-app.command()(cli_bench.bench)
-app.command()(cli_report.report)
-app.add_typer(cli_masks.app, name="masks")
 
 
 def main() -> NoReturn:
     """Runs the command line: exit code 0 done, 2 bad input (one line on stderr), 1 anything else."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    command = typer.main.get_command(app)
     try:
-        code = command.main(standalone_mode=False)
-    except (typer.Abort, KeyboardInterrupt):
+        code = app.main(prog_name="uniprune", standalone_mode=False)
+    except (click.Abort, KeyboardInterrupt):
         _fail("interrupted", 1)
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        sys.exit(2)
+    except click.ClickException as error:
+        _fail(error.format_message(), 2)
     except InputError as error:
         _fail(str(error), 2)
     except UniPruneError as error:
@@ -351,47 +113,7 @@ def main() -> NoReturn:
         if error.errno in PATHS:
             _fail(f"{str(error.filename)[-200:]}: {error.strerror}; give another path", 2)
         _fail(f"{error.filename or 'the disk'}: {error.strerror}; what was complete is kept, and --resume goes on", 1)
-    except Exception as error:
-        # typer has its own copy of click's usage errors, and exports no base class of them.
-        if not hasattr(error, "format_message"):
-            raise
-        _fail(error.format_message() or "a verb is missing; see uniprune --help", 2)
     sys.exit(code if isinstance(code, int) else 0)
-
-
-def _recipe(config: Path | None, **arguments: Any) -> Recipe:
-    """The recipe of a verb's arguments: those that are settings and were given, over what the recipe file says."""
-    quiet()
-    from uniprune.job.recipe import Recipe
-
-    given = {key: arguments[key] for key in Recipe.model_fields.keys() & arguments if arguments[key] not in (None, [])}
-    return Recipe.load(config, **given) if config else Recipe(**given)
-
-
-def _bytes(size: str | None) -> int | None:
-    from uniprune.common.formatting import parse_size
-
-    return None if size is None else parse_size(size)
-
-
-def _show_pruned(output: Path, result: dict[str, Any], as_json: bool) -> None:
-    from uniprune.common import formatting
-
-    if not result:  # another process of the run has them
-        return
-    lines = [f"{output}: {result['pattern']}, sparsity {result['sparsity']:.4f} in {len(result['matrices'])} matrices"]
-    lines += [f"uploaded to {result['uploaded']}"] if "uploaded" in result else []
-    show({"output": str(output), **result}, as_json, *lines, formatting.NOTE)
-
-
-def _push(repository: str | None, overwrite: bool) -> Callable[[Path], dict[str, Any]]:
-    """What uploads an output folder, if that was asked for; it is checked now whether that can succeed."""
-    if repository is None:
-        return lambda folder: {}
-    from uniprune.reporting import model_card
-
-    model_card.check_push(repository)
-    return lambda folder: {"uploaded": model_card.push(folder, repository, overwrite=overwrite)}
 
 
 def _fail(message: str, code: int) -> NoReturn:

@@ -1,110 +1,146 @@
-"""The arguments and options of the command line, each described once."""
+"""The factory of commands: a function whose parameters are groups of settings becomes a command with an option for each.
+
+    def mask(source: Scores, recipe: Annotated[RecipeOptions, Only(SPARSITY)], target: Target) -> None: ...
+
+A group is a model (``common.options``) whose fields say what the options are called and what they mean. The function gets the
+models, validated; their ``given()`` are the options that were not left out.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-import typer
+import click
+from pydantic import BeforeValidator
+from pydantic.fields import FieldInfo
 
-Model = Annotated[str, typer.Argument(help="Model: a folder, a .gguf file, or a hub name.")]
-Sparsity = Annotated[
-    str | None,
-    typer.Option("--sparsity", "-s", help="A level to remove (0.6; 0.8@16x16: tiles), or N:M, N of every M inputs kept (2:4)."),
-]
-Size = Annotated[
-    str | None, typer.Option(help="Instead of a level the most that the packed model may take, e.g. 120MB; see uniprune pack.")
-]
-ScopeOption = Annotated[
-    str | None,
-    typer.Option(help="Budget group of a level: row, matrix, block or model. [default: model with the controller, else row]"),
-]
-Allow = Annotated[
-    list[str] | None, typer.Option(help="Choose one of several N:M for each matrix, to remove a level in all: 2:4,dense.")
-]
-Rules = Annotated[
-    list[str] | None,
-    typer.Option("--rule", help="REGEX=WHAT for some matrices: dense, 2:4, a level, or a range 0.3..0.7; may be repeated."),
-]
-Hardware = Annotated[
-    str | None, typer.Option(help="Kernels that each matrix must suit: any, nvidia-semi-structured or block. [default: any]")
-]
-MisfitsOption = Annotated[
-    str | None,
-    typer.Option("--misfits", help="What a matrix gets that does not fit: refuse, dense or unstructured. [default: refuse]"),
-]
-Metric = Annotated[
-    str | None,
-    typer.Option(help="magnitude, wanda, ria:a=0.5 or stochria:a=0.5,beta=0.1. [default: wanda]"),
-]
-Text = Annotated[
-    str | None,
-    typer.Option(
-        help="builtin, wikitext2, c4, a .txt, .jsonl, .parquet or token file, or a folder of them. [default: builtin]"
-    ),
-]
-WindowsOption = Annotated[int | None, typer.Option(help="Number of calibration windows. [default: 128]")]
-Length = Annotated[int | None, typer.Option(help="Tokens per calibration window. [default: 512]")]
-EvaluationWindows = Annotated[int | None, typer.Option("--windows", help="So many windows, spread evenly. [default: all]")]
-EvaluationLength = Annotated[
-    int | None, typer.Option("--length", help="Tokens per window. [default: 2048, or the model's context]")
-]
-Seed = Annotated[int | None, typer.Option(help="Draws the windows, and the metric's samples. [default: 0]")]
-Tasks = Annotated[
-    str | None,
-    typer.Option(
-        help="Zero-shot accuracy on these, by comma: piqa, arc_easy, ... or .jsonl files, whose fields tell the format."
-    ),
-]
-Limit = Annotated[int | None, typer.Option(help="Ask the first so many questions of each task. [default: all]")]
-Against = Annotated[
-    str | None, typer.Option(metavar="MODEL", help="Compare with this model's answers and predictions: the dense one, say.")
-]
-Prompts = Annotated[
-    list[str] | None,
-    typer.Option("--prompt", help="With --against: let both go on with this; may be repeated. [default: three from the text]"),
-]
-NewTokens = Annotated[int | None, typer.Option(help="With --against: length of what both write; 0 for nothing. [default: 40]")]
-Check = Annotated[
-    Path | None, typer.Option(metavar="RESULT", help="Measure again what this result says; exit code 1 if it differs.")
-]
-ResultFile = Annotated[Path | None, typer.Option("--output", "-o", help="Also write the result, as JSON.")]
-LmEval = Annotated[
-    str | None, typer.Option("--lm-eval", help="Run these tasks, by comma, through lm-evaluation-harness, if it is installed.")
-]
-Dtype = Annotated[
-    str | None,
-    typer.Option(
-        help="Type to compute in: auto, float32, bfloat16 or float16. [default: auto, the model's if that is fast here]"
-    ),
-]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. [default: cuda where there is one]")]
-Include = Annotated[list[str] | None, typer.Option(help="Prune only matrices whose name matches; may be repeated.")]
-Exclude = Annotated[list[str] | None, typer.Option(help="Leave matrices whose name matches dense; may be repeated.")]
-Sequential = Annotated[
-    bool | None,
-    typer.Option("--sequential", help="Score each block on what the pruned blocks before it put out.", show_default=False),
-]
-Refine = Annotated[
-    bool | None,
-    typer.Option("--refine", help="Exchange weights by each matrix's reconstruction error, too.", show_default=False),
-]
-Controller = Annotated[
-    str | None,
-    typer.Option(help="Corrects the local saliency by the pruned model's loss: feedback, paper or none. [default: feedback]"),
-]
-Steps = Annotated[int | None, typer.Option(help="Steps of the controller, of 1024 tokens each. [default: by --budget-tokens]")]
-BudgetTokens = Annotated[
-    int | None, typer.Option(help="Tokens for the controller, repeats included. [default: each calibration window once]")
-]
-Config = Annotated[Path | None, typer.Option(help="Recipe file (YAML) with these settings; flags override it.")]
-Output = Annotated[Path, typer.Option("--output", "-o", help="Where to write.")]
-SaveTokens = Annotated[Path | None, typer.Option(help="Also write the calibration windows, as a token file.")]
-PushToHub = Annotated[str | None, typer.Option(metavar="OWNER/NAME", help="Then upload the output folder there.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run, if there is one.")]
-MaxMemory = Annotated[
-    str | None,
-    typer.Option(help="Memory to use, e.g. 8GB; a model that needs more is read block by block. [default: what is free]"),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+from uniprune.common.options import Commas, Flag, Options, Positional, marker, spellings
+
+ARGUMENTS = "Arguments"  # heading of those that are no options
+METAVARS = {int: "N", float: "X", Path: "PATH"}
+
+
+class Only:
+    """Marks a group of which a command takes some settings: their names, in any number of texts."""
+
+    def __init__(self, *names: str) -> None:
+        self.names = " ".join(names).split()
+
+
+class Argument(click.Argument):
+    """A positional argument with a help text, which click's own has not."""
+
+    def __init__(self, name: str, metavar: str, help: str, many: bool, required: bool) -> None:
+        super().__init__([name], metavar=metavar, nargs=-1 if many else 1, required=required)
+        self._record = metavar, help
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str]:
+        return self._record
+
+
+class Command(click.Command):
+    """A command made of a function; ``sections`` has its parameters by the heading they stand under in the help."""
+
+    def __init__(self, name: str, help: str, function: Callable[..., None]) -> None:
+        self._function, self._groups = function, dict(_groups(function))
+        made: dict[str, click.Parameter] = {}
+        sections: dict[str, list[click.Parameter]] = {}
+        for model, names in self._groups.values():
+            for field in names:
+                if field not in made:
+                    made[field] = _parameter(field, model.model_fields[field])
+                    sections.setdefault(_heading(model, field), []).append(made[field])
+        last = sections.pop(Options.heading, [])
+        self.sections = {ARGUMENTS: sections.pop(ARGUMENTS, []), **sections, Options.heading: last}
+        super().__init__(name, callback=self._call, params=[*made.values()], help=help)
+
+    def _call(self, **values: Any) -> None:
+        given = {name: value for name, value in values.items() if value is not None and value != () and value != {}}
+        groups = self._groups.items()
+        self._function(**{key: model(**{n: given[n] for n in names if n in given}) for key, (model, names) in groups})
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        for heading, parameters in self.sections.items():
+            shown = [*parameters, self.get_help_option(ctx)] if heading == Options.heading else parameters
+            records = [record for each in shown if each and (record := each.get_help_record(ctx))]
+            if records:
+                with formatter.section(heading):
+                    formatter.write_dl(records)
+
+
+def _groups(function: Callable[..., None]) -> Iterator[tuple[str, tuple[type[Options], list[str]]]]:
+    """The groups that a function takes, by parameter: the model, and the settings of it."""
+    for parameter, hint in get_type_hints(function, include_extras=True).items():
+        if parameter != "return":
+            model, *marks = get_args(hint) if hasattr(hint, "__metadata__") else (hint,)
+            wanted = {name for mark in marks if isinstance(mark, Only) for name in mark.names}
+            assert wanted <= model.model_fields.keys(), wanted
+            yield parameter, (model, [name for name in model.model_fields if not wanted or name in wanted])
+
+
+def _heading(model: type[Options], name: str) -> str:
+    """That of the class that has the field, which may be a base of the model."""
+    if marker(model.model_fields[name], Positional):
+        return ARGUMENTS
+    bases = (base for base in reversed(model.__mro__) if issubclass(base, Options))
+    return next(base.heading for base in bases if name in base.model_fields)
+
+
+def _parameter(name: str, field: FieldInfo) -> click.Parameter:
+    """The argument or option of a field."""
+    kind = _kind(field)
+    many = _many(field)
+    positional, flag, spelled = marker(field, Positional), marker(field, Flag) or Flag(), spellings(name, field)
+    if positional:
+        metavar = positional.metavar or name.upper() + ("..." if many else "")
+        return Argument(name, metavar, str(field.description), many, field.is_required())
+    if kind is bool:
+        names = f"{spelled[0]}/--no-{spelled[0].removeprefix('--')}" if field.default else spelled[0]
+        return click.Option([names, *spelled[1:], name], is_flag=True, default=None, help=field.description)
+    read_by_model = any(isinstance(one, BeforeValidator) for one in field.metadata)
+    return click.Option(
+        [*spelled, name],
+        type=click.STRING if read_by_model else {int: click.INT, float: click.FLOAT}.get(kind, click.STRING),
+        metavar=flag.metavar or ("|".join(get_args(kind)) if get_origin(kind) is Literal else METAVARS.get(kind, "TEXT")),
+        multiple=many,
+        required=field.is_required(),
+        callback=_pairs if get_origin(kind) is dict else None,
+        help=described(field),
+    )
+
+
+def _kind(field: FieldInfo) -> Any:
+    """The type of a field, without the None that stands for a value left out."""
+    if get_origin(field.annotation) not in (Union, UnionType):
+        return field.annotation
+    return next(one for one in get_args(field.annotation) if one is not NoneType)
+
+
+def described(field: FieldInfo) -> str:
+    """What a field means, and what it is if it is left out."""
+    repeated = " May be repeated." if _many(field) else ""
+    default = default_of(field)
+    return f"{field.description}{repeated}" + (f" [default: {default}]" if default else "")
+
+
+def default_of(field: FieldInfo) -> str:
+    """What a field is if it is left out, in words; nothing for what is off, or must be given."""
+    flag, default = marker(field, Flag) or Flag(), field.get_default()
+    if flag.default or default is None or isinstance(default, (bool, dict)) or field.is_required():
+        return flag.default
+    return ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
+
+
+def _many(field: FieldInfo) -> bool:
+    return get_origin(_kind(field)) in (tuple, dict) and Commas not in field.metadata
+
+
+def _pairs(ctx: click.Context, option: click.Parameter, texts: tuple[str, ...]) -> dict[str, str]:
+    """``NAME=VALUE`` by name; the last of a name counts."""
+    for text in texts:
+        if not text.partition("=")[1]:
+            raise click.BadParameter(f"{text!r} is not NAME=VALUE, e.g. step_size=0.006", ctx, option)
+    return {name.strip(): value.strip() for name, _, value in (text.partition("=") for text in texts)}

@@ -39,14 +39,17 @@ class Bars:
         if self._bar is None:
             yield from items
             return
-        self._task = self._bar.add_task(label, total=total, note="")
+        self._task, self._tokens = self._bar.add_task(label, total=total, note=""), 0
         for item in items:
             yield item
             self._bar.advance(self._task)
 
-    def note(self, text: str) -> None:
+    def note(self, text: str, tokens: int = 0) -> None:
         if self._bar:
-            self._bar.update(self._task, note=text)
+            self._tokens += tokens
+            seconds = self._bar.tasks[self._task].elapsed
+            speed = f", {self._tokens / seconds:,.0f} tokens/s" if self._tokens and seconds else ""
+            self._bar.update(self._task, note=text + speed)
 
 
 def quiet() -> None:

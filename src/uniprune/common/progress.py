@@ -13,8 +13,8 @@ class Progress(Protocol):
 
     def __call__(self, items: Iterable[Item], label: str, total: int) -> Iterator[Item]: ...
 
-    def note(self, text: str) -> None:
-        """Says one line about the work now under way, e.g. the current loss."""
+    def note(self, text: str, tokens: int = 0) -> None:
+        """Says one line about the work now under way, e.g. the current loss. tokens: worked on since the last note."""
         ...
 
 
@@ -24,7 +24,7 @@ class Silent:
     def __call__(self, items: Iterable[Item], label: str, total: int) -> Iterator[Item]:
         return iter(items)
 
-    def note(self, text: str) -> None:
+    def note(self, text: str, tokens: int = 0) -> None:
         pass
 
 

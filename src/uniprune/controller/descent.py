@@ -98,9 +98,9 @@ def descend(
         for _ in range(begin):
             next(order)
         for index in progress(range(begin, steps), "descending", steps - begin):
-            target = next(order)
-            kl, flips = descent.step(todo[index % len(todo)], target, 1 - index / steps)
-            progress.note(f"{target}: KL {kl:.3f}, {flips:.2%} flipped")
+            target, batch = next(order), todo[index % len(todo)]
+            kl, flips = descent.step(batch, target, 1 - index / steps)
+            progress.note(f"{target}: KL {kl:.3f}, {flips:.2%} flipped", batch.numel())
             logger.info("step %d: %s KL %.4f", index, target, kl)
             if not (index + 1) % every or index + 1 == steps:
                 history.append(descent.judge(targets, held_out))

@@ -159,7 +159,7 @@ def descend(
                     states[name] = settings.step(states[name], metric(weight.detach(), statistic))
             record["tokens"] += batch.numel()
             record["loss"].append(loss)
-            progress.note(f"{target}: loss {loss:.3f}")
+            progress.note(f"{target}: loss {loss:.3f}", batch.numel())
             logger.info("step %d: %s loss %.4f", index, target, loss)
     return {name: settings.gamma(state) for name, state in states.items()}, record
 

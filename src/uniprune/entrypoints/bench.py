@@ -18,10 +18,10 @@ from uniprune.models.loading import DTYPES, parse_device, resolve, skeleton
 from uniprune.models.matrices import find_matrices
 from uniprune.speed import timing
 from uniprune.speed.kernels import DENSE, SPARSE
+from uniprune.speed.settings import Measurement
 from uniprune.speed.timing import Missing, Result
 
-LEVELS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
-BATCHES = (1, 128)  # tokens at a time: generating for one user, and reading a prompt
+DEFAULTS = Measurement()
 MARGIN = 0.05  # a smaller gain is none, however well it is measured
 BUSY = 1.25  # upper quartile / lower of a usual result, from which on the machine does something else as well
 RESTLESS = "Rounds differed widely: the machine is busy. Measure again when it is idle."
@@ -34,9 +34,9 @@ COVERAGE = (
 def bench(
     source: str | Path,
     *,
-    dtypes: Sequence[str] = tuple(DTYPES),
-    batches: Sequence[int] = BATCHES,
-    levels: Sequence[float] = LEVELS,
+    dtypes: Sequence[str] = DEFAULTS.dtypes,
+    batches: Sequence[int] = DEFAULTS.batches,
+    levels: Sequence[float] = DEFAULTS.levels,
     device: str | None = None,
     seconds: float = 1.0,
     progress: Progress = silent,

@@ -19,11 +19,10 @@ from uniprune.evaluation.divergence import check_same_tokens, closeness
 from uniprune.evaluation.generation import prompts_of, side_by_side
 from uniprune.evaluation.lm_eval import Harness
 from uniprune.evaluation.model import Measured, Subject
+from uniprune.evaluation.request import NEW_TOKENS, EvaluationRequest
 from uniprune.models import masking
 from uniprune.models.loading import Source, dtype_name
 from uniprune.models.matrices import find_matrices
-
-NEW_TOKENS = 40
 
 
 def evaluate(
@@ -79,7 +78,7 @@ def evaluate(
     loaded = subject.load(dtype, device)
     computed, place = dtype_name(next(loaded.model.parameters()).dtype), reproduce.machine(loaded.model)
     ours = subject.measure(loaded, progress, record=other is not None)
-    request = reproduce.Request(
+    request = EvaluationRequest(
         text_source=None if text_source is None else str(text_source),
         windows=windows,
         length=length,

@@ -13,22 +13,28 @@ from uniprune.models.loading import (
     dtype_name,
 )
 from uniprune.sparsity import views
+from uniprune.sparsity.choices import Scope
 from uniprune.sparsity.hardware import fitted
-from uniprune.sparsity.patterns import Scope
 from uniprune.storage import files, safetensors_index
 
 
 def mask(
-    scores: Path, sparsity: str | float, output: Path, *, scope: Scope | None = None, overwrite: bool = False, **budget: Any
+    scores: Path,
+    sparsity: str | float | None,
+    output: Path,
+    *,
+    scope: Scope | None = None,
+    overwrite: bool = False,
+    **budget: Any,
 ) -> dict[str, Any]:
     """Cuts masks of one sparsity from a scores file and writes them; returns the realised sparsity.
 
-    budget: ``allow``, ``rules``, ``hardware`` and ``misfits``, as in :class:`Recipe`.
+    budget: ``sparsity_type``, ``allow``, ``rules``, ``hardware`` and ``misfits``, as in :class:`Recipe`.
     """
     files.check_output_file(output, overwrite, scores)
     saliency = scores_file.ScoresFile(scores)
     controller = "feedback" if saliency.facts["comparable"] else "none"
-    recipe = Recipe(sparsity=str(sparsity), scope=scope, controller=controller, **budget)
+    recipe = Recipe(sparsity=sparsity, scope=scope, controller=controller, **budget)
     stored = next(iter(saliency.facts["digests"].values())).split()[0]
     dtype = dtype_name(safetensors_index.DTYPES.get(stored, stored))
     pattern, misfits = fitted(recipe.pattern(), saliency.shapes, dtype, recipe.hardware, recipe.misfits)

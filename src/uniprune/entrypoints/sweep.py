@@ -19,7 +19,8 @@ from uniprune.models import masking
 from uniprune.models.loading import Loaded, Source, dtype_name
 from uniprune.models.matrices import Matrices, find_matrices
 from uniprune.sparsity import bits, patterns, views
-from uniprune.sparsity.patterns import Pattern, Scope, check_fit
+from uniprune.sparsity.choices import Scope
+from uniprune.sparsity.patterns import Pattern, check_fit
 from uniprune.storage import strict_json
 from uniprune.storage.files import check_output_file, write_json
 

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import nn
 
-from uniprune.errors import InputError, first_line
+from uniprune.errors import InputError
+from uniprune.evaluation.request import EvaluationRequest
 from uniprune.models.blocks import device_of
 from uniprune.storage import strict_json
 
@@ -38,22 +38,6 @@ def machine(model: nn.Module) -> dict[str, Any]:
     return {"device": device.type, "kind": kind, "threads": torch.get_num_threads()}
 
 
-class Request(BaseModel):
-    """What ``evaluate`` was asked, beside the models: its arguments."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    text_source: str | None = None
-    windows: int | None = None
-    length: int | None = None
-    tasks: tuple[str, ...] = ()
-    limit: int | None = None
-    lm_eval: tuple[str, ...] = ()
-    prompts: tuple[str, ...] = ()
-    new_tokens: int | None = None
-    dtype: str | None = None
-
-
 class Difference(NamedTuple):
     """A value that is not what was recorded; None where there is none. ``within``: by less than machines differ."""
 
@@ -71,7 +55,7 @@ def differences(recorded: Mapping[str, Any], found: Mapping[str, Any]) -> list[D
     return [Difference(what, a, b, _near(a, b)) for what, a, b in pairs if a != b and not (a != a and b != b)]
 
 
-def read(path: Path) -> tuple[dict[str, Any], Request]:
+def read(path: Path) -> tuple[dict[str, Any], EvaluationRequest]:
     """A result file of ``evaluate``, and what was asked. Raises InputError if it is none."""
     try:
         result = strict_json.parse(path.read_bytes())
@@ -83,9 +67,9 @@ def read(path: Path) -> tuple[dict[str, Any], Request]:
     if not isinstance(protocol, dict) or not isinstance(protocol.get("request"), dict):
         raise InputError(f"{path} is no result of uniprune evaluate with a protocol; make one with evaluate --output")
     try:
-        return result, Request(**protocol["request"])
-    except ValidationError as error:
-        raise InputError(f"result {path} was not written by this version of uniprune: {first_line(error)}") from None
+        return result, EvaluationRequest(**protocol["request"])
+    except InputError as error:
+        raise InputError(f"result {path} was not written by this version of uniprune: {error}") from None
 
 
 def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:

@@ -44,7 +44,8 @@ from uniprune.models.matrices import Matrices, check_finite, find_matrices
 from uniprune.models.sharding import Sharder, open_sharded
 from uniprune.models.streaming import attached, open_streamed
 from uniprune.saliency.calibration import SWEEP
-from uniprune.sparsity.hardware import Misfits, fitted
+from uniprune.sparsity.choices import Misfits
+from uniprune.sparsity.hardware import fitted
 from uniprune.sparsity.patterns import Pattern, Saliency
 from uniprune.storage import files, runs, safetensors_index
 from uniprune.storage.files import check_output_file

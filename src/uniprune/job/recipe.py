@@ -3,100 +3,39 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import TypeAdapter, ValidationError
 
 from uniprune.common.formatting import parse_size
 from uniprune.controller.mirror_descent import MirrorDescent
 from uniprune.controller.published import Paper
 from uniprune.errors import InputError
+from uniprune.job.settings import LENGTH, WINDOWS, Controller, Settings
 from uniprune.saliency import metrics
 from uniprune.saliency import refine as refine_module
 from uniprune.sparsity import hardware as hardware_module
 from uniprune.sparsity import patterns
 from uniprune.sparsity.constraints import Mixed, Rule, Ruled, choice
-from uniprune.sparsity.hardware import Misfits
-from uniprune.sparsity.patterns import NM, Pattern, Scope
+from uniprune.sparsity.patterns import NM, Pattern, Unstructured
 
-Controller = Literal["none", "feedback", "paper"]
-WINDOWS, LENGTH = 128, 512
+__all__ = ["LENGTH", "WINDOWS", "Controller", "Recipe"]
+
 SIZE, DEPTH = 1 << 20, 4  # of a recipe: bytes, collections in each other; at most
 
 
-class Recipe(BaseModel):
-    """All settings of a pruning run; a value that is left out is the default of the command line.
+class Recipe(Settings):
+    """All settings of a pruning run, as ``settings`` describes them; a value that is left out has its default.
 
-    Raises InputError that names the setting at fault.
+    Raises InputError that names the setting at fault, also for settings that do not go together.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    sparsity: str | None = None
-    """A level (``0.6``: the fraction to remove) or a pattern (``2:4``: N of every M inputs are kept)."""
-    size: str | None = None
-    """Instead of a level the most bytes that the model's archive may have (``120MB``), see uniprune.artefacts.archive_size."""
-    scope: Scope | None = None
-    """Budget group of a level: ``row``, ``matrix``, ``block`` or ``model`` (the default with the controller, else ``row``)."""
-    allow: tuple[str, ...] = ()
-    """N:M patterns, and ``dense``, to choose from for each matrix, so that together they remove the level ``sparsity``."""
-    rules: tuple[str, ...] = ()
-    """What holds for some matrices, ``REGEX=WHAT``, the first that matches: ``dense``, a pattern, a level, or a range
-    ``0.3..0.7`` of what the common budget may remove."""
-    hardware: str = "any"
-    """The profile of kernels that every pruned matrix must suit, see uniprune.sparsity.hardware."""
-    misfits: Misfits = "refuse"
-    """What a matrix gets that cannot have the pattern: ``refuse`` is an error, or ``dense``, or ``unstructured``."""
-    metric: str = "wanda"
-    """Local saliency, with hyper-parameters if wanted: ``ria:a=0.5``."""
-    controller: Controller | None = None
-    """What corrects the local saliency: mirror descent on the loss of the pruned model (``feedback``, the default), the
-    published objective (``paper``), or ``none`` (the default with ``sequential``)."""
-    tuning: dict[str, float] = {}
-    """Settings of the controller by name: fields of ``mirror_descent.MirrorDescent`` or ``paper.Paper``."""
-    steps: int | None = Field(None, ge=1)
-    """Steps of the controller, 1024 tokens (``paper``: one window) each; by default as many as ``budget_tokens`` allows."""
-    budget_tokens: int | None = Field(None, ge=1024)
-    """Tokens that the controller descends on, repeats included; by default each calibration window once."""
-    refine: bool = False
-    """Then exchange weights by each matrix's reconstruction error; implies ``sequential``."""
-    sequential: bool = False
-    """Score each block on the outputs of the pruned blocks before it."""
-    text: str = "builtin"
-    """Calibration text: a name or a path, see uniprune.data.text."""
-    windows: int | None = Field(None, ge=1)
-    """Number of calibration windows; by default 128, or all of a token file."""
-    length: int | None = Field(None, ge=2)
-    """Tokens per window; by default 512, or what a token file has."""
-    seed: int = Field(0, ge=0)
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Type to compute in; the output keeps the checkpoint's own."""
-    include: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
-
-    @field_validator("sparsity", "size", mode="before")
-    @classmethod
-    def _spelled(cls, value: Any) -> Any:
-        return str(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
-
-    @field_validator("include", "exclude", "allow", "rules", mode="before")
-    @classmethod
-    def _listed(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str) else value
 
     def __init__(self, **settings: Any) -> None:
         if "refine" in settings:  # as it is spelled, and nobody's no to sequential is overridden
             settings = {"sequential": settings["refine"]} | settings
-        try:
-            super().__init__(**settings)
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"]) or "recipe"
-            known = f"; known settings: {', '.join(type(self).model_fields)}" if first["type"] == "extra_forbidden" else ""
-            raise InputError(f"{where} = {first['input']!r:.200}: {first['msg']}{known}") from None
+        super().__init__(**_without_type(self._named(settings)))
         self.parsed_metric()
         if self.refine and not self.sequential:
             raise InputError("--refine works block after block, but sequential is set to false; leave one of them out")
@@ -127,7 +66,10 @@ class Recipe(BaseModel):
             raise InputError(f"recipe {path} cannot be read: {error.strerror}") from None
         except (yaml.YAMLError, ValueError) as error:
             raise InputError(f"recipe {path} is not a recipe: {' '.join(str(error).split())[:300]}") from None
-        return cls(**{**data, **overrides})
+        data, overrides = cls._named(data), cls._named(overrides)
+        if isinstance(tuning := data.get("tuning"), dict) and "tuning" in overrides:
+            overrides["tuning"] = tuning | overrides["tuning"]  # setting by setting
+        return cls(**(data | overrides))
 
     def _check_size(self) -> None:
         parse_size(str(self.size))
@@ -179,14 +121,14 @@ class Recipe(BaseModel):
     def parsed_tuning(self) -> MirrorDescent | Paper:
         """The settings of the controller."""
         kind: type[MirrorDescent] | type[Paper] = Paper if self.resolved_controller == "paper" else MirrorDescent
-        defaults: dict[str, Any] = dataclasses.asdict(kind())
-        for name in self.tuning:
-            if name not in defaults:
-                raise InputError(f"tuning: {name!r} is not a setting of {kind.__name__}; it has: {', '.join(defaults)}")
-        for name, value in self.tuning.items():
-            if not math.isfinite(value) or value != type(defaults[name])(value):
-                raise InputError(f"tuning: {name} = {value} is not a {type(defaults[name]).__name__}")
-        return kind(**{name: type(defaults[name])(value) for name, value in self.tuning.items()})
+        known = [field.name for field in dataclasses.fields(kind)]
+        if unknown := [name for name in self.tuning if name not in known]:
+            raise InputError(f"tuning (--set): {unknown[0]!r} is not a setting of {kind.__name__}; it has: {', '.join(known)}")
+        try:
+            return TypeAdapter(kind).validate_python(self.tuning)  # as text, too: 0.006, false
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise InputError(f"tuning (--set): {first['loc'][0]} = {first['input']}: {first['msg']}") from None
 
     def step_tokens(self, length: int) -> int:
         """Tokens of a step of the controller on windows of ``length``."""
@@ -197,8 +139,32 @@ class Recipe(BaseModel):
 
     def record(self) -> dict[str, Any]:
         """The settings as JSON data, defaults included; ``Recipe(**record)`` is the same recipe."""
-        resolved = {"metric": metrics.spell(self.parsed_metric()), "controller": self.resolved_controller}
+        tuning = dataclasses.asdict(self.parsed_tuning())
+        resolved = {
+            "metric": metrics.spell(self.parsed_metric()),
+            "controller": self.resolved_controller,
+            "tuning": {name: tuning[name] for name in self.tuning},
+        }
         return self.model_dump(mode="json") | resolved
+
+
+def _without_type(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings in which sparsity says all: with the sparsity_type of Wanda's scripts, it is a fraction beside it."""
+    kind = settings.pop("sparsity_type", None)
+    if kind is None:
+        return settings
+    given = settings.get("sparsity")
+    if kind != "unstructured":
+        pattern = patterns.parse(kind) if isinstance(kind, str) and ":" in kind else None
+        if not isinstance(pattern, NM):
+            raise InputError(f"--sparsity-type {kind!r:.200} is neither unstructured nor N:M; use e.g. 2:4 or 4:8")
+        if given is None or patterns.parse(given) in (pattern, Unstructured(pattern.sparsity)):
+            return settings | {"sparsity": kind}
+        removed = f"which removes {pattern.sparsity:g} of the weights"
+        raise InputError(f"--sparsity {given} and --sparsity-type {kind}, {removed}, contradict each other; leave one out")
+    if given is not None and not isinstance(patterns.parse(given), Unstructured):
+        raise InputError(f"--sparsity {given} and --sparsity-type unstructured contradict each other; leave one out")
+    return settings
 
 
 def _read_yaml(content: bytes) -> dict[str, Any]:

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from uniprune.errors import InputError
+from uniprune.sparsity.choices import Scope
 from uniprune.sparsity.patterns import (
     NM,
     Cutter,
     Cutting,
     Pattern,
     Saliency,
-    Scope,
     Shape,
     Shared,
     Sizes,

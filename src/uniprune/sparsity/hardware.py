@@ -8,13 +8,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
 
 from uniprune.errors import InputError
+from uniprune.sparsity.choices import Misfits
 from uniprune.sparsity.constraints import DENSE, Mixed, Rule, Ruled
 from uniprune.sparsity.patterns import NM, Pattern, Shape, Tiled
-
-Misfits = Literal["refuse", "dense", "unstructured"]
 
 
 @dataclass(frozen=True)

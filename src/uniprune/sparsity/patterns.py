@@ -15,19 +15,19 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Protocol, get_args
 
 import torch
 from torch import Tensor
 
 from uniprune.errors import InputError
+from uniprune.sparsity.choices import Scope
 from uniprune.sparsity.threshold import Bounds, Threshold, thresholds
 from uniprune.sparsity.views import View
 
 Saliency = Mapping[str, Tensor]
 Masks = Mapping[str, Tensor]
 Shape = tuple[int, int]
-Scope = Literal["row", "matrix", "block", "model"]
 Sizes = Mapping[str, int]
 Spans = Mapping[str, tuple[float, float]]
 Cutter = Callable[[str, Tensor], Tensor]

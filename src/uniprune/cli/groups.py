@@ -1,0 +1,70 @@
+"""Groups of settings that several commands have in common, and that only the command line has."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, ClassVar
+
+from pydantic import Field
+
+from uniprune.cli.terminal import quiet
+from uniprune.common.options import Flag, Options, Positional
+from uniprune.job.settings import Settings
+
+if TYPE_CHECKING:
+    from uniprune.job.recipe import Recipe
+
+SPARSITY = "sparsity sparsity_type scope allow rules hardware misfits"
+CONTROLLER = "controller budget_tokens steps tuning"
+SAMPLES = "text windows length seed"
+LAYERS = "include exclude dtype"
+
+
+class Source(Options):
+    """The model that a command works on."""
+
+    model: Annotated[str, Positional()] = Field(description="Model: a folder, a .gguf file, or a Hub name.")
+
+
+class Target(Options):
+    """Where a command writes."""
+
+    output: Annotated[Path, Flag(("-o",))] = Field(description="Where to write.")
+
+
+class Overwrite(Options):
+    """For outputs that need no other run options."""
+
+    overwrite: bool = Field(default=False, description="Replace an existing output.")
+
+
+class Printed(Options):
+    """How a command shows its result."""
+
+    as_json: Annotated[bool, Flag(name="--json")] = Field(
+        default=False, description="Print the result as one JSON object on stdout."
+    )
+
+
+class Push(Options):
+    """The upload of an output folder."""
+
+    push_to_hub: Annotated[str | None, Flag(metavar="OWNER/NAME")] = Field(
+        default=None, description="Then upload the output folder to this repository of the Hub, model card and all."
+    )
+
+
+class RecipeOptions(Settings):
+    """The settings of a recipe, over those of a recipe file."""
+
+    heading: ClassVar[str] = "Recipe"
+
+    config: Path | None = Field(default=None, description="Recipe file (YAML) with any of these settings; options override it.")
+
+    def recipe(self) -> Recipe:
+        quiet()
+        from uniprune.job.recipe import Recipe
+
+        given = self.given()
+        file = given.pop("config", None)
+        return Recipe.load(file, **given) if file else Recipe(**given)

@@ -1,0 +1,127 @@
+"""The commands that prune: ``plan``, ``calibrate``, ``mask``, ``apply``, ``prune`` and ``permute``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from statistics import fmean
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from uniprune.cli.groups import CONTROLLER, LAYERS, SAMPLES, SPARSITY, Overwrite, Printed, Push, RecipeOptions, Source, Target
+from uniprune.cli.options import Only
+from uniprune.cli.package import push_of
+from uniprune.cli.terminal import Bars, quiet, show
+from uniprune.common.options import Flag, Options, Positional
+from uniprune.job.options import RunOptions
+
+PLAN = Only(SPARSITY, "size windows length", LAYERS, "config")
+CALIBRATE = Only(SPARSITY, "metric", CONTROLLER, SAMPLES, LAYERS, "config")
+PRUNE = Only(SPARSITY, "size metric", CONTROLLER, "sequential refine", SAMPLES, LAYERS, "config")
+PERMUTE = Only("metric", SAMPLES, LAYERS)
+
+
+class Scores(Options):
+    scores: Annotated[Path, Positional()] = Field(description="Scores file, as calibrate writes it.")
+
+
+class Masks(Options):
+    masks: Annotated[Path, Positional()] = Field(description="Masks file, as mask writes it.")
+    dtype: str | None = Field(default=None, description="Type of the output, for a model from a GGUF file.")
+    force: bool = Field(default=False, description="Apply masks that were made for other weights.")
+
+
+class Order(Options):
+    sparsity: Annotated[str, Flag(("-s",))] = Field(
+        default="2:4", description="N:M pattern that the order of the channels is to suit."
+    )
+
+
+def plan(
+    source: Source,
+    recipe: Annotated[RecipeOptions, PLAN],
+    run: Annotated[RunOptions, Only("device max_memory")],
+    printed: Printed,
+) -> None:
+    asked = recipe.recipe()
+    from uniprune.cli.tables import plan_lines, plan_table
+    from uniprune.entrypoints.plan import plan
+
+    found = plan(source.model, asked, **run.given())
+    show(found.record(), printed.as_json, plan_table(found), *plan_lines(found))
+
+
+def calibrate(
+    source: Source, recipe: Annotated[RecipeOptions, CALIBRATE], target: Target, run: RunOptions, printed: Printed
+) -> None:
+    asked = recipe.recipe()
+    from uniprune.entrypoints.calibrate import calibrate
+
+    with Bars() as progress:
+        facts = calibrate(source.model, asked, target.output, **run.given(), progress=progress)
+    if not facts:  # another process of the run has them
+        return
+    result = {"output": str(target.output), **{key: value for key, value in facts.items() if key != "transposed"}}
+    show(result, printed.as_json, f"{target.output}: scores of {facts['base_name']} by {facts['recipe']['metric']}")
+
+
+def mask(
+    source: Scores, recipe: Annotated[RecipeOptions, Only(SPARSITY)], target: Target, over: Overwrite, printed: Printed
+) -> None:
+    from uniprune.entrypoints.mask import mask
+
+    asked = recipe.given()
+    result = mask(source.scores, asked.pop("sparsity", None), target.output, **over.given(), **asked)
+    line = f"{target.output}: {result['pattern']}, sparsity {result['sparsity']:.4f}"
+    show({"output": str(target.output), **result}, printed.as_json, line)
+
+
+def apply(source: Source, masks: Masks, target: Target, push: Push, over: Overwrite, printed: Printed) -> None:
+    from uniprune.entrypoints.apply import apply
+
+    upload = push_of(push, over)
+    options = {key: value for key, value in masks.given().items() if key != "masks"}
+    result = apply(source.model, masks.masks, target.output, **over.given(), **options)
+    _show_pruned(target.output, result | upload(target.output), printed)
+
+
+def prune(
+    source: Source, recipe: Annotated[RecipeOptions, PRUNE], target: Target, run: RunOptions, push: Push, printed: Printed
+) -> None:
+    asked = recipe.recipe()
+    from uniprune.entrypoints.prune import prune
+
+    upload = push_of(push, run)
+    with Bars() as progress:
+        result = prune(source.model, asked, target.output, **run.given(), progress=progress)
+    if result:  # if not, another process of the run has it
+        _show_pruned(target.output, result | upload(target.output), printed)
+
+
+def permute(
+    source: Source,
+    order: Order,
+    recipe: Annotated[RecipeOptions, PERMUTE],
+    target: Target,
+    run: Annotated[RunOptions, Only("device max_memory overwrite")],
+    printed: Printed,
+) -> None:
+    quiet()
+    from uniprune.entrypoints.permute import permute
+    from uniprune.job.recipe import Recipe
+
+    asked = Recipe(sparsity=order.sparsity, **recipe.given())
+    with Bars() as progress:
+        result = permute(source.model, asked, target.output, **run.given(), progress=progress)
+    before, after = (fmean(found[key] for found in result["permuted"].values()) for key in ("kept_before", "kept_after"))
+    gain = f"{result['pattern']} keeps {after:.4f} of their scores, not {before:.4f}"
+    line = f"{target.output}: {len(result['permuted'])} MLPs; {gain}"
+    show({"output": str(target.output), **result}, printed.as_json, line)
+
+
+def _show_pruned(output: Path, result: dict[str, Any], printed: Printed) -> None:
+    from uniprune.common import formatting
+
+    lines = [f"{output}: {result['pattern']}, sparsity {result['sparsity']:.4f} in {len(result['matrices'])} matrices"]
+    lines += [f"uploaded to {result['uploaded']}"] if "uploaded" in result else []
+    show({"output": str(output), **result}, printed.as_json, *lines, formatting.NOTE)

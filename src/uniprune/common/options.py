@@ -1,0 +1,95 @@
+"""Settings that describe themselves: the command line, recipe files, records and the reference are made from such models.
+
+A setting is one field: its name, type, default and ``Field(description=...)``. ``Annotated`` may add how it is spelled on the
+command line (:class:`Flag`). The models import no PyTorch, so that ``--help`` is quick.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic.fields import FieldInfo
+
+from uniprune.errors import InputError
+
+Kind = TypeVar("Kind")
+
+
+class Flag(NamedTuple):
+    """How a field is spelled on the command line where ``--its-name`` is not all.
+
+    also: more spellings: ``-s``, ``--dataset``; a model is made with the long ones, too: ``Recipe(dataset=...)``. name: in
+    place of the field's own. metavar: of the value. default: what a value that is left out stands for, in words.
+    """
+
+    also: tuple[str, ...] = ()
+    name: str | None = None
+    metavar: str | None = None
+    default: str = ""
+
+
+class Positional(NamedTuple):
+    """A field that is an argument of the command line, not an option."""
+
+    metavar: str | None = None
+
+
+Several = BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)
+"""For a field with several values: one alone needs no brackets. On the command line the option may be repeated."""
+Commas = BeforeValidator(
+    lambda value: tuple(filter(None, map(str.strip, value.split(",")))) if isinstance(value, str) else value
+)
+"""For a field with several values: they may be one text with commas, ``0.5,2:4``. On the command line that is one option."""
+
+
+class Options(BaseModel):
+    """Base of all settings. Raises InputError that names the setting at fault."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
+    heading: ClassVar[str] = "Options"  # of the section that has them in --help
+
+    def __init__(self, **given: Any) -> None:
+        try:
+            super().__init__(**self._named(given))
+        except ValidationError as error:
+            first, fields = error.errors()[0], type(self).model_fields
+            name, *keys = map(str, first["loc"] or [type(self).__name__.lower()])
+            where = spellings(name, fields[name])[0] if name in fields else name
+            key = f" {keys[0]}" if keys and not keys[0].isdigit() else ""
+            known = f"; known settings: {', '.join(fields)}" if first["type"] == "extra_forbidden" else ""
+            raise InputError(f"{where}{key} = {first['input']!r:.200}: {first['msg']}{known}") from None
+
+    def given(self) -> dict[str, Any]:
+        """The settings that were not left out."""
+        return {name: getattr(self, name) for name in type(self).model_fields if name in self.model_fields_set}
+
+    @classmethod
+    def _named(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Every setting under the name of its field. Raises InputError for one that is given under two names."""
+        names = {
+            flag.removeprefix("--").replace("-", "_"): name
+            for name, field in cls.model_fields.items()
+            for flag in spellings(name, field)
+        }
+        named: dict[str, Any] = {}
+        for spelled, value in given.items():
+            name = spelled if spelled in cls.model_fields else names.get(spelled, spelled)
+            if name in named:
+                raise InputError(f"{spelled!r} sets {name!r}, which is given as well; leave one of them out")
+            named[name] = value
+        return named
+
+
+def marker(field: FieldInfo, kind: type[Kind]) -> Kind | None:
+    """What the annotation of a field says beside its type, if anything of that kind."""
+    return next((one for one in field.metadata if isinstance(one, kind)), None)
+
+
+def spellings(name: str, field: FieldInfo) -> list[str]:
+    """How a field is spelled on the command line, its own name first; a positional one by its name alone."""
+    if marker(field, Positional):
+        return [name]
+    flag = marker(field, Flag) or Flag()
+    return [flag.name or f"--{name.replace('_', '-')}", *flag.also]

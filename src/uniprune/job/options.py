@@ -1,0 +1,34 @@
+"""Where and how a run computes, and what it does about earlier output, described once: all that does not change the result."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, ClassVar
+
+from pydantic import BeforeValidator, Field
+
+from uniprune.common.formatting import parse_size
+from uniprune.common.options import Flag, Options
+
+Bytes = BeforeValidator(lambda value: parse_size(value) if isinstance(value, str) else value)
+
+
+class RunOptions(Options):
+    """Where and how to run; nothing of it changes the result."""
+
+    heading: ClassVar[str] = "Run"
+
+    device: Annotated[str | None, Flag(default="cuda where there is one")] = Field(
+        default=None, description="Where to compute: cpu, cuda or cuda:N."
+    )
+    max_memory: Annotated[int | None, Flag(metavar="SIZE", default="what is free"), Bytes] = Field(
+        default=None, description="Memory to use, e.g. 24GB; a model that needs more is run block by block from its files."
+    )
+    save_tokens: Path | None = Field(
+        default=None,
+        description="Also write the calibration samples as a token file, to calibrate on the very same tokens again.",
+    )
+    resume: bool = Field(
+        default=False, description="Resume an interrupted run, to bit-identical masks; a no-op if there is none."
+    )
+    overwrite: bool = Field(default=False, description="Replace an existing output.")

@@ -1,0 +1,133 @@
+"""Every setting of a run, described once: recipes, the command line, docs/cli.md and the README's table are made from here.
+
+How settings go together, and what they are turned into, is ``recipe``'s. This module loads no PyTorch, so ``--help`` is quick.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BeforeValidator, Field
+
+from uniprune.common.options import Flag, Options, Several
+from uniprune.sparsity.choices import Misfits, Scope
+
+Controller = Literal["none", "feedback", "paper"]
+WINDOWS, LENGTH = 128, 512
+
+
+def _spelled(value: Any) -> Any:
+    return str(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
+
+
+Number = BeforeValidator(_spelled)
+
+
+class Sparsity(Options):
+    """How many weights are removed, and how they are spread over the model."""
+
+    heading: ClassVar[str] = "Sparsity"
+
+    sparsity: Annotated[str | None, Flag(("-s",)), Number] = Field(
+        default=None,
+        description="Fraction of the weights to remove (0.6; 0.8@16x16 in tiles), or N:M: N of every M consecutive inputs "
+        "are kept (2:4).",
+    )
+    sparsity_type: Annotated[str | None, Flag(metavar="TYPE")] = Field(
+        default=None,
+        exclude=True,  # folded into sparsity
+        description="unstructured or N:M next to a fraction, as in Wanda's scripts: --sparsity 0.5 --sparsity-type 2:4.",
+    )
+    size: Annotated[str | None, Flag(metavar="SIZE"), Number] = Field(
+        default=None, description="Target size of the packed archive instead of a sparsity, e.g. 120MB; see uniprune pack."
+    )
+    scope: Annotated[Scope | None, Flag(default="model with the controller, else row")] = Field(
+        default=None, description="Granularity of the sparsity target: per row, matrix, decoder block, or global (model)."
+    )
+    allow: Annotated[tuple[str, ...], Flag(metavar="N:M,..."), Several] = Field(
+        default=(),
+        description="N:M patterns (and dense) to choose from for each linear layer, to reach the sparsity in all.",
+    )
+    rules: Annotated[tuple[str, ...], Flag(name="--rule", metavar="REGEX=WHAT"), Several] = Field(
+        default=(),
+        description="For linear layers whose name matches: dense, a pattern (2:4), a sparsity (0.5) or a range of sparsities "
+        "(0.3..0.7). The first match counts.",
+    )
+    hardware: str = Field(
+        default="any", description="Kernels that every pruned layer must suit: any, nvidia-semi-structured or block."
+    )
+    misfits: Misfits = Field(
+        default="refuse",
+        description="Linear layers whose shape does not support the pattern: fail, keep dense, or prune unstructured.",
+    )
+
+
+class Method(Options):
+    """How weights are chosen."""
+
+    heading: ClassVar[str] = "Method"
+
+    metric: str = Field(default="wanda", description="Saliency metric: magnitude, wanda, ria:a=0.5 or stochria:a=0.5,beta=0.1.")
+    controller: Annotated[Controller | None, Flag(default="feedback; none with --sequential")] = Field(
+        default=None,
+        description="Corrects the metric's scores by the loss of the whole pruned model: feedback (mirror descent), paper (the "
+        "published objective, for comparison) or none (the metric alone).",
+    )
+    budget_tokens: Annotated[int | None, Flag(default="each calibration sample once")] = Field(
+        default=None, ge=1024, description="Tokens for the controller, repeats included: more time, better masks."
+    )
+    steps: Annotated[int | None, Flag(default="as many as --budget-tokens allows")] = Field(
+        default=None, ge=1, description="Steps of the controller, at most."
+    )
+    tuning: Annotated[dict[str, bool | int | float | str], Flag(name="--set", metavar="NAME=VALUE")] = Field(
+        default={}, description="A setting of the controller, e.g. step_size=0.006 or even_tokens=false."
+    )
+    sequential: bool = Field(
+        default=False,
+        description="Calibrate each block on the outputs of the already pruned blocks before it, as Wanda's own code does.",
+    )
+    refine: bool = Field(
+        default=False,
+        description="--sequential, then swap kept and pruned weights where this lowers the layer's reconstruction error.",
+    )
+
+
+class Calibration(Options):
+    """The text that weights are scored on."""
+
+    heading: ClassVar[str] = "Calibration samples"
+
+    text: Annotated[str, Flag(("--dataset",))] = Field(
+        default="builtin",
+        description="Calibration data: builtin (English prose that every Python carries), wikitext2, c4, a .txt, .jsonl or "
+        ".parquet file, a folder of them, or a token file.",
+    )
+    windows: Annotated[int | None, Flag(("--num-samples",), default=f"{WINDOWS}; all of a token file")] = Field(
+        default=None, ge=1, description="Number of calibration samples."
+    )
+    length: Annotated[int | None, Flag(("--seq-len",), default=f"{LENGTH}; as it is in a token file")] = Field(
+        default=None, ge=2, description="Sequence length: tokens per calibration sample."
+    )
+    seed: int = Field(default=0, ge=0, description="Random seed for calibration sampling and stochastic metrics.")
+
+
+class Layers(Options):
+    """What is pruned, and what it is computed in."""
+
+    heading: ClassVar[str] = "Layers"
+
+    include: Annotated[tuple[str, ...], Flag(metavar="REGEX"), Several] = Field(
+        default=(), description="Prune only linear layers whose name matches."
+    )
+    exclude: Annotated[tuple[str, ...], Flag(metavar="REGEX"), Several] = Field(
+        default=(), description="Keep linear layers whose name matches dense, e.g. 'layers\\.0\\.'."
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto",
+        description="Type to compute in (auto: the checkpoint's, but float32 on a CPU that only emulates it). The output keeps "
+        "the checkpoint's type; from a GGUF file it has this one.",
+    )
+
+
+class Settings(Layers, Calibration, Method, Sparsity):
+    """All settings of a pruning run, of which a recipe is made."""

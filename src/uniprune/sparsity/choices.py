@@ -1,0 +1,6 @@
+"""The names that settings choose from, for those who do not load PyTorch."""
+
+from typing import Literal
+
+Scope = Literal["row", "matrix", "block", "model"]
+Misfits = Literal["refuse", "dense", "unstructured"]
