@@ -14,14 +14,15 @@ from typing import Any
 
 from common import DATA, FAST, load, save
 from quality import Bench
-from uniprune.controller.descent import any_sparsity, descend
+from uniprune.controller.descent import any_sparsity
 from uniprune.controller.mirror_descent import MirrorDescent
 from uniprune.data.text import load_windows
 from uniprune.evaluation import perplexity as perplexity_module
 from uniprune.models import masking
 from uniprune.models.loading import dtype_name
 from uniprune.saliency import metrics
-from uniprune.sparsity import patterns
+from uniprune.saliency.calibration import Calibration
+from uniprune.sparsity import spelling
 
 TOKENS = 32_768
 # name: settings, metric of the start, patterns descended on, pattern evaluated, budget
@@ -83,7 +84,7 @@ def run(
 ) -> dict[str, Any]:
     if bench.model.dtype != FAST:
         bench.reload(FAST)
-    tuned, target = MirrorDescent(**{"checks": 1, **(settings or {})}), patterns.parse(pattern, scope)
+    tuned, target = MirrorDescent(**{"checks": 1, **(settings or {})}), spelling.parse(pattern, scope)
     if steps is None:
         steps = (tokens - 8192 - 4096) // tuned.batch_tokens
     if steps:
@@ -91,11 +92,12 @@ def run(
     else:  # a step of size 0 leaves the start
         windows, steps, tuned = bench.text(24), 1, MirrorDescent(step_size=0.0)
     wanted = any_sparsity() if targets == "any" else [target]
-    saliency, record = descend(bench.model, bench.matrices, windows, metrics.parse(metric), wanted, steps, tuned)
+    calibration = Calibration(bench.model, bench.matrices, windows)
+    saliency, record = tuned.calibrate(calibration, metrics.parse(metric), wanted, steps)
     valid = load_windows(DATA / "wikitext2" / "wiki.valid.raw", bench.loaded.tokenizer, use="evaluation", length=512, count=24)
     with masking.applied(bench.matrices, dict(target(saliency))):
         perplexity = perplexity_module.perplexity(bench.model, valid).perplexity
-    facts = {"perplexity": perplexity, "held_out_kl": record["best_held_out_kl"], "pattern": str(target), "steps": steps}
+    facts = {"perplexity": perplexity, "held_out_kl": record.best_held_out_loss, "pattern": str(target), "steps": steps}
     return facts | {"dtype": dtype_name(FAST)}
 
 

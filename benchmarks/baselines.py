@@ -18,7 +18,8 @@ from uniprune.errors import InputError, UniPruneError
 from uniprune.models.blocks import Blocks, Replay, device_of
 from uniprune.models.matrices import Matrices, find_blocks
 from uniprune.saliency.statistics import Gram, observing
-from uniprune.sparsity.patterns import NM, Pattern, Saliency, Unstructured, check_fit, top
+from uniprune.sparsity.patterns import NM, Pattern, Saliency, Unstructured, check_fit
+from uniprune.sparsity.top import top
 
 Choose = Callable[[int, Tensor], Tensor]  # (first column, OBS scores ``[out, width]`` from there on) -> mask
 

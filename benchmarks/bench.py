@@ -61,7 +61,7 @@ def small() -> dict[str, Any]:
 
 
 def wide() -> dict[str, Any]:
-    results, missing = timing.measure(WIDE, torch.device("cpu"), [torch.float32], [1], WIDE_LEVELS, kernels=[CSR()])
+    results, missing = timing.measure(WIDE, timing.Conditions(torch.device("cpu"), [torch.float32], [1], WIDE_LEVELS, [CSR()]))
     return {"results": [asdict(result) for result in results], "verdicts": verdicts(results, missing)}
 
 

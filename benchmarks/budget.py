@@ -38,7 +38,7 @@ from uniprune.data.text import load_windows
 from uniprune.evaluation import perplexity as perplexity_module
 from uniprune.models import masking
 from uniprune.models.matrices import find_matrices
-from uniprune.sparsity import constraints, patterns
+from uniprune.sparsity import constraints, patterns, spelling
 from uniprune.sparsity.patterns import NM, Pattern
 
 LEVELS = ("0.1", "0.2", "0.3", "0.4", "0.5", "0.6", "0.7", "0.8", "2:4", "4:8")
@@ -49,8 +49,9 @@ ROUNDS = 3
 SETTLE = """
 import sys
 from pathlib import Path
-from uniprune import artefacts, patterns
-patterns.parse("0.6", "model").settle(artefacts.ScoresFile(Path(sys.argv[1])))
+from uniprune.artefacts.scores import ScoresFile
+from uniprune.sparsity import spelling
+spelling.parse("0.6", "model").settle(ScoresFile(Path(sys.argv[1])))
 """
 READ = """
 import sys
@@ -96,7 +97,7 @@ class Bench:
     def perplexity(self, model: str, pattern: Pattern | dict[str, Tensor] | None = None) -> float:
         """Of a model, or of it under masks cut from the artefact, or under masks."""
         loaded = uniprune.load(model, dtype="float32", device="cpu")
-        cut = pattern(self.scores) if isinstance(pattern, patterns.Cutting) else (pattern or {}).items()
+        cut = pattern(self.scores) if isinstance(pattern, patterns.BasePattern) else (pattern or {}).items()
         masking.apply(find_matrices(loaded.model), cut)
         windows = load_windows(EVALUATION, loaded.tokenizer, use="evaluation", length=512, count=24)
         return perplexity_module.perplexity(loaded.model, windows).perplexity
@@ -110,7 +111,7 @@ class Bench:
     def scope(self) -> Iterator[dict[str, Any]]:
         for level in ("0.5", "0.6", "0.7"):
             for scope in ("row", "model"):
-                pattern = patterns.parse(level, default=scope)  # type: ignore[arg-type]
+                pattern = spelling.parse(level, default=scope)  # type: ignore[arg-type]
                 yield shown({"level": level, "scope": scope, "perplexity": self.perplexity(smollm2(), pattern)})
 
     def mixed(self) -> Iterator[dict[str, Any]]:
@@ -171,7 +172,7 @@ class Bench:
         rows = []
         for _ in range(ROUNDS):
             read, found = (cold(path, code) for code in (READ, SETTLE))
-            imports = measured([sys.executable, "-c", "from uniprune import artefacts, patterns"])["seconds"]
+            imports = measured([sys.executable, "-c", "from uniprune.artefacts import scores"])["seconds"]
             seconds = found["seconds"] - imports
             rows.append(
                 {"read": read["seconds"], "settle": seconds, "ratio": seconds / read["seconds"], "peak": found["peak_bytes"]}

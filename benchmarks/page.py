@@ -30,8 +30,9 @@ from uniprune.evaluation.perplexity import perplexity
 from uniprune.evaluation.zero_shot import Answers, answer, tokenise
 from uniprune.models.loading import context
 from uniprune.models.masking import applied
-from uniprune.saliency import calibration, metrics
-from uniprune.sparsity import patterns
+from uniprune.saliency import metrics
+from uniprune.saliency.calibration import Calibration, one_shot
+from uniprune.sparsity import spelling
 from uniprune.sparsity.patterns import Masks, Pattern
 
 PATTERNS = ("0.5", "0.6", "2:4")
@@ -85,7 +86,7 @@ class Page:
         for spec in specs:
             if method == "sparsegpt":  # it changes weights
                 self.bench.reload()
-                pattern = patterns.parse(spec)
+                pattern = spelling.parse(spec)
                 baselines.sparsegpt(self.bench.model, self.bench.matrices, self.bench.text(), pattern)
                 yield {"method": method, "pattern": spec, **self.row()}
                 self.bench.reload()
@@ -94,12 +95,12 @@ class Page:
                     yield {"method": method, "pattern": spec, **self.row()}
 
     def cut(self, method: str, spec: str, scores: Path | None) -> Masks:
-        pattern: Pattern = patterns.parse(spec, default="model" if method == "ours" else "row")
+        pattern: Pattern = spelling.parse(spec, default="model" if method == "ours" else "row")
         if method == "ours":
             assert scores is not None, "--scores: what uniprune calibrate wrote"
             return dict(pattern(ScoresFile(scores)))
         model, matrices = self.bench.model, self.bench.matrices
-        return dict(pattern(calibration.one_shot(model, matrices, self.bench.text(), metrics.parse(method))))
+        return dict(pattern(one_shot(Calibration(model, matrices, self.bench.text()), metrics.parse(method))))
 
 
 def main() -> None:

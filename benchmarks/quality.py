@@ -29,15 +29,18 @@ import torch
 import baselines
 import uniprune
 from common import CALIBRATION, DATA, EVALUATION, FAST, load, peak_memory, relative, save, smollm2
-from uniprune.controller import descent, mirror_descent, published
+from uniprune.controller import descent
+from uniprune.controller.mirror_descent import MirrorDescent
+from uniprune.controller.published import UniPruning
 from uniprune.data.text import load_windows
 from uniprune.evaluation import perplexity as perplexity_module
 from uniprune.models import masking
 from uniprune.models.loading import dtype_name
 from uniprune.models.matrices import find_matrices
-from uniprune.saliency import calibration, metrics
-from uniprune.saliency import sequential as sequential_module
-from uniprune.sparsity import patterns
+from uniprune.saliency import metrics
+from uniprune.saliency.calibration import Calibration, one_shot
+from uniprune.saliency.sequential import refined, sequential
+from uniprune.sparsity import spelling
 from uniprune.sparsity.patterns import Masks, Pattern
 
 PATTERNS = ("2:4", "0.5", "0.6", "0.7", "4:8")
@@ -116,80 +119,83 @@ class Bench:
         windows = load_windows(path, self.loaded.tokenizer, use="evaluation", length=LENGTH, count=count)
         return perplexity_module.perplexity(self.model, windows).perplexity
 
+    def calibration(self, tokens: torch.Tensor) -> Calibration:
+        return Calibration(self.model, self.matrices, tokens)
+
     def dense(self, specs: list[str]) -> Cut:
-        yield "0", patterns.parse("0"), {}, 0
+        yield "0", spelling.parse("0"), {}, 0
 
     def local(self, method: str, specs: list[str]) -> Cut:
         tokens = self.text()
-        saliency = calibration.one_shot(self.model, self.matrices, tokens, metrics.parse(method, self.seed))
+        saliency = one_shot(self.calibration(tokens), metrics.parse(method, self.seed))
         for spec in specs:
-            pattern = patterns.parse(spec)
+            pattern = spelling.parse(spec)
             yield spec, pattern, dict(pattern(saliency)), tokens.numel()
 
     def fisher(self, specs: list[str]) -> Cut:
         tokens = self.text()
         saliency = baselines.fisher(self.model, self.matrices, tokens)
         for spec in specs:
-            pattern = patterns.parse(spec, default="model")
+            pattern = spelling.parse(spec, default="model")
             yield spec, pattern, dict(pattern(saliency)), tokens.numel()
 
     def owl(self, specs: list[str]) -> Cut:
         tokens = self.text()
-        saliency = calibration.one_shot(self.model, self.matrices, tokens, metrics.Wanda())
+        saliency = one_shot(self.calibration(tokens), metrics.Wanda())
         for spec in (spec for spec in specs if ":" not in spec):
             cut = baselines.owl_masks(self.matrices, saliency, float(spec))
-            yield spec, patterns.parse(spec), cut, tokens.numel()
+            yield spec, spelling.parse(spec), cut, tokens.numel()
 
     def sparsegpt(self, specs: list[str]) -> Cut:
         for spec in specs:
-            tokens, pattern = self.text(), patterns.parse(spec)
+            tokens, pattern = self.text(), spelling.parse(spec)
             yield spec, pattern, baselines.sparsegpt(self.model, self.matrices, tokens, pattern), tokens.numel()
             self.reload()  # it changed the weights
 
-    def sequential(self, specs: list[str], refine: bool = False) -> Cut:
-        for spec in specs:
-            tokens, pattern = self.text(), patterns.parse(spec)
-            cut = sequential_module.sequential(self.model, self.matrices, tokens, metrics.Wanda(), pattern, refine=refine)
-            yield spec, pattern, cut, tokens.numel()
+    def sequential(self, specs: list[str]) -> Cut:
+        return self.by_block(sequential, specs)
 
     def refine(self, specs: list[str]) -> Cut:
-        return self.sequential(specs, refine=True)
+        return self.by_block(refined, specs)
+
+    def by_block(self, create: Any, specs: list[str]) -> Cut:
+        for spec in specs:
+            tokens, pattern = self.text(), spelling.parse(spec)
+            yield spec, pattern, create(self.calibration(tokens), metrics.Wanda(), pattern), tokens.numel()
 
     def paper(self, specs: list[str]) -> Cut:
         """128 windows, each seen once by the local metric and once by a step. stochRIA is the paper's own metric."""
         tokens = self.text(BUDGET // LENGTH // 2)
         for spec in specs:
             self.reload(FAST)
-            pattern = patterns.parse(spec)
+            pattern = spelling.parse(spec)
             metric = metrics.StochRIA(seed=self.seed)
-            saliency, _ = published.descend(self.model, self.matrices, tokens, metric, [pattern], seed=self.seed)
+            saliency, _ = UniPruning().calibrate(self.calibration(tokens), metric, [pattern], seed=self.seed)
             yield spec, pattern, dict(pattern(saliency)), BUDGET
 
     def feedback(self, specs: list[str]) -> Cut:
         for spec in specs:
-            pattern = patterns.parse(spec, default="model")
+            pattern = spelling.parse(spec, default="model")
             saliency, tokens = self.descend([pattern])
             yield spec, pattern, dict(pattern(saliency)), tokens
 
     def any(self, specs: list[str]) -> Cut:
         saliency, tokens = self.descend(descent.any_sparsity())
         for spec in specs:
-            pattern = patterns.parse(spec, default="model")
+            pattern = spelling.parse(spec, default="model")
             yield spec, pattern, dict(pattern(saliency)), tokens
 
     def descend(self, targets: Any, budget: int = BUDGET, **settings: Any) -> tuple[dict[str, torch.Tensor], int]:
         """As many steps as the budget leaves after the start and the judging."""
         self.reload(FAST)
-        tuned = mirror_descent.MirrorDescent(**settings)
+        tuned = MirrorDescent(**settings)
         held_out = max(tuned.held_out, len(targets))
         judged = held_out * LENGTH * (tuned.checks + 1)
         steps = (budget - descent.START_TOKENS - judged) // tuned.batch_tokens
         windows = self.text(steps * tuned.batch_tokens // LENGTH + held_out)
-        saliency, record = descent.descend(
-            self.model, self.matrices, windows, metrics.Wanda(), targets, steps, tuned, self.seed
-        )
+        saliency, record = tuned.calibrate(self.calibration(windows), metrics.Wanda(), targets, steps, self.seed)
         print(record, flush=True)
-        return saliency, record["tokens"] + descent.START_TOKENS + judged
+        return saliency, record.tokens + descent.START_TOKENS + judged
 
 
 def right_answers() -> Iterator[str]:

@@ -25,12 +25,13 @@ import torch
 import uniprune
 from common import CALIBRATION, FAST, load, relative, save, smollm2
 from uniprune.artefacts import scores as scores_file
-from uniprune.controller import descent, mirror_descent
+from uniprune.controller import mirror_descent
 from uniprune.data.text import load_windows
 from uniprune.models.blocks import batches
 from uniprune.models.matrices import find_matrices
-from uniprune.saliency import calibration, metrics
-from uniprune.sparsity import patterns
+from uniprune.saliency import metrics
+from uniprune.saliency.calibration import Calibration, one_shot
+from uniprune.sparsity import patterns, spelling
 
 ROUNDS = 2
 PATTERNS = ("0.5", "2:4")
@@ -58,9 +59,9 @@ class Bench:
         rows = []
         for _ in range(ROUNDS):
             bare, start = timed(self.forwards), time.perf_counter()
-            saliency = calibration.one_shot(self.model, self.matrices, self.tokens, metrics.Wanda())
+            saliency = one_shot(Calibration(self.model, self.matrices, self.tokens), metrics.Wanda())
             calibrated = time.perf_counter() - start
-            cut = {spec: timed(lambda spec=spec, of=saliency: list(patterns.parse(spec)(of))) for spec in PATTERNS}
+            cut = {spec: timed(lambda spec=spec, of=saliency: list(spelling.parse(spec)(of))) for spec in PATTERNS}
             rows.append({spec: (calibrated + seconds) / bare for spec, seconds in cut.items()})
             print(rows[-1], flush=True)
         return {spec: statistics.median(row[spec] for row in rows) for spec in PATTERNS}
@@ -77,15 +78,14 @@ class Bench:
 
     def steps(self, target: patterns.Pattern, count: int) -> float:
         settings = mirror_descent.MirrorDescent(checks=1, held_out=1)
-        return timed(
-            lambda: descent.descend(self.model, self.matrices, self.tokens[:4], metrics.Wanda(), [target], count, settings)
-        )
+        calibration = Calibration(self.model, self.matrices, self.tokens[:4])
+        return timed(lambda: settings.calibrate(calibration, metrics.Wanda(), [target], count))
 
     def step(self) -> dict[str, float]:
         """The start and the judging cost the same whatever the number of steps, so the difference is that of steps."""
         ratios = {}
         for spec in PATTERNS:
-            target = patterns.parse(spec, default="model")
+            target = spelling.parse(spec, default="model")
             few = self.steps(target, 1)
             before = [timed(lambda: self.bare_step(self.tokens[:2])) for _ in range(3)]
             many = self.steps(target, 6)
@@ -102,7 +102,7 @@ class Bench:
 
     def again(self) -> dict[str, float]:
         shapes = {name: matrix.shape for name, matrix in self.matrices.items()}
-        saliency = calibration.one_shot(self.model, self.matrices, self.tokens[:2], metrics.Wanda())
+        saliency = one_shot(Calibration(self.model, self.matrices, self.tokens[:2]), metrics.Wanda())
         facts: dict[str, Any] = {"base": "", "base_name": "", "transposed": [], "comparable": True}
         facts["digests"] = dict.fromkeys(shapes, "F32")
         with tempfile.TemporaryDirectory() as scratch:

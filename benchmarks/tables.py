@@ -45,7 +45,7 @@ METHODS = {
     "sparsegpt": "SparseGPT (updates weights)",
     "sequential": "Wanda, `--sequential`",
     "refine": "ours, `--refine`",
-    "paper": "published controller (`paper`)",
+    "paper": "published controller (`unipruning`)",
     "any": "**ours, one calibration for all**",
     "feedback": "**ours, calibrated for each**",
 }

@@ -39,7 +39,7 @@ for group in plan.groups:
 # uniprune calibrate MODEL --text builtin -o scores.safetensors
 scores = folder / "scores.safetensors"
 facts = uniprune.calibrate(model, uniprune.Recipe(text="builtin", windows=16, length=128), scores, overwrite=True)
-print("held-out KL of the best state:", round(facts["controller"]["best_held_out_kl"], 4))
+print("held-out KL of the best state:", round(facts["controller"]["best_held_out_loss"], 4))
 
 # %% [markdown]
 # ## Masks of any sparsity, in seconds

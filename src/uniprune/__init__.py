@@ -15,6 +15,9 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOME = {
+    "controller.mirror_descent": ("MirrorDescent",),
+    "controller.protocol": ("Controller", "ControllerRecord", "Cost"),
+    "controller.published": ("UniPruning",),
     "entrypoints.apply": ("apply",),
     "entrypoints.bench": ("bench",),
     "entrypoints.calibrate": ("calibrate",),
@@ -28,13 +31,18 @@ _HOME = {
     "errors": ("InputError", "MismatchError", "UniPruneError"),
     "job.recipe": ("Recipe",),
     "models.loading": ("Loaded", "load"),
-    "saliency.metrics": ("Magnitude", "RIA", "StochRIA", "Wanda"),
-    "sparsity.patterns": ("NM", "Unstructured"),
+    "saliency.calibration": ("Calibration",),
+    "saliency.metrics": ("RIA", "Magnitude", "Metric", "StochRIA", "Wanda"),
+    "saliency.statistics": ("SquaredNorm", "Statistic"),
+    "sparsity.patterns": ("NM", "BasePattern", "Pattern", "Tiled", "Unstructured"),
     "speed.semi_structured": ("to_semi_structured",),
 }
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
 
 if TYPE_CHECKING:
+    from uniprune.controller.mirror_descent import MirrorDescent
+    from uniprune.controller.protocol import Controller, ControllerRecord, Cost
+    from uniprune.controller.published import UniPruning
     from uniprune.entrypoints.apply import apply
     from uniprune.entrypoints.bench import bench
     from uniprune.entrypoints.calibrate import calibrate
@@ -48,20 +56,34 @@ if TYPE_CHECKING:
     from uniprune.errors import InputError, MismatchError, UniPruneError
     from uniprune.job.recipe import Recipe
     from uniprune.models.loading import Loaded, load
-    from uniprune.saliency.metrics import RIA, Magnitude, StochRIA, Wanda
-    from uniprune.sparsity.patterns import NM, Unstructured
+    from uniprune.saliency.calibration import Calibration
+    from uniprune.saliency.metrics import RIA, Magnitude, Metric, StochRIA, Wanda
+    from uniprune.saliency.statistics import SquaredNorm, Statistic
+    from uniprune.sparsity.patterns import NM, BasePattern, Pattern, Tiled, Unstructured
     from uniprune.speed.semi_structured import to_semi_structured
 
 __all__ = [
     "NM",
     "RIA",
+    "BasePattern",
+    "Calibration",
+    "Controller",
+    "ControllerRecord",
+    "Cost",
     "InputError",
     "Loaded",
     "Magnitude",
+    "Metric",
+    "MirrorDescent",
     "MismatchError",
+    "Pattern",
     "Recipe",
+    "SquaredNorm",
+    "Statistic",
     "StochRIA",
+    "Tiled",
     "UniPruneError",
+    "UniPruning",
     "Unstructured",
     "Wanda",
     "__version__",

@@ -5,6 +5,7 @@ Names of hubs, data sets and tasks stand for local files here; sizes are made sm
 
 import json
 import re
+import runpy
 import shlex
 import shutil
 from pathlib import Path
@@ -17,11 +18,14 @@ import uniprune
 from command import run
 from task_rows import ROWS
 from uniprune import Recipe
+from uniprune.controller.controllers import CONTROLLERS
 from uniprune.data import text
+from uniprune.saliency.metrics import METRICS
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 HUB = ("HuggingFaceTB/SmolLM2-135M", "meta-llama/Llama-3.1-70B")
+TABLES = METRICS, CONTROLLERS, text.NAMED  # that examples add to
 SMALL = {"--windows": "2", "--length": "32"}
 SIZES = {
     **dict.fromkeys(("plan", "calibrate", "prune", "permute", "sweep"), SMALL),
@@ -95,16 +99,19 @@ def test_commands(place, capsys, monkeypatch, page):
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.stem)
 def test_python_blocks(place, page):
-    for block in blocks(page):
-        code = compile(block, str(page), "exec")
+    """Each as a program of its own: a file without imports from ``__future__``, in which only ``Path`` is there already."""
+    for index, block in enumerate(blocks(page)):
         if 'device="cuda"' in block and not torch.cuda.is_available():
             continue
         for name in re.findall(r'Path\("([\w-]+)"\)', block):  # outputs of commands before it
             shutil.rmtree(name, ignore_errors=True)
-        before = dict(uniprune.saliency.metrics.METRICS)
-        exec(code, {"Path": Path})
-        uniprune.saliency.metrics.METRICS.clear()
-        uniprune.saliency.metrics.METRICS.update(before)
+        file = place / f"{page.stem}_{index}.py"
+        file.write_text(block)
+        before = [dict(table) for table in TABLES]
+        runpy.run_path(str(file), {} if page.stem == "extending" else {"Path": Path}, "__main__")
+        for table, names in zip(TABLES, before, strict=True):
+            table.clear()
+            table.update(names)
 
 
 def test_links_and_files_exist():

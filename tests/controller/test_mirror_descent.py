@@ -6,14 +6,14 @@ from torch.nn import functional
 
 from conftest import VOCABULARY, tiny_model
 from small_models import MATRICES, tiny
-from uniprune.controller.descent import Descent, any_sparsity, descend, sensitivities
+from uniprune.controller.descent import Descent, any_sparsity, sensitivities
 from uniprune.controller.loss import Loss
-from uniprune.controller.mirror_descent import Evener, MirrorDescent, confidence
+from uniprune.controller.mirror_descent import MirrorDescent, confidence
 from uniprune.controller.passes import Resident
-from uniprune.controller.straight_through import StraightThrough
+from uniprune.controller.straight_through import Evener, StraightThrough
 from uniprune.errors import InputError
 from uniprune.models.matrices import find_blocks, find_matrices
-from uniprune.saliency.calibration import one_shot
+from uniprune.saliency.calibration import Calibration, one_shot
 from uniprune.saliency.metrics import Wanda
 from uniprune.saliency.statistics import SquaredNorm
 from uniprune.sparsity.patterns import NM, Unstructured
@@ -146,8 +146,8 @@ def test_sensitivities_by_hand():
     model, ids = tiny_model(), tokens(3)
     name = "model.layers.2.mlp.down_proj"
     with StraightThrough(find_matrices(model)) as network:
-        inputs, gradients = sensitivities(Resident(model, find_blocks(model)[1], network), ids)
-    statistic = one_shot(model, find_matrices(model), ids, Wanda())._statistics[name]
+        inputs, gradients, _ = sensitivities(Resident(model, find_blocks(model)[1], network), ids, SquaredNorm)
+    statistic = one_shot(Calibration(model, find_matrices(model), ids), Wanda())._statistics[name]
     torch.testing.assert_close(inputs[name].rms, statistic.rms)
     total = torch.zeros(32)
     for window in ids:
@@ -186,7 +186,9 @@ def test_sampled_thresholds_are_close_to_the_exact_ones(tmp_path):
     model, matrices, ids, metric, settings = setting()
     target = Unstructured(0.7, "model")
     with StraightThrough(matrices) as network:
-        descent = Descent(resident(model, network), matrices, ids, metric, [target], settings, Run(tmp_path))
+        descent = Descent(
+            settings, resident(model, network), Calibration(model, matrices, ids), metric, [target], Run(tmp_path)
+        )
         descent.judge([target], ids[:1])
         kept = sum(int(mask.sum()) for mask in network.masks.values())
     assert kept == pytest.approx(target.keep(sum(matrix.size for matrix in matrices.values())), rel=0.03)
@@ -201,17 +203,17 @@ def setting(**changes):
 
 def test_descent_lowers_the_held_out_loss():
     model, matrices, ids, metric, settings = setting(step_size=0.05)
-    duals, record = descend(model, matrices, ids, metric, [NM(2, 4)], 24, settings)
+    duals, record = settings.calibrate(Calibration(model, matrices, ids), metric, [NM(2, 4)], 24)
     assert duals.keys() == matrices.keys()
-    assert record["best_held_out_kl"] < 0.97 * record["held_out_kl"][0]
-    assert record["tokens"] == 24 * 128
+    assert record.best_held_out_loss < 0.97 * record.held_out_loss[0]
+    assert record.tokens == 24 * 128
 
 
 @pytest.mark.parametrize("changes", [{"temperature": 0.3}, {"labels": 0.1}, {"hidden": 4.0}, {"anchor": 1.0}], ids=str)
 def test_variants_lower_the_held_out_loss(changes):
     model, matrices, ids, metric, settings = setting(step_size=0.05, **changes)
-    _, record = descend(model, matrices, ids, metric, [NM(2, 4)], 24, settings)
-    assert record["best_held_out_kl"] < record["held_out_kl"][0]
+    _, record = settings.calibrate(Calibration(model, matrices, ids), metric, [NM(2, 4)], 24)
+    assert record.best_held_out_loss < record.held_out_loss[0]
 
 
 def test_labels_are_the_cross_entropy():
@@ -264,35 +266,36 @@ def test_tokens_are_weighed_in_the_gradient():
 @pytest.mark.parametrize("steps", [1, 5, 7, 9])
 def test_held_out_windows_judge_no_more_often_than_the_budget_counts(steps):
     model, matrices, ids, metric, settings = setting(checks=4)
-    _, record = descend(model, matrices, ids, metric, [NM(2, 4)], steps, settings)
-    assert len(record["held_out_kl"]) <= 1 + 4  # the start, and as often as asked
+    _, record = settings.calibrate(Calibration(model, matrices, ids), metric, [NM(2, 4)], steps)
+    assert len(record.held_out_loss) <= 1 + 4  # the start, and as often as asked
 
 
 def test_a_diverging_descent_backs_off_and_keeps_the_start():
     model, matrices, ids, metric, settings = setting(step_size=1000.0)
-    duals, record = descend(model, matrices, ids, metric, [NM(2, 4)], 8, settings)
-    assert record["best_held_out_kl"] <= record["held_out_kl"][0]
-    if record["best_held_out_kl"] == record["held_out_kl"][0]:
+    duals, record = settings.calibrate(Calibration(model, matrices, ids), metric, [NM(2, 4)], 8)
+    assert record.best_held_out_loss <= record.held_out_loss[0]
+    if record.best_held_out_loss == record.held_out_loss[0]:
         with StraightThrough(matrices) as network:
-            norms, gradients = sensitivities(resident(model, network), ids[:28])
+            norms, gradients, _ = sensitivities(resident(model, network), ids[:28], SquaredNorm)
         for name in matrices:
             assert torch.equal(duals[name], settings.init(metric(matrices[name].weight, norms[name]), gradients[name]).dual)
 
 
 def test_same_seed_same_duals():
     model, matrices, ids, metric, settings = setting(step_size=0.05, checks=1)
-    runs = [descend(model, matrices, ids, metric, any_sparsity(), 6, settings, seed=seed) for seed in (3, 3, 4)]
+    calibration = Calibration(model, matrices, ids)
+    runs = [settings.calibrate(calibration, metric, any_sparsity(), 6, seed) for seed in (3, 3, 4)]
     (first, record), (again, same_record), (_, other_record) = runs
     assert all(torch.equal(first[name], again[name]) for name in matrices)
     assert record == same_record
-    assert record["held_out_kl"] != other_record["held_out_kl"]
+    assert record.held_out_loss != other_record.held_out_loss
 
 
 def test_targets_share_the_windows_that_judge(tmp_path):
     model, matrices, ids, metric, settings = setting()
     targets = [NM(2, 4), Unstructured(0.7, "row")]
     with StraightThrough(matrices) as network:
-        descent = Descent(resident(model, network), matrices, ids, metric, targets, settings, Run(tmp_path))
+        descent = Descent(settings, resident(model, network), Calibration(model, matrices, ids), metric, targets, Run(tmp_path))
         alone = [descent.judge([target], ids[start:5:2]) for start, target in enumerate(targets)]
         assert descent.judge(targets, ids[:5]) == pytest.approx(sum(alone) / 2)
         assert descent.judge(targets, ids[:1]) == pytest.approx(sum(descent.judge([t], ids[:1]) for t in targets) / 2)
@@ -301,7 +304,7 @@ def test_targets_share_the_windows_that_judge(tmp_path):
 def test_too_few_windows_are_refused():
     model, matrices, ids, metric, settings = setting()
     with pytest.raises(InputError, match="--windows 2 or more"):
-        descend(model, matrices, ids[:1], metric, [NM(2, 4)], 2, settings)
+        settings.calibrate(Calibration(model, matrices, ids[:1]), metric, [NM(2, 4)], 2)
 
 
 @pytest.mark.parametrize("family", MATRICES)
@@ -312,6 +315,6 @@ def test_every_family_can_be_descended_on(family):
     with StraightThrough(matrices) as network:
         passes = resident(model, network)
         assert Loss(passes.head(ids)).kl(*passes.look(ids)) / ids.numel() == pytest.approx(0, abs=1e-4)
-    duals, record = descend(model, matrices, ids, Wanda(), [NM(2, 4)], 2, MirrorDescent(batch_tokens=32))
-    assert record["held_out_kl"][0] > 0
+    duals, record = MirrorDescent(batch_tokens=32).calibrate(Calibration(model, matrices, ids), Wanda(), [NM(2, 4)], 2)
+    assert record.held_out_loss[0] > 0
     assert all(bool(torch.isfinite(dual).all()) for dual in duals.values())

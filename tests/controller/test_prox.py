@@ -17,7 +17,8 @@ from uniprune.controller.prox import (
     soft_threshold,
 )
 from uniprune.errors import InputError
-from uniprune.sparsity.patterns import NM, Unstructured, top
+from uniprune.sparsity.patterns import NM, Unstructured
+from uniprune.sparsity.top import top
 
 
 def random(*shape, seed=0):

@@ -9,10 +9,10 @@ from torch.nn import functional
 from conftest import VOCABULARY, tiny_model
 from uniprune.common.progress import Silent
 from uniprune.controller.prox import prox_nm
-from uniprune.controller.published import Paper, State, WorkingCopy, descend
+from uniprune.controller.published import State, UniPruning, WorkingCopy
 from uniprune.errors import InputError, UniPruneError
 from uniprune.models.matrices import find_matrices
-from uniprune.saliency.calibration import one_shot
+from uniprune.saliency.calibration import Calibration, one_shot
 from uniprune.saliency.metrics import Magnitude, StochRIA, Wanda
 from uniprune.saliency.statistics import observing
 from uniprune.sparsity.patterns import NM, Unstructured
@@ -63,24 +63,24 @@ def test_the_copy_learns_as_torchs_adam(family):
 def test_a_descent_by_hand(family, target):
     """Start, schedule, Adam, prox, refreshed statistics and moving average, on a clone."""
     model, windows = tiny_model(family), tokens()
-    settings = Paper(learning_rate=1e-3, warmup=0.5, nm_weight=500.0)
+    settings = UniPruning(learning_rate=1e-3, warmup=0.5, nm_weight=500.0)
     rates = [1e-3 * share for share in (1 / 3, 2 / 3, 1, 1, 2 / 3, 1 / 3)]
     nm_weight = 500.0 if isinstance(target, NM) else None
     matrices = find_matrices(model)
-    expected = dict(one_shot(model, matrices, windows, Wanda()))
+    expected = dict(one_shot(Calibration(model, matrices, windows), Wanda()))
     losses = []
     for loss, _, saliency in reference(model, windows.split(1), rates, Wanda(), nm_weight):
         losses.append(loss)
         expected = {name: 0.95 * gamma + 0.05 * saliency[name] for name, gamma in expected.items()}
-    found, record = descend(model, matrices, windows, Wanda(), [target], settings=settings)
-    assert record["loss"] == pytest.approx(losses, rel=1e-5)
-    assert (record["steps"], record["tokens"]) == (6, windows.numel())
+    found, record = settings.calibrate(Calibration(model, matrices, windows), Wanda(), [target])
+    assert record.loss == pytest.approx(losses, rel=1e-5)
+    assert (record.steps, record.tokens) == (6, windows.numel())
     for name, gamma in found.items():
         torch.testing.assert_close(gamma, expected[name], rtol=1e-3, atol=2e-5)
 
 
 def test_a_step_by_hand():
-    settings = Paper(rho=0.1, alpha=2.0, kappa=2.0, lam=0.5)
+    settings = UniPruning(rho=0.1, alpha=2.0, kappa=2.0, lam=0.5)
     state = State(torch.tensor([[0.4, 1.5]]))
     assert settings.gamma(state).flatten().tolist() == [0.0, 2.0]
     moved = settings.step(state, torch.tensor([[1.0, 3.0]]))
@@ -88,7 +88,7 @@ def test_a_step_by_hand():
     assert settings.gamma(moved).flatten().tolist() == pytest.approx([0.2, 2.4])
 
 
-@pytest.mark.parametrize("settings", [Paper(), Paper(kappa=0.5, alpha=1e4, lam=0.3)])
+@pytest.mark.parametrize("settings", [UniPruning(), UniPruning(kappa=0.5, alpha=1e4, lam=0.3)])
 def test_the_start_is_at_rest_and_lambda_does_not_show(settings):
     local, other = torch.tensor([[0.0, 1e-4, 2.0]]), torch.tensor([[3.0, 0.0, 0.0]])
     state = settings.init(local)
@@ -101,11 +101,11 @@ def test_the_start_is_at_rest_and_lambda_does_not_show(settings):
 
 
 def test_the_schedule_by_hand():
-    settings = Paper(learning_rate=1.0)
+    settings = UniPruning(learning_rate=1.0)
     assert [settings.rate(index, 20) for index in range(20)] == pytest.approx([0.5, 1, *((20 - i) / 18 for i in range(2, 20))])
     assert settings.rate(0, 1) == 1
-    assert Paper(learning_rate=1.0, warmup=0).rate(0, 4) == 1
-    assert Paper(learning_rate=1.0, warmup=1).rate(3, 4) == 1
+    assert UniPruning(learning_rate=1.0, warmup=0).rate(0, 4) == 1
+    assert UniPruning(learning_rate=1.0, warmup=1).rate(3, 4) == 1
 
 
 class Breaks(Silent):
@@ -123,10 +123,10 @@ def test_the_model_is_untouched(family, dtype):
     matrices, windows = find_matrices(model), tokens()
     before = {name: p.clone() for name, p in model.named_parameters()}
     logits = model(input_ids=windows[:1]).logits
-    settings = Paper(learning_rate=0.1)
-    descend(model, matrices, windows, Wanda(), [NM(2, 4)], settings=settings)
+    settings = UniPruning(learning_rate=0.1)
+    settings.calibrate(Calibration(model, matrices, windows), Wanda(), [NM(2, 4)])
     with pytest.raises(KeyboardInterrupt):
-        descend(model, matrices, windows, Wanda(), [NM(2, 4)], settings=settings, progress=Breaks())
+        settings.calibrate(Calibration(model, matrices, windows, progress=Breaks()), Wanda(), [NM(2, 4)])
     assert all(torch.equal(p, before[name]) and p.grad is None for name, p in model.named_parameters())
     assert all("forward" not in vars(matrix.module) for matrix in matrices.values())
     assert all(not matrix.module._forward_pre_hooks for matrix in matrices.values())
@@ -135,7 +135,7 @@ def test_the_model_is_untouched(family, dtype):
 
 def test_gradients_of_a_trainable_model_stay_out_of_it():
     model = tiny_model().requires_grad_(True)
-    descend(model, find_matrices(model), tokens(2), Wanda(), [ROW])
+    UniPruning().calibrate(Calibration(model, find_matrices(model), tokens(2)), Wanda(), [ROW])
     assert all(p.grad is None for p in model.parameters())
 
 
@@ -167,7 +167,7 @@ def test_the_prox_pulls_towards_the_pattern():
 @pytest.mark.parametrize("metric", [Wanda(), StochRIA(), Magnitude()])
 def test_masks_can_be_cut_from_it(metric):
     model = tiny_model()
-    gamma, _ = descend(model, find_matrices(model), tokens(), metric, [NM(2, 4), ROW])
+    gamma, _ = UniPruning().calibrate(Calibration(model, find_matrices(model), tokens()), metric, [NM(2, 4), ROW])
     for scores in gamma.values():
         assert scores.dtype == torch.float32
         assert bool(torch.isfinite(scores).all())
@@ -182,10 +182,11 @@ def test_masks_can_be_cut_from_it(metric):
 def test_learning_lowers_the_loss_and_moves_the_saliency():
     model, windows = tiny_model(), tokens(1)
     matrices = find_matrices(model)
-    still, _ = descend(model, matrices, windows, Wanda(), [ROW], 20, Paper(learning_rate=0.0))
-    moved, record = descend(model, matrices, windows, Wanda(), [ROW], 20, Paper(learning_rate=1e-2))
-    assert record["loss"][-1] < 0.9 * record["loss"][0]
-    local = one_shot(model, matrices, windows, Wanda())
+    calibration = Calibration(model, matrices, windows)
+    still, _ = UniPruning(learning_rate=0.0).calibrate(calibration, Wanda(), [ROW], 20)
+    moved, record = UniPruning(learning_rate=1e-2).calibrate(calibration, Wanda(), [ROW], 20)
+    assert record.loss[-1] < 0.9 * record.loss[0]
+    local = one_shot(Calibration(model, matrices, windows), Wanda())
     for name in matrices:
         torch.testing.assert_close(still[name], local[name], rtol=1e-3, atol=1e-5)
         assert not torch.allclose(moved[name], local[name], rtol=1e-2, atol=1e-4)
@@ -194,8 +195,9 @@ def test_learning_lowers_the_loss_and_moves_the_saliency():
 def test_same_seed_same_saliency():
     model = tiny_model()
     matrices = find_matrices(model)
-    settings, targets = Paper(nm_weight=1e4, learning_rate=1e-3), [NM(2, 4), ROW, NM(1, 4)]
-    runs = [descend(model, matrices, tokens(), Wanda(), targets, 4, settings, seed) for seed in (3, 3, 5)]
+    settings, targets = UniPruning(nm_weight=1e4, learning_rate=1e-3), [NM(2, 4), ROW, NM(1, 4)]
+    calibration = Calibration(model, matrices, tokens())
+    runs = [settings.calibrate(calibration, Wanda(), targets, 4, seed) for seed in (3, 3, 5)]
     (first, record), (again, same_record), (other, _) = runs
     assert record == same_record
     assert all(torch.equal(first[name], again[name]) for name in matrices)
@@ -206,9 +208,9 @@ def test_what_cannot_work_is_refused():
     model = tiny_model()
     matrices = find_matrices(model)
     with pytest.raises(InputError, match="not divisible by 3"):
-        descend(model, matrices, tokens(2), Wanda(), [NM(1, 3)])
+        UniPruning().calibrate(Calibration(model, matrices, tokens(2)), Wanda(), [NM(1, 3)])
     with pytest.raises(UniPruneError, match="step 1: the loss is nan"):
-        descend(model, matrices, tokens(3), Magnitude(), [ROW], settings=Paper(learning_rate=1e30))
+        UniPruning(learning_rate=1e30).calibrate(Calibration(model, matrices, tokens(3)), Magnitude(), [ROW])
 
 
 @pytest.mark.parametrize(
@@ -224,4 +226,4 @@ def test_what_cannot_work_is_refused():
 )
 def test_settings_are_checked(changes, message):
     with pytest.raises(InputError, match=message):
-        Paper(**changes)
+        UniPruning(**changes)

@@ -67,7 +67,7 @@ def test_sparsity_zero_is_the_identity(folder, tmp_path):
         ("0.6", "model", "none"),
         ("2:4", None, "feedback"),
         ("0.6", None, "feedback"),
-        ("2:4", None, "paper"),
+        ("2:4", None, "unipruning"),
         ("0.6", "model", "paper"),
     ],
 )
@@ -105,7 +105,7 @@ def test_a_recipe_tunes_its_controller(folder, tmp_path):
     recipe = Recipe(sparsity="2:4", tuning={"labels": 0.5, "temperature": 0.2, "anchor": 0.1}, **SMALL)
     report = uniprune.prune(str(folder), recipe, tmp_path / "out")
     plain = uniprune.prune(str(folder), Recipe(sparsity="2:4", **SMALL), tmp_path / "plain")
-    assert report["controller"]["kl"] != plain["controller"]["kl"]
+    assert report["controller"]["loss"] != plain["controller"]["loss"]
     again = uniprune.prune(str(folder), Recipe(**report["recipe"]), tmp_path / "again")
     assert again["masks_sha256"] == report["masks_sha256"]
 
@@ -114,7 +114,7 @@ def test_a_recipe_tunes_its_controller(folder, tmp_path):
     ("tuning", "controller", "message"),
     [
         ({"stepsize": 1}, "feedback", "'stepsize' is not a setting of MirrorDescent; it has: step_size"),
-        ({"step_size": 1}, "paper", "'step_size' is not a setting of Paper; it has: learning_rate"),
+        ({"step_size": 1}, "paper", "'step_size' is not a setting of UniPruning; it has: learning_rate"),
         ({"rho": -1}, "paper", "alpha \\* rho \\* kappa"),
         ({"step_size": -1}, "feedback", "step_size = -1.0"),
         ({"labels": 2}, "feedback", "labels = 2.0"),

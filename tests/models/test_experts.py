@@ -22,7 +22,7 @@ from uniprune.models.checkpoint_keys import Layout
 from uniprune.models.experts import is_fused, taken_apart
 from uniprune.models.matrices import find_blocks, find_matrices, left_dense
 from uniprune.saliency import statistics as statistics_module
-from uniprune.saliency.calibration import LocalSaliency, one_shot
+from uniprune.saliency.calibration import Calibration, LocalSaliency, one_shot
 from uniprune.saliency.metrics import RIA, Wanda
 from uniprune.saliency.statistics import FEW, Gram, SquaredNorm, observing
 from uniprune.storage.safetensors_index import entries
@@ -190,7 +190,7 @@ def test_a_starved_expert_is_scored_by_magnitude_on_its_fellows_scale(metric, ca
     model = starving()
     matrices = find_matrices(model)
     with caplog.at_level(logging.WARNING):
-        scores = one_shot(model, matrices, ids(16), metric)
+        scores = one_shot(Calibration(model, matrices, ids(16)), metric)
         record = scores.starved["starved"]
     last = [f"model.layers.0.block_sparse_moe.experts.3.{name}" for name in ("w1", "w3", "w2")]
     assert sorted(record["matrices"]) == sorted(last)
@@ -209,7 +209,7 @@ def test_a_starved_expert_starts_the_controller_as_its_fellows_do():
     matrices = find_matrices(model)
     passes = Resident(model, find_blocks(model)[1], StraightThrough(matrices))
     with passes.network:
-        inputs, gradients = sensitivities(passes, ids())
+        inputs, gradients, _ = sensitivities(passes, ids(), SquaredNorm)
     name = "model.layers.0.block_sparse_moe.experts.{}.w2"
     assert len(gradients[name.format(3)].unique()) == 1
     power = sum(float(gradients[name.format(n)].square().mean()) for n in range(3)) / 3

@@ -16,6 +16,7 @@ from uniprune.controller.straight_through import StraightThrough
 from uniprune.errors import InputError
 from uniprune.models import masking
 from uniprune.models.matrices import check_finite, find_blocks, find_matrices, left_dense
+from uniprune.saliency.calibration import Calibration
 from uniprune.saliency.metrics import Wanda
 from uniprune.saliency.sequential import sequential
 from uniprune.saliency.statistics import SquaredNorm, observing
@@ -94,7 +95,7 @@ def test_the_gradient_of_a_shared_weight_is_the_sum_over_its_modules():
     passes = Resident(model, find_blocks(model)[1], network)
     with network:
         network.masks = {shared.name: mask}
-        hidden, _ = passes.forward(ids, teacher=False)
+        hidden = passes.forward_alone(ids)
         passes.backward(torch.ones_like(hidden))
     masking.apply(matrices, [(shared.name, mask)])
     shared.parameter.requires_grad_()
@@ -115,7 +116,7 @@ def test_a_weight_shared_with_something_outside_the_blocks_is_left_dense():
 def test_a_sequential_run_refuses_weights_that_blocks_share():
     model = sharing()
     with pytest.raises(InputError, match="blocks of this model share weights"):
-        sequential(model, find_matrices(model), torch.arange(32)[None], Wanda(), NM(2, 4))
+        sequential(Calibration(model, find_matrices(model), torch.arange(32)[None]), Wanda(), NM(2, 4))
 
 
 def test_blocks_may_differ_and_lists_inside_them_do_not_compete():

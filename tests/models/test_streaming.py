@@ -18,19 +18,18 @@ from small_models import MATRICES, tiny
 from uniprune import Recipe
 from uniprune.common.formatting import parse_size
 from uniprune.controller import descent
-from uniprune.controller.descent import descend
 from uniprune.controller.loss import Loss
 from uniprune.controller.mirror_descent import MirrorDescent
 from uniprune.controller.passes import Resident, Streamed
 from uniprune.controller.straight_through import StraightThrough
 from uniprune.errors import InputError, MismatchError, UniPruneError
-from uniprune.job.estimate import Needs, needs
+from uniprune.job.estimate import Needs, Work, needs
 from uniprune.job.prepare import Machine, choose, progress_of
 from uniprune.models import loading
 from uniprune.models.blocks import Replay
 from uniprune.models.matrices import find_blocks, find_matrices
 from uniprune.models.streaming import attached, open_streamed
-from uniprune.saliency.calibration import one_shot
+from uniprune.saliency.calibration import Calibration, one_shot
 from uniprune.saliency.metrics import Wanda
 from uniprune.saliency.sequential import sequential
 from uniprune.saliency.statistics import Gram
@@ -92,11 +91,11 @@ def test_local_masks_are_those_of_the_model_in_memory(pair):
     (model, matrices), (streamed, hollow, residency) = pair
     ids = tokens()
     for pattern in (NM(2, 4), Unstructured(0.5, "row")):
-        expected = dict(pattern(one_shot(model, matrices, ids, Wanda())))
-        found = dict(pattern(one_shot(streamed, hollow, ids, Wanda(), residency=residency)))
+        expected = dict(pattern(one_shot(Calibration(model, matrices, ids), Wanda())))
+        found = dict(pattern(one_shot(Calibration(streamed, hollow, ids, residency), Wanda())))
         assert all(torch.equal(found[name], mask) for name, mask in expected.items())
-    expected = sequential(model, matrices, ids, Wanda(), NM(2, 4))
-    found = sequential(streamed, hollow, ids, Wanda(), NM(2, 4), residency=residency)
+    expected = sequential(Calibration(model, matrices, ids), Wanda(), NM(2, 4))
+    found = sequential(Calibration(streamed, hollow, ids, residency), Wanda(), NM(2, 4))
     assert all(torch.equal(found[name], mask) for name, mask in expected.items())
 
 
@@ -107,9 +106,9 @@ def test_descents_agree(tmp_path):
     hollow = attached(find_matrices(loaded.model), loaded.residency)
     ids, settings = tokens(32, 32, VOCABULARY), MirrorDescent(step_size=0.05, batch_tokens=128)
     targets = descent.any_sparsity()
-    expected, record = descend(model, find_matrices(model), ids, Wanda(), targets, 8, settings)
-    found, again = descend(loaded.model, hollow, ids, Wanda(), targets, 8, settings, residency=loaded.residency)
-    assert again["held_out_kl"] == pytest.approx(record["held_out_kl"], rel=1e-4)
+    expected, record = settings.calibrate(Calibration(model, find_matrices(model), ids), Wanda(), targets, 8)
+    found, again = settings.calibrate(Calibration(loaded.model, hollow, ids, loaded.residency), Wanda(), targets, 8)
+    assert again.held_out_loss == pytest.approx(record.held_out_loss, rel=1e-4)
     for name, dual in expected.items():
         assert float(((found[name] > dual.mean()) != (dual > dual.mean())).float().mean()) < 1e-3
 
@@ -134,9 +133,9 @@ def test_the_states_take_the_disk_that_was_forecast(tmp_path, monkeypatch):
     monkeypatch.setattr("uniprune.storage.tensor_store.sync", sync)
     monkeypatch.setattr(descent.Descent, "judge", judge)
     monkeypatch.setattr("uniprune.job.estimate.BATCH_TOKENS", 1)
-    expected = needs(loaded.model, hollow, torch.float32, "feedback", step_tokens=128, mapped=True).scratch
     ids, settings = tokens(32, 32, VOCABULARY), MirrorDescent(batch_tokens=128)
-    found, _ = descend(loaded.model, hollow, ids, Wanda(), [NM(2, 4)], 5, settings, residency=loaded.residency, run=run)
+    expected = needs(Work(loaded.model, hollow, Recipe(controller=settings), torch.float32, torch.float32, 32)).scratch
+    found, _ = settings.calibrate(Calibration(loaded.model, hollow, ids, loaded.residency, run), Wanda(), [NM(2, 4)], 5)
     assert 0.95 * expected < max(taken) <= expected
     assert found.keys() == hollow.keys()
     assert all(torch.equal(dual, judged[2][name]) for name, dual in found.items())
@@ -146,7 +145,8 @@ def test_the_states_take_the_disk_that_was_forecast(tmp_path, monkeypatch):
 def test_the_gram_matrices_of_a_block_are_forecast():
     model = tiny_model()
     matrices = find_matrices(model)
-    plain, refined = (needs(model, matrices, torch.float32, "none", 0, True, refine) for refine in (False, True))
+    recipes = Recipe(sequential=True), Recipe(refine=True)
+    plain, refined = (needs(Work(model, matrices, recipe, torch.float32, torch.float32, 32)) for recipe in recipes)
     held = sum(Gram(matrix.shape[1], CPU).total.nbytes for matrix in matrices.values() if matrix.block == 0)
     for before, after in ((plain.resident, refined.resident), (plain.streamed, refined.streamed)):
         assert held < after - before < 2 * held

@@ -13,9 +13,10 @@ from command import run
 from uniprune import InputError
 from uniprune.common.formatting import NOTE, number, pattern_words, points, short
 from uniprune.common.significance import paired_error
+from uniprune.controller.protocol import ControllerRecord
 from uniprune.reporting import plots
 from uniprune.reporting.headline import figures, sentences
-from uniprune.reporting.results import Controller, Generation, Pruning, read, read_all
+from uniprune.reporting.results import Generation, Pruning, read, read_all
 from uniprune.reporting.sections import dialogue
 from uniprune.reporting.summary import summarise
 
@@ -207,8 +208,8 @@ def test_matrices_by_block_and_kind():
 
 
 def test_when_the_held_out_windows_judged():
-    assert Controller(kl=[1.0] * 9, held_out_kl=[1.0] * 6, judged_every=2).judged_at == [0, 2, 4, 6, 8, 9]
-    assert Controller(kl=[1.0] * 8, held_out_kl=[1.0] * 5).judged_at == [0, 2, 4, 6, 8]  # from before it was recorded
+    assert ControllerRecord(loss=[1.0] * 9, held_out_loss=[1.0] * 6, judged_every=2).judged_at == [0, 2, 4, 6, 8, 9]
+    assert ControllerRecord(loss=[1.0] * 8, held_out_loss=[1.0] * 5).judged_at == [0, 2, 4, 6, 8]  # from before it was recorded
 
 
 @pytest.mark.parametrize(
@@ -322,7 +323,7 @@ def test_what_apply_and_the_published_controller_write(tmp_path):
 def test_what_is_not_finite_is_said(tmp_path):
     rows = [*made_up.sweep()["rows"], {"pattern": "0.9", "scope": "row", "sparsity": 0.9, "perplexity": math.inf}]
     rows += [{"pattern": "0.95", "scope": "row", "sparsity": 0.95, "perplexity": math.nan}]
-    record = made_up.pruning()["controller"] | {"kl": [1.0, math.nan, math.inf], "held_out_kl": [0.5, math.nan]}
+    record = made_up.pruning()["controller"] | {"loss": [1.0, math.nan, math.inf], "held_out_loss": [0.5, math.nan]}
     paths = [made_up.write(tmp_path / "sweep.json", made_up.sweep(rows=rows))]
     paths += [written(tmp_path, made_up.pruning(controller=record))]
     paths += [made_up.write(tmp_path / "e.json", made_up.evaluation("elsewhere", perplexity=math.inf))]
@@ -496,7 +497,7 @@ def test_real_results_make_a_report(tmp_path, folder):
     outline = Outline(made(tmp_path, *paths))
     assert [attributes["id"] for attributes in outline.all("section")] == [*SECTIONS[:2], *SECTIONS[3:5], "protocol"]
     assert "dense to" in outline.texts["summary"]
-    assert len(Controller(**json.loads((pruned / "pruning.json").read_text())["controller"]).judged_at) > 1
+    assert len(ControllerRecord(**json.loads((pruned / "pruning.json").read_text())["controller"]).judged_at) > 1
 
 
 def test_plots_take_their_colours_from_the_page():

@@ -9,7 +9,7 @@ from uniprune.errors import InputError, UniPruneError
 from uniprune.models import masking
 from uniprune.models.blocks import Blocks, Replay, batches
 from uniprune.models.matrices import find_blocks, find_matrices
-from uniprune.saliency.calibration import one_shot
+from uniprune.saliency.calibration import Calibration, one_shot
 from uniprune.saliency.metrics import Magnitude, Wanda
 from uniprune.saliency.sequential import sequential
 from uniprune.sparsity.patterns import NM, Unstructured
@@ -24,7 +24,7 @@ def test_statistics_are_the_sums_over_all_tokens():
     model = tiny_model()
     matrices = find_matrices(model, include=["q_proj"])
     windows = tokens()
-    saliency = one_shot(model, matrices, windows, Wanda())
+    saliency = one_shot(Calibration(model, matrices, windows), Wanda())
     x = model.model.layers[0].input_layernorm(model.model.embed_tokens(windows)).reshape(-1, 32)
     name = "model.layers.0.self_attn.q_proj"
     expected = matrices[name].weight.abs() * x.double().square().mean(0).sqrt().float()
@@ -34,9 +34,9 @@ def test_statistics_are_the_sums_over_all_tokens():
 def test_statistics_do_not_depend_on_the_batches(monkeypatch):
     model = tiny_model()
     matrices = find_matrices(model)
-    whole = dict(one_shot(model, matrices, tokens(), Wanda()))
+    whole = dict(one_shot(Calibration(model, matrices, tokens()), Wanda()))
     monkeypatch.setattr("uniprune.saliency.calibration.batches", lambda windows: batches(windows, 16))
-    single = dict(one_shot(model, matrices, tokens(), Wanda()))
+    single = dict(one_shot(Calibration(model, matrices, tokens()), Wanda()))
     for name in matrices:
         torch.testing.assert_close(whole[name], single[name], rtol=1e-5, atol=1e-6)
 
@@ -45,7 +45,7 @@ def test_conv1d_inputs_and_weights_agree():
     model = tiny_model("gpt2")
     matrices = find_matrices(model, include=[r"h\.0\.attn\.c_attn"])
     windows = tokens()
-    saliency = one_shot(model, matrices, windows, Wanda())["transformer.h.0.attn.c_attn"]
+    saliency = one_shot(Calibration(model, matrices, windows), Wanda())["transformer.h.0.attn.c_attn"]
     embedded = model.transformer.wte(windows) + model.transformer.wpe(torch.arange(16))
     x = model.transformer.h[0].ln_1(embedded).reshape(-1, 32)
     expected = model.transformer.h[0].attn.c_attn.weight.T.abs() * x.square().mean(0).sqrt()
@@ -75,11 +75,11 @@ def test_sequential_scores_each_block_on_pruned_inputs():
     model, reference = tiny_model(), tiny_model()
     before = {name: p.clone() for name, p in model.named_parameters()}
     matrices, windows = find_matrices(model), tokens()
-    found = sequential(model, matrices, windows, Wanda(), NM(2, 4))
+    found = sequential(Calibration(model, matrices, windows), Wanda(), NM(2, 4))
     everything = find_matrices(reference)
     for index in range(3):
         here = {name: matrix for name, matrix in everything.items() if matrix.block == index}
-        expected = dict(NM(2, 4)(one_shot(reference, here, windows, Wanda())))
+        expected = dict(NM(2, 4)(one_shot(Calibration(reference, here, windows), Wanda())))
         for name, mask in expected.items():
             assert torch.equal(found[name], mask), name
         masking.apply(here, expected.items())
@@ -90,7 +90,7 @@ def test_sequential_scores_each_block_on_pruned_inputs():
 def test_sequential_refuses_a_model_wide_budget():
     model = tiny_model()
     with pytest.raises(InputError, match="needs all scores"):
-        sequential(model, find_matrices(model), tokens(), Magnitude(), Unstructured(0.5, "model"))
+        sequential(Calibration(model, find_matrices(model), tokens()), Magnitude(), Unstructured(0.5, "model"))
 
 
 def test_a_matrix_that_sees_no_token_is_an_error():
@@ -98,7 +98,7 @@ def test_a_matrix_that_sees_no_token_is_an_error():
     matrices = find_matrices(model)
     model.model.layers[2].mlp.forward = lambda x: x
     with pytest.raises(UniPruneError, match=r"3 matrices saw no calibration token, e\.g\. model\.layers\.2\.mlp"):
-        one_shot(model, matrices, tokens(), Wanda())
+        one_shot(Calibration(model, matrices, tokens()), Wanda())
 
 
 def test_applied_masks_come_off_again_bit_for_bit():

@@ -11,9 +11,10 @@ from uniprune.errors import InputError
 from uniprune.models import masking
 from uniprune.models.blocks import last_hidden
 from uniprune.models.matrices import find_matrices
+from uniprune.saliency.calibration import Calibration
 from uniprune.saliency.metrics import Magnitude, Wanda
 from uniprune.saliency.refine import descend_groups, errors, refine, swap_rows
-from uniprune.saliency.sequential import sequential
+from uniprune.saliency.sequential import refined
 from uniprune.saliency.statistics import Gram, SquaredNorm, observing
 from uniprune.sparsity.patterns import NM, Unstructured
 
@@ -208,7 +209,7 @@ def test_sequential_refines_each_block_on_pruned_inputs(pattern, metric):
     """Against the slow way: prune the first blocks for good, run the whole model, cut and refine the next block."""
     model, reference = tiny_model(), tiny_model()
     before = {name: p.clone() for name, p in model.named_parameters()}
-    found = sequential(model, find_matrices(model), tokens(), metric, pattern, refine=True)
+    found = refined(Calibration(model, find_matrices(model), tokens()), metric, pattern)
     everything = find_matrices(reference)
     cut_errors, found_errors = 0.0, 0.0
     for index in range(3):
@@ -231,7 +232,7 @@ def test_budgets_over_several_rows_are_refused(monkeypatch):
     model = tiny_model()
     monkeypatch.setattr("uniprune.saliency.calibration.Blocks", None)  # before the model runs
     with pytest.raises(InputError, match=r"0\.5 by matrix has no budget by row; use --scope row or N:M"):
-        sequential(model, find_matrices(model), tokens(), Wanda(), Unstructured(0.5, "matrix"), refine=True)
+        refined(Calibration(model, find_matrices(model), tokens()), Wanda(), Unstructured(0.5, "matrix"))
     with pytest.raises(InputError, match="no budget by row"):
         refine(torch.ones(2, 2), torch.ones(2, 2).bool(), torch.eye(2), Unstructured(0.5, "model"))
 

@@ -8,7 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from uniprune.errors import InputError
-from uniprune.sparsity.patterns import NM, Unstructured, parse, top
+from uniprune.sparsity.patterns import NM, Unstructured
+from uniprune.sparsity.spelling import parse
+from uniprune.sparsity.top import top
 
 
 def cut(pattern, **scores):

@@ -16,7 +16,7 @@ SHAPES = {(32, 64): 3, (64, 64): 1}
 
 
 def measure(kernel, timer=timing.clock, shapes=SHAPES, dtypes=(FLOAT,), batches=(1,), levels=(0.5,)):
-    return timing.measure(shapes, CPU, dtypes, batches, levels, kernels=[kernel], seconds=0, timer=timer)
+    return timing.measure(shapes, timing.Conditions(CPU, dtypes, batches, levels, [kernel], 0, timer))
 
 
 def test_times_are_summed_over_the_matrices_of_the_model():

@@ -107,7 +107,7 @@ class Estimate:
     def __call__(self, pattern: Pattern, scores: Saliency | None = None) -> int:
         """Bytes of the whole archive; scores: of the sampled rows, on the scale that ``pattern`` needs."""
         scores = self._magnitudes if scores is None else scores
-        cut, size = pattern.settle(scores, exact=False), self._rest
+        cut, size = pattern.settle_by_sample(scores), self._rest
         for names in self._runs:
             samples = [self._samples[name] for name in names]
             masks = [cut(name, scores[name]).numpy() for name in names]

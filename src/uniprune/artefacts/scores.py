@@ -10,11 +10,12 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from uniprune.sparsity.views import Scores
 from uniprune.storage import safetensors_index, strict_json
 from uniprune.storage.tensor_file import damaged, open_tensors, stream_tensors
 
 
-class ScoresFile(Mapping[str, Tensor]):
+class ScoresFile(Scores):
     """A saliency on disk, read one matrix at a time; InputError when it is opened, unless it agrees with itself."""
 
     KINDS: ClassVar[Mapping[str, type]] = {
@@ -42,6 +43,7 @@ class ScoresFile(Mapping[str, Tensor]):
                     raise ValueError(f"{name} has no digest")
         except ValueError as error:
             raise damaged("scores", path, error) from None
+        self.comparable = self.facts["comparable"]
         self.shapes = {name: (found[name].shape[0], found[name].shape[1]) for name in names}
 
     def __getitem__(self, name: str) -> Tensor:

@@ -1,7 +1,8 @@
-"""The loop around the controller: the pruned model's loss, the steps of all matrices, the windows that judge, the best state.
+"""The loop around mirror descent: the pruned model's loss, the steps of all matrices, the windows that judge, the best state.
 
-A descent can be interrupted: its state goes into a run folder (``runs``) and it continues from there, bit for bit. It can be
-shared between processes (``ranks``): each takes its part of every step's windows, and all have the same state.
+A descent can be interrupted: its state goes into a run folder (``storage.runs``) and it continues from there, bit for bit. It
+can be shared between processes (``common.distributed``): each takes its part of every step's windows, all have the same state.
+What differs between a model in memory and one that is read block by block is settled where the passes and the states are made.
 """
 
 from __future__ import annotations
@@ -11,81 +12,74 @@ import math
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from uniprune.common import distributed
-from uniprune.common.progress import Progress, silent
 from uniprune.controller.loss import Loss
-from uniprune.controller.mirror_descent import Evener, MirrorDescent, State
 from uniprune.controller.passes import Passes, Resident, Streamed
-from uniprune.controller.states import Best, Cut, States, StoredStates
-from uniprune.controller.straight_through import StraightThrough
+from uniprune.controller.protocol import ControllerRecord
+from uniprune.controller.states import Best, InMemory, OnDisk, Rule, State, States
+from uniprune.controller.straight_through import Evener, StraightThrough
 from uniprune.errors import InputError
-from uniprune.models.blocks import Replay, Residency, resident
+from uniprune.models.blocks import Replay
 from uniprune.models.blocks import batches as in_batches
-from uniprune.models.matrices import Matrices, find_blocks
-from uniprune.saliency import statistics
-from uniprune.saliency.calibration import LocalSaliency
+from uniprune.models.matrices import find_blocks
+from uniprune.saliency.calibration import Calibration, LocalSaliency
 from uniprune.saliency.metrics import Metric
-from uniprune.saliency.statistics import SquaredNorm, check_seen
+from uniprune.saliency.statistics import Kind, SquaredNorm, Statistic, Statistics, add_up, beside, check_seen, feed, starved
 from uniprune.sparsity.patterns import NM, Pattern, Unstructured
 from uniprune.storage.runs import Pace, Run
 from uniprune.storage.stash import Stash
 from uniprune.storage.tensor_store import Store
 
+if TYPE_CHECKING:
+    from uniprune.controller.mirror_descent import MirrorDescent
+
 logger = logging.getLogger(__name__)
+S = TypeVar("S", bound=Statistic)
 
 START_TOKENS = 8192  # of calibration text, whose statistics make the start
 SAMPLE, SAMPLED = 37, 1 << 22  # every 37th dual, or so many in all, tell what a common budget would be while descending
 JUDGED = 1024  # tokens in one batch of held-out windows
-GLANCE = 16  # one row of 16 tells how many masks a step flipped; as many at a time as tiles may need
+SAMPLE_ROWS = 16  # one row of 16 tells how many masks a step flipped; as many at a time as tiles may need
 
 
 def descend(
-    model: nn.Module,
-    matrices: Matrices,
-    windows: Tensor,
+    settings: MirrorDescent,
+    calibration: Calibration,
     metric: Metric,
     targets: Sequence[Pattern],
     steps: int | None = None,
-    settings: MirrorDescent | None = None,
     seed: int = 0,
-    progress: Progress = silent,
-    residency: Residency = resident,
-    run: Run | None = None,
-) -> tuple[Mapping[str, Tensor], dict[str, Any]]:
+) -> tuple[Mapping[str, Tensor], ControllerRecord]:
     """The global saliency (duals) and a record of the descent.
 
-    windows: token ids ``[windows, length]``; the last few judge the state and are never descended on, the first few also make
-    the start. metric: the local saliency. targets: the patterns whose masks the loss is taken at, one per step, drawn by
-    ``seed`` in shuffled rounds. steps: by default so many that each window is used once. residency: of a model whose blocks are
-    in memory one at a time; its states are then kept on disk. run: where progress is kept, and taken up again; the saliency
-    that is returned may lie there.
+    calibration: the last few windows judge the state and are never descended on, the first few also make the start. metric:
+    the local saliency. targets: the patterns whose masks the loss is taken at, one per step, drawn by ``seed`` in shuffled
+    rounds. steps: by default so many that each window is used once.
     The state with the lowest held-out KL is returned: it is never worse there than the start. A descent that diverges is set
     back to the best state and goes on at half the step size; one that stops improving is stopped.
     Raises InputError if there are too few windows.
     """
-    settings = settings or MirrorDescent()
+    windows = calibration.windows
     if len(windows) < 2:
         raise InputError("the controller holds a calibration window out and needs another; give --windows 2 or more")
     if settings.temperature:
-        if not all(isinstance(target, (Unstructured, NM)) and getattr(target, "scope", "") != "block" for target in targets):
-            raise InputError(f"masks of {targets[0]} cannot be relaxed; leave temperature at 0")
-        if residency is not resident and not all(target.local for target in targets):
-            raise InputError("relaxed masks with one budget for the model need all of it in memory; leave temperature at 0")
+        _check_relaxed(targets, calibration)
     judges = max(1, min(max(settings.held_out, len(targets)), len(windows) // 8))
     held_out, windows = windows[-judges:], windows[:-judges]
     todo = in_batches(windows, settings.batch_tokens)
     steps = steps or len(todo)
     with ExitStack() as stack:
-        kept = run or Run(Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="uniprune-"))))
-        passes = _passes(model, matrices, residency, kept)
+        run = calibration.run or Run(Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="uniprune-"))))
+        passes = _passes(calibration, run)
         stack.enter_context(passes.network)
-        descent = Descent(passes, matrices, windows, metric, targets, settings, kept, durable=run is not None)
+        descent = Descent(settings, passes, replace(calibration, windows=windows), metric, targets, run)
         best, order = descent.best, _drawn(targets, seed)
         history, stale, begin = [], 0, 0
         every = math.ceil(steps / settings.checks)
@@ -97,10 +91,10 @@ def descend(
             history = [best.value]
         for _ in range(begin):
             next(order)
-        for index in progress(range(begin, steps), "descending", steps - begin):
+        for index in calibration.progress(range(begin, steps), "descending", steps - begin):
             target, batch = next(order), todo[index % len(todo)]
             kl, flips = descent.step(batch, target, 1 - index / steps)
-            progress.note(f"{target}: KL {kl:.3f}, {flips:.2%} flipped", batch.numel())
+            calibration.progress.note(f"{target}: KL {kl:.3f}, {flips:.2%} flipped", batch.numel())
             logger.info("step %d: %s KL %.4f", index, target, kl)
             if not (index + 1) % every or index + 1 == steps:
                 history.append(descent.judge(targets, held_out))
@@ -117,56 +111,67 @@ def descend(
             descent.save(facts, last=after == steps)
             if stale == 2:
                 break
-        judged = {"steps": steps, "judged_every": every, "held_out_kl": history, "best_held_out_kl": best.value}
-        return best if run else dict(best), judged | descent.record
+        record = ControllerRecord(
+            objective="KL",
+            steps=steps,
+            judged_every=every,
+            held_out_loss=history,
+            best_held_out_loss=best.value,
+            **descent.record,
+        )
+        return best if calibration.run else dict(best), record
 
 
 class Descent:
     """The states of all matrices, and the steps that move them.
 
-    best: of the states that were judged. record: tokens descended on, KL in nats per token and share of masks that each step
-    flipped, how often it backed off.
+    calibration: of it, the windows to descend on. run: where states lie that are not in memory; the calibration's own, else a
+    temporary one. best: of the states that were judged. record: tokens descended on, KL in nats per token and share of masks
+    that each step flipped, how often it backed off.
     """
 
     def __init__(
         self,
+        settings: MirrorDescent,
         passes: Passes,
-        matrices: Matrices,
-        windows: Tensor,
+        calibration: Calibration,
         metric: Metric,
         targets: Sequence[Pattern],
-        settings: MirrorDescent,
         run: Run,
-        durable: bool = False,
     ) -> None:
-        self._passes, self._matrices, self._settings = passes, matrices, settings
-        self._streamed = isinstance(passes, Streamed)
-        self._durable, self._pace, self._store = durable, Pace(), Store(run, "descent")
+        self._settings, self._passes, self._matrices = settings, passes, calibration.matrices
+        self._rule: Rule = settings
+        windows, store = calibration.windows, Store(run, "descent")
         head = passes.head(windows, None if settings.labels else settings.vocabulary)
         self._loss = Loss(head, settings.labels, settings.evenness, settings.hidden)
-        inputs, self._gradients = _start(passes, windows[: max(1, START_TOKENS // windows.shape[1])], run, durable)
-        self._local = LocalSaliency(matrices, metric, inputs)
-        self.states: States | StoredStates = StoredStates(self._store) if self._streamed else States(self._store)
-        self.best = Best(self._store, matrices, passes.device)
-        self._every = max(SAMPLE, sum(matrix.size for matrix in matrices.values()) // SAMPLED)
+        few = windows[: max(1, START_TOKENS // windows.shape[1])]
+        found = sensitivities(passes, few, metric.statistic, calibration.run)
+        self._local, self._gradients = LocalSaliency(self._matrices, metric, found.statistics), found.gradients
+        self._saved = dict(store.facts)
+        self.states: States = (
+            OnDisk(store, settings)
+            if calibration.streamed
+            else InMemory(store, settings, Pace() if calibration.run else None, passes.device)
+        )
+        self.best = Best(store, self._matrices, passes.device)
+        self._every = max(SAMPLE, sum(matrix.size for matrix in self._matrices.values()) // SAMPLED)
         grains = {target.grain for target in targets if not target.local}
         self._samples: dict[int, dict[str, Tensor]] = {grain: {} for grain in grains if grain}
         self._scale, self._size = 1.0, 0.0
         self._flipped, self._seen = 0, 0
-        self.record: dict[str, Any] = {"tokens": 0, "kl": [], "flips": [], "backed_off": 0}
-        self.record |= self._local.starved
-        saved = StoredStates(self._store) if self._store.facts else None
-        for name in matrices:
-            state = saved[name].to(passes.device) if saved else self.start(name)
-            if saved is None or not self._streamed:  # else it is where it belongs
-                self.states[name] = state
-            self._sample(name, state)
+        self.record: dict[str, Any] = {"tokens": 0, "loss": [], "flips": [], "backed_off": 0}
+        self.record |= starved(self._matrices, found.norms)
+        for name in self._matrices:
+            if self._saved:
+                self._sample(name, self.states[name].to(passes.device))
+            else:
+                self._put(name, self.start(name))
         passes.network.sink = self._sink
-        passes.network.weigh = Evener(inputs, self._gradients) if settings.even_tokens else None
+        passes.network.weigh = Evener(found.norms, self._gradients) if settings.even_tokens else None
 
     def start(self, name: str) -> State:
         """A matrix's state before the first step."""
-        return self._settings.init(self._local[name], self._gradients[name])
+        return self._rule.init(self._local[name], self._gradients[name])
 
     def step(self, batch: Tensor, target: Pattern, left: float) -> tuple[float, float]:
         """One step on windows ``[n, length]``; its KL in nats per token, and the share of masks that it flipped.
@@ -177,13 +182,12 @@ class Descent:
         self._flipped = self._seen = 0
         self._aim(target, self._settings.temperature * left)
         mine = distributed.share(batch)
-        student, teacher = self._passes.forward(mine, between=self._loss.between if self._settings.hidden else None)
-        assert teacher is not None
+        student, teacher = self._passes.forward(mine, self._loss.between if self._settings.hidden else None)
         kl, gradient = self._loss.gradient(student, teacher, mine)
         self._passes.backward(gradient)
         kl, flips = distributed.total_of(kl) / batch.numel(), self._flipped / max(1, self._seen)
         self.record["tokens"] += batch.numel()
-        self.record["kl"].append(kl)
+        self.record["loss"].append(kl)
         self.record["flips"].append(flips)
         return kl, flips
 
@@ -203,41 +207,31 @@ class Descent:
     def back_off(self) -> None:
         """Goes on from the best duals at half the step size, without momentum."""
         for name, dual in self.best.items():
-            nothing = torch.zeros_like(dual, dtype=torch.bfloat16)
-            self._put(name, State(dual, nothing, nothing.clone(), self.states[name].unit, 0))
+            self._put(name, self._rule.restart(self.states[name], dual))
         self._scale /= 2
         self.record["backed_off"] += 1
 
     def save(self, facts: Mapping[str, Any], last: bool) -> None:
-        """Keeps the progress: states on disk at every step, states in memory as often as it costs little time."""
-        facts = {"scale": self._scale, "record": self.record, **facts}
-        if isinstance(self.states, StoredStates):
-            self._store.commit(facts)
-        elif self._durable and (last or self._pace.due()):
-            with self._pace.saving():
-                stored = StoredStates(self._store)
-                for name, state in self.states.items():
-                    stored[name] = state
-                self._store.commit(facts)
+        """Keeps the progress, as often as the states allow."""
+        self.states.save({"scale": self._scale, "record": self.record, **facts}, last)
 
     def saved(self) -> dict[str, Any]:
         """The facts of an earlier run that stopped here, or nothing."""
-        facts = dict(self._store.facts)
-        if facts:
-            self._scale, self.record = facts["scale"], facts["record"]
-        return facts
+        if self._saved:
+            self._scale, self.record = self._saved["scale"], self._saved["record"]
+        return self._saved
 
     def _aim(self, target: Pattern, temperature: float = 0.0) -> None:
         """The masks of the passes to come."""
         shared: Mapping[str, Tensor] = {}
         if not target.local:
             shared = self._samples[target.grain] if target.grain else {name: self.states.dual(name) for name in self._matrices}
-        hard = target.settle(shared, exact=False)
+        hard = target.settle_by_sample(shared)
         if temperature:
             units = [self.states[name].unit for name in self._matrices]
             temperature *= sum(units) / len(units)
-        self._cut = Cut(target, hard, self.states.dual, self._matrices, temperature, self._streamed)
-        self._passes.network.masks = self._cut
+        self._masks = self.states.masks(target, hard, self.states.dual, self._matrices, temperature)
+        self._passes.network.masks = self._masks
 
     def _put(self, name: str, state: State) -> None:
         self.states[name] = state
@@ -258,44 +252,89 @@ class Descent:
             return
         gradient = gradient.float() * weight
         if self._settings.temperature:
-            soft = self._cut[name]
+            soft = self._masks[name]
             gradient *= soft * (1 - soft)
         state = self.states[name].to(weight.device)
         start = self.start(name).dual if self._settings.anchor else None
-        moved = self._settings.step(state, gradient, self._size, start)
-        rows = max(1, len(moved.dual) // GLANCE // GLANCE) * GLANCE
-        before, after = (self._cut.hard(name, each.dual[:rows]) for each in (state, moved))
+        moved = self._rule.step(state, gradient, self._size, start)
+        rows = max(1, len(moved.dual) // SAMPLE_ROWS // SAMPLE_ROWS) * SAMPLE_ROWS
+        before, after = (self._masks.hard(name, each.dual[:rows]) for each in (state, moved))
         self._flipped += int((before != after).sum())
         self._seen += before.numel()
         self._put(name, moved)
 
 
-def sensitivities(passes: Passes, windows: Tensor) -> tuple[dict[str, SquaredNorm], dict[str, Tensor]]:
-    """The inputs of each matrix in the dense model, and the RMS ``[out]`` of its next-token loss gradient at the outputs.
+class Start(NamedTuple):
+    """What a descent starts from, by matrix name.
 
-    windows: token ids ``[windows, length]``. The network of ``passes`` is left without masks.
+    norms: of the inputs in the dense model. gradients: RMS ``[out]`` of the next-token loss's gradient at the outputs.
+    statistics: of the inputs, of the kind that the metric wants; they are the norms if those will do.
     """
+
+    norms: dict[str, SquaredNorm]
+    gradients: dict[str, Tensor]
+    statistics: Statistics
+
+
+def sensitivities(passes: Passes, windows: Tensor, wanted: Kind | None, run: Run | None = None) -> Start:
+    """The start of a descent, or what an earlier run found it to be.
+
+    windows: token ids ``[windows, length]``. wanted: the statistic of the local metric. The network of ``passes`` is left
+    without masks.
+    """
+    other = beside(SquaredNorm, wanted)
+    store = Store(run, "start") if run else None
+    if store is not None and store.facts:
+        return _restored(store, passes, other)
+    start = _measured(passes, windows, other)
+    if store is not None:
+        store["inputs"] = {name: norm.total for name, norm in start.norms.items()}
+        store["gradients"] = start.gradients
+        if other:
+            store["statistics"] = {name: one.total for name, one in start.statistics.items()}
+        store.commit({"tokens": {name: norm.tokens for name, norm in start.norms.items()}})
+    return start
+
+
+def _measured(passes: Passes, windows: Tensor, other: Kind | None) -> Start:
     network = passes.network
-    inputs = {name: SquaredNorm(matrix.shape[1], passes.device) for name, matrix in network.matrices.items()}
+    columns = {name: matrix.shape[1] for name, matrix in network.matrices.items()}
+    norms = {name: SquaredNorm(count, passes.device) for name, count in columns.items()}
+    own = {name: other(count, passes.device) for name, count in columns.items()} if other else {}
     totals = {name: torch.zeros(matrix.shape[0], device=passes.device) for name, matrix in network.matrices.items()}
 
     def watch(name: str, x: Tensor, gradient: Tensor) -> None:
-        inputs[name].update(x)
+        norms[name].update(x)
         totals[name] += gradient.float().square().sum(0)
+        if own:
+            own[name].update(x)
 
     network.masks, network.watch = {}, watch
     head = passes.head(windows)
     for batch in passes.portions(windows[distributed.rank() :: distributed.count()], windows.shape[1]):
-        hidden, _ = passes.forward(batch, teacher=False)
-        passes.backward(head.next_token(hidden, batch))
+        passes.backward(head.next_token(passes.forward_alone(batch), batch))
     network.watch = None
-    for name, norm in inputs.items():
-        distributed.total(norm.total)
-        norm.tokens = int(distributed.total_of(norm.tokens))
-        distributed.total(totals[name])
-    statistics.feed(network.matrices, inputs, totals)
-    check_seen(inputs)
-    return inputs, {name: (total / windows.numel()).sqrt() for name, total in totals.items()}
+    for total in totals.values():
+        distributed.total(total)
+    add_up(norms)
+    add_up(own)
+    feed(network.matrices, norms, totals)
+    feed(network.matrices, own)
+    check_seen(norms)
+    check_seen(own)
+    return Start(norms, {name: (total / windows.numel()).sqrt() for name, total in totals.items()}, own or norms)
+
+
+def _restored(store: Store, passes: Passes, other: Kind | None) -> Start:
+    def statistics(kind: type[S], key: str) -> dict[str, S]:
+        found = {name: kind(matrix.shape[1], passes.device) for name, matrix in passes.network.matrices.items()}
+        for name, total in store[key].items():
+            found[name].add(total.to(passes.device), store.facts["tokens"][name])
+        return found
+
+    norms = statistics(SquaredNorm, "inputs")
+    gradients = {name: rms.to(passes.device) for name, rms in store["gradients"].items()}
+    return Start(norms, gradients, statistics(other, "statistics") if other else norms)
 
 
 def any_sparsity() -> tuple[Pattern, ...]:
@@ -303,31 +342,22 @@ def any_sparsity() -> tuple[Pattern, ...]:
     return *(Unstructured(level, "model") for level in (0.5, 0.6, 0.7)), NM(2, 4), NM(4, 8), NM(2, 4)
 
 
-def _start(passes: Passes, windows: Tensor, run: Run, durable: bool) -> tuple[dict[str, SquaredNorm], dict[str, Tensor]]:
-    """:func:`sensitivities`, or what an earlier run found them to be."""
-    store = Store(run, "start")
-    if store.facts:
-        inputs = {}
-        for name, tokens in store.facts["tokens"].items():
-            total = store.tensor("inputs", name).to(passes.device)
-            inputs[name] = SquaredNorm(len(total), total.device)
-            inputs[name].add(total, tokens)
-        return inputs, {name: rms.to(passes.device) for name, rms in store["gradients"].items()}
-    inputs, gradients = sensitivities(passes, windows)
-    if durable:
-        store["inputs"] = {name: norm.total for name, norm in inputs.items()}
-        store["gradients"] = gradients
-        store.commit({"tokens": {name: norm.tokens for name, norm in inputs.items()}})
-    return inputs, gradients
+def _check_relaxed(targets: Sequence[Pattern], calibration: Calibration) -> None:
+    """Raises InputError if masks cannot be relaxed, as a temperature above 0 asks for."""
+    if not all(isinstance(target, (Unstructured, NM)) and getattr(target, "scope", "") != "block" for target in targets):
+        raise InputError(f"masks of {targets[0]} cannot be relaxed; leave temperature at 0")
+    if calibration.streamed and not all(target.local for target in targets):
+        raise InputError("relaxed masks with one budget for the model need all of it in memory; leave temperature at 0")
 
 
-def _passes(model: nn.Module, matrices: Matrices, residency: Residency, run: Run) -> Passes:
-    network, (_, blocks) = StraightThrough(matrices), find_blocks(model)
-    if residency is resident:
+def _passes(calibration: Calibration, run: Run) -> Passes:
+    model, network = calibration.model, StraightThrough(calibration.matrices)
+    _, blocks = find_blocks(model)
+    if not calibration.streamed:
         return Resident(model, blocks, network)
     stash = run.folder / "stash"
     stash.mkdir(exist_ok=True)
-    return Streamed(model, Replay(model, blocks, residency), network, Stash(stash))
+    return Streamed(model, Replay(model, blocks, calibration.residency), network, Stash(stash))
 
 
 def _drawn(targets: Sequence[Pattern], seed: int) -> Iterator[Pattern]:

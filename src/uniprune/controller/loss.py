@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from uniprune.models.output_head import Head, _pieces
 
-QUIET = 0.02  # nats: tokens with a smaller divergence are not made louder than this
+MIN_KL = 0.02  # nats: tokens with a smaller divergence are not made louder than this
 
 
 class Loss:
@@ -36,7 +36,7 @@ class Loss:
                 with torch.enable_grad():
                     leaf = ours[piece].detach().requires_grad_()
                     kl = self._kl(leaf, theirs[piece])
-                    loss = (1 - self._labels) * (kl * kl.detach().clamp_min(QUIET) ** -self._evenness).sum()
+                    loss = (1 - self._labels) * (kl * kl.detach().clamp_min(MIN_KL) ** -self._evenness).sum()
                 into[piece] = torch.autograd.grad(loss, leaf)[0]
                 total += float(kl.detach().sum())
         if self._labels:

@@ -13,26 +13,30 @@ where m and r are running mean and RMS of g (Adam's, kept in bfloat16), unit is 
 local saliency. The power is the mirror map: at 0 (a logarithm) every weight would move by an equal factor, at 1 by an equal
 amount. The loss is that of ``loss.Loss``: by default the divergence from the dense model's predictions. The weights stay as
 they are. Idea: UniPruning, arXiv 2510.03291; departures: the gradient comes from the pruned model itself instead of from a
-drifting copy of the weights, so there is no such copy (that variant is ``paper``).
+drifting copy of the weights, so there is no such copy (that variant is ``published``).
 
 What limits a descent on few tokens is the noise of the gradients, so three things make it smaller. Rows and columns move by
 how far their gradients agree from step to step (:func:`confidence`). And a few loud tokens would drown the rest, so tokens are
 evened out twice: in the loss (its ``evenness``), and in each matrix's gradient, by the sizes of the input and the output
-gradient that a token has there (:class:`Evener`).
+gradient that a token has there (``straight_through.Evener``).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
+from uniprune.controller import descent
+from uniprune.controller.protocol import ControllerRecord, Cost
 from uniprune.errors import InputError
-from uniprune.saliency.statistics import SquaredNorm
+from uniprune.saliency.calibration import Calibration
+from uniprune.saliency.metrics import Metric
+from uniprune.sparsity.patterns import Pattern
 
 TINY = 1e-20
 LEAST, MOST = 0.02, 5.0  # signal share of a row or column, and factor of a weight, in confidence()
@@ -50,10 +54,14 @@ class State(NamedTuple):
     def to(self, device: torch.device) -> State:
         return State(self.dual.to(device), self.mean.to(device), self.rms.to(device), self.unit, self.steps)
 
+    def rest(self) -> dict[str, Tensor]:
+        """All but the dual, for the disk."""
+        return {"mean": self.mean, "rms": self.rms, "facts": torch.tensor([self.unit, self.steps], dtype=torch.float64)}
+
 
 @dataclass(frozen=True)
 class MirrorDescent:
-    """Settings of the controller, and its pure ``init`` / ``step`` on one matrix.
+    """Settings of the controller, its pure ``init`` / ``step`` on one matrix, and :meth:`calibrate`, which descends on all.
 
     step_size: of the dual, in units of the matrix's mean dual, falling linearly to 0. mean_decay, rms_decay: of the running
     mean and RMS of the gradients, in (0, 1). power: of the saliency that the dual is, > 0. anchor: pull towards the start, per
@@ -62,7 +70,16 @@ class MirrorDescent:
     matrix's gradient evens its tokens out. focus: whether rows and columns move by how far their gradients agree from step to
     step (:func:`confidence`). batch_tokens: per step. held_out: so many windows, one for each target at least and
     an eighth at most, judge and are never descended on. checks: how often they do, at most.
+
+    A variant is a subclass with an ``init`` or ``step`` of its own; the loop (``descent``) knows of a state what
+    ``states.State`` says.
     """
+
+    # Of memory, float32 dual, two bfloat16 moments, mask; on disk, the last two versions of the states and the best duals.
+    cost: ClassVar[Cost] = Cost(flops=8, memory=9, disk=2 * 8 + 4)
+    in_memory: ClassVar[bool] = False
+    one_process: ClassVar[bool] = False
+    comparable: ClassVar[bool] = True
 
     step_size: float = 0.0045
     mean_decay: float = 0.9
@@ -92,11 +109,30 @@ class MirrorDescent:
         """Tokens of a step on windows of ``length``."""
         return self.batch_tokens
 
+    def calibrate(
+        self,
+        calibration: Calibration,
+        metric: Metric,
+        targets: Sequence[Pattern],
+        steps: int | None = None,
+        seed: int = 0,
+    ) -> tuple[Mapping[str, Tensor], ControllerRecord]:
+        """The duals after a descent, see ``descent.descend``."""
+        return descent.descend(self, calibration, metric, targets, steps, seed)
+
     def init(self, local: Tensor, output_gradient: Tensor) -> State:
         """local: scores ``[out, in]`` >= 0. output_gradient: RMS of dL/dy ``[out]`` at the matrix's outputs."""
         dual = (local.float() * output_gradient.float()[:, None]).clamp_min(TINY) ** self.power
-        nothing = torch.zeros_like(dual, dtype=torch.bfloat16)
-        return State(dual, nothing, nothing.clone(), float(dual.mean()), 0)
+        return self._still(dual, float(dual.mean()))
+
+    def restart(self, state: State, dual: Tensor) -> State:
+        """A state at another dual, without momentum."""
+        return self._still(dual, state.unit)
+
+    def restore(self, dual: Tensor, rest: Mapping[str, Tensor]) -> State:
+        """A state that was saved as its dual and :meth:`State.rest`."""
+        unit, steps = rest["facts"].tolist()
+        return State(dual, rest["mean"], rest["rms"], unit, int(steps))
 
     def step(self, state: State, gradient: Tensor, size: float, start: Tensor | None = None) -> State:
         """One step against ``gradient`` ``[out, in]``, float32; ``start``: the dual that the anchor pulls to."""
@@ -112,6 +148,10 @@ class MirrorDescent:
             move += self.anchor * (state.dual - start)
         return State(state.dual - size * move, mean.bfloat16(), rms.bfloat16(), state.unit, steps)
 
+    def _still(self, dual: Tensor, unit: float) -> State:
+        nothing = torch.zeros_like(dual, dtype=torch.bfloat16)
+        return State(dual, nothing, nothing.clone(), unit, 0)
+
 
 def confidence(move: Tensor, decay: float, steps: int) -> Tensor:
     """Factors ``[out, in]`` with mean 1 that trust rows and columns as far as their gradients agree from step to step.
@@ -125,22 +165,3 @@ def confidence(move: Tensor, decay: float, steps: int) -> Tensor:
     shares = [(energy.mean(axis, keepdim=True) - noise).clamp_min(LEAST * (1 - noise)) for axis in (0, 1)]
     factor = shares[0] * shares[1]
     return (factor / factor.mean()).clamp_max_(MOST)
-
-
-class Evener:
-    """Weighs the tokens of each matrix's gradient: ``|x| ** -1 * |dL/dy| ** -1/2``.
-
-    Sizes are RMS over channels, each channel in units of its own RMS in the dense model. A token's weight depends on no other
-    token, so that a batch may be run in parts. The exponents were chosen by how well
-    the gradient of few tokens then tells that of many (docs/experiments.md).
-    """
-
-    def __init__(self, inputs: Mapping[str, SquaredNorm], gradients: Mapping[str, Tensor]) -> None:
-        self._inputs = {name: norm.rms.clamp_min(1e-9).reciprocal() for name, norm in inputs.items()}
-        self._gradients = {name: rms.clamp_min(TINY).reciprocal() for name, rms in gradients.items()}
-
-    def __call__(self, name: str, x: Tensor, gradient: Tensor) -> Tensor:
-        """Weights ``[tokens]`` for inputs ``[tokens, in]`` and output gradients ``[tokens, out]``."""
-        heard = (x * self._inputs[name]).square().mean(1).clamp_min(TINY)
-        said = (gradient * self._gradients[name]).square().mean(1).clamp_min(TINY)
-        return (heard**-0.5 * said**-0.25).to(gradient.dtype)

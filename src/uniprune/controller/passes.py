@@ -1,9 +1,8 @@
 """Passes of the pruned model and of the dense one, forwards and backwards: in one go, or block by block from disk.
 
-Both kinds give the same numbers; ``mirror_descent`` cannot tell them apart. Block by block, a pass forwards loads each block
-once, for all windows and for both models, and keeps each block's inputs; a pass backwards loads each block once more, last
-one first, and runs it again with gradients. So a step reads the model twice however many windows it has, and only one block
-is ever in memory.
+Both kinds give the same numbers. Block by block, a pass forwards loads each block once, for all windows and for both models,
+and keeps each block's inputs; a pass backwards loads each block once more, last one first, and runs it again with gradients.
+So a step reads the model twice however many windows it has, and only one block is ever in memory.
 """
 
 from __future__ import annotations
@@ -36,8 +35,12 @@ class Passes(Protocol):
         """Where the model computes."""
         ...
 
-    def forward(self, batch: Tensor, teacher: bool = True, between: Between | None = None) -> tuple[Tensor, Tensor | None]:
+    def forward(self, batch: Tensor, between: Between | None = None) -> tuple[Tensor, Tensor]:
         """Final hidden states ``[windows, length, width]`` of the pruned and of the dense model, for :meth:`backward`."""
+        ...
+
+    def forward_alone(self, batch: Tensor) -> Tensor:
+        """As :meth:`forward`, of the pruned model only."""
         ...
 
     def backward(self, gradient: Tensor) -> None:
@@ -69,21 +72,30 @@ class Resident:
     def device(self) -> torch.device:
         return device_of(self._model)
 
-    def forward(self, batch: Tensor, teacher: bool = True, between: Between | None = None) -> tuple[Tensor, Tensor | None]:
-        target, states = self._dense(batch, keep=between is not None) if teacher else (None, [])
+    def forward(self, batch: Tensor, between: Between | None = None) -> tuple[Tensor, Tensor]:
+        if between is None:
+            target = self._dense(batch)
+            return self.forward_alone(batch), target
+        target, states = self._dense_states(batch)
+        pull = self._pull(states, between)
+        handles = [block.register_forward_hook(pull) for block in self._blocks[:-1]]
+        try:
+            return self.forward_alone(batch), target
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def forward_alone(self, batch: Tensor) -> Tensor:
         handles = [
             block.register_forward_pre_hook(self._flush(index), with_kwargs=True) for index, block in enumerate(self._blocks)
         ]
-        if between:
-            pull = self._pull(states, between)
-            handles += [block.register_forward_hook(pull) for block in self._blocks[:-1]]
         try:
             with torch.enable_grad():
                 self._last = last_hidden(self._model, batch)
         finally:
             for handle in handles:
                 handle.remove()
-        return self._last.detach(), target
+        return self._last.detach()
 
     def backward(self, gradient: Tensor) -> None:
         assert self._last is not None, "nothing went forwards"
@@ -98,14 +110,14 @@ class Resident:
 
     @torch.no_grad()
     def look(self, batch: Tensor) -> tuple[Tensor, Tensor]:
-        return last_hidden(self._model, batch), self._dense(batch, keep=False)[0]
+        return last_hidden(self._model, batch), self._dense(batch)
 
     def portions(self, windows: Tensor, tokens: int) -> list[Tensor]:
         return batches(windows, tokens)
 
     def head(self, text: Tensor, vocabulary: int | None = None) -> Head:
         probe = text[:1, :8]
-        hidden, states = self._dense(probe, keep=True)
+        hidden, states = self._dense_states(probe)
         for index, state in enumerate((*states, hidden)):
             if not bool(torch.isfinite(state).all()):
                 raise InputError(f"block {index} {OVERFLOW}")
@@ -114,17 +126,21 @@ class Resident:
                 self._model, lambda model: model(input_ids=probe.to(hidden.device), use_cache=False), hidden
             )
 
-    def _dense(self, batch: Tensor, keep: bool) -> tuple[Tensor, list[Tensor]]:
-        """The dense model's final hidden states, and those after each block but the last if they are to be kept."""
+    def _dense(self, batch: Tensor) -> Tensor:
+        """The dense model's final hidden states."""
+        with self.network.dense():
+            return last_hidden(self._model, batch)
+
+    def _dense_states(self, batch: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The dense model's final hidden states, and those after each block but the last."""
         states: list[Tensor] = []
 
         def after(module: nn.Module, args: object, output: Any) -> None:
             states.append(hidden_of(output))
 
-        handles = [block.register_forward_hook(after) for block in self._blocks[:-1] if keep]
+        handles = [block.register_forward_hook(after) for block in self._blocks[:-1]]
         try:
-            with self.network.dense():
-                return last_hidden(self._model, batch), states
+            return self._dense(batch), states
         finally:
             for handle in handles:
                 handle.remove()
@@ -170,9 +186,28 @@ class Streamed:
     def device(self) -> torch.device:
         return self._replay.device
 
-    def forward(self, batch: Tensor, teacher: bool = True, between: Between | None = None) -> tuple[Tensor, Tensor | None]:
-        self._inputs, self._pulls = [], []
-        return self._sweep(batch, teacher, keep=True, between=between)
+    @torch.no_grad()
+    def forward(self, batch: Tensor, between: Between | None = None) -> tuple[Tensor, Tensor]:
+        ours, theirs = self._enter_both(batch)
+        self._inputs, self._pulls, blocks = [], [], len(self._replay)
+        for index in range(blocks):
+            self._keep(index, ours)
+            with self._replay.residency(index):
+                self._pulls.append(self._run_both(index, ours, theirs, between if index + 1 < blocks else None))
+        self._last = ours
+        return self._final(ours), self._final(theirs)
+
+    @torch.no_grad()
+    def forward_alone(self, batch: Tensor) -> Tensor:
+        ours = self._enter(batch)
+        self._inputs, self._pulls = [], [[] for _ in range(len(self._replay))]
+        for index in range(len(self._replay)):
+            self._keep(index, ours)
+            with self._replay.residency(index):
+                for part, hidden in enumerate(ours):
+                    ours[part] = self._put("student", part, self._replay.run(index, self._here(hidden)))
+        self._last = ours
+        return self._final(ours)
 
     @torch.no_grad()
     def backward(self, gradient: Tensor) -> None:
@@ -182,7 +217,7 @@ class Streamed:
         for index in reversed(range(len(self._replay))):
             with self._replay.residency(index):
                 for part, hidden in enumerate(self._inputs[index]):
-                    if self._pulls and index + 1 < len(self._replay):
+                    if self._pulls[index]:
                         pieces[part] = pieces[part] + self._pulls[index][part]
                     with torch.enable_grad():
                         leaf = self._here(hidden).detach().requires_grad_()
@@ -192,10 +227,14 @@ class Streamed:
                     pieces[part] = self._stash.put(f"gradient-{part}", leaf.grad)
                 self.network.flush(index)
 
+    @torch.no_grad()
     def look(self, batch: Tensor) -> tuple[Tensor, Tensor]:
-        student, teacher = self._sweep(batch, teacher=True, keep=False)
-        assert teacher is not None
-        return student, teacher
+        ours, theirs = self._enter_both(batch)
+        for index in range(len(self._replay)):
+            with self._replay.residency(index):
+                self._run_both(index, ours, theirs)
+        self._last = []
+        return self._final(ours), self._final(theirs)
 
     def portions(self, windows: Tensor, tokens: int) -> list[Tensor]:
         return [windows]
@@ -206,30 +245,32 @@ class Streamed:
             hidden = self._replay.leave(self._replay.enter(probe))
             return Head(self._model, text, vocabulary).fit(self._model, lambda model: self._replay.around(model, probe), hidden)
 
-    @torch.no_grad()
-    def _sweep(self, batch: Tensor, teacher: bool, keep: bool, between: Between | None = None) -> tuple[Tensor, Tensor | None]:
-        parts = batches(batch, PART_TOKENS)
-        ours = [self._put("student", part, self._replay.enter(windows)) for part, windows in enumerate(parts)]
-        theirs = [self._put("teacher", part, hidden) for part, hidden in enumerate(ours)] if teacher else []
-        blocks = len(self._replay)
-        for index in range(blocks):
-            if keep:
-                self._inputs.append([self._put(f"input-{index}", part, hidden) for part, hidden in enumerate(ours)])
-                self._pulls.append([])
-            with self._replay.residency(index):
-                for part in range(len(parts)):
-                    student = self._replay.run(index, self._here(ours[part]))
-                    if teacher:
-                        with self.network.dense():
-                            target = self._replay.run(index, self._here(theirs[part]))
-                        if between and index + 1 < blocks:
-                            self._pulls[index].append(self._put(f"pull-{index}", part, between(student, target, blocks)))
-                        theirs[part] = self._put("teacher", part, target)
-                    ours[part] = self._put("student", part, student)
-        self._last = ours if keep else []
-        if not between:
-            self._pulls = []
-        return self._final(ours), self._final(theirs) if teacher else None
+    def _enter(self, batch: Tensor) -> list[Tensor]:
+        """The first block's inputs, in parts."""
+        return [
+            self._put("student", part, self._replay.enter(windows)) for part, windows in enumerate(batches(batch, PART_TOKENS))
+        ]
+
+    def _enter_both(self, batch: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """The first block's inputs for both models."""
+        ours = self._enter(batch)
+        return ours, [self._put("teacher", part, hidden) for part, hidden in enumerate(ours)]
+
+    def _keep(self, index: int, ours: list[Tensor]) -> None:
+        """Keeps a block's inputs for the pass backwards."""
+        self._inputs.append([self._put(f"input-{index}", part, hidden) for part, hidden in enumerate(ours)])
+
+    def _run_both(self, index: int, ours: list[Tensor], theirs: list[Tensor], between: Between | None = None) -> list[Tensor]:
+        """Puts a block's outputs in place of its inputs; gives the gradients of their distance, if there is one."""
+        pulls = []
+        for part in range(len(ours)):
+            student = self._replay.run(index, self._here(ours[part]))
+            with self.network.dense():
+                target = self._replay.run(index, self._here(theirs[part]))
+            if between:
+                pulls.append(self._put(f"pull-{index}", part, between(student, target, len(self._replay))))
+            theirs[part], ours[part] = self._put("teacher", part, target), self._put("student", part, student)
+        return pulls
 
     def _final(self, hidden: list[Tensor]) -> Tensor:
         final = [self._replay.leave(self._here(part)) for part in hidden]

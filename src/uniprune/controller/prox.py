@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from uniprune.errors import InputError
-from uniprune.sparsity.patterns import NM, Pattern, Saliency, Unstructured, top
+from uniprune.sparsity.patterns import NM, Pattern, Saliency, Unstructured
+from uniprune.sparsity.top import top
 
 TOLERANCE = 3e-6  # of a budget; what float32 sums can hold
 ROOT_STEPS = 64  # safeguarded Newton; 4 to 12 are the rule

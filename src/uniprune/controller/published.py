@@ -35,19 +35,19 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from uniprune.common.progress import Progress, silent
+from uniprune.controller.protocol import ControllerRecord, Cost
 from uniprune.controller.prox import prox_nm, soft_threshold
 from uniprune.errors import InputError, UniPruneError
 from uniprune.models.blocks import device_of
 from uniprune.models.experts import taken_apart
 from uniprune.models.matrices import Matrices, Matrix
-from uniprune.saliency.calibration import one_shot
+from uniprune.saliency.calibration import Calibration, one_shot
 from uniprune.saliency.metrics import Metric
 from uniprune.saliency.statistics import observing
 from uniprune.sparsity.patterns import NM, Pattern, check_fit
@@ -62,13 +62,18 @@ class State(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Paper:
-    """Settings of the published controller, and its pure ``init`` / ``step`` on one matrix.
+class UniPruning:
+    """Settings of the published controller, its pure ``init`` / ``step`` on one matrix, and :meth:`calibrate`.
 
     learning_rate: of Adam at its peak, after a linear warm-up over the fraction ``warmup`` of the steps and before a linear
     decay to 0. rho: the coupling of Gamma to S. lam: lambda, the threshold, in units of the local metric. nm_weight: lambda2,
     for N:M targets; others have none. alpha: the step of V. kappa: the scale of Gamma. batch_windows: windows per step.
     """
+
+    cost: ClassVar[Cost] = Cost(flops=6, memory=20)
+    in_memory: ClassVar[bool] = True
+    one_process: ClassVar[bool] = True
+    comparable: ClassVar[bool] = False
 
     learning_rate: float = 1e-4
     warmup: float = 0.1
@@ -82,14 +87,14 @@ class Paper:
     def __post_init__(self) -> None:
         for name in ("learning_rate", "lam", "nm_weight"):
             if not 0 <= getattr(self, name) < math.inf:
-                raise InputError(f"paper: {name} = {getattr(self, name)} is not a finite number >= 0")
+                raise InputError(f"unipruning: {name} = {getattr(self, name)} is not a finite number >= 0")
         if not 0 <= self.warmup <= 1:
-            raise InputError(f"paper: warmup = {self.warmup} is not in [0, 1]; it is a fraction of the steps")
+            raise InputError(f"unipruning: warmup = {self.warmup} is not in [0, 1]; it is a fraction of the steps")
         if not (self.kappa > 0 and 0 < self.alpha * self.rho * self.kappa <= 1):
             rate = self.alpha * self.rho * self.kappa
-            raise InputError(f"paper: alpha * rho * kappa = {rate:g} is not in (0, 1]; beyond 1 the saliency overshoots")
+            raise InputError(f"unipruning: alpha * rho * kappa = {rate:g} is not in (0, 1]; beyond 1 the saliency overshoots")
         if self.batch_windows < 1:
-            raise InputError(f"paper: batch_windows = {self.batch_windows} is not at least 1")
+            raise InputError(f"unipruning: batch_windows = {self.batch_windows} is not at least 1")
 
     def step_tokens(self, length: int) -> int:
         """Tokens of a step on windows of ``length``."""
@@ -113,55 +118,53 @@ class Paper:
         falling = (steps - index) / max(1.0, (1 - self.warmup) * steps)
         return self.learning_rate * min(1.0, rising, falling)
 
+    def calibrate(
+        self,
+        calibration: Calibration,
+        metric: Metric,
+        targets: Sequence[Pattern],
+        steps: int | None = None,
+        seed: int = 0,
+    ) -> tuple[dict[str, Tensor], ControllerRecord]:
+        """The global saliency Gamma and a record of the descent: steps, tokens, and each step's loss in nats per token.
 
-def descend(
-    model: nn.Module,
-    matrices: Matrices,
-    windows: Tensor,
-    metric: Metric,
-    targets: Sequence[Pattern],
-    steps: int | None = None,
-    settings: Paper | None = None,
-    seed: int = 0,
-    progress: Progress = silent,
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The global saliency Gamma and a record of the descent: steps, tokens, and each step's loss in nats per token.
-
-    windows: token ids ``[windows, length]``. metric: the local metric S. targets: one per step, drawn by ``seed`` in shuffled
-    rounds; they matter only where they are N:M, by their prox. steps: by default so many that each window is used once.
-    The model's weights are the same afterwards, bit for bit, also after an error.
-    Raises InputError if a matrix cannot have a target, UniPruneError if the loss is no longer finite.
-    """
-    settings = settings or Paper()
-    for target in targets:
-        check_fit(((name, matrix.shape) for name, matrix in matrices.items()), target)
-    todo = torch.split(windows, settings.batch_windows)
-    steps = steps or len(todo)
-    generator = torch.Generator().manual_seed(seed)
-    local = one_shot(model, matrices, windows, metric, progress)
-    states = {name: settings.init(local[name]) for name in matrices}
-    record: dict[str, Any] = {"steps": steps, "tokens": 0, "loss": []}
-    order: list[int] = []
-    with WorkingCopy(model, matrices) as copy:
-        for index in progress(range(steps), "descending", steps):
-            if not order:
-                order = torch.randperm(len(targets), generator=generator).tolist()
-            target = targets[order.pop()]
-            batch, rate = todo[index % len(todo)], settings.rate(index, steps)
-            with observing(matrices, metric.statistic) as statistics:
-                loss = copy.step(batch, rate)
-            if not math.isfinite(loss):
-                raise UniPruneError(f"step {index}: the loss is {loss}; lower the learning rate {settings.learning_rate:g}")
-            copy.pull(target, rate * settings.nm_weight)
-            for name, weight in copy.weights.items():
-                statistic = statistics.get(name)
-                if statistic is None or statistic.tokens:  # an expert may see nothing of one batch: its V stays
-                    states[name] = settings.step(states[name], metric(weight.detach(), statistic))
-            record["tokens"] += batch.numel()
-            record["loss"].append(loss)
-            progress.note(f"{target}: loss {loss:.3f}", batch.numel())
-            logger.info("step %d: %s loss %.4f", index, target, loss)
-    return {name: settings.gamma(state) for name, state in states.items()}, record
+        metric: the local metric S. targets: one per step, drawn by ``seed`` in shuffled rounds; they matter only where they are
+        N:M, by their prox. steps: by default so many that each window is used once.
+        The model's weights are the same afterwards, bit for bit, also after an error.
+        Raises InputError if a matrix cannot have a target, UniPruneError if the loss is no longer finite.
+        """
+        matrices = calibration.matrices
+        for target in targets:
+            check_fit(((name, matrix.shape) for name, matrix in matrices.items()), target)
+        todo = torch.split(calibration.windows, self.batch_windows)
+        steps = steps or len(todo)
+        generator = torch.Generator().manual_seed(seed)
+        local = one_shot(calibration, metric)
+        states = {name: self.init(local[name]) for name in matrices}
+        losses: list[float] = []
+        tokens = 0
+        order: list[int] = []
+        with WorkingCopy(calibration.model, matrices) as copy:
+            for index in calibration.progress(range(steps), "descending", steps):
+                if not order:
+                    order = torch.randperm(len(targets), generator=generator).tolist()
+                target = targets[order.pop()]
+                batch, rate = todo[index % len(todo)], self.rate(index, steps)
+                with observing(matrices, metric.statistic) as statistics:
+                    loss = copy.step(batch, rate)
+                if not math.isfinite(loss):
+                    raise UniPruneError(f"step {index}: the loss is {loss}; lower the learning rate {self.learning_rate:g}")
+                copy.pull(target, rate * self.nm_weight)
+                for name, weight in copy.weights.items():
+                    statistic = statistics.get(name)
+                    if statistic is None or statistic.tokens:  # an expert may see nothing of one batch: its V stays
+                        states[name] = self.step(states[name], metric(weight.detach(), statistic))
+                tokens += batch.numel()
+                losses.append(loss)
+                calibration.progress.note(f"{target}: loss {loss:.3f}", batch.numel())
+                logger.info("step %d: %s loss %.4f", index, target, loss)
+        record = ControllerRecord(objective="cross-entropy", steps=steps, tokens=tokens, loss=losses)
+        return {name: self.gamma(state) for name, state in states.items()}, record
 
 
 class WorkingCopy:

@@ -18,10 +18,13 @@ from torch.nn import functional
 
 from uniprune.models.experts import taken_apart
 from uniprune.models.matrices import Matrices, Matrix
+from uniprune.saliency.statistics import SquaredNorm
 
 Sink = Callable[[str, "Tensor | None"], None]
 Weigh = Callable[[str, Tensor, Tensor], Tensor]
 Watch = Callable[[str, Tensor, Tensor], None]
+
+TINY = 1e-20
 
 
 class StraightThrough:
@@ -89,13 +92,13 @@ class StraightThrough:
 
     def _route(self, matrix: Matrix, module: nn.Module) -> Callable[[Tensor], Tensor]:
         # Autograd builds a graph only behind something that requires a gradient, and no parameter does.
-        spark = torch.zeros((), requires_grad=True)
+        grad_anchor = torch.zeros((), requires_grad=True)
         original = module.forward
 
         def forward(x: Tensor) -> Tensor:
             if self._dense:
                 return original(x)  # type: ignore[no-any-return]
-            y: Tensor = _MaskedLinear.apply(x, spark, matrix, self)  # type: ignore[no-untyped-call]
+            y: Tensor = _MaskedLinear.apply(x, grad_anchor, matrix, self)  # type: ignore[no-untyped-call]
             bias = module.bias
             return y + bias if isinstance(bias, Tensor) else y
 
@@ -104,7 +107,7 @@ class StraightThrough:
 
 class _MaskedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, spark: Tensor, matrix: Matrix, network: StraightThrough) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, grad_anchor: Tensor, matrix: Matrix, network: StraightThrough) -> Tensor:  # type: ignore[override]
         ctx.save_for_backward(x)
         ctx.matrix, ctx.mask, ctx.network = matrix, network.masks.get(matrix.name), network
         return functional.linear(x, _masked(matrix.weight, ctx.mask))
@@ -120,3 +123,22 @@ class _MaskedLinear(torch.autograd.Function):
 
 def _masked(weight: Tensor, mask: Tensor | None) -> Tensor:
     return weight if mask is None else weight * mask.to(weight.dtype)
+
+
+class Evener:
+    """Weighs the tokens of each matrix's gradient: ``|x| ** -1 * |dL/dy| ** -1/2``.
+
+    Sizes are RMS over channels, each channel in units of its own RMS in the dense model. A token's weight depends on no other
+    token, so that a batch may be run in parts. The exponents were chosen by how well the gradient of few tokens then tells
+    that of many (docs/experiments.md).
+    """
+
+    def __init__(self, inputs: Mapping[str, SquaredNorm], gradients: Mapping[str, Tensor]) -> None:
+        self._inputs = {name: norm.rms.clamp_min(1e-9).reciprocal() for name, norm in inputs.items()}
+        self._gradients = {name: rms.clamp_min(TINY).reciprocal() for name, rms in gradients.items()}
+
+    def __call__(self, name: str, x: Tensor, gradient: Tensor) -> Tensor:
+        """Weights ``[tokens]`` for inputs ``[tokens, in]`` and output gradients ``[tokens, out]``."""
+        input_power = (x * self._inputs[name]).square().mean(1).clamp_min(TINY)
+        gradient_power = (gradient * self._gradients[name]).square().mean(1).clamp_min(TINY)
+        return (input_power**-0.5 * gradient_power**-0.25).to(gradient.dtype)

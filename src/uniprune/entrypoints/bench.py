@@ -19,7 +19,7 @@ from uniprune.models.matrices import find_matrices
 from uniprune.speed import timing
 from uniprune.speed.kernels import DENSE, SPARSE
 from uniprune.speed.settings import Measurement
-from uniprune.speed.timing import Missing, Result
+from uniprune.speed.timing import Conditions, Missing, Result
 
 DEFAULTS = Measurement()
 MARGIN = 0.05  # a smaller gain is none, however well it is measured
@@ -58,7 +58,8 @@ def bench(
     shapes = Counter(matrix.shape for matrix in find_matrices(skeleton(origin)).values())
     types, watch = [DTYPES[name] for name in dtypes], Stopwatch()
     with watch("measure"):
-        results, missing = timing.measure(shapes, place, types, batches, levels, seconds=seconds, progress=progress)
+        conditions = Conditions(place, types, batches, levels, seconds=seconds)
+        results, missing = timing.measure(shapes, conditions, progress)
     busy = results and median(result.high / result.low for result in results) > BUSY
     return {
         "model": str(origin),

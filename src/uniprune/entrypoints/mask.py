@@ -12,15 +12,16 @@ from uniprune.job.recipe import Recipe
 from uniprune.models.loading import (
     dtype_name,
 )
-from uniprune.sparsity import views
 from uniprune.sparsity.choices import Scope
 from uniprune.sparsity.hardware import fitted
+from uniprune.sparsity.patterns import Pattern
+from uniprune.sparsity.views import on_one_scale
 from uniprune.storage import files, safetensors_index
 
 
 def mask(
     scores: Path,
-    sparsity: str | float | None,
+    sparsity: str | float | Pattern | None,
     output: Path,
     *,
     scope: Scope | None = None,
@@ -33,12 +34,12 @@ def mask(
     """
     files.check_output_file(output, overwrite, scores)
     saliency = scores_file.ScoresFile(scores)
-    controller = "feedback" if saliency.facts["comparable"] else "none"
+    controller = "feedback" if saliency.comparable else "none"  # of the same default scope
     recipe = Recipe(sparsity=sparsity, scope=scope, controller=controller, **budget)
     stored = next(iter(saliency.facts["digests"].values())).split()[0]
     dtype = dtype_name(safetensors_index.DTYPES.get(stored, stored))
     pattern, misfits = fitted(recipe.pattern(), saliency.shapes, dtype, recipe.hardware, recipe.misfits)
-    cut = pattern(views.on_one_scale(saliency, pattern.local or saliency.facts["comparable"]))
+    cut = pattern(on_one_scale(saliency, pattern))
     removed = masks_file.write_masks(
         output, cut, saliency.shapes, masks_file.binding(saliency.facts) | {"pattern": str(pattern)}
     )

@@ -5,6 +5,7 @@ What is written is a model like any other. So it is calibrated, pruned, packed a
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from uniprune.models.channels import Channels, find_channels, fold, folding, reo
 from uniprune.models.loading import Loaded, Source, resolve, skeleton
 from uniprune.models.matrices import find_matrices
 from uniprune.reporting import model_card
-from uniprune.saliency import calibration
+from uniprune.saliency.calibration import one_shot
 from uniprune.sparsity.channel_order import kept, search
 from uniprune.sparsity.patterns import NM
 from uniprune.storage import files, safetensors_index
@@ -64,8 +65,7 @@ def permute(
         with progress_of(output, machine, job.identity(recipe, verb="permute")) as run:
             consumers = {channels.consumer: job.matrices[channels.consumer] for channels in found}
             with watch("calibrate"):
-                arguments = job.loaded.model, consumers, job.windows.tokens, recipe.parsed_metric(), progress
-                saliency = calibration.one_shot(*arguments, job.loaded.residency, run)
+                saliency = one_shot(replace(job.calibration(progress, run), matrices=consumers), recipe.parsed_metric())
             orders: dict[str, Tensor] = {}
             gains: dict[str, dict[str, float]] = {}
             with watch("search"):

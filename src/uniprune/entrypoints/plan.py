@@ -28,12 +28,12 @@ def plan(source: str | Path, recipe: Recipe, *, device: str | None = None, max_m
     model = skeleton(origin)
     matrices = find_matrices(model, recipe.include, recipe.exclude)
     stored = stored_dtype(origin, matrices)
-    tokens = (recipe.windows or WINDOWS) * (recipe.length or LENGTH)
+    length = recipe.length or LENGTH
     machine = Machine(device, max_memory)
-    place, controller = place_of(machine), recipe.resolved_controller
+    place = place_of(machine)
     dtype = parse_dtype(recipe.dtype) or fast_dtype(stored, place)
-    step = recipe.step_tokens(recipe.length or LENGTH)
-    needs = estimate.needs(model, matrices, dtype, controller, step, dtype == stored, recipe.refine)
+    work = estimate.Work(model, matrices, recipe, dtype, stored, length)
+    needs = estimate.needs(work)
     execution: str
     to_load = recipe.size is not None and not origin.shards
     try:
@@ -43,7 +43,9 @@ def plan(source: str | Path, recipe: Recipe, *, device: str | None = None, max_m
             raise
         execution = "none"
     weights = load(origin, recipe.dtype, "cpu") if to_load else origin
-    aim = aim_of(recipe, model, matrices, weights, refuse=False)
-    arguments = origin, model, matrices, aim.pattern, dtype, tokens, place, controller, needs, execution, aim.misfits
-    found = estimate.make_plan(*arguments)
+    if recipe.misfits == "refuse":  # here they are shown
+        recipe = recipe.model_copy(update={"misfits": "dense"})
+    aim = aim_of(recipe, model, matrices, weights)
+    tokens = (recipe.windows or WINDOWS) * length
+    found = estimate.make_plan(origin, work, aim.pattern, aim.misfits, tokens, place, needs, execution)
     return replace(found, size=aim.budget.size, level=aim.level) if aim.budget else found

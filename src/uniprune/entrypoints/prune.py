@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -13,18 +13,21 @@ from uniprune.artefacts import writer
 from uniprune.common import distributed
 from uniprune.common.progress import Progress, silent
 from uniprune.common.provenance import Stopwatch, realised, sha256, versions
-from uniprune.entrypoints.calibrate import _saliency, _same_run
+from uniprune.entrypoints.calibrate import same_run, scored
 from uniprune.errors import InputError
-from uniprune.job.prepare import Job, Machine, place_of, prepare, progress_of
+from uniprune.job.prepare import Job, Machine, MachineOptions, place_of, prepare, progress_of
 from uniprune.job.recipe import Recipe
 from uniprune.models import masking
-from uniprune.models.loading import (
-    Source,
-)
+from uniprune.models.loading import Source
 from uniprune.reporting import model_card
-from uniprune.saliency import sequential
-from uniprune.sparsity import bits, patterns, views
+from uniprune.saliency.calibration import Calibration
+from uniprune.saliency.sequential import refined, sequential
+from uniprune.sparsity import bits
+from uniprune.sparsity.views import on_one_scale
 from uniprune.storage import files, runs, strict_json
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 def prune(
@@ -32,46 +35,36 @@ def prune(
     recipe: Recipe,
     output: Path | None = None,
     *,
-    overwrite: bool = False,
-    resume: bool = False,
-    max_memory: int | None = None,
-    device: str | None = None,
     save_tokens: Path | None = None,
     progress: Progress = silent,
+    **options: Unpack[MachineOptions],
 ) -> dict[str, Any]:
     """Prunes a model and writes the checkpoint, its masks and pruning.json to ``output``; returns that report.
 
     source: a folder, hub name or GGUF file, or a model in memory. A model in memory needs no ``output``: it is pruned in
-    place. Kept weights are bitwise the source's. A model that does not fit into ``max_memory`` bytes (by default what is free)
-    is run block by block from its files. resume: go on with an interrupted run of the same settings, to the same masks.
+    place. Kept weights are bitwise the source's. save_tokens: where to keep the calibration tokens, for runs to come.
+    options: ``device``; ``max_memory``, in bytes (by default what is free): a model that does not fit into it is run block by
+    block from its files; ``resume``: go on with an interrupted run of the same settings, to the same masks; ``overwrite``.
     Raises InputError before the heavy work starts if anything asked for cannot be done.
     """
     if recipe.size is None:
         recipe.pattern()  # there must be one
-    watch = Stopwatch()
-    machine = Machine(device, max_memory, resume, overwrite)
+    watch, machine = Stopwatch(), Machine(**options)
     with distributed.joined(place_of(machine)):
-        if output is not None and resume and (report := _finished(output, recipe, source)):
+        if output is not None and machine.resume and (report := _finished(output, recipe, source)):
             return report
         with watch("prepare"):
             job = prepare(source, recipe, output, machine, save_tokens)
-        pattern = job.pattern
-        assert pattern is not None
         if output is None:
-            cut, record = _cut(job, recipe, pattern, progress, watch)
-            with watch("mask"):
-                kept = dict(cut)
-                masking.apply(job.matrices, kept.items())
-            removed = {name: bits.removed(mask) for name, mask in kept.items()}
-            return _report(recipe, job, removed, watch) | record
+            return _prune_in_place(job, recipe, progress, watch)
         with progress_of(output, machine, job.identity(recipe, verb="prune")) as run:
-            cut, record = _cut(job, recipe, pattern, progress, watch, run)
+            job, masks, record = _masks(job, recipe, job.calibration(progress, run), watch)
             if distributed.rank():
                 return {}
             with files.new_folder(output, run.folder) as folder:
                 file = folder / writer.MASKS
                 with watch("mask"):
-                    removed = masks_file.write_masks(file, cut, job.shapes, job.facts() | {"pattern": str(job.pattern)})
+                    removed = masks_file.write_masks(file, masks, job.shapes, job.facts() | {"pattern": str(job.pattern)})
                 with watch("write"):
                     writer.write_checkpoint(job.loaded, masks_file.MasksFile(file), folder)
                 report = _report(recipe, job, removed, watch) | record | {"masks_sha256": sha256(file)}
@@ -84,24 +77,31 @@ def prune(
 # ------------------------------------------------------------------------------------------------------------- parts
 
 
-def _cut(
-    job: Job,
-    recipe: Recipe,
-    pattern: patterns.Pattern,
-    progress: Progress,
-    watch: Stopwatch,
-    run: runs.Run | None = None,
-) -> tuple[Iterable[tuple[str, Tensor]], dict[str, Any]]:
-    """Masks, matrix by matrix, perhaps not cut before they are asked for, and the record of the controller if it ran."""
+def _prune_in_place(job: Job, recipe: Recipe, progress: Progress, watch: Stopwatch) -> dict[str, Any]:
+    """Sets the weights of a model in memory to zero; nothing is written."""
+    job, masks, record = _masks(job, recipe, job.calibration(progress), watch)
+    with watch("mask"):
+        kept = dict(masks)
+        masking.apply(job.matrices, kept.items())
+    removed = {name: bits.removed(mask) for name, mask in kept.items()}
+    return _report(recipe, job, removed, watch) | record
+
+
+def _masks(
+    job: Job, recipe: Recipe, calibration: Calibration, watch: Stopwatch
+) -> tuple[Job, Iterable[tuple[str, Tensor]], dict[str, Any]]:
+    """Masks, matrix by matrix, perhaps not cut before they are asked for, what the report says of them, and the job by then."""
+    pattern = job.pattern
+    assert pattern is not None
     with watch("calibrate"):
-        if not recipe.sequential:
-            saliency, record = _saliency(job, recipe, [pattern], progress, run)
-            saliency = views.on_one_scale(saliency, pattern.local or recipe.comparable)
-            return (job.choose_level(saliency) or pattern)(saliency), record
-        loaded, metric = job.loaded, recipe.parsed_metric()
-        arguments = loaded.model, job.matrices, job.windows.tokens, metric, pattern, progress
-        cut = sequential.sequential(*arguments, refine=recipe.refine, residency=loaded.residency, run=run)
-        return cut.items(), {}
+        if recipe.sequential:
+            by_block = refined if recipe.refine else sequential
+            return job, by_block(calibration, recipe.parsed_metric(), pattern).items(), {}
+        saliency, record = scored(calibration, recipe, [pattern])
+        saliency = on_one_scale(saliency, pattern)
+        job = job.at_level(saliency)
+        assert job.pattern is not None
+        return job, job.pattern(saliency), record
 
 
 def _finished(output: Path, recipe: Recipe, source: Source) -> dict[str, Any] | None:
@@ -114,7 +114,7 @@ def _finished(output: Path, recipe: Recipe, source: Source) -> dict[str, Any] | 
         strict_json.check(report, {"model": dict})
     except ValueError as error:
         raise InputError(f"{path} is damaged: {error}; --overwrite without --resume makes it anew") from None
-    return report if _same_run(report.get("recipe"), report["model"].get("name"), output, recipe, source) else None
+    return report if same_run(report.get("recipe"), report["model"].get("name"), output, recipe, source) else None
 
 
 def _report(recipe: Recipe, job: Job, removed: Mapping[str, float], watch: Stopwatch) -> dict[str, Any]:

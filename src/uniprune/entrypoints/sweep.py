@@ -18,14 +18,15 @@ from uniprune.evaluation.perplexity import perplexity
 from uniprune.models import masking
 from uniprune.models.loading import Loaded, Source, dtype_name
 from uniprune.models.matrices import Matrices, find_matrices
-from uniprune.sparsity import bits, patterns, views
+from uniprune.sparsity import bits, spelling
 from uniprune.sparsity.choices import Scope
-from uniprune.sparsity.patterns import Pattern, check_fit
+from uniprune.sparsity.patterns import Pattern, Saliency, Tiled, check_fit
+from uniprune.sparsity.views import on_one_scale
 from uniprune.storage import strict_json
 from uniprune.storage.files import check_output_file, write_json
 
 Row = dict[str, Any]
-DENSE = patterns.parse("0")
+DENSE = spelling.parse("0")
 
 
 def sweep(
@@ -84,7 +85,7 @@ def sweep(
     bytes_of = _Estimate(loaded, matrices)
     for spec in progress(missing, "sweeping", len(missing)):
         pattern = asked.get(spec, DENSE)
-        scaled = views.on_one_scale(saliency, pattern.local or saliency.facts["comparable"])
+        scaled = on_one_scale(saliency, pattern)
         cut = dict(pattern(scaled))
         with masking.applied(matrices, cut):
             costs = {"perplexity": perplexity(loaded.model, chosen).perplexity, "bytes": bytes_of(pattern, scaled)}
@@ -101,8 +102,8 @@ def sweep(
 
 def _parsed(sparsities: Sequence[str], scope: Scope | None, saliency: ScoresFile) -> dict[str, Pattern]:
     """The patterns by their spelling; scope: of the levels among them. Raises InputError if a matrix cannot have one."""
-    default: Scope = "model" if saliency.facts["comparable"] else "row"
-    asked = {spec: patterns.parse(spec, None if ":" in spec else scope, default) for spec in sparsities}
+    default: Scope = "model" if saliency.comparable else "row"
+    asked = {spec: spelling.parse(spec, None if ":" in spec else scope, default) for spec in sparsities}
     if not asked:
         raise InputError("no sparsity was asked for; give levels and N:M by comma, such as 0.5,2:4")
     for pattern in asked.values():
@@ -118,11 +119,11 @@ class _Estimate:
         self._possible = importlib.util.find_spec("zstandard") is not None
         self._made: dict[str, archive_size.Estimate] = {}
 
-    def __call__(self, pattern: Pattern, saliency: patterns.Saliency) -> int | None:
+    def __call__(self, pattern: Pattern, saliency: Saliency) -> int | None:
         if not self._possible:
             return None
         # What is sampled depends on the pattern's tiles alone, and most have none.
-        kind = str(pattern) if isinstance(pattern, patterns.Tiled) else ""
+        kind = str(pattern) if isinstance(pattern, Tiled) else ""
         if kind not in self._made:
             self._made[kind] = archive_size.Estimate(self._loaded, self._matrices, pattern)
         estimate = self._made[kind]

@@ -6,24 +6,22 @@ import os
 import re
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 
 from uniprune.controller.passes import PART_TOKENS
+from uniprune.job.recipe import Recipe
 from uniprune.models.blocks import BATCH_TOKENS
 from uniprune.models.experts import Slice
 from uniprune.models.loading import Origin, dtype_name
-from uniprune.models.matrices import Matrices, Matrix, find_blocks, left_dense
+from uniprune.models.matrices import Matrices, find_blocks, left_dense
+from uniprune.saliency.statistics import Gram, Kind, SquaredNorm, beside
 from uniprune.sparsity.constraints import spell
 from uniprune.sparsity.patterns import Pattern
 
-# Bytes per prunable weight that a controller holds beside the model: duals and moments, masks, a working copy.
-STATE = {"none": 0, "feedback": 9, "paper": 20}
-# Floating-point operations per prunable weight and token: a forward pass takes 2, a backward pass 4.
-WORK = {"none": 2, "feedback": 8, "paper": 6}
 PROCESS = 350_000_000  # bytes: the interpreter and its libraries
 SCORING = 20  # bytes per weight of the largest matrix while it is scored and cut, in float32
 STEPPING = 32  # the same while its dual is moved
@@ -46,6 +44,30 @@ class Needs:
     def sharded(self, processes: int) -> int:
         """Bytes for each of so many processes that hold the blocks together: its part, the block that runs, the one to come."""
         return self.streamed + int(RAGGED * (self.blocks / processes + 2 * self.block))
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is to be done, as far as memory and time depend on it.
+
+    model: may be on the meta device. dtype: to compute in; stored: as the checkpoint has the weights. length: of a window.
+    """
+
+    model: torch.nn.Module
+    matrices: Matrices
+    recipe: Recipe
+    dtype: torch.dtype
+    stored: torch.dtype
+    length: int
+
+    @property
+    def prunable(self) -> int:
+        """How many weights are prunable."""
+        return sum(matrix.size for matrix in self.matrices.values())
+
+    @property
+    def parameters(self) -> int:
+        return sum(p.numel() for p in self.model.parameters())
 
 
 @dataclass(frozen=True)
@@ -102,21 +124,16 @@ class Plan:
 
 def make_plan(
     origin: Origin,
-    model: torch.nn.Module,
-    matrices: Matrices,
+    work: Work,
     pattern: Pattern | None,
-    dtype: torch.dtype,
+    misfits: Mapping[str, str],
     tokens: int,
     device: torch.device,
-    controller: str,
     needed: Needs,
     execution: str,
-    misfits: Mapping[str, str],
 ) -> Plan:
-    """The plan of pruning ``matrices`` of ``model`` (which may be on the meta device) with ``tokens`` of calibration.
-
-    controller: what corrects the local saliency.
-    """
+    """The plan of a run on ``tokens`` of calibration text; misfits: matrices that cannot have the pattern, and why."""
+    matrices, prunable, parameters = work.matrices, work.prunable, work.parameters
     groups: dict[tuple[str, tuple[int, int], str | None], list[str]] = defaultdict(list)
     for name, matrix in matrices.items():
         gets = spell(pattern.part(name)) if pattern else None
@@ -125,8 +142,6 @@ def make_plan(
         Group(name, len(names), shape, len(names) * shape[0] * shape[1], gets, misfits.get(names[0]))
         for (name, shape, gets), names in groups.items()
     ]
-    parameters = sum(p.numel() for p in model.parameters())
-    prunable = sum(matrix.size for matrix in matrices.values())
     removed = _removed(pattern, matrices) if pattern else None
     return Plan(
         model=str(origin),
@@ -137,16 +152,16 @@ def make_plan(
         pattern=str(pattern) if pattern else None,
         sparsity=removed / prunable if removed is not None else None,
         sparsity_of_model=removed / parameters if removed is not None else None,
-        dtype=dtype_name(dtype),
+        dtype=dtype_name(work.dtype),
         tokens=tokens,
         execution=execution,
         memory=needed.streamed if execution == "streamed" else needed.resident,
         memory_resident=needed.resident,
         memory_streamed=needed.streamed,
-        disk=(sum(shard.stat().st_size for shard in origin.shards) or parameters * dtype.itemsize) + prunable // 8,
+        disk=(sum(shard.stat().st_size for shard in origin.shards) or parameters * work.dtype.itemsize) + prunable // 8,
         scratch=needed.scratch if execution == "streamed" else 0,
-        seconds=WORK[controller] * prunable * tokens / _flops(dtype, device),
-        left_dense={name: why for name, (_, why) in left_dense(model).items()},
+        seconds=work.recipe.cost.flops * prunable * tokens / _flops(work.dtype, device),
+        left_dense={name: why for name, (_, why) in left_dense(work.model).items()},
         shared={name: len(matrix.modules) for name, matrix in matrices.items() if matrix.others or matrix.spans},
     )
 
@@ -163,50 +178,59 @@ def _removed(pattern: Pattern, matrices: Matrices) -> float:
     return pattern.sparsity * sum(matrix.size for matrix in matrices.values())
 
 
-def needs(
-    model: torch.nn.Module,
-    matrices: Matrices,
-    dtype: torch.dtype,
-    controller: str,
-    step_tokens: int,
-    mapped: bool,
-    refine: bool = False,
-) -> Needs:
-    """What pruning would take, from the shapes alone (the model may be on the meta device).
+def needs(work: Work) -> Needs:
+    """What pruning would take, from the shapes alone.
 
-    step_tokens: of one step of the controller. mapped: whether blocks are computed with in the type that they are stored in:
-    streamed, their weights are then pages of the checkpoint, which the system keeps as long as there is room. refine: whether
-    each matrix of a block has its inputs' Gram matrix.
+    Streamed, the weights of blocks that are computed with in the type they are stored in are pages of the checkpoint, which the
+    system keeps as long as there is room.
     """
-    _, blocks = find_blocks(model)
-    parameters = sum(p.numel() for p in model.parameters())
+    matrices, prunable, parameters = work.matrices, work.prunable, work.parameters
+    recipe, item, cost = work.recipe, work.dtype.itemsize, work.recipe.cost
+    step_tokens, corrected = recipe.step_tokens(work.length), recipe.corrected
+    _, blocks = find_blocks(work.model)
     inside = sum(p.numel() for p in blocks.parameters())
     block = max(sum(p.numel() for p in one.parameters()) for one in blocks)
-    prunable = sum(matrix.size for matrix in matrices.values())
     largest = max(matrix.size for matrix in matrices.values())
     widths = sum(sum(matrix.shape) for matrix in matrices.values())  # activations that a backward pass keeps, per token
-    in_block = 2 * _most_of_a_block(matrices, lambda matrix: sum(matrix.shape))
+    in_block = 2 * _most_of_a_block(matrices, {name: sum(matrix.shape) for name, matrix in matrices.items()})
     width = max(matrix.shape[1] for matrix in matrices.values())
-    item, corrected = dtype.itemsize, controller != "none"
     passing = BATCH_TOKENS * 16 * width * item
-    resident = parameters * item + SCORING * largest + passing + STATE[controller] * prunable
-    grams = refine * 4 * (_most_of_a_block(matrices, lambda matrix: matrix.shape[1] ** 2) + width**2)  # one more while added
-    resident += grams + corrected * (step_tokens * item * widths + STEPPING * largest)
-    mapped = mapped and not any(isinstance(matrix.module, Slice) for matrix in matrices.values())  # experts are put together
+    resident = parameters * item + SCORING * largest + passing + int(cost.memory * prunable)
+    observed = _observed(work)
+    resident += observed + corrected * (step_tokens * item * widths + STEPPING * largest)
+    mapped = work.dtype == work.stored and not any(
+        isinstance(m.module, Slice) for m in matrices.values()
+    )  # those are put together
     stepping = PART_TOKENS * item * in_block + (item + 1) * block + STEPPING * largest
     streamed = (parameters - inside + (0 if mapped else block)) * item + max(SCORING * largest, passing, corrected * stepping)
     hidden = max(step_tokens, BATCH_TOKENS) * item * width * (len(blocks) + 4)
-    scratch = corrected * ((2 * 8 + 4) * prunable + hidden)  # the last two versions of the states, the best duals
-    whole, by_block = PROCESS + int(RAGGED * resident), PROCESS + int(RAGGED * (streamed + grams))
+    scratch = int(cost.disk * prunable) + corrected * hidden
+    whole, by_block = PROCESS + int(RAGGED * resident), PROCESS + int(RAGGED * (streamed + observed))
     return Needs(whole, by_block, scratch, inside * item, block * item)
 
 
-def _most_of_a_block(matrices: Matrices, size: Callable[[Matrix], int]) -> int:
+def _observed(work: Work) -> int:
+    """Bytes of the statistics of inputs: of a block's matrices where it is pruned before the next one is run, else of all."""
+    recipe, wanted = work.recipe, work.recipe.parsed_metric().statistic
+    kinds: tuple[Kind | None, ...] = (wanted,)
+    if recipe.refine:
+        kinds = Gram, beside(Gram, wanted)
+    elif recipe.corrected:
+        kinds = SquaredNorm, beside(SquaredNorm, wanted)
+    total = 0
+    for kind in filter(None, kinds):
+        sizes = {name: kind.nbytes(matrix.shape[1]) for name, matrix in work.matrices.items()}
+        held = _most_of_a_block(work.matrices, sizes) if recipe.sequential else sum(sizes.values())
+        total += held + max(sizes.values())  # one more while it is added
+    return total
+
+
+def _most_of_a_block(matrices: Matrices, sizes: Mapping[str, int]) -> int:
     """The most that the matrices of one block have together."""
-    sizes: Counter[int] = Counter()
-    for matrix in matrices.values():
-        sizes[matrix.block] += size(matrix)
-    return max(sizes.values())
+    totals: Counter[int] = Counter()
+    for name, size in sizes.items():
+        totals[matrices[name].block] += size
+    return max(totals.values())
 
 
 def free_memory(device: torch.device) -> int:

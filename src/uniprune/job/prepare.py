@@ -9,14 +9,16 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypedDict
 
 import torch
 
 from uniprune.artefacts import archive_size, writer
 from uniprune.common import distributed, formatting
+from uniprune.common.progress import Progress
+from uniprune.controller import controllers
 from uniprune.data import text
 from uniprune.data.text import Windows, window_length
 from uniprune.errors import InputError
@@ -43,8 +45,7 @@ from uniprune.models.loading import (
 from uniprune.models.matrices import Matrices, check_finite, find_matrices
 from uniprune.models.sharding import Sharder, open_sharded
 from uniprune.models.streaming import attached, open_streamed
-from uniprune.saliency.calibration import SWEEP
-from uniprune.sparsity.choices import Misfits
+from uniprune.saliency.calibration import SWEEP, Calibration
 from uniprune.sparsity.hardware import fitted
 from uniprune.sparsity.patterns import Pattern, Saliency
 from uniprune.storage import files, runs, safetensors_index
@@ -67,7 +68,16 @@ class Machine:
     overwrite: bool = False
 
 
-@dataclass
+class MachineOptions(TypedDict, total=False):
+    """The fields of :class:`Machine`, as keywords."""
+
+    device: str | None
+    max_memory: int | None
+    resume: bool
+    overwrite: bool
+
+
+@dataclass(frozen=True)
 class Job:
     """Everything a run needs, checked and loaded."""
 
@@ -98,12 +108,16 @@ class Job:
     def transposed(self) -> list[str]:
         return [name for name, matrix in self.matrices.items() if matrix.transposed]
 
-    def choose_level(self, saliency: Saliency) -> Pattern | None:
-        """The pattern, now that there are scores: of the level at which what they keep has the size that was asked for."""
-        if self.budget is not None:
-            self.level = self.budget.level(saliency)
-            self.pattern = self.budget.at(self.level)
-        return self.pattern
+    def calibration(self, progress: Progress, run: runs.Run | None = None) -> Calibration:
+        """What the job calibrates on. run: where its progress is kept."""
+        return Calibration(self.loaded.model, self.matrices, self.windows.tokens, self.loaded.residency, run, progress)
+
+    def at_level(self, saliency: Saliency) -> Job:
+        """The job, now that there are scores: its level is the one at which what they keep has the size that was asked for."""
+        if self.budget is None:
+            return self
+        level = self.budget.level(saliency)
+        return replace(self, level=level, pattern=self.budget.at(level))
 
     def facts(self) -> dict[str, Any]:
         """What ties an artefact to its model."""
@@ -136,6 +150,7 @@ def prepare(
     output: an output folder, or None; scores: a scores file instead, whose name its writer checks.
     """
     place, asked = place_of(machine), parse_dtype(recipe.dtype)
+    check_execution(recipe, "resident")
     loaded = source if isinstance(source, Loaded) else None
     origin = loaded.origin if loaded else resolve(source)  # type: ignore[arg-type]
     for file in (save_tokens, scores):
@@ -163,9 +178,10 @@ def prepare(
         assert origin is not None
         stored = stored_dtype(origin, matrices)
         computed = asked or fast_dtype(stored, place)
-        step, controller = recipe.step_tokens(windows.tokens.shape[1]), recipe.resolved_controller
-        needs = estimate.needs(model, matrices, computed, controller, step, computed == stored, recipe.refine)
+        work = estimate.Work(model, matrices, recipe, computed, stored, windows.tokens.shape[1])
+        needs = estimate.needs(work)
         execution = choose(origin, needs, machine, place, target)
+        check_execution(recipe, execution)
         if execution == "resident":
             loaded = Loaded(load_weights(origin, computed, place), tokenizer, origin)
             matrices = find_matrices(loaded.model, recipe.include, recipe.exclude)
@@ -191,17 +207,12 @@ class Aim(NamedTuple):
     level: float | None
 
 
-def aim_of(
-    recipe: Recipe, model: torch.nn.Module, matrices: Matrices, source: Loaded | Origin | None, refuse: bool = True
-) -> Aim:
-    """The pattern, and the size that a recipe asks for, if it does and the weights can be read before they are loaded.
-
-    refuse: as in :func:`_pattern_of`.
-    """
+def aim_of(recipe: Recipe, model: torch.nn.Module, matrices: Matrices, source: Loaded | Origin | None) -> Aim:
+    """The pattern, and the size that a recipe asks for, if it does and the weights can be read before they are loaded."""
     origin = source.origin if isinstance(source, Loaded) else source
 
     def at(level: float | None) -> Pattern:
-        pattern, _ = _pattern_of(recipe, model, matrices, origin, level, refuse)
+        pattern, _ = _pattern_of(recipe, model, matrices, origin, level)
         assert pattern is not None
         return pattern
 
@@ -209,7 +220,7 @@ def aim_of(
     if recipe.size is not None and source is not None and (isinstance(source, Loaded) or source.shards):
         budget = archive_size.budget(formatting.parse_size(recipe.size), source, matrices, at, at(None))
     level = budget.level() if budget else None
-    return Aim(*_pattern_of(recipe, model, matrices, origin, level, refuse), budget, level)
+    return Aim(*_pattern_of(recipe, model, matrices, origin, level), budget, level)
 
 
 def _pattern_of(
@@ -218,12 +229,10 @@ def _pattern_of(
     matrices: Matrices,
     origin: Origin | None,
     level: float | None,
-    refuse: bool,
 ) -> tuple[Pattern | None, dict[str, str]]:
     """The pattern that a recipe asks for, if it does, as these matrices can have it; and those that cannot, with reasons.
 
-    level: what a size became; the lowest while that is not known. refuse: whether matrices that cannot have the pattern are an
-    error if the recipe does not say what they are to be; else they are left dense.
+    level: what a size became; the lowest while that is not known.
     """
     shapes = {name: matrix.shape for name, matrix in matrices.items()}
     if recipe.size is not None:
@@ -231,8 +240,7 @@ def _pattern_of(
     if recipe.sparsity is None:
         return None, {}
     stored = stored_dtype(origin, matrices) if origin else next(model.parameters()).dtype
-    misfits: Misfits = recipe.misfits if refuse or recipe.misfits != "refuse" else "dense"
-    return fitted(recipe.pattern(), shapes, dtype_name(stored), recipe.hardware, misfits)
+    return fitted(recipe.pattern(), shapes, dtype_name(stored), recipe.hardware, recipe.misfits)
 
 
 def choose(
@@ -265,6 +273,18 @@ def choose(
         f"model {origin} needs {gigabytes(needs.resident)} of memory, or {gigabytes(needs.streamed)} block by block; "
         f"{gigabytes(limit)} are there; raise --max-memory, or lower the tokens of a step"
     )
+
+
+def check_execution(recipe: Recipe, execution: Execution) -> None:
+    """Raises InputError if the recipe's controller does not go with the way that the model would be executed."""
+    controller = recipe.parsed_controller()
+    if controller is None:
+        return
+    name, others = controllers.name_of(controller), "use another controller, or --controller none"
+    if controller.one_process and distributed.count() > 1:
+        raise InputError(f"--controller {name} runs in one process; start it without torchrun, or {others}")
+    if controller.in_memory and execution != "resident":
+        raise InputError(f"--controller {name} needs the whole model in memory; raise --max-memory, or {others}")
 
 
 def _everywhere(condition: bool) -> bool:

@@ -2,47 +2,53 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import TypeAdapter, ValidationError
 
+from uniprune.common import fields
 from uniprune.common.formatting import parse_size
-from uniprune.controller.mirror_descent import MirrorDescent
-from uniprune.controller.published import Paper
+from uniprune.controller import controllers
+from uniprune.controller.protocol import LOCAL, Controller, Cost
 from uniprune.errors import InputError
-from uniprune.job.settings import LENGTH, WINDOWS, Controller, Settings
+from uniprune.job.settings import LENGTH, WINDOWS, Settings
 from uniprune.saliency import metrics
 from uniprune.saliency import refine as refine_module
+from uniprune.saliency.metrics import Metric
+from uniprune.sparsity import constraints, spelling
 from uniprune.sparsity import hardware as hardware_module
-from uniprune.sparsity import patterns
 from uniprune.sparsity.constraints import Mixed, Rule, Ruled, choice
 from uniprune.sparsity.patterns import NM, Pattern, Unstructured
 
-__all__ = ["LENGTH", "WINDOWS", "Controller", "Recipe"]
+__all__ = ["LENGTH", "WINDOWS", "Recipe"]
 
+PATTERN = ("sparsity", "local", "grain", "part", "misfit", "settle", "settle_by_sample")  # what an object has that is one
 SIZE, DEPTH = 1 << 20, 4  # of a recipe: bytes, collections in each other; at most
 
 
 class Recipe(Settings):
     """All settings of a pruning run, as ``settings`` describes them; a value that is left out has its default.
 
+    ``sparsity``, ``metric`` and ``controller`` may be objects instead of their spelling, also of classes of your own:
+    ``NM(2, 4)``, ``RIA(a=0.3)``, ``MirrorDescent(step_size=0.006)``.
     Raises InputError that names the setting at fault, also for settings that do not go together.
     """
 
     def __init__(self, **settings: Any) -> None:
         if "refine" in settings:  # as it is spelled, and nobody's no to sequential is overridden
             settings = {"sequential": settings["refine"]} | settings
-        super().__init__(**_without_type(self._named(settings)))
-        self.parsed_metric()
+        super().__init__(**_in_words(_without_type(self._named(settings))))
+        metrics.check(self.parsed_metric())
+        if (controller := self.parsed_controller()) is not None:
+            controllers.check(controller)
+        if self.tuning and not isinstance(self.controller, str | None):
+            raise InputError("tuning (--set) is for a controller that is given by name; set the fields of the object instead")
         if self.refine and not self.sequential:
             raise InputError("--refine works block after block, but sequential is set to false; leave one of them out")
         if self.sequential and self.corrected:
-            flag = "--refine" if self.refine else "--sequential"
-            raise InputError(f"{flag} and --controller {self.controller} exclude each other; use one of them")
-        self.parsed_tuning()
+            flag, name = "--refine" if self.refine else "--sequential", controllers.name_of(controller)
+            raise InputError(f"{flag} and --controller {name} exclude each other; use one of them")
         hardware_module.parse(self.hardware)
         if self.size is not None:
             self._check_size()
@@ -75,14 +81,14 @@ class Recipe(Settings):
         parse_size(str(self.size))
         if self.sparsity is None:
             self.at(self.lowest)  # what does not go with a level does not go with a size
-        elif ":" in self.sparsity:
+        elif not isinstance(self.sparsity, str) or ":" in self.sparsity:
             raise InputError(f"--size does not go with --sparsity {self.sparsity}: a fixed pattern has one size; drop --size")
         else:
             raise InputError(f"--size {self.size} and --sparsity {self.sparsity} are two budgets; drop --sparsity, or --size")
 
     def at(self, level: float) -> Recipe:
         """The recipe with a level in place of the size."""
-        return Recipe(**self.model_dump(exclude={"size"}) | {"sparsity": f"{level:g}"})
+        return Recipe(**dict(self) | {"size": None, "sparsity": f"{level:g}"})
 
     @property
     def lowest(self) -> float:
@@ -97,55 +103,71 @@ class Recipe(Settings):
         """The sparsity pattern; InputError if none was asked for."""
         if self.sparsity is None:
             raise InputError("no sparsity given; use --sparsity 0.5, --sparsity 2:4 or --size 120MB")
-        base = patterns.parse(self.sparsity, self.scope, default="model" if self.comparable else "row")
+        base = spelling.parse(self.sparsity, self.scope, default="model" if self.comparable else "row")
         if self.allow:
-            if self.scope is not None or not isinstance(base, patterns.Unstructured):
+            if self.scope is not None or not isinstance(base, Unstructured):
                 raise InputError(f"--allow goes with a level such as 0.45 and no scope, not with {base}")
             base = Mixed(base.sparsity, self._choices)
         return Ruled(base, tuple(map(Rule.parse, self.rules))) if self.rules else base
 
-    @property
-    def resolved_controller(self) -> Controller:
-        return self.controller or ("none" if self.sequential else "feedback")
+    def parsed_controller(self) -> Controller | None:
+        """The controller with its settings; None where the metric is all."""
+        if self.controller is None:
+            return controllers.parse("none" if self.sequential else "feedback", self.tuning)
+        return controllers.parse(self.controller, self.tuning) if isinstance(self.controller, str) else self.controller
 
     @property
     def corrected(self) -> bool:
         """Whether a controller runs."""
-        return self.resolved_controller != "none"
+        return self.parsed_controller() is not None
 
     @property
     def comparable(self) -> bool:
         """Whether the scores of all matrices will be on one scale."""
-        return self.resolved_controller == "feedback"
+        controller = self.parsed_controller()
+        return controller is not None and controller.comparable
 
-    def parsed_tuning(self) -> MirrorDescent | Paper:
-        """The settings of the controller."""
-        kind: type[MirrorDescent] | type[Paper] = Paper if self.resolved_controller == "paper" else MirrorDescent
-        known = [field.name for field in dataclasses.fields(kind)]
-        if unknown := [name for name in self.tuning if name not in known]:
-            raise InputError(f"tuning (--set): {unknown[0]!r} is not a setting of {kind.__name__}; it has: {', '.join(known)}")
-        try:
-            return TypeAdapter(kind).validate_python(self.tuning)  # as text, too: 0.006, false
-        except ValidationError as error:
-            first = error.errors()[0]
-            raise InputError(f"tuning (--set): {first['loc'][0]} = {first['input']}: {first['msg']}") from None
+    @property
+    def cost(self) -> Cost:
+        """What the calibration takes."""
+        controller = self.parsed_controller()
+        return controller.cost if controller else LOCAL
 
     def step_tokens(self, length: int) -> int:
         """Tokens of a step of the controller on windows of ``length``."""
-        return max(length, self.parsed_tuning().step_tokens(length))
+        controller = self.parsed_controller()
+        return max(length, controller.step_tokens(length)) if controller else length
 
-    def parsed_metric(self) -> metrics.Metric:
-        return metrics.parse(self.metric, self.seed)
+    def parsed_metric(self) -> Metric:
+        return metrics.parse(self.metric, self.seed) if isinstance(self.metric, str) else self.metric
 
     def record(self) -> dict[str, Any]:
-        """The settings as JSON data, defaults included; ``Recipe(**record)`` is the same recipe."""
-        tuning = dataclasses.asdict(self.parsed_tuning())
-        resolved = {
-            "metric": metrics.spell(self.parsed_metric()),
-            "controller": self.resolved_controller,
-            "tuning": {name: tuning[name] for name in self.tuning},
-        }
-        return self.model_dump(mode="json") | resolved
+        """The settings as JSON data, defaults included; ``Recipe(**record)`` is the same recipe.
+
+        Unless it has an object of a class that is in none of the tables: of those, class and fields are recorded.
+        """
+        plain = self.model_dump(mode="json", exclude={"sparsity", "metric", "controller", "tuning"})
+        words = isinstance(self.sparsity, str | None)
+        sparsity = self.sparsity if words else fields.record(self.sparsity)
+        controller = controllers.record(self.parsed_controller())
+        found = {"sparsity": sparsity, "metric": metrics.record(self.parsed_metric()), **plain, **controller}
+        return {name: found[name] for name in type(self).model_fields if name in found}
+
+
+def _in_words(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings, with patterns in words where there are any: ``NM(2, 4)`` -> ``2:4``.
+
+    Raises InputError for an object that is no pattern, or that does not go with another setting.
+    """
+    sparsity = settings.get("sparsity")
+    if sparsity is None or (isinstance(sparsity, (str, int, float)) and not isinstance(sparsity, bool)):
+        return settings
+    fields.check_object(sparsity, "sparsity", PATTERN)
+    words = constraints.settings(sparsity) or {"sparsity": sparsity, "scope": None}
+    for name, value in words.items():
+        if name != "sparsity" and settings.get(name) and (value or name == "scope"):
+            raise InputError(f"{name} = {settings[name]!r} does not go with {sparsity}, which has its own; drop {name}")
+    return settings | words
 
 
 def _without_type(settings: dict[str, Any]) -> dict[str, Any]:
@@ -155,14 +177,14 @@ def _without_type(settings: dict[str, Any]) -> dict[str, Any]:
         return settings
     given = settings.get("sparsity")
     if kind != "unstructured":
-        pattern = patterns.parse(kind) if isinstance(kind, str) and ":" in kind else None
+        pattern = spelling.parse(kind) if isinstance(kind, str) and ":" in kind else None
         if not isinstance(pattern, NM):
             raise InputError(f"--sparsity-type {kind!r:.200} is neither unstructured nor N:M; use e.g. 2:4 or 4:8")
-        if given is None or patterns.parse(given) in (pattern, Unstructured(pattern.sparsity)):
+        if given is None or spelling.parse(given) in (pattern, Unstructured(pattern.sparsity)):
             return settings | {"sparsity": kind}
         removed = f"which removes {pattern.sparsity:g} of the weights"
         raise InputError(f"--sparsity {given} and --sparsity-type {kind}, {removed}, contradict each other; leave one out")
-    if given is not None and not isinstance(patterns.parse(given), Unstructured):
+    if given is not None and not isinstance(spelling.parse(given), Unstructured):
         raise InputError(f"--sparsity {given} and --sparsity-type unstructured contradict each other; leave one out")
     return settings
 

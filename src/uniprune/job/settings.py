@@ -5,14 +5,19 @@ How settings go together, and what they are turned into, is ``recipe``'s. This m
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
 from uniprune.common.options import Flag, Options, Several
 from uniprune.sparsity.choices import Misfits, Scope
 
-Controller = Literal["none", "feedback", "paper"]
+if TYPE_CHECKING:
+    from uniprune.controller.protocol import Controller
+    from uniprune.saliency.metrics import Metric
+    from uniprune.sparsity.patterns import Pattern
+else:  # objects are checked by ``recipe``, which may load PyTorch
+    Controller = Metric = Pattern = Any
 WINDOWS, LENGTH = 128, 512
 
 
@@ -28,7 +33,7 @@ class Sparsity(Options):
 
     heading: ClassVar[str] = "Sparsity"
 
-    sparsity: Annotated[str | None, Flag(("-s",)), Number] = Field(
+    sparsity: Annotated[str | Pattern | None, Flag(("-s",)), Number] = Field(
         default=None,
         description="Fraction of the weights to remove (0.6; 0.8@16x16 in tiles), or N:M: N of every M consecutive inputs "
         "are kept (2:4).",
@@ -67,11 +72,13 @@ class Method(Options):
 
     heading: ClassVar[str] = "Method"
 
-    metric: str = Field(default="wanda", description="Saliency metric: magnitude, wanda, ria:a=0.5 or stochria:a=0.5,beta=0.1.")
-    controller: Annotated[Controller | None, Flag(default="feedback; none with --sequential")] = Field(
+    metric: str | Metric = Field(
+        default="wanda", description="Saliency metric: magnitude, wanda, ria:a=0.5 or stochria:a=0.5,beta=0.1."
+    )
+    controller: Annotated[str | Controller | None, Flag(metavar="NAME", default="feedback; none with --sequential")] = Field(
         default=None,
-        description="Corrects the metric's scores by the loss of the whole pruned model: feedback (mirror descent), paper (the "
-        "published objective, for comparison) or none (the metric alone).",
+        description="Corrects the metric's scores by the loss of the whole pruned model: feedback (mirror descent), unipruning "
+        "(the published objective, for comparison) or none (the metric alone).",
     )
     budget_tokens: Annotated[int | None, Flag(default="each calibration sample once")] = Field(
         default=None, ge=1024, description="Tokens for the controller, repeats included: more time, better masks."

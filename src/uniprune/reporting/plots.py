@@ -21,7 +21,8 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from uniprune.common.formatting import number, percent
-from uniprune.reporting.results import Controller, Pruning
+from uniprune.controller.protocol import ControllerRecord
+from uniprune.reporting.results import Pruning
 from uniprune.reporting.summary import EVALUATED, Point, Tradeoff
 
 INK, FAINT, SURFACE = "#010203", "#020304", "#030405"
@@ -127,25 +128,25 @@ def heatmap(name: str, pruning: Pruning) -> Plot:
     )
 
 
-def divergence(name: str, record: Controller) -> Plot | None:
+def descent(name: str, record: ControllerRecord) -> Plot | None:
     """The controller's loss at each step, and that on the held-out windows."""
-    values, what = (record.kl, "KL") if record.kl else (record.loss, "loss")
+    values, held = record.loss, record.held_out_loss
     if not any(map(math.isfinite, values)):
         return None
     with _figure(name, 4.8, 3.0) as (figure, made):
         axes = figure.subplots()
         axes.plot(range(1, len(values) + 1), values, color=SERIES[0], lw=1.3, label="each step", **_dots(values))
-        if record.kl and record.held_out_kl:
-            axes.plot(record.judged_at, record.held_out_kl, "D-", color=SERIES[1], ms=5.5, label="held-out windows")
-        axes.set(xlabel="step", ylabel=f"{what}, nats per token", xlim=(-0.02 * len(values), None))
+        if held:
+            axes.plot(record.judged_at, held, "D-", color=SERIES[1], ms=5.5, label="held-out windows")
+        axes.set(xlabel="step", ylabel=f"{record.objective}, {record.unit}", xlim=(-0.02 * len(values), None))
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         _legend(axes)
-    held = record.held_out_kl if record.kl else []
     told = f"; on held-out windows from {number(held[0])} to {number(min(held, key=_finite_first))} at best" if held else ""
-    return made(f"The controller's {what} over {len(values)} steps, from {number(values[0])} to {number(values[-1])}{told}.")
+    ends = f"from {number(values[0])} to {number(values[-1])}"
+    return made(f"The controller's {record.objective} over {len(values)} steps, {ends}{told}.")
 
 
-def flips(name: str, record: Controller) -> Plot | None:
+def flips(name: str, record: ControllerRecord) -> Plot | None:
     """The share of masks that each step flipped."""
     shares = [100 * share for share in record.flips]
     if not any(map(math.isfinite, shares)):

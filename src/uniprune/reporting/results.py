@@ -14,6 +14,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from uniprune.controller.protocol import ControllerRecord
 from uniprune.errors import InputError
 
 PRUNING = "pruning.json"
@@ -46,30 +47,6 @@ class Matrix(Record):
         return self.shape[0] * self.shape[1]
 
 
-class Controller(Record):
-    """``kl``: nats per token at each step; ``flips``: share of masks that it flipped; ``held_out_kl``: start first.
-
-    ``loss``: that of the published controller, which has neither.
-    """
-
-    steps: Count | None = None
-    tokens: Count = 0
-    kl: list[float] = []
-    flips: list[float] = []
-    loss: list[float] = []
-    held_out_kl: list[float] = []
-    best_held_out_kl: float | None = None
-    judged_every: int | None = None
-    targets: list[str] = []
-
-    @property
-    def judged_at(self) -> list[float]:
-        """The step after which each value of ``held_out_kl`` was had."""
-        done, checks = len(self.kl), max(1, len(self.held_out_kl) - 1)
-        every = self.judged_every or done / checks
-        return [min(index * every, done) for index in range(len(self.held_out_kl))]
-
-
 class Pruning(Record):
     """``pruning.json``."""
 
@@ -77,7 +54,7 @@ class Pruning(Record):
     pattern: str
     sparsity: Fraction
     matrices: Annotated[dict[str, Matrix], Field(min_length=1)]
-    controller: Controller | None = None
+    controller: ControllerRecord | None = None
 
     @property
     def weights(self) -> int:

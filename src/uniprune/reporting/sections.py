@@ -9,10 +9,11 @@ from itertools import takewhile
 
 from uniprune.common.formatting import number, pattern_words, percent, short
 from uniprune.common.significance import standard_error
+from uniprune.controller.protocol import ControllerRecord
 from uniprune.reporting import plots as plots_module
 from uniprune.reporting import tables as report_tables
 from uniprune.reporting.plots import Plot
-from uniprune.reporting.results import Controller, Generation, Pruning, Source
+from uniprune.reporting.results import Generation, Pruning, Source
 from uniprune.reporting.summary import Subject, Summary
 from uniprune.reporting.tables import Grid
 
@@ -102,23 +103,24 @@ def _zeros(summary: Summary) -> Iterator[Part]:
 def _descents(summary: Summary) -> Iterator[Part]:
     for index, (subject, pruning) in enumerate(_prunings(summary)):
         record = pruning.controller
-        if record and (record.kl or record.loss):
-            drawn = plots_module.divergence(f"kl-{index}", record), plots_module.flips(f"flips-{index}", record)
+        if record and record.loss:
+            drawn = plots_module.descent(f"descent-{index}", record), plots_module.flips(f"flips-{index}", record)
             yield Part(_title(summary, subject), [_told(record)], [plot for plot in drawn if plot])
 
 
-def _told(record: Controller) -> str:
-    steps = len(record.kl or record.loss)
+def _told(record: ControllerRecord) -> str:
+    steps = len(record.loss)
     text = f"{steps} steps on {record.tokens:,} tokens"
     if record.steps is not None and steps < record.steps:
         text += f", of {record.steps} that were planned: it had stopped improving"
     if record.targets:
         text += f"; aimed at {', '.join(dict.fromkeys(record.targets))}"
-    if record.held_out_kl and record.best_held_out_kl is not None:
-        start, best = record.held_out_kl[0], record.best_held_out_kl
-        text += f". On windows that it never descends on, the masks are {number(start)} nats per token from the dense model "
-        text += f"at the start, and {number(best)} at best" if best < start else "at the start, which no later ones improve on"
-    return f"{text}. The best masks on those windows are the result." if record.held_out_kl else f"{text}."
+    if not record.held_out_loss or record.best_held_out_loss is None:
+        return f"{text}."
+    start, best = record.held_out_loss[0], record.best_held_out_loss
+    text += f". On windows that it never descends on, {record.objective} is {number(start)} {record.unit} at the start"
+    text += f", and {number(best)} at best" if best < start else ", which no later masks improve on"
+    return f"{text}. The best masks on those windows are the result."
 
 
 def _accuracies(summary: Summary) -> Iterator[Part]:

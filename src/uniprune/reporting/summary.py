@@ -14,7 +14,8 @@ from typing import Any
 
 from uniprune.common.formatting import percent, short
 from uniprune.common.significance import paired_error
-from uniprune.reporting.results import Closeness, Controller, Evaluation, Pruning, Source, Sweep
+from uniprune.controller.protocol import ControllerRecord
+from uniprune.reporting.results import Closeness, Evaluation, Pruning, Source, Sweep
 
 DENSE = 0.005  # a model with fewer zeros is nobody's pruned one
 
@@ -65,7 +66,7 @@ class Subject:
         return next((each.closeness for each in self.evaluations if each.closeness), None)
 
     @property
-    def controller(self) -> Controller | None:
+    def controller(self) -> ControllerRecord | None:
         return self.pruning.controller if self.pruning else None
 
     @property

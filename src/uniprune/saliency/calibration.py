@@ -1,8 +1,9 @@
-"""Calibration text -> saliency, by a local metric: in one pass over the dense model, or block after block."""
+"""Calibration text -> saliency, by a local metric: in one pass over the dense model, in memory or block after block."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +15,8 @@ from uniprune.models.blocks import Blocks, Replay, Residency, batches, device_of
 from uniprune.models.matrices import Matrices, find_blocks
 from uniprune.saliency import statistics as statistics_module
 from uniprune.saliency.metrics import Metric
-from uniprune.saliency.statistics import SquaredNorm, observing, pool
+from uniprune.saliency.statistics import Statistics, observing, pool
+from uniprune.sparsity.views import Scores
 from uniprune.storage.runs import Run
 from uniprune.storage.stash import Stash
 from uniprune.storage.tensor_store import Store
@@ -22,14 +24,40 @@ from uniprune.storage.tensor_store import Store
 SWEEP = "sweep"  # the stage of a run that goes from block to block
 
 
-class LocalSaliency(Mapping[str, Tensor]):
+@dataclass(frozen=True)
+class Calibration:
+    """What every way to calibrate works on, and where it works.
+
+    matrices: those to score, of ``model``. windows: token ids ``[windows, length]``. residency: of a model whose blocks are in
+    memory one at a time. run: where progress is kept and taken up again; what is returned may lie there.
+    """
+
+    model: nn.Module
+    matrices: Matrices
+    windows: Tensor
+    residency: Residency = resident
+    run: Run | None = None
+    progress: Progress = silent
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return device_of(self.model)
+
+    @property
+    def streamed(self) -> bool:
+        """Whether the model's blocks are in memory one at a time."""
+        return self.residency is not resident
+
+
+class LocalSaliency(Scores):
     """Scores computed when they are asked for: all of them together would take as much memory as the model."""
 
-    def __init__(self, matrices: Matrices, metric: Metric, statistics: Mapping[str, SquaredNorm]) -> None:
+    def __init__(self, matrices: Matrices, metric: Metric, statistics: Statistics) -> None:
         self._matrices, self._metric, self._statistics = matrices, metric, statistics
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._metric(self._matrices[name].weight, self._statistics.get(name))
+        return self._metric(self._matrices[name].weight, self._statistics.get(name) if self._metric.statistic else None)
 
     @property
     def starved(self) -> dict[str, Any]:
@@ -44,37 +72,33 @@ class LocalSaliency(Mapping[str, Tensor]):
 
 
 @torch.no_grad()
-def one_shot(
-    model: nn.Module,
-    matrices: Matrices,
-    windows: Tensor,
-    metric: Metric,
-    progress: Progress = silent,
-    residency: Residency = resident,
-    run: Run | None = None,
-) -> LocalSaliency:
+def one_shot(calibration: Calibration, metric: Metric) -> LocalSaliency:
     """The saliency of every matrix from one forward pass over the dense model.
 
-    windows: token ids ``[windows, length]``. residency: of a model whose blocks are in memory one at a time. run: where hidden
-    states lie between such blocks, and which blocks are done; a pass of a model in memory is short, and begins anew.
-    Raises UniPruneError if a matrix saw no token and has no fellows that did (see uniprune.saliency.starvation).
+    Of a model whose blocks are in memory one at a time, hidden states lie in the run, and finished blocks are not run again; a
+    pass of a model in memory is short, and begins anew.
+    Raises UniPruneError if a matrix saw no token and has no fellows that did (see uniprune.saliency.statistics).
     """
+    matrices = calibration.matrices
     if metric.statistic is None:
         return LocalSaliency(matrices, metric, {})
-    mine = distributed.share(windows)
-    if residency is resident:
-        todo = batches(mine)
-        with observing(matrices, metric.statistic, device_of(model)) as statistics:
-            for batch in progress(todo, "calibrating", len(todo)):
-                last_hidden(model, batch)
-        pool(matrices, statistics)
-        return LocalSaliency(matrices, metric, statistics)
-    store = Store(run, SWEEP) if run else None
-    runner = _blocks(model, mine, residency, run, store)
-    with observing(matrices, metric.statistic, device_of(model)) as statistics:
-        for name, found in store.items() if store else ():
-            statistics[name].add(found["total"].to(device_of(model)), int(found["tokens"]))
-        for index in progress(runner, "calibrating block by block", len(runner)):
+    if calibration.streamed:
+        return LocalSaliency(matrices, metric, _by_block(calibration, metric))
+    todo = batches(distributed.share(calibration.windows))
+    with observing(matrices, metric.statistic, calibration.device) as statistics:
+        for batch in calibration.progress(todo, "calibrating", len(todo)):
+            last_hidden(calibration.model, batch)
+    pool(matrices, statistics)
+    return LocalSaliency(matrices, metric, statistics)
+
+
+def _by_block(calibration: Calibration, metric: Metric) -> Statistics:
+    matrices, device = calibration.matrices, calibration.device
+    store, runner = open_sweep(calibration)
+    with observing(matrices, metric.statistic, device) as statistics:
+        for name, found in store.items() if store is not None else ():
+            statistics[name].add(found["total"].to(device), int(found["tokens"]))
+        for index in calibration.progress(runner, "calibrating block by block", len(runner)):
             runner.run(index, advance=True)
             here = {name: statistics[name] for name, matrix in matrices.items() if matrix.block == index}
             pool(matrices, here)
@@ -82,14 +106,15 @@ def one_shot(
                 for name, statistic in here.items():
                     store[name] = {"total": statistic.total, "tokens": torch.tensor(statistic.tokens)}
                 store.commit({"done": index + 1})
-    return LocalSaliency(matrices, metric, statistics)
+    return statistics
 
 
-def _blocks(model: nn.Module, windows: Tensor, residency: Residency, run: Run | None, store: Store | None) -> Blocks:
-    """The blocks that are still to be run over the windows."""
-    replay = Replay(model, find_blocks(model)[1], residency)
-    if run is None or store is None:
-        return Blocks(replay, windows)
-    stash = run.folder / "stash"
+def open_sweep(calibration: Calibration) -> tuple[Store | None, Blocks]:
+    """What an earlier run has kept of its blocks, if there is a run, and the blocks still to be run over the windows."""
+    replay = Replay(calibration.model, find_blocks(calibration.model)[1], calibration.residency)
+    mine = distributed.share(calibration.windows)
+    if calibration.run is None:
+        return None, Blocks(replay, mine)
+    store, stash = Store(calibration.run, SWEEP), calibration.run.folder / "stash"
     stash.mkdir(exist_ok=True)
-    return Blocks(replay, windows, Stash(stash), done=store.facts.get("done", 0))
+    return store, Blocks(replay, mine, Stash(stash), done=store.facts.get("done", 0))

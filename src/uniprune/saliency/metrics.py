@@ -6,22 +6,28 @@ Scores are float32 ``[out, in]``, finite and >= 0; higher = keep. A new metric i
 
 from __future__ import annotations
 
-import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
+from uniprune.common import fields
 from uniprune.errors import InputError
-from uniprune.saliency.statistics import SquaredNorm
+from uniprune.saliency import statistics
+from uniprune.saliency.statistics import SquaredNorm, Statistic
 
 
 class Metric(Protocol):
-    """Scores a weight ``[out, in]``; ``statistic`` is None where the inputs do not matter."""
+    """Scores a weight ``[out, in]``; a dataclass, whose fields are its hyper-parameters.
 
-    statistic: ClassVar[type[SquaredNorm] | None]
+    statistic: the kind of statistic that its ``inputs`` are to be, whatever calibrates; None where the inputs do not matter,
+    and are None.
+    """
+
+    statistic: ClassVar[type[Statistic] | None]
 
     def __call__(self, weight: Tensor, inputs: Any) -> Tensor: ...
 
@@ -30,7 +36,7 @@ class Metric(Protocol):
 class Magnitude:
     """``|W|``: large weights matter."""
 
-    statistic: ClassVar[type[SquaredNorm] | None] = None
+    statistic: ClassVar[type[Statistic] | None] = None
 
     def __call__(self, weight: Tensor, inputs: None = None) -> Tensor:
         return weight.abs().float()
@@ -40,7 +46,7 @@ class Magnitude:
 class Wanda:
     """``|W_ij| * rms(X_j)`` (arXiv 2306.11695). The RMS is the paper's norm up to one factor per matrix."""
 
-    statistic: ClassVar[type[SquaredNorm] | None] = SquaredNorm
+    statistic: ClassVar[type[Statistic] | None] = SquaredNorm
 
     def __call__(self, weight: Tensor, inputs: SquaredNorm) -> Tensor:
         return weight.abs().float().mul_(inputs.rms)
@@ -54,7 +60,7 @@ class RIA:
     """
 
     a: float = 0.5
-    statistic: ClassVar[type[SquaredNorm] | None] = SquaredNorm
+    statistic: ClassVar[type[Statistic] | None] = SquaredNorm
 
     def __post_init__(self) -> None:
         if not 0 <= self.a < math.inf:
@@ -76,7 +82,7 @@ class StochRIA:
     a: float = 0.5
     beta: float = 0.1
     seed: int = 0
-    statistic: ClassVar[type[SquaredNorm] | None] = SquaredNorm
+    statistic: ClassVar[type[Statistic] | None] = SquaredNorm
 
     def __post_init__(self) -> None:
         if not 0 <= self.a < math.inf:
@@ -100,7 +106,7 @@ def _relative(size: Tensor, row_sums: Tensor, column_sums: Tensor) -> Tensor:
     return size / row_sums.maximum(floor)[:, None] + size / column_sums.maximum(floor)
 
 
-METRICS: dict[str, type[Magnitude | Wanda | RIA | StochRIA]] = {
+METRICS: dict[str, type[Metric]] = {
     "magnitude": Magnitude,
     "wanda": Wanda,
     "ria": RIA,
@@ -117,22 +123,33 @@ def parse(spec: str, seed: int = 0) -> Metric:
     name, _, options = spec.partition(":")
     if name not in METRICS:
         raise InputError(f"metric {name!r} is unknown; use one of {', '.join(METRICS)}")
-    fields = {field.name: field for field in dataclasses.fields(METRICS[name])}
-    values: dict[str, Any] = {"seed": seed} if "seed" in fields else {}
+    values: dict[str, Any] = {"seed": seed} if "seed" in fields.types_of(METRICS[name]) else {}
     for option in filter(None, options.split(",")):
         key, _, value = option.partition("=")
-        if key not in fields:
-            known = ", ".join(fields) or "none"
-            raise InputError(f"metric {name} has no hyper-parameter {key!r}; it has: {known}")
-        try:
-            values[key] = int(value) if fields[key].type == "int" else float(value)
-        except ValueError:
-            raise InputError(f"metric {name}: {key} = {value!r} is not a number") from None
-    return METRICS[name](**values)
+        values[key.strip()] = value
+    return fields.build(METRICS[name], values, f"metric {name}")
 
 
-def spell(metric: Metric) -> str:
-    """The spelling that :func:`parse` turns into this metric, hyper-parameters and all."""
-    name = next(name for name, kind in METRICS.items() if kind is type(metric))
-    options = ",".join(f"{k}={v}" for k, v in dataclasses.asdict(metric).items())  # type: ignore[call-overload]
-    return f"{name}:{options}" if options else name
+def spell(metric: Metric) -> str | None:
+    """The spelling that :func:`parse` turns into this metric, hyper-parameters and all; None if there is none."""
+    name = next((name for name, kind in METRICS.items() if kind is type(metric)), None)
+    if name is None:
+        return None
+    options = ",".join(f"{key}={value}" for key, value in fields.values_of(metric).items())
+    spelled = f"{name}:{options}" if options else name
+    try:
+        return spelled if parse(spelled) == metric else None
+    except InputError:  # a hyper-parameter that text cannot say
+        return None
+
+
+def record(metric: Metric) -> str | Mapping[str, Any]:
+    """What JSON says of a metric: its spelling, else what it is (``fields.record``), which does not replay it."""
+    return spell(metric) or fields.record(metric)
+
+
+def check(metric: Any) -> None:
+    """Raises InputError, with the reason, unless an object can be the metric of a run."""
+    fields.check_object(metric, "metric", ("statistic", "__call__"))
+    if metric.statistic is not None:
+        statistics.check(metric.statistic)

@@ -2,74 +2,85 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from uniprune.common import distributed
-from uniprune.common.progress import Progress, silent
 from uniprune.errors import InputError
 from uniprune.models import masking
-from uniprune.models.blocks import Residency, device_of, resident
 from uniprune.models.matrices import Matrices
 from uniprune.saliency import refine as refine_module
-from uniprune.saliency import statistics as statistics_module
-from uniprune.saliency.calibration import SWEEP, LocalSaliency, _blocks
+from uniprune.saliency.calibration import Calibration, LocalSaliency, open_sweep
 from uniprune.saliency.metrics import Metric
-from uniprune.saliency.statistics import Gram, observing, pool
+from uniprune.saliency.statistics import Gram, beside, observing, pool, starved
 from uniprune.sparsity import bits
-from uniprune.sparsity.patterns import Pattern
-from uniprune.storage.runs import Run
+from uniprune.sparsity.patterns import Masks, Pattern
 from uniprune.storage.tensor_store import Store
 
+Run = Callable[[], None]
+Create = Callable[[Matrices, Run], dict[str, Tensor]]
+"""Given the matrices of one block, and what runs it over the windows, their masks."""
 
-def sequential(
-    model: nn.Module,
-    matrices: Matrices,
-    windows: Tensor,
-    metric: Metric,
-    pattern: Pattern,
-    progress: Progress = silent,
-    refine: bool = False,
-    residency: Residency = resident,
-    run: Run | None = None,
-) -> Mapping[str, Tensor]:
-    """Masks cut block after block, each block scored on what the pruned blocks before it put out (as Wanda's code does).
 
-    refine: lower each matrix's reconstruction error on those inputs before its block runs on (see saliency.refine); that
-    takes a Gram matrix per matrix of one block, in float32. residency: of a model whose blocks are in memory one at a
-    time. run: where the masks of finished blocks are kept, and the states between them; the masks returned may lie there.
-    The model's weights are the same afterwards, bit for bit.
-    Raises InputError if the pattern needs all scores at once (scope ``model``), or with ``refine`` has no budget by row.
+def sequential(calibration: Calibration, metric: Metric, pattern: Pattern) -> Masks:
+    """Masks created block after block, each block scored on what the pruned blocks before it put out (as Wanda's code does).
+
+    The masks of finished blocks are kept in the run, and those returned may lie there. The model's weights are the same
+    afterwards, bit for bit.
+    Raises InputError if the pattern needs all scores at once (scope ``model``).
     """
+
+    def create(here: Matrices, run: Run) -> dict[str, Tensor]:
+        if metric.statistic is None:
+            return dict(pattern(LocalSaliency(here, metric, {})))
+        with observing(here, metric.statistic, calibration.device) as statistics:
+            run()
+        pool(here, statistics)
+        starved(here, statistics)
+        return dict(pattern(LocalSaliency(here, metric, statistics)))
+
+    return _by_block(calibration, pattern, create)
+
+
+def refined(calibration: Calibration, metric: Metric, pattern: Pattern) -> Masks:
+    """As :func:`sequential`; then each matrix's reconstruction error is lowered (saliency.refine) before its block runs on.
+
+    That takes a Gram matrix of the inputs of each matrix of one block, in float32; a metric that wants squared norms is given
+    those, and one that wants another statistic its own, collected in the same pass.
+    Raises InputError, too, if the pattern has no budget by row.
+    """
+    refine_module.check(pattern)
+    wanted = beside(Gram, metric.statistic)
+
+    def create(here: Matrices, run: Run) -> dict[str, Tensor]:
+        with observing(here, Gram, calibration.device) as grams, observing(here, wanted, calibration.device) as own:
+            run()
+        pool(here, grams)
+        pool(here, own)
+        starved(here, grams)
+        masks = pattern(LocalSaliency(here, metric, own if wanted else grams))
+        return {name: refine_module.refine(here[name].weight, m, grams[name].mean, pattern) for name, m in masks}
+
+    return _by_block(calibration, pattern, create)
+
+
+def _by_block(calibration: Calibration, pattern: Pattern, create: Create) -> Masks:
+    matrices = calibration.matrices
     if any(matrix.spans for matrix in matrices.values()):
         raise InputError("--sequential cuts block after block, but blocks of this model share weights; leave it out")
     if not pattern.local:
         raise InputError(f"--sequential cuts block after block, but {pattern} needs all scores; use --scope row or matrix")
-    if refine:
-        refine_module.check(pattern)
-    kind = Gram if refine else metric.statistic
-    store = Store(run, SWEEP) if run else None
-    runner = _blocks(model, distributed.share(windows), residency, run, store)
+    store, runner = open_sweep(calibration)
     masks: dict[str, Tensor] = {}
-    for index in progress(runner, "pruning block by block", len(runner)):
+    for index in calibration.progress(runner, "pruning block by block", len(runner)):
         here = {name: matrix for name, matrix in matrices.items() if matrix.block == index}
-        if kind:
-            with observing(here, kind, device_of(model)) as statistics:
-                runner.run(index)
-            pool(here, statistics)
-            statistics_module.starved(here, statistics)
-        else:
-            statistics = {}
-        cut = dict(pattern(LocalSaliency(here, metric, statistics)))
-        if refine:
-            cut = {name: refine_module.refine(here[name].weight, m, statistics[name].mean, pattern) for name, m in cut.items()}
-        with masking.applied(here, cut):
+        found = create(here, lambda index=index: runner.run(index))  # type: ignore[misc]
+        with masking.applied(here, found):
             runner.run(index, advance=True)
         if store is None:
-            masks |= cut
+            masks |= found
         else:
-            for name, mask in cut.items():
+            for name, mask in found.items():
                 store[name] = {"mask": bits.pack(mask)}
             store.commit({"done": index + 1})
     return masks if store is None else StoredMasks(store, matrices)

@@ -19,19 +19,21 @@ from uniprune.errors import InputError
 from uniprune.sparsity.choices import Scope
 from uniprune.sparsity.patterns import (
     NM,
+    BasePattern,
     Cutter,
-    Cutting,
     Pattern,
     Saliency,
+    Search,
     Shape,
     Shared,
     Sizes,
     Spans,
     grouped,
-    parse,
     removed,
+    sampled_thresholds,
     sizes_of,
 )
+from uniprune.sparsity.spelling import PATTERNS, parse
 from uniprune.sparsity.threshold import Bounds, Threshold, thresholds
 from uniprune.sparsity.views import View
 
@@ -64,6 +66,20 @@ def spelled(text: str) -> Pattern | None:
     if str(pattern) != text:
         raise InputError(f"the pattern {text!r} is to be spelled {str(pattern)!r}")
     return pattern
+
+
+def settings(pattern: Pattern) -> dict[str, Any] | None:
+    """The settings of a recipe that ask for a pattern: its level and scope, its choices, its rules; None if none do."""
+    if isinstance(pattern, Ruled):
+        base = settings(pattern.base)
+        return base and base | {"rules": tuple(map(str, pattern.rules))}
+    if isinstance(pattern, Mixed):
+        found = {"sparsity": str(pattern.sparsity), "allow": tuple(map(spell, pattern.allow))}
+        return found if pattern == Mixed(pattern.sparsity, pattern.allow) else None
+    if isinstance(pattern, PATTERNS):
+        text, scope = pattern.spelling
+        return {"sparsity": text, "scope": scope} if parse(text, scope) == pattern else None
+    return None
 
 
 def choice(spec: str) -> NM:
@@ -127,7 +143,7 @@ class Rule:
 
 
 @dataclass(frozen=True)
-class Ruled(Cutting):
+class Ruled(BasePattern):
     """A pattern, but for the matrices that rules say something else of; the first rule that matches counts.
 
     Where matrices share a budget, it is that of all of them together: what a rule spares, the others make up for.
@@ -202,7 +218,13 @@ class Ruled(Cutting):
             low, high = max(low, least / total), min(high, most / total)
         return low, high
 
-    def settle(self, saliency: Saliency, exact: bool = True) -> Cutter:
+    def settle(self, saliency: Saliency) -> Cutter:
+        return self._settle(saliency, thresholds)
+
+    def settle_by_sample(self, sample: Saliency) -> Cutter:
+        return self._settle(sample, sampled_thresholds)
+
+    def _settle(self, saliency: Saliency, search: Search) -> Cutter:
         if self.local:
             return lambda name, scores: self.part(name).settle({})(name, scores)
         cutters: dict[str, Cutter] = {}
@@ -213,7 +235,7 @@ class Ruled(Cutting):
             if free:
                 sizes = sizes_of(View(saliency, names=names))
                 goes = self._goes(sizes, fixed)
-                cutters |= dict.fromkeys(free, self.shared.share(free, sizes, goes, spans, exact))
+                cutters |= dict.fromkeys(free, self.shared.share(free, sizes, goes, spans, search))
         return lambda name, scores: cutters[name](name, scores)
 
     def _split(self, names: Iterable[str]) -> tuple[dict[str, Pattern], Spans]:
@@ -237,7 +259,7 @@ class Ruled(Cutting):
 
 
 @dataclass(frozen=True)
-class Mixed(Cutting):
+class Mixed(BasePattern):
     """N:M patterns, one for each matrix, so that together they remove a fraction of all weights for the least loss.
 
     sparsity: of all matrices together; met to within one group. allow: the patterns to choose from; ``1:1`` is dense. A
@@ -279,11 +301,11 @@ class Mixed(Cutting):
         size = shape[0] * shape[1]
         return round(options[0].sparsity * size), round(options[-1].sparsity * size)
 
-    def settle(self, saliency: Saliency, exact: bool = True) -> Cutter:
+    def settle(self, saliency: Saliency) -> Cutter:
         sizes = sizes_of(saliency)
-        return self.share(saliency, sizes, removed(self.sparsity, sum(sizes.values())), {}, exact)
+        return self.share(saliency, sizes, removed(self.sparsity, sum(sizes.values())), {})
 
-    def share(self, saliency: Saliency, sizes: Sizes, removed: int, spans: Spans, exact: bool = True) -> Cutter:
+    def share(self, saliency: Saliency, sizes: Sizes, removed: int, spans: Spans, search: Search = thresholds) -> Cutter:
         chosen: dict[str, NM] = {}
         steps: list[tuple[float, int, str, NM, NM, int]] = []
         for order, (name, scores) in enumerate(saliency.items()):

@@ -23,6 +23,7 @@ from torch import Tensor
 from uniprune.errors import InputError
 from uniprune.sparsity.choices import Scope
 from uniprune.sparsity.threshold import Bounds, Threshold, thresholds
+from uniprune.sparsity.top import top
 from uniprune.sparsity.views import View
 
 Saliency = Mapping[str, Tensor]
@@ -32,9 +33,8 @@ Sizes = Mapping[str, int]
 Spans = Mapping[str, tuple[float, float]]
 Cutter = Callable[[str, Tensor], Tensor]
 """Given a matrix's name and its scores ``[out, in]``, or some of its rows, its mask."""
-
-SHORT = 16  # longest row that is ranked pair by pair
-PIECE = 1 << 18  # such rows at a time
+Search = Callable[[Saliency, int, Mapping[str, Bounds], Sizes], Mapping[str, Threshold]]
+"""Given scores and how many of them stay, bounds and sizes by matrix, the threshold of each."""
 
 
 class Pattern(Protocol):
@@ -61,8 +61,12 @@ class Pattern(Protocol):
         """Why a matrix of this shape cannot have the pattern, or None."""
         ...
 
-    def settle(self, saliency: Saliency, exact: bool = True) -> Cutter:
-        """Decides what concerns several matrices. A sample of the scores settles nearly the same, ``exact`` or not at ties."""
+    def settle(self, saliency: Saliency) -> Cutter:
+        """Decides what concerns several matrices; the masks that the cutter makes have the exact sparsity."""
+        ...
+
+    def settle_by_sample(self, sample: Saliency) -> Cutter:
+        """As :meth:`settle`, from a sample of each matrix's scores: nearly the same masks, and at ties more may stay."""
         ...
 
     def __call__(self, saliency: Saliency) -> Iterator[tuple[str, Tensor]]:
@@ -70,11 +74,25 @@ class Pattern(Protocol):
         ...
 
 
-class Cutting:
-    """What is the same for most patterns."""
+class BasePattern:
+    """What is the same for most patterns: of a new one, ``sparsity`` and ``settle`` may be all that is left to say."""
+
+    @property
+    def local(self) -> bool:
+        return True
+
+    @property
+    def grain(self) -> int:
+        return 0
 
     def part(self: Pattern, name: str) -> Pattern:
         return self
+
+    def misfit(self, rows: int, columns: int) -> str | None:
+        return None
+
+    def settle_by_sample(self: Pattern, sample: Saliency) -> Cutter:
+        return self.settle(sample)
 
     def __call__(self: Pattern, saliency: Saliency) -> Iterator[tuple[str, Tensor]]:
         cut = self.settle(saliency)
@@ -93,10 +111,11 @@ class Shared(Pattern, Protocol):
         """The fewest and the most weights that a matrix can lose, if it is to lose a fraction between two."""
         ...
 
-    def share(self, saliency: Saliency, sizes: Sizes, removed: int, spans: Spans, exact: bool = True) -> Cutter:
+    def share(self, saliency: Saliency, sizes: Sizes, removed: int, spans: Spans, search: Search = thresholds) -> Cutter:
         """Settles one budget of ``removed`` weights.
 
         sizes: weights by matrix, of these at least. spans: floor and ceiling of what a matrix may lose, where it has them.
+        search: :func:`thresholds`, or :func:`sampled_thresholds` where the saliency is a sample.
         """
         ...
 
@@ -114,13 +133,19 @@ def sizes_of(saliency: Saliency) -> dict[str, int]:
     return {name: scores.numel() for name, scores in saliency.items()}
 
 
+def sampled_thresholds(sample: Saliency, keep: int, bounds: Mapping[str, Bounds], sizes: Sizes) -> dict[str, Threshold]:
+    """As :func:`thresholds`, for scores that the sample stands for: how many of those that tie would stay, it cannot tell."""
+    found = thresholds(sample, keep, bounds, sizes)
+    return {name: Threshold(one.key) if 0 < one.ties < math.inf else one for name, one in found.items()}
+
+
 def removed(sparsity: float, size: int) -> int:
     """How many of ``size`` weights go. Exact: 0.29 of 100 are 29, though 0.29 * 100 < 29 in floats."""
     return math.floor(Fraction(str(sparsity)) * size)
 
 
 @dataclass(frozen=True)
-class Unstructured(Cutting):
+class Unstructured(BasePattern):
     """Removes ``floor(sparsity * n)`` weights of each budget group, wherever they are.
 
     scope: the budget group. ``row``: each output row by itself (Wanda, arXiv 2306.11695); ``matrix``: each matrix;
@@ -141,12 +166,21 @@ class Unstructured(Cutting):
     def __str__(self) -> str:
         return f"{self.sparsity:g} by {self.scope}"
 
+    @classmethod
+    def read(cls, text: str, scope: Scope | None, default: Scope) -> Unstructured | None:
+        try:
+            level = float(text)
+        except ValueError:
+            return None
+        return cls(level, scope or default)
+
+    @property
+    def spelling(self) -> tuple[str, Scope | None]:
+        return str(self.sparsity), self.scope
+
     @property
     def local(self) -> bool:
         return self.scope in ("row", "matrix")
-
-    def misfit(self, rows: int, columns: int) -> str | None:
-        return None
 
     def keep(self, size: int) -> int:
         """How many of ``size`` weights survive."""
@@ -158,7 +192,13 @@ class Unstructured(Cutting):
             return number[1]
         return ""
 
-    def settle(self, saliency: Saliency, exact: bool = True) -> Cutter:
+    def settle(self, saliency: Saliency) -> Cutter:
+        return self._settle(saliency, thresholds)
+
+    def settle_by_sample(self, sample: Saliency) -> Cutter:
+        return self._settle(sample, sampled_thresholds)
+
+    def _settle(self, saliency: Saliency, search: Search) -> Cutter:
         if self.local:
             return self._cut
         cutters: dict[str, Cutter] = {}
@@ -166,21 +206,19 @@ class Unstructured(Cutting):
             part = View(saliency, names=names)
             sizes = sizes_of(part)
             goes = removed(self.sparsity, sum(sizes.values()))
-            cutters |= dict.fromkeys(names, self.share(part, sizes, goes, {}, exact))
+            cutters |= dict.fromkeys(names, self.share(part, sizes, goes, {}, search))
         return lambda name, scores: cutters[name](name, scores)
 
     def span(self, shape: Shape, floor: float, ceiling: float) -> Bounds:
         size = shape[0] * shape[1]
         return math.ceil(Fraction(str(floor)) * size), removed(ceiling, size)
 
-    def share(self, saliency: Saliency, sizes: Sizes, removed: int, spans: Spans, exact: bool = True) -> Cutter:
+    def share(self, saliency: Saliency, sizes: Sizes, removed: int, spans: Spans, search: Search = thresholds) -> Cutter:
         sizes, bounds = {name: sizes[name] for name in saliency}, {}
         for name, span in spans.items():
             least, most = self.span((1, sizes[name]), *span)
             bounds[name] = sizes[name] - most, sizes[name] - least
-        found = thresholds(saliency, sum(sizes.values()) - removed, bounds, sizes)
-        if not exact:
-            found = {name: Threshold(one.key) if 0 < one.ties < math.inf else one for name, one in found.items()}
+        found = search(saliency, sum(sizes.values()) - removed, bounds, sizes)
         return lambda name, scores: found[name].cut(scores)
 
     def _cut(self, name: str, scores: Tensor) -> Tensor:
@@ -189,7 +227,7 @@ class Unstructured(Cutting):
 
 
 @dataclass(frozen=True)
-class NM(Cutting):
+class NM(BasePattern):
     """Keeps ``n`` of every ``m`` consecutive inputs of a row. ``NM(1, 4)`` removes three quarters."""
 
     n: int
@@ -203,6 +241,17 @@ class NM(Cutting):
     def __str__(self) -> str:
         return f"{self.n}:{self.m}"
 
+    @classmethod
+    def read(cls, text: str, scope: Scope | None, default: Scope) -> NM | None:
+        match = re.fullmatch(r"(\d+):(\d+)", text)
+        if match and scope is not None:
+            raise InputError(f"scope {scope!r} does not go with {text}: N:M is cut within groups of {match[2]} inputs")
+        return cls(int(match[1]), int(match[2])) if match else None
+
+    @property
+    def spelling(self) -> tuple[str, Scope | None]:
+        return str(self), None
+
     @property
     def sparsity(self) -> float:
         return 1 - self.n / self.m
@@ -214,7 +263,7 @@ class NM(Cutting):
     def misfit(self, rows: int, columns: int) -> str | None:
         return None if columns % self.m == 0 else f"{columns} inputs are not divisible by {self.m}"
 
-    def settle(self, saliency: Saliency, exact: bool = True) -> Cutter:
+    def settle(self, saliency: Saliency) -> Cutter:
         return self._cut
 
     def _cut(self, name: str, scores: Tensor) -> Tensor:
@@ -224,7 +273,7 @@ class NM(Cutting):
 
 
 @dataclass(frozen=True)
-class Tiled(Cutting):
+class Tiled(BasePattern):
     """Removes whole tiles of ``height`` rows and ``width`` inputs, those with the lowest sums of scores.
 
     For kernels that skip blocks of zeros (BSR). of: how many tiles go, out of which budget group; a row is one of tiles.
@@ -240,6 +289,16 @@ class Tiled(Cutting):
 
     def __str__(self) -> str:
         return f"{self.of} of {self.height}x{self.width} tiles"
+
+    @classmethod
+    def read(cls, text: str, scope: Scope | None, default: Scope) -> Tiled | None:
+        match = re.fullmatch(r"([^@]+)@(\d+)x(\d+)", text)
+        of = Unstructured.read(match[1], scope, default) if match else None
+        return cls(of, int(match[2]), int(match[3])) if match and of else None
+
+    @property
+    def spelling(self) -> tuple[str, Scope | None]:
+        return f"{self.sparsity}@{self.height}x{self.width}", self.of.scope
 
     @property
     def sparsity(self) -> float:
@@ -260,17 +319,20 @@ class Tiled(Cutting):
     def group(self, name: str) -> str:
         return self.of.group(name)
 
-    def settle(self, saliency: Saliency, exact: bool = True) -> Cutter:
-        return self._tile(self.of.settle(View(saliency, self.sums), exact))
+    def settle(self, saliency: Saliency) -> Cutter:
+        return self._tile(self.of.settle(View(saliency, self.sums)))
+
+    def settle_by_sample(self, sample: Saliency) -> Cutter:
+        return self._tile(self.of.settle_by_sample(View(sample, self.sums)))
 
     def span(self, shape: Shape, floor: float, ceiling: float) -> Bounds:
         least, most = self.of.span((shape[0] // self.height, shape[1] // self.width), floor, ceiling)
         return least * self.height * self.width, most * self.height * self.width
 
-    def share(self, saliency: Saliency, sizes: Sizes, removed: int, spans: Spans, exact: bool = True) -> Cutter:
+    def share(self, saliency: Saliency, sizes: Sizes, removed: int, spans: Spans, search: Search = thresholds) -> Cutter:
         area = self.height * self.width
         tiles = {name: sizes[name] // area for name in saliency}
-        return self._tile(self.of.share(View(saliency, self.sums), tiles, removed // area, spans, exact))
+        return self._tile(self.of.share(View(saliency, self.sums), tiles, removed // area, spans, search))
 
     def sums(self, name: str, scores: Tensor) -> Tensor:
         """The sums ``[out / height, in / width]`` of scores ``[out, in]``."""
@@ -286,61 +348,6 @@ class Tiled(Cutting):
             return mask.repeat_interleave(self.height, 0).repeat_interleave(self.width, 1)
 
         return tiles
-
-
-def parse(spec: str | float | Pattern, scope: Scope | None = None, default: Scope = "row") -> Pattern:
-    """A pattern from its spelling: a level (``0.6``), N of M kept (``2:4``) or a level of tiles (``0.8@16x16``).
-
-    scope: the budget group of a level, ``default`` unless given; an N:M pattern has its own and refuses one.
-    Raises InputError for anything else.
-    """
-    if not isinstance(spec, (str, float, int)):
-        return spec
-    text = str(spec).strip()
-    if match := re.fullmatch(r"(\d+):(\d+)", text):
-        if scope is not None:
-            raise InputError(f"scope {scope!r} does not go with {text}: N:M is cut within groups of {match[2]} inputs")
-        return NM(int(match[1]), int(match[2]))
-    match = re.fullmatch(r"([^@]+)(?:@(\d+)x(\d+))?", text)
-    try:
-        level = float(match[1] if match else "")
-    except ValueError:
-        raise InputError(f"sparsity {text!r} is neither a level such as 0.6 nor a pattern such as 2:4 or 0.8@16x16") from None
-    of = Unstructured(level, scope or default)
-    return Tiled(of, int(match[2]), int(match[3])) if match and match[2] else of
-
-
-def top(scores: Tensor, keep: int) -> Tensor:
-    """The ``keep`` highest of each row of ``scores`` ``[groups, n]`` as a boolean mask; the lower index wins ties."""
-    size = scores.shape[1]
-    if keep >= size:
-        return torch.ones_like(scores, dtype=torch.bool)
-    if keep <= 0:
-        return torch.zeros_like(scores, dtype=torch.bool)
-    if size <= SHORT:
-        return torch.cat([_ranks(piece) < keep for piece in torch.split(scores, PIECE)])  # pieces stay in the processor's cache
-    threshold = scores.kthvalue(size - keep + 1, dim=1, keepdim=True).values
-    mask = scores >= threshold
-    # Only rows with more ties at the threshold than places left need the (slow) count from the left.
-    crowded = (mask.sum(1) > keep).nonzero().squeeze(1)
-    if len(crowded):
-        rows, edge = scores[crowded], threshold[crowded]
-        above, ties = rows > edge, rows == edge
-        places = keep - above.sum(1, keepdim=True)
-        mask[crowded] = above | (ties & (ties.cumsum(1) <= places))
-    return mask
-
-
-def _ranks(scores: Tensor) -> Tensor:
-    """How many others of its row ``[groups, n]`` go before each score. All pairs: in short rows no sort is as fast."""
-    columns = scores.T.contiguous()
-    ranks = torch.zeros_like(columns, dtype=torch.uint8)
-    for later in range(1, len(columns)):
-        for earlier in range(later):
-            first = columns[earlier] >= columns[later]
-            ranks[later] += first
-            ranks[earlier] += ~first
-    return ranks.T
 
 
 def finite(name: str, scores: Tensor) -> Tensor:

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from uniprune.sparsity.patterns import Pattern
 
-class View(Mapping[str, Tensor]):
+
+class Scores(Mapping[str, Tensor]):
+    """A saliency that says whether it is ``comparable``: whether one budget may compare the scores of different matrices."""
+
+    comparable = False
+
+
+class View(Scores):
     """A saliency through a function of (name, scores), one matrix at a time, when it is asked for.
 
     see: None leaves the scores as they are. names: the matrices to be seen, all by default.
@@ -36,7 +46,13 @@ class View(Mapping[str, Tensor]):
         return len(self._names)
 
 
-class Comparable(View):
+class OnOneScale(View):
+    """A view of scores that are on one scale as they are."""
+
+    comparable = True
+
+
+class Comparable(OnOneScale):
     """A view of a saliency in which every matrix has mean score 1, one matrix at a time.
 
     One budget over several matrices compares their scores, but local metrics put each matrix on a scale of its own: cut by
@@ -47,9 +63,9 @@ class Comparable(View):
         super().__init__(saliency, _with_mean_one)
 
 
-def on_one_scale(saliency: Mapping[str, Tensor], already: bool) -> Mapping[str, Tensor]:
-    """Scores that one budget over all matrices may compare; already: they are, or every matrix is cut by itself."""
-    return saliency if already else Comparable(saliency)
+def on_one_scale(saliency: Scores, pattern: Pattern) -> Scores:
+    """The saliency as a pattern may see it: on one scale if it compares the scores of different matrices."""
+    return saliency if pattern.local or saliency.comparable else Comparable(saliency)
 
 
 def _with_mean_one(name: str, scores: Tensor) -> Tensor:

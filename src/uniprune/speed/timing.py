@@ -64,6 +64,33 @@ class Missing:
     reason: str
 
 
+def clock(kernel: Kernel, weights: Sequence[Tensor], tokens: Tensor) -> float:
+    """Seconds of the products of tokens with some weights in turn; a GPU is waited for."""
+    start = time.perf_counter()
+    for weight in weights:
+        kernel.multiply(weight, tokens)
+    if tokens.is_cuda:
+        torch.cuda.synchronize(tokens.device)
+    return time.perf_counter() - start
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """Under what products are timed.
+
+    batches: tokens at a time. levels: fractions removed, of the patterns that can have any. seconds: for each kernel, dtype,
+    level and batch; eight rounds are made even if they take longer, as with the shapes of a large model on a CPU.
+    """
+
+    device: torch.device
+    dtypes: Sequence[torch.dtype]
+    batches: Sequence[int]
+    levels: Sequence[float]
+    kernels: Sequence[Kernel] = SPARSE
+    seconds: float = 1.0
+    timer: Timer = clock
+
+
 @dataclass(frozen=True)
 class Case:
     """What is measured next; ``against`` is the dtype of the dense product beside it."""
@@ -105,36 +132,16 @@ class Race:
         return self.count * self.dense.time(turn, batch, timer), self.count * sparse
 
 
-def clock(kernel: Kernel, weights: Sequence[Tensor], tokens: Tensor) -> float:
-    """Seconds of the products of tokens with some weights in turn; a GPU is waited for."""
-    start = time.perf_counter()
-    for weight in weights:
-        kernel.multiply(weight, tokens)
-    if tokens.is_cuda:
-        torch.cuda.synchronize(tokens.device)
-    return time.perf_counter() - start
-
-
 def measure(
-    shapes: Mapping[Shape, int],
-    device: torch.device,
-    dtypes: Sequence[torch.dtype],
-    batches: Sequence[int],
-    levels: Sequence[float],
-    *,
-    kernels: Sequence[Kernel] = SPARSE,
-    seconds: float = 1.0,
-    timer: Timer = clock,
-    progress: Progress = silent,
+    shapes: Mapping[Shape, int], conditions: Conditions, progress: Progress = silent
 ) -> tuple[list[Result], list[Missing]]:
     """Times every kernel against the dense product of its dtype, and the dense products of all dtypes against the first's.
 
-    shapes: of the matrices ``(out, in)``, and how many there are. batches: tokens at a time. levels: fractions removed, of
-    the patterns that can have any. seconds: for each kernel, dtype, level and batch; eight rounds are made even if they take
-    longer, as with the shapes of a large model on a CPU. timer: by default :func:`clock`.
+    shapes: of the matrices ``(out, in)``, and how many there are.
     """
+    kernels, dtypes, levels = conditions.kernels, conditions.dtypes, sorted(conditions.levels)
     cases = [Case(DENSE, DENSE.patterns([])[0], dtype, dtypes[0]) for dtype in dtypes[1:]]
-    cases += [Case(k, pattern, dtype, dtype) for k in kernels for dtype in dtypes for pattern in k.patterns(sorted(levels))]
+    cases += [Case(k, pattern, dtype, dtype) for k in kernels for dtype in dtypes for pattern in k.patterns(levels)]
     results: list[Result] = []
     missing: dict[tuple[Kernel, torch.dtype], Missing] = {}
     for case in progress(cases, "kernels", len(cases)):
@@ -142,30 +149,29 @@ def measure(
         if (kernel, dtype) in missing:
             continue  # what failed at one level is not tried at the others
         try:
-            results += _measure(case, shapes, device, batches, timer, seconds)
+            results += _measure(case, shapes, conditions)
         except Exception as error:  # whatever a kernel raises is the reason why it is missing
             missing[kernel, dtype] = Missing(kernel.kind, kernel.name, dtype_name(dtype), first_line(error))
     return results, list(missing.values())
 
 
 @torch.no_grad()
-def _measure(
-    case: Case, shapes: Mapping[Shape, int], device: torch.device, batches: Sequence[int], timer: Timer, seconds: float
-) -> list[Result]:
+def _measure(case: Case, shapes: Mapping[Shape, int], conditions: Conditions) -> list[Result]:
     """A result for each batch. Raises InputError if the kernel takes none of the shapes, or what it raises itself."""
+    device, batches = conditions.device, conditions.batches
     left = {shape: reason for shape in shapes if (reason := _misfit(case, shape, device))}
     if len(left) == len(shapes):
         raise InputError(next(iter(left.values())))
     item = case.against.itemsize
     enough = -(-CACHE // (item * sum(rows * columns for rows, columns in shapes)))
     races = [
-        _prepare(case, DENSE if shape in left else case.kernel, shape, count, min(count, enough), device, batches)
+        _prepare(case, DENSE if shape in left else case.kernel, shape, count, min(count, enough), conditions)
         for shape, count in shapes.items()
     ]
     left_dense = {f"{rows} x {columns}": reason for (rows, columns), reason in left.items()}
     results = []
     for batch in batches:
-        rounds = _rounds(races, batch, timer, seconds)
+        rounds = _rounds(races, batch, conditions)
         ratios = [dense / sparse for dense, sparse in rounds]
         low, middle, high = quantiles(ratios, method="inclusive")
         results.append(
@@ -191,10 +197,9 @@ def _misfit(case: Case, shape: Shape, device: torch.device) -> str | None:
     return case.pattern.misfit(*shape) or case.kernel.misfit(shape, case.dtype, device)
 
 
-def _prepare(
-    case: Case, kernel: Kernel, shape: Shape, count: int, copies: int, device: torch.device, batches: Sequence[int]
-) -> Race:
+def _prepare(case: Case, kernel: Kernel, shape: Shape, count: int, copies: int, conditions: Conditions) -> Race:
     """Random matrices of one shape, dense and as ``kernel`` has them; raises InputError if their products differ."""
+    device, batches = conditions.device, conditions.batches
     random = torch.Generator(device=device).manual_seed(0)
     weight = torch.randn(shape, generator=random, device=device)
     if kernel is not DENSE:
@@ -217,11 +222,11 @@ def _copies(kernel: Kernel, weight: Tensor, count: int) -> list[Tensor]:
     return [first, *(kernel.compress(weight) if weight.is_cuda else first.clone() for _ in range(count - 1))]
 
 
-def _rounds(races: Sequence[Race], batch: int, timer: Timer, seconds: float) -> list[tuple[float, float]]:
+def _rounds(races: Sequence[Race], batch: int, conditions: Conditions) -> list[tuple[float, float]]:
     """Rounds of (dense, sparse) seconds, over the matrices of all shapes."""
     rounds: list[tuple[float, float]] = []
     start = time.perf_counter()
-    while len(rounds) < WARM_UP + ROUNDS or time.perf_counter() - start < seconds:
-        times = [race.run(len(rounds), batch, timer) for race in races]
+    while len(rounds) < WARM_UP + ROUNDS or time.perf_counter() - start < conditions.seconds:
+        times = [race.run(len(rounds), batch, conditions.timer) for race in races]
         rounds.append((sum(dense for dense, _ in times), sum(sparse for _, sparse in times)))
     return rounds[WARM_UP:]

@@ -1,0 +1,56 @@
+"""The controllers by name, and their spelling in recipes and on the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from uniprune.common import fields
+from uniprune.controller.mirror_descent import MirrorDescent
+from uniprune.controller.protocol import Controller
+from uniprune.controller.published import UniPruning
+from uniprune.errors import InputError
+
+CONTROLLERS: dict[str, type[Controller]] = {
+    "feedback": MirrorDescent,
+    "unipruning": UniPruning,
+}
+ALIASES = {"paper": "unipruning"}
+NONE = "none"  # the local metric alone
+
+
+def parse(name: str, tuning: Mapping[str, Any]) -> Controller | None:
+    """The controller of a name, with some of its settings; None for ``none``, which has no settings.
+
+    Raises InputError for an unknown name or setting, and for a value that the setting cannot have.
+    """
+    if name == NONE:
+        return None
+    kind = CONTROLLERS.get(ALIASES.get(name, name))
+    if kind is None:
+        raise InputError(f"--controller = {name!r}: it is unknown; use one of {', '.join((NONE, *CONTROLLERS))}")
+    return fields.build(kind, tuning, "tuning (--set)")
+
+
+def name_of(controller: Controller | None) -> str:
+    """The name of a controller, that of its class if it is in no table."""
+    if controller is None:
+        return NONE
+    found = next((name for name, kind in CONTROLLERS.items() if kind is type(controller)), None)
+    return found or type(controller).__name__
+
+
+def record(controller: Controller | None) -> dict[str, Any]:
+    """The settings of a recipe that ask for a controller; of one that is in no table, what JSON can say of it."""
+    if controller is None or type(controller) in CONTROLLERS.values():
+        default = fields.values_of(type(controller)()) if controller else {}
+        values = fields.values_of(controller) if controller else {}
+        tuning = {name: value for name, value in values.items() if value != default[name]}
+        return {"controller": name_of(controller), "tuning": tuning}
+    return {"controller": fields.record(controller), "tuning": {}}
+
+
+def check(controller: Any) -> None:
+    """Raises InputError, with the reason, unless an object can be the controller of a run."""
+    members = ("cost", "in_memory", "one_process", "comparable", "step_tokens", "calibrate")
+    fields.check_object(controller, "controller", members)
