@@ -229,7 +229,7 @@ def tuned(*pairs, **more):
 
 def test_settings_of_the_controller_have_types():
     recipe = tuned("step_size=0.006", "even_tokens=false", "batch_tokens=4096", "focus=True", "held_out=8.0")
-    settings = recipe.parsed_tuning()
+    settings = recipe.parsed_controller()
     assert settings == MirrorDescent(step_size=0.006, even_tokens=False, batch_tokens=4096, focus=True, held_out=8)
     assert [type(getattr(settings, name)) for name in ("step_size", "even_tokens", "batch_tokens")] == [float, bool, int]
     assert recipe.record()["tuning"]["even_tokens"] is False
@@ -238,7 +238,7 @@ def test_settings_of_the_controller_have_types():
 
 @pytest.mark.parametrize(("value", "expected"), [(True, True), ("true", True), ("0", False), (1, True), (0.0, False)])
 def test_truth_values_in_recipes(value, expected):
-    assert Recipe(tuning={"even_tokens": value}).parsed_tuning().even_tokens is expected
+    assert Recipe(tuning={"even_tokens": value}).parsed_controller().even_tokens is expected
 
 
 @pytest.mark.parametrize(
@@ -260,7 +260,7 @@ def test_a_setting_that_cannot_be_is_named(pair, message):
 def test_one_setting_over_a_recipe_file(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("tuning: {step_size: 0.006, even_tokens: false, checks: 2}\n")
-    settings = tuned("checks=3", "checks=8", config=recipe).parsed_tuning()
+    settings = tuned("checks=3", "checks=8", config=recipe).parsed_controller()
     assert settings == MirrorDescent(step_size=0.006, even_tokens=False, checks=8)
 
 

@@ -1,4 +1,4 @@
-"""Each metric against its formula written out entry by entry; what all of them keep to is in test_contract."""
+"""Each metric against its formula written out entry by entry; what all of them keep to is in test_metric_contract."""
 
 import pytest
 import torch

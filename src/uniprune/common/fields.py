@@ -54,12 +54,17 @@ def record(settings: Any) -> dict[str, Any]:
     return {"class": f"{type(settings).__module__}.{type(settings).__qualname__}", "settings": fields, "note": ALONE}
 
 
+def replays(recorded: Any) -> bool:
+    """Whether a setting as it was recorded says all: whether it is none of :func:`record`'s."""
+    return not (isinstance(recorded, dict) and recorded.get("note") == ALONE)
+
+
 def check_object(given: Any, what: str, members: tuple[str, ...]) -> None:
     """Raises InputError unless an object can stand for a spelling: a dataclass object, so that it can be recorded.
 
     what: the setting that it is to be, e.g. "metric". members: what it must have.
     """
-    if isinstance(given, dict) and given.get("note") == ALONE:
+    if not replays(given):
         raise InputError(f"{what} {given.get('class')}: {ALONE}")
     if isinstance(given, type):
         raise InputError(f"{what} {given.__name__} is a class; give an object of it, {given.__name__}()")

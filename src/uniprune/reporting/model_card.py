@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from uniprune.common.fields import replays
 from uniprune.common.formatting import NOTE
 from uniprune.errors import InputError, UniPruneError, first_line
 from uniprune.evaluation import reproduce
@@ -145,7 +146,10 @@ def _body(report: Result, results: Sequence[Result], source: str) -> Iterator[st
     if "recipe" in report:
         yield "## How it was made"
         recipe = {key: value for key, value in report["recipe"].items() if value not in (None, [], {}, ())}
-        yield f"With this recipe (`uniprune prune MODEL --config recipe.yaml -o OUT`):\n\n```yaml\n{_yaml(recipe)}```"
+        how = "With this recipe (`uniprune prune MODEL --config recipe.yaml -o OUT`)"
+        if not all(map(replays, recipe.values())):
+            how = "With these settings, of which those with a class are of code that is not uniprune's"
+        yield f"{how}:\n\n```yaml\n{_yaml(recipe)}```"
     about = [f"{name} {version}" for name, version in report["versions"].items()]
     if calibration := report.get("calibration"):
         text = f"{calibration['windows']} windows of {calibration['length']} tokens of {Path(str(calibration['text'])).name}"
