@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal
 import click
 import pytest
 from click.testing import CliRunner
-from pydantic import Field
+from pydantic import BaseModel, Field
 
 from command import run
 from uniprune import InputError, Recipe
@@ -92,6 +92,18 @@ def test_errors_name_the_option(words, error, message):
     with pytest.raises(error) as found:
         call(buy, *words.split())
     assert message in (found.value.format_message() if isinstance(found.value, click.ClickException) else str(found.value))
+
+
+def test_settings_may_be_a_part_of_a_record():
+    """A record of a later version may have settings that this one does not know."""
+
+    class Record(BaseModel):
+        fruit: Fruit | dict[str, str] = Field(union_mode="left_to_right")
+
+    assert Record(fruit={"basket": "here", "number": "2"}).fruit == Fruit(basket=Path("here"), count=2)
+    assert Record(fruit={"basket": "here", "mood": "good"}).fruit == {"basket": "here", "mood": "good"}
+    with pytest.raises(InputError, match=r"mood = .good.: .*; known settings: basket, count"):
+        Fruit.of(basket="here", mood="good")
 
 
 def test_the_help_has_every_description_under_its_heading():

@@ -60,7 +60,7 @@ class Command(click.Command):
     def _call(self, **values: Any) -> None:
         given = {name: value for name, value in values.items() if value is not None and value != () and value != {}}
         groups = self._groups.items()
-        self._function(**{key: model(**{n: given[n] for n in names if n in given}) for key, (model, names) in groups})
+        self._function(**{key: model.of(**{n: given[n] for n in names if n in given}) for key, (model, names) in groups})
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         for heading, parameters in self.sections.items():

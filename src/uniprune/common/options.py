@@ -7,12 +7,15 @@ command line (:class:`Flag`). The models import no PyTorch, so that ``--help`` i
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
 from uniprune.errors import InputError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 Kind = TypeVar("Kind")
 
@@ -45,41 +48,54 @@ Commas = BeforeValidator(
 
 
 class Options(BaseModel):
-    """Base of all settings. Raises InputError that names the setting at fault."""
+    """Base of all settings. Wrong ones raise pydantic's ValidationError, so that it can be part of a record; in :meth:`of`,
+    InputError."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
     heading: ClassVar[str] = "Options"  # of the section that has them in --help
 
-    def __init__(self, **given: Any) -> None:
+    @classmethod
+    def of(cls, /, **given: Any) -> Self:
+        """The settings of keywords, which are converted: a list to a tuple, ``8GB`` to bytes.
+
+        Raises InputError that names the setting at fault.
+        """
         try:
-            super().__init__(**self._named(given))
+            return cls(**given)
         except ValidationError as error:
-            first, fields = error.errors()[0], type(self).model_fields
-            name, *keys = map(str, first["loc"] or [type(self).__name__.lower()])
-            where = spellings(name, fields[name])[0] if name in fields else name
-            key = f" {keys[0]}" if keys and not keys[0].isdigit() else ""
-            known = f"; known settings: {', '.join(fields)}" if first["type"] == "extra_forbidden" else ""
-            raise InputError(f"{where}{key} = {first['input']!r:.200}: {first['msg']}{known}") from None
+            raise InputError(fault(error, cls)) from None
 
     def given(self) -> dict[str, Any]:
         """The settings that were not left out."""
         return {name: getattr(self, name) for name in type(self).model_fields if name in self.model_fields_set}
 
     @classmethod
-    def _named(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+    def named(cls, given: Mapping[str, Any]) -> dict[str, Any]:
         """Every setting under the name of its field. Raises InputError for one that is given under two names."""
-        names = {
-            flag.removeprefix("--").replace("-", "_"): name
-            for name, field in cls.model_fields.items()
-            for flag in spellings(name, field)
-        }
-        named: dict[str, Any] = {}
+        fields = cls.model_fields
+        names = {_identifier(flag): name for name, field in fields.items() for flag in spellings(name, field)}
+        found: dict[str, Any] = {}
         for spelled, value in given.items():
-            name = spelled if spelled in cls.model_fields else names.get(spelled, spelled)
-            if name in named:
+            name = spelled if spelled in fields else names.get(spelled, spelled)
+            if name in found:
                 raise InputError(f"{spelled!r} sets {name!r}, which is given as well; leave one of them out")
-            named[name] = value
-        return named
+            found[name] = value
+        return found
+
+    @model_validator(mode="before")
+    @classmethod
+    def _renamed(cls, given: Any) -> Any:
+        return cls.named(given) if isinstance(given, dict) else given
+
+
+def fault(error: ValidationError, kind: type[BaseModel]) -> str:
+    """The first setting at fault and what is wrong with it, in one line."""
+    first, fields = error.errors(include_url=False)[0], kind.model_fields
+    name, *keys = map(str, first["loc"] or [kind.__name__.lower()])
+    where = spellings(name, fields[name])[0] if name in fields else name
+    key = f" {keys[0]}" if keys and not keys[0].isdigit() else ""
+    known = f"; known settings: {', '.join(fields)}" if first["type"] == "extra_forbidden" else ""
+    return f"{where}{key} = {first['input']!r:.200}: {first['msg']}{known}"
 
 
 def marker(field: FieldInfo, kind: type[Kind]) -> Kind | None:
@@ -93,3 +109,7 @@ def spellings(name: str, field: FieldInfo) -> list[str]:
         return [name]
     flag = marker(field, Flag) or Flag()
     return [flag.name or f"--{name.replace('_', '-')}", *flag.also]
+
+
+def _identifier(flag: str) -> str:
+    return flag.removeprefix("--").replace("-", "_")

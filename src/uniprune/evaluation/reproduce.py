@@ -67,7 +67,7 @@ def read(path: Path) -> tuple[dict[str, Any], EvaluationRequest]:
     if not isinstance(protocol, dict) or not isinstance(protocol.get("request"), dict):
         raise InputError(f"{path} is no result of uniprune evaluate with a protocol; make one with evaluate --output")
     try:
-        return result, EvaluationRequest(**protocol["request"])
+        return result, EvaluationRequest.of(**protocol["request"])
     except InputError as error:
         raise InputError(f"result {path} was not written by this version of uniprune: {error}") from None
 

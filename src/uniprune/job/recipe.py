@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
 from uniprune.common import fields
 from uniprune.common.formatting import parse_size
+from uniprune.common.options import fault
 from uniprune.controller import controllers
 from uniprune.controller.protocol import LOCAL, Controller, Cost
 from uniprune.errors import InputError
@@ -38,7 +40,10 @@ class Recipe(Settings):
     def __init__(self, **settings: Any) -> None:
         if "refine" in settings:  # as it is spelled, and nobody's no to sequential is overridden
             settings = {"sequential": settings["refine"]} | settings
-        super().__init__(**_in_words(_without_type(self._named(settings))))
+        try:
+            super().__init__(**_in_words(_without_type(self.named(settings))))
+        except ValidationError as error:
+            raise InputError(fault(error, type(self))) from None
         metrics.check(self.parsed_metric())
         if (controller := self.parsed_controller()) is not None:
             controllers.check(controller)
@@ -72,7 +77,7 @@ class Recipe(Settings):
             raise InputError(f"recipe {path} cannot be read: {error.strerror}") from None
         except (yaml.YAMLError, ValueError) as error:
             raise InputError(f"recipe {path} is not a recipe: {' '.join(str(error).split())[:300]}") from None
-        data, overrides = cls._named(data), cls._named(overrides)
+        data, overrides = cls.named(data), cls.named(overrides)
         if isinstance(tuning := data.get("tuning"), dict) and "tuning" in overrides:
             overrides["tuning"] = tuning | overrides["tuning"]  # setting by setting
         return cls(**(data | overrides))
