@@ -12,7 +12,6 @@ from __future__ import annotations
 import statistics
 import sys
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -57,12 +56,12 @@ def main() -> None:
 
 def small() -> dict[str, Any]:
     model = Path(smollm2())
-    return bench(model, device="cpu") | {"model": relative(model)}
+    return bench(model, device="cpu").record() | {"model": relative(model)}
 
 
 def wide() -> dict[str, Any]:
     results, missing = timing.measure(WIDE, timing.Conditions(torch.device("cpu"), [torch.float32], [1], WIDE_LEVELS, [CSR()]))
-    return {"results": [asdict(result) for result in results], "verdicts": verdicts(results, missing)}
+    return {"results": [result.model_dump() for result in results], "verdicts": verdicts(results, missing)}
 
 
 @torch.inference_mode()

@@ -105,7 +105,7 @@ class Bench:
     def levels(self) -> Iterator[dict[str, Any]]:
         source, output = self.artefact(), self.scratch / "masks.safetensors"
         start = time.perf_counter()
-        found = [uniprune.mask(source, spec, output, overwrite=True)["sparsity"] for spec in LEVELS]
+        found = [uniprune.mask(source, spec, output, overwrite=True).sparsity for spec in LEVELS]
         yield shown({"levels": LEVELS, "seconds": time.perf_counter() - start, "sparsities": found})
 
     def scope(self) -> Iterator[dict[str, Any]]:
@@ -149,12 +149,12 @@ class Bench:
         local = uniprune.Recipe(**text, controller="none", windows=64)
         corrected = uniprune.Recipe(**text, windows=64)
         report = uniprune.permute(dense, local, self.scratch / "permuted")
-        gains = [found["kept_after"] / found["kept_before"] - 1 for found in report["permuted"].values()]
+        gains = [gain.kept_after / gain.kept_before - 1 for gain in report.permuted.values()]
         yield shown(
             {
                 "kept": statistics.fmean(gains),
-                "search": report["seconds"]["search"],
-                "calibrate": report["seconds"]["calibrate"],
+                "search": report.seconds["search"],
+                "calibrate": report.seconds["calibrate"],
             }
         )
         for name in ("dense", "permuted"):
@@ -167,7 +167,7 @@ class Bench:
     def threshold(self) -> Iterator[dict[str, Any]]:
         path = self.scratch / "billion.safetensors"
         names = [f"matrix.{index}" for index in range(SCORES)]
-        facts: dict[str, Any] = {"base": "", "base_name": "", "transposed": [], "digests": {}}
+        facts = scores_file.ScoresFacts(base="", base_name="", transposed=[], digests={}, matrices=names, comparable=True)
         scores_file.write_scores(path, ((name, torch.rand(MATRIX)) for name in names), dict.fromkeys(names, MATRIX), facts)
         rows = []
         for _ in range(ROUNDS):

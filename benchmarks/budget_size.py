@@ -67,7 +67,7 @@ def measure(source: str, size: str, settings: dict[str, Any], place: Path) -> di
     seconds = time.perf_counter() - start
     packed = archive.pack(place / "pruned", place / "pruned.upz", overwrite=True)["archive_bytes"]
     asked = parse_size(size)
-    facts = {"size": size, "bytes": asked, "level": report["size"]["sparsity"], "archive_bytes": packed}
+    facts = {"size": size, "bytes": asked, "level": report.size.sparsity if report.size else None, "archive_bytes": packed}
     return facts | {"of_size": packed / asked, "seconds": seconds}
 
 

@@ -14,7 +14,6 @@ from pathlib import Path
 import uniprune
 from common import RESULTS, smollm2
 from uniprune.models.loading import resolve
-from uniprune.storage.files import write_json
 
 TEXT = "../shared/data/wikitext2/wiki.test.raw"
 
@@ -23,8 +22,8 @@ def main() -> None:
     origin = resolve(smollm2())
     loaded = uniprune.load(replace(origin, name=Path(origin.name).name), dtype="float32", device="cpu")
     result = uniprune.evaluate(loaded, text_source=TEXT, windows=4, length=512)
-    write_json(RESULTS / "check.json", result)
-    print(result["perplexity"], result["protocol"]["machine"])
+    result.write(RESULTS / "check.json")
+    print(result.perplexity, result.protocol.machine)
 
 
 if __name__ == "__main__":

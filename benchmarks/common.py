@@ -17,7 +17,7 @@ import torch
 from transformers.utils import logging
 
 import uniprune
-from uniprune.entrypoints import prune as entry_prune
+from uniprune.common.provenance import versions
 from uniprune.models.loading import fast_dtype
 
 ROOT = Path(__file__).parents[1]
@@ -67,5 +67,5 @@ def save(name: str, results: dict[str, Any]) -> None:
     """Writes results/<name>.json with the software and hardware they were had on."""
     machine = {"cpu": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
     RESULTS.mkdir(exist_ok=True)
-    text = json.dumps({"versions": entry_prune.versions(), "machine": machine, **results}, indent=1)
+    text = json.dumps({"versions": versions(), "machine": machine, **results}, indent=1)
     (RESULTS / f"{name}.json").write_text(text + "\n")

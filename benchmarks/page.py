@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +54,12 @@ class Page:
         self.tokens = [tokenise(task, tokenizer, context(config)) for task in self.tasks]
         self.protocol = {
             "calibration": relative(CALIBRATION),
-            "texts": {name: text.describe() | {"text": relative(text.source)} for name, text in self.texts.items()},
+            "texts": {
+                name: text.describe().model_dump() | {"text": relative(text.source)} for name, text in self.texts.items()
+            },
             "tasks": {name: len(task.questions) for name, task in zip(TASKS, self.tasks, strict=True)},
             "dtype": "float32",
-            "machine": reproduce.machine(self.bench.model),
+            "machine": reproduce.machine(self.bench.model).model_dump(),
         }
         self.dense = self.measure()
 
@@ -69,17 +70,17 @@ class Page:
             row["wikitext2"] = perplexity(model, self.texts["wikitext2"]).perplexity
         row["c4"] = perplexity(model, self.texts["c4"]).perplexity
         answers = answer(model, self.tasks, self.tokens)
-        row["tasks"] = {name: given.record() for name, given in zip(TASKS, answers, strict=True)}
+        row["tasks"] = {name: given.result().model_dump(exclude_unset=True) for name, given in zip(TASKS, answers, strict=True)}
         return row, recording, answers
 
     def row(self) -> dict[str, Any]:
         """The same, compared with the dense model."""
         row, recording, answers = self.measure()
         _, dense, reference = self.dense
-        found = asdict(closeness(recording, dense, self.texts["wikitext2"]))
-        row["closeness"] = {key: found[key] for key in ("kl", "kl_stderr", "agreement", "agreement_stderr")}
+        found = closeness(recording, dense, self.texts["wikitext2"])
+        row["closeness"] = found.model_dump(include={"kl", "kl_stderr", "agreement", "agreement_stderr"})
         for name, ours, theirs in zip(TASKS, answers, reference, strict=True):
-            row["tasks"][name]["against"] = ours.against(theirs)
+            row["tasks"][name] = ours.result(theirs).model_dump(exclude_unset=True)
         return row
 
     def rows(self, method: str, specs: list[str], scores: Path | None) -> Iterator[dict[str, Any]]:

@@ -103,8 +103,10 @@ class Bench:
     def again(self) -> dict[str, float]:
         shapes = {name: matrix.shape for name, matrix in self.matrices.items()}
         saliency = one_shot(Calibration(self.model, self.matrices, self.tokens[:2]), metrics.Wanda())
-        facts: dict[str, Any] = {"base": "", "base_name": "", "transposed": [], "comparable": True}
-        facts["digests"] = dict.fromkeys(shapes, "F32")
+        names = list(shapes)
+        facts = scores_file.ScoresFacts(
+            base="", base_name="", transposed=[], digests=dict.fromkeys(names, "F32"), matrices=names, comparable=True
+        )
         with tempfile.TemporaryDirectory() as scratch:
             scores, out = Path(scratch) / "scores.safetensors", Path(scratch) / "masks.safetensors"
             scores_file.write_scores(scores, saliency.items(), shapes, facts)

@@ -24,7 +24,6 @@ from transformers.utils import logging
 import uniprune
 from uniprune.cli import tables
 from uniprune.common.formatting import NOTE
-from uniprune.storage.files import write_json
 
 OUT = Path("demo")
 TEXT = {"text_source": "builtin", "windows": 4, "length": 512}
@@ -43,15 +42,15 @@ def main() -> None:
 
     console.print("evaluating it beside the dense model ...")
     result = uniprune.evaluate(str(OUT / "pruned"), against=loaded, new_tokens=24, **TEXT)
-    write_json(OUT / "result.json", result)
+    result.write(OUT / "result.json")
 
     console.print("pruning by Wanda alone, for comparison ...")
-    uniprune.prune(loaded, recipe.model_copy(update={"controller": "none"}))
-    wanda = {**uniprune.evaluate(loaded, **TEXT), "model": "Wanda alone"}
-    write_json(OUT / "wanda.json", wanda)
+    uniprune.prune_in_place(loaded, recipe.model_copy(update={"controller": "none"}))
+    wanda = uniprune.evaluate(loaded, **TEXT).model_copy(update={"model": "Wanda alone"})
+    wanda.write(OUT / "wanda.json")
 
-    reference = result["closeness"]["reference_perplexity"]
-    dense = {**result, "perplexity": reference, "nats_stderr": None, "sparsity": 0.0}
+    reference = result.closeness.reference_perplexity
+    dense = result.model_copy(update={"perplexity": reference, "nats_stderr": None, "sparsity": 0.0})
     console.print(tables.evaluation_table({"dense": dense, "2:4, Wanda": wanda, "2:4, controller": result}))
     for line in [*tables.closeness_lines(result), NOTE]:
         console.print(line, highlight=False)

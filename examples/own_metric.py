@@ -32,6 +32,7 @@ if __name__ == "__main__":
     model = sys.argv[1] if len(sys.argv) > 1 else "HuggingFaceTB/SmolLM2-135M"
     for metric in ("wanda", "peaky:a=0.5", "peaky:a=0"):
         loaded = uniprune.load(model)
-        uniprune.prune(loaded, uniprune.Recipe(sparsity=0.5, metric=metric, controller="none", windows=8, length=128))
+        recipe = uniprune.Recipe(sparsity=0.5, metric=metric, controller="none", windows=8, length=128)
+        uniprune.prune_in_place(loaded, recipe)
         found = uniprune.evaluate(loaded, text_source="builtin", windows=4, length=128)
-        print(f"{metric:12} perplexity {found['perplexity']:.2f}")
+        print(f"{metric:12} perplexity {found.perplexity:.2f}")

@@ -23,9 +23,9 @@ documents = read("builtin", "calibration").split("\n\n")[:2000]
 recipe = uniprune.Recipe(sparsity=0.5, text=str(folder / "corpus.jsonl"), windows=16, length=128, controller="none")
 tokens = folder / "windows.safetensors"
 report = uniprune.prune(model, recipe, folder / "pruned", save_tokens=tokens, overwrite=True)
-print("windows", report["calibration"]["sha256"])
+print("windows", report.calibration.sha256)
 
 again = recipe.model_copy(update={"text": str(tokens), "windows": None, "length": None})
 same = uniprune.prune(model, again, folder / "again", overwrite=True)
-print("again  ", same["calibration"]["sha256"])
-print("the same masks:", report["masks_sha256"] == same["masks_sha256"])
+print("again  ", same.calibration.sha256)
+print("the same masks:", report.masks_sha256 == same.masks_sha256)

@@ -6,7 +6,6 @@
 # the command line.
 
 # %%
-import json
 import sys
 from pathlib import Path
 
@@ -39,7 +38,7 @@ for group in plan.groups:
 # uniprune calibrate MODEL --text builtin -o scores.safetensors
 scores = folder / "scores.safetensors"
 facts = uniprune.calibrate(model, uniprune.Recipe(text="builtin", windows=16, length=128), scores, overwrite=True)
-print("held-out KL of the best state:", round(facts["controller"]["best_held_out_loss"], 4))
+print("held-out KL of the best state:", round(facts.controller.best_held_out_loss, 4))
 
 # %% [markdown]
 # ## Masks of any sparsity, in seconds
@@ -50,7 +49,7 @@ print("held-out KL of the best state:", round(facts["controller"]["best_held_out
 # uniprune mask scores.safetensors --sparsity 2:4 -o masks-2of4.safetensors
 for sparsity, name in (("0.5", "50"), ("2:4", "2of4")):
     cut = uniprune.mask(scores, sparsity, folder / f"masks-{name}.safetensors", overwrite=True)
-    print(f"{cut['pattern']}: {cut['sparsity']:.1%} removed")
+    print(f"{cut.pattern}: {cut.sparsity:.1%} removed")
 
 # %% [markdown]
 # ## Which sparsity?
@@ -60,10 +59,10 @@ for sparsity, name in (("0.5", "50"), ("2:4", "2of4")):
 # %%
 # uniprune sweep MODEL scores.safetensors -s 0.3,0.5,2:4 -o sweep.json
 sweep = uniprune.sweep(model, scores, folder / "sweep.json", ["0.3", "0.5", "2:4"], overwrite=True, **small)
-print(f"dense: perplexity {sweep['dense']['perplexity']:.2f}")
-for row in sweep["rows"]:
-    size = "" if row["bytes"] is None else f", packed {row['bytes'] / 1e6:.2f} MB"
-    print(f"{row['pattern']}: perplexity {row['perplexity']:.2f}{size}{' (nothing beats it)' if row['pareto'] else ''}")
+print(f"dense: perplexity {sweep.dense.perplexity:.2f}")
+for row in sweep.rows:
+    size = "" if row.bytes is None else f", packed {row.bytes / 1e6:.2f} MB"
+    print(f"{row.pattern}: perplexity {row.perplexity:.2f}{size}{' (nothing beats it)' if row.pareto else ''}")
 
 # %% [markdown]
 # ## A checkpoint that plain transformers loads
@@ -85,6 +84,6 @@ print(sorted(path.name for path in (folder / "pruned").iterdir()))
 # uniprune evaluate pruned --against MODEL --text builtin -o result.json
 # uniprune evaluate --check result.json
 result = uniprune.evaluate(folder / "pruned", against=model, text_source="builtin", new_tokens=16, **small)
-(folder / "result.json").write_text(json.dumps(result))
-print(f"perplexity {result['perplexity']:.2f}, KL {result['closeness']['kl']:.3f} nats per token")
-print("reproduced:", uniprune.check(folder / "result.json")["reproduced"])
+result.write(folder / "result.json")
+print(f"perplexity {result.perplexity:.2f}, KL {result.closeness.kl:.3f} nats per token")
+print("reproduced:", uniprune.check(folder / "result.json").reproduced)

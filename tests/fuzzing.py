@@ -30,7 +30,8 @@ from torch import nn
 
 from uniprune.artefacts import archive, mask_tools, writer
 from uniprune.artefacts import masks as masks_file
-from uniprune.artefacts import scores as scores_file
+from uniprune.artefacts.binding import Binding
+from uniprune.artefacts.scores import ScoresFacts, write_scores
 from uniprune.data import tasks, text
 from uniprune.entrypoints import mask as entry_mask
 from uniprune.entrypoints import prune as entry_prune
@@ -94,15 +95,16 @@ def readers(folder: Path) -> dict[str, Reader]:
     scores = {name: torch.rand(SHAPE, generator=generator) for name in NAMES}
     weights = {f"{name}.weight": (scores[name] * masks[name]).bfloat16() for name in NAMES}
     digests = dict.fromkeys(NAMES, f"BF16 {SHAPE} {'0' * 64}")
-    facts = {"base": writer.fingerprint(digests), "base_name": "m", "digests": digests, "transposed": []}
+    binding = Binding(base=writer.fingerprint(digests), base_name="m", digests=digests, transposed=[])
     shapes = dict.fromkeys(NAMES, SHAPE)
 
     model = made / "model"
     (model / "pruning").mkdir(parents=True)
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
-    masks_file.write_masks(model / writer.MASKS, masks.items(), shapes, facts | {"pattern": "masks of x"})
+    masks_file.write_masks(model / writer.MASKS, masks.items(), shapes, binding, "masks of x")
     (model / "config.json").write_text('{"model_type": "llama", "hidden_size": 16}')
-    scores_file.write_scores(made / "s.safetensors", scores.items(), shapes, facts | {"comparable": False, "recipe": {}})
+    facts = ScoresFacts(**binding.model_dump(), matrices=list(scores), comparable=False, recipe={})
+    write_scores(made / "s.safetensors", scores.items(), shapes, facts)
     windows = text.Windows(torch.arange(64).view(4, 16), "builtin", 9, False)
     text.save_windows(windows, made / "t.safetensors")
     archive.pack(model, made / "a.upz")
@@ -114,7 +116,20 @@ def readers(folder: Path) -> dict[str, Reader]:
         store.commit({"done": 1})
         shutil.copytree(run.folder, made / "run")
     stored = next((made / "run" / "sweep").iterdir())
-    report = {"model": {"name": "m"}, "recipe": Recipe(sparsity="2:4").record(), "sparsity": 0.5}
+    text_facts = {"windows": 2, "length": 8, "text": "t", "sha256": "0"}
+    report = {
+        "kind": "pruning",
+        "format": 1,
+        "model": {"name": "m", "fingerprint": "0" * 64},
+        "recipe": Recipe(sparsity="2:4").record(),
+        "pattern": "2:4",
+        "structure": {"kind": "N:M", "spelling": "2:4", "sparsity": 0.5, "n": 2, "m": 4},
+        "sparsity": 0.5,
+        "matrices": {name: {"shape": SHAPE, "sparsity": 0.5} for name in NAMES},
+        "calibration": text_facts,
+        "controller": {"targets": ["2:4"], "steps": 1, "tokens": 16, "kl": [0.5], "flips": [0.1], "held_out_kl": [1.0, 0.5]},
+        "versions": {"torch": "2"},
+    }
     result = {
         "model": "m",
         "perplexity": 9.5,
@@ -126,8 +141,13 @@ def readers(folder: Path) -> dict[str, Reader]:
         "generations": [{"prompt": "p", "model": "a", "against": "b", "same_tokens": 0, "tokens": 3}],
         "protocol": {"request": {"windows": 2, "tasks": ["a"], "dtype": "float32"}, "machine": {"threads": 1}},
     }
-    carding = report | {"model": {"name": "m", "fingerprint": "0" * 64}, "pattern": "2:4", "matrices": {}}
-    carding |= {"versions": {"torch": "2"}, "calibration": {"windows": 2, "length": 8, "text": "t", "sha256": "0"}}
+    swept = {
+        "model": "m",
+        "scores": {"name": "s", "sha256": "0"},
+        "protocol": {"text": text_facts, "windows": 2, "length": 8, "scope": None, "machine": {"threads": 1}},
+        "dense": {"perplexity": 9.5, "bytes": 100},
+        "rows": [{"pattern": "0.5", "scope": "row", "sparsity": 0.5, "perplexity": 12.5, "bytes": None, "pareto": True}],
+    }
     index = {"metadata": {}, "weight_map": {f"{name}.weight": "model.safetensors" for name in NAMES}}
     row = {"goal": "to see", "sol1": "look", "sol2": "sleep", "label": 0}
     hella = {"activity_label": "a", "ctx_a": "b", "ctx_b": "c", "endings": ["d [x] e", "f"], "label": "1"}
@@ -197,7 +217,9 @@ def readers(folder: Path) -> dict[str, Reader]:
         Reader("report", "json", json.dumps(report).encode(), finished, "pruning.json"),
         Reader("result", "json", json.dumps(result).encode(), reproduce.read, "result.json"),
         Reader("page", "json", json.dumps(result).encode(), paged, "result.json"),
-        Reader("card", "json", json.dumps(carding).encode(), carded, "pruning.json"),
+        Reader("sweep", "json", json.dumps(swept | {"kind": "sweep", "format": 1}).encode(), paged, "sweep.json"),
+        Reader("pruning", "json", json.dumps(report).encode(), paged, "report.json"),
+        Reader("card", "json", json.dumps(report).encode(), carded, "pruning.json"),
         Reader("text", "lines", b'{"text": "to be"}\n{"text": "or not \\u00e9"}\n', lines, "t.jsonl"),
         Reader("task", "lines", "".join(json.dumps(r) + "\n" for r in (row, row)).encode(), _task, "t.jsonl"),
         Reader("task-hellaswag", "lines", json.dumps(hella).encode(), _task, "t.jsonl"),

@@ -3,6 +3,9 @@
 import json
 import math
 
+from uniprune.sparsity.patterns import NM, Unstructured, parse
+from uniprune.sparsity.structure import structure
+
 BASE = "/somewhere/else/Toy-1M.gguf"
 TEXT = {
     "text": "/data/toy.txt",
@@ -30,6 +33,7 @@ def pruning(blocks=3, uniform=None, **changes):
         "model": {"name": BASE, "fingerprint": "f" * 64},
         "recipe": {"sparsity": "0.5", "metric": "wanda", "controller": "feedback", "tuning": {}, "windows": 16, "seed": 0},
         "pattern": "0.5 by model" if uniform is None else "2:4",
+        "structure": structure(Unstructured(0.5, "model") if uniform is None else NM(2, 4)).model_dump(exclude_unset=True),
         "misfits": {},
         "sparsity": total / size,
         "matrices": matrices,
@@ -123,7 +127,11 @@ def sweep(**changes):
         "scores": {"name": "scores.safetensors", "sha256": "12" * 32},
         "protocol": protocol(),
         "dense": {"perplexity": 12.5, "bytes": 4_900_000},
-        "rows": [dict(zip(keys, row, strict=True)) for row in rows],
+        "rows": [
+            dict(zip(keys, row, strict=True))
+            | {"structure": structure(parse(row[0], default=row[1] or "row")).model_dump(exclude_unset=True)}
+            for row in rows
+        ],
     }
     return facts | changes
 

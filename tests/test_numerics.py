@@ -8,6 +8,7 @@ import uniprune
 from baselines import inverse_factor, sparsegpt
 from conftest import tiny_model
 from uniprune import Loaded, Recipe
+from uniprune.artefacts.reports import Gain
 from uniprune.entrypoints.permute import permute
 from uniprune.errors import InputError, UniPruneError
 from uniprune.models import blocks
@@ -85,7 +86,7 @@ def broken(dtype, block):
 )
 def test_an_overflow_is_named_by_matrix_and_block(tokenizer, settings):
     with pytest.raises(UniPruneError, match=r"(model\.layers\.1\.\S+: its inputs overflowed|block 1 puts out NaN).*--dtype"):
-        uniprune.prune(Loaded(broken(torch.float16, 1), tokenizer), Recipe(sparsity="2:4", **SMALL, **settings))
+        uniprune.prune_in_place(Loaded(broken(torch.float16, 1), tokenizer), Recipe(sparsity="2:4", **SMALL, **settings))
 
 
 def test_an_overflow_in_evaluation_is_no_perplexity(tokenizer):
@@ -120,8 +121,8 @@ def silent():
 def test_inputs_that_are_all_zero(tokenizer, settings):
     """All their weights matter as little: they tie, and of ties the lower index stays. Budgets hold all the same."""
     model = silent()
-    report = uniprune.prune(Loaded(model, tokenizer), Recipe(**SMALL, **settings))
-    assert report["sparsity"] == pytest.approx(0.5, abs=1e-6)
+    report = uniprune.prune_in_place(Loaded(model, tokenizer), Recipe(**SMALL, **settings))
+    assert report.sparsity == pytest.approx(0.5, abs=1e-6)
     kept = model.model.layers[1].self_attn.o_proj.weight != 0
     if (
         settings.get("metric") == "magnitude"
@@ -139,7 +140,7 @@ def test_channels_without_inputs_are_permuted_like_any(tokenizer, tmp_path):
     model = tiny_model()
     model.model.layers[1].mlp.up_proj.weight.zero_()  # so that down_proj has no inputs
     report = permute(Loaded(model, tokenizer), Recipe(sparsity="2:4", **SMALL), tmp_path / "out")
-    assert report["permuted"]["model.layers.1.mlp.down_proj"] == {"kept_before": 1.0, "kept_after": 1.0}
+    assert report.permuted["model.layers.1.mlp.down_proj"] == Gain(kept_before=1.0, kept_after=1.0)
 
 
 def test_a_matrix_without_scores_does_not_upset_the_others():

@@ -25,7 +25,7 @@ _HOME = {
     "entrypoints.mask": ("mask",),
     "entrypoints.permute": ("permute",),
     "entrypoints.plan": ("plan",),
-    "entrypoints.prune": ("prune",),
+    "entrypoints.prune": ("prune", "prune_in_place"),
     "entrypoints.report": ("report",),
     "entrypoints.sweep": ("sweep",),
     "errors": ("InputError", "MismatchError", "UniPruneError"),
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from uniprune.entrypoints.mask import mask
     from uniprune.entrypoints.permute import permute
     from uniprune.entrypoints.plan import plan
-    from uniprune.entrypoints.prune import prune
+    from uniprune.entrypoints.prune import prune, prune_in_place
     from uniprune.entrypoints.report import report
     from uniprune.entrypoints.sweep import sweep
     from uniprune.errors import InputError, MismatchError, UniPruneError
@@ -97,6 +97,7 @@ __all__ = [
     "permute",
     "plan",
     "prune",
+    "prune_in_place",
     "report",
     "sweep",
     "to_semi_structured",

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from uniprune.artefacts import archive, writer
 from uniprune.artefacts import masks as masks_file
 from uniprune.artefacts.archive import CHUNK, FORMAT, HEADER, INDEX, MAGIC, Chunk, Zstd
+from uniprune.artefacts.binding import Binding
 from uniprune.errors import InputError
 from uniprune.sparsity import bits
 from uniprune.storage import files as files_module
@@ -65,8 +66,8 @@ def made(tmp_path):
         tensors[f"model.{name}.weight"], masks[f"model.{name}"] = pruned((96, 257), seed=seed)
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     shapes = {name: tuple(mask.shape) for name, mask in masks.items()}
-    facts = {"base": "0", "base_name": "tiny", "transposed": [], "pattern": "50%"}
-    masks_file.write_masks(folder / writer.MASKS, masks.items(), shapes, facts)
+    binding = Binding(base="0", base_name="tiny", digests={}, transposed=[])
+    masks_file.write_masks(folder / writer.MASKS, masks.items(), shapes, binding, "50%")
     (folder / "config.json").write_text('{"a": 1}' * 100)
     (folder / "empty.txt").touch()
     (folder / "tokenizer.model").write_bytes(random.Random(0).randbytes(5000))

@@ -46,9 +46,9 @@ def asked_and_had(source, recipe, tmp_path):
     assert written["recipe"]["size"] == recipe.size
     assert written["recipe"]["sparsity"] is None
     assert Recipe(**written["recipe"]) == Recipe(**recipe.record())
-    assert report["size"]["bytes"] == parse_size(recipe.size)
-    assert f"{report['size']['sparsity']:g}" in report["pattern"]
-    return report["size"]["bytes"], archive.pack(tmp_path / "out", tmp_path / "x.upz")["archive_bytes"]
+    assert report.size.bytes == parse_size(recipe.size)
+    assert f"{report.size.sparsity:g}" in report.pattern
+    return report.size.bytes, archive.pack(tmp_path / "out", tmp_path / "x.upz")["archive_bytes"]
 
 
 @pytest.mark.parametrize("asked", ["200kB", "300kB", "450kB"])
@@ -102,16 +102,16 @@ def test_models_in_memory_and_in_other_formats(tmp_path, tokenizer):
 
 
 def test_models_pruned_in_place(tokenizer):
-    report = uniprune.prune(Loaded(model(), tokenizer), Recipe(size="900kB", **QUICK))
-    assert report["size"]["sparsity"] == pytest.approx(report["sparsity"], abs=0.01)
+    report = uniprune.prune_in_place(Loaded(model(), tokenizer), Recipe(size="900kB", **QUICK))
+    assert report.size.sparsity == pytest.approx(report.sparsity, abs=0.01)
 
 
 def test_plan_shows_the_level_that_prune_takes(larger, tmp_path):
     recipe = Recipe(size="300kB", **QUICK)
     plan = uniprune.plan(str(larger), recipe)
     report = uniprune.prune(str(larger), recipe, tmp_path / "out")
-    assert (plan.size, plan.level) == (300_000, report["size"]["sparsity"])
-    assert plan.pattern == report["pattern"] == f"{plan.level:g} by row"
+    assert (plan.size, plan.level) == (300_000, report.size.sparsity)
+    assert plan.pattern == report.pattern == f"{plan.level:g} by row"
 
 
 def budget(folder, **settings):

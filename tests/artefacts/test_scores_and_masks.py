@@ -11,11 +11,14 @@ from safetensors.torch import load_file, save_file
 
 from uniprune.artefacts import masks as masks_file
 from uniprune.artefacts import scores as scores_file
+from uniprune.artefacts.binding import Binding
+from uniprune.artefacts.scores import ScoresFacts
 from uniprune.errors import InputError
 from uniprune.sparsity.bits import apply_to_array, kept, pack, unpack
-from uniprune.storage import files, tensor_file
+from uniprune.storage import files
 
-FACTS = {"base": "b" * 64, "base_name": "model", "digests": {}, "transposed": []}
+BINDING = {"base": "b" * 64, "base_name": "model", "digests": {}, "transposed": []}
+BOUND = Binding(**BINDING)
 
 
 @given(st.integers(1, 7), st.integers(1, 19), st.integers(0, 99))
@@ -32,7 +35,7 @@ def test_first_weight_is_the_lowest_bit():
 
 def write_masks(path, **masks):
     shapes = {name: tuple(mask.shape) for name, mask in masks.items()}
-    return masks_file.write_masks(path, masks.items(), shapes, FACTS)
+    return masks_file.write_masks(path, masks.items(), shapes, BOUND, "any")
 
 
 def test_masks_round_trip(tmp_path):
@@ -48,7 +51,7 @@ def test_masks_round_trip(tmp_path):
 
 def test_scores_round_trip_in_their_order(tmp_path):
     scores = {name: torch.randn(3, 5) for name in ("b.10", "b.9", "a")}
-    facts = FACTS | {"digests": dict.fromkeys(scores, "F32"), "comparable": True}
+    facts = ScoresFacts(**BINDING | {"digests": dict.fromkeys(scores, "F32")}, matrices=list(scores), comparable=True)
     scores_file.write_scores(tmp_path / "s.safetensors", scores.items(), dict.fromkeys(scores, (3, 5)), facts)
     file = scores_file.ScoresFile(tmp_path / "s.safetensors")
     assert list(file) == list(scores)  # ties across matrices are broken by this order
@@ -74,7 +77,7 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        masks_file.write_masks(path, broken(), {"a": (2, 2), "b": (2, 2)}, FACTS)
+        masks_file.write_masks(path, broken(), {"a": (2, 2), "b": (2, 2)}, BOUND, "any")
     assert path.read_bytes() == before
     assert [file.name for file in tmp_path.iterdir()] == ["m.safetensors"]
 
@@ -125,7 +128,7 @@ def test_kept_weights_are_counted_piece_by_piece(monkeypatch):
 
 
 def test_files_from_before_digests_are_refused_in_one_line(tmp_path):
-    facts = {"kind": "masks", "shapes": {}, "base": "b" * 64, "base_name": "model", "transposed": [], "pattern": "2:4"}
-    tensor_file.write_tensors(tmp_path / "old.safetensors", {}, facts)
+    facts = {"kind": "masks", "format": 1, "shapes": {}, "base": "b" * 64, "base_name": "m", "transposed": [], "pattern": "2:4"}
+    save_file({}, tmp_path / "old.safetensors", metadata={"uniprune": json.dumps(facts)})
     with pytest.raises(InputError, match=r"old\.safetensors .* from before there were any; make it anew"):
         masks_file.MasksFile(tmp_path / "old.safetensors")

@@ -11,6 +11,7 @@ from conftest import tiny_model
 from uniprune import Loaded
 from uniprune.artefacts import masks as masks_file
 from uniprune.artefacts import writer
+from uniprune.artefacts.binding import Binding
 from uniprune.errors import InputError, UniPruneError
 from uniprune.models.loading import Origin
 from uniprune.models.matrices import find_matrices
@@ -27,9 +28,9 @@ def write(tmp_path):
     """Writes the checkpoint that masks, given as booleans, make into tmp_path/out."""
 
     def write(source, masks, transposed=(), check=None, out="out"):
-        facts = {"base": "", "base_name": "", "digests": {}, "transposed": list(transposed)}
+        binding = Binding(base="", base_name="", digests={}, transposed=list(transposed))
         file = tmp_path / "masks.safetensors"
-        masks_file.write_masks(file, masks.items(), {name: tuple(mask.shape) for name, mask in masks.items()}, facts)
+        masks_file.write_masks(file, masks.items(), {name: tuple(mask.shape) for name, mask in masks.items()}, binding, "any")
         (tmp_path / out).mkdir()
         writer.write_checkpoint(source, masks_file.MasksFile(file), tmp_path / out, check)
         return tmp_path / out

@@ -149,7 +149,7 @@ def test_an_interrupted_run_goes_on_to_the_same_masks(folder, tmp_path, monkeypa
     memory = uniprune.plan(str(folder), recipe).memory_streamed if streamed else None
 
     def run(output, **more):
-        return uniprune.prune(str(folder), recipe, tmp_path / output, max_memory=memory, **more)["masks_sha256"]
+        return uniprune.prune(str(folder), recipe, tmp_path / output, max_memory=memory, **more).masks_sha256
 
     expected = run("whole")
     with pytest.raises(Stopped):

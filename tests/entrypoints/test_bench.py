@@ -78,8 +78,8 @@ def test_rivals_are_seen_from_every_dtype():
 def test_what_is_missing_or_left_dense_is_said():
     rows = [result("2:4", "semi-structured", "float16", batch, speedup=1.4, left_dense={"5 x 8": "odd"}) for batch in (1, 128)]
     missing = [
-        Missing("2:4", "semi-structured", "float32", "weights of type float32"),
-        Missing("unstructured", "CSR", "float16", "not implemented."),
+        Missing(kind="2:4", kernel="semi-structured", dtype="float32", reason="weights of type float32"),
+        Missing(kind="unstructured", kernel="CSR", dtype="float16", reason="not implemented."),
     ]
     assert entry_bench.verdicts(rows, missing) == [
         "2:4 (semi-structured): in float16 at batch 1 faster from 50% on (1.40x); in float16 at batch 128 faster from 50% on "
@@ -91,8 +91,7 @@ def test_what_is_missing_or_left_dense_is_said():
 def test_the_table():
     dense = result("dense", "dense", "bfloat16", sparsity=0.0, speedup=1.5, against="float32")
     rows = [dense, result(), result(sparsity=0.95, speedup=2.5), result(batch=128, speedup=0.4, high=1.2, low=0.3)]
-    record = {"results": [vars(row) for row in rows]}
-    assert tables.bench_rows(record) == [
+    assert tables.bench_rows(rows) == [
         ["masks", "type", "batch", "0%", "50%", "95%"],
         ["dense, against float32", "bfloat16", "1", "1.50", "", ""],
         ["unstructured", "float32", "1", "", "1.00", "2.50"],
@@ -113,18 +112,18 @@ def hollow_folder(folder, tmp_path):
 
 def test_a_checkpoint_is_measured_without_reading_a_weight(hollow_folder):
     found = bench(hollow_folder, dtypes=["float32", "float32"], batches=[1, 2], levels=[0.9], device="cpu", seconds=0)
-    assert found["shapes"] == {"32 x 32": 6, "16 x 32": 6, "64 x 32": 6, "32 x 64": 3}
-    assert (found["device"], found["dtypes"], found["batches"]) == ("CPU", ["float32"], [1, 2])
-    assert "unstructured" in {row["kind"] for row in found["results"]}
-    assert "2:4" in {one["kind"] for one in found["missing"]}
-    assert len(found["verdicts"]) == len(SPARSE)
-    assert found["notes"][0] == entry_bench.COVERAGE
+    assert found.shapes == {"32 x 32": 6, "16 x 32": 6, "64 x 32": 6, "32 x 64": 3}
+    assert (found.device, found.dtypes, found.batches) == ("CPU", ["float32"], [1, 2])
+    assert "unstructured" in {row.kind for row in found.results}
+    assert "2:4" in {one.kind for one in found.missing}
+    assert len(found.verdicts) == len(SPARSE)
+    assert found.notes[0] == entry_bench.COVERAGE
 
 
 def test_a_busy_machine_is_noticed(hollow_folder, monkeypatch):
     for high, noticed in ((1.1, False), (1.5, True)):
         monkeypatch.setattr(timing, "measure", lambda *_, high=high, **__: ([result(high=high)], []))
-        assert (entry_bench.RESTLESS in bench(hollow_folder, device="cpu")["notes"]) is noticed
+        assert (entry_bench.RESTLESS in bench(hollow_folder, device="cpu").notes) is noticed
 
 
 def test_the_command_line(hollow_folder, capsys, monkeypatch):

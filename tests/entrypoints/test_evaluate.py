@@ -13,6 +13,7 @@ from command import run
 from task_rows import ROWS
 from uniprune import InputError, Recipe
 from uniprune.cli import tables
+from uniprune.evaluation.results import Evaluation
 from uniprune.models.loading import dtype_name, fast_dtype
 
 COMPUTED = dtype_name(fast_dtype(torch.bfloat16, torch.device("cpu")))
@@ -32,23 +33,24 @@ def tasks(tmp_path):
 def test_accuracy_against_the_dense_model(folder, tasks, tmp_path):
     uniprune.prune(str(folder), Recipe(sparsity="2:4", windows=2, length=32, controller="none"), tmp_path / "pruned")
     found = uniprune.evaluate(str(tmp_path / "pruned"), tasks=tasks, limit=4, against=str(folder))
-    assert "perplexity" not in found
-    assert (found["against"], found["dtype"], found["sparsity"]) == (str(folder), COMPUTED, 0.5)
+    assert found.perplexity is None
+    assert "perplexity" not in found.record()
+    assert (found.against, found.dtype, found.sparsity) == (str(folder), COMPUTED, 0.5)
     dense = uniprune.evaluate(str(folder), tasks=tasks, limit=4)
     for name in tasks:
-        ours, theirs = found["tasks"][name], dense["tasks"][name]
-        assert ours["questions"] == 4
-        assert ours["sha256"] == theirs["sha256"]
-        for metric, compared in ours["against"].items():
-            assert compared["reference"] == theirs[metric]
-            assert ours[metric] - theirs[metric] == pytest.approx((compared["gained"] - compared["lost"]) / 4)
-    assert list(found["tasks"][tasks[0]]["against"]) == ["acc", "acc_norm"]
+        ours, theirs = found.tasks[name], dense.tasks[name]
+        assert ours.questions == 4
+        assert ours.sha256 == theirs.sha256
+        for metric, compared in ours.against.items():
+            assert compared.reference == getattr(theirs, metric)
+            assert getattr(ours, metric) - getattr(theirs, metric) == pytest.approx((compared.gained - compared.lost) / 4)
+    assert list(found.tasks[tasks[0]].against) == ["acc", "acc_norm"]
 
 
 def test_perplexity_and_accuracy_at_once(loaded, tasks):
     found = uniprune.evaluate(loaded, text_source="builtin", windows=2, length=32, tasks=tasks)
-    assert found["perplexity"] > 1
-    assert found["tasks"].keys() == set(tasks)
+    assert found.perplexity > 1
+    assert found.tasks.keys() == set(tasks)
 
 
 def test_the_command_line_shows_tables(capsys, monkeypatch, folder, tasks):
@@ -69,7 +71,7 @@ def test_text_and_names_of_others_are_shown_as_they_are():
     result = {"model": "m[/x]", "dtype": "float32", "sparsity": 0.5, "against": "n[/y]"}
     result |= {"tasks": {"../data/own.jsonl": {"questions": 2, "acc": 0.5}}}
     result |= {"generations": [texts | {"same_tokens": 0, "tokens": 1}]}
-    for item in tables.evaluation_tables(result):
+    for item in tables.evaluation_tables(Evaluation(**result)):
         console.print(item, highlight=False)
     shown = console.export_text()
     for text in ("[INST] a [/INST]", "[/b]", "[red]", "m[/x]", "n[/y]", " own "):

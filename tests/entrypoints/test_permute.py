@@ -26,10 +26,10 @@ def test_the_dense_model_is_the_same_and_the_pattern_keeps_more(folder, tmp_path
     local = RECIPE.model_copy(update={"controller": "none"})
     memory = uniprune.plan(str(folder), local).memory_streamed if streamed else None
     report = uniprune.permute(str(folder), RECIPE, out, max_memory=memory)
-    assert json.loads((out / "pruning.json").read_text()) == json.loads(json.dumps(report))
-    assert set(report["permuted"]) == {f"model.layers.{index}.mlp.down_proj" for index in range(3)}
-    for gain in report["permuted"].values():
-        assert gain["kept_after"] > gain["kept_before"]
+    assert json.loads((out / "pruning.json").read_text()) == json.loads(json.dumps(report.record()))
+    assert set(report.permuted) == {f"model.layers.{index}.mlp.down_proj" for index in range(3)}
+    for gain in report.permuted.values():
+        assert gain.kept_after > gain.kept_before
     before = logits(folder)
     torch.testing.assert_close(logits(out), before, rtol=1e-5, atol=1e-5 * float(before.abs().max()))
     assert {file.name for file in folder.iterdir()} | {"pruning.json", "README.md"} == {file.name for file in out.iterdir()}
@@ -40,9 +40,16 @@ def test_its_output_is_pruned_like_any_model_and_has_masks_of_its_own(folder, tm
     scores, masks = tmp_path / "scores.safetensors", tmp_path / "masks.safetensors"
     uniprune.calibrate(str(tmp_path / "permuted"), Recipe(controller="none", windows=8, length=32), scores)
     uniprune.mask(scores, "2:4", masks)
-    assert uniprune.apply(tmp_path / "permuted", masks, tmp_path / "pruned")["sparsity"] == 0.5
+    assert uniprune.apply(tmp_path / "permuted", masks, tmp_path / "pruned").sparsity == 0.5
     with pytest.raises(uniprune.MismatchError, match="another model"):
         uniprune.apply(folder, masks, tmp_path / "refused")
+
+
+def test_its_output_is_no_finished_run_of_prune(folder, tmp_path):
+    recipe = Recipe(sparsity="1:4", windows=8, length=32, controller="none")
+    uniprune.permute(str(folder), recipe, tmp_path / "out")
+    with pytest.raises(InputError, match="exists"):
+        uniprune.prune(str(folder), recipe, tmp_path / "out", resume=True)
 
 
 def test_a_model_in_memory_is_reordered_and_saved(tokenizer, tmp_path):

@@ -30,8 +30,8 @@ def weights(folder):
 def test_prune_writes_what_plain_transformers_runs(folder, tmp_path, settings):
     out = tmp_path / "out"
     report = uniprune.prune(str(folder), Recipe(sparsity="2:4", **SMALL, **settings), out)
-    assert report["sparsity"] == 0.5
-    assert json.loads((out / "pruning.json").read_text()) == json.loads(json.dumps(report))
+    assert report.sparsity == 0.5
+    assert json.loads((out / "pruning.json").read_text()) == json.loads(json.dumps(report.record()))
     model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
     assert model.generate(**tokenizer("The import", return_tensors="pt"), max_new_tokens=5).shape[1] > 5
     for matrix in find_matrices(model).values():
@@ -48,8 +48,8 @@ def test_one_seed_one_file(folder, tmp_path):
     first = uniprune.prune(str(folder), recipe, tmp_path / "first")
     again = uniprune.prune(str(folder), recipe, tmp_path / "again")
     other = uniprune.prune(str(folder), recipe.model_copy(update={"seed": 1}), tmp_path / "other")
-    assert first["masks_sha256"] == again["masks_sha256"] != other["masks_sha256"]
-    assert first["calibration"]["sha256"] != other["calibration"]["sha256"]
+    assert first.masks_sha256 == again.masks_sha256 != other.masks_sha256
+    assert first.calibration.sha256 != other.calibration.sha256
 
 
 def test_sparsity_zero_is_the_identity(folder, tmp_path):
@@ -82,32 +82,32 @@ def test_the_three_steps_are_prune(folder, tmp_path, sparsity, scope, controller
     steps, once = weights(tmp_path / "steps"), weights(tmp_path / "once")
     assert steps.keys() == once.keys()
     assert all(torch.equal(steps[key], once[key]) for key in once)
-    assert json.loads((tmp_path / "steps" / "pruning.json").read_text())["sparsity"] == report["sparsity"]
+    assert json.loads((tmp_path / "steps" / "pruning.json").read_text())["sparsity"] == report.sparsity
 
 
 def test_one_calibration_serves_every_sparsity(folder, tmp_path):
     scores = tmp_path / "scores.safetensors"
     facts = uniprune.calibrate(str(folder), Recipe(**SMALL), scores)
-    assert facts["controller"]["targets"] == ["0.5 by model", "0.6 by model", "0.7 by model", "2:4", "4:8", "2:4"]
+    assert facts.controller.targets == ["0.5 by model", "0.6 by model", "0.7 by model", "2:4", "4:8", "2:4"]
     for sparsity, expected in {"0.31": 0.31, "0.8": 0.8, "1:4": 0.75, "7:8": 0.125}.items():
         cut = uniprune.mask(scores, sparsity, tmp_path / "masks.safetensors", overwrite=True)
-        assert cut["sparsity"] == pytest.approx(expected, abs=1e-4)
+        assert cut.sparsity == pytest.approx(expected, abs=1e-4)
 
 
 def test_a_report_replays_its_run(folder, tmp_path):
     recipe = Recipe(sparsity="0.3", scope="matrix", metric="ria:a=0.7", exclude="down_proj", seed=3, **SMALL)
     report = uniprune.prune(str(folder), recipe, tmp_path / "out")
-    again = uniprune.prune(str(folder), Recipe(**report["recipe"]), tmp_path / "again")
-    assert again["masks_sha256"] == report["masks_sha256"]
+    again = uniprune.prune(str(folder), Recipe(**report.recipe), tmp_path / "again")
+    assert again.masks_sha256 == report.masks_sha256
 
 
 def test_a_recipe_tunes_its_controller(folder, tmp_path):
     recipe = Recipe(sparsity="2:4", tuning={"labels": 0.5, "temperature": 0.2, "anchor": 0.1}, **SMALL)
     report = uniprune.prune(str(folder), recipe, tmp_path / "out")
     plain = uniprune.prune(str(folder), Recipe(sparsity="2:4", **SMALL), tmp_path / "plain")
-    assert report["controller"]["loss"] != plain["controller"]["loss"]
-    again = uniprune.prune(str(folder), Recipe(**report["recipe"]), tmp_path / "again")
-    assert again["masks_sha256"] == report["masks_sha256"]
+    assert report.controller.loss != plain.controller.loss
+    again = uniprune.prune(str(folder), Recipe(**report.recipe), tmp_path / "again")
+    assert again.masks_sha256 == report.masks_sha256
 
 
 @pytest.mark.parametrize(
@@ -127,11 +127,12 @@ def test_bad_tuning_is_named(tuning, controller, message):
 
 def test_a_model_in_memory_is_pruned_in_place(loaded):
     dense = {name: p.clone() for name, p in loaded.model.named_parameters()}
-    report = uniprune.prune(loaded, Recipe(sparsity="0.5", exclude="down_proj", scope="row", **SMALL))
-    assert report["sparsity"] == pytest.approx(0.5)
-    assert len(report["matrices"]) == 18
+    report = uniprune.prune_in_place(loaded, Recipe(sparsity="0.5", exclude="down_proj", scope="row", **SMALL))
+    assert report.masks_sha256 is None
+    assert report.sparsity == pytest.approx(0.5)
+    assert len(report.matrices) == 18
     for name, parameter in loaded.model.named_parameters():
-        pruned = name.removesuffix(".weight") in report["matrices"]
+        pruned = name.removesuffix(".weight") in report.matrices
         assert float((parameter == 0).float().mean()) == pytest.approx(0.5 if pruned else 0, abs=0.001)
         assert torch.equal(parameter[parameter != 0], dense[name][parameter != 0])
 
@@ -162,25 +163,25 @@ def test_masks_of_another_model_are_refused(folder, tmp_path, tokenizer):
     assert not list(tmp_path.glob("*out*"))
     with pytest.raises(MismatchError, match="has no matrix"):
         uniprune.apply(str(other_shapes), masks, tmp_path / "out", force=True)
-    assert len(uniprune.apply(str(same_shapes), masks, tmp_path / "out", force=True)["differs"]) == 21
-    assert uniprune.apply(str(folder), masks, tmp_path / "right")["differs"] == []
+    assert len(uniprune.apply(str(same_shapes), masks, tmp_path / "out", force=True).differs) == 21
+    assert uniprune.apply(str(folder), masks, tmp_path / "right").differs == []
 
 
 def test_evaluate_says_how_sparse_the_model_really_is(folder, tmp_path):
     uniprune.prune(str(folder), Recipe(sparsity="0.75", **SMALL), tmp_path / "out")
     dense = uniprune.evaluate(str(folder), length=64, windows=4)
     pruned = uniprune.evaluate(str(tmp_path / "out"), length=64, windows=4)
-    assert dense["sparsity"] < 0.01
-    assert pruned["sparsity"] == pytest.approx(0.75, abs=0.01)
-    assert dense["text"] == pruned["text"]
-    assert dense["perplexity"] != pruned["perplexity"]
+    assert dense.sparsity < 0.01
+    assert pruned.sparsity == pytest.approx(0.75, abs=0.01)
+    assert dense.text == pruned.text
+    assert dense.perplexity != pruned.perplexity
 
 
 def test_gpt2_goes_the_whole_way(tmp_path, tokenizer):
     tiny_model("gpt2").save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     report = uniprune.prune(str(tmp_path / "model"), Recipe(sparsity="1:4", **SMALL), tmp_path / "out")
-    assert report["sparsity"] == 0.75
+    assert report.sparsity == 0.75
     for matrix in find_matrices(AutoModelForCausalLM.from_pretrained(tmp_path / "out")).values():
         assert int((matrix.weight.reshape(-1, 4) != 0).sum(1).max()) == 1
 
@@ -236,27 +237,38 @@ def test_one_budget_under_rules_and_mixed_patterns(folder, tmp_path):
     scores = tmp_path / "scores.safetensors"
     uniprune.calibrate(str(folder), Recipe(controller="none", **SMALL), scores)
     cut = uniprune.mask(scores, "0.5", tmp_path / "a.safetensors", scope="model", rules=["down_proj=dense", "q_proj=0.1..0.2"])
-    assert cut["sparsity"] == pytest.approx(0.5, abs=1e-4)
-    for name, matrix in cut["matrices"].items():
-        assert matrix["sparsity"] == 0 or "down_proj" not in name
-        assert 0.1 <= matrix["sparsity"] <= 0.2 or "q_proj" not in name
+    assert cut.sparsity == pytest.approx(0.5, abs=1e-4)
+    for name, matrix in cut.matrices.items():
+        assert matrix.sparsity == 0 or "down_proj" not in name
+        assert 0.1 <= matrix.sparsity <= 0.2 or "q_proj" not in name
     mixed = uniprune.mask(scores, "0.3", tmp_path / "b.safetensors", allow=["2:4,dense"])
-    assert mixed["sparsity"] == pytest.approx(0.3, abs=1e-3)
-    assert sum(matrix["sparsity"] in (0, 0.5) for matrix in mixed["matrices"].values()) >= 20
+    assert mixed.sparsity == pytest.approx(0.3, abs=1e-3)
+    assert sum(matrix.sparsity in (0, 0.5) for matrix in mixed.matrices.values()) >= 20
     recipe = Recipe(sparsity="2:4", hardware="nvidia-semi-structured", misfits="dense", **SMALL)
     report = uniprune.prune(str(folder), recipe, tmp_path / "out")
-    assert report["misfits"]
-    assert all(report["matrices"][name]["sparsity"] == (0 if name in report["misfits"] else 0.5) for name in report["matrices"])
+    assert report.misfits
+    assert all(report.matrices[name].sparsity == (0 if name in report.misfits else 0.5) for name in report.matrices)
     with pytest.raises(InputError, match="matches none of the 21 matrices"):
         uniprune.plan(str(folder), Recipe(sparsity="0.5", rules="o_project=dense"))
     with pytest.raises(InputError, match="--allow goes with a level"):
         Recipe(sparsity="2:4", allow="2:4,dense")
 
 
+def test_unknown_keywords_are_named(folder, tmp_path):
+    known = r"overwite = True: .*; known settings: device, max_memory, save_tokens, resume, overwrite"
+    with pytest.raises(InputError, match=known):
+        uniprune.prune(str(folder), Recipe(sparsity="2:4"), tmp_path / "out", overwite=True)
+    with pytest.raises(InputError, match=r"--windows = 'many': "):
+        uniprune.evaluate(str(folder), windows="many")
+    with pytest.raises(InputError, match=r"txt = 'c4': .*; known settings: text_source, windows"):
+        uniprune.sweep(str(folder), tmp_path / "scores", tmp_path / "s.json", ["2:4"], txt="c4")
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_controller_descends_on_budgets_with_rules(folder, tmp_path):
     for index, settings in enumerate(({"rules": "down_proj=2:4"}, {"allow": "2:4,dense"}, {"scope": "block"})):
         recipe = Recipe(sparsity="0.4", steps=2, **settings, **SMALL)
-        assert uniprune.prune(str(folder), recipe, tmp_path / str(index))["sparsity"] == pytest.approx(0.4, abs=1e-3)
+        assert uniprune.prune(str(folder), recipe, tmp_path / str(index)).sparsity == pytest.approx(0.4, abs=1e-3)
 
 
 def test_calibration_refuses_what_it_cannot_do(folder, tmp_path):
@@ -280,23 +292,23 @@ def test_the_real_model_end_to_end(smollm2, tmp_path):
     evaluation = {"windows": 4, "length": 256}
     out = tmp_path / "wanda"
     report = uniprune.prune(str(smollm2), Recipe(sparsity="2:4", **small), out)
-    assert report["sparsity"] == 0.5
-    assert len(report["matrices"]) == 210
+    assert report.sparsity == 0.5
+    assert len(report.matrices) == 210
     dense = uniprune.load(smollm2)
     original = find_matrices(dense.model)
     before = uniprune.evaluate(dense, **evaluation)
     after = uniprune.evaluate(str(out), **evaluation)
-    assert before["perplexity"] < 30
-    assert before["perplexity"] < after["perplexity"] < 10 * before["perplexity"]
+    assert before.perplexity < 30
+    assert before.perplexity < after.perplexity < 10 * before.perplexity
     pruned = find_matrices(uniprune.load(out).model)
     for name, matrix in pruned.items():
         kept = matrix.weight != 0
         assert torch.equal(matrix.weight[kept], original[name].weight[kept])
     again = uniprune.prune(dense, Recipe(sparsity="2:4", **small), tmp_path / "again")
-    assert again["masks_sha256"] == report["masks_sha256"]
+    assert again.masks_sha256 == report.masks_sha256
     in_place = Loaded(dense.model, dense.tokenizer)
-    uniprune.prune(in_place, Recipe(sparsity="2:4", metric="magnitude", controller="none", **small))
-    assert uniprune.evaluate(in_place, **evaluation)["perplexity"] > 2 * after["perplexity"]
+    uniprune.prune_in_place(in_place, Recipe(sparsity="2:4", metric="magnitude", controller="none", **small))
+    assert uniprune.evaluate(in_place, **evaluation).perplexity > 2 * after.perplexity
 
 
 def test_wikitext_rows():
@@ -338,6 +350,6 @@ def test_a_loaded_model_of_an_emulated_type_is_warned_of(monkeypatch, folder, ca
     loaded = uniprune.load(str(folder), dtype=dtype)
     with caplog.at_level("WARNING"):
         uniprune.evaluate(loaded, windows=1, length=16)
-        uniprune.prune(loaded, Recipe(sparsity="2:4", metric="magnitude", controller="none", **SMALL))
+        uniprune.prune_in_place(loaded, Recipe(sparsity="2:4", metric="magnitude", controller="none", **SMALL))
     assert caplog.text.count("load the model with dtype='float32'") == 2 * warned
     assert all(p.dtype == getattr(torch, dtype) for p in loaded.model.parameters())

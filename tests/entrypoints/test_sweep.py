@@ -9,7 +9,8 @@ from command import run
 from conftest import Stopped, Stops
 from uniprune import InputError, MismatchError, Recipe
 from uniprune.artefacts import archive
-from uniprune.entrypoints.sweep import _mark, sweep
+from uniprune.entrypoints.sweep import sweep
+from uniprune.evaluation.results import Row, marked
 
 TEXT = {"windows": 2, "length": 32}
 
@@ -23,17 +24,17 @@ def scores(folder, tmp_path_factory):
 
 def test_rows_are_what_pruning_gives(folder, scores, tmp_path):
     found = sweep(str(folder), scores, tmp_path / "sweep.json", ["0.5", "2:4"], **TEXT)
-    assert json.loads((tmp_path / "sweep.json").read_text()) == json.loads(json.dumps(found))
-    assert found["dense"]["perplexity"] == uniprune.evaluate(str(folder), text_source="builtin", **TEXT)["perplexity"]
-    for row in found["rows"]:
-        uniprune.mask(scores, row["pattern"], tmp_path / "masks.safetensors", overwrite=True)
+    assert json.loads((tmp_path / "sweep.json").read_text()) == json.loads(json.dumps(found.record()))
+    assert found.dense.perplexity == uniprune.evaluate(str(folder), text_source="builtin", **TEXT).perplexity
+    for row in found.rows:
+        uniprune.mask(scores, row.pattern, tmp_path / "masks.safetensors", overwrite=True)
         uniprune.apply(str(folder), tmp_path / "masks.safetensors", tmp_path / "pruned", overwrite=True)
         pruned = uniprune.evaluate(str(tmp_path / "pruned"), text_source="builtin", **TEXT)
-        assert row["perplexity"] == pruned["perplexity"]
-        assert row["sparsity"] == pytest.approx(pruned["sparsity"], abs=1e-3)
+        assert row.perplexity == pruned.perplexity
+        assert row.sparsity == pytest.approx(pruned.sparsity, abs=1e-3)
         packed = archive.pack(tmp_path / "pruned", tmp_path / "a.upz", overwrite=True)["archive_bytes"]
-        assert row["bytes"] == pytest.approx(packed, rel=0.1)
-    assert found["rows"][0]["bytes"] < found["dense"]["bytes"]
+        assert row.bytes == pytest.approx(packed, rel=0.1)
+    assert found.rows[0].bytes < found.dense.bytes
 
 
 def test_an_interrupted_sweep_goes_on(folder, scores, tmp_path):
@@ -51,7 +52,7 @@ def test_an_interrupted_sweep_goes_on(folder, scores, tmp_path):
         sweep(str(folder), scores, out, asked, **TEXT)
     assert sweep(str(folder), scores, out, asked, resume=True, **TEXT) == whole
     more = sweep(str(folder), scores, out, ["2:4"], resume=True, **TEXT)
-    assert [row["pattern"] for row in more["rows"]] == [*asked, "2:4"]
+    assert [row.pattern for row in more.rows] == [*asked, "2:4"]
     with pytest.raises(InputError, match="made otherwise"):
         sweep(str(folder), scores, out, asked, resume=True, windows=3, length=32)
     out.write_text('{"rows": 3}')
@@ -84,10 +85,9 @@ def test_the_command_line_marks_the_front(capsys, monkeypatch, folder, scores, t
 
 def test_the_front_is_what_no_other_beats():
     rows = [
-        {"perplexity": 2.0, "bytes": 10, "sparsity": 0.5},
-        {"perplexity": 3.0, "bytes": 10, "sparsity": 0.5},  # same size, worse
-        {"perplexity": 3.0, "bytes": 5, "sparsity": 0.7},
-        {"perplexity": 4.0, "bytes": 6, "sparsity": 0.7},  # larger and worse
+        Row(pattern="a", perplexity=2.0, bytes=10, sparsity=0.5),
+        Row(pattern="b", perplexity=3.0, bytes=10, sparsity=0.5),  # same size, worse
+        Row(pattern="c", perplexity=3.0, bytes=5, sparsity=0.7),
+        Row(pattern="d", perplexity=4.0, bytes=6, sparsity=0.7),  # larger and worse
     ]
-    _mark(rows)
-    assert [row["pareto"] for row in rows] == [True, False, True, False]
+    assert [row.pareto for row in marked(rows)] == [True, False, True, False]

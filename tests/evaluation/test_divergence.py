@@ -79,21 +79,22 @@ def test_greedy_continuations_part_where_their_tokens_do(tokenizer):
             ids.append(token)
     rows = side_by_side(prompts, ours, theirs, tokenizer)
     for row, mine, other in zip(rows, ours, theirs, strict=True):
-        assert mine[: row["same_tokens"]] == other[: row["same_tokens"]]
-        assert row["same_tokens"] == 6 or mine[row["same_tokens"]] != other[row["same_tokens"]]
-        assert row["model"] == tokenizer.decode(mine)
+        assert mine[: row.same_tokens] == other[: row.same_tokens]
+        assert row.same_tokens == 6 or mine[row.same_tokens] != other[row.same_tokens]
+        assert row.model == tokenizer.decode(mine)
 
 
 def test_evaluate_shows_two_models_side_by_side(tokenizer):
     asked = {"text_source": "builtin", "windows": 2, "length": 32, "new_tokens": 4}
     dense = Loaded(tiny_model(), tokenizer)
     found = uniprune.evaluate(Loaded(noisy(), tokenizer), against=dense, **asked)
-    assert found["closeness"]["reference_perplexity"] == uniprune.evaluate(dense, **asked | {"new_tokens": None})["perplexity"]
-    assert found["closeness"]["kl"] > 0
-    assert len({row["prompt"] for row in found["generations"]}) == 2  # as many as there are windows
+    assert found.closeness.reference_perplexity == uniprune.evaluate(dense, **asked | {"new_tokens": None}).perplexity
+    assert found.closeness.kl > 0
+    assert len({row.prompt for row in found.generations}) == 2  # as many as there are windows
     own = uniprune.evaluate(Loaded(noisy(), tokenizer), against=dense, prompts=["import"], new_tokens=3)
-    assert [row["prompt"] for row in own["generations"]] == ["import"]
-    assert "closeness" not in own
+    assert [row.prompt for row in own.generations] == ["import"]
+    assert own.closeness is None
+    assert "closeness" not in own.record()
 
 
 @pytest.mark.parametrize(

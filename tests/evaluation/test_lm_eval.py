@@ -75,9 +75,9 @@ def test_native_scores_are_those_of_the_harness(local, tokenizer, name):
             metric: float(sample[metric]) for metric in ours.right
         }
     (values,) = found["results"].values()
-    record = ours.record()
-    assert record["acc_stderr"] == pytest.approx(float(values["acc_stderr,none"]))
-    assert ("acc_norm" in record) == ("acc_norm,none" in values)
+    record = ours.result()
+    assert record.acc_stderr == pytest.approx(float(values["acc_stderr,none"]))
+    assert (record.acc_norm is not None) == ("acc_norm,none" in values)
 
 
 def test_the_verb_runs_the_harness(capsys, monkeypatch, folder, local):

@@ -134,4 +134,4 @@ def test_the_committed_result_is_had_again(smollm2, monkeypatch):
     root = Path(__file__).parents[2]
     monkeypatch.chdir(root)  # the text's path is relative
     found = uniprune.check(root / "benchmarks" / "results" / "check.json", str(smollm2), device="cpu")
-    assert found["reproduced"], found["differences"]
+    assert found.reproduced, found.differences

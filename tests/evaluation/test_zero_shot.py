@@ -9,6 +9,7 @@ from conftest import tiny_model
 from uniprune.common.significance import mcnemar, standard_error
 from uniprune.data.tasks import Question, Task
 from uniprune.errors import InputError
+from uniprune.evaluation.results import Compared
 from uniprune.evaluation.scoring import Score, score
 from uniprune.evaluation.zero_shot import Answers, answer, tokenise
 
@@ -29,30 +30,31 @@ def test_acc_and_acc_norm(monkeypatch):
     found = asked(monkeypatch, task, [[-4.0, -13.0], [-2.0, -2.0], [-1.0, -9.0]])
     # per character -4/3 < -13/13; of equal ones the first counts; characters, not bytes; nothing is never best per character
     assert found.right == {"acc": [False, True, True], "acc_norm": [True, True, False]}
-    record = found.record()
-    assert record["acc"] == record["acc_norm"] == pytest.approx(2 / 3)
-    assert record["acc_stderr"] == pytest.approx(math.sqrt((2 * (1 / 3) ** 2 + (2 / 3) ** 2) / 2 / 3))
-    assert (record["format"], record["questions"], record["sha256"]) == ("piqa", 3, task.sha256)
+    record = found.result()
+    assert record.acc == record.acc_norm == pytest.approx(2 / 3)
+    assert record.acc_stderr == pytest.approx(math.sqrt((2 * (1 / 3) ** 2 + (2 / 3) ** 2) / 2 / 3))
+    assert (record.format, record.questions, record.sha256) == ("piqa", 3, task.sha256)
 
 
 def test_formats_without_free_answers_have_no_acc_norm(monkeypatch):
     found = asked(monkeypatch, Task("t", "rte", (choices("True", "False", gold=1),)), [[-2.0, -1.0]])
     assert found.right == {"acc": [True]}
-    assert found.record()["acc_stderr"] is None
+    assert found.result().acc_stderr is None
+    assert found.result().acc_norm is None
 
 
 def test_cloze_is_right_if_greedy(monkeypatch):
     task = Task("t", "lambada", (choices("door", gold=0), choices("sea", gold=0)))
     found = asked(monkeypatch, task, [[Score(-1.0, True)], [Score(-3.0, False)]])
     assert found.right == {"acc": [True, False]}
-    assert found.record()["perplexity"] == pytest.approx(math.exp(2))
+    assert found.result().perplexity == pytest.approx(math.exp(2))
 
 
 def test_answers_gained_and_lost(monkeypatch):
     task = Task("t", "rte", tuple(choices("True", "False", gold=0) for _ in range(6)))
     dense = Answers(task, [], {"acc": [True, True, True, False, False, True]})
     pruned = Answers(task, [], {"acc": [True, False, False, True, False, False]})
-    expected = {"reference": 4 / 6, "gained": 1, "lost": 3, "p": mcnemar(1, 3)}
+    expected = Compared(reference=4 / 6, gained=1, lost=3, p=mcnemar(1, 3))
     assert pruned.against(dense) == {"acc": expected}
 
 

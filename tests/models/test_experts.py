@@ -248,8 +248,8 @@ def test_a_run_on_too_little_text_says_so_in_its_report(tmp_path):
     text.save_windows(text.Windows(few, "random", 2, False), tmp_path / "t.safetensors")
     recipe = Recipe(sparsity="2:4", text=str(tmp_path / "t.safetensors"), controller="none")
     report = uniprune.prune(tmp_path / "model", recipe, tmp_path / "out")
-    assert report["starved"]["matrices"]
-    assert report["starved"]["tokens_under"] == FEW
+    assert report.starved.matrices
+    assert report.starved.tokens_under == FEW
 
 
 # ----------------------------------------------------------------------------------------------------------- in memory
@@ -258,7 +258,9 @@ def test_a_run_on_too_little_text_says_so_in_its_report(tmp_path):
 def test_a_model_in_memory_is_pruned_in_place(tmp_path):
     model = loud("qwen3_moe")
     text.save_windows(text.Windows(ids(9), "random", 9, False), tmp_path / "t.safetensors")
-    uniprune.prune(Loaded(model, None), Recipe(sparsity="2:4", text=str(tmp_path / "t.safetensors"), controller="none"))
+    uniprune.prune_in_place(
+        Loaded(model, None), Recipe(sparsity="2:4", text=str(tmp_path / "t.safetensors"), controller="none")
+    )
     for layer in model.model.layers:
         for weight in (layer.mlp.experts.gate_up_proj, layer.mlp.experts.down_proj):
             assert bool((weight.reshape(-1, 4).count_nonzero(-1) == 2).all())

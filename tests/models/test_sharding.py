@@ -24,7 +24,8 @@ from uniprune.controller.loss import Loss
 from uniprune.controller.passes import Streamed
 from uniprune.controller.straight_through import StraightThrough
 from uniprune.job.estimate import Needs
-from uniprune.job.prepare import Machine, choose
+from uniprune.job.options import RunOptions
+from uniprune.job.prepare import choose
 from uniprune.models import loading
 from uniprune.models.blocks import Replay
 from uniprune.models.matrices import find_blocks, find_matrices
@@ -73,8 +74,7 @@ def work(folders: Path, out: Path) -> None:
     with distributed.joined(CPU):
         order = recorded(Sharder)
         found = {name: parts(folders / name) for name in MODELS}
-        for way in LOCAL:
-            prune(folders, way, out / way, "sharded")
+        found["reports"] = {way: prune(folders, way, out / way, "sharded").record() for way in LOCAL}
         prune(folders, "controller", out / "streamed", "streamed")
         found["begun"] = interrupted(folders, out / "sharded")
         (out / f"found-{distributed.rank()}.json").write_text(json.dumps(found | {"order": order}))
@@ -141,7 +141,7 @@ def out(folders, tmp_path_factory):
     """What the processes wrote."""
     path = tmp_path_factory.mktemp("out")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={PROCESSES}"]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     process = [*command, __file__, str(folders), str(path)]
     done = subprocess.run(process, check=False, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -177,6 +177,12 @@ def test_each_process_holds_its_part_of_the_blocks(out, folders, name):
 def test_local_masks_are_those_of_one_process(out, folders, tmp_path, way):
     prune(folders, way, tmp_path / "one", "resident")
     assert_same(out / way, tmp_path / "one")
+
+
+@pytest.mark.parametrize("way", LOCAL)
+def test_every_process_returns_the_report(out, way):
+    for rank in range(PROCESSES):
+        assert found_by(out, rank)["reports"][way] == json.loads((out / way / "pruning.json").read_text())
 
 
 def test_the_controller_finds_the_masks_of_streaming_processes(out):
@@ -229,12 +235,12 @@ CHOICES = [(1000, "resident", "resident"), (999, "streamed", "sharded"), (363, "
 def test_the_choice(monkeypatch, tmp_path, limit, alone, together):
     """Needs are whole 1000, by block 100, for two processes that hold half of the blocks each 364."""
     needs = Needs(resident=1000, streamed=100, scratch=0, blocks=400, block=20)
-    origin, machine = loading.Origin("m", tmp_path), Machine(max_memory=limit)
+    origin, options = loading.Origin("m", tmp_path), RunOptions(max_memory=limit)
     monkeypatch.setattr(loading.Origin, "shards", [tmp_path])
-    assert choose(origin, needs, machine, CPU) == alone
+    assert choose(origin, needs, options, CPU) == alone
     monkeypatch.setattr(distributed, "count", lambda: 2)
     monkeypatch.setattr(distributed, "total_of", lambda value: 2 * value)
-    assert choose(origin, needs, machine, CPU) == together
+    assert choose(origin, needs, options, CPU) == together
 
 
 def test_processes_choose_by_the_one_with_least_memory(monkeypatch, tmp_path):
@@ -243,7 +249,7 @@ def test_processes_choose_by_the_one_with_least_memory(monkeypatch, tmp_path):
     monkeypatch.setattr(distributed, "count", lambda: 2)
     other = iter([False, True])  # the whole model does not fit there, a half does
     monkeypatch.setattr(distributed, "total_of", lambda value: value + next(other))
-    assert choose(loading.Origin("m", tmp_path), needs, Machine(max_memory=2000), CPU) == "sharded"
+    assert choose(loading.Origin("m", tmp_path), needs, RunOptions(max_memory=2000), CPU) == "sharded"
 
 
 if __name__ == "__main__":

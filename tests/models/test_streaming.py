@@ -24,7 +24,8 @@ from uniprune.controller.passes import Resident, Streamed
 from uniprune.controller.straight_through import StraightThrough
 from uniprune.errors import InputError, MismatchError, UniPruneError
 from uniprune.job.estimate import Needs, Work, needs
-from uniprune.job.prepare import Machine, choose, progress_of
+from uniprune.job.options import RunOptions
+from uniprune.job.prepare import choose, progress_of
 from uniprune.models import loading
 from uniprune.models.blocks import Replay
 from uniprune.models.matrices import find_blocks, find_matrices
@@ -159,7 +160,7 @@ def test_a_model_that_does_not_fit_is_streamed(folder, tmp_path, settings):
     memory = uniprune.plan(str(folder), recipe).memory_streamed
     assert uniprune.plan(str(folder), recipe, max_memory=memory).execution == "streamed"
     streamed = uniprune.prune(str(folder), recipe, tmp_path / "streamed", max_memory=memory)
-    assert streamed["masks_sha256"] == whole["masks_sha256"]
+    assert streamed.masks_sha256 == whole.masks_sha256
     for file in (tmp_path / "whole").glob("*.safetensors"):
         assert (tmp_path / "streamed" / file.name).read_bytes() == file.read_bytes()
     assert not list(tmp_path.glob(".*"))
@@ -171,7 +172,7 @@ def test_what_fits_nowhere_is_refused(folder, tmp_path):
     assert uniprune.plan(str(folder), Recipe(sparsity="2:4"), max_memory=1000).execution == "none"
     gguf = loading.Origin("m.gguf", tmp_path, "m.gguf")
     with pytest.raises(InputError, match="only safetensors checkpoints can be read block by block"):
-        choose(gguf, Needs(10**10, 10**9, 0), Machine(max_memory=2 * 10**9), CPU)
+        choose(gguf, Needs(10**10, 10**9, 0), RunOptions(max_memory=2 * 10**9), CPU)
     assert not list(tmp_path.iterdir())
 
 
@@ -207,7 +208,7 @@ def test_an_interrupted_run_goes_on_to_the_same_masks(folder, tmp_path, way, mon
 
     def start(output, **more):
         if recipe.sparsity:
-            return uniprune.prune(str(folder), recipe, tmp_path / output, max_memory=memory, **more)["masks_sha256"]
+            return uniprune.prune(str(folder), recipe, tmp_path / output, max_memory=memory, **more).masks_sha256
         uniprune.calibrate(str(folder), recipe, tmp_path / f"{output}.safetensors", max_memory=memory, **more)
         return (tmp_path / f"{output}.safetensors").read_bytes()
 
@@ -234,7 +235,7 @@ def test_hidden_states_that_are_gone_are_an_error(tmp_path):
 
 def test_a_sweep_of_several_processes_begins_anew(tmp_path, monkeypatch):
     """Hidden states are of one process's own windows, and other processes would take up a sweep without any."""
-    with pytest.raises(Stopped), progress_of(tmp_path / "out", Machine(), {}) as run:
+    with pytest.raises(Stopped), progress_of(tmp_path / "out", RunOptions(), {}) as run:
         for stage in ("sweep", "descent"):
             store = Store(run, stage)
             store["w"] = {"dual": torch.ones(2)}
@@ -243,7 +244,7 @@ def test_a_sweep_of_several_processes_begins_anew(tmp_path, monkeypatch):
     monkeypatch.setattr("uniprune.common.distributed.count", lambda: 2)
     monkeypatch.setattr("uniprune.common.distributed.rank", lambda: 0)
     monkeypatch.setattr("uniprune.common.distributed.wait", lambda: None)
-    with progress_of(tmp_path / "out", Machine(resume=True), {}) as run:
+    with progress_of(tmp_path / "out", RunOptions(resume=True), {}) as run:
         assert run.facts("descent") == {"done": 1}
         assert (run.facts("sweep"), dict(Store(run, "sweep"))) == (None, {})
 
@@ -268,8 +269,8 @@ def test_resume_finishes_what_was_complete_already(folder, tmp_path, monkeypatch
         uniprune.calibrate(str(folder), recipe, tmp_path / "s.safetensors")
     with pytest.raises(InputError, match="exists; give another name, or --overwrite"):
         uniprune.prune(str(folder), recipe, tmp_path / "out")
-    assert uniprune.prune(str(folder), recipe, tmp_path / "out", resume=True)["masks_sha256"] == report["masks_sha256"]
-    assert uniprune.calibrate(str(folder), recipe, tmp_path / "s.safetensors", resume=True)["base"]
+    assert uniprune.prune(str(folder), recipe, tmp_path / "out", resume=True).masks_sha256 == report.masks_sha256
+    assert uniprune.calibrate(str(folder), recipe, tmp_path / "s.safetensors", resume=True).base
     assert not list(tmp_path.glob(".*"))
 
 

@@ -7,9 +7,11 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
+import made_up
 import uniprune
 from command import run
 from uniprune import Recipe
+from uniprune.artefacts.reports import Pruning
 from uniprune.reporting import model_card
 
 ASKED = ("--text", "builtin", "--windows", 2, "--length", 32)
@@ -38,8 +40,8 @@ def test_every_output_folder_has_a_card(pruned):
 
 
 def test_a_hub_name_is_the_base_model():
-    report = {"model": {"name": "owner/model", "fingerprint": "0" * 64}, "pattern": "0.5", "sparsity": 0.5, "matrices": {}}
-    text = model_card.card(report | {"versions": {"uniprune": "1"}})
+    model = {"name": "owner/model", "fingerprint": "0" * 64}
+    text = model_card.card(Pruning(**made_up.pruning(model=model, versions={"uniprune": "1"})))
     assert ModelCard(text).data.base_model == "owner/model"
     assert "[owner/model](https://huggingface.co/owner/model)" in text
 

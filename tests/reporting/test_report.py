@@ -11,14 +11,16 @@ import made_up
 import uniprune
 from command import run
 from uniprune import InputError
-from uniprune.common.formatting import NOTE, number, pattern_words, points, short
+from uniprune.artefacts.reports import Pruning
+from uniprune.common.formatting import NOTE, number, points, short
 from uniprune.common.significance import paired_error
-from uniprune.controller.protocol import ControllerRecord
+from uniprune.evaluation.results import Generation
 from uniprune.reporting import plots
 from uniprune.reporting.headline import figures, sentences
-from uniprune.reporting.results import Generation, Pruning, read, read_all
+from uniprune.reporting.results import read, read_all
 from uniprune.reporting.sections import dialogue
 from uniprune.reporting.summary import summarise
+from uniprune.saliency.record import ControllerRecord
 
 HOSTILE = "</title></style><script>alert(1)</script><img src=x onerror=alert(2)>\"'--><!-- "
 HOSTILE += "$\\frac{ &lt; {{ 7*7 }} [red][/] \ud800\x1b[31m"
@@ -232,9 +234,8 @@ def test_names_and_patterns():
     assert short("/home/someone/models/Toy.gguf") == "Toy"
     assert short("C:\\models\\Toy") == "Toy"
     assert short("org/model-1.5") == "org/model-1.5"
-    assert pattern_words("0.5 by model") == "one budget for the whole model"
-    assert pattern_words("2:4; o_proj=dense") == "2:4, that is 2 of every 4 consecutive weights kept; o_proj=dense"
-    assert pattern_words("what <else>") == "what <else>"
+    assert Pruning(**made_up.pruning()).pattern_words == "one budget for the whole model"
+    assert Pruning(**made_up.pruning(pattern="what <else>", structure=None)).pattern_words == "what <else>"
     assert points(-0.0525, 0.02) == "\N{MINUS SIGN}5.2 ± 2.0"
 
 
@@ -411,11 +412,11 @@ def test_the_same_sources_give_the_same_bytes(tmp_path):
 def test_facts_are_those_of_the_sources(tmp_path):
     paths = made_up.everything(tmp_path)
     facts = uniprune.report(paths, tmp_path / "report.html")
-    assert [source["kind"] for source in facts["sources"]] == ["pruning", "evaluation", "evaluation", "sweep"]
-    assert facts["sources"][3]["result"] == json.loads(paths[3].read_text())
-    pruned, dense = facts["models"]
-    assert (pruned["perplexity"], pruned["dense_perplexity"], pruned["kl"]) == (18.25, 12.5, 0.3125)
-    assert (dense["label"], dense["pattern"]) == ("Toy-1M", None)
+    assert [source.kind for source in facts.sources] == ["pruning", "evaluation", "evaluation", "sweep"]
+    assert facts.sources[3].result == json.loads(paths[3].read_text())
+    pruned, dense = facts.models
+    assert (pruned.perplexity, pruned.dense_perplexity, pruned.kl) == (18.25, 12.5, 0.3125)
+    assert (dense.label, dense.pattern) == ("Toy-1M", None)
 
 
 def test_large_figures_are_those_of_one_model(tmp_path):
@@ -492,8 +493,8 @@ def test_real_results_make_a_report(tmp_path, folder):
     uniprune.prune(str(folder), recipe, pruned)
     paths = [pruned]
     for name, model in (("half", pruned), ("dense", folder)):
-        result = uniprune.evaluate(str(model), windows=4, length=32)
-        paths.append(made_up.write(tmp_path / f"{name}.json", result))
+        paths.append(tmp_path / f"{name}.json")
+        uniprune.evaluate(str(model), windows=4, length=32).write(paths[-1])
     outline = Outline(made(tmp_path, *paths))
     assert [attributes["id"] for attributes in outline.all("section")] == [*SECTIONS[:2], *SECTIONS[3:5], "protocol"]
     assert "dense to" in outline.texts["summary"]

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import reduce
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,6 +19,8 @@ from torch import Tensor
 
 from uniprune.artefacts import masks as masks_file
 from uniprune.artefacts import writer
+from uniprune.artefacts.binding import Binding
+from uniprune.artefacts.masks import MasksFacts
 from uniprune.errors import InputError, MismatchError, first_line
 from uniprune.models import loading
 from uniprune.models.matrices import Matrix, find_matrices
@@ -29,11 +31,19 @@ from uniprune.storage import files as files_module
 from uniprune.storage import safetensors_index, tensor_file
 
 KERNELS = (NM(2, 4), NM(4, 8))  # patterns that there are kernels for; they take groups with fewer, too
-ABOUT = ("base", "base_name", "pattern")  # facts that say what masks are of
 
 Array = np.ndarray[Any, Any]
 Source = str | Path
 Record = dict[str, Any]
+
+
+class PlainFacts(tensor_file.Metadata):
+    """The metadata of masks for other tools; for people."""
+
+    kind: Literal["plain masks"] = "plain masks"
+    base: str
+    base_name: str
+    pattern: str
 
 
 class CheckedMasks(masks_file.MasksFile):
@@ -45,9 +55,8 @@ class CheckedMasks(masks_file.MasksFile):
             super().__init__(path)
             found = safetensors_index.entries([path])
             _check_facts(self.facts, found)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            reason = f"it lacks {error}" if isinstance(error, KeyError) else error
-            raise InputError(f"masks file {path} is damaged: {reason}; make it again, or fetch it again") from None
+        except ValueError as error:
+            raise MasksFacts.damaged(path, error) from None
         self.shapes = {name: self.shapes[name] for name in found}
 
     @property
@@ -60,19 +69,17 @@ class CheckedMasks(masks_file.MasksFile):
         return self.shapes[name][::-1] if name in self.transposed else self.shapes[name]
 
 
-def _check_facts(facts: Mapping[str, Any], entries: Mapping[str, safetensors_index.Entry]) -> None:
-    """Raises ValueError, KeyError or TypeError unless the facts have the right types and are of the file's tensors."""
-    shapes, transposed, digests = facts["shapes"], facts["transposed"], facts["digests"]
-    if [type(facts[key]) for key in ("format", *ABOUT)] != [int, str, str, str] or type(transposed) is not list:
-        raise ValueError("its facts are of wrong types")
+def _check_facts(facts: MasksFacts, entries: Mapping[str, safetensors_index.Entry]) -> None:
+    """Raises ValueError unless the facts are of the file's tensors."""
+    shapes, transposed, digests = facts.shapes, facts.transposed, facts.digests
     if not entries or not entries.keys() == shapes.keys() == digests.keys() or not entries.keys() >= {*transposed}:
         raise ValueError("its masks, shapes, digests and transposed matrices are not of the same names")
-    if facts["base"] != writer.fingerprint(digests):
+    if facts.base != writer.fingerprint(digests):
         raise ValueError("its base is not the fingerprint that its digests make")
     for name, entry in entries.items():
-        rows, columns = shape = (*shapes[name],)
+        rows, columns = shape = shapes[name]
         count = -(-rows * columns // 8)
-        if {*map(type, shape)} != {int} or min(shape) < 1 or (entry.dtype, entry.shape) != ("U8", (count,)):
+        if (entry.dtype, entry.shape) != ("U8", (count,)):
             raise ValueError(f"{name} is {entry.dtype} {list(entry.shape)}, which is no mask of {list(shape)}")
         stored = shape[::-1] if name in transposed else shape
         if not re.fullmatch(rf"\w+ {re.escape(str(stored))} [0-9a-f]{{64}}", digests[name]):
@@ -80,6 +87,11 @@ def _check_facts(facts: Mapping[str, Any], entries: Mapping[str, safetensors_ind
         used = rows * columns % 8  # bits beyond these would be counted as kept weights
         if used and np.fromfile(entry.file, np.uint8, 1, offset=entry.stop - 1)[0] >> used:
             raise ValueError(f"{name} has bits set beyond its last weight")
+
+
+def _about(file: CheckedMasks) -> dict[str, str]:
+    """What the masks are of."""
+    return {"base": file.facts.base, "base_name": file.facts.base_name, "pattern": file.facts.pattern}
 
 
 def verify(masks: Path, model: Source | None = None, pruned: Source | None = None, *, dtype: str | None = None) -> Record:
@@ -109,7 +121,8 @@ def verify(masks: Path, model: Source | None = None, pruned: Source | None = Non
                 raise MismatchError(f"{pruned} was not pruned by {masks}: {name}: {left} weights that it removes are not 0")
     asked = {"pattern": cut, "model": model, "pruned": pruned}
     return {
-        **{key: file.facts[key] for key in ("format", *ABOUT)},
+        "format": file.facts.format,
+        **_about(file),
         "checked": ["file", *(name for name, item in asked.items() if item is not None)],
         "matrices": len(file),
         "sparsity": 1 - kept / file.size,
@@ -122,7 +135,7 @@ def _check_pattern(file: CheckedMasks) -> Cutter | None:
     A mask has a pattern if, and only if, the pattern cuts that very mask from it.
     """
     try:
-        pattern = constraints.spelled(file.facts["pattern"])
+        pattern = constraints.spelled(file.facts.pattern)
         if isinstance(pattern, constraints.Ruled):
             pattern.check(file.shapes)
         return None if pattern is None else pattern.settle(View(file, lambda _, mask: mask.float()))
@@ -132,7 +145,7 @@ def _check_pattern(file: CheckedMasks) -> Cutter | None:
 
 def _compare(file: CheckedMasks, name: str, mask: Tensor, cut: Cutter) -> None:
     """Raises InputError at the first weight of a mask that its pattern would not keep, or would."""
-    claim = f"{file.path}: {name} is not {file.facts['pattern']}"
+    claim = f"{file.path}: {name} is not {file.facts.pattern}"
     try:
         wrong = (cut(name, mask.float()) != mask).nonzero()
     except InputError as error:
@@ -180,8 +193,7 @@ def diff(a: Path, b: Path, *, force: bool = False) -> Record:
         both = bits.kept(one & other)
         matrices[name] = _overlap(both, bits.kept(one) - both, bits.kept(other) - both)
     total = _overlap(*(sum(found[key] for found in matrices.values()) for key in ("both", "only_a", "only_b")))
-    about = {side: {key: file.facts[key] for key in ABOUT} for side, file in (("a", first), ("b", second))}
-    return {**about, "same_base": same, **total, "matrices": matrices}
+    return {"a": _about(first), "b": _about(second), "same_base": same, **total, "matrices": matrices}
 
 
 def _overlap(both: int, only_a: int, only_b: int) -> Record:
@@ -219,11 +231,10 @@ def _combine(kind: str, operation: Callable[..., Array], paths: Sequence[Path], 
         return reduce(operation, (file.packed(name) for file in files))
 
     sparsity = 1 - sum(bits.kept(combined(name)) for name in first) / first.size  # a second pass: the header goes first
-    parts = " and ".join(f"({file.facts['pattern']})" for file in files)
+    parts = " and ".join(f"({file.facts.pattern})" for file in files)
     pattern = f"{kind} of {parts}, sparsity {sparsity:.6g}"
-    facts = masks_file.binding(first.facts) | {"pattern": pattern}
     masks = ((name, bits.unpack(torch.from_numpy(combined(name)), shape)) for name, shape in first.shapes.items())
-    masks_file.write_masks(output, masks, first.shapes, facts)
+    masks_file.write_masks(output, masks, first.shapes, first.facts, pattern)
     return {"pattern": pattern, "matrices": len(first), "sparsity": sparsity}
 
 
@@ -233,9 +244,9 @@ def _check_comparable(a: CheckedMasks, b: CheckedMasks, force: bool = False) -> 
         one, other = (file.shapes.get(name, "missing") for file in (a, b))
         if one != other:
             raise InputError(f"{a.path} and {b.path} are of different matrices: {name} is {one} and {other}")
-    same = bool(a.facts["base"] == b.facts["base"])
+    same = a.facts.base == b.facts.base
     if not same and not force:
-        names = " and ".join(f"{file.facts['base_name']} ({file.facts['base'][:12]})" for file in (a, b))
+        names = " and ".join(f"{file.facts.base_name} ({file.facts.base[:12]})" for file in (a, b))
         raise MismatchError(f"{a.path} and {b.path} were made for different models: {names}")
     return same
 
@@ -252,7 +263,7 @@ def stats(masks: Path) -> Record:
     for name, found in matrices.items():
         blocks.setdefault(re.sub(r"(\.\d+)\..*", r"\1", name), []).append(found)
     return {
-        **{key: file.facts[key] for key in ABOUT},
+        **_about(file),
         **_totals([*matrices.values()]),
         "blocks": {block: _totals(found) for block, found in blocks.items()},
         "matrices": matrices,
@@ -308,7 +319,7 @@ class Dense:
             if matrix is None or (matrix.shape, matrix.transposed) != (shape, name in file.transposed):
                 raise MismatchError(f"{file.path} was made for another model: {self.origin} has no such matrix {name}")
         for name, digest in writer.digests(self.origin, file, self.matrices).items():
-            if digest != file.facts["digests"][name]:
+            if digest != file.facts.digests[name]:
                 raise MismatchError(f"{file.path} was made for another model: {self.origin} has other weights in {name}")
         return self
 
@@ -316,12 +327,15 @@ class Dense:
         """Writes masks ``[out, in]``, in the order of ``names``, as a file bound to this model; returns what was written."""
         shapes = {name: self.matrices[name].shape for name in names}
         digests = writer.digests(self.origin, names, self.matrices)
-        facts = {"base": writer.fingerprint(digests), "base_name": str(self.origin), "pattern": pattern, "digests": digests}
-        facts["transposed"] = [name for name in names if self.matrices[name].transposed]
-        removed = masks_file.write_masks(output, masks, shapes, facts)
+        transposed = [name for name in names if self.matrices[name].transposed]
+        base = writer.fingerprint(digests)
+        binding = Binding(base=base, base_name=str(self.origin), digests=digests, transposed=transposed)
+        removed = masks_file.write_masks(output, masks, shapes, binding, pattern)
         size = sum(self.matrices[name].size for name in names)
         return {
-            **{key: facts[key] for key in ABOUT},
+            "base": base,
+            "base_name": str(self.origin),
+            "pattern": pattern,
             "matrices": len(names),
             "left_dense": [name for name in self.matrices if name not in shapes],
             "sparsity": sum(removed[name] * self.matrices[name].size for name in names) / size,
@@ -367,9 +381,9 @@ def to_plain(
     specs = {keys[name]: (torch.uint8, file.stored(name)) for name in file}
     files_module.check_disk_space(output, file.size)
     tensors = ((keys[n], (mask.T if n in file.transposed else mask).to(torch.uint8)) for n, mask in file.items())
-    facts = {"kind": "plain masks"} | {key: file.facts[key] for key in ABOUT}
-    tensor_file.stream_tensors(output, specs, tensors, facts)
-    return {"pattern": file.facts["pattern"], "matrices": len(file)}
+    plain = PlainFacts(base=file.facts.base, base_name=file.facts.base_name, pattern=file.facts.pattern)
+    tensor_file.stream_tensors(output, specs, tensors, plain)
+    return {"pattern": file.facts.pattern, "matrices": len(file)}
 
 
 def from_plain(plain: Path, model: Source, output: Path, *, dtype: str | None = None, overwrite: bool = False) -> Record:

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from uniprune.artefacts.binding import Binding
 from uniprune.sparsity import bits as bits_module
-from uniprune.storage.tensor_file import open_tensors, stream_tensors
+from uniprune.storage.record import Shape
+from uniprune.storage.tensor_file import Metadata, open_tensors, stream_tensors
 
 
-def binding(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Of an artefact's facts those that tie it to its model: what is made of it has them, too."""
-    return {key: facts[key] for key in ("base", "base_name", "digests", "transposed")}
+class MasksFacts(Binding, Metadata):
+    """The metadata of a masks file. pattern: what the masks claim to be."""
+
+    kind: Literal["masks"] = "masks"
+    pattern: str
+    shapes: dict[str, Shape]
 
 
 class MasksFile(Mapping[str, Tensor]):
@@ -24,10 +29,9 @@ class MasksFile(Mapping[str, Tensor]):
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        with open_tensors(path, "masks") as (_, facts):
-            self.facts = facts
-        self.shapes: dict[str, tuple[int, int]] = {name: (rows, cols) for name, (rows, cols) in facts["shapes"].items()}
-        self.transposed = set(facts["transposed"])
+        with open_tensors(path, MasksFacts) as (_, self.facts):
+            self.shapes: dict[str, tuple[int, int]] = dict(self.facts.shapes)
+        self.transposed = set(self.facts.transposed)
 
     def __getitem__(self, name: str) -> Tensor:
         return bits_module.unpack(torch.from_numpy(self.packed(name)), self.shapes[name])
@@ -50,9 +54,12 @@ class MasksFile(Mapping[str, Tensor]):
 
 
 def write_masks(
-    path: Path, cut: Iterable[tuple[str, Tensor]], shapes: Mapping[str, tuple[int, int]], facts: Mapping[str, Any]
+    path: Path, cut: Iterable[tuple[str, Tensor]], shapes: Mapping[str, tuple[int, int]], binding: Binding, pattern: str
 ) -> dict[str, float]:
-    """Writes masks as they are cut, packed; returns the fraction of weights that each one removes."""
+    """Writes masks as they are cut, packed; returns the fraction of weights that each one removes.
+
+    binding: to the model, that of a scores or masks file say. pattern: what the masks claim to be.
+    """
     removed: dict[str, float] = {}
 
     def packed() -> Iterator[tuple[str, Tensor]]:
@@ -61,6 +68,13 @@ def write_masks(
             yield name, bits_module.pack(mask)
 
     specs = {name: (torch.uint8, (-(-rows * columns // 8),)) for name, (rows, columns) in shapes.items()}
-    shape_facts = {name: list(shape) for name, shape in shapes.items()}
-    stream_tensors(path, specs, packed(), {"kind": "masks", "shapes": shape_facts, **facts})
+    facts = MasksFacts(
+        base=binding.base,
+        base_name=binding.base_name,
+        digests=binding.digests,
+        transposed=binding.transposed,
+        pattern=pattern,
+        shapes=dict(shapes),
+    )
+    stream_tensors(path, specs, packed(), facts)
     return removed

@@ -4,47 +4,50 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, Literal
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from uniprune.artefacts.binding import Binding
+from uniprune.data.text import TextFacts
+from uniprune.saliency.record import ControllerRecord, Starved
 from uniprune.sparsity.views import Scores
-from uniprune.storage import safetensors_index, strict_json
-from uniprune.storage.tensor_file import damaged, open_tensors, stream_tensors
+from uniprune.storage import safetensors_index
+from uniprune.storage.tensor_file import Metadata, open_tensors, stream_tensors
+
+
+class ScoresFacts(Binding, Metadata):
+    """The metadata of a scores file; docs/masks.md specifies it.
+
+    matrices: their names in the order of the model, by which equal scores are ranked. comparable: whether the scores of all
+    matrices are on one scale. recipe: the settings of the run. starved: as in a pruning report.
+    """
+
+    kind: Literal["scores"] = "scores"
+    matrices: list[str]
+    comparable: bool
+    recipe: dict[str, Any] = {}
+    calibration: TextFacts | None = None
+    versions: dict[str, str] = {}
+    controller: ControllerRecord | None = None
+    starved: Starved | None = None
 
 
 class ScoresFile(Scores):
     """A saliency on disk, read one matrix at a time; InputError when it is opened, unless it agrees with itself."""
 
-    KINDS: ClassVar[Mapping[str, type]] = {
-        "matrices": list,
-        "comparable": bool,
-        "digests": dict,
-        "transposed": list,
-        "base": str,
-        "base_name": str,
-    }
-
     def __init__(self, path: Path) -> None:
         self._path = path
-        with open_tensors(path, "scores") as (_, self.facts):
+        with open_tensors(path, ScoresFacts) as (_, self.facts):
             found = safetensors_index.entries([path])
         try:
-            strict_json.check(self.facts, self.KINDS)
-            names = self.facts["matrices"]
-            if not names or sorted(map(str, names)) != sorted(found) or self.facts["digests"].keys() != found.keys():
-                raise ValueError("its scores, matrices and digests are not of the same names")
-            for name, entry in found.items():
-                if entry.dtype != "F32" or len(entry.shape) != 2 or 0 in entry.shape:
-                    raise ValueError(f"{name} is {entry.dtype} {list(entry.shape)}, which are no scores")
-                if not isinstance(self.facts["digests"][name], str) or not self.facts["digests"][name]:
-                    raise ValueError(f"{name} has no digest")
+            _check(self.facts, found)
         except ValueError as error:
-            raise damaged("scores", path, error) from None
-        self.comparable = self.facts["comparable"]
-        self.shapes = {name: (found[name].shape[0], found[name].shape[1]) for name in names}
+            raise ScoresFacts.damaged(path, error) from None
+        self.comparable = self.facts.comparable
+        self.shapes = {name: (found[name].shape[0], found[name].shape[1]) for name in self.facts.matrices}
 
     def __getitem__(self, name: str) -> Tensor:
         with safe_open(self._path, framework="pt") as file:
@@ -59,9 +62,20 @@ class ScoresFile(Scores):
         return len(self.shapes)
 
 
+def _check(facts: ScoresFacts, entries: Mapping[str, safetensors_index.Entry]) -> None:
+    """Raises ValueError unless the facts are of the file's tensors, and these are scores."""
+    if not facts.matrices or sorted(facts.matrices) != sorted(entries) or facts.digests.keys() != entries.keys():
+        raise ValueError("its scores, matrices and digests are not of the same names")
+    for name, entry in entries.items():
+        if entry.dtype != "F32" or len(entry.shape) != 2 or 0 in entry.shape:
+            raise ValueError(f"{name} is {entry.dtype} {list(entry.shape)}, which are no scores")
+        if not facts.digests[name]:
+            raise ValueError(f"{name} has no digest")
+
+
 def write_scores(
-    path: Path, scores: Iterable[tuple[str, Tensor]], shapes: Mapping[str, tuple[int, int]], facts: Mapping[str, Any]
+    path: Path, scores: Iterable[tuple[str, Tensor]], shapes: Mapping[str, tuple[int, int]], facts: ScoresFacts
 ) -> None:
-    """Writes scores as they come, in the order of ``shapes``."""
+    """Writes scores as they come, in the order of ``shapes``, which is that of ``facts.matrices``."""
     specs = {name: (torch.float32, shape) for name, shape in shapes.items()}
-    stream_tensors(path, specs, scores, {"kind": "scores", "matrices": list(shapes), **facts})
+    stream_tensors(path, specs, scores, facts)

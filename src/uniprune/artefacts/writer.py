@@ -8,7 +8,6 @@ checkpoint that plain transformers, and every runtime that loads those, accepts.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -202,8 +201,3 @@ def _copy_beside(origin: Origin, folder: Path) -> None:
         (folder / file.name).touch()
         os.truncate(folder / file.name, file.stat().st_size)
         (folder / file.name).chmod(0o644)
-
-
-def write_report(folder: Path, report: Mapping[str, Any]) -> None:
-    """Writes pruning.json, the file that makes an output folder complete."""
-    (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

@@ -66,7 +66,7 @@ def evaluate(
     quiet()
     from uniprune.cli import tables
     from uniprune.entrypoints.evaluate import check, evaluate
-    from uniprune.storage.files import check_output_file, write_json
+    from uniprune.storage.files import check_output_file
 
     result_file = comparison.check
     if result_file and request.given():
@@ -78,20 +78,21 @@ def evaluate(
     if target.output:
         check_output_file(target.output, run.overwrite, suffix=".json")
     models: dict[str, Any] = {"against": comparison.against, "device": run.device}
-    with Bars() as progress:
-        if result_file:
-            result = check(result_file, source.model, **models, progress=progress)
-        else:
-            assert source.model is not None
-            result = evaluate(source.model, **models, progress=progress, **request.given())
-    if target.output:
-        write_json(target.output, result)
     if result_file:
-        show(result, printed.as_json, *tables.check_lines(result))
-        if not result["reproduced"]:
+        with Bars() as progress:
+            found = check(result_file, source.model, **models, progress=progress)
+        if target.output:
+            found.write(target.output)
+        show(found, printed.as_json, *tables.check_lines(found))
+        if not found.reproduced:
             raise click.exceptions.Exit(1)
-    else:
-        show(result, printed.as_json, *tables.evaluation_tables(result))
+        return
+    assert source.model is not None
+    with Bars() as progress:
+        result = evaluate(source.model, **models, progress=progress, **request.given())
+    if target.output:
+        result.write(target.output)
+    show(result, printed.as_json, *tables.evaluation_tables(result))
 
 
 def sweep(
@@ -120,7 +121,7 @@ def bench(source: Source, measurement: Measurement, printed: Printed) -> None:
 
     with Bars() as progress:
         result = bench(source.model, **measurement.given(), progress=progress)
-    show(result, printed.as_json, bench_table(result), *result["verdicts"], *result["notes"])
+    show(result, printed.as_json, bench_table(result), *result.verdicts, *result.notes)
 
 
 def report(asked: Report, over: Overwrite, printed: Printed) -> None:
@@ -128,5 +129,5 @@ def report(asked: Report, over: Overwrite, printed: Printed) -> None:
     from uniprune.entrypoints.report import facts, write
 
     found, summary = write(asked.sources, asked.output, **over.given())
-    result = {"output": str(asked.output), **facts(found, summary)}
+    result = {"output": str(asked.output), **facts(found, summary).record()}
     show(result, printed.as_json, *report_tables(summary), *report_lines(summary), f"{asked.output} written")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import Field
 
@@ -60,7 +60,7 @@ def card(source: Folder, more: Results, push: Push, over: Overwrite, printed: Pr
     show(result, printed.as_json, *lines)
 
 
-def push_of(push: Push, over: Overwrite | RunOptions) -> Callable[[Path], dict[str, Any]]:
+def push_of(push: Push, over: Overwrite | RunOptions) -> Callable[[Path], dict[str, str]]:
     """What uploads an output folder, if that was asked for; it is checked now whether that can succeed."""
     repository = push.push_to_hub
     if repository is None:

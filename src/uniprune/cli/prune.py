@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 from statistics import fmean
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
 from uniprune.cli.groups import CONTROLLER, LAYERS, SAMPLES, SPARSITY, Overwrite, Printed, Push, RecipeOptions, Source, Target
 from uniprune.cli.options import Only
 from uniprune.cli.package import push_of
-from uniprune.cli.terminal import Bars, quiet, show
+from uniprune.cli.terminal import Bars, first, quiet, show
 from uniprune.common.options import Flag, Options, Positional
 from uniprune.job.options import RunOptions
+
+if TYPE_CHECKING:
+    from uniprune.artefacts.reports import Pruning
 
 PLAN = Only(SPARSITY, "size windows length", LAYERS, "config")
 CALIBRATE = Only(SPARSITY, "metric", CONTROLLER, SAMPLES, LAYERS, "config")
@@ -48,7 +51,7 @@ def plan(
     from uniprune.entrypoints.plan import plan
 
     found = plan(source.model, asked, **run.given())
-    show(found.record(), printed.as_json, plan_table(found), *plan_lines(found))
+    show(found, printed.as_json, plan_table(found), *plan_lines(found))
 
 
 def calibrate(
@@ -59,10 +62,9 @@ def calibrate(
 
     with Bars() as progress:
         facts = calibrate(source.model, asked, target.output, **run.given(), progress=progress)
-    if not facts:  # another process of the run has them
-        return
-    result = {"output": str(target.output), **{key: value for key, value in facts.items() if key != "transposed"}}
-    show(result, printed.as_json, f"{target.output}: scores of {facts['base_name']} by {facts['recipe']['metric']}")
+    if first():
+        result = {"output": str(target.output), **facts.record()}
+        show(result, printed.as_json, f"{target.output}: scores of {facts.base_name} by {facts.recipe['metric']}")
 
 
 def mask(
@@ -72,8 +74,8 @@ def mask(
 
     asked = recipe.given()
     result = mask(source.scores, asked.pop("sparsity", None), target.output, **over.given(), **asked)
-    line = f"{target.output}: {result['pattern']}, sparsity {result['sparsity']:.4f}"
-    show({"output": str(target.output), **result}, printed.as_json, line)
+    line = f"{target.output}: {result.pattern}, sparsity {result.sparsity:.4f}"
+    show({"output": str(target.output), **result.record()}, printed.as_json, line)
 
 
 def apply(source: Source, masks: Masks, target: Target, push: Push, over: Overwrite, printed: Printed) -> None:
@@ -82,7 +84,7 @@ def apply(source: Source, masks: Masks, target: Target, push: Push, over: Overwr
     upload = push_of(push, over)
     options = {key: value for key, value in masks.given().items() if key != "masks"}
     result = apply(source.model, masks.masks, target.output, **over.given(), **options)
-    _show_pruned(target.output, result | upload(target.output), printed)
+    _show_pruned(target.output, result, upload(target.output), printed)
 
 
 def prune(
@@ -94,8 +96,8 @@ def prune(
     upload = push_of(push, run)
     with Bars() as progress:
         result = prune(source.model, asked, target.output, **run.given(), progress=progress)
-    if result:  # if not, another process of the run has it
-        _show_pruned(target.output, result | upload(target.output), printed)
+    if first():
+        _show_pruned(target.output, result, upload(target.output), printed)
 
 
 def permute(
@@ -113,15 +115,16 @@ def permute(
     asked = Recipe(sparsity=order.sparsity, **recipe.given())
     with Bars() as progress:
         result = permute(source.model, asked, target.output, **run.given(), progress=progress)
-    before, after = (fmean(found[key] for found in result["permuted"].values()) for key in ("kept_before", "kept_after"))
-    gain = f"{result['pattern']} keeps {after:.4f} of their scores, not {before:.4f}"
-    line = f"{target.output}: {len(result['permuted'])} MLPs; {gain}"
-    show({"output": str(target.output), **result}, printed.as_json, line)
+    gains = result.permuted.values()
+    before, after = fmean(gain.kept_before for gain in gains), fmean(gain.kept_after for gain in gains)
+    line = f"{target.output}: {len(gains)} MLPs; {result.pattern} keeps {after:.4f} of their scores, not {before:.4f}"
+    show({"output": str(target.output), **result.record()}, printed.as_json, line)
 
 
-def _show_pruned(output: Path, result: dict[str, Any], printed: Printed) -> None:
+def _show_pruned(output: Path, report: Pruning, uploaded: dict[str, str], printed: Printed) -> None:
+    """uploaded: where to, if the folder was."""
     from uniprune.common import formatting
 
-    lines = [f"{output}: {result['pattern']}, sparsity {result['sparsity']:.4f} in {len(result['matrices'])} matrices"]
-    lines += [f"uploaded to {result['uploaded']}"] if "uploaded" in result else []
-    show({"output": str(output), **result}, printed.as_json, *lines, formatting.NOTE)
+    lines = [f"{output}: {report.pattern}, sparsity {report.sparsity:.4f} in {len(report.matrices)} matrices"]
+    lines += [f"uploaded to {url}" for url in uploaded.values()]
+    show({"output": str(output), **report.record(), **uploaded}, printed.as_json, *lines, formatting.NOTE)

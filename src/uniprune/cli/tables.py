@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
 
 from uniprune.common.formatting import NOTE
+from uniprune.entrypoints.bench import Speeds
+from uniprune.evaluation.results import Check, Evaluation, Row, Sweep
 from uniprune.job.estimate import Plan, kind_of
 from uniprune.reporting import tables as report_tables_module
 from uniprune.reporting.headline import sentences
-from uniprune.reporting.results import Evaluation, Source
+from uniprune.reporting.results import Source
 from uniprune.reporting.summary import Summary, summarise
 from uniprune.reporting.tables import Grid
+from uniprune.speed.timing import Result
 
 
 def plan_table(plan: Plan) -> Table:
@@ -25,7 +27,7 @@ def plan_table(plan: Plan) -> Table:
     for column, justify in (("matrix", "left"), ("count", "right"), ("out x in", "right"), ("weights", "right")):
         table.add_column(column, justify=justify)  # type: ignore[arg-type]
     if plan.pattern:
-        table.add_column(plan.pattern.partition(";")[0])  # rules show in the rows
+        table.add_column(plan.structure.spelling if plan.structure else plan.pattern)  # rules show in the rows
     for group in plan.groups:
         cells = [group.name, str(group.count), f"{group.shape[0]} x {group.shape[1]}", f"{group.weights / 1e6:.2f}M"]
         gets = f"{group.pattern} ({group.misfit})" if group.misfit else group.pattern
@@ -65,39 +67,40 @@ def plan_lines(plan: Plan) -> list[str]:
     return [*lines, NOTE]
 
 
-def evaluation_table(rows: Mapping[str, Mapping[str, Any]]) -> Table:
-    """Perplexities side by side: label -> result of ``evaluate``."""
+def evaluation_table(rows: Mapping[str, Evaluation]) -> Table:
+    """Perplexities side by side: label -> result of ``evaluate``, all on the same text."""
     first = next(iter(rows.values()))
-    table = Table(title=f"token perplexity: {first['text']['text']}, {first['windows']} windows of {first['length']}")
+    text = first.text.text if first.text else "unknown"
+    table = Table(title=f"token perplexity: {text}, {first.windows} windows of {first.length}")
     for column in ("model", "perplexity", "± error", "zeros", "dtype"):
         table.add_column(column, justify="left" if column == "model" else "right")
     for label, result in rows.items():
-        value, error = result["perplexity"], result.get("nats_stderr")
-        spread = "" if error is None else f"{value * error:.2f}"
-        table.add_row(_inert(label), f"{value:.2f}", spread, _percent(result["sparsity"]), result["dtype"])
+        value, error = result.perplexity, result.nats_stderr
+        spread = "" if error is None or value is None else f"{value * error:.2f}"
+        table.add_row(_inert(label), f"{value:.2f}", spread, _percent(result.sparsity), result.dtype)
     return table
 
 
-def bench_rows(result: Mapping[str, Any]) -> list[list[str]]:
-    """Speeds as ``speed.bench`` gives them, head first: a row for each kernel, dtype and batch, a column for each sparsity.
+def bench_rows(results: Sequence[Result]) -> list[list[str]]:
+    """Speeds as ``bench`` measures them, head first: a row for each kernel, dtype and batch, a column for each sparsity.
 
     A question mark follows where the rounds' quartiles lie on both sides of 1.
     """
-    levels = sorted({row["sparsity"] for row in result["results"]})
+    levels = sorted({row.sparsity for row in results})
     rows: dict[tuple[str, str, str], dict[float, str]] = {}
-    for row in result["results"]:
-        masks = row["kind"] if row["dtype"] == row["against"] else f"{row['kind']}, against {row['against']}"
-        cell = f"{row['speedup']:.2f}" + ("?" if row["low"] < 1 < row["high"] else "")
-        rows.setdefault((masks, row["dtype"], str(row["batch"])), {})[row["sparsity"]] = cell
+    for row in results:
+        masks = row.kind if row.dtype == row.against else f"{row.kind}, against {row.against}"
+        cell = f"{row.speedup:.2f}" + ("?" if row.low < 1 < row.high else "")
+        rows.setdefault((masks, row.dtype, str(row.batch)), {})[row.sparsity] = cell
     body = [[*label, *(cells.get(level, "") for level in levels)] for label, cells in rows.items()]
     return [["masks", "type", "batch", *(f"{100 * level:g}%" for level in levels)], *body]
 
 
-def bench_table(result: Mapping[str, Any]) -> Table:
+def bench_table(speeds: Speeds) -> Table:
     """Speeds against the dense product of the same dtype."""
-    head, *rows = bench_rows(result)
-    place = f"{result['device']}, {result['threads']} thread{'s' if result['threads'] > 1 else ''}"
-    table = Table(title=f"{result['model']} on {place}: times as fast as the dense product of the same type (?: or not)")
+    head, *rows = bench_rows(speeds.results)
+    place = f"{speeds.device}, {speeds.threads} thread{'s' if speeds.threads > 1 else ''}"
+    table = Table(title=f"{speeds.model} on {place}: times as fast as the dense product of the same type (?: or not)")
     for column in head:
         table.add_column(column, justify="left" if column in ("masks", "type") else "right")
     for row in rows:
@@ -105,58 +108,61 @@ def bench_table(result: Mapping[str, Any]) -> Table:
     return table
 
 
-def evaluation_tables(result: Mapping[str, Any]) -> list[Table | str]:
+def evaluation_tables(result: Evaluation) -> list[Table | str]:
     """One result of ``evaluate`` as tables and sentences: those of what it measured, accuracies as a report shows them."""
     tables: list[Table | str] = []
-    if "perplexity" in result:
-        tables.append(evaluation_table({result["model"]: result}))
+    if result.perplexity is not None:
+        tables.append(evaluation_table({result.model: result}))
     else:
-        beside = f", against {result['against']}" if "against" in result else ""
-        tables.append(_inert(f"{result['model']}: {_percent(result['sparsity'])} zeros, {result['dtype']}{beside}"))
-    summary = summarise([Source(Path(), dict(result), Evaluation.model_validate(result))])
+        beside = f", against {result.against}" if result.against else ""
+        tables.append(_inert(f"{result.model}: {_percent(result.sparsity)} zeros, {result.dtype}{beside}"))
+    summary = summarise([Source(Path(), {}, result)])
     tables += [
         _grid_table(grid) for grid in (report_tables_module.accuracies(summary), report_tables_module.harness(summary)) if grid
     ]
     return [*tables, *closeness_lines(result)]
 
 
-def closeness_lines(result: Mapping[str, Any]) -> list[str]:
+def closeness_lines(result: Evaluation) -> list[str]:
     """How near a model's predictions and continuations are to another's, in sentences."""
     lines = []
-    if found := result.get("closeness"):
+    if found := result.closeness:
         lines.append(
-            f"Beside {result['against']} (perplexity {found['reference_perplexity']:.2f}): KL {found['kl']:.4f} nats per token"
-            f"{_plus_minus(found['kl_stderr'])}, the same likeliest token at {found['agreement']:.1%} of {found['tokens']} "
-            f"tokens{_plus_minus(found['agreement_stderr'])}."
+            f"Beside {result.against} (perplexity {found.reference_perplexity:.2f}): KL {found.kl:.4f} nats per token"
+            f"{_plus_minus(found.kl_stderr)}, the same likeliest token at {found.agreement:.1%} of {found.tokens} "
+            f"tokens{_plus_minus(found.agreement_stderr)}."
         )
-    for row in result.get("generations", ()):
-        lines += [f"> {row['prompt']!r}", f"  model:   {row['model']!r}", f"  against: {row['against']!r}"]
-        lines.append(f"  the same for {row['same_tokens']} of {row['tokens']} tokens")
+    for row in result.generations:
+        lines += [f"> {row.prompt!r}", f"  model:   {row.model!r}", f"  against: {row.against!r}"]
+        lines.append(f"  the same for {row.same_tokens} of {row.tokens} tokens")
     return [_inert(line) for line in lines]
 
 
-def check_lines(result: Mapping[str, Any]) -> list[str]:
+def check_lines(result: Check) -> list[str]:
     """Whether a recorded result was had again, and where not."""
-    place = "" if result["same_machine"] else " (on a machine of another kind: values may differ by 1 %)"
-    lines = [f"{result['result']}: {'reproduced' if result['reproduced'] else 'NOT reproduced'}{place}"]
-    lines += [f"  {one['what']}: {one['recorded']} was recorded, now {one['found']}" for one in result["differences"][:10]]
-    if (more := len(result["differences"]) - 10) > 0:
+    place = "" if result.same_machine else " (on a machine of another kind: values may differ by 1 %)"
+    lines = [f"{result.result}: {'reproduced' if result.reproduced else 'NOT reproduced'}{place}"]
+    lines += [f"  {one.what}: {one.recorded} was recorded, now {one.found}" for one in result.differences[:10]]
+    if (more := len(result.differences) - 10) > 0:
         lines.append(f"  and {more} more")
-    recorded, now = (result["versions"][key] or {} for key in ("recorded", "now"))
+    recorded, now = result.versions.recorded, result.versions.now
     changed = [f"{name} {recorded[name]} -> {now.get(name)}" for name in recorded if recorded[name] != now.get(name)]
     return lines + ([f"  other versions: {', '.join(changed)}"] if changed else [])
 
 
-def sweep_table(result: Mapping[str, Any]) -> Table:
+def sweep_table(result: Sweep) -> Table:
     """One row per sparsity; * marks those that no other beats in both perplexity and size."""
-    protocol = result["protocol"]["text"]
-    table = Table(title=f"{result['model']}: {protocol['text']}, {protocol['windows']} windows of {protocol['length']}")
+    how = result.protocol
+    text = how.text.text if how.text else "unknown"
+    table = Table(title=f"{result.model}: {text}, {how.windows} windows of {how.length}")
     for column in ("pattern", "zeros", "perplexity", "packed MB", ""):
         table.add_column(column, justify="left" if column == "pattern" else "right")
-    rows = [{"pattern": "dense", "sparsity": 0.0, "pareto": False, **(result["dense"] or {})}, *result["rows"]]
+    rows = list(result.rows)
+    if dense := result.dense:
+        rows.insert(0, Row(pattern="dense", sparsity=0.0, perplexity=dense.perplexity, bytes=dense.bytes))
     for row in rows:
-        size = "" if row["bytes"] is None else f"{row['bytes'] / 1e6:.1f}"
-        table.add_row(row["pattern"], _percent(row["sparsity"]), f"{row['perplexity']:.2f}", size, "*" if row["pareto"] else "")
+        size = "" if row.bytes is None else f"{row.bytes / 1e6:.1f}"
+        table.add_row(row.pattern, _percent(row.sparsity), f"{row.perplexity:.2f}", size, "*" if row.pareto else "")
     return table
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
 
+    from uniprune.storage.record import Record
 
 Item = TypeVar("Item")
 
@@ -22,7 +23,7 @@ class Bars:
         self._bar: Bar | None = None
 
     def __enter__(self) -> Bars:
-        if sys.stderr.isatty() and os.environ.get("RANK", "0") == "0":
+        if sys.stderr.isatty() and first():
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -65,9 +66,15 @@ def quiet() -> None:
     transformers_logging.disable_progress_bar()
 
 
-def show(result: dict[str, Any], as_json: bool, *shown: Any) -> None:
+def first() -> bool:
+    """Whether this is the first of the processes that ``torchrun`` started, or the only one: the one that speaks."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def show(result: Record | dict[str, Any], as_json: bool, *shown: Any) -> None:
+    """Prints a result as one JSON object, or what is shown of it to people."""
     if as_json:
-        sys.stdout.write(json.dumps(result) + "\n")
+        sys.stdout.write(json.dumps(result if isinstance(result, dict) else result.record()) + "\n")
         return
     from rich.console import Console
 

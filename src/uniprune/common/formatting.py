@@ -22,22 +22,6 @@ def short(name: str | None) -> str:
     return name.removesuffix(".jsonl").removesuffix(".gguf")
 
 
-def pattern_words(pattern: str) -> str:
-    """What a pattern's spelling means: ``0.5 by model`` -> one budget for the whole model."""
-    base, *rules = pattern.split("; ")
-    scope = {
-        "row": "the same share of every row",
-        "matrix": "the same share of every matrix",
-        "block": "the same share of every decoder block",
-        "model": "one budget for the whole model",
-    }
-    if found := re.fullmatch(r"[\d.]+ by (\w+)", base):
-        base = scope.get(found[1], base)
-    elif found := re.fullmatch(r"(\d+):(\d+)", base):
-        base = f"{base}, that is {found[1]} of every {found[2]} consecutive weights kept"
-    return "; ".join([base, *rules])
-
-
 def number(value: float | None) -> str:
     """A perplexity or another positive number, as people read it."""
     if value is None:

@@ -9,21 +9,12 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 
 def sparsity(removed: Mapping[str, float], shapes: Mapping[str, tuple[int, int]]) -> float:
     """The fraction of all weights that is removed, from that of each matrix."""
     sizes = {name: rows * columns for name, (rows, columns) in shapes.items()}
     return sum(removed[name] * size for name, size in sizes.items()) / sum(sizes.values())
-
-
-def realised(removed: Mapping[str, float], shapes: Mapping[str, tuple[int, int]]) -> dict[str, Any]:
-    """Realised sparsity, in all and for each matrix."""
-    return {
-        "sparsity": sparsity(removed, shapes),
-        "matrices": {name: {"shape": shapes[name], "sparsity": removed[name]} for name in removed},
-    }
 
 
 def versions() -> dict[str, str]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
-from pydantic import BaseModel, ConfigDict, Field
+from uniprune.saliency.record import ControllerRecord as ControllerRecord
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,35 +31,6 @@ class Cost:
 
 
 LOCAL = Cost(flops=2)  # of the local metric alone
-
-
-class ControllerRecord(BaseModel):
-    """What happened in a calibration by a controller, for ``pruning.json`` and the report; further fields are kept.
-
-    objective, unit: what ``loss`` is, e.g. KL in nats per token. loss: at each step. held_out_loss: on windows that no step
-    saw, the start's first; best_held_out_loss: that of the result. judged_every: steps between two of them. flips: the share of
-    masks that each step changed. targets: the patterns that it was calibrated for. steps: as planned; it may end sooner.
-    """
-
-    model_config = ConfigDict(extra="allow", frozen=True)
-
-    objective: str = "loss"
-    unit: str = "nats per token"
-    steps: int | None = Field(None, ge=0)
-    tokens: int = Field(0, ge=0)
-    loss: list[float] = []
-    held_out_loss: list[float] = []
-    best_held_out_loss: float | None = None
-    judged_every: int | None = None
-    flips: list[float] = []
-    targets: list[str] = []
-
-    @property
-    def judged_at(self) -> list[float]:
-        """The step after which each value of ``held_out_loss`` was measured."""
-        done, checks = len(self.loss), max(1, len(self.held_out_loss) - 1)
-        every = self.judged_every or done / checks
-        return [min(index * every, done) for index in range(len(self.held_out_loss))]
 
 
 class Controller(Protocol):

@@ -11,7 +11,7 @@ import hashlib
 import logging
 import pydoc_data.topics
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,12 +21,28 @@ from torch import Tensor
 from uniprune.data import text
 from uniprune.data.rows import read_hub, read_jsonl
 from uniprune.errors import InputError, first_line
-from uniprune.storage import strict_json
+from uniprune.storage.record import Count, Facts
+from uniprune.storage.tensor_file import Metadata, open_tensors, write_tensors
 
 logger = logging.getLogger(__name__)
 
 Use = Literal["calibration", "evaluation"]
 JOIN = "\n\n"
+
+
+class TextFacts(Facts):
+    """Which tokens were read. ``text``: the source; ``available_windows``: it has so many; ``sha256``: of the token ids.
+
+    join: what stands between two documents. bos: whether the tokenizer put a token at the start.
+    """
+
+    text: str
+    windows: Count | None = None
+    length: Count | None = None
+    available_windows: Count | None = None
+    join: str | None = None
+    bos: bool | None = None
+    sha256: str | None = None
 
 
 @dataclass(frozen=True)
@@ -44,19 +60,26 @@ class Windows:
         data = self.tokens.to(torch.int64).contiguous()
         return hashlib.sha256(repr(tuple(data.shape)).encode() + data.numpy().tobytes()).hexdigest()
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> TextFacts:
         """The provenance that goes into reports and artefacts."""
         count, length = self.tokens.shape
-        facts = {"text": self.source, "windows": count, "length": length, "available_windows": self.available}
-        return facts | {"join": JOIN, "bos": self.bos, "sha256": self.sha256}
+        return TextFacts(
+            text=self.source,
+            windows=count,
+            length=length,
+            available_windows=self.available,
+            join=JOIN,
+            bos=self.bos,
+            sha256=self.sha256,
+        )
 
 
-@dataclass(frozen=True)
-class _TokenFile:
-    """What the metadata of a saved token file says."""
+class TokenFacts(Metadata):
+    """The metadata of a saved token file."""
 
+    kind: Literal["tokens"] = "tokens"
     source: str
-    available: int
+    available: Count
     bos: bool
 
 
@@ -105,10 +128,8 @@ def load_windows(
 
 def save_windows(windows: Windows, path: Path) -> None:
     """Writes the token ids as safetensors (``tokens``: int32 ``[windows, length]``), for runs on the very same tokens."""
-    from uniprune.storage.tensor_file import write_tensors
-
-    facts = asdict(_TokenFile(windows.source, windows.available, windows.bos))
-    write_tensors(path, {"tokens": windows.tokens.to(torch.int32)}, {"kind": "tokens", **facts})
+    facts = TokenFacts(source=windows.source, available=windows.available, bos=windows.bos)
+    write_tensors(path, {"tokens": windows.tokens.to(torch.int32)}, facts)
 
 
 def read(source: str | Path, use: Use, limit: int | None = None) -> str:
@@ -144,14 +165,10 @@ def _load_tokens(path: Path, length: int, count: int | None) -> Windows:
     return Windows(tokens[:count], facts.source, facts.available, facts.bos)
 
 
-def _read_tokens(path: Path) -> tuple[Tensor, _TokenFile]:
+def _read_tokens(path: Path) -> tuple[Tensor, TokenFacts]:
     """The windows of a token file, and where they come from; InputError unless they could be windows."""
-    from uniprune.storage.tensor_file import damaged, open_tensors
-
-    kinds = {"source": str, "available": int, "bos": bool}
-    with open_tensors(path, "tokens") as (file, facts):
+    with open_tensors(path, TokenFacts) as (file, facts):
         try:
-            strict_json.check(facts, kinds)
             if list(file.keys()) != ["tokens"]:
                 raise ValueError("it must hold one tensor, named tokens")
             tokens = file.get_tensor("tokens")
@@ -160,8 +177,8 @@ def _read_tokens(path: Path) -> tuple[Tensor, _TokenFile]:
             if int(tokens.min()) < 0:
                 raise ValueError(f"{int(tokens.min())} is no token")
         except ValueError as error:
-            raise damaged("token", path, error) from None
-    return tokens.to(torch.int64), _TokenFile(**{key: facts[key] for key in kinds})
+            raise TokenFacts.damaged(path, error) from None
+    return tokens.to(torch.int64), facts
 
 
 def token_file_shape(path: Path) -> tuple[int, int]:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from uniprune.artefacts import masks as masks_file
 from uniprune.artefacts import writer
 from uniprune.artefacts.mask_tools import CheckedMasks
-from uniprune.common.provenance import Stopwatch, realised, sha256, versions
+from uniprune.artefacts.masks import MasksFile
+from uniprune.artefacts.reports import ModelFacts, Pruning, realised
+from uniprune.common.provenance import Stopwatch, sha256, versions
 from uniprune.errors import MismatchError
 from uniprune.models.loading import (
     Loaded,
@@ -23,6 +23,7 @@ from uniprune.models.loading import (
 )
 from uniprune.models.matrices import Matrices, find_matrices
 from uniprune.reporting import model_card
+from uniprune.sparsity.structure import claimed
 from uniprune.storage import files, runs, safetensors_index
 
 
@@ -34,7 +35,7 @@ def apply(
     overwrite: bool = False,
     force: bool = False,
     dtype: str | None = None,
-) -> dict[str, Any]:
+) -> Pruning:
     """Writes the pruned checkpoint of a model from a masks file; returns the report.
 
     dtype: only for sources that are not safetensors already (GGUF).
@@ -59,10 +60,9 @@ def apply(
 
     def check(name: str, digest: str) -> None:
         found[name] = digest
-        if digest != file.facts["digests"][name] and not force:
-            made = f"{file.facts['base_name']}, {file.facts['base'][:12]}"
+        if digest != file.facts.digests[name] and not force:
             raise MismatchError(
-                f"{masks} was made for another model ({made}) than {origin}, which has other weights in {name}; "
+                f"{masks} was made for another model ({file.facts.made_for}) than {origin}, which has other weights in {name}; "
                 "give that model, or --force"
             )
 
@@ -72,21 +72,22 @@ def apply(
             shutil.copyfile(masks, folder / writer.MASKS)
             writer.write_checkpoint(loaded, file, folder, check)
         removed = file.removed()
-        report = {
-            "model": {"name": str(origin), "fingerprint": writer.fingerprint(found)},
-            "pattern": file.facts["pattern"],
+        report = Pruning(
+            model=ModelFacts(name=str(origin), fingerprint=writer.fingerprint(found)),
+            pattern=file.facts.pattern,
+            structure=claimed(file.facts.pattern),
             **realised(removed, file.shapes),
-            "masks_sha256": sha256(masks),
-            "differs": sorted(name for name in found if found[name] != file.facts["digests"][name]),
-            "versions": versions(),
-            "seconds": watch.seconds,
-        }
+            masks_sha256=sha256(masks),
+            differs=sorted(name for name in found if found[name] != file.facts.digests[name]),
+            versions=versions(),
+            seconds=watch.seconds,
+        )
         model_card.write(folder, report, origin)
-        writer.write_report(folder, report)
+        report.write(folder / files.REPORT)
     return report
 
 
-def _check_names(origin: Origin, file: masks_file.MasksFile, matrices: Matrices | None, path: Path) -> None:
+def _check_names(origin: Origin, file: MasksFile, matrices: Matrices | None, path: Path) -> None:
     """Masks for a model of another architecture name matrices that this one does not have."""
     keys = safetensors_index.entries(origin.shards)
     for name in file:

@@ -1,13 +1,12 @@
-"""Will a pruned model be faster here? The verb ``bench``: speeds of its matrix products, and what follows from them."""
+"""Will a pruned model be faster here? The command ``bench``: speeds of its matrix products, and what follows from them."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Literal
 
 import torch
 
@@ -20,6 +19,7 @@ from uniprune.speed import timing
 from uniprune.speed.kernels import DENSE, SPARSE
 from uniprune.speed.settings import Measurement
 from uniprune.speed.timing import Conditions, Missing, Result
+from uniprune.storage.record import Count, Record
 
 DEFAULTS = Measurement()
 MARGIN = 0.05  # a smaller gain is none, however well it is measured
@@ -31,6 +31,26 @@ COVERAGE = (
 )
 
 
+class Speeds(Record):
+    """What ``bench`` returns. shapes: of the matrices, ``out x in``, and how many there are. verdicts: a sentence for each kind
+    of mask. missing: kernels that do not run here, and why. notes: how far the figures go.
+    """
+
+    kind: Literal["bench"] = "bench"
+    model: str
+    device: str
+    threads: Count
+    shapes: dict[str, Count]
+    dtypes: list[str]
+    batches: list[Count]
+    results: list[Result]
+    missing: list[Missing]
+    verdicts: list[str]
+    notes: list[str]
+    seconds: float
+    versions: dict[str, str]
+
+
 def bench(
     source: str | Path,
     *,
@@ -40,14 +60,12 @@ def bench(
     device: str | None = None,
     seconds: float = 1.0,
     progress: Progress = silent,
-) -> dict[str, Any]:
+) -> Speeds:
     """Times the products of a model's matrices on this machine, dense against every sparse kernel that PyTorch has here.
 
     source: a folder (dense or pruned), hub name or GGUF file, of which shapes alone are read. dtypes: ``float32``,
     ``bfloat16``, ``float16``. batches: tokens at a time. levels: fractions removed. seconds: for each kernel, dtype, level and
-    batch, at least. Returns the ``results`` (as
-    ``probe.Result``), the kernels that are ``missing`` here and why, a sentence for each kind of mask (``verdicts``), and
-    ``notes`` on how far they go. Raises InputError for settings that cannot be measured.
+    batch, at least. Raises InputError for settings that cannot be measured.
     """
     dtypes, batches, levels = list(dict.fromkeys(dtypes)), list(dict.fromkeys(batches)), list(dict.fromkeys(levels))
     _check(dtypes, batches, levels)
@@ -56,25 +74,24 @@ def bench(
         raise InputError(f"device {device!r}: kernels are measured on cpu and cuda only")
     origin = resolve(source)
     shapes = Counter(matrix.shape for matrix in find_matrices(skeleton(origin)).values())
-    types, watch = [DTYPES[name] for name in dtypes], Stopwatch()
+    at, watch = Conditions(place, [DTYPES[name] for name in dtypes], batches, levels, seconds=seconds), Stopwatch()
     with watch("measure"):
-        conditions = Conditions(place, types, batches, levels, seconds=seconds)
-        results, missing = timing.measure(shapes, conditions, progress)
+        results, missing = timing.measure(shapes, at, progress)
     busy = results and median(result.high / result.low for result in results) > BUSY
-    return {
-        "model": str(origin),
-        "device": "CPU" if place.type == "cpu" else torch.cuda.get_device_name(place),
-        "threads": torch.get_num_threads(),
-        "shapes": {f"{rows} x {columns}": count for (rows, columns), count in shapes.items()},
-        "dtypes": dtypes,
-        "batches": batches,
-        "results": [asdict(result) for result in results],
-        "missing": [asdict(one) for one in missing],
-        "verdicts": verdicts(results, missing),
-        "notes": [COVERAGE, *([RESTLESS] if busy else [])],
-        "seconds": watch.seconds["measure"],
-        "versions": versions(),
-    }
+    return Speeds(
+        model=str(origin),
+        device="CPU" if place.type == "cpu" else torch.cuda.get_device_name(place),
+        threads=torch.get_num_threads(),
+        shapes={f"{rows} x {columns}": count for (rows, columns), count in shapes.items()},
+        dtypes=dtypes,
+        batches=batches,
+        results=results,
+        missing=missing,
+        verdicts=verdicts(results, missing),
+        notes=[COVERAGE, *([RESTLESS] if busy else [])],
+        seconds=watch.seconds["measure"],
+        versions=versions(),
+    )
 
 
 def _check(dtypes: Sequence[str], batches: Sequence[int], levels: Sequence[float]) -> None:

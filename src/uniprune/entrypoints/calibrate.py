@@ -7,16 +7,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from uniprune.artefacts import scores as scores_file
+from uniprune.artefacts.scores import ScoresFacts, ScoresFile, write_scores
 from uniprune.common import distributed
 from uniprune.common.progress import Progress, silent
 from uniprune.common.provenance import versions
 from uniprune.controller.descent import any_sparsity
 from uniprune.errors import InputError
-from uniprune.job.prepare import Machine, MachineOptions, place_of, prepare, progress_of
+from uniprune.job.options import RunOptions
+from uniprune.job.prepare import device_of, prepare, progress_of
 from uniprune.job.recipe import Recipe
 from uniprune.models.loading import Source
 from uniprune.saliency.calibration import Calibration, one_shot
+from uniprune.saliency.record import ControllerRecord, Starved
 from uniprune.sparsity.patterns import Pattern
 from uniprune.sparsity.views import OnOneScale, Scores, View
 from uniprune.storage import files, runs
@@ -24,47 +26,46 @@ from uniprune.storage import files, runs
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+    from uniprune.job.options import RunKeywords
+
 
 def calibrate(
-    source: Source,
-    recipe: Recipe,
-    output: Path,
-    *,
-    save_tokens: Path | None = None,
-    progress: Progress = silent,
-    **options: Unpack[MachineOptions],
-) -> dict[str, Any]:
+    source: Source, recipe: Recipe, output: Path, *, progress: Progress = silent, **options: Unpack[RunKeywords]
+) -> ScoresFacts:
     """Scores every prunable weight and writes the scores: from them, masks of any sparsity are cut in seconds.
 
-    save_tokens, options: as in :func:`prune`. Returns the facts that stand in the file's metadata.
+    options: as in :func:`prune`. Returns the facts that stand in the file's metadata, in every process of a run.
     """
     if recipe.sequential:
         flag = "--refine" if recipe.refine else "--sequential"
         raise InputError(f"{flag} needs the masks while it calibrates; use it with prune")
     if recipe.size is not None:
         raise InputError("a size is for prune; calibrate with --sparsity, at the level that plan --size shows, or with neither")
-    machine = Machine(**options)
-    with distributed.joined(place_of(machine)):
-        if machine.resume and (facts := _calibrated(output, recipe, source)):
+    asked = RunOptions.of(**options)
+    with distributed.joined(device_of(asked)):
+        if asked.resume and (facts := _finished(output, recipe, source)):
             return facts
-        files.check_output_file(output, machine.overwrite)
-        job = prepare(source, recipe, None, machine, save_tokens, scores=output)
-        targets = [job.pattern] if job.pattern else _fitting(any_sparsity(), job.shapes)
-        with progress_of(output, machine, job.identity(recipe, verb="calibrate")) as run:
+        files.check_output_file(output, asked.overwrite)
+        job = prepare(source, recipe, None, asked, scores=output)
+        pattern = job.aim.pattern
+        targets = [pattern] if pattern else _fitting(any_sparsity(), job.shapes)
+        with progress_of(output, asked, job.identity(recipe, verb="calibrate")) as run:
             saliency, record = scored(job.calibration(progress, run), recipe, targets)
-            facts = job.facts() | {
-                "recipe": recipe.record(),
-                "calibration": job.windows.describe(),
-                "comparable": saliency.comparable,
-                "versions": versions(),
+            facts = ScoresFacts(
+                **job.binding.model_dump(),
+                matrices=list(job.shapes),
+                recipe=recipe.record(),
+                calibration=job.windows.describe(),
+                comparable=saliency.comparable,
+                versions=versions(),
                 **record,
-            }
+            )
             if not distributed.rank():
                 scores = run.folder / "scores.safetensors"
-                scores_file.write_scores(scores, saliency.items(), job.shapes, facts)
+                write_scores(scores, saliency.items(), job.shapes, facts)
                 run.commit("done", {})
                 files.move(scores, output)
-            return {} if distributed.rank() else facts
+        return facts
 
 
 def scored(calibration: Calibration, recipe: Recipe, targets: Sequence[Pattern]) -> tuple[Scores, dict[str, Any]]:
@@ -72,25 +73,27 @@ def scored(calibration: Calibration, recipe: Recipe, targets: Sequence[Pattern])
     metric, controller = recipe.parsed_metric(), recipe.parsed_controller()
     if controller is None:
         local = one_shot(calibration, metric)
-        return local, local.starved
+        return local, {name: Starved(**facts) for name, facts in local.starved.items()}
     steps = recipe.steps
     if recipe.budget_tokens is not None:
         within = max(1, recipe.budget_tokens // controller.step_tokens(calibration.windows.shape[1]))
         steps = min(steps or within, within)
     found, record = controller.calibrate(calibration, metric, targets, steps, recipe.seed)
     saliency = OnOneScale(found) if controller.comparable else View(found)
-    return saliency, {"controller": record.model_dump() | {"targets": [str(target) for target in targets]}}
+    aimed = {"targets": [str(target) for target in targets]}
+    return saliency, {"controller": ControllerRecord(**(record.model_dump() | aimed))}
 
 
-def _calibrated(output: Path, recipe: Recipe, source: Source) -> dict[str, Any] | None:
-    """The facts of a scores file, if it is of this very run."""
+def _finished(output: Path, recipe: Recipe, source: Source) -> ScoresFacts | None:
+    """The facts of the file that this very run would write, if it is there already: there is nothing to do."""
     if runs.pending(output) or not output.is_file():
         return None
-    facts = scores_file.ScoresFile(output).facts
-    return facts if same_run(facts.get("recipe"), facts.get("base_name"), output, recipe, source) else None
+    facts = ScoresFile(output).facts
+    return facts if same_run(facts.recipe, facts.base_name, output, recipe, source) else None
 
 
-def same_run(settings: Any, name: Any, output: Path, recipe: Recipe, source: Source) -> bool:
+def same_run(settings: Mapping[str, Any], name: str, output: Path, recipe: Recipe, source: Source) -> bool:
+    """Whether an output is of these settings and this model; what is left of its run is then deleted."""
     if settings != json.loads(json.dumps(recipe.record())) or name != str(source):
         return False
     runs.discard(output)

@@ -5,16 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from uniprune.artefacts import masks as masks_file
-from uniprune.artefacts import scores as scores_file
-from uniprune.common.provenance import realised
+from uniprune.artefacts.masks import write_masks
+from uniprune.artefacts.reports import Masked, realised
+from uniprune.artefacts.scores import ScoresFile
 from uniprune.job.recipe import Recipe
-from uniprune.models.loading import (
-    dtype_name,
-)
+from uniprune.models.loading import dtype_name
 from uniprune.sparsity.choices import Scope
 from uniprune.sparsity.hardware import fitted
 from uniprune.sparsity.patterns import Pattern
+from uniprune.sparsity.structure import structure
 from uniprune.sparsity.views import on_one_scale
 from uniprune.storage import files, safetensors_index
 
@@ -27,20 +26,18 @@ def mask(
     scope: Scope | None = None,
     overwrite: bool = False,
     **budget: Any,
-) -> dict[str, Any]:
+) -> Masked:
     """Cuts masks of one sparsity from a scores file and writes them; returns the realised sparsity.
 
     budget: ``sparsity_type``, ``allow``, ``rules``, ``hardware`` and ``misfits``, as in :class:`Recipe`.
     """
     files.check_output_file(output, overwrite, scores)
-    saliency = scores_file.ScoresFile(scores)
+    saliency = ScoresFile(scores)
     controller = "feedback" if saliency.comparable else "none"  # of the same default scope
     recipe = Recipe(sparsity=sparsity, scope=scope, controller=controller, **budget)
-    stored = next(iter(saliency.facts["digests"].values())).split()[0]
+    stored = next(iter(saliency.facts.digests.values())).split()[0]
     dtype = dtype_name(safetensors_index.DTYPES.get(stored, stored))
     pattern, misfits = fitted(recipe.pattern(), saliency.shapes, dtype, recipe.hardware, recipe.misfits)
     cut = pattern(on_one_scale(saliency, pattern))
-    removed = masks_file.write_masks(
-        output, cut, saliency.shapes, masks_file.binding(saliency.facts) | {"pattern": str(pattern)}
-    )
-    return {"pattern": str(pattern), "misfits": misfits} | realised(removed, saliency.shapes)
+    removed = write_masks(output, cut, saliency.shapes, saliency.facts, str(pattern))
+    return Masked(pattern=str(pattern), structure=structure(pattern), misfits=misfits, **realised(removed, saliency.shapes))

@@ -7,18 +7,19 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from uniprune.artefacts import writer
+from uniprune.artefacts.reports import Gain, Permutation
 from uniprune.common import distributed
 from uniprune.common.progress import Progress, silent
 from uniprune.common.provenance import Stopwatch, versions
 from uniprune.errors import InputError
-from uniprune.job.prepare import Job, Machine, place_of, prepare, progress_of
+from uniprune.job.options import RunOptions
+from uniprune.job.prepare import Job, device_of, prepare, progress_of
 from uniprune.job.recipe import Recipe
 from uniprune.models.channels import Channels, find_channels, fold, folding, reorder
 from uniprune.models.loading import Loaded, Source, resolve, skeleton
@@ -27,6 +28,7 @@ from uniprune.reporting import model_card
 from uniprune.saliency.calibration import one_shot
 from uniprune.sparsity.channel_order import kept, search
 from uniprune.sparsity.patterns import NM
+from uniprune.sparsity.structure import structure
 from uniprune.storage import files, safetensors_index
 
 
@@ -39,7 +41,7 @@ def permute(
     max_memory: int | None = None,
     device: str | None = None,
     progress: Progress = silent,
-) -> dict[str, Any]:
+) -> Permutation:
     """Writes the model with its MLPs' hidden channels reordered for an N:M pattern, and pruning.json; returns that report.
 
     recipe: of it count the pattern, the metric that scores what is kept, and the text. source: as in
@@ -56,39 +58,40 @@ def permute(
     if not found:
         raise InputError(f"{source}: it has no hidden channels that could be proved to go in any order")
     watch = Stopwatch()
-    machine = Machine(device, max_memory, overwrite=overwrite)
-    with distributed.joined(place_of(machine)):
+    options = RunOptions.of(device=device, max_memory=max_memory, overwrite=overwrite)
+    with distributed.joined(device_of(options)):
         if distributed.count() > 1:
             raise InputError("permute runs in one process; start it without torchrun")
         with watch("prepare"):
-            job = prepare(source, recipe, output, machine)
-        with progress_of(output, machine, job.identity(recipe, verb="permute")) as run:
+            job = prepare(source, recipe, output, options)
+        with progress_of(output, options, job.identity(recipe, verb="permute")) as run:
             consumers = {channels.consumer: job.matrices[channels.consumer] for channels in found}
             with watch("calibrate"):
                 saliency = one_shot(replace(job.calibration(progress, run), matrices=consumers), recipe.parsed_metric())
             orders: dict[str, Tensor] = {}
-            gains: dict[str, dict[str, float]] = {}
+            gains: dict[str, Gain] = {}
             with watch("search"):
                 for name, scores in progress(saliency.items(), "permuting", len(consumers)):
                     orders[name] = search(scores, pattern.n, pattern.m, seed=recipe.seed)
                     total = float(scores.sum(dtype=torch.float64))
                     orderings = (None, orders[name])  # of scores that are all 0, any order keeps all there is
-                    shares = [kept(scores, pattern.n, pattern.m, order) / total if total else 1.0 for order in orderings]
-                    gains[name] = dict(zip(("kept_before", "kept_after"), shares, strict=True))
+                    before, after = (kept(scores, pattern.n, pattern.m, order) / total if total else 1.0 for order in orderings)
+                    gains[name] = Gain(kept_before=before, kept_after=after)
             with files.new_folder(output, run.folder) as folder:
                 with watch("write"):
                     write(job, found, orders, folder)
-                report = {
-                    "model": {"name": str(job.loaded), "fingerprint": job.base},
-                    "recipe": recipe.record(),
-                    "pattern": str(pattern),
-                    "permuted": gains,
-                    "calibration": job.windows.describe(),
-                    "versions": versions(),
-                    "seconds": watch.seconds,
-                }
+                report = Permutation(
+                    model=job.model,
+                    recipe=recipe.record(),
+                    pattern=str(pattern),
+                    structure=structure(pattern),
+                    permuted=gains,
+                    calibration=job.windows.describe(),
+                    versions=versions(),
+                    seconds=watch.seconds,
+                )
                 model_card.write(folder, report, job.loaded.origin)
-                writer.write_report(folder, report)
+                report.write(folder / files.REPORT)
                 run.commit("done", {})
     return report
 

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 from uniprune.errors import InputError
 from uniprune.job import estimate
-from uniprune.job.prepare import Machine, aim_of, choose, place_of, stored_dtype
+from uniprune.job.options import RunOptions
+from uniprune.job.prepare import aim_of, choose, device_of, stored_dtype
 from uniprune.job.recipe import LENGTH, WINDOWS, Recipe
-from uniprune.models.loading import (
-    fast_dtype,
-    load,
-    parse_dtype,
-    resolve,
-    skeleton,
-)
+from uniprune.models.loading import fast_dtype, load, parse_dtype, resolve, skeleton
 from uniprune.models.matrices import find_matrices
 
 
@@ -29,15 +23,15 @@ def plan(source: str | Path, recipe: Recipe, *, device: str | None = None, max_m
     matrices = find_matrices(model, recipe.include, recipe.exclude)
     stored = stored_dtype(origin, matrices)
     length = recipe.length or LENGTH
-    machine = Machine(device, max_memory)
-    place = place_of(machine)
+    options = RunOptions.of(device=device, max_memory=max_memory)
+    place = device_of(options)
     dtype = parse_dtype(recipe.dtype) or fast_dtype(stored, place)
     work = estimate.Work(model, matrices, recipe, dtype, stored, length)
     needs = estimate.needs(work)
     execution: str
     to_load = recipe.size is not None and not origin.shards
     try:
-        execution = choose(origin, needs, machine, place)
+        execution = choose(origin, needs, options, place)
     except InputError:
         if to_load:
             raise
@@ -48,4 +42,4 @@ def plan(source: str | Path, recipe: Recipe, *, device: str | None = None, max_m
     aim = aim_of(recipe, model, matrices, weights)
     tokens = (recipe.windows or WINDOWS) * length
     found = estimate.make_plan(origin, work, aim.pattern, aim.misfits, tokens, place, needs, execution)
-    return replace(found, size=aim.budget.size, level=aim.level) if aim.budget else found
+    return found.model_copy(update={"size": aim.budget.size, "level": aim.level}) if aim.budget else found

@@ -4,128 +4,158 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
-from uniprune.artefacts import masks as masks_file
 from uniprune.artefacts import writer
+from uniprune.artefacts.masks import MasksFile, write_masks
+from uniprune.artefacts.reports import Permutation, Pruning, SizeBudget, read_report, realised
 from uniprune.common import distributed
 from uniprune.common.progress import Progress, silent
-from uniprune.common.provenance import Stopwatch, realised, sha256, versions
+from uniprune.common.provenance import Stopwatch, sha256, versions
 from uniprune.entrypoints.calibrate import same_run, scored
 from uniprune.errors import InputError
-from uniprune.job.prepare import Job, Machine, MachineOptions, place_of, prepare, progress_of
+from uniprune.job.options import RunOptions
+from uniprune.job.prepare import Aim, Job, device_of, prepare, progress_of
 from uniprune.job.recipe import Recipe
 from uniprune.models import masking
-from uniprune.models.loading import Source
+from uniprune.models.loading import Loaded, Source
 from uniprune.reporting import model_card
 from uniprune.saliency.calibration import Calibration
 from uniprune.saliency.sequential import refined, sequential
 from uniprune.sparsity import bits
+from uniprune.sparsity.structure import structure
 from uniprune.sparsity.views import on_one_scale
-from uniprune.storage import files, runs, strict_json
+from uniprune.storage import files, runs
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+    from uniprune.job.options import RunKeywords
+
 
 def prune(
-    source: Source,
-    recipe: Recipe,
-    output: Path | None = None,
-    *,
-    save_tokens: Path | None = None,
-    progress: Progress = silent,
-    **options: Unpack[MachineOptions],
-) -> dict[str, Any]:
+    source: Source, recipe: Recipe, output: Path, *, progress: Progress = silent, **options: Unpack[RunKeywords]
+) -> Pruning:
     """Prunes a model and writes the checkpoint, its masks and pruning.json to ``output``; returns that report.
 
-    source: a folder, hub name or GGUF file, or a model in memory. A model in memory needs no ``output``: it is pruned in
-    place. Kept weights are bitwise the source's. save_tokens: where to keep the calibration tokens, for runs to come.
-    options: ``device``; ``max_memory``, in bytes (by default what is free): a model that does not fit into it is run block by
-    block from its files; ``resume``: go on with an interrupted run of the same settings, to the same masks; ``overwrite``.
+    source: a folder, hub name or GGUF file, or a model in memory. Kept weights are bitwise the source's.
+    options: ``device``; ``max_memory``, in bytes (by default what is free): a model that does not fit is run block by block
+    from its files; ``resume``: go on with an interrupted run of the same settings, to the same masks; ``overwrite`` existing
+    output; ``save_tokens``: also write the calibration windows there. See :class:`uniprune.job.options.RunOptions`.
+    Of several processes (``torchrun``) the first writes, and all return the report.
     Raises InputError before the heavy work starts if anything asked for cannot be done.
     """
-    if recipe.size is None:
-        recipe.pattern()  # there must be one
-    watch, machine = Stopwatch(), Machine(**options)
-    with distributed.joined(place_of(machine)):
-        if output is not None and machine.resume and (report := _finished(output, recipe, source)):
+    _check_budget(recipe)
+    watch, asked = Stopwatch(), RunOptions.of(**options)
+    with distributed.joined(device_of(asked)):
+        if asked.resume and (report := _finished(output, recipe, source)):
             return report
         with watch("prepare"):
-            job = prepare(source, recipe, output, machine, save_tokens)
-        if output is None:
-            return _prune_in_place(job, recipe, progress, watch)
-        with progress_of(output, machine, job.identity(recipe, verb="prune")) as run:
-            job, masks, record = _masks(job, recipe, job.calibration(progress, run), watch)
-            if distributed.rank():
-                return {}
-            with files.new_folder(output, run.folder) as folder:
-                file = folder / writer.MASKS
-                with watch("mask"):
-                    removed = masks_file.write_masks(file, masks, job.shapes, job.facts() | {"pattern": str(job.pattern)})
-                with watch("write"):
-                    writer.write_checkpoint(job.loaded, masks_file.MasksFile(file), folder)
-                report = _report(recipe, job, removed, watch) | record | {"masks_sha256": sha256(file)}
-                model_card.write(folder, report, job.loaded.origin)
-                writer.write_report(folder, report)
-                run.commit("done", {})
-            return report
+            job = prepare(source, recipe, output, asked)
+        with progress_of(output, asked, job.identity(recipe, verb="prune")) as run:
+            cut = _cut(job, recipe, job.calibration(progress, run), watch)
+            if not distributed.rank():
+                with files.new_folder(output, run.folder) as folder:
+                    file = folder / writer.MASKS
+                    with watch("mask"):
+                        removed = write_masks(file, cut.masks, job.shapes, job.binding, str(cut.aim.pattern))
+                    with watch("write"):
+                        writer.write_checkpoint(job.loaded, MasksFile(file), folder)
+                    report = _report(recipe, job, cut, removed, watch, masks_sha256=sha256(file))
+                    model_card.write(folder, report, job.loaded.origin)
+                    report.write(folder / files.REPORT)
+                    run.commit("done", {})
+        return Pruning.read(output / files.REPORT)
+
+
+def prune_in_place(loaded: Loaded, recipe: Recipe, *, save_tokens: Path | None = None, progress: Progress = silent) -> Pruning:
+    """Prunes a model in memory and writes nothing (but ``save_tokens``); returns the report.
+
+    Kept weights keep their bits. Raises InputError before the heavy work starts if anything asked for cannot be done.
+    """
+    _check_budget(recipe)
+    watch, options = Stopwatch(), RunOptions(save_tokens=save_tokens)
+    with distributed.joined(device_of(options)):
+        with watch("prepare"):
+            job = prepare(loaded, recipe, None, options)
+        cut = _cut(job, recipe, job.calibration(progress), watch)
+        with watch("mask"):
+            kept = dict(cut.masks)
+            masking.apply(job.matrices, kept.items())
+        return _report(recipe, job, cut, {name: bits.removed(mask) for name, mask in kept.items()}, watch)
 
 
 # ------------------------------------------------------------------------------------------------------------- parts
 
 
-def _prune_in_place(job: Job, recipe: Recipe, progress: Progress, watch: Stopwatch) -> dict[str, Any]:
-    """Sets the weights of a model in memory to zero; nothing is written."""
-    job, masks, record = _masks(job, recipe, job.calibration(progress), watch)
-    with watch("mask"):
-        kept = dict(masks)
-        masking.apply(job.matrices, kept.items())
-    removed = {name: bits.removed(mask) for name, mask in kept.items()}
-    return _report(recipe, job, removed, watch) | record
+def _check_budget(recipe: Recipe) -> None:
+    """Raises InputError unless a recipe says how much is to go."""
+    if recipe.size is None:
+        recipe.pattern()
 
 
-def _masks(
-    job: Job, recipe: Recipe, calibration: Calibration, watch: Stopwatch
-) -> tuple[Job, Iterable[tuple[str, Tensor]], dict[str, Any]]:
-    """Masks, matrix by matrix, perhaps not cut before they are asked for, what the report says of them, and the job by then."""
-    pattern = job.pattern
+class _Cut(NamedTuple):
+    """Masks, matrix by matrix, perhaps not cut before they are asked for; what they are; what reports say of their saliency."""
+
+    masks: Iterable[tuple[str, Tensor]]
+    aim: Aim
+    record: dict[str, Any]
+
+
+def _cut(job: Job, recipe: Recipe, calibration: Calibration, watch: Stopwatch) -> _Cut:
+    aim, pattern = job.aim, job.aim.pattern
     assert pattern is not None
     with watch("calibrate"):
         if recipe.sequential:
             by_block = refined if recipe.refine else sequential
-            return job, by_block(calibration, recipe.parsed_metric(), pattern).items(), {}
+            return _Cut(by_block(calibration, recipe.parsed_metric(), pattern).items(), aim, {})
         saliency, record = scored(calibration, recipe, [pattern])
-        saliency = on_one_scale(saliency, pattern)
-        job = job.at_level(saliency)
-        assert job.pattern is not None
-        return job, job.pattern(saliency), record
+        scaled = on_one_scale(saliency, pattern)
+        aim = aim.with_scores(scaled)
+        assert aim.pattern is not None
+        return _Cut(aim.pattern(scaled), aim, record)
 
 
-def _finished(output: Path, recipe: Recipe, source: Source) -> dict[str, Any] | None:
+def _finished(output: Path, recipe: Recipe, source: Source) -> Pruning | None:
     """The report of this very run, if its output is there already: a job that is started again has nothing to do."""
     path = output / files.REPORT
     if runs.pending(output) or not path.is_file():
         return None
     try:
-        report = strict_json.parse(path.read_bytes())
-        strict_json.check(report, {"model": dict})
-    except ValueError as error:
-        raise InputError(f"{path} is damaged: {error}; --overwrite without --resume makes it anew") from None
-    return report if same_run(report.get("recipe"), report["model"].get("name"), output, recipe, source) else None
+        report = read_report(path)
+    except InputError as error:
+        raise InputError(f"{error} (--overwrite without --resume)") from None
+    if isinstance(report, Permutation):
+        return None
+    return report if same_run(report.recipe, report.model.name, output, recipe, source) else None
 
 
-def _report(recipe: Recipe, job: Job, removed: Mapping[str, float], watch: Stopwatch) -> dict[str, Any]:
-    return {
-        "model": {"name": str(job.loaded), "fingerprint": job.base},
+def _report(
+    recipe: Recipe,
+    job: Job,
+    cut: _Cut,
+    removed: Mapping[str, float],
+    watch: Stopwatch,
+    masks_sha256: str | None = None,
+) -> Pruning:
+    aim = cut.aim
+    assert aim.pattern is not None
+    facts: dict[str, Any] = {
+        "model": job.model,
         "recipe": recipe.record(),
-        "pattern": str(job.pattern),
-        **({"size": {"bytes": job.budget.size, "sparsity": job.level}} if job.budget else {}),
-        "misfits": job.misfits,
+        "pattern": str(aim.pattern),
+        "structure": structure(aim.pattern),
+        "misfits": aim.misfits,
         **realised(removed, job.shapes),
         "calibration": job.windows.describe(),
         "versions": versions(),
         "seconds": watch.seconds,
+        **cut.record,
     }
+    if aim.budget and aim.level is not None:
+        facts["size"] = SizeBudget(bytes=aim.budget.size, sparsity=aim.level)
+    if masks_sha256:
+        facts["masks_sha256"] = masks_sha256
+    return Pruning(**facts)

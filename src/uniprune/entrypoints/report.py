@@ -3,18 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from uniprune.reporting.headline import sentences
 from uniprune.reporting.html import render
 from uniprune.reporting.results import Source, read_all
-from uniprune.reporting.summary import Summary, summarise
+from uniprune.reporting.summary import Change, Subject, Summary, Tradeoff, summarise
 from uniprune.storage.files import check_output_file, replacing
+from uniprune.storage.record import Facts, Record
 
 
-def report(paths: Sequence[str | Path], output: Path, *, overwrite: bool = False) -> dict[str, Any]:
+class ModelRow(Facts):
+    """A model of a report. accuracy_change: against the dense model, the mean over tasks. kl: nats per token from it."""
+
+    label: str
+    base: str | None
+    pattern: str | None
+    sparsity: float | None
+    perplexity: float | None
+    dense_perplexity: float | None
+    accuracy_change: Change | None
+    kl: float | None
+
+
+class SourceFacts(Facts):
+    """A source of a report; ``result``: its content, as it was read."""
+
+    path: str
+    kind: str
+    result: dict[str, Any]
+
+
+class Report(Record):
+    """What ``report`` returns: the page's findings (``summary``), then each source as it was read."""
+
+    kind: Literal["report"] = "report"
+    title: str
+    summary: list[str]
+    models: list[ModelRow]
+    tradeoffs: list[Tradeoff]
+    sources: list[SourceFacts]
+
+
+def report(paths: Sequence[str | Path], output: Path, *, overwrite: bool = False) -> Report:
     """Writes a page of what the sources say, and returns the same as data.
 
     paths: output folders of ``prune`` and ``apply``, JSON files of ``evaluate --json`` and of ``sweep``; any number.
@@ -35,24 +67,25 @@ def write(paths: Sequence[Path], output: Path, *, overwrite: bool = False) -> tu
     return sources, summary
 
 
-def facts(sources: Sequence[Source], summary: Summary) -> dict[str, Any]:
-    """A report as data: its findings, then each source as it was read."""
-    return {
-        "title": summary.title,
-        "summary": sentences(summary),
-        "models": [
-            {
-                "label": subject.label,
-                "base": subject.base,
-                "pattern": subject.pruning.pattern if subject.pruning else None,
-                "sparsity": subject.sparsity,
-                "perplexity": subject.reading.perplexity if subject.reading else None,
-                "dense_perplexity": summary.dense_perplexity(subject),
-                "accuracy_change": asdict(subject.change) if subject.change else None,
-                "kl": subject.closeness.kl if subject.closeness else None,
-            }
-            for subject in summary.subjects
-        ],
-        "tradeoffs": [asdict(tradeoff) for tradeoff in summary.tradeoffs],
-        "sources": [{"path": str(source.path), "kind": source.kind, "result": source.data} for source in sources],
-    }
+def facts(sources: Sequence[Source], summary: Summary) -> Report:
+    """A report as data."""
+    return Report(
+        title=summary.title,
+        summary=sentences(summary),
+        models=[_row(subject, summary) for subject in summary.subjects],
+        tradeoffs=summary.tradeoffs,
+        sources=[SourceFacts(path=str(source.path), kind=source.kind, result=source.data) for source in sources],
+    )
+
+
+def _row(subject: Subject, summary: Summary) -> ModelRow:
+    return ModelRow(
+        label=subject.label,
+        base=subject.base,
+        pattern=subject.pruning.pattern if subject.pruning else None,
+        sparsity=subject.sparsity,
+        perplexity=subject.reading.perplexity if subject.reading else None,
+        dense_perplexity=summary.dense_perplexity(subject),
+        accuracy_change=subject.change,
+        kl=subject.closeness.kl if subject.closeness else None,
+    )

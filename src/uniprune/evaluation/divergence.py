@@ -7,9 +7,7 @@ vocabulary / width times the memory, and two models need not be in memory at onc
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +16,7 @@ from torch.nn import functional
 from uniprune.common.significance import standard_error
 from uniprune.data.text import Windows
 from uniprune.errors import InputError
+from uniprune.evaluation.results import Closeness
 from uniprune.models.blocks import last_hidden
 from uniprune.models.output_head import PIECE, Head
 
@@ -54,22 +53,6 @@ class Recording:
         return self.head.vocabulary
 
 
-@dataclass(frozen=True)
-class Closeness:
-    """kl: mean KL(reference || model) of the next-token distributions, in nats per token. agreement: fraction of tokens at
-    which both find the same next token likeliest. Errors are standard errors over windows: tokens of one window go together.
-    """
-
-    kl: float
-    kl_stderr: float | None
-    agreement: float
-    agreement_stderr: float | None
-    tokens: int
-    windows: int
-    length: int
-    text: dict[str, Any]
-
-
 def check_same_tokens(ours: Windows, theirs: Windows, reference: str) -> None:
     """Raises InputError if two models do not read a text as the same tokens."""
     if ours.sha256 != theirs.sha256:
@@ -102,7 +85,14 @@ def closeness(ours: Recording, theirs: Recording, windows: Windows) -> Closeness
     tokens = count * (length - 1)
     kl, agreement = (math.fsum(values) / count for values in (divergences, agreements))
     return Closeness(
-        kl, standard_error(divergences), agreement, standard_error(agreements), tokens, count, length, windows.describe()
+        kl=kl,
+        kl_stderr=standard_error(divergences),
+        agreement=agreement,
+        agreement_stderr=standard_error(agreements),
+        tokens=tokens,
+        windows=count,
+        length=length,
+        text=windows.describe(),
     )
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from uniprune.common.progress import Progress, silent
 from uniprune.data.text import Windows
 from uniprune.errors import InputError
+from uniprune.evaluation.results import Generation
 from uniprune.models.blocks import device_of
 
 COUNT, BEGIN = 3, 24  # so many prompts from a text, of so many tokens
@@ -54,11 +55,18 @@ def generate(
 
 def side_by_side(
     prompts: Sequence[str], ours: Sequence[list[int]], theirs: Sequence[list[int]], tokenizer: Any
-) -> list[dict[str, Any]]:
+) -> list[Generation]:
     """For each prompt both continuations, and how many tokens they have in common before they part."""
     rows = []
     for prompt, mine, other in zip(prompts, ours, theirs, strict=True):
         same = next((i for i, (a, b) in enumerate(zip(mine, other, strict=False)) if a != b), min(len(mine), len(other)))
-        texts = {"model": tokenizer.decode(mine), "against": tokenizer.decode(other)}
-        rows.append({"prompt": prompt, **texts, "same_tokens": same, "tokens": max(len(mine), len(other))})
+        rows.append(
+            Generation(
+                prompt=prompt,
+                model=tokenizer.decode(mine),
+                against=tokenizer.decode(other),
+                same_tokens=same,
+                tokens=max(len(mine), len(other)),
+            )
+        )
     return rows

@@ -34,6 +34,16 @@ from uniprune.models.loading import (
 )
 
 
+@dataclass(frozen=True)
+class Questions:
+    """What models are measured on. new_tokens: how long their continuations of the prompts are."""
+
+    windows: Windows | None = None
+    tasks: Sequence[Task] = ()
+    prompts: Sequence[str] = ()
+    new_tokens: int = 0
+
+
 @dataclass
 class Measured:
     """What one model did with everything that was asked of it."""
@@ -74,14 +84,14 @@ class Subject:
         check_vocabulary(self._config, int(found.tokens.max()), text)
         return found
 
-    def ask(self, windows: Windows | None, tasks: Sequence[Task], prompts: Sequence[str], new_tokens: int) -> None:
+    def ask(self, asked: Questions) -> None:
         """Says what to measure. Raises InputError if a question cannot be scored, or a prompt not be gone on with."""
-        if tasks or prompts:
+        if asked.tasks or asked.prompts:
             self.check_tokenizer()
-        check_prompts(prompts, self.tokenizer, new_tokens, self.context)
-        self._windows, self._tasks, self._prompts, self._new_tokens = windows, tasks, prompts, new_tokens
-        self._tokens: list[list[list[Tokens]]] = [tokenise(task, self.tokenizer, self.context) for task in tasks]
-        for task, questions in zip(tasks, self._tokens, strict=True):
+        check_prompts(asked.prompts, self.tokenizer, asked.new_tokens, self.context)
+        self._asked = asked
+        self._tokens: list[list[list[Tokens]]] = [tokenise(task, self.tokenizer, self.context) for task in asked.tasks]
+        for task, questions in zip(asked.tasks, self._tokens, strict=True):
             highest = max(max(choice.ids) for question in questions for choice in question)
             check_vocabulary(self._config, highest, f"task {task.name}")
 
@@ -96,13 +106,13 @@ class Subject:
 
     def measure(self, loaded: Loaded, progress: Progress, record: bool) -> Measured:
         """record: whether predictions are to be compared with another model's."""
-        found, model = Measured(), loaded.model
-        if self._windows is not None:
-            found.recording = Recording(model, self._windows) if record else None
+        found, model, asked = Measured(), loaded.model, self._asked
+        if asked.windows is not None:
+            found.recording = Recording(model, asked.windows) if record else None
             with found.recording or nullcontext():
-                found.perplexity = perplexity(model, self._windows, progress)
-        if self._tasks:
-            found.answers = answer(model, self._tasks, self._tokens, progress)
-        if self._prompts:
-            found.written = generate(model, self.tokenizer, self._prompts, self._new_tokens, progress)
+                found.perplexity = perplexity(model, asked.windows, progress)
+        if asked.tasks:
+            found.answers = answer(model, asked.tasks, self._tokens, progress)
+        if asked.prompts:
+            found.written = generate(model, self.tokenizer, asked.prompts, asked.new_tokens, progress)
         return found

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +11,7 @@ from torch.nn import functional
 
 from uniprune.common.progress import Progress, silent
 from uniprune.common.significance import standard_error
-from uniprune.data.text import Windows
+from uniprune.data.text import TextFacts, Windows
 from uniprune.errors import InputError
 from uniprune.models.blocks import batches, device_of
 from uniprune.models.loading import dtype_name
@@ -34,7 +33,7 @@ class Perplexity:
     length: int
     stride: int
     dtype: str
-    text: dict[str, Any]
+    text: TextFacts
 
 
 @torch.no_grad()

@@ -7,18 +7,19 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 
 from uniprune.errors import InputError
 from uniprune.evaluation.request import EvaluationRequest
+from uniprune.evaluation.results import Difference, Evaluation, Machine
 from uniprune.models.blocks import device_of
-from uniprune.storage import strict_json
+from uniprune.storage.record import parsed
 
 # Not what a model does: its name may be another, and versions and machines are compared apart.
-ASIDE = {"model", "against", "versions", "protocol.versions", "protocol.machine", "protocol.request"}
+ASIDE = {"kind", "format", "model", "against", "versions", "protocol.versions", "protocol.machine", "protocol.request"}
 TOLERANCE = 1e-2  # relative, between machines of different kinds: their kernels add in another order
 
 
@@ -31,20 +32,11 @@ def weights_sha256(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def machine(model: nn.Module) -> dict[str, Any]:
-    """What decides in which order numbers are added: on the same kind of machine results are the same to the last bit."""
+def machine(model: nn.Module) -> Machine:
+    """The machine that a model computes on."""
     device = device_of(model)
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
-    return {"device": device.type, "kind": kind, "threads": torch.get_num_threads()}
-
-
-class Difference(NamedTuple):
-    """A value that is not what was recorded; None where there is none. ``within``: by less than machines differ."""
-
-    what: str
-    recorded: Any
-    found: Any
-    within: bool
+    return Machine(device=device.type, kind=kind, threads=torch.get_num_threads())
 
 
 def differences(recorded: Mapping[str, Any], found: Mapping[str, Any]) -> list[Difference]:
@@ -52,24 +44,26 @@ def differences(recorded: Mapping[str, Any], found: Mapping[str, Any]) -> list[D
     before, now = dict(_leaves(recorded)), dict(_leaves(json.loads(json.dumps(found))))
     every = [*before, *(what for what in now if what not in before)]
     pairs = ((what, before.get(what), now.get(what)) for what in every)
-    return [Difference(what, a, b, _near(a, b)) for what, a, b in pairs if a != b and not (a != a and b != b)]
+    return [
+        Difference(what=what, recorded=a, found=b, within=_near(a, b))
+        for what, a, b in pairs
+        if a != b and not (a != a and b != b)
+    ]
 
 
-def read(path: Path) -> tuple[dict[str, Any], EvaluationRequest]:
+def read(path: Path) -> tuple[Evaluation, EvaluationRequest]:
     """A result file of ``evaluate``, and what was asked. Raises InputError if it is none."""
-    try:
-        result = strict_json.parse(path.read_bytes())
-    except FileNotFoundError:
-        raise InputError(f"result {path} does not exist") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"result {path} cannot be read: {error}") from None
-    protocol = result.get("protocol")
+    if not path.exists():
+        raise InputError(f"result {path} does not exist")
+    data = parsed(path)
+    protocol = data.get("protocol")
     if not isinstance(protocol, dict) or not isinstance(protocol.get("request"), dict):
         raise InputError(f"{path} is no result of uniprune evaluate with a protocol; make one with evaluate --output")
     try:
-        return result, EvaluationRequest.of(**protocol["request"])
+        request = EvaluationRequest.of(**protocol["request"])
     except InputError as error:
         raise InputError(f"result {path} was not written by this version of uniprune: {error}") from None
+    return Evaluation.checked(path, data), request
 
 
 def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:

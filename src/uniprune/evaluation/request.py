@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, ClassVar, TypedDict
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from uniprune.common.options import Commas, Flag, Options, Several
+from uniprune.errors import InputError
+from uniprune.sparsity.choices import Scope
 
 NEW_TOKENS = 40
+
+Name = BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value)
 
 
 class Reading(Options):
@@ -16,7 +22,7 @@ class Reading(Options):
 
     heading: ClassVar[str] = "Evaluation samples"
 
-    text_source: Annotated[str | None, Flag(("--dataset",), name="--text", default="builtin")] = Field(
+    text_source: Annotated[str | None, Flag(("--dataset",), name="--text", default="builtin"), Name] = Field(
         default=None,
         description="Evaluation data: builtin, wikitext2, c4, a .txt, .jsonl or .parquet file, a folder, or a token file.",
     )
@@ -51,3 +57,44 @@ class EvaluationRequest(Reading):
     dtype: Annotated[str | None, Flag(default="auto, the model's if that is fast here")] = Field(
         default=None, description="Type to compute in: auto, float32, bfloat16 or float16."
     )
+
+    def check(self, compared: bool) -> None:
+        """Raises InputError for settings that do not go together. compared: whether there is another model."""
+        if self.limit is not None and not (self.tasks or self.lm_eval):
+            raise InputError("--limit is a number of questions; give --tasks or --lm-eval")
+        if not compared and (self.prompts or self.new_tokens is not None):
+            raise InputError("--prompt and --new-tokens are for two models side by side; give --against")
+
+    @property
+    def text(self) -> str | None:
+        """The text to read, if one is: by default ``builtin``, unless something else is asked for."""
+        return self.text_source or (None if self.tasks or self.lm_eval or self.prompts else "builtin")
+
+
+class SweepRequest(Reading):
+    """What ``sweep`` measures each sparsity on. scope: the budget group of levels; dtype: to compute in."""
+
+    scope: Scope | None = None
+    dtype: str | None = None
+
+
+class ReadingKeywords(TypedDict, total=False):
+    """The fields of :class:`Reading` as keywords of a function, for editors and type checkers; so are the others."""
+
+    text_source: str | Path | None
+    windows: int | None
+    length: int | None
+
+
+class EvaluationKeywords(ReadingKeywords, total=False):
+    tasks: Sequence[str]
+    limit: int | None
+    lm_eval: Sequence[str]
+    prompts: Sequence[str]
+    new_tokens: int | None
+    dtype: str | None
+
+
+class SweepKeywords(ReadingKeywords, total=False):
+    scope: Scope | None
+    dtype: str | None

@@ -14,6 +14,7 @@ from uniprune.common.progress import Progress, silent
 from uniprune.common.significance import mcnemar, standard_error
 from uniprune.data.tasks import Question, Task
 from uniprune.errors import InputError
+from uniprune.evaluation.results import Compared, TaskResult
 from uniprune.evaluation.scoring import Score, Tokens, encode, score
 
 
@@ -28,8 +29,8 @@ class Answers:
     scores: list[list[Score]]
     right: dict[str, list[bool]]
 
-    def record(self) -> dict[str, Any]:
-        """The accuracies with their standard errors, and what was asked."""
+    def result(self, reference: Answers | None = None) -> TaskResult:
+        """The accuracies with their standard errors, and what was asked. reference: another model's answers."""
         facts: dict[str, Any] = {
             "format": self.task.format,
             "questions": len(self.task.questions),
@@ -39,9 +40,11 @@ class Answers:
             facts |= {metric: sum(right) / len(right), f"{metric}_stderr": standard_error(right)}
         if all(len(choices) == 1 for choices in self.scores):  # cloze: perplexity of the answers, each as a whole
             facts["perplexity"] = math.exp(-sum(only.nats for (only,) in self.scores) / len(self.scores))
-        return facts
+        if reference is not None:
+            facts["against"] = self.against(reference)
+        return TaskResult(**facts)
 
-    def against(self, reference: Answers) -> dict[str, Any]:
+    def against(self, reference: Answers) -> dict[str, Compared]:
         """By metric: the accuracy of a reference on the same questions, the answers gained and lost, McNemar's p."""
         facts = {}
         for metric, theirs in reference.right.items():
@@ -49,7 +52,7 @@ class Answers:
             gained = sum(a and not b for a, b in zip(ours, theirs, strict=True))
             lost = sum(b and not a for a, b in zip(ours, theirs, strict=True))
             accuracy = sum(theirs) / len(theirs)
-            facts[metric] = {"reference": accuracy, "gained": gained, "lost": lost, "p": mcnemar(gained, lost)}
+            facts[metric] = Compared(reference=accuracy, gained=gained, lost=lost, p=mcnemar(gained, lost))
         return facts
 
 

@@ -7,8 +7,8 @@ import re
 import time
 from collections import Counter, defaultdict
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -21,6 +21,8 @@ from uniprune.models.matrices import Matrices, find_blocks, left_dense
 from uniprune.saliency.statistics import Gram, Kind, SquaredNorm, beside
 from uniprune.sparsity.constraints import spell
 from uniprune.sparsity.patterns import Pattern
+from uniprune.sparsity.structure import Structure, structure
+from uniprune.storage.record import Count, Facts, Record, Shape
 
 PROCESS = 350_000_000  # bytes: the interpreter and its libraries
 SCORING = 20  # bytes per weight of the largest matrix while it is scored and cut, in float32
@@ -70,56 +72,50 @@ class Work:
         return sum(p.numel() for p in self.model.parameters())
 
 
-@dataclass(frozen=True)
-class Group:
+class Group(Facts):
     """Matrices of one kind: the same place in every block, the same shape (out, in), and what they get."""
 
     name: str
-    count: int
-    shape: tuple[int, int]
-    weights: int
+    count: Count
+    shape: Shape
+    weights: Count
     pattern: str | None
     misfit: str | None
 
 
-@dataclass(frozen=True)
-class Plan:
-    """Sizes are bytes, times seconds; the forecasts are estimates and say so in the table.
+class Plan(Record):
+    """What ``plan`` returns. Sizes are bytes, times seconds; the forecasts are estimates and say so in the table.
 
     memory: of the execution that would be chosen; ``memory_resident`` and ``memory_streamed``: of either. disk: of the output;
     scratch: beside it, while the run lasts. size: what the archive may take, if that was asked for; level: what it became.
     left_dense: matrices in the blocks that are never pruned, and why. shared: those that several modules multiply by, and are
-    pruned once, and how many modules.
+    pruned once, and how many modules. fits: whether every matrix can have the pattern.
     """
 
+    kind: Literal["plan"] = "plan"
     model: str
-    parameters: int
-    prunable: int
+    parameters: Count
+    prunable: Count
     groups: list[Group]
-    matrices: dict[str, tuple[int, int]]
+    matrices: dict[str, Shape]
     pattern: str | None
+    structure: Structure | None
     sparsity: float | None
     sparsity_of_model: float | None
     dtype: str
-    tokens: int
+    tokens: Count
     execution: str
-    memory: int
-    memory_resident: int
-    memory_streamed: int
-    disk: int
-    scratch: int
+    memory: Count
+    memory_resident: Count
+    memory_streamed: Count
+    disk: Count
+    scratch: Count
     seconds: float
-    size: int | None = None
+    size: Count | None = None
     level: float | None = None
-    left_dense: dict[str, str] = field(default_factory=dict)
-    shared: dict[str, int] = field(default_factory=dict)
-
-    @property
-    def fits(self) -> bool:
-        return all(group.misfit is None for group in self.groups)
-
-    def record(self) -> dict[str, Any]:
-        return asdict(self) | {"fits": self.fits}
+    left_dense: dict[str, str] = {}
+    shared: dict[str, Count] = {}
+    fits: bool
 
 
 def make_plan(
@@ -139,7 +135,14 @@ def make_plan(
         gets = spell(pattern.part(name)) if pattern else None
         groups[kind_of(name), matrix.shape, gets].append(name)
     rows = [
-        Group(name, len(names), shape, len(names) * shape[0] * shape[1], gets, misfits.get(names[0]))
+        Group(
+            name=name,
+            count=len(names),
+            shape=shape,
+            weights=len(names) * shape[0] * shape[1],
+            pattern=gets,
+            misfit=misfits.get(names[0]),
+        )
         for (name, shape, gets), names in groups.items()
     ]
     removed = _removed(pattern, matrices) if pattern else None
@@ -150,6 +153,7 @@ def make_plan(
         groups=rows,
         matrices={name: matrix.shape for name, matrix in matrices.items()},
         pattern=str(pattern) if pattern else None,
+        structure=structure(pattern) if pattern else None,
         sparsity=removed / prunable if removed is not None else None,
         sparsity_of_model=removed / parameters if removed is not None else None,
         dtype=dtype_name(work.dtype),
@@ -163,6 +167,7 @@ def make_plan(
         seconds=work.recipe.cost.flops * prunable * tokens / _flops(work.dtype, device),
         left_dense={name: why for name, (_, why) in left_dense(work.model).items()},
         shared={name: len(matrix.modules) for name, matrix in matrices.items() if matrix.others or matrix.spans},
+        fits=all(row.misfit is None for row in rows),
     )
 
 

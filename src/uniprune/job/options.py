@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, TypedDict
 
 from pydantic import BeforeValidator, Field
 
@@ -32,3 +32,13 @@ class RunOptions(Options):
         default=False, description="Resume an interrupted run, to bit-identical masks; a no-op if there is none."
     )
     overwrite: bool = Field(default=False, description="Replace an existing output.")
+
+
+class RunKeywords(TypedDict, total=False):
+    """The same as keywords of a function, for editors and type checkers."""
+
+    device: str | None
+    max_memory: int | str | None
+    save_tokens: Path | None
+    resume: bool
+    overwrite: bool

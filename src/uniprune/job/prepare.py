@@ -9,13 +9,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypedDict
+from typing import Any, Literal
 
 import torch
 
 from uniprune.artefacts import archive_size, writer
+from uniprune.artefacts.binding import Binding
+from uniprune.artefacts.reports import ModelFacts
 from uniprune.common import distributed, formatting
 from uniprune.common.progress import Progress
 from uniprune.controller import controllers
@@ -23,6 +25,7 @@ from uniprune.data import text
 from uniprune.data.text import Windows, window_length
 from uniprune.errors import InputError
 from uniprune.job import estimate
+from uniprune.job.options import RunOptions
 from uniprune.job.recipe import LENGTH, WINDOWS, Recipe
 from uniprune.models.blocks import resident
 from uniprune.models.loading import (
@@ -55,44 +58,34 @@ Execution = Literal["resident", "sharded", "streamed"]
 
 
 @dataclass(frozen=True)
-class Machine:
-    """Where and how to compute, and what to do about earlier output: all that does not change the result.
+class Aim:
+    """What a recipe's budget comes to for a model's matrices.
 
-    device: ``cpu``, ``cuda``, ``cuda:N``; by default CUDA where there is one. max_memory: bytes of memory (of the device) that
-    each process may take; by default what is free. resume: go on with an interrupted run. overwrite: replace existing output.
+    misfits: matrices that cannot have the pattern, and why. budget: if a size was asked for; level: what it became.
     """
 
-    device: str | None = None
-    max_memory: int | None = None
-    resume: bool = False
-    overwrite: bool = False
+    pattern: Pattern | None
+    misfits: dict[str, str]
+    budget: archive_size.Budget | None
+    level: float | None
 
-
-class MachineOptions(TypedDict, total=False):
-    """The fields of :class:`Machine`, as keywords."""
-
-    device: str | None
-    max_memory: int | None
-    resume: bool
-    overwrite: bool
+    def with_scores(self, saliency: Saliency) -> Aim:
+        """The same, now that there are scores: at the level at which what they keep has the size that was asked for."""
+        if self.budget is None:
+            return self
+        level = self.budget.level(saliency)
+        return replace(self, level=level, pattern=self.budget.at(level))
 
 
 @dataclass(frozen=True)
 class Job:
-    """Everything a run needs, checked and loaded."""
+    """Everything a run needs, checked and loaded. binding: to the model, by the bits of its matrices."""
 
     loaded: Loaded
     matrices: Matrices
     windows: Windows
-    digests: dict[str, str]  # of the matrices' bits
-    pattern: Pattern | None = None
-    misfits: dict[str, str] = field(default_factory=dict)  # matrices that cannot have it, and why
-    budget: archive_size.Budget | None = None  # if a size was asked for
-    level: float | None = None  # what it became
-
-    @property
-    def base(self) -> str:
-        return writer.fingerprint(self.digests)
+    binding: Binding
+    aim: Aim
 
     @property
     def execution(self) -> Execution:
@@ -105,23 +98,12 @@ class Job:
         return {name: matrix.shape for name, matrix in self.matrices.items()}
 
     @property
-    def transposed(self) -> list[str]:
-        return [name for name, matrix in self.matrices.items() if matrix.transposed]
+    def model(self) -> ModelFacts:
+        return ModelFacts(name=str(self.loaded), fingerprint=self.binding.base)
 
     def calibration(self, progress: Progress, run: runs.Run | None = None) -> Calibration:
         """What the job calibrates on. run: where its progress is kept."""
         return Calibration(self.loaded.model, self.matrices, self.windows.tokens, self.loaded.residency, run, progress)
-
-    def at_level(self, saliency: Saliency) -> Job:
-        """The job, now that there are scores: its level is the one at which what they keep has the size that was asked for."""
-        if self.budget is None:
-            return self
-        level = self.budget.level(saliency)
-        return replace(self, level=level, pattern=self.budget.at(level))
-
-    def facts(self) -> dict[str, Any]:
-        """What ties an artefact to its model."""
-        return {"base": self.base, "base_name": str(self.loaded), "digests": self.digests, "transposed": self.transposed}
 
     def identity(self, recipe: Recipe, **more: Any) -> dict[str, Any]:
         """What a run must have in common with the interrupted one that it goes on with."""
@@ -129,7 +111,7 @@ class Job:
         dtype = dtype_name(next(self.loaded.model.parameters()).dtype)
         settings = {
             "recipe": recipe.record(),
-            "model": self.base,
+            "model": self.binding.base,
             "tokens": tokens,
             "execution": self.execution,
             "dtype": dtype,
@@ -141,23 +123,22 @@ def prepare(
     source: Source,
     recipe: Recipe,
     output: Path | None,
-    machine: Machine,
-    save_tokens: Path | None = None,
+    options: RunOptions,
     scores: Path | None = None,
 ) -> Job:
     """Checks the cheap things first and loads the weights last.
 
     output: an output folder, or None; scores: a scores file instead, whose name its writer checks.
     """
-    place, asked = place_of(machine), parse_dtype(recipe.dtype)
+    place, asked, save_tokens = device_of(options), parse_dtype(recipe.dtype), options.save_tokens
     check_execution(recipe, "resident")
     loaded = source if isinstance(source, Loaded) else None
     origin = loaded.origin if loaded else resolve(source)  # type: ignore[arg-type]
     for file in (save_tokens, scores):
         if file is not None:
-            check_output_file(file, machine.overwrite or file is scores, *([origin.path] if origin else []))
+            check_output_file(file, options.overwrite or file is scores, *([origin.path] if origin else []))
     if output is not None:
-        files.check_output_folder(output, machine.overwrite, origin.path if origin else None)
+        files.check_output_folder(output, options.overwrite, origin.path if origin else None)
     model = loaded.model if loaded else skeleton(origin)  # type: ignore[arg-type]
     matrices = find_matrices(model, recipe.include, recipe.exclude)
     aim = aim_of(recipe, model, matrices, loaded or origin)
@@ -180,7 +161,7 @@ def prepare(
         computed = asked or fast_dtype(stored, place)
         work = estimate.Work(model, matrices, recipe, computed, stored, windows.tokens.shape[1])
         needs = estimate.needs(work)
-        execution = choose(origin, needs, machine, place, target)
+        execution = choose(origin, needs, options, place, target)
         check_execution(recipe, execution)
         if execution == "resident":
             loaded = Loaded(load_weights(origin, computed, place), tokenizer, origin)
@@ -195,16 +176,13 @@ def prepare(
         check_finite(matrices)  # as they are computed; as they are stored, digests looks
     if recipe.size is not None and aim.budget is None:
         aim = aim_of(recipe, loaded.model, matrices, loaded)
-    return Job(loaded, matrices, windows, writer.digests(loaded, matrices, matrices), *aim)
+    return Job(loaded, matrices, windows, _bind(loaded, matrices), aim)
 
 
-class Aim(NamedTuple):
-    """What a recipe's budget comes to for a model's matrices; see :class:`Job`."""
-
-    pattern: Pattern | None
-    misfits: dict[str, str]
-    budget: archive_size.Budget | None
-    level: float | None
+def _bind(loaded: Loaded, matrices: Matrices) -> Binding:
+    digests = writer.digests(loaded, matrices, matrices)
+    transposed = [name for name, matrix in matrices.items() if matrix.transposed]
+    return Binding(base=writer.fingerprint(digests), base_name=str(loaded), digests=digests, transposed=transposed)
 
 
 def aim_of(recipe: Recipe, model: torch.nn.Module, matrices: Matrices, source: Loaded | Origin | None) -> Aim:
@@ -244,7 +222,7 @@ def _pattern_of(
 
 
 def choose(
-    origin: Origin, needs: estimate.Needs, machine: Machine, place: torch.device, output: Path | None = None
+    origin: Origin, needs: estimate.Needs, options: RunOptions, place: torch.device, output: Path | None = None
 ) -> Execution:
     """Whole if that fits into memory, else block by block if that does; an interrupted run goes on as it began.
 
@@ -253,11 +231,11 @@ def choose(
     Raises InputError, with the numbers, if nothing fits.
     """
     processes = distributed.count()
-    if machine.resume and output is not None:
+    if options.resume and output is not None:
         begun = (runs.identity_of(output) or {}).get("execution")
         if begun in ("resident", "sharded", "streamed") and (begun != "sharded" or processes > 1):
             return begun  # type: ignore[no-any-return]
-    limit = machine.max_memory or estimate.free_memory(place)
+    limit = options.max_memory or estimate.free_memory(place)
     if _everywhere(needs.resident <= limit):
         return "resident"
     if not origin.shards:
@@ -297,13 +275,13 @@ def gigabytes(size: int) -> str:
 
 
 @contextmanager
-def progress_of(output: Path, machine: Machine, identity: dict[str, Any]) -> Iterator[runs.Run]:
+def progress_of(output: Path, options: RunOptions, identity: dict[str, Any]) -> Iterator[runs.Run]:
     """The run folder of this process: the first one's is what an interrupted run is resumed from, others take a copy.
 
     A sweep shared by several processes begins anew: each has the hidden states of its own windows, and they are not copied.
     """
     if distributed.rank() == 0:
-        with runs.open_run(output, identity, resume=machine.resume, overwrite=machine.overwrite) as run:
+        with runs.open_run(output, identity, resume=options.resume, overwrite=options.overwrite) as run:
             if distributed.count() > 1:
                 run.drop(SWEEP)
             distributed.wait()
@@ -316,9 +294,9 @@ def progress_of(output: Path, machine: Machine, identity: dict[str, Any]) -> Ite
         distributed.wait()
 
 
-def place_of(machine: Machine) -> torch.device:
+def device_of(options: RunOptions) -> torch.device:
     """The device; under ``torchrun`` each process has its own."""
-    place = parse_device(machine.device)
+    place = parse_device(options.device)
     return torch.device("cuda", distributed.local_rank()) if place.type == "cuda" and place.index is None else place
 
 

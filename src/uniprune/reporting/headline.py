@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from uniprune.common.formatting import NOTE, count, number, pattern_words, percent, points, short
+from uniprune.common.formatting import NOTE, count, number, percent, points, short
 from uniprune.reporting.summary import Subject, Summary, Tradeoff, measure
 
 NEAR = 1.1  # times the dense perplexity, that is hardly worse
@@ -60,7 +60,7 @@ def figures(summary: Summary) -> list[Figure]:
     found = []
     if subject.sparsity is not None:
         pruning = subject.pruning
-        detail = f"of {count(pruning.weights)} prunable weights: {pattern_words(pruning.pattern)}" if pruning else ""
+        detail = f"of {count(pruning.weights)} prunable weights: {pruning.pattern_words}" if pruning else ""
         found.append(Figure("Sparsity", percent(subject.sparsity), detail or "of the prunable weights are zero"))
     if reading := subject.reading:
         dense = summary.dense_perplexity(subject)
@@ -81,7 +81,7 @@ def _about(summary: Summary, subject: Subject) -> Iterator[str]:
     if pruning := subject.pruning:
         yield (
             f"{percent(pruning.sparsity)} of the {count(pruning.weights)} prunable weights, in {len(pruning.matrices)} "
-            f"matrices, are zero: {pattern_words(pruning.pattern)}."
+            f"matrices, are zero: {pruning.pattern_words}."
         )
     elif subject.sparsity is not None:
         yield f"{percent(subject.sparsity)} of the prunable weights are zero."

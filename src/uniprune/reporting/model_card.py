@@ -12,34 +12,35 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from uniprune.artefacts.reports import Permutation, Pruning, read_report
 from uniprune.common.fields import replays
 from uniprune.common.formatting import NOTE
 from uniprune.errors import InputError, UniPruneError, first_line
 from uniprune.evaluation import reproduce
+from uniprune.evaluation.results import Evaluation
 from uniprune.models.loading import Origin
-from uniprune.storage import strict_json
 from uniprune.storage.files import REPORT, replacing
 
 MARK = "<!-- Written by uniprune: `uniprune card` replaces this file. -->"
 CARD = "README.md"
 METRICS = {"acc": "accuracy", "acc_norm": "accuracy, per character", "perplexity": "perplexity of the answers"}
 
-Result = Mapping[str, Any]
+Report = Pruning | Permutation
 
 
-def card(report: Result, results: Sequence[Result] = (), licence: str | None = None) -> str:
+def card(report: Report, results: Sequence[Evaluation] = (), licence: str | None = None) -> str:
     """The card of a checkpoint: markdown after a YAML head.
 
     report: what pruning.json says. results: what ``evaluate`` said of this checkpoint. licence: the base model's.
     """
-    source = str(report["model"]["name"])
+    source = report.model.name
     on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", source) is not None and not os.path.exists(source)
     data = ModelCardData(
         base_model=source if on_hub else None,
         library_name="transformers",
         pipeline_tag="text-generation",
         license=licence,
-        tags=["pruned", "sparse", "uniprune", *(["n-m-sparsity"] if ":" in _pattern(report) else [])],
+        tags=["pruned", "sparse", "uniprune", *(["n-m-sparsity"] if report.structure and report.structure.nm else [])],
         model_name=f"{Path(source).name}, {_title(report)}",
         eval_results=list(_eval_results(results)) or None,
     )
@@ -47,7 +48,7 @@ def card(report: Result, results: Sequence[Result] = (), licence: str | None = N
     return f"---\n{data.to_yaml()}\n---\n\n{MARK}\n\n{body}\n"
 
 
-def write(folder: Path, report: Result, source: Origin | None = None) -> None:
+def write(folder: Path, report: Report, source: Origin | None = None) -> None:
     """Writes the card of a new checkpoint into its folder. source: the base model, for its licence."""
     (folder / CARD).write_text(card(report, licence=_licence(source.folder if source else None)), encoding="utf-8")
 
@@ -58,22 +59,20 @@ def rewrite(folder: Path, results: Sequence[Path], *, overwrite: bool = False) -
     overwrite: also if somebody has edited the card so that its mark is gone.
     Raises InputError if the folder is no output folder, or a result is none of this very checkpoint's.
     """
-    try:
-        report = strict_json.parse((folder / REPORT).read_bytes())
-        name = report["model"]["name"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise InputError(f"folder {folder} has no {REPORT} of uniprune; give an output folder of prune or apply") from None
+    if not (folder / REPORT).is_file():
+        raise InputError(f"folder {folder} has no {REPORT} of uniprune; give an output folder of prune or apply")
+    report = read_report(folder / REPORT)
     path = folder / CARD
     if path.is_file() and MARK not in path.read_text(encoding="utf-8", errors="replace") and not overwrite:
         raise InputError(f"{path} was written by somebody else; give --overwrite to replace it")
     read = [reproduce.read(result)[0] for result in results]
     for result, file in zip(read, results, strict=True):
-        if Path(str(result.get("model"))).resolve() != folder.resolve():
-            raise InputError(f"result {file} is of {result.get('model')}, not of {folder}")
+        if "\0" in result.model or Path(result.model).resolve() != folder.resolve():
+            raise InputError(f"result {file} is of {result.model}, not of {folder}")
     try:
-        text = card(report, read, _licence(folder) or _licence(Path(str(name))))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise InputError(f"{folder / REPORT}, or a result, is damaged ({error!r}); make it anew") from None
+        text = card(report, read, _licence(folder) or _licence(Path(report.model.name)))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{folder / REPORT}, or a result, cannot be shown ({first_line(error)}); make it again") from None
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="replace")
     return text
@@ -120,17 +119,17 @@ def push(folder: Path, repository: str, *, overwrite: bool = False) -> str:
 # ---------------------------------------------------------------------------------------------------------------- parts
 
 
-def _body(report: Result, results: Sequence[Result], source: str) -> Iterator[str]:
-    yield f"# {Path(str(report['model']['name'])).name}, {_title(report)}"
-    if "permuted" in report:
+def _body(report: Report, results: Sequence[Evaluation], source: str) -> Iterator[str]:
+    yield f"# {Path(report.model.name).name}, {_title(report)}"
+    if isinstance(report, Permutation):
         yield (
             f"The same dense model as {source}: the hidden channels of its MLPs stand in an order that suits "
-            f"{report['pattern']}. No weight was changed."
+            f"{report.pattern}. No weight was changed."
         )
     else:
         yield (
-            f"{source}, pruned after training by uniprune: **{report['sparsity']:.1%} of the weights in "
-            f"{len(report['matrices'])} matrices are zero** ({_pattern(report)}). No weight was updated: what is kept has the "
+            f"{source}, pruned after training by uniprune: **{report.sparsity:.1%} of the weights in "
+            f"{len(report.matrices)} matrices are zero** ({report.pattern}). No weight was updated: what is kept has the "
             "bits of the original."
         )
         yield f"> **{NOTE}** `uniprune pack` makes it smaller to store, `uniprune bench` measures speed."
@@ -143,55 +142,57 @@ def _body(report: Result, results: Sequence[Result], source: str) -> Iterator[st
         yield "## Results"
         head = "| measured | on | this model | compared with |\n| --- | --- | ---: | ---: |"
         yield "\n".join([head, *("| " + " | ".join(row) + " |" for row in rows)])
-    if "recipe" in report:
+    if report.recipe:
         yield "## How it was made"
-        recipe = {key: value for key, value in report["recipe"].items() if value not in (None, [], {}, ())}
+        recipe = {key: value for key, value in report.recipe.items() if value not in (None, [], {}, ())}
         how = "With this recipe (`uniprune prune MODEL --config recipe.yaml -o OUT`)"
         if not all(map(replays, recipe.values())):
             how = "With these settings, of which those with a class are of code that is not uniprune's"
         yield f"{how}:\n\n```yaml\n{_yaml(recipe)}```"
-    about = [f"{name} {version}" for name, version in report["versions"].items()]
-    if calibration := report.get("calibration"):
-        text = f"{calibration['windows']} windows of {calibration['length']} tokens of {Path(str(calibration['text'])).name}"
-        about.insert(0, f"Calibrated on {text} (sha256 {calibration['sha256'][:12]})")
-    yield f"{'; '.join(about)}. Model fingerprint {report['model']['fingerprint'][:12]}; all facts are in `{REPORT}`."
+    about = [f"{name} {version}" for name, version in report.versions.items()]
+    if text := report.calibration:
+        what = f"{text.windows} windows of {text.length} tokens of {Path(text.text).name}"
+        about.insert(0, f"Calibrated on {what} (sha256 {(text.sha256 or 'unknown')[:12]})")
+    fingerprint = (report.model.fingerprint or "unknown")[:12]
+    yield f"{'; '.join(about)}. Model fingerprint {fingerprint}; all facts are in `{REPORT}`."
 
 
-def _rows(results: Sequence[Result]) -> Iterator[tuple[str, str, str, str]]:
+def _rows(results: Sequence[Evaluation]) -> Iterator[tuple[str, str, str, str]]:
     for result in results:
-        other = f"{result['closeness']['reference_perplexity']:.2f}" if "closeness" in result else ""
-        if "perplexity" in result:
-            text, windows = Path(str(result["text"]["text"])).name, f"{result['windows']} windows of {result['length']}"
-            yield "token perplexity", f"{text}, {windows}", f"{result['perplexity']:.2f}", other
-        for name, facts in result.get("tasks", {}).items():
+        reference = result.closeness.reference_perplexity if result.closeness else None
+        if result.perplexity is not None:
+            where = f"{_name(result)}, {result.windows} windows of {result.length}"
+            other = "" if reference is None else f"{reference:.2f}"
+            yield "token perplexity", where, f"{result.perplexity:.2f}", other
+        for name, facts in result.tasks.items():
             for metric, label in METRICS.items():
-                if metric in facts:
-                    error = f" ± {facts[f'{metric}_stderr']:.3f}" if f"{metric}_stderr" in facts else ""
-                    against = facts.get("against", {}).get(metric)
-                    compared = f"{against['reference']:.3f}" if against else ""
-                    where = f"{Path(name).stem}, {facts['questions']} questions"
-                    yield label, where, f"{facts[metric]:.3f}{error}", compared
+                value, error = getattr(facts, metric), getattr(facts, f"{metric}_stderr", None)
+                if value is not None:
+                    spread = "" if error is None else f" ± {error:.3f}"
+                    against = facts.against.get(metric)
+                    compared = f"{against.reference:.3f}" if against else ""
+                    yield label, f"{Path(name).stem}, {facts.questions} questions", f"{value:.3f}{spread}", compared
 
 
-def _eval_results(results: Sequence[Result]) -> Iterator[EvalResult]:
+def _eval_results(results: Sequence[Evaluation]) -> Iterator[EvalResult]:
     """As the hub's model index has them."""
     for result in results:
-        if "perplexity" in result:
-            name = Path(str(result["text"]["text"])).stem
-            yield EvalResult("text-generation", name, name, "perplexity", round(result["perplexity"], 4))
-        for task, facts in result.get("tasks", {}).items():
-            for metric in METRICS:
-                if metric in facts:
-                    name = Path(task).stem
-                    yield EvalResult("text-generation", name, name, metric, round(facts[metric], 4))
+        found = [(_name(result), "perplexity", result.perplexity)]
+        found += [(task, metric, getattr(facts, metric)) for task, facts in result.tasks.items() for metric in METRICS]
+        for name, metric, value in found:
+            if value is not None:
+                yield EvalResult("text-generation", Path(name).stem, Path(name).stem, metric, round(value, 4))
 
 
-def _title(report: Result) -> str:
-    return f"channels ordered for {report['pattern']}" if "permuted" in report else f"{report['sparsity']:.0%} sparse"
+def _name(result: Evaluation) -> str:
+    """The text's, without folders."""
+    return Path(result.text.text).name if result.text else "text"
 
 
-def _pattern(report: Result) -> str:
-    return str(report["pattern"])
+def _title(report: Report) -> str:
+    if isinstance(report, Permutation):
+        return f"channels ordered for {report.pattern}"
+    return f"{report.sparsity:.0%} sparse"
 
 
 def _licence(folder: Path | None) -> str | None:

@@ -20,10 +20,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
+from uniprune.artefacts.reports import Pruning
 from uniprune.common.formatting import number, percent
-from uniprune.controller.protocol import ControllerRecord
-from uniprune.reporting.results import Pruning
 from uniprune.reporting.summary import EVALUATED, Point, Tradeoff
+from uniprune.saliency.record import ControllerRecord
 
 INK, FAINT, SURFACE = "#010203", "#020304", "#030405"
 SERIES = tuple(f"#0a0b{index:02x}" for index in range(1, 7))

@@ -7,15 +7,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 
-from uniprune.common.formatting import number, pattern_words, percent, short
+from uniprune.artefacts.reports import Pruning
+from uniprune.common.formatting import number, percent, short
 from uniprune.common.significance import standard_error
-from uniprune.controller.protocol import ControllerRecord
+from uniprune.evaluation.results import Generation
 from uniprune.reporting import plots as plots_module
 from uniprune.reporting import tables as report_tables
 from uniprune.reporting.plots import Plot
-from uniprune.reporting.results import Generation, Pruning, Source
+from uniprune.reporting.results import Source
 from uniprune.reporting.summary import Subject, Summary
 from uniprune.reporting.tables import Grid
+from uniprune.saliency.record import ControllerRecord
 
 UNIFORM = 0.005  # a smaller difference between matrices is rounding, and no heatmap's matter
 DRAWN = 5  # models in one plot of accuracies; the table has all
@@ -90,7 +92,7 @@ def _zeros(summary: Summary) -> Iterator[Part]:
     for index, (subject, pruning) in enumerate(_prunings(summary)):
         levels = [matrix.sparsity for matrix in pruning.matrices.values()]
         title, folded = _title(summary, subject), [report_tables.matrices(pruning)]
-        pattern = pattern_words(pruning.pattern)
+        pattern = pruning.pattern_words
         if max(levels) - min(levels) < UNIFORM:
             says = f"Each of the {len(levels)} matrices has sparsity {percent(pruning.sparsity)}: {pattern}."
             yield Part(title, [says], folded=folded)

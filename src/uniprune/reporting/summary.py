@@ -6,24 +6,27 @@ Nothing is compared that was not measured alike: perplexities of other texts or 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from os.path import abspath
 from pathlib import PurePath
-from typing import Any
 
+from uniprune.artefacts.reports import Pruning
 from uniprune.common.formatting import percent, short
 from uniprune.common.significance import paired_error
-from uniprune.controller.protocol import ControllerRecord
-from uniprune.reporting.results import Closeness, Evaluation, Pruning, Source, Sweep
+from uniprune.evaluation.results import Closeness, Evaluation, Row, Sweep, SweepProtocol
+from uniprune.reporting.results import Source
+from uniprune.saliency.record import ControllerRecord
+from uniprune.storage.record import Facts
+
+Measured = Evaluation | SweepProtocol  # both say on which windows of which text
 
 DENSE = 0.005  # a model with fewer zeros is nobody's pruned one
 
 EVALUATED = "evaluated"
 
 
-@dataclass(frozen=True)
-class Change:
+class Change(Facts):
     """Of an accuracy against the dense model's on the same questions: ``error`` is its standard error."""
 
     task: str
@@ -77,7 +80,7 @@ class Subject:
             for name, task in each.tasks.items():
                 if other := task.against.get("acc"):
                     value, error = task.acc - other.reference, paired_error(other.gained, other.lost, task.questions)
-                    found.append(Change(short(name), value, error))
+                    found.append(Change(task=short(name), value=value, error=error))
         return found
 
     @property
@@ -88,15 +91,18 @@ class Subject:
             return None
         errors = [change.error for change in changes if change.error is not None]
         error = math.hypot(*errors) / len(changes) if len(errors) == len(changes) else None
-        return Change("mean", sum(change.value for change in changes) / len(changes), error)
+        return Change(task="mean", value=sum(change.value for change in changes) / len(changes), error=error)
 
 
-@dataclass(frozen=True)
-class Point:
-    """A pruned model in a trade-off. ``front``: no other is both sparser and better. ``label``: of one evaluated by itself."""
+class Point(Facts):
+    """A pruned model in a trade-off. ``front``: no other is both sparser and better. ``label``: of one evaluated by itself.
+
+    kind: of its pattern, if that is known (``Structure``).
+    """
 
     pattern: str
     scope: str | None
+    kind: str | None
     sparsity: float
     perplexity: float
     bytes: int | None = None
@@ -113,11 +119,12 @@ class Point:
         """What it is drawn with: a sweep's levels of one scope are a curve, everything else stands alone."""
         if self.label is not None:
             return EVALUATED
-        return "N:M" if ":" in self.pattern else f"levels by {self.scope}" if self.scope else "levels"
+        if self.scope and self.kind in ("unstructured", None):
+            return f"levels by {self.scope}"
+        return self.kind or "patterns"
 
 
-@dataclass(frozen=True)
-class Tradeoff:
+class Tradeoff(Facts):
     """Perplexities of several pruned models of one dense model, all measured alike."""
 
     model: str
@@ -207,16 +214,28 @@ def _tradeoffs(subjects: Sequence[Subject], sweeps: Sequence[Sweep]) -> Iterator
     for sweep in sweeps:
         mine = [each for each in left if alike(sweep.protocol, each.reading) and short(each.base) == short(sweep.model)]
         left = [each for each in left if each not in mine]
-        points = [Point(**row.model_dump(include=set(type(row).model_fields))) for row in sweep.rows]
-        dense, size = (sweep.dense.perplexity, sweep.dense.bytes) if sweep.dense else (None, None)
-        yield Tradeoff(sweep.model, measure(sweep.protocol), dense, size, _front([*points, *map(_point, mine)]))
+        points = [_point_of_row(row) for row in sweep.rows]
+        yield Tradeoff(
+            model=sweep.model,
+            measure=measure(sweep.protocol),
+            dense=sweep.dense.perplexity if sweep.dense else None,
+            dense_bytes=sweep.dense.bytes if sweep.dense else None,
+            points=_front([*points, *map(_point, mine)]),
+        )
     while left:
         first = left[0]
         mine = [each for each in left if alike(each.reading, first.reading) and each.base == first.base]
         left = [each for each in left if each not in mine]
         if len(mine) > 1:
             dense = Summary(list(subjects), [], []).dense_perplexity(first)
-            yield Tradeoff(first.base or first.label, measure(first.reading), dense, None, _front(list(map(_point, mine))))
+            assert first.reading is not None
+            yield Tradeoff(
+                model=first.base or first.label,
+                measure=measure(first.reading),
+                dense=dense,
+                dense_bytes=None,
+                points=_front(list(map(_point, mine))),
+            )
 
 
 def _point(subject: Subject) -> Point:
@@ -224,8 +243,20 @@ def _point(subject: Subject) -> Point:
     assert reading is not None
     assert reading.perplexity is not None
     assert sparsity is not None
-    pattern, _, scope = (subject.pruning.pattern if subject.pruning else percent(sparsity)).partition(" by ")
-    return Point(pattern, scope or None, sparsity, reading.perplexity, label=subject.label)
+    pattern = subject.pruning.pattern if subject.pruning else percent(sparsity)
+    return Point(pattern=pattern, scope=None, kind=None, sparsity=sparsity, perplexity=reading.perplexity, label=subject.label)
+
+
+def _point_of_row(row: Row) -> Point:
+    kind = row.structure.kind if row.structure else None
+    return Point(
+        pattern=row.pattern,
+        scope=row.scope,
+        kind=kind,
+        sparsity=row.sparsity,
+        perplexity=row.perplexity,
+        bytes=row.bytes,
+    )
 
 
 def _front(points: list[Point]) -> list[Point]:
@@ -238,29 +269,24 @@ def _front(points: list[Point]) -> list[Point]:
             and (other.sparsity, -other.perplexity) != (point.sparsity, -point.perplexity)
             for other in points
         )
-        found.append(Point(**{**vars(point), "front": math.isfinite(point.perplexity) and not any(better)}))
+        found.append(point.model_copy(update={"front": math.isfinite(point.perplexity) and not any(better)}))
     return found
 
 
 # ----------------------------------------------------------------------------------------------------------- measures
 
 
-def alike(one: Any, other: Any) -> bool:
+def alike(one: Measured | None, other: Measured | None) -> bool:
     """Whether two perplexities were measured on the same windows of the same text."""
     return one is not None and other is not None and None not in _key(one) and _key(one) == _key(other)
 
 
-def _key(facts: Evaluation | Mapping[str, Any]) -> tuple[Any, ...]:
-    found = vars(facts) if isinstance(facts, Evaluation) else facts
-    text = found.get("text") or {}
-    text = text if isinstance(text, Mapping) else {"text": text}
-    return text.get("sha256") or text.get("text"), found.get("windows"), found.get("length")
+def _key(facts: Measured) -> tuple[str | None, int | None, int | None]:
+    text = facts.text
+    return (text.sha256 or text.text) if text else None, facts.windows, facts.length
 
 
-def measure(facts: Any) -> str:
+def measure(facts: Measured) -> str:
     """The text and the windows of a perplexity, in words."""
-    found = vars(facts) if isinstance(facts, Evaluation) else facts
-    text = found.get("text") or {}
-    name = short(str(text.get("text", "an unnamed text") if isinstance(text, Mapping) else text))
-    windows, length = found.get("windows"), found.get("length")
-    return f"{name}, {windows} windows of {length} tokens" if windows and length else name
+    name = short(facts.text.text) if facts.text else "an unnamed text"
+    return f"{name}, {facts.windows} windows of {facts.length} tokens" if facts.windows and facts.length else name

@@ -7,8 +7,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from uniprune.artefacts.reports import Pruning
 from uniprune.common.formatting import NONE, count, number, percent, points, short, size
-from uniprune.reporting.results import Pruning, Source, Task
+from uniprune.evaluation.results import TaskResult
+from uniprune.reporting.results import Source
 from uniprune.reporting.summary import Subject, Summary, Tradeoff, measure
 
 Cell = str | tuple[str, float]
@@ -16,7 +18,8 @@ Cell = str | tuple[str, float]
 
 METRICS = ("acc", "acc_norm", "perplexity")
 LOSSES = {"nats", "nats_stderr", "tokens"}
-RESULTS = LOSSES | {"matrices", "controller", "tasks", "lm_eval", "closeness", "generations", "rows", "dense"}
+RESULTS = {"matrices", "controller", "tasks", "lm_eval", "closeness", "generations", "rows", "dense"}
+ASIDE = LOSSES | RESULTS | {"kind", "format", "structure"}  # no settings
 LONGEST = 4  # values of a list that are shown one by one
 
 
@@ -122,7 +125,7 @@ def accuracies(summary: Summary) -> Grid | None:
     )
 
 
-def asked(summary: Summary) -> Iterator[tuple[Subject, str, Task]]:
+def asked(summary: Summary) -> Iterator[tuple[Subject, str, TaskResult]]:
     """Every task that a model was asked."""
     for subject in summary.subjects:
         for evaluation in subject.evaluations:
@@ -149,7 +152,7 @@ def closeness(summary: Summary) -> Grid | None:
     rows: list[list[Cell]] = []
     for subject in summary.subjects:
         if near := subject.closeness:
-            text = short(str(near.text.get("text", ""))) or NONE
+            text = short(near.text.text) if near.text else NONE
             kl, agreement = number(near.kl), percent(near.agreement)
             errors = number(near.kl_stderr), NONE if near.agreement_stderr is None else percent(near.agreement_stderr)
             tokens = f"{near.tokens:,}" if near.tokens is not None else NONE
@@ -160,7 +163,7 @@ def closeness(summary: Summary) -> Grid | None:
 
 def protocol(source: Source) -> Grid:
     """Everything that is needed to get a result again: what the file says, but for the results themselves."""
-    settings = {key: value for key, value in source.data.items() if key not in RESULTS}
+    settings = {key: value for key, value in source.data.items() if key not in ASIDE}
     stated = settings.pop("protocol", None)
     rows: list[list[Cell]] = [[key, value] for key, value in _flat(stated or settings)]
     return Grid(
@@ -189,7 +192,7 @@ def _plain(value: Any) -> str:
     return repr(value)[1:-1] if isinstance(value, str) and not value.isprintable() else short(str(value))
 
 
-def _compared(task: Task, metric: str, value: float) -> list[Cell]:
+def _compared(task: TaskResult, metric: str, value: float) -> list[Cell]:
     error = getattr(task, f"{metric}_stderr", None)
     shown = number(value) if metric == "perplexity" else percent(value)
     cells: list[Cell] = [shown, NONE if error is None else percent(error)]

@@ -24,6 +24,7 @@ from uniprune.errors import InputError, first_line
 from uniprune.models.loading import dtype_name
 from uniprune.sparsity.patterns import Pattern, Shape
 from uniprune.speed.kernels import DENSE, SPARSE, Kernel, check_product
+from uniprune.storage.record import Facts
 
 CACHE = 256 << 20  # bytes that the dense copies of the matrices exceed together, so that they come from memory
 WARM_UP, ROUNDS = 1, 7  # rounds that do not count, and the fewest that do
@@ -31,8 +32,7 @@ WARM_UP, ROUNDS = 1, 7  # rounds that do not count, and the fewest that do
 Timer = Callable[[Kernel, Sequence[Tensor], Tensor], float]
 
 
-@dataclass(frozen=True)
-class Result:
+class Result(Facts):
     """A kernel at one sparsity, over the matrices of the whole model.
 
     kind: of its masks. speedup: time of the dense product ``against`` (its dtype) / time of this one, the median of
@@ -54,8 +54,7 @@ class Result:
     left_dense: dict[str, str]
 
 
-@dataclass(frozen=True)
-class Missing:
+class Missing(Facts):
     """A kernel that does not run here, and why."""
 
     kind: str
@@ -151,7 +150,9 @@ def measure(
         try:
             results += _measure(case, shapes, conditions)
         except Exception as error:  # whatever a kernel raises is the reason why it is missing
-            missing[kernel, dtype] = Missing(kernel.kind, kernel.name, dtype_name(dtype), first_line(error))
+            missing[kernel, dtype] = Missing(
+                kind=kernel.kind, kernel=kernel.name, dtype=dtype_name(dtype), reason=first_line(error)
+            )
     return results, list(missing.values())
 
 

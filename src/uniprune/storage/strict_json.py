@@ -7,6 +7,10 @@ from collections.abc import Mapping
 from typing import Any
 
 
+class NoObject(ValueError):
+    """JSON, but no object."""
+
+
 def parse(text: str | bytes) -> dict[str, Any]:
     """The object that a text is. Raises ValueError, with the reason in one line, for anything else.
 
@@ -19,7 +23,7 @@ def parse(text: str | bytes) -> dict[str, Any]:
     except RecursionError:
         raise ValueError("nested too deep") from None
     if not isinstance(found, dict):
-        raise ValueError("not a JSON object, which is in braces")
+        raise NoObject("not a JSON object, which is in braces")
     return found
 
 

@@ -7,7 +7,7 @@ import struct
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,20 +16,41 @@ from torch import Tensor
 from uniprune.errors import InputError
 from uniprune.storage import strict_json
 from uniprune.storage.files import replacing
+from uniprune.storage.record import Record
 
-FORMAT = 1
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 KEY = "uniprune"
 DTYPES = {torch.float32: "F32", torch.uint8: "U8", torch.int32: "I32"}
 
 Specs = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
-def stream_tensors(path: Path, specs: Specs, tensors: Iterable[tuple[str, Tensor]], facts: Mapping[str, Any]) -> None:
-    """Writes a safetensors file one tensor at a time; ``tensors`` come in the order of ``specs``.
+class Metadata(Record):
+    """What a tensor file says of itself, under the metadata key ``uniprune``; kind and format are always there."""
 
-    facts: JSON data, written under the metadata key ``uniprune``.
-    """
-    header: dict[str, Any] = {"__metadata__": {KEY: json.dumps({"format": FORMAT, **facts}, sort_keys=True)}}
+    @classmethod
+    def checked(cls, path: Path, data: Mapping[str, Any]) -> Self:
+        if missing := [name for name in ("kind", "format") if name not in data]:
+            raise cls.damaged(path, f"it lacks {missing[0]!r}")
+        if data["kind"] == cls.kind_name() and "base" in data and "digests" not in data:
+            raise InputError(
+                f"{cls.kind_name()} file {path} is damaged: it lacks 'digests', or is from before there were any; make it anew"
+            )
+        return super().checked(path, data)
+
+    @classmethod
+    def damaged(cls, path: Path, why: object) -> InputError:
+        return InputError(f"{cls.kind_name()} file {path} is damaged: {str(why)[:300]}; make it again, or fetch it again")
+
+
+Kind = TypeVar("Kind", bound=Metadata)
+
+
+def stream_tensors(path: Path, specs: Specs, tensors: Iterable[tuple[str, Tensor]], facts: Metadata) -> None:
+    """Writes a safetensors file one tensor at a time; ``tensors`` come in the order of ``specs``."""
+    header: dict[str, Any] = {"__metadata__": {KEY: json.dumps(facts.record(), sort_keys=True)}}
     offset = 0
     for name, (dtype, shape) in specs.items():
         size = dtype.itemsize * torch.Size(shape).numel()
@@ -45,20 +66,20 @@ def stream_tensors(path: Path, specs: Specs, tensors: Iterable[tuple[str, Tensor
             file.write(tensor.detach().cpu().contiguous().numpy().data)
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Metadata) -> None:
     """Writes tensors that are all in memory."""
     specs = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     stream_tensors(path, specs, tensors.items(), facts)
 
 
 @contextmanager
-def open_tensors(path: Path, kind: str) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """An artefact of one kind (``scores``, ``masks``, ``tokens``): the open file and its facts.
+def open_tensors(path: Path, kind: type[Kind]) -> Iterator[tuple[Any, Kind]]:
+    """An artefact of one kind: the open file and its facts.
 
-    Raises InputError if the file is missing, not ours, of another kind, of a later format or from before there were digests.
+    Raises InputError if the file is missing, not ours, of another kind, of a later format or damaged.
     """
     if not path.is_file():
-        raise InputError(f"{kind} file {path} does not exist")
+        raise InputError(f"{kind.kind_name()} file {path} does not exist")
     try:
         with safe_open(path, framework="pt") as file:
             yield file, _facts(path, kind, (file.metadata() or {}).get(KEY))
@@ -66,23 +87,11 @@ def open_tensors(path: Path, kind: str) -> Iterator[tuple[Any, dict[str, Any]]]:
         raise InputError(f"{path} is not a complete safetensors file ({error})") from None
 
 
-def _facts(path: Path, kind: str, text: str | None) -> dict[str, Any]:
+def _facts(path: Path, kind: type[Kind], text: str | None) -> Kind:
     if text is None:
         raise InputError(f"{path} was not written by uniprune: it has no metadata {KEY!r}")
     try:
-        facts = strict_json.parse(text)
-        strict_json.check(facts, {"kind": str, "format": int})
+        data = strict_json.parse(text)
     except ValueError as error:
-        raise damaged(kind, path, error) from None
-    if facts["kind"] != kind:
-        raise InputError(f"{path} holds {facts['kind'][:80]}, not {kind}")
-    if facts["format"] > FORMAT:
-        raise InputError(f"{path} has format {facts['format']}, this version reads up to {FORMAT}; upgrade")
-    if "base" in facts and "digests" not in facts:
-        raise InputError(f"{kind} file {path} is damaged: it lacks 'digests', or is from before there were any; make it anew")
-    return facts
-
-
-def damaged(kind: str, path: Path, reason: object) -> InputError:
-    """The error for an artefact that does not agree with itself."""
-    return InputError(f"{kind} file {path} is damaged: {str(reason)[:300]}; make it again, or fetch it again")
+        raise kind.damaged(path, error) from None
+    return kind.checked(path, data)

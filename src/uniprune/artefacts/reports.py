@@ -1,0 +1,138 @@
+"""What stands in ``pruning.json``, and what ``mask`` returns: the outcome of pruning as data."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from uniprune.common.provenance import sparsity
+from uniprune.data.text import TextFacts
+from uniprune.saliency.record import ControllerRecord, Starved
+from uniprune.sparsity.structure import Structure
+from uniprune.storage.record import Count, Facts, Fraction, Record, Shape, parsed
+
+OUTSIDE = "none"  # the block of a matrix whose name has no number
+
+
+class ModelFacts(Facts):
+    """A dense model: its name, and the fingerprint of its prunable matrices (docs/masks.md)."""
+
+    name: str
+    fingerprint: str | None = None
+
+
+class PrunedMatrix(Facts):
+    """``shape`` is (out, in); ``sparsity`` the fraction of its weights that is removed."""
+
+    shape: Shape
+    sparsity: Fraction
+
+    @property
+    def size(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+
+class SizeBudget(Facts):
+    """The most bytes that the archive may have, and the sparsity that this became."""
+
+    bytes: Count
+    sparsity: Fraction
+
+
+class Realised(Facts):
+    """A pattern and what it removed. misfits: matrices that could not have it, and why."""
+
+    pattern: str
+    structure: Structure | None = None
+    misfits: dict[str, str] = {}
+    sparsity: Fraction
+    matrices: dict[str, PrunedMatrix]
+
+    @property
+    def weights(self) -> int:
+        """How many weights are prunable."""
+        return sum(matrix.size for matrix in self.matrices.values())
+
+    @property
+    def pattern_words(self) -> str:
+        """What the pattern means."""
+        return self.structure.words if self.structure else self.pattern
+
+    @property
+    def grid(self) -> dict[tuple[str, str], float]:
+        """Sparsity by (block, kind): the first number in a matrix's name, and what follows it. A block's experts are one."""
+        totals: dict[tuple[str, str], list[float]] = {}
+        for name, matrix in self.matrices.items():
+            found = re.search(r"(?:^|\.)(\d+)\.(.+)$", name)
+            block, kind = found.groups() if found else (OUTSIDE, name)
+            total = totals.setdefault((block, re.sub(r"(?<=\.)\d+(?=\.)", "*", kind)), [0.0, 0.0])
+            total[0] += matrix.sparsity * matrix.size
+            total[1] += matrix.size
+        return {place: part / whole if whole else 0.0 for place, (part, whole) in totals.items()}
+
+
+class Masked(Realised, Record):
+    """What ``mask`` returns."""
+
+    kind: Literal["mask"] = "mask"
+
+
+class Pruning(Realised, Record):
+    """``pruning.json`` of ``prune`` and ``apply``.
+
+    size: if one was asked for. controller: if one ran. masks_sha256: of the masks file; None for a model that was pruned in
+    place. differs: matrices with other weights than the masks were made for (``apply --force``). seconds: by stage.
+    Of ``apply``, which has masks only, neither recipe nor calibration is known.
+    """
+
+    kind: Literal["pruning"] = "pruning"
+    model: ModelFacts
+    matrices: Annotated[dict[str, PrunedMatrix], Field(min_length=1)]
+    recipe: dict[str, Any] = {}
+    size: SizeBudget | None = None
+    calibration: TextFacts | None = None
+    controller: ControllerRecord | None = None
+    starved: Starved | None = None
+    masks_sha256: str | None = None
+    differs: list[str] = []
+    versions: dict[str, str] = {}
+    seconds: dict[str, float] = {}
+
+
+class Gain(Facts):
+    """The share of a matrix's scores that the pattern keeps, before and after its inputs were reordered."""
+
+    kept_before: float
+    kept_after: float
+
+
+class Permutation(Record):
+    """``pruning.json`` of ``permute``. permuted: what each reordered matrix gained."""
+
+    kind: Literal["permutation"] = "permutation"
+    model: ModelFacts
+    pattern: str
+    structure: Structure | None = None
+    permuted: dict[str, Gain]
+    recipe: dict[str, Any] = {}
+    calibration: TextFacts | None = None
+    versions: dict[str, str] = {}
+    seconds: dict[str, float] = {}
+
+
+def realised(removed: Mapping[str, float], shapes: Mapping[str, tuple[int, int]]) -> dict[str, Any]:
+    """Of :class:`Realised` the sparsity, in all and for each matrix."""
+    return {
+        "sparsity": sparsity(removed, shapes),
+        "matrices": {name: PrunedMatrix(shape=shapes[name], sparsity=removed[name]) for name in removed},
+    }
+
+
+def read_report(path: Path) -> Pruning | Permutation:
+    """A ``pruning.json``. Raises InputError that names the file and the field at fault."""
+    data = parsed(path)
+    return (Permutation if "permuted" in data else Pruning).checked(path, data)

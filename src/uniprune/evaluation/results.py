@@ -1,0 +1,212 @@
+"""What ``evaluate``, its check and ``sweep`` found, as data: the schemas of their files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from uniprune.data.text import TextFacts
+from uniprune.evaluation.request import EvaluationRequest
+from uniprune.sparsity.structure import Structure
+from uniprune.storage.record import Count, Facts, Fraction, Record
+
+# --------------------------------------------------------------------------------------------------------- evaluate
+
+
+class Compared(Facts):
+    """Another model on the same questions: its accuracy, answers gained and lost against it, the p of McNemar's test."""
+
+    reference: float
+    gained: Count
+    lost: Count
+    p: float
+
+
+class TaskResult(Facts):
+    """Accuracies on a task, with standard errors; ``perplexity``: of the answers of a cloze task. ``sha256``: of the questions.
+
+    ``acc`` takes the choice with the highest log-likelihood, ``acc_norm`` the one with the highest per character.
+    ``against``: by metric, the model that this one is compared with.
+    """
+
+    format: str | None = None
+    questions: Count
+    sha256: str | None = None
+    acc: float
+    acc_stderr: float | None = None
+    acc_norm: float | None = None
+    acc_norm_stderr: float | None = None
+    perplexity: float | None = None
+    against: dict[str, Compared] = {}
+
+
+class Closeness(Facts):
+    """How close a model's predictions are to a reference's on the same text.
+
+    kl: mean KL(reference || model) of the next-token distributions, in nats per token. agreement: fraction of tokens at
+    which both find the same next token likeliest. Errors are standard errors over windows: tokens of one window go together.
+    """
+
+    kl: float
+    kl_stderr: float | None = None
+    agreement: float
+    agreement_stderr: float | None = None
+    tokens: Count | None = None
+    windows: Count | None = None
+    length: Count | None = None
+    text: TextFacts | None = None
+    reference_perplexity: float | None = None
+
+
+class Generation(Facts):
+    """Greedy continuations of a prompt by a model and by the one it is compared with; their first ``same_tokens`` agree."""
+
+    prompt: str
+    model: str
+    against: str
+    same_tokens: Count | None = None
+    tokens: Count | None = None
+
+
+class Machine(Facts):
+    """What decides in which order numbers are added: on the same kind of machine results are the same to the last bit."""
+
+    device: str | None = None
+    kind: str | None = None
+    threads: Count | None = None
+
+
+class Protocol(Facts):
+    """How a result was measured: what was asked, of which weights, on which machine.
+
+    A request of another version, with settings that this one does not know, is kept as it is.
+    """
+
+    request: Annotated[EvaluationRequest | dict[str, Any] | None, Field(union_mode="left_to_right")] = None
+    weights_sha256: str | None = None
+    machine: Machine | None = None
+    against_sha256: str | None = None
+
+
+class Evaluation(Record):
+    """What ``evaluate`` returns; what was not asked for is None, or empty.
+
+    perplexity = exp(nats / tokens), of ``windows`` of ``length`` tokens, one every ``stride``; ``nats_stderr``: standard error
+    of the mean nats per token, by how windows differ. sparsity: zeros among the prunable weights; None of a model that cannot
+    be pruned. against: the model that this one is compared with. lm_eval: task -> metric -> value, by lm-evaluation-harness.
+    """
+
+    kind: Literal["evaluation"] = "evaluation"
+    model: str = ""
+    dtype: str | None = None
+    perplexity: float | None = None
+    nats: float | None = None
+    nats_stderr: float | None = None
+    tokens: Count | None = None
+    windows: Count | None = None
+    length: Count | None = None
+    stride: Count | None = None
+    text: TextFacts | None = None
+    sparsity: float | None = None
+    versions: dict[str, str] = {}
+    tasks: dict[str, TaskResult] = {}
+    lm_eval: dict[str, dict[str, float]] = {}
+    against: str | None = None
+    closeness: Closeness | None = None
+    generations: list[Generation] = []
+    protocol: Protocol = Protocol()
+
+
+# ----------------------------------------------------------------------------------------------------- evaluate --check
+
+
+class Difference(Facts):
+    """A value that is not what was recorded; None where there is none. ``within``: by less than machines differ."""
+
+    what: str
+    recorded: Any
+    found: Any
+    within: bool
+
+
+class Versions(Facts):
+    """Software by name: the recorded result's and today's."""
+
+    recorded: dict[str, str]
+    now: dict[str, str]
+
+
+class Check(Record):
+    """What ``check`` returns. result: the file that was measured again."""
+
+    kind: Literal["check"] = "check"
+    result: str
+    reproduced: bool
+    same_machine: bool
+    differences: list[Difference]
+    versions: Versions
+
+
+# ------------------------------------------------------------------------------------------------------------- sweep
+
+
+class Costs(Facts):
+    """What a pattern costs in perplexity, and its packed model in bytes (estimated; None without the zstandard package)."""
+
+    perplexity: float
+    bytes: Count | None = None
+
+
+class Row(Costs):
+    """One pattern of a sweep, as it was asked for. pareto: no other row is both smaller and better."""
+
+    pattern: str
+    structure: Structure | None = None
+    scope: str | None = None
+    sparsity: Fraction
+    pareto: bool = False
+
+    @property
+    def _costs(self) -> tuple[float, float]:
+        return self.perplexity, -self.sparsity if self.bytes is None else self.bytes
+
+    def beats(self, other: Row) -> bool:
+        """Whether it is at least as good in both respects, and better in one."""
+        mine, theirs = self._costs, other._costs
+        return mine != theirs and all(a <= b for a, b in zip(mine, theirs, strict=True))
+
+
+class SweepProtocol(Facts):
+    """How all rows were measured."""
+
+    text: TextFacts | None = None
+    windows: Count | None = None
+    length: Count | None = None
+    dtype: str | None = None
+    scope: str | None = None
+    weights_sha256: str | None = None
+    machine: Machine | None = None
+    versions: dict[str, str] = {}
+
+
+class ScoresName(Facts):
+    name: str
+    sha256: str
+
+
+class Sweep(Record):
+    """Perplexities of many patterns, cut from the same scores and read on the same text. dense: of the dense model."""
+
+    kind: Literal["sweep"] = "sweep"
+    model: str
+    scores: ScoresName | None = None
+    protocol: SweepProtocol = SweepProtocol()
+    dense: Costs | None = None
+    rows: list[Row]
+
+
+def marked(rows: Sequence[Row]) -> list[Row]:
+    """The rows of a sweep, those marked that no other beats."""
+    return [row.model_copy(update={"pareto": not any(other.beats(row) for other in rows)}) for row in rows]

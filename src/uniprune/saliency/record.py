@@ -1,0 +1,44 @@
+"""What happened while weights were scored, for reports and for the metadata of scores."""
+
+from __future__ import annotations
+
+from pydantic import ConfigDict, Field
+
+from uniprune.storage.record import Count, Facts
+
+
+class Starved(Facts):
+    """Experts' ``matrices`` that saw fewer tokens than ``tokens_under``, ``of`` all of them, and are scored by magnitude."""
+
+    matrices: list[str]
+    of: Count
+    tokens_under: Count
+
+
+class ControllerRecord(Facts):
+    """What happened in a calibration by a controller, for ``pruning.json`` and the report; further fields are kept.
+
+    objective, unit: what ``loss`` is, e.g. KL in nats per token. loss: at each step. held_out_loss: on windows that no step
+    saw, the start's first; best_held_out_loss: that of the result. judged_every: steps between two of them. flips: the share of
+    masks that each step changed. targets: the patterns that it was calibrated for. steps: as planned; it may end sooner.
+    """
+
+    model_config = ConfigDict(strict=False)  # controllers of others fill it, too
+
+    objective: str = "loss"
+    unit: str = "nats per token"
+    steps: int | None = Field(None, ge=0)
+    tokens: int = Field(0, ge=0)
+    loss: list[float] = []
+    held_out_loss: list[float] = []
+    best_held_out_loss: float | None = None
+    judged_every: int | None = None
+    flips: list[float] = []
+    targets: list[str] = []
+
+    @property
+    def judged_at(self) -> list[float]:
+        """The step after which each value of ``held_out_loss`` was measured."""
+        done, checks = len(self.loss), max(1, len(self.held_out_loss) - 1)
+        every = self.judged_every or done / checks
+        return [min(index * every, done) for index in range(len(self.held_out_loss))]
