@@ -3,7 +3,8 @@
 import json
 import math
 
-from uniprune.sparsity.patterns import NM, Unstructured, parse
+from uniprune.sparsity.patterns import NM, Unstructured
+from uniprune.sparsity.spelling import parse
 from uniprune.sparsity.structure import structure
 
 BASE = "/somewhere/else/Toy-1M.gguf"

@@ -103,7 +103,7 @@ def test_a_recipe_takes_it_and_its_record_says_it(controller):
 
 
 @each
-def test_what_it_needs_is_heeded_before_any_weight_is_read(controller, folder, monkeypatch):
+def test_what_it_needs_is_heeded_before_any_weight_is_read(controller, folder, tmp_path, monkeypatch):
     """A model that does not fit, and several processes: run so, or refused with the reason."""
     recipe = Recipe(sparsity="2:4", dtype="float32", controller=controller, **SMALL)
     memory = uniprune.plan(str(folder), recipe).memory_streamed
@@ -111,14 +111,14 @@ def test_what_it_needs_is_heeded_before_any_weight_is_read(controller, folder, m
     monkeypatch.setattr(job, "open_streamed", lambda *arguments: (_ for _ in ()).throw(Stopped))
     if controller.in_memory:
         with pytest.raises(InputError, match=r"needs the whole model in memory; raise --max-memory"):
-            uniprune.prune(str(folder), recipe, max_memory=memory)
+            uniprune.prune(str(folder), recipe, tmp_path / "out", max_memory=memory)
     else:
         with pytest.raises(Stopped):
-            uniprune.prune(str(folder), recipe, max_memory=memory)
+            uniprune.prune(str(folder), recipe, tmp_path / "out", max_memory=memory)
     monkeypatch.setattr(distributed, "count", lambda: 2)
     if controller.one_process:
         with pytest.raises(InputError, match="runs in one process; start it without torchrun"):
-            uniprune.prune(str(folder), recipe, max_memory=memory)
+            uniprune.prune(str(folder), recipe, tmp_path / "out", max_memory=memory)
     else:
         job.check_execution(recipe, "sharded")
 

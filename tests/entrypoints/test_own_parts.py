@@ -18,8 +18,8 @@ def test_from_calibration_to_the_page(folder, tmp_path):
     recipe = Recipe(sparsity=FirstInputs(), **OWN, **SMALL)
     out = tmp_path / "out"
     report = uniprune.prune(str(folder), recipe, out)
-    assert report["pattern"] == "the first 3 of 4 inputs"
-    assert report["sparsity"] == 0.25
+    assert report.pattern == "the first 3 of 4 inputs"
+    assert report.sparsity == 0.25
     written = json.loads((out / "pruning.json").read_text())
     recorded = {name: written["recipe"][name]["class"] for name in ("metric", "sparsity", "controller")}
     assert recorded == {"metric": "own.Loud", "sparsity": "own.FirstInputs", "controller": "own.Signs"}
@@ -34,16 +34,16 @@ def test_from_calibration_to_the_page(folder, tmp_path):
     assert "model" in checked["checked"]
     uniprune.report([out], tmp_path / "page.html")
     assert "the first 3 of 4 inputs" in (tmp_path / "page.html").read_text()
-    assert uniprune.prune(str(folder), recipe, out, resume=True)["masks_sha256"] == report["masks_sha256"]
+    assert uniprune.prune(str(folder), recipe, out, resume=True).masks_sha256 == report.masks_sha256
 
 
 def test_scores_of_ones_own_and_masks_by_objects(folder, tmp_path):
     scores = tmp_path / "scores.safetensors"
     facts = uniprune.calibrate(str(folder), Recipe(sparsity=NM(2, 4), **OWN, **SMALL), scores)
-    assert facts["controller"]["targets"] == ["2:4"]
+    assert facts.controller.targets == ["2:4"]
     for pattern, spelled in ((NM(2, 4), "2:4"), (Unstructured(0.5, "model"), "0.5"), (FirstInputs(), None)):
         made = uniprune.mask(scores, pattern, tmp_path / "a.safetensors", overwrite=True)
-        assert made["sparsity"] == pytest.approx(pattern.sparsity, abs=1e-4)
+        assert made.sparsity == pytest.approx(pattern.sparsity, abs=1e-4)
         if spelled:
             again = uniprune.mask(scores, spelled, tmp_path / "b.safetensors")
             assert again == made
@@ -56,6 +56,6 @@ def test_patterns_of_ones_own_go_where_others_go(folder, tmp_path, settings):
     report = uniprune.prune(
         str(folder), Recipe(sparsity=FirstInputs(1, 2), metric=Loud(), **settings, **SMALL), tmp_path / "out"
     )
-    assert report["sparsity"] == 0.5
+    assert report.sparsity == 0.5
     planned = uniprune.plan(str(folder), Recipe(sparsity=FirstInputs(1, 3), misfits="dense", **settings))
     assert planned.groups[0].misfit == "32 inputs are not divisible by 3"

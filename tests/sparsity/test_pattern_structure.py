@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import pytest
 
 from uniprune.sparsity.constraints import DENSE, Mixed, Rule, Ruled
-from uniprune.sparsity.patterns import NM, Cutting, Tiled, Unstructured
+from uniprune.sparsity.patterns import NM, BasePattern, Tiled, Unstructured
 from uniprune.sparsity.structure import Structure, claimed, structure
 
 LEVEL = Unstructured(0.5, "model")
@@ -47,7 +47,7 @@ def test_rules_stand_beside_what_they_rule():
 
 def test_a_pattern_of_somebody_elses_has_its_name():
     @dataclass(frozen=True)
-    class Halves(Cutting):
+    class Halves(BasePattern):
         sparsity: float = 0.5
 
         def __str__(self):
