@@ -12,7 +12,7 @@ from typing import ClassVar
 from torch import Tensor
 
 import uniprune
-from uniprune.saliency import metrics, statistics
+from uniprune.saliency.metrics import METRICS
 
 
 @dataclass(frozen=True)
@@ -20,13 +20,13 @@ class Peaky:
     """``|W_ij| * rms(X_j) ** a``: Wanda's with an exponent on the activations."""
 
     a: float = 0.5
-    statistic: ClassVar[type[statistics.SquaredNorm]] = statistics.SquaredNorm  # what it wants to know of the inputs
+    statistic: ClassVar[type[uniprune.SquaredNorm]] = uniprune.SquaredNorm  # what it wants to know of the inputs
 
-    def __call__(self, weight: Tensor, inputs: statistics.SquaredNorm) -> Tensor:
+    def __call__(self, weight: Tensor, inputs: uniprune.SquaredNorm) -> Tensor:
         return weight.abs().float() * inputs.rms**self.a  # [out, in], higher = keep, finite
 
 
-metrics.METRICS["peaky"] = Peaky  # type: ignore[assignment]  # from here on `metric="peaky:a=0.3"` is a metric like any other
+METRICS["peaky"] = Peaky  # from here on `metric="peaky:a=0.3"` is a metric like any other; `metric=Peaky(a=0.3)` always is
 
 if __name__ == "__main__":
     model = sys.argv[1] if len(sys.argv) > 1 else "HuggingFaceTB/SmolLM2-135M"
