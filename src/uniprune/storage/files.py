@@ -45,16 +45,19 @@ def replacing(path: Path, temporary: Path | None = None) -> Iterator[Path]:
     try:
         with writing(path):
             yield temporary
-            if public:
-                temporary.chmod(0o644)
-            move(temporary, path)
+            move(temporary, path, 0o644 if public else None)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def move(path: Path, target: Path) -> None:
-    """Puts a file, on the same disk, in the place of another: whoever looks sees the old one or the whole new one."""
+def move(path: Path, target: Path, mode: int | None = None) -> None:
+    """Puts a file, on the same disk, in the place of another: whoever looks sees the old one or the whole new one.
+
+    mode: its permissions from then on; until it is complete nobody else may read it.
+    """
     sync(path)
+    if mode is not None:
+        path.chmod(mode)
     os.replace(path, target)
     sync(target.parent)
 
