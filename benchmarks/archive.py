@@ -29,7 +29,7 @@ import zstandard
 from common import CALIBRATION, save, smollm2_folder
 from uniprune.artefacts import archive, writer
 from uniprune.artefacts import masks as masks_file
-from uniprune.storage import safetensors_index
+from uniprune.models.checkpoint import Files
 
 PATTERNS = ("0.5", "2:4")
 ROUNDS = 3
@@ -120,8 +120,9 @@ def by_kind(folder: Path, packed: Path) -> tuple[float, float]:
     for chunk in chunks:
         stored[start] = sum(chunk.pieces)
         start += chunk.size
-    keys = safetensors_index.entries([folder / WEIGHTS])
-    pruned = {safetensors_index.key_of(f"{name}.weight", keys) for name in masks_file.MasksFile(folder / writer.MASKS)}
+    files = Files(folder)
+    keys = files.entries
+    pruned = {files.key(name) for name in masks_file.MasksFile(folder / writer.MASKS)}
     ratios = []
     for chosen in (pruned, keys.keys() - pruned):
         entries = [keys[key] for key in chosen]

@@ -20,7 +20,7 @@ from small_models import EXCLUDED, FAMILIES, VOCABULARY, tiny
 from uniprune.artefacts import masks as masks_file
 from uniprune.data import text
 from uniprune.errors import UniPruneError
-from uniprune.models.loading import Origin
+from uniprune.models.checkpoint import Files
 from uniprune.models.matrices import find_blocks
 
 TABLE = Path(__file__).parents[1] / "docs" / "models.md"
@@ -153,7 +153,7 @@ def matrix_in(found, name):
 
 def tensors(folder):
     found = {}
-    for file in Origin("", folder).shards:
+    for file in Files(folder).shards:
         with safe_open(file, framework="pt") as opened:
             found |= {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
     return found

@@ -38,7 +38,7 @@ from uniprune.entrypoints import prune as entry_prune
 from uniprune.errors import UniPruneError
 from uniprune.evaluation import reproduce
 from uniprune.job.recipe import Recipe
-from uniprune.models import loading
+from uniprune.models import checkpoint, loading
 from uniprune.models.matrices import Matrix
 from uniprune.reporting import model_card, results
 from uniprune.reporting.summary import summarise
@@ -193,7 +193,7 @@ def readers(folder: Path) -> dict[str, Reader]:
         text.read(path, "calibration").encode()
 
     def indexed(path: Path) -> None:
-        assert all(shard.parent == path.parent for shard in loading.Origin("m", path.parent).shards)
+        assert all(shard.parent == path.parent for shard in checkpoint.Files(path.parent).shards)
 
     def carded(path: Path) -> None:
         model_card.rewrite(path.parent, [])
@@ -204,7 +204,7 @@ def readers(folder: Path) -> dict[str, Reader]:
 
     found = [
         Reader("checkpoint", "safetensors", (model / "model.safetensors").read_bytes(), entries, "model.safetensors"),
-        Reader("index", "json", json.dumps(index).encode(), indexed, loading.INDEX),
+        Reader("index", "json", json.dumps(index).encode(), indexed, checkpoint.INDEX),
         Reader(
             "config", "json", (model / "config.json").read_bytes(), lambda path: loading.resolve(path.parent), "config.json"
         ),

@@ -59,8 +59,8 @@ def cut(folder, pattern, path, stored=None):
     matrices = find_matrices(loading.load(folder, "float32").model)
     masks = dict(pattern({name: matrix.weight.abs() for name, matrix in matrices.items()}))
     shapes = {name: matrix.shape for name, matrix in matrices.items()}
-    digests = writer.digests(origin, matrices)
-    transposed = [name for name, matrix in matrices.items() if matrix.transposed]
+    digests = origin.files.digests(matrices)
+    transposed = [name for name, matrix in matrices.items() if matrix.stored_transposed]
     binding = Binding(base=writer.fingerprint(digests), base_name=str(origin), digests=digests, transposed=transposed)
     masks_file.write_masks(path, masks.items(), shapes, binding, str(pattern))
     if stored is not None:

@@ -13,9 +13,10 @@ from uniprune.artefacts import masks as masks_file
 from uniprune.artefacts import writer
 from uniprune.artefacts.binding import Binding
 from uniprune.errors import InputError, UniPruneError
+from uniprune.models.checkpoint import Files
 from uniprune.models.loading import Origin
 from uniprune.models.matrices import find_matrices
-from uniprune.storage import files, safetensors_index
+from uniprune.storage import files
 
 
 def random_masks(matrices):
@@ -72,13 +73,13 @@ def test_transposed_weights_are_zeroed_where_the_mask_says(write):
 def test_fingerprint_is_of_the_weights_not_of_the_files(folder, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(folder)
     matrices = find_matrices(model)
-    sharded = writer.fingerprint(writer.digests(Origin("tiny", folder), matrices))
+    sharded = writer.fingerprint(Files(folder).digests(matrices))
     model.save_pretrained(tmp_path)  # one shard
-    assert writer.fingerprint(writer.digests(Origin("other", tmp_path), list(matrices)[::-1])) == sharded
-    before = writer.digests(Loaded(model), matrices, matrices)
+    assert writer.fingerprint(Files(tmp_path).digests(list(matrices)[::-1])) == sharded
+    before = Loaded(model).checkpoint.digests(matrices)
     assert writer.fingerprint(before) == sharded
     matrices["model.layers.0.mlp.up_proj"].weight[0, 0] += 1
-    after = writer.digests(Loaded(model), matrices, matrices)
+    after = Loaded(model).checkpoint.digests(matrices)
     assert [name for name in after if after[name] != before[name]] == ["model.layers.0.mlp.up_proj"]
     assert writer.fingerprint(after) != sharded
 
@@ -86,7 +87,7 @@ def test_fingerprint_is_of_the_weights_not_of_the_files(folder, tmp_path):
 def test_writing_finds_the_digests_of_what_it_read(folder, write):
     origin, matrices, found = Origin("tiny", folder), find_matrices(tiny_model()), {}
     write(origin, random_masks(matrices), check=found.__setitem__)
-    assert found == writer.digests(origin, matrices)
+    assert found == Files(folder).digests(matrices)
 
 
 def test_pieces_smaller_than_a_tensor_give_the_same_checkpoint(folder, write, monkeypatch):
@@ -99,10 +100,13 @@ def test_pieces_smaller_than_a_tensor_give_the_same_checkpoint(folder, write, mo
     assert found[0] == found[1]
 
 
-def test_keys_without_the_outer_prefix_are_found():
-    assert safetensors_index.key_of("transformer.h.0.mlp.c_fc.weight", {"h.0.mlp.c_fc.weight": 0}) == "h.0.mlp.c_fc.weight"
+def test_keys_without_the_outer_prefix_are_found(tmp_path):
+    keys = ("h.0.mlp.c_fc.weight", "model.layers.1.x.weight")
+    save_file({key: torch.ones(2, 2) for key in keys}, tmp_path / "model.safetensors")
+    files = Files(tmp_path)
+    assert files.key("transformer.h.0.mlp.c_fc") == files.key("h.0.mlp.c_fc") == "h.0.mlp.c_fc.weight"
     with pytest.raises(UniPruneError, match="no tensor"):
-        safetensors_index.key_of("model.layers.0.x.weight", {"model.layers.1.x.weight": 0})
+        files.region("model.layers.0.x")
 
 
 def test_wrong_shapes_are_refused(folder, write):
@@ -158,7 +162,7 @@ def test_quantised_checkpoints_are_refused(folder, tmp_path):
 
     save_file({"model.layers.0.x.weight": torch.ones(2, 2, dtype=torch.int8)}, tmp_path / "model.safetensors")
     with pytest.raises(UniPruneError, match="type I8"):
-        writer.digests(Origin("q", tmp_path), ["model.layers.0.x"])
+        Files(tmp_path).digests(["model.layers.0.x"])
     shutil.rmtree(tmp_path)
 
 
@@ -166,7 +170,7 @@ def test_weights_in_a_second_layout_are_not_part_of_the_model(folder, tmp_path, 
     shutil.copytree(folder, tmp_path / "model")
     shutil.copyfile(next(folder.glob("*.safetensors")), tmp_path / "model" / "consolidated.safetensors")
     origin = Origin("two layouts", tmp_path / "model")
-    assert [shard.name for shard in origin.shards] == [shard.name for shard in Origin("one", folder).shards]
+    assert [shard.name for shard in origin.files.shards] == [shard.name for shard in Files(folder).shards]
     assert not (write(origin, {}) / "consolidated.safetensors").exists()
 
 
@@ -177,8 +181,8 @@ def test_digests_name_the_matrix_that_is_not_finite(tmp_path, dtype, value):
     weights = {name: torch.tensor([[largest, -largest], [0.0, 1.0]], dtype=dtype) for name in ("a.weight", "b.weight")}
     file = tmp_path / "model.safetensors"
     save_file(weights, file)
-    assert set(writer.digests(Origin("tiny", tmp_path), ["a", "b"])) == {"a", "b"}
+    assert set(Files(tmp_path).digests(["a", "b"])) == {"a", "b"}
     weights["b.weight"][1, 0] = value
     save_file(weights, file)
     with pytest.raises(InputError, match=r"^b: the weights contain NaN or infinity"):
-        writer.digests(Origin("tiny", tmp_path), ["a", "b"])
+        Files(tmp_path).digests(["a", "b"])

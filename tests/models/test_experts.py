@@ -17,15 +17,14 @@ from uniprune.controller.loss import Loss
 from uniprune.controller.passes import Resident
 from uniprune.controller.straight_through import StraightThrough
 from uniprune.data import text
-from uniprune.errors import UniPruneError
-from uniprune.models.checkpoint_keys import Layout
+from uniprune.errors import InputError, UniPruneError
+from uniprune.models.checkpoint import Files, checkpoint_of
 from uniprune.models.experts import is_fused, taken_apart
 from uniprune.models.matrices import find_blocks, find_matrices, left_dense
 from uniprune.saliency import statistics as statistics_module
 from uniprune.saliency.calibration import Calibration, LocalSaliency, one_shot
 from uniprune.saliency.metrics import RIA, Wanda
 from uniprune.saliency.statistics import FEW, Gram, SquaredNorm, observing
-from uniprune.storage.safetensors_index import entries
 
 FAMILIES = ("mixtral", "qwen3_moe", "deepseek_v3", "granitemoe", "gpt_oss")
 
@@ -112,14 +111,11 @@ def test_gradients_are_those_of_autograd(family):
 def test_names_are_where_the_checkpoint_has_the_weights(family, tmp_path):
     model = tiny(family)
     model.save_pretrained(tmp_path)
-    keys = entries([tmp_path / "model.safetensors"])
-    stored = tensors(tmp_path)
+    files, stored = Files(tmp_path), tensors(tmp_path)
     for name, matrix in find_matrices(model).items():
-        key = f"{name}.weight"
-        entry = keys[key]
-        assert entry.shape == tuple(matrix.parameter.shape)
-        assert entry.array().tobytes() == matrix.parameter.contiguous().numpy().tobytes()
-        assert key in stored or key.removesuffix(".weight").rpartition(".")[2].isdigit()
+        assert files.region(name).shape == tuple(matrix.parameter.shape)
+        assert files.words(name).tobytes() == matrix.parameter.contiguous().numpy().tobytes()
+        assert f"{name}.weight" in stored or name.rpartition(".")[2].isdigit()
 
 
 def test_routers_are_left_dense_and_shown():
@@ -151,10 +147,12 @@ def test_the_plan_says_what_is_left_and_what_is_shared(family, line, tmp_path):
 
 
 def test_what_no_conversion_touches_keeps_its_name():
-    layout = Layout(tiny("mixtral"))
+    model = tiny("mixtral")
+    layout = checkpoint_of(model).layout(model)
     assert layout.key("model.layers.0.self_attn.q_proj.weight") == "model.layers.0.self_attn.q_proj.weight"
     assert layout.key("model.layers.0.mlp.gate.weight") == "model.layers.0.block_sparse_moe.gate.weight"
-    assert Layout(tiny("llama")).parts("a.b", (2, 3, 4))[0].key == "a.b"
+    with pytest.raises(InputError, match="not stored as a tensor of its own"):
+        layout.key("model.layers.0.mlp.experts.down_proj")
 
 
 def test_experts_that_compute_something_else_are_refused():

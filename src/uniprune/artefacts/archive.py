@@ -21,8 +21,9 @@ import numpy as np
 from uniprune.artefacts import writer
 from uniprune.common.progress import Progress, silent
 from uniprune.errors import InputError
+from uniprune.models import checkpoint
+from uniprune.storage import dtypes, safetensors_index, strict_json
 from uniprune.storage import files as files_module
-from uniprune.storage import safetensors_index, strict_json
 from uniprune.storage.files import replacing
 
 SUFFIX = ".upz"
@@ -38,8 +39,6 @@ BLOCK = 1 << 11  # groups handled at a time: their float32 values fit a core's c
 # Bytes of each kind of word, and two bits of it that change places before it is cut into bytes. In bfloat16 and float32 these
 # are the exponent's highest bit, the same for all weights below 2, and its lowest: so the first byte has all that is uneven.
 WORDS = {"u8": (1, 0, 0), "u16": (2, 0, 0), "u32": (4, 0, 0), "u64": (8, 0, 0), "bf16": (2, 14, 7), "f32": (4, 30, 23)}
-DTYPES = {"BF16": "bf16", "F32": "f32", "F16": "u16", "I16": "u16", "U16": "u16", "I32": "u32", "U32": "u32"}
-DTYPES |= {"F64": "u64", "I64": "u64", "U64": "u64"}  # every other dtype is u8
 # Planes have uneven bytes, but no phrases: the match-finder would spend bits and time on chance repeats. With a table of 64
 # entries it finds next to none, and what is left of zstandard is its Huffman coder.
 HUFFMAN = {"min_match": 7, "hash_log": 6, "chain_log": 6}
@@ -308,11 +307,11 @@ def _chunks(
     for name, entry in tensors.items():
         yield from (Chunk("bytes", "u8", length) for _, length in _cut(entry.start - position, CHUNK))
         position = entry.stop
-        key = safetensors_index.find_key(f"{name}.weight", weights)
+        key = next((key for key in checkpoint.keys(name) if key in weights), None)
         if key is not None:
             yield from _mask_chunks(entry.stop - entry.start, *weights[key])
             continue
-        word = DTYPES.get(entry.dtype, "u8")
+        word = dtypes.word(entry.dtype)
         for _, length in _cut(entry.stop - entry.start, CHUNK):
             yield Chunk("tensor", word if length % WORDS[word][0] == 0 else "u8", length)
     yield from (Chunk("bytes", "u8", length) for _, length in _cut(size - position, CHUNK))
@@ -320,7 +319,7 @@ def _chunks(
 
 def _mask_chunks(size: int, number: int, weight: safetensors_index.Entry) -> Iterator[Chunk]:
     """A mask in chunks, each for at most 4 MiB of the weight that it is of (and that is stored the same way round)."""
-    width = WORDS[DTYPES.get(weight.dtype, "u8")][0]
+    width = WORDS[dtypes.word(weight.dtype)][0]
     count = (weight.stop - weight.start) // width
     for start, length in _cut(size, CHUNK // (8 * width)):
         first, number_of = 8 * start, min(count - 8 * start, 8 * length)

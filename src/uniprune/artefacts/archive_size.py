@@ -24,12 +24,13 @@ from torch import Tensor
 from uniprune.artefacts import archive, writer
 from uniprune.common.formatting import spell_size
 from uniprune.errors import InputError
+from uniprune.models.checkpoint import Checkpoint, Stored
 from uniprune.models.loading import Loaded, Origin
 from uniprune.models.matrices import Matrices, Matrix
 from uniprune.sparsity.constraints import reach
 from uniprune.sparsity.patterns import Pattern, Saliency, Shape
 from uniprune.sparsity.views import Comparable
-from uniprune.storage import safetensors_index
+from uniprune.storage import dtypes
 
 SAMPLE = 1 << 22  # weights to look at, of the prunable matrices and of the other tensors; more only if there are very many
 RUN = 1 << 15  # consecutive weights of the other tensors
@@ -40,7 +41,6 @@ GRID = 10_000  # a level is a multiple of 1 / GRID
 TENSOR, MASK, REPORT = 80, 170, 2500
 
 Array = np.ndarray[Any, Any]
-FLOATS = safetensors_index.DTYPES | {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 
 
 @dataclass(frozen=True)
@@ -84,15 +84,15 @@ class Estimate:
 
     def __init__(self, source: Loaded | Origin, matrices: Matrices, pattern: Pattern) -> None:
         self._zstd = archive.Zstd()
-        stored = _stored(source, matrices)
-        keys = {name: safetensors_index.key_of(f"{name}.weight", stored) for name in matrices}
+        checkpoint = _checkpoint(source)
         every = max(1, sum(matrix.size for matrix in matrices.values()) // SAMPLE)
-        self._samples = {name: Sample(one, stored[keys[name]], every, pattern) for name, one in matrices.items()}
+        self._samples = {name: Sample(one, checkpoint.stored(name), every, pattern) for name, one in matrices.items()}
         self._runs = self._alike() if every > 1 else [[name] for name in matrices]
         self._magnitudes = dict(Comparable({name: sample.magnitudes() for name, sample in self._samples.items()}))
-        others = [tensor for key, tensor in stored.items() if key not in set(keys.values())]
-        every = max(1, sum(tensor.count for tensor in others) // SAMPLE)
-        self._rest = REPORT + TENSOR * len(stored) + MASK * len(matrices) + sum(map(self._file, _beside(source)))
+        others = checkpoint.rest(matrices)
+        every = max(1, sum(_count(tensor) for tensor in others) // SAMPLE)
+        self._rest = REPORT + TENSOR * (len(matrices) + len(others)) + MASK * len(matrices)
+        self._rest += sum(map(self._file, _beside(source)))
         self._rest += sum(self._other(tensor, every) for tensor in others)
 
     @property
@@ -140,10 +140,10 @@ class Estimate:
 
     def _other(self, tensor: Stored, every: int) -> int:
         """A packed tensor that is not prunable; of a long one every so many runs of weights tell."""
-        bits, runs = tensor.read(), tensor.count // RUN
+        bits, runs = _words(tensor), _count(tensor) // RUN
         if runs > 1 < every:
             bits = bits[: runs * RUN].reshape(runs, RUN)[min(every, runs) // 2 :: every].ravel()
-        return round(self._tensor(bits, tensor.word) * tensor.count / max(len(bits), 1))
+        return round(self._tensor(bits, dtypes.word(tensor.dtype)) * _count(tensor) / max(len(bits), 1))
 
     def _file(self, content: bytes) -> int:
         """A packed file that is no weights, with its record in the index."""
@@ -151,17 +151,17 @@ class Estimate:
         return sum(len(self._zstd.bytes(piece)) for piece in pieces) + 2 * TENSOR
 
 
-@dataclass(frozen=True)
-class Stored:
-    """A tensor as a checkpoint stores it; dtype: safetensors' name. ``read`` gives its bits as flat words, perhaps mapped."""
+def _width(tensor: Stored) -> int:
+    return archive.WORDS[dtypes.word(tensor.dtype)][0]
 
-    dtype: str
-    count: int
-    read: Callable[[], Array]
 
-    @property
-    def word(self) -> str:
-        return archive.DTYPES.get(self.dtype, "u8")
+def _count(tensor: Stored) -> int:
+    """The words of a stored tensor."""
+    return tensor.size // _width(tensor)
+
+
+def _words(tensor: Stored) -> Array:
+    return tensor.read().view(f"<u{_width(tensor)}")
 
 
 class Sample:
@@ -178,10 +178,10 @@ class Sample:
         bands = torch.arange(rows).reshape(-1, height)
         self.rows = bands[min(every, len(bands)) // 2 :: every].flatten()
         picked = self.rows.numpy()  # a tensor of one element would be taken for a number
-        bits = stored.read().reshape(matrix.parameter.shape)
-        self._bits = np.ascontiguousarray(bits[:, picked] if matrix.transposed else bits[picked])
-        self._dtype, self._transposed = FLOATS[stored.dtype], matrix.transposed
-        self.word, self.size = stored.word, matrix.size
+        self._dtype, self._transposed = dtypes.BY_NAME[stored.dtype].dtype, matrix.stored_transposed
+        bits = _words(stored).reshape((columns, rows) if self._transposed else (rows, columns))
+        self._bits = np.ascontiguousarray(bits[:, picked] if self._transposed else bits[picked])
+        self.word, self.size = dtypes.word(stored.dtype), matrix.size
 
     def magnitudes(self) -> Tensor:
         """Float32 ``[rows, in]``."""
@@ -194,41 +194,18 @@ class Sample:
         return np.where(mask.T if self._transposed else mask, self._bits, 0).ravel()
 
 
-def _stored(source: Loaded | Origin, matrices: Matrices) -> dict[str, Stored]:
-    """The tensors of the checkpoint that pruning a model writes."""
-    origin = source if isinstance(source, Origin) else source.origin
-    if origin is not None and origin.shards:
-        keys = safetensors_index.entries(origin.shards)
-        found = keys.unstacked(key for name in matrices if (key := safetensors_index.find_key(f"{name}.weight", keys)))
-        return {key: _mapped(entry) for key, entry in found.items()}
-    assert isinstance(source, Loaded)
-    tensors = {tensor.data_ptr(): (key, tensor) for key, tensor in reversed(source.model.state_dict().items())}
-    return {key: _in_memory(tensor) for key, tensor in tensors.values()}  # what is tied is stored once
-
-
-def _mapped(entry: safetensors_index.Entry) -> Stored:
-    width = archive.WORDS[archive.DTYPES.get(entry.dtype, "u8")][0]
-
-    def read() -> Array:  # the file is mapped as a whole: a tensor of no bytes cannot be
-        return np.memmap(entry.file, np.uint8, "r")[entry.start : entry.stop].view(f"<u{width}")
-
-    return Stored(entry.dtype, (entry.stop - entry.start) // width, read)
-
-
-def _in_memory(tensor: Tensor) -> Stored:
-    dtype = safetensors_index.NAMES.get(tensor.dtype, "U8")
-    width = archive.WORDS[archive.DTYPES.get(dtype, "u8")][0]
-
-    def read() -> Array:
-        return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().view(f"<u{width}")
-
-    return Stored(dtype, tensor.nbytes // width, read)
+def _checkpoint(source: Loaded | Origin) -> Checkpoint:
+    """The checkpoint that pruning a model writes."""
+    if isinstance(source, Loaded):
+        return source.checkpoint
+    assert source.files is not None
+    return source.files
 
 
 def _beside(source: Loaded | Origin) -> Iterator[bytes]:
     """The files beside the weights of the checkpoint that pruning a model writes."""
     origin = source if isinstance(source, Origin) else source.origin
-    if origin is not None and origin.shards:
+    if origin is not None and origin.files:
         yield from (file.read_bytes() for file in writer.beside(origin.folder))
         return
     assert isinstance(source, Loaded)

@@ -23,6 +23,7 @@ from uniprune.artefacts.binding import Binding
 from uniprune.artefacts.masks import MasksFacts
 from uniprune.errors import InputError, MismatchError, first_line
 from uniprune.models import loading
+from uniprune.models.checkpoint import Checkpoint, checkpoint_of
 from uniprune.models.matrices import Matrix, find_matrices
 from uniprune.sparsity import bits, constraints
 from uniprune.sparsity.patterns import NM, Cutter
@@ -64,10 +65,6 @@ class CheckedMasks(masks_file.MasksFile):
         """The number of weights."""
         return sum(rows * columns for rows, columns in self.shapes.values())
 
-    def stored(self, name: str) -> tuple[int, int]:
-        """The shape of a matrix in the checkpoint."""
-        return self.shapes[name][::-1] if name in self.transposed else self.shapes[name]
-
 
 def _check_facts(facts: MasksFacts, entries: Mapping[str, safetensors_index.Entry]) -> None:
     """Raises ValueError unless the facts are of the file's tensors."""
@@ -106,7 +103,7 @@ def verify(masks: Path, model: Source | None = None, pruned: Source | None = Non
     """
     file = CheckedMasks(masks)
     cut = _check_pattern(file)
-    weights = {} if pruned is None else _find_weights(pruned, {name: file.stored(name) for name in file})
+    weights = None if pruned is None else _find_weights(pruned, {name: file.stored(name) for name in file})
     if model is not None:
         Dense(model, dtype).of(file)
     kept = 0
@@ -114,8 +111,8 @@ def verify(masks: Path, model: Source | None = None, pruned: Source | None = Non
         kept += int(mask.sum())
         if cut:
             _compare(file, name, mask, cut)
-        if name in weights:
-            alive = _alive(weights[name].array())
+        if weights is not None:
+            alive = _alive(weights.words(name))
             keep = (mask.T if name in file.transposed else mask).numpy().reshape(-1)
             if left := np.count_nonzero(alive & ~keep):
                 raise MismatchError(f"{pruned} was not pruned by {masks}: {name}: {left} weights that it removes are not 0")
@@ -162,15 +159,14 @@ def _kept_per(mask: Tensor, run: int) -> Array:
     return counts
 
 
-def _find_weights(folder: Source, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, safetensors_index.Entry]:
-    """Where a pruned checkpoint has matrices, given the shapes that it must store them in."""
-    keys, found = safetensors_index.entries(loading.resolve(folder).shards), {}
+def _find_weights(folder: Source, shapes: Mapping[str, tuple[int, ...]]) -> Checkpoint:
+    """A pruned checkpoint, if it has these matrices in these shapes, as it stores them."""
+    files = loading.resolve(folder).files
     for name, shape in shapes.items():
-        key = safetensors_index.find_key(f"{name}.weight", keys)
-        if key is None or keys[key].shape != shape:
+        if files is None or name not in files or files.region(name).shape != shape:
             raise MismatchError(f"{folder} has no matrix {name} of shape {shape} in safetensors files")
-        found[name] = keys[key]
-    return found
+    assert files is not None
+    return files
 
 
 def _alive(words: Array) -> Array:
@@ -297,28 +293,17 @@ class Dense:
 
     def __init__(self, source: Source, dtype: str | None) -> None:
         self.origin = origin = loading.resolve(source)
-        self._keys = safetensors_index.entries(origin.shards)
         chosen, cpu = loading.parse_dtype(dtype), torch.device("cpu")
-        self.matrices = find_matrices(loading.skeleton(origin) if self._keys else loading.load_weights(origin, chosen, cpu))
-
-    def key(self, name: str) -> str:
-        """The checkpoint's key of a matrix."""
-        return safetensors_index.key_of(f"{name}.weight", self._keys) if self._keys else f"{name}.weight"
-
-    def words(self, name: str) -> Array:
-        """The bits of a matrix's weights as they are stored: unsigned integers, flat."""
-        if self._keys:
-            return self._keys[self.key(name)].array()
-        weight = self.matrices[name].parameter.detach().contiguous()
-        return weight.view(torch.uint8).numpy().reshape(-1).view(safetensors_index.UINTS[weight.itemsize])
+        model = loading.skeleton(origin) if origin.files else loading.load_weights(origin, chosen, cpu)
+        self.checkpoint, self.matrices = checkpoint_of(model), find_matrices(model)
 
     def of(self, file: CheckedMasks) -> Dense:
         """This model, if the masks were made for it; else raises MismatchError."""
         for name, shape in file.shapes.items():
             matrix = self.matrices.get(name)
-            if matrix is None or (matrix.shape, matrix.transposed) != (shape, name in file.transposed):
+            if matrix is None or (matrix.shape, matrix.stored_transposed) != (shape, name in file.transposed):
                 raise MismatchError(f"{file.path} was made for another model: {self.origin} has no such matrix {name}")
-        for name, digest in writer.digests(self.origin, file, self.matrices).items():
+        for name, digest in self.checkpoint.digests(file).items():
             if digest != file.facts.digests[name]:
                 raise MismatchError(f"{file.path} was made for another model: {self.origin} has other weights in {name}")
         return self
@@ -326,8 +311,8 @@ class Dense:
     def write(self, output: Path, names: Sequence[str], masks: Iterable[tuple[str, Tensor]], pattern: str) -> Record:
         """Writes masks ``[out, in]``, in the order of ``names``, as a file bound to this model; returns what was written."""
         shapes = {name: self.matrices[name].shape for name in names}
-        digests = writer.digests(self.origin, names, self.matrices)
-        transposed = [name for name in names if self.matrices[name].transposed]
+        digests = self.checkpoint.digests(names)
+        transposed = [name for name in names if self.matrices[name].stored_transposed]
         base = writer.fingerprint(digests)
         binding = Binding(base=base, base_name=str(self.origin), digests=digests, transposed=transposed)
         removed = masks_file.write_masks(output, masks, shapes, binding, pattern)
@@ -353,17 +338,18 @@ def from_checkpoint(
     """
     files_module.check_output_file(output, overwrite, Path(pruned), Path(model))
     dense = Dense(model, dtype)
-    weights = _find_weights(pruned, {name: (*matrix.parameter.shape,) for name, matrix in dense.matrices.items()})
+    shapes = {name: dense.checkpoint.region(name).shape for name in dense.matrices}
+    weights = _find_weights(pruned, shapes)
 
     def masks() -> Iterator[tuple[str, Tensor]]:
-        for name, entry in weights.items():
-            alive = _alive(words := entry.array())
-            if check_bits and (alive & (words != dense.words(name))).any():
+        for name, shape in shapes.items():
+            alive = _alive(words := weights.words(name))
+            if check_bits and (alive & (words != dense.checkpoint.words(name))).any():
                 raise MismatchError(f"{pruned} has other kept weights in {name} than {model}; if it was tuned: --no-check-bits")
-            mask = torch.from_numpy(alive).reshape(entry.shape)
-            yield name, mask.T if dense.matrices[name].transposed else mask
+            mask = torch.from_numpy(alive).reshape(shape)
+            yield name, mask.T if dense.matrices[name].stored_transposed else mask
 
-    return dense.write(output, list(weights), masks(), f"zeros of {pruned}")
+    return dense.write(output, list(shapes), masks(), f"zeros of {pruned}")
 
 
 def to_plain(
@@ -377,7 +363,7 @@ def to_plain(
     files_module.check_output_file(output, overwrite, masks, *([] if model is None else [Path(model)]))
     file = CheckedMasks(masks)
     dense = None if model is None else Dense(model, dtype).of(file)
-    keys = {name: dense.key(name) if dense is not None else f"{name}.weight" for name in file}
+    keys = {name: dense.checkpoint.key(name) if dense is not None else f"{name}.weight" for name in file}
     specs = {keys[name]: (torch.uint8, file.stored(name)) for name in file}
     files_module.check_disk_space(output, file.size)
     tensors = ((keys[n], (mask.T if n in file.transposed else mask).to(torch.uint8)) for n, mask in file.items())
@@ -396,7 +382,7 @@ def from_plain(plain: Path, model: Source, output: Path, *, dtype: str | None = 
     files_module.check_output_file(output, overwrite, plain, Path(model))
     given = _read(plain, lambda file: set(file.keys()))
     dense = Dense(model, dtype)
-    named = {name: spelled for name in dense.matrices for spelled in (name, dense.key(name)) if spelled in given}
+    named = {name: spelled for name in dense.matrices for spelled in (name, dense.checkpoint.key(name)) if spelled in given}
     left = sorted(given - {*named.values()})
     if left or not named:
         raise InputError(f"{plain} must have an array for each matrix to prune of {model}, and no other; left over: {left[:3]}")
@@ -415,7 +401,7 @@ def _read(path: Path, read: Callable[[Any], Any]) -> Any:
 
 def _read_mask(path: Path, spelled: str, matrix: Matrix) -> Tensor:
     array = _read(path, lambda file: np.asarray(file[spelled] if path.suffix == ".npz" else file.get_tensor(spelled)))
-    flip = matrix.transposed and spelled != matrix.name
+    flip = matrix.stored_transposed and spelled != matrix.name
     shape = matrix.shape[::-1] if flip else matrix.shape
     if array.shape != shape or array.dtype.kind not in "bui" or ((array != 0) & (array != 1)).any():
         raise InputError(f"{path}: {spelled} is {array.dtype} {list(array.shape)}, not {list(shape)} of booleans or 0 and 1")

@@ -36,6 +36,10 @@ class MasksFile(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         return bits_module.unpack(torch.from_numpy(self.packed(name)), self.shapes[name])
 
+    def stored(self, name: str) -> tuple[int, int]:
+        """The shape of a matrix in the checkpoint."""
+        return self.shapes[name][::-1] if name in self.transposed else self.shapes[name]
+
     def packed(self, name: str) -> bits_module.Array:
         """The bits of one mask, as masks.pack has them; they map the file, privately."""
         with safe_open(self._path, framework="pt") as file:

@@ -8,6 +8,7 @@ checkpoint that plain transformers, and every runtime that loads those, accepts.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -21,12 +22,13 @@ import numpy as np
 import torch
 
 from uniprune.artefacts.masks import MasksFile
-from uniprune.errors import InputError, UniPruneError
+from uniprune.errors import UniPruneError
+from uniprune.models.checkpoint import Files, spell_digest
 from uniprune.models.loading import Loaded, Origin
-from uniprune.models.matrices import Matrices
 from uniprune.sparsity import bits as bits_module
 from uniprune.storage.files import REPORT, sync
-from uniprune.storage.safetensors_index import NAMES, Entry, entries, key_of
+from uniprune.storage.outline import Piece
+from uniprune.storage.safetensors_index import Entry
 
 MASKS = "pruning/masks.safetensors"  # not beside the weights: some runtimes load every safetensors file that lies there
 WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ot"}
@@ -34,36 +36,7 @@ WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".
 PIECE = 256 << 10
 LEFT = {REPORT, "README.md", ".gitattributes"}  # not true of the pruned model
 
-
-def digests(source: Loaded | Origin, names: Iterable[str], matrices: Matrices | None = None) -> dict[str, str]:
-    """Of each named matrix its dtype, shape and the sha256 of its bits, as the checkpoint stores them; sorted by name.
-
-    Weights that lie in no safetensors file (GGUF, a model built in memory) are taken from ``matrices``.
-    Raises InputError naming the first matrix in a file with NaN or infinity: it is read for its digest anyway.
-    """
-    origin = source if isinstance(source, Origin) else source.origin
-    ordered = sorted(names)
-    if origin is not None and origin.shards:
-        keys = entries(origin.shards)
-        found = [keys[key_of(f"{name}.weight", keys)] for name in ordered]
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            return dict(zip(ordered, pool.map(_digest_of, ordered, found), strict=True))
-    assert matrices is not None
-    lines = []
-    for name in ordered:
-        weight = matrices[name].parameter.detach().cpu().contiguous()
-        bits = hashlib.sha256(weight.view(torch.uint8).numpy().data)
-        lines.append(_digest(NAMES[weight.dtype], tuple(weight.shape), bits))
-    return dict(zip(ordered, lines, strict=True))
-
-
-def _digest_of(name: str, entry: Entry) -> str:
-    bits = hashlib.sha256()
-    for piece in entry.pieces():
-        bits.update(piece.data)
-        if not entry.finite(piece):
-            raise InputError(f"{name}: the weights contain NaN or infinity; the checkpoint is broken, fetch it again")
-    return _digest(entry.dtype, entry.shape, bits)
+Views = list[tuple[str, Piece]]  # parts of a stored tensor: the matrix that each is a part of, and where in both it lies
 
 
 def fingerprint(digests: Mapping[str, str]) -> str:
@@ -72,13 +45,9 @@ def fingerprint(digests: Mapping[str, str]) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def _digest(dtype: str, shape: tuple[int, ...], bits: Any) -> str:
-    return f"{dtype} {shape} {bits.hexdigest()}"
-
-
 def checkpoint_bytes(origin: Origin, weights: int = 0) -> int:
     """The size that a pruned copy will have on disk; ``weights``: bytes of a model that has yet to be materialised."""
-    return sum(shard.stat().st_size for shard in origin.shards) or 2 * weights
+    return (origin.files.size if origin.files else 0) or 2 * weights
 
 
 # ------------------------------------------------------------------------------------------------------------- writing
@@ -92,40 +61,39 @@ def write_checkpoint(
 ) -> None:
     """Writes the pruned checkpoint, tokenizer and generation config into an existing, empty folder.
 
-    masks: none leaves the weights as they are. check: called with the name and digest (see :func:`digests`) of each matrix as
+    masks: none leaves the weights as they are. check: called with the name and digest (``Checkpoint.digest``) of each matrix as
     it was read, from any thread; what it raises ends the writing. So a checkpoint is read once and written once.
     Raises UniPruneError if a mask has not the shape of its matrix.
     """
     origin = source if isinstance(source, Origin) else source.origin
-    if origin is not None and origin.shards:
-        _copy_beside(origin, folder)
+    if origin is not None and origin.files:
+        files = origin.files
+        _copy_beside(files, folder)
     else:
         assert isinstance(source, Loaded)
         source.model.save_pretrained(folder)  # type: ignore[operator]
         if source.tokenizer is not None:
             source.tokenizer.save_pretrained(folder)
-        origin = Origin("output", folder)
-    keys = entries(origin.shards)
-    pruned = {key_of(f"{name}.weight", keys): name for name in masks or ()}
-    tensors = keys.unstacked(pruned)
+        files = Files(folder)
+        files.layout(source.model)
+    if masks is not None:
+        _check_shapes(files, masks)
+    pieces = list(_pieces(files, masks or ()))
+    if check:  # parts of stored tensors are not read one by one while they are written
+        for name in {name for *_, entry, inside in pieces for name, _ in inside if entry and not _alone(inside, entry)}:
+            check(name, files.digest(name))
 
-    def write(shard: Path, start: int, stop: int, key: str | None) -> None:
-        name = pruned.get(key or "")
-        if masks is None or name is None:
+    def write(shard: Path, start: int, stop: int, entry: Entry | None, inside: Views) -> None:
+        if masks is None or entry is None or not inside:
             _transfer(shard, folder / shard.name, start, stop)
             return
-        entry, packed = tensors[key or ""], masks.packed(name)
-        shape = masks.shapes[name]
-        if name in masks.transposed:  # the mask is [out, in], the tensor [in, out]
-            packed, shape = bits_module.pack(masks[name].T).numpy(), shape[::-1]
-        if shape != entry.shape:
-            raise UniPruneError(f"{name}: the mask is {shape}, the checkpoint's tensor {entry.shape}")
+        packed = _packed(masks, inside[0][0]) if _alone(inside, entry) else _assembled(masks, inside, entry)
         bits = _transfer(shard, folder / shard.name, start, stop, entry.uint, packed)
-        if check:
-            check(name, _digest(entry.dtype, entry.shape, bits))
+        if check and _alone(inside, entry):
+            check(inside[0][0], spell_digest(entry.dtype, entry.shape, bits))
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        written = [(piece[0], pool.submit(write, *piece)) for piece in _pieces(origin.shards, tensors)]
+        written = [(piece[0], pool.submit(write, *piece)) for piece in pieces]
         try:
             for shard, parts in groupby(written, key=itemgetter(0)):
                 for _, part in parts:
@@ -136,18 +104,47 @@ def write_checkpoint(
             raise
 
 
-def _pieces(files: Iterable[Path], keys: Mapping[str, Entry]) -> Iterator[tuple[Path, int, int, str | None]]:
-    """All bytes of the files, in order: (file, start, stop, the key of the tensor that lies there or None)."""
-    for file in files:
-        end = 0
-        inside = [(entry.start, entry.stop, key) for key, entry in keys.items() if entry.file == file]
-        for start, stop, key in sorted(inside):
+def _check_shapes(files: Files, masks: MasksFile) -> None:
+    for name in masks:
+        shape, stored = masks.stored(name), files.region(name).shape
+        if shape != stored:
+            raise UniPruneError(f"{name}: the mask is {shape}, the checkpoint's tensor {stored}")
+
+
+def _pieces(files: Files, names: Iterable[str]) -> Iterator[tuple[Path, int, int, Entry | None, Views]]:
+    """All bytes of the files, in order: (file, start, stop, the tensor that lies there or None, and what of it is named)."""
+    units: dict[Path, list[Any]] = {shard: [] for shard in files.shards}
+    for entry, inside in files.units(names):
+        units[entry.file].append((entry.start, entry.stop, entry, inside))
+    for shard, found in units.items():
+        end, size = 0, shard.stat().st_size
+        for start, stop, entry, inside in sorted(found, key=itemgetter(0, 1)):
             if end < start:
-                yield file, end, start, None
-            yield file, start, stop, key
+                yield shard, end, start, None, []
+            yield shard, start, stop, entry, inside
             end = stop
-        if end < file.stat().st_size:
-            yield file, end, file.stat().st_size, None
+        if end < size:
+            yield shard, end, size, None, []
+
+
+def _alone(inside: Views, entry: Entry) -> bool:
+    """Whether all of a tensor is one matrix, row by row."""
+    (_, first), *others = inside
+    return not others and (first.offset, first.shape, first.start) == (0, entry.shape, (0, 0)) and first.strides[1] == 1
+
+
+def _packed(masks: MasksFile, name: str) -> bits_module.Array:
+    """A mask's bits in the order of the stored tensor."""
+    return masks.packed(name) if name not in masks.transposed else bits_module.pack(masks[name].T).numpy()
+
+
+def _assembled(masks: MasksFile, inside: Views, entry: Entry) -> bits_module.Array:
+    """The bits of a tensor of which several matrices are parts, or a part of one."""
+    keep = np.ones(math.prod(entry.shape), np.bool_)
+    for name, piece in inside:
+        mask = masks[name].T if name in masks.transposed else masks[name]
+        piece.of(keep)[...] = mask[piece.box].numpy()
+    return bits_module.pack(torch.from_numpy(keep)).numpy()
 
 
 def _transfer(
@@ -192,12 +189,12 @@ def beside(folder: Path) -> list[Path]:
     ]
 
 
-def _copy_beside(origin: Origin, folder: Path) -> None:
+def _copy_beside(files: Files, folder: Path) -> None:
     """The files beside the weights as they are, and empty files as large as the shards."""
-    for file in beside(origin.folder):
+    for file in beside(files.folder):
         shutil.copyfile(file, folder / file.name)
         (folder / file.name).chmod(0o644)
-    for file in origin.shards:
+    for file in files.shards:
         (folder / file.name).touch()
         os.truncate(folder / file.name, file.stat().st_size)
         (folder / file.name).chmod(0o644)

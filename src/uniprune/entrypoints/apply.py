@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Container
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ from uniprune.models.loading import (
 from uniprune.models.matrices import Matrices, find_matrices
 from uniprune.reporting import model_card
 from uniprune.sparsity.structure import claimed
-from uniprune.storage import files, runs, safetensors_index
+from uniprune.storage import files, runs
 
 
 def apply(
@@ -49,7 +50,7 @@ def apply(
     with watch("prepare"):
         loaded: Loaded | Origin = origin
         matrices: Matrices | None = None
-        if not origin.shards:
+        if not origin.files:
             weights = load_weights(origin, parse_dtype(dtype), torch.device("cpu"))
             loaded = Loaded(weights, load_tokenizer(origin), origin)
             matrices = find_matrices(weights)
@@ -89,7 +90,7 @@ def apply(
 
 def _check_names(origin: Origin, file: MasksFile, matrices: Matrices | None, path: Path) -> None:
     """Masks for a model of another architecture name matrices that this one does not have."""
-    keys = safetensors_index.entries(origin.shards)
+    there: Container[object] = matrices if origin.files is None else origin.files  # type: ignore[assignment]
     for name in file:
-        if name not in matrices if matrices is not None else not safetensors_index.find_key(f"{name}.weight", keys):
+        if name not in there:
             raise MismatchError(f"{path} was made for another model: {origin} has no matrix {name}")

@@ -15,7 +15,8 @@ from uniprune.sparsity.hardware import fitted
 from uniprune.sparsity.patterns import Pattern
 from uniprune.sparsity.structure import structure
 from uniprune.sparsity.views import on_one_scale
-from uniprune.storage import files, safetensors_index
+from uniprune.storage import files
+from uniprune.storage.dtypes import PLAIN
 
 
 def mask(
@@ -36,7 +37,7 @@ def mask(
     controller = "feedback" if saliency.comparable else "none"  # of the same default scope
     recipe = Recipe(sparsity=sparsity, scope=scope, controller=controller, **budget)
     stored = next(iter(saliency.facts.digests.values())).split()[0]
-    dtype = dtype_name(safetensors_index.DTYPES.get(stored, stored))
+    dtype = dtype_name(PLAIN.get(stored, stored))
     pattern, misfits = fitted(recipe.pattern(), saliency.shapes, dtype, recipe.hardware, recipe.misfits)
     cut = pattern(on_one_scale(saliency, pattern))
     removed = write_masks(output, cut, saliency.shapes, saliency.facts, str(pattern))

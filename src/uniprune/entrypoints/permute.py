@@ -22,6 +22,7 @@ from uniprune.job.options import RunOptions
 from uniprune.job.prepare import Job, device_of, prepare, progress_of
 from uniprune.job.recipe import Recipe
 from uniprune.models.channels import Channels, find_channels, fold, folding, reorder
+from uniprune.models.checkpoint import Files
 from uniprune.models.loading import Loaded, Source, resolve, skeleton
 from uniprune.models.matrices import find_matrices
 from uniprune.reporting import model_card
@@ -29,7 +30,7 @@ from uniprune.saliency.calibration import one_shot
 from uniprune.sparsity.channel_order import kept, search
 from uniprune.sparsity.patterns import NM
 from uniprune.sparsity.structure import structure
-from uniprune.storage import files, safetensors_index
+from uniprune.storage import files
 
 
 def permute(
@@ -99,15 +100,15 @@ def permute(
 def write(job: Job, found: list[Channels], orders: dict[str, Tensor], folder: Path) -> None:
     """The checkpoint in another order; what has none of the channels is copied byte by byte."""
     origin = job.loaded.origin
-    if origin is None or not origin.shards:
+    if origin is None or not origin.files:
         fold(job.loaded.model, found, orders)
         writer.write_checkpoint(job.loaded, None, folder)
         return
     writer.write_checkpoint(origin, None, folder)
-    keys = safetensors_index.entries(folder / shard.name for shard in origin.shards)
+    files = Files(folder)
     for channels in found:
         for name, (axis, order) in folding(channels, orders[channels.consumer]).items():
-            entry = keys[safetensors_index.key_of(name, keys)]
+            entry = files.entries[files.layout(job.loaded.model).key(name)]
             bits = np.memmap(entry.file, entry.uint, "r+", entry.start, entry.shape)
             reorder(bits, axis, order)
             bits.flush()

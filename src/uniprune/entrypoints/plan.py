@@ -29,7 +29,7 @@ def plan(source: str | Path, recipe: Recipe, *, device: str | None = None, max_m
     work = estimate.Work(model, matrices, recipe, dtype, stored, length)
     needs = estimate.needs(work)
     execution: str
-    to_load = recipe.size is not None and not origin.shards
+    to_load = recipe.size is not None and not origin.files
     try:
         execution = choose(origin, needs, options, place)
     except InputError:

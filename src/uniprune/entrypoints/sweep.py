@@ -137,7 +137,7 @@ def _check_model(loaded: Loaded, matrices: Matrices, saliency: ScoresFile, score
     """Raises MismatchError unless the scores are of this model's weights."""
     if missing := [name for name in saliency if name not in matrices]:
         raise MismatchError(f"{scores} was made for another model: {loaded} has no matrix {missing[0]}")
-    if writer.fingerprint(writer.digests(loaded, matrices, matrices)) != saliency.facts.base:
+    if writer.fingerprint(loaded.checkpoint.digests(matrices)) != saliency.facts.base:
         raise MismatchError(f"{scores} was made for another model ({saliency.facts.made_for}) than {loaded}; give that one")
 
 

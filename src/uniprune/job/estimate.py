@@ -162,7 +162,7 @@ def make_plan(
         memory=needed.streamed if execution == "streamed" else needed.resident,
         memory_resident=needed.resident,
         memory_streamed=needed.streamed,
-        disk=(sum(shard.stat().st_size for shard in origin.shards) or parameters * work.dtype.itemsize) + prunable // 8,
+        disk=((origin.files.size if origin.files else 0) or parameters * work.dtype.itemsize) + prunable // 8,
         scratch=needed.scratch if execution == "streamed" else 0,
         seconds=work.recipe.cost.flops * prunable * tokens / _flops(work.dtype, device),
         left_dense={name: why for name, (_, why) in left_dense(work.model).items()},

@@ -51,7 +51,8 @@ from uniprune.models.streaming import attached, open_streamed
 from uniprune.saliency.calibration import SWEEP, Calibration
 from uniprune.sparsity.hardware import fitted
 from uniprune.sparsity.patterns import Pattern, Saliency
-from uniprune.storage import files, runs, safetensors_index
+from uniprune.storage import files, runs
+from uniprune.storage.dtypes import PLAIN
 from uniprune.storage.files import check_output_file
 
 Execution = Literal["resident", "sharded", "streamed"]
@@ -180,8 +181,8 @@ def prepare(
 
 
 def _bind(loaded: Loaded, matrices: Matrices) -> Binding:
-    digests = writer.digests(loaded, matrices, matrices)
-    transposed = [name for name, matrix in matrices.items() if matrix.transposed]
+    digests = loaded.checkpoint.digests(matrices)
+    transposed = [name for name, matrix in matrices.items() if matrix.stored_transposed]
     return Binding(base=writer.fingerprint(digests), base_name=str(loaded), digests=digests, transposed=transposed)
 
 
@@ -195,7 +196,7 @@ def aim_of(recipe: Recipe, model: torch.nn.Module, matrices: Matrices, source: L
         return pattern
 
     budget = None
-    if recipe.size is not None and source is not None and (isinstance(source, Loaded) or source.shards):
+    if recipe.size is not None and source is not None and (isinstance(source, Loaded) or source.files):
         budget = archive_size.budget(formatting.parse_size(recipe.size), source, matrices, at, at(None))
     level = budget.level() if budget else None
     return Aim(*_pattern_of(recipe, model, matrices, origin, level), budget, level)
@@ -238,7 +239,7 @@ def choose(
     limit = options.max_memory or estimate.free_memory(place)
     if _everywhere(needs.resident <= limit):
         return "resident"
-    if not origin.shards:
+    if not origin.files:
         raise InputError(
             f"model {origin} needs {gigabytes(needs.resident)} of memory, {gigabytes(limit)} are there, and only safetensors "
             "checkpoints can be read block by block; convert it, or raise --max-memory"
@@ -312,12 +313,4 @@ def calibration_windows(recipe: Recipe, tokenizer: Any, model: torch.nn.Module) 
 
 def stored_dtype(origin: Origin, matrices: Matrices) -> torch.dtype:
     """The type of a model's matrices on disk; what a GGUF file has quantised is float32 here."""
-    if origin.gguf:
-        return torch.float32
-    keys = safetensors_index.entries(origin.shards)
-    first = f"{next(iter(matrices))}.weight"
-    return (
-        safetensors_index.DTYPES.get(keys[safetensors_index.key_of(first, keys)].dtype, torch.float32)
-        if keys
-        else torch.float32
-    )
+    return PLAIN.get(origin.files.stored(next(iter(matrices))).dtype, torch.float32) if origin.files else torch.float32

@@ -62,6 +62,10 @@ class Channels:
             axes=tuple((f"{prefix}.{name}", axis) for name, axis in self.axes),
         )
 
+    def named(self, names: Mapping[str, str]) -> Channels:
+        """The same channels, their matrices by other names."""
+        return replace(self, consumer=names[self.consumer], producers=tuple(names[name] for name in self.producers))
+
 
 def find_channels(model: nn.Module, matrices: Matrices) -> list[Channels]:
     """The hidden channels that may be reordered, for consumers among ``matrices``, in their order.
@@ -74,10 +78,12 @@ def find_channels(model: nn.Module, matrices: Matrices) -> list[Channels]:
     as its own forward runs it: a model that reads the channels past it would not be seen.
     """
     families: dict[str, list[Matrix]] = defaultdict(list)
-    ours = dict(model.named_modules())  # fused experts' matrices are no modules of the model; they stay as they are
-    for name, matrix in find_matrices(model).items():
-        if ours.get(name) is matrix.module:
-            families[name.rpartition(".")[0]].append(matrix)
+    ours = {id(module): name for name, module in model.named_modules()}
+    stored: dict[str, str] = {}  # name of a module -> that of its matrix, which is the checkpoint's
+    for matrix in find_matrices(model).values():
+        if name := ours.get(id(matrix.module)):  # fused experts' matrices are no modules of the model; they stay as they are
+            stored[name] = matrix.name
+            families[name.rpartition(".")[0]].append(replace(matrix, name=name))
     uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     verdicts: dict[tuple[str, Channels], bool] = {}
     found = []
@@ -92,7 +98,7 @@ def find_channels(model: nn.Module, matrices: Matrices) -> list[Channels]:
             if structure not in verdicts:
                 verdicts[structure] = _proved(parent, channels)
             if verdicts[structure]:
-                allowed.append(channels.inside(prefix))
+                allowed.append(channels.inside(prefix).named(stored))
         if candidates and len(allowed) != 1:
             logger.info("%s: its hidden channels stay in their order; no reordering was proved to be harmless", prefix)
         found += [channels for channels in allowed if len(allowed) == 1 and channels.consumer in matrices]

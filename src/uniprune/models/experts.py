@@ -17,21 +17,32 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from uniprune.errors import UniPruneError
+from uniprune.models.layout import Part
 
 
 class Slice(nn.Module):
     """Some rows of one expert's matrix. Its weight is a view, whatever the parameter is at the time; it owns nothing."""
 
     fused: Fused
+    flipped: bool
+    shape: tuple[int, int]
+    _parameter: str
+    _expert: int
+    _rows: slice
 
-    def __init__(self, fused: Fused, parameter: str, expert: int, rows: slice) -> None:
-        super().__init__()
-        object.__setattr__(self, "fused", fused)  # not a part of this module
-        self._parameter, self._expert, self._rows = parameter, expert, rows
-        sizes = list(self.whole.shape[1:])
-        axis = 1 if fused.transposed else 0
-        sizes[axis] = len(range(sizes[axis])[rows])
-        self.shape = sizes[0], sizes[1]  # of the weight, which may lie in parts in several processes
+    def __init__(self, fused: Fused, parameter: str, part: Part) -> None:
+        # Past Module.__setattr__: the fused module is no part of this one.
+        vars(self).update(fused=fused, _parameter=parameter, _expert=part.expert, _rows=part.rows, flipped=part.flipped)
+        rows, columns = part.region.shape
+        # Of the weight, which may lie in parts in several processes.
+        vars(self)["shape"] = (columns, rows) if part.flipped else (rows, columns)
+
+    def __getattr__(self, name: str) -> Any:
+        """What makes this a module, made when it is first used as one: a model can have 40,000 slices."""
+        if "_parameters" not in vars(self):
+            super().__init__()
+            return getattr(self, name)
+        return super().__getattr__(name)
 
     @property
     def whole(self) -> Tensor:
@@ -62,12 +73,10 @@ class Slice(nn.Module):
 class Fused:
     """A module of fused experts, taken apart.
 
-    parts: where the rows of a parameter of some shape lie in a checkpoint, as ``Layout.parts`` has it. slices: by the name of
-    the matrix, which is its key in the checkpoint without ``.weight``, or, where one tensor has the matrices of all experts,
-    that tensor's key and the expert's number.
+    parts: the stored matrices of a parameter, as ``Layout.parts`` has them. slices: by the name of the matrix.
     """
 
-    def __init__(self, name: str, module: Any, parts: Callable[[str, tuple[int, ...]], Iterable[Any]]) -> None:
+    def __init__(self, name: str, module: Any, parts: Callable[[str], Iterable[Part]]) -> None:
         self.name, self.module = name, module
         self.transposed: bool = module.is_transposed
         self.first = "gate_up_proj" if module.has_gate else "up_proj"
@@ -76,13 +85,10 @@ class Fused:
         self._up: list[list[Slice]] = [[] for _ in range(self.experts)]
         self._down: list[list[Slice]] = [[] for _ in range(self.experts)]
         for parameter, into in ((self.first, self._up), ("down_proj", self._down)):
-            for part in parts(f"{name}.{parameter}", tuple(module._parameters[parameter].shape)):
-                whole = part.expert is None
-                for expert in range(self.experts) if whole else [part.expert]:
-                    rows = slice(None) if whole else slice(part.start, part.stop)
-                    key = part.key.removesuffix(".weight") + (f".{expert}" if whole else "")
-                    self.slices[key] = Slice(self, parameter, expert, rows)
-                    into[expert].append(self.slices[key])
+            for part in parts(f"{name}.{parameter}"):
+                assert part.expert is not None
+                one = self.slices[part.region.name] = Slice(self, parameter, part)
+                into[part.expert].append(one)
 
     @property
     def complete(self) -> bool:

@@ -6,6 +6,7 @@ import logging
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,13 @@ from torch import nn
 
 from uniprune.errors import InputError, UniPruneError, first_line
 from uniprune.models.blocks import Residency, resident
+from uniprune.models.checkpoint import Checkpoint, Files, bind, checkpoint_of
 from uniprune.storage import strict_json
-from uniprune.storage.safetensors_index import DTYPES as DTYPES_STORED
-from uniprune.storage.safetensors_index import entries
+from uniprune.storage.dtypes import BY_NAME, PLAIN
 
 logger = logging.getLogger(__name__)
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 HUB_FILES = ["README.md", "*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]  # no pickle, no code
-INDEX = "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -42,30 +41,10 @@ class Origin:
         """The folder, or the GGUF file: what an output must keep away from."""
         return self.folder / self.gguf if self.gguf else self.folder
 
-    @property
-    def shards(self) -> list[Path]:
-        """The safetensors files that transformers loads the weights from; empty for other formats.
-
-        Some repositories carry the weights a second time in another layout; those files are not part of the model.
-        """
-        if self.gguf:
-            return []
-        if (self.folder / INDEX).is_file():
-            return [self.folder / name for name in sorted({*self._index().values()})]
-        single = self.folder / "model.safetensors"
-        return [single] if single.is_file() else sorted(self.folder.glob("*.safetensors"))
-
-    def _index(self) -> dict[str, str]:
-        """Tensor -> file, which must lie in the folder itself. Raises InputError for an index that says anything else."""
-        try:
-            index = strict_json.parse((self.folder / INDEX).read_bytes())
-            strict_json.check(index, {"weight_map": dict})
-            for name in (names := index["weight_map"]).values():
-                if type(name) is not str or "/" in name or "\\" in name or not name.endswith(".safetensors"):
-                    raise ValueError(f"{str(name)[:80]!r} is no .safetensors file beside it")
-        except ValueError as error:
-            raise InputError(f"{self.folder / INDEX} is damaged: {error}; fetch the checkpoint again") from None
-        return dict(names)
+    @cached_property
+    def files(self) -> Files | None:
+        """Its safetensors files, whose headers are read once; None for other formats."""
+        return None if self.gguf else Files(self.folder)
 
     def options(self) -> dict[str, Any]:
         """Keyword arguments for every ``from_pretrained`` of this model: no code that comes with it is run."""
@@ -84,8 +63,17 @@ class Loaded:
     origin: Origin | None = None
     residency: Residency = resident
 
+    def __post_init__(self) -> None:
+        if self.origin:
+            bind(self.model, self.origin.files)
+
     def __str__(self) -> str:
         return str(self.origin) if self.origin else type(self.model).__name__
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint:
+        """The files that it is made from, or those that it would be saved as."""
+        return checkpoint_of(self.model)
 
 
 def resolve(source: str | Path) -> Origin:
@@ -170,8 +158,8 @@ def native_dtype(origin: Origin) -> torch.dtype:
     configured = getattr(_config(origin), "dtype", None)
     if isinstance(configured, torch.dtype):
         return configured
-    stored = (DTYPES_STORED[entry.dtype] for entry in entries(origin.shards).values() if entry.dtype in DTYPES_STORED)
-    return next(stored, torch.float32)
+    entries = origin.files.entries.values() if origin.files else ()
+    return next((PLAIN[entry.dtype] for entry in entries if entry.dtype in PLAIN), torch.float32)
 
 
 def warn_of_emulation(model: nn.Module) -> None:
@@ -187,6 +175,9 @@ def warn_of_emulation(model: nn.Module) -> None:
 def dtype_name(dtype: torch.dtype | str) -> str:
     """A dtype as people spell it: ``bfloat16``."""
     return str(dtype).removeprefix("torch.")
+
+
+DTYPES = {dtype_name(BY_NAME[name].dtype): BY_NAME[name].dtype for name in ("F32", "BF16", "F16")}
 
 
 def parse_device(name: str | None) -> torch.device:
@@ -215,6 +206,7 @@ def skeleton(origin: Origin) -> nn.Module:
         )
     with torch.device("meta"):
         model: nn.Module = _guarded(origin, lambda: AutoModelForCausalLM.from_config(config, trust_remote_code=False))
+    bind(model, origin.files)
     return model
 
 
@@ -229,6 +221,7 @@ def hollow(origin: Origin, dtype: torch.dtype) -> nn.Module:
             origin, lambda: AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
         )
     model.tie_weights()  # type: ignore[operator]  # what was tied while parameters were being swapped for hollow ones is not
+    bind(model, origin.files)
     return model.eval().requires_grad_(False)
 
 
@@ -238,7 +231,8 @@ def _config(origin: Origin) -> Any:
 
     config = _guarded(origin, lambda: AutoConfig.from_pretrained(origin.folder, **origin.options()))
     layers = getattr(config.get_text_config(), "num_hidden_layers", None)
-    if isinstance(layers, int) and origin.shards and layers > len(entries(origin.shards)):  # they would all be built
+    entries = origin.files.entries if origin.files else {}
+    if isinstance(layers, int) and entries and layers > len(entries):  # they would all be built
         raise InputError(f"model {origin}: config.json says {layers} layers, its files have fewer tensors; fetch it again")
     return config
 
@@ -295,6 +289,7 @@ def load_weights(origin: Origin, dtype: torch.dtype | None, device: torch.device
         # The file's free-form title would travel into every saved config as if it were a path.
         model.config.name_or_path = ""  # type: ignore[union-attr]
     model.requires_grad_(False)
+    bind(model, origin.files)
     return model.eval().to(device)
 
 

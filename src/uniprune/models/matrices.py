@@ -8,8 +8,10 @@ not pruned.
 
 from __future__ import annotations
 
+import gc
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,7 +19,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from uniprune.errors import InputError
-from uniprune.models.checkpoint_keys import Layout
+from uniprune.models.checkpoint import checkpoint_of
 from uniprune.models.experts import Fused, Slice, is_fused
 
 COVERAGE = 0.9  # of the blocks' parameters must lie in matrices that we know how to prune
@@ -27,15 +29,17 @@ COVERAGE = 0.9  # of the blocks' parameters must lie in matrices that we know ho
 class Matrix:
     """One prunable weight. ``shape`` is (out, in), also where the module stores it transposed (GPT-2's Conv1D).
 
-    read: gives a parameter by name while the module's own waits for its block's turn: it is then on the meta device
-    (``streaming``), or a DTensor of which this process has a part (``sharding``). others: modules that use the same weight;
-    spans: whether one of those is in another block. group: of an expert's matrix, the name that its fellows' have in common.
+    flipped: whether the checkpoint has it transposed, compared with the module. read: gives it by name, as the checkpoint has
+    it, while the module's own waits for its block's turn: it is then on the meta device (``streaming``), or a DTensor of which
+    this process has a part (``sharding``). others: modules that use the same weight; spans: whether one of those is in another
+    block. group: of an expert's matrix, the name that its fellows' have in common.
     """
 
     name: str
     module: nn.Module
     block: int
     transposed: bool
+    flipped: bool = False
     read: Callable[[str], Tensor] | None = None
     others: tuple[nn.Module, ...] = ()
     spans: bool = False
@@ -67,7 +71,8 @@ class Matrix:
         """The parameter, read from the checkpoint where it is not in memory as a whole."""
         whole = self.whole.detach()
         if self.read and (whole.is_meta or type(whole) is not Tensor):
-            return self.read(f"{self.name}.weight")
+            read = self.read(self.name)
+            return read.T if self.flipped else read
         return self.parameter.detach()
 
     @property
@@ -79,6 +84,11 @@ class Matrix:
     def shape(self) -> tuple[int, int]:
         rows, columns = self.module.shape if isinstance(self.module, Slice) else self.parameter.shape
         return (columns, rows) if self.transposed else (rows, columns)
+
+    @property
+    def stored_transposed(self) -> bool:
+        """Whether the checkpoint has it as ``[in, out]``."""
+        return self.transposed != self.flipped
 
     @property
     def size(self) -> int:
@@ -111,10 +121,9 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 def find_matrices(model: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> Matrices:
     """The prunable matrices in the order of the model, by module name; a weight that modules share is listed once.
 
-    Where the checkpoint that transformers writes has another name than the module, as of each fused expert, it is that one.
-    include, exclude: regular expressions, searched in the
-    names; ``exclude`` wins. Raises InputError if under 90 % of the blocks' parameters lie in matrices, if an expression matches
-    none, or for a model with adapters.
+    Where the checkpoint has another name than the module, as of each fused expert, it is that one. include, exclude: regular
+    expressions, searched in the names; ``exclude`` wins. Raises InputError if under 90 % of the blocks' parameters lie in
+    matrices, if an expression matches none, or for a model with adapters.
     """
     found, _ = _discover(model)
     return _select(found, include, exclude)
@@ -125,6 +134,19 @@ def left_dense(model: nn.Module) -> Left:
     return _discover(model)[1]
 
 
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """A model with 40,000 matrices takes a million objects that all stay: to look for garbage among them doubles the time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@_uncollected()
 def _discover(model: nn.Module) -> tuple[Matrices, Left]:
     _check_unquantised(model)
     prefix, blocks = find_blocks(model)
@@ -133,7 +155,7 @@ def _discover(model: nn.Module) -> tuple[Matrices, Left]:
     outside = {id(p): name for name, p in parameters if not name.startswith(f"{prefix}.")}
     routers = {id(module): module for block in blocks for module in _routers(block)}
     groups = {id(module): group for name, _, module in inside for module, group in _fellows(name, module)}
-    layout = Layout(model)
+    layout = checkpoint_of(model).layout(model)
     found: Matrices = {}
     left: Left = {}
     names: dict[int, str] = {}  # of the matrix that a weight is
@@ -149,15 +171,20 @@ def _discover(model: nn.Module) -> tuple[Matrices, Left]:
         if not isinstance(weight, Tensor) or not (id(module) in routers or isinstance(module, (nn.Linear, Conv1D))):
             continue
         covered.add(id(weight))
-        name = layout.key(f"{name}.weight").removesuffix(".weight")
+        if id(weight) in names:
+            found[names[id(weight)]] = _used_by(found[names[id(weight)]], module, index)
+            continue
+        part = next(iter(layout.parts(f"{name}.weight")), None)
+        name = part.region.name if part else name
         if id(module) in routers or id(weight) in outside:
             why = "a router" if id(module) in routers else f"shared with {outside[id(weight)]}"
             left[name] = tuple(weight.shape), why
-        elif id(weight) in names:
-            found[names[id(weight)]] = _used_by(found[names[id(weight)]], module, index)
+        elif part is None:
+            raise InputError(f"{name}: it is not known how a checkpoint stores its weight")
         else:
             names[id(weight)] = name
-            found[name] = Matrix(name, module, index, isinstance(module, Conv1D), group=groups.get(id(module)))
+            group = groups.get(id(module))
+            found[name] = Matrix(name, module, index, isinstance(module, Conv1D), part.flipped, group=group)
     _check_coverage(prefix, blocks, covered)
     return found, left
 
@@ -186,7 +213,7 @@ def _of_experts(fused: Fused, block: int) -> Iterator[tuple[str, Matrix]]:
         raise InputError(f"{fused.name}: it is not known how a checkpoint stores the weights of {type(fused.module).__name__}")
     for name, one in fused.slices.items():
         group = f"{fused.name}: {one.place}"
-        yield name, Matrix(name, one, block, fused.transposed, group=group)
+        yield name, Matrix(name, one, block, fused.transposed, one.flipped, group=group)
 
 
 def _fellows(name: str, module: nn.Module) -> Iterator[tuple[nn.Module, str]]:

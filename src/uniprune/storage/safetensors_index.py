@@ -5,29 +5,20 @@ from __future__ import annotations
 import math
 import os
 import struct
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-import torch
 
 from uniprune.errors import InputError
 from uniprune.storage import strict_json
+from uniprune.storage.dtypes import BY_NAME, FLOATS
 
-UINTS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 PIECE = 1 << 17  # weights of a tensor that are looked at together
-ITEMSIZE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
-WIDTHS = ITEMSIZE | {"BOOL": 1, "U8": 1, "I8": 1, "U16": 2, "I16": 2, "U32": 4, "I32": 4, "U64": 8, "I64": 8}
 HEADER = 100_000_000  # bytes; the longest header, the safetensors library's own limit
-NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-
-# Bits that are all set in NaN, and in infinity where a type has it.
-EXPONENTS = {"F64": 0x7FF << 52, "F32": 0x7F800000, "F16": 0x7C00, "BF16": 0x7F80, "F8_E4M3": 0x7F, "F8_E5M2": 0x7C}
-
-DTYPES = {name: dtype for dtype, name in NAMES.items()}
 
 
 @dataclass(frozen=True)
@@ -43,9 +34,9 @@ class Entry:
     @property
     def uint(self) -> Any:
         """The type of unsigned integers as large as the tensor's elements."""
-        if self.dtype not in ITEMSIZE:
+        if self.dtype not in FLOATS:
             raise InputError(f"{self.file}: weights of type {self.dtype} cannot be pruned; use an unquantised model")
-        return UINTS[ITEMSIZE[self.dtype]]
+        return BY_NAME[self.dtype].uint
 
     def array(self) -> np.ndarray[Any, Any]:
         """The tensor's bits as a flat array of unsigned integers, mapped from the file."""
@@ -58,50 +49,25 @@ class Entry:
         for start in range(0, len(array), PIECE):
             yield array[start : start + PIECE]
 
+    def part(self, offset: int, shape: tuple[int, ...]) -> Entry:
+        """So many of the tensor's elements, from one of them on, as a tensor of their own."""
+        size = (self.stop - self.start) // max(1, math.prod(self.shape))
+        start = self.start + offset * size
+        return replace(self, shape=shape, start=start, stop=start + math.prod(shape) * size)
+
     def finite(self, bits: np.ndarray[Any, Any]) -> bool:
         """Whether none of the tensor's bits are those of NaN or infinity."""
-        exponent = self.uint(EXPONENTS[self.dtype])
+        exponent = self.uint(BY_NAME[self.dtype].exponent)
         return not bool((bits & exponent == exponent).any())
 
 
-class Entries(dict[str, Entry]):
-    """Tensors by key. A stack of matrices ``[n, rows, columns]`` has each by ``KEY.3.weight`` too, found but not listed."""
-
-    def __contains__(self, key: object) -> bool:
-        return super().__contains__(key) or self._inside(str(key)) is not None
-
-    def __missing__(self, key: str) -> Entry:
-        found = self._inside(key)
-        if found is None:
-            raise KeyError(key)
-        return found[1]
-
-    def unstacked(self, wanted: Iterable[str]) -> dict[str, Entry]:
-        """All tensors, those stacks as their matrices of which one is among the ``wanted`` keys."""
-        stacks = {found[0] for key in wanted if not super(Entries, self).__contains__(key) and (found := self._inside(key))}
-        whole = {key: entry for key, entry in self.items() if key not in stacks}
-        names = (f"{stack.removesuffix('.weight')}.{n}.weight" for stack in stacks for n in range(self[stack].shape[0]))
-        return whole | {name: self[name] for name in names}
-
-    def _inside(self, key: str) -> tuple[str, Entry] | None:
-        """The stack that a key means a matrix of, and where in it that lies."""
-        base, _, number = key.removesuffix(".weight").rpartition(".")
-        for stack in (base, f"{base}.weight") if number.isdigit() else ():
-            entry = self.get(stack)
-            if entry is not None and len(entry.shape) == 3 and int(number) < entry.shape[0]:
-                size = (entry.stop - entry.start) // entry.shape[0]
-                start = entry.start + int(number) * size
-                return stack, Entry(entry.file, entry.dtype, entry.shape[1:], start, start + size)
-        return None
-
-
-def entries(shards: Iterable[Path]) -> Entries:
+def entries(shards: Iterable[Path]) -> dict[str, Entry]:
     """Every tensor of a sharded checkpoint, by its key.
 
     Raises InputError for a shard that is missing, that was cut off, or whose header cannot be of it: a type, a shape and a
     place in the file that do not go together, tensors on top of each other, a key twice.
     """
-    found = Entries()
+    found: dict[str, Entry] = {}
     for shard in shards:
         try:
             with shard.open("rb") as file:
@@ -144,19 +110,6 @@ def _entry(shard: Path, key: str, item: Any, base: int) -> Entry:
     if any(type(value) is not int or value < 0 for value in (*shape, *offsets)) or len(offsets) != 2:
         raise ValueError(f"{key} has an impossible shape or place")
     start, stop = offsets
-    if start > stop or (dtype in WIDTHS and math.prod(shape) * WIDTHS[dtype] != stop - start):
+    if start > stop or (dtype in BY_NAME and math.prod(shape) * BY_NAME[dtype].size != stop - start):
         raise ValueError(f"{key} is {dtype} {shape}, which is not {stop - start} bytes"[:200])
     return Entry(shard, dtype, tuple(shape), base + start, base + stop)
-
-
-def find_key(name: str, keys: Mapping[str, Any]) -> str | None:
-    """The checkpoint key of a parameter: its name, which some checkpoints store without the outermost prefix."""
-    return next((key for key in (name, name.partition(".")[2]) if key in keys), None)
-
-
-def key_of(name: str, keys: Mapping[str, Any]) -> str:
-    """As :func:`find_key`; raises InputError if the checkpoint has no such tensor."""
-    key = find_key(name, keys)
-    if key is None:
-        raise InputError(f"the checkpoint has no tensor {name}; its keys are like {list(keys)[:3]}")
-    return key

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from uniprune.errors import InputError
 from uniprune.storage import strict_json
+from uniprune.storage.dtypes import BY_DTYPE
 from uniprune.storage.files import replacing
 from uniprune.storage.record import Record
 
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 KEY = "uniprune"
-DTYPES = {torch.float32: "F32", torch.uint8: "U8", torch.int32: "I32"}
 
 Specs = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 
@@ -54,7 +54,7 @@ def stream_tensors(path: Path, specs: Specs, tensors: Iterable[tuple[str, Tensor
     offset = 0
     for name, (dtype, shape) in specs.items():
         size = dtype.itemsize * torch.Size(shape).numel()
-        header[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
+        header[name] = {"dtype": BY_DTYPE[dtype].name, "shape": list(shape), "data_offsets": [offset, offset + size]}
         offset += size
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)

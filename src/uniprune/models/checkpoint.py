@@ -1,0 +1,324 @@
+"""A model's checkpoint: which stored tensors its parameters are made of, and the bits of its matrices as they are stored.
+
+There are two kinds behind one interface: a folder of safetensors files, whose headers are read once, and the files that a model
+in memory would be saved as. All that is known of a checkpoint's keys is here: a matrix is named by the key it is stored under.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from uniprune.errors import InputError
+from uniprune.models.layout import Computed, Layout, Part, Region, as_saved, matrix_at
+from uniprune.storage import strict_json
+from uniprune.storage.dtypes import BY_DTYPE, BY_NAME
+from uniprune.storage.outline import Outline, Piece
+from uniprune.storage.safetensors_index import Entry, entries
+
+INDEX = "model.safetensors.index.json"
+
+Array = np.ndarray[Any, Any]
+
+
+class Stored(NamedTuple):
+    """A stored tensor, or a matrix of it: safetensors' name of its type, bytes, and what reads them."""
+
+    dtype: str
+    size: int
+    read: Callable[[], Array]
+
+
+class Checkpoint(ABC):
+    """The tensors of a model as they are stored, or would be."""
+
+    @abstractmethod
+    def layout(self, model: nn.Module) -> Layout:
+        """Where the parameters of a model lie; it may be on the meta device, for only its structure counts."""
+
+    @abstractmethod
+    def __contains__(self, name: object) -> bool:
+        """Whether there is a matrix of a name."""
+
+    @abstractmethod
+    def region(self, name: str) -> Region:
+        """Where a matrix lies. Raises InputError if there is none of that name."""
+
+    @abstractmethod
+    def stored(self, name: str) -> Stored:
+        """A matrix by its name, row by row as it is stored. Raises InputError as :meth:`region`."""
+
+    @abstractmethod
+    def rest(self, names: Iterable[str]) -> list[Stored]:
+        """The tensors, and the matrices of stacks of them, that are none of the named matrices."""
+
+    def key(self, name: str) -> str:
+        """The key of the tensor that a matrix is; of a matrix that is only a part of one, the key that would be its own."""
+        key = self.region(name).pieces[0].key
+        return key if key in keys(name) else f"{name}.weight"
+
+    def words(self, name: str) -> Array:
+        """The bits of a matrix's weights as they are stored: unsigned integers, flat. They may be mapped from a file."""
+        stored = self.stored(name)
+        return stored.read().view(BY_NAME[stored.dtype].uint)
+
+    def digest(self, name: str) -> str:
+        """The type, the shape and the sha256 of a matrix's bits, as they are stored."""
+        stored = self.stored(name)
+        return spell_digest(stored.dtype, self.region(name).shape, hashlib.sha256(stored.read().data))
+
+    def digests(self, names: Iterable[str]) -> dict[str, str]:
+        """Of each named matrix its digest, sorted by name.
+
+        Raises InputError naming the first matrix in a file with NaN or infinity: it is read for its digest anyway.
+        """
+        ordered = sorted(names)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            return dict(zip(ordered, pool.map(self.digest, ordered), strict=True))
+
+
+def keys(name: str) -> tuple[str, str]:
+    """The keys that a matrix of a name may have as a tensor of its own: some checkpoints lack the outermost prefix."""
+    return f"{name}.weight", f"{name.partition('.')[2]}.weight"
+
+
+def spell_digest(dtype: str, shape: tuple[int, ...], bits: Any) -> str:
+    return f"{dtype} {shape} {bits.hexdigest()}"
+
+
+class Files(Checkpoint):
+    """A folder of safetensors files."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._layout: Layout | None = None
+
+    @cached_property
+    def shards(self) -> list[Path]:
+        """The files that transformers loads the weights from; empty if there are none.
+
+        Some repositories carry the weights a second time in another layout; those files are not part of the model.
+        """
+        if (self.folder / INDEX).is_file():
+            return [self.folder / name for name in sorted({*self._index().values()})]
+        single = self.folder / "model.safetensors"
+        return [single] if single.is_file() else sorted(self.folder.glob("*.safetensors"))
+
+    def _index(self) -> dict[str, str]:
+        """Tensor -> file, which must lie in the folder itself. Raises InputError for an index that says anything else."""
+        try:
+            index = strict_json.parse((self.folder / INDEX).read_bytes())
+            strict_json.check(index, {"weight_map": dict})
+            for name in (names := index["weight_map"]).values():
+                if type(name) is not str or "/" in name or "\\" in name or not name.endswith(".safetensors"):
+                    raise ValueError(f"{str(name)[:80]!r} is no .safetensors file beside it")
+        except ValueError as error:
+            raise InputError(f"{self.folder / INDEX} is damaged: {error}; fetch the checkpoint again") from None
+        return dict(names)
+
+    @cached_property
+    def entries(self) -> dict[str, Entry]:
+        """Every tensor by its key. Raises InputError for files that are missing, cut off or damaged."""
+        return entries(self.shards)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the files."""
+        return sum(shard.stat().st_size for shard in self.shards)
+
+    def layout(self, model: nn.Module) -> Layout:
+        if self._layout is None:
+            self._layout = Layout(model, *as_saved(model))
+        return self._layout
+
+    # ---------------------------------------------------------------------------------------------------- matrices
+
+    def __contains__(self, name: object) -> bool:
+        return self._find(str(name)) is not None
+
+    def region(self, name: str) -> Region:
+        found = self._find(name)
+        if found is None:
+            raise InputError(f"the checkpoint has no tensor {name}; its keys are like {list(self.entries)[:3]}")
+        return found
+
+    def _find(self, name: str) -> Region | None:
+        """A matrix by its name alone, which is its key; or by what a model's parameters are made of, if a model was seen."""
+        for key in keys(name):
+            stack, _, number = key.removesuffix(".weight").rpartition(".")
+            whole = (key, "0", 2), *(((stack, number, 3), (f"{stack}.weight", number, 3)) if number.isdigit() else ())
+            for place, index, axes in whole:
+                entry = self.entries.get(place)
+                if entry is not None and len(entry.shape) == axes and (axes == 2 or int(index) < entry.shape[0]):
+                    *_, rows, columns = entry.shape
+                    return Region(name, (rows, columns), (matrix_at(place, int(index), rows, columns),))
+        part = self._layout.named.get(name) if self._layout is not None else None
+        return part.region if part is not None and all(p.key in self.entries for p in part.region.pieces) else None
+
+    def entry(self, name: str) -> Entry | None:
+        """Where the bytes of a matrix lie, row by row; None if they do not lie together."""
+        region = self.region(name)
+        first, (_, columns) = region.pieces[0], region.shape
+        if len(region.pieces) > 1 or first.strides != (columns, 1):
+            return None
+        return self.entries[first.key].part(first.offset, region.shape)
+
+    def stored(self, name: str) -> Stored:
+        if (entry := self.entry(name)) is not None:
+            return _mapped(entry)
+        region = self.region(name)
+        first = self.entries[region.pieces[0].key]
+        size = region.shape[0] * region.shape[1] * np.dtype(first.uint).itemsize
+        return Stored(first.dtype, size, lambda: self._gathered(region, first.uint).view(np.uint8))
+
+    def words(self, name: str) -> Array:
+        entry = self.entry(name)
+        return super().words(name) if entry is None else entry.array()
+
+    def _gathered(self, region: Region, uint: Any) -> Array:
+        """The bits of a matrix that lies in several places, flat."""
+        whole = np.empty(region.shape, uint)
+        for piece in region.pieces:
+            whole[piece.box] = piece.of(self.entries[piece.key].array())
+        return whole.reshape(-1)
+
+    def digest(self, name: str) -> str:
+        if (entry := self.entry(name)) is None:
+            return super().digest(name)
+        bits = hashlib.sha256()
+        for piece in entry.pieces():
+            bits.update(piece.data)
+            if not entry.finite(piece):
+                raise InputError(f"{name}: the weights contain NaN or infinity; the checkpoint is broken, fetch it again")
+        return spell_digest(entry.dtype, entry.shape, bits)
+
+    def rest(self, names: Iterable[str]) -> list[Stored]:
+        return [_mapped(entry) for entry, inside in self.units(names) if not inside]
+
+    def units(self, names: Iterable[str]) -> Iterator[tuple[Entry, list[tuple[str, Piece]]]]:
+        """All tensors, or in place of a stack that has one of the named matrices all of its matrices, and the views of
+        each that named matrices are made of."""
+        used: dict[str, dict[int, list[tuple[str, Piece]]]] = {}
+        for name in names:
+            for piece in self.region(name).pieces:
+                size = math.prod(self.entries[piece.key].shape[-2:])
+                number, offset = divmod(piece.offset, size)
+                used.setdefault(piece.key, {}).setdefault(number, []).append((name, piece._replace(offset=offset)))
+        for key, entry in self.entries.items():
+            if key not in used:
+                yield entry, []
+                continue
+            size = math.prod(entry.shape[-2:])
+            for number in range(math.prod(entry.shape[:-2])):
+                yield entry.part(number * size, entry.shape[-2:]), used[key].get(number, [])
+
+    # -------------------------------------------------------------------------------------------------- parameters
+
+    def read(self, place: Outline | Computed, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A parameter or buffer, in a type and on a device; one that needs neither change nor arrangement is mapped."""
+        if isinstance(place, Computed):
+            return place.read(lambda key: self._tensor(key).to(device, dtype))
+        first = place.pieces[0]
+        if len(place.pieces) == 1 and first == Outline.of(first.key, self.entries[first.key].shape).pieces[0]:
+            return self._tensor(first.key).to(device, dtype)
+        whole = torch.empty(place.shape, dtype=dtype, device=device)
+        for piece in place.pieces:
+            entry = self.entries[piece.key]
+            whole[piece.box] = _tensor_of(piece.of(entry.array()), entry.dtype).to(device, dtype)
+        return whole
+
+    def read_matrix(self, name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A matrix by its name, as it is stored."""
+        region, entry = self.region(name), self.entry(name)
+        first = region.pieces[0]
+        if entry is not None and entry == self.entries[first.key]:
+            return self._tensor(first.key).to(device, dtype)
+        return _tensor_of(self.words(name).reshape(region.shape), self.entries[first.key].dtype).to(device, dtype)
+
+    def _tensor(self, key: str) -> Tensor:
+        with safe_open(self.entries[key].file, framework="pt") as file:
+            tensor: Tensor = file.get_tensor(key)
+            return tensor
+
+
+class Memory(Checkpoint):
+    """What a model in memory would be saved as; its weights are as they are when they are asked for."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._layout = Layout(model, *as_saved(model))
+
+    def layout(self, model: nn.Module) -> Layout:
+        return self._layout
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._layout.named
+
+    def region(self, name: str) -> Region:
+        return self._part(name).region
+
+    def _part(self, name: str) -> Part:
+        if name not in self._layout.named:
+            raise InputError(f"the model has no matrix {name}; its matrices are like {list(self._layout.named)[:3]}")
+        return self._layout.named[name]
+
+    def stored(self, name: str) -> Stored:
+        part = self._part(name)
+        weight = self._model.get_parameter(part.parameter).detach()
+        if part.expert is not None:
+            weight = weight[part.expert]
+            weight = weight[:, part.rows] if part.along else weight[part.rows]
+        return _in_memory(weight.T if part.flipped else weight)
+
+    def rest(self, names: Iterable[str]) -> list[Stored]:
+        used = {self._model.get_parameter(self._part(name).parameter).data_ptr() for name in names}
+        others = {tensor.data_ptr(): tensor for tensor in self._model.state_dict().values()}  # what is tied is stored once
+        return [_in_memory(tensor) for pointer, tensor in others.items() if pointer not in used]
+
+
+def _tensor_of(bits: Array, dtype: str) -> Tensor:
+    """A tensor with the bits of an array, which are copied: they may be those of a file."""
+    return torch.from_numpy(bits.copy().view(f"i{bits.itemsize}")).view(BY_NAME[dtype].dtype)
+
+
+def _mapped(entry: Entry) -> Stored:
+    def read() -> Array:  # the file is mapped as a whole: a tensor of no bytes cannot be
+        return np.memmap(entry.file, np.uint8, "r")[entry.start : entry.stop]
+
+    return Stored(entry.dtype, entry.stop - entry.start, read)
+
+
+def _in_memory(tensor: Tensor) -> Stored:
+    def read() -> Array:
+        bits: Array = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+        return bits
+
+    return Stored(BY_DTYPE[tensor.dtype].name, tensor.nbytes, read)
+
+
+# Of the models that were made from a checkpoint's files, which these are. Others are what they would be saved as.
+_FILES: WeakKeyDictionary[nn.Module, Files] = WeakKeyDictionary()
+
+
+def bind(model: nn.Module, files: Files | None) -> None:
+    """Says which files a model is made from."""
+    if files is not None:
+        _FILES[model] = files
+
+
+def checkpoint_of(model: nn.Module) -> Checkpoint:
+    """The checkpoint of a model: the files that it was made from, or those that it would be saved as."""
+    return _FILES.get(model) or Memory(model)
