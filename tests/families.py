@@ -16,7 +16,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 import uniprune
-from small_models import EXCLUDED, FAMILIES, VOCABULARY, tiny
+from small_models import EXCLUDED, FAMILIES, VOCABULARY, save, tiny
 from uniprune.artefacts import masks as masks_file
 from uniprune.data import text
 from uniprune.errors import UniPruneError
@@ -32,7 +32,7 @@ class Walk:
 
     def __init__(self, family: str, folder: Path) -> None:
         self.model, self.folder, self.source = tiny(family), folder, folder / "model"
-        self.model.save_pretrained(self.source, max_shard_size="40KB")
+        save(family, self.source)
         self.ids = torch.randint(0, VOCABULARY, (9, 32), generator=torch.Generator().manual_seed(0))
         text.save_windows(text.Windows(self.ids, "random", 9, False), folder / "tokens.safetensors")
         common = {"sparsity": "2:4", "text": str(folder / "tokens.safetensors"), "exclude": EXCLUDED.get(family, ())}
@@ -59,7 +59,7 @@ class Walk:
 
     def reload(self) -> None:
         for output in self.outputs.values():
-            check_reload(output, self.ids)
+            check_reload(self.source, output, self.ids)
 
     def by_key(self) -> None:
         for output in self.outputs.values():
@@ -118,9 +118,11 @@ def routers(blocks):
     return [p for name, p in blocks.named_parameters() if re.search(r"(gate|router)\.weight$", name) and p.dim() == 2]
 
 
-def check_reload(folder, ids):
-    """Plain transformers loads the output, misses nothing, and it computes."""
-    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+def check_reload(source, output, ids):
+    """Plain transformers loads the output, misses nothing, passes over no more than of the source, and it computes."""
+    model, info = AutoModelForCausalLM.from_pretrained(output, output_loading_info=True)
+    if beside := info.pop("unexpected_keys"):  # of the parts that see images
+        assert beside == AutoModelForCausalLM.from_pretrained(source, output_loading_info=True)[1]["unexpected_keys"]
     assert not any(info.values()), info
     assert bool(torch.isfinite(model.eval()(ids[:1]).logits).all())
 

@@ -1,7 +1,15 @@
 """Tiny random models of many families, for tests that go through all of them. Nothing here needs uniprune."""
 
+from pathlib import Path
+
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForSeq2SeqLM,
+    PretrainedConfig,
+)
 
 VOCABULARY = 64
 EXCLUDED = {
@@ -25,6 +33,14 @@ SMALL = {
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
 WIDE = {"hidden_size": 64, "state_size": 4, "conv_kernel": 4, "expand": 2}
 MAMBA2 = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_expand": 2, "mamba_n_groups": 1}
+QWEN3_5 = SMALL | {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+QWEN_VISION = {"depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 32, "out_hidden_size": 32}
 FAMILIES = {  # transformers' name of the family -> what its configuration needs beside SMALL; None: leaves that out
     "llama": {},
     "mistral": {},
@@ -115,16 +131,61 @@ FAMILIES = {  # transformers' name of the family -> what its configuration needs
         "ssm_state_size": 8,
     },
     "t5": {"d_model": 32, "d_ff": 64, "num_layers": 2, "num_heads": 4, "d_kv": 8},
+    "qwen3_5": {"text_config": QWEN3_5, "vision_config": QWEN_VISION},
+    "qwen3_5_moe": {
+        "text_config": {**QWEN3_5, "num_experts": 4, "shared_expert_intermediate_size": 32, **EXPERTS},
+        "vision_config": QWEN_VISION,
+    },
+    "llama4": {
+        "text_config": {
+            **SMALL,
+            "intermediate_size": 32,
+            "intermediate_size_mlp": 64,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 1,
+            "interleave_moe_layer_step": 2,
+            "attention_chunk_size": 32,
+        },
+        "vision_config": {
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "vision_output_dim": 32,
+            "image_size": 28,
+            "patch_size": 14,
+            "projector_input_dim": 32,
+            "projector_output_dim": 32,
+        },
+    },
 }
+# Some families again, as transformers saves them if it is told to (save_original_format=False): experts fused, other names.
+FUSED = ("mixtral", "qwen3_moe", "deepseek_v3", "granitemoe", "qwen3_5_moe", "nemotron_h")
+FAMILIES |= {f"{family}, fused": FAMILIES[family] for family in FUSED}
+
+
+def config_of(family: str, **changes: object) -> PretrainedConfig:
+    own = FAMILIES[family]
+    settings = (own if "text_config" in own else SMALL | own) | changes
+    return AutoConfig.for_model(
+        family.partition(",")[0], **{key: value for key, value in settings.items() if value is not None}
+    )
 
 
 def tiny(family: str, **changes: object) -> torch.nn.Module:
     """A random model of a family, float32, on which every step takes a blink."""
     torch.manual_seed(0)
-    settings = {key: value for key, value in (SMALL | FAMILIES[family] | changes).items() if value is not None}
-    config = AutoConfig.for_model(family, **settings)
+    config = config_of(family, **changes)
     kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     return kind.from_config(config).eval().requires_grad_(False)
+
+
+def save(family: str, folder: Path, shard: str = "40KB") -> None:
+    """Writes a model of a family as it is published: some have a text model only as a part of their checkpoint."""
+    config = config_of(family)
+    torch.manual_seed(0)
+    whole = AutoModelForImageTextToText.from_config(config) if hasattr(config, "vision_config") else tiny(family)
+    whole.save_pretrained(folder, max_shard_size=shard, save_original_format="fused" not in family)
 
 
 MATRICES = {  # family: matrices per block

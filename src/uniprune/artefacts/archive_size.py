@@ -24,7 +24,7 @@ from torch import Tensor
 from uniprune.artefacts import archive, writer
 from uniprune.common.formatting import spell_size
 from uniprune.errors import InputError
-from uniprune.models.checkpoint import Checkpoint, Stored
+from uniprune.models.checkpoint import Checkpoint, Files, Stored
 from uniprune.models.loading import Loaded, Origin
 from uniprune.models.matrices import Matrices, Matrix
 from uniprune.sparsity.constraints import reach
@@ -206,14 +206,14 @@ def _beside(source: Loaded | Origin) -> Iterator[bytes]:
     """The files beside the weights of the checkpoint that pruning a model writes."""
     origin = source if isinstance(source, Origin) else source.origin
     if origin is not None and origin.files:
-        yield from (file.read_bytes() for file in writer.beside(origin.folder))
+        yield from (file.read_bytes() for file in writer.beside(origin.files))
         return
     assert isinstance(source, Loaded)
     with tempfile.TemporaryDirectory() as name:
         for part in (source.model.config, source.tokenizer):
             if part is not None:
                 part.save_pretrained(name)  # type: ignore[operator, union-attr]
-        yield from (file.read_bytes() for file in writer.beside(Path(name)))
+        yield from (file.read_bytes() for file in writer.beside(Files(Path(name))))
 
 
 def lowest(pattern: Pattern, shapes: Mapping[str, Shape]) -> float:

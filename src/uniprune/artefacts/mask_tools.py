@@ -161,9 +161,10 @@ def _kept_per(mask: Tensor, run: int) -> Array:
 
 def _find_weights(folder: Source, shapes: Mapping[str, tuple[int, ...]]) -> Checkpoint:
     """A pruned checkpoint, if it has these matrices in these shapes, as it stores them."""
-    files = loading.resolve(folder).files
+    origin = loading.resolve(folder)
+    files, missing = origin.files, set(loading.find_names(origin, shapes) if origin.files else shapes)
     for name, shape in shapes.items():
-        if files is None or name not in files or files.region(name).shape != shape:
+        if files is None or name in missing or files.region(name).shape != shape:
             raise MismatchError(f"{folder} has no matrix {name} of shape {shape} in safetensors files")
     assert files is not None
     return files

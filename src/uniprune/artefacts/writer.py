@@ -80,16 +80,16 @@ def write_checkpoint(
         _check_shapes(files, masks)
     pieces = list(_pieces(files, masks or ()))
     if check:  # parts of stored tensors are not read one by one while they are written
-        for name in {name for *_, entry, inside in pieces for name, _ in inside if entry and not _alone(inside, entry)}:
+        for name in {name for *_, entry, inside in pieces for name, _ in inside if entry and not _alone(files, inside, entry)}:
             check(name, files.digest(name))
 
     def write(shard: Path, start: int, stop: int, entry: Entry | None, inside: Views) -> None:
         if masks is None or entry is None or not inside:
             _transfer(shard, folder / shard.name, start, stop)
             return
-        packed = _packed(masks, inside[0][0]) if _alone(inside, entry) else _assembled(masks, inside, entry)
+        packed = _packed(masks, inside[0][0]) if _alone(files, inside, entry) else _assembled(masks, inside, entry)
         bits = _transfer(shard, folder / shard.name, start, stop, entry.uint, packed)
-        if check and _alone(inside, entry):
+        if check and _alone(files, inside, entry):
             check(inside[0][0], spell_digest(entry.dtype, entry.shape, bits))
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -127,10 +127,9 @@ def _pieces(files: Files, names: Iterable[str]) -> Iterator[tuple[Path, int, int
             yield shard, end, size, None, []
 
 
-def _alone(inside: Views, entry: Entry) -> bool:
-    """Whether all of a tensor is one matrix, row by row."""
-    (_, first), *others = inside
-    return not others and (first.offset, first.shape, first.start) == (0, entry.shape, (0, 0)) and first.strides[1] == 1
+def _alone(files: Files, inside: Views, entry: Entry) -> bool:
+    """Whether a tensor is a matrix, all of it, row by row."""
+    return len(inside) == 1 and files.entry(inside[0][0]) == entry
 
 
 def _packed(masks: MasksFile, name: str) -> bits_module.Array:
@@ -182,16 +181,22 @@ def _all(transfer: Callable[[Any], int | None], piece: bits_module.Array) -> Non
         rest = rest[moved:]
 
 
-def beside(folder: Path) -> list[Path]:
-    """The files of a checkpoint folder that go with the weights into a pruned one: config, tokenizer and the like."""
-    return [
-        file for file in sorted(folder.iterdir()) if file.is_file() and file.name not in LEFT and file.suffix not in WEIGHTS
-    ]
+def beside(files: Files) -> list[Path]:
+    """The files of a checkpoint folder that go with the weights into a pruned one: config, tokenizer and the like.
+
+    An index of weights that are not those of the model would be one of files that are not there.
+    """
+
+    def goes(file: Path) -> bool:
+        index = file.name.endswith(".safetensors.index.json") and file != files.weights
+        return file.is_file() and file.name not in LEFT and file.suffix not in WEIGHTS and not index
+
+    return [file for file in sorted(files.folder.iterdir()) if goes(file)]
 
 
 def _copy_beside(files: Files, folder: Path) -> None:
     """The files beside the weights as they are, and empty files as large as the shards."""
-    for file in beside(files.folder):
+    for file in beside(files):
         shutil.copyfile(file, folder / file.name)
         (folder / file.name).chmod(0o644)
     for file in files.shards:

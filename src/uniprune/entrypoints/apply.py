@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Container
 from pathlib import Path
 
 import torch
@@ -17,6 +16,7 @@ from uniprune.errors import MismatchError
 from uniprune.models.loading import (
     Loaded,
     Origin,
+    find_names,
     load_tokenizer,
     load_weights,
     parse_dtype,
@@ -90,7 +90,6 @@ def apply(
 
 def _check_names(origin: Origin, file: MasksFile, matrices: Matrices | None, path: Path) -> None:
     """Masks for a model of another architecture name matrices that this one does not have."""
-    there: Container[object] = matrices if origin.files is None else origin.files  # type: ignore[assignment]
-    for name in file:
-        if name not in there:
-            raise MismatchError(f"{path} was made for another model: {origin} has no matrix {name}")
+    missing = find_names(origin, file) if matrices is None else [name for name in file if name not in matrices]
+    if missing:
+        raise MismatchError(f"{path} was made for another model: {origin} has no matrix {missing[0]}")

@@ -45,7 +45,7 @@ from uniprune.models.loading import (
     skeleton,
     warn_of_emulation,
 )
-from uniprune.models.matrices import Matrices, check_finite, find_matrices
+from uniprune.models.matrices import Matrices, check_finite, check_loaded, find_matrices
 from uniprune.models.sharding import Sharder, open_sharded
 from uniprune.models.streaming import attached, open_streamed
 from uniprune.saliency.calibration import SWEEP, Calibration
@@ -175,6 +175,7 @@ def prepare(
             matrices = attached(find_matrices(loaded.model, recipe.include, recipe.exclude), loaded.residency)  # type: ignore[arg-type]
     if loaded.residency is resident:
         check_finite(matrices)  # as they are computed; as they are stored, digests looks
+        check_loaded(loaded.model, matrices)
     if recipe.size is not None and aim.budget is None:
         aim = aim_of(recipe, loaded.model, matrices, loaded)
     return Job(loaded, matrices, windows, _bind(loaded, matrices), aim)

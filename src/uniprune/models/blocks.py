@@ -45,9 +45,15 @@ def device_of(model: nn.Module) -> torch.device:
 
 def last_hidden(model: nn.Module, batch: Tensor) -> Tensor:
     """Final hidden states ``[windows, length, width]``: what the output head, which is left out, would be given."""
-    backbone = getattr(model, "base_model", model)
-    output: Tensor = backbone(input_ids=batch.to(device_of(model)), use_cache=False).last_hidden_state
+    output: Tensor = _backbone(model)(input_ids=batch.to(device_of(model)), use_cache=False).last_hidden_state
     return output
+
+
+def _backbone(model: nn.Module) -> nn.Module:
+    """The model without its output head. Some models have no part by the name that they give for it (Llama 4)."""
+    inner: nn.Module = getattr(model, "base_model", model)
+    within = [child for child in model.children() if hasattr(child, "base_model")]
+    return within[0] if inner is model and len(within) == 1 else inner
 
 
 def hidden_of(output: Any) -> Tensor:

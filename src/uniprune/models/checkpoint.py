@@ -7,10 +7,12 @@ in memory would be saved as. All that is known of a checkpoint's keys is here: a
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import os
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
@@ -23,13 +25,16 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from uniprune.errors import InputError
-from uniprune.models.layout import Computed, Layout, Part, Region, as_saved, matrix_at
+from uniprune.models.layout import Computed, Layout, Located, Part, Region, as_saved, matrix_at, on_load
 from uniprune.storage import strict_json
 from uniprune.storage.dtypes import BY_DTYPE, BY_NAME
 from uniprune.storage.outline import Outline, Piece
 from uniprune.storage.safetensors_index import Entry, entries
 
-INDEX = "model.safetensors.index.json"
+logger = logging.getLogger(__name__)
+WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+ENDINGS = (".safetensors", ".safetensors.index.json")
+ROWS = 1 << 12  # that are compared at a time
 
 Array = np.ndarray[Any, Any]
 
@@ -95,6 +100,30 @@ def keys(name: str) -> tuple[str, str]:
     return f"{name}.weight", f"{name.partition('.')[2]}.weight"
 
 
+def _shards_of(index: Path) -> dict[str, str]:
+    """Tensor -> file, which must lie beside the index. Raises InputError for an index that says anything else."""
+    try:
+        content = strict_json.parse(index.read_bytes())
+        strict_json.check(content, {"weight_map": dict})
+        for name in (names := content["weight_map"]).values():
+            if type(name) is not str or "/" in name or "\\" in name or not name.endswith(".safetensors"):
+                raise ValueError(f"{str(name)[:80]!r} is no .safetensors file beside it")
+    except ValueError as error:
+        raise InputError(f"{index} is damaged: {error}; fetch the checkpoint again") from None
+    except OSError as error:
+        raise InputError(f"{index} cannot be read: {error.strerror}; fetch the checkpoint again") from None
+    return dict(names)
+
+
+def lacking(model: str, config: Any, missing: Collection[str]) -> InputError:
+    """The error for a checkpoint without some of the tensors that its model needs."""
+    classes = " and ".join(getattr(config, "architectures", None) or ())
+    what = f"model {model}: its files lack {len(missing)} tensors, e.g. {min(missing)}"
+    if classes and not any(end in classes for end in ("LM", "ConditionalGeneration", "Generator")):
+        return InputError(f"{what}; config.json says {classes}: no model that predicts tokens, which is what can be pruned")
+    return InputError(f"{what}; fetch it again")
+
+
 def spell_digest(dtype: str, shape: tuple[int, ...], bits: Any) -> str:
     return f"{dtype} {shape} {bits.hexdigest()}"
 
@@ -107,27 +136,35 @@ class Files(Checkpoint):
         self._layout: Layout | None = None
 
     @cached_property
-    def shards(self) -> list[Path]:
-        """The files that transformers loads the weights from; empty if there are none.
+    def weights(self) -> Path | None:
+        """The file that transformers loads, which has the weights or says where they are; None if there is none.
 
-        Some repositories carry the weights a second time in another layout; those files are not part of the model.
+        A whole file comes before an index, and a name in config.json before both. Some repositories carry the weights a second
+        time in another layout; those files are not part of the model.
         """
-        if (self.folder / INDEX).is_file():
-            return [self.folder / name for name in sorted({*self._index().values()})]
-        single = self.folder / "model.safetensors"
-        return [single] if single.is_file() else sorted(self.folder.glob("*.safetensors"))
+        whole, index = self.folder / WHOLE, self.folder / INDEX
+        if named := self._named():
+            return self.folder / named
+        if whole.is_file() and index.is_file():
+            logger.warning("%s has both %s and %s; the first is read, as transformers does", self.folder, WHOLE, INDEX)
+        return next((file for file in (whole, index) if file.is_file()), None)
 
-    def _index(self) -> dict[str, str]:
-        """Tensor -> file, which must lie in the folder itself. Raises InputError for an index that says anything else."""
+    def _named(self) -> str | None:
+        """The file that config.json names: few do."""
         try:
-            index = strict_json.parse((self.folder / INDEX).read_bytes())
-            strict_json.check(index, {"weight_map": dict})
-            for name in (names := index["weight_map"]).values():
-                if type(name) is not str or "/" in name or "\\" in name or not name.endswith(".safetensors"):
-                    raise ValueError(f"{str(name)[:80]!r} is no .safetensors file beside it")
-        except ValueError as error:
-            raise InputError(f"{self.folder / INDEX} is damaged: {error}; fetch the checkpoint again") from None
-        return dict(names)
+            name = strict_json.parse((self.folder / "config.json").read_bytes()).get("transformers_weights")
+        except (OSError, ValueError, AttributeError):
+            return None  # whoever needs the configuration says what is wrong with it
+        if name is not None and (type(name) is not str or {"/", "\\"} & {*name} or not name.endswith(ENDINGS)):
+            raise InputError(f"{self.folder / 'config.json'}: transformers_weights is no safetensors file beside it")
+        return name
+
+    @cached_property
+    def shards(self) -> list[Path]:
+        """The safetensors files that transformers loads; empty if there are none."""
+        if self.weights is None or self.weights.suffix == ".safetensors":
+            return [self.weights] if self.weights else []
+        return [self.folder / name for name in sorted({*_shards_of(self.weights).values()})]
 
     @cached_property
     def entries(self) -> dict[str, Entry]:
@@ -140,9 +177,26 @@ class Files(Checkpoint):
         return sum(shard.stat().st_size for shard in self.shards)
 
     def layout(self, model: nn.Module) -> Layout:
+        """Raises InputError unless the files have every parameter and persistent buffer, in the model's shape."""
         if self._layout is None:
-            self._layout = Layout(model, *as_saved(model))
+            shapes = {key: entry.shape for key, entry in self.entries.items()}
+            located = on_load(model, shapes)
+            self._check(model, located)
+            self._layout = Layout(model, shapes, located)
         return self._layout
+
+    def _check(self, model: nn.Module, located: Located) -> None:
+        ignored = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
+        state = model.state_dict()
+        missing = [n for n in state.keys() - located.keys() if not any(re.search(pattern, n) for pattern in ignored)]
+        if missing:
+            raise lacking(str(self.folder), getattr(model, "config", None), missing)
+        for name, place in located.items():
+            if isinstance(place, Outline) and place.shape != tuple(state[name].shape):
+                raise InputError(
+                    f"model {self.folder}: config.json makes {name} {list(state[name].shape)}, its files have "
+                    f"{list(place.shape)}; fetch it again"
+                )
 
     # ---------------------------------------------------------------------------------------------------- matrices
 
@@ -247,6 +301,20 @@ class Files(Checkpoint):
         if entry is not None and entry == self.entries[first.key]:
             return self._tensor(first.key).to(device, dtype)
         return _tensor_of(self.words(name).reshape(region.shape), self.entries[first.key].dtype).to(device, dtype)
+
+    def same(self, one: str, other: str, dtype: torch.dtype) -> bool:
+        """Whether two stored tensors have the same values in a type: of tied weights, transformers looks at them in the one it
+        loads."""
+        first, second = self.entries[one], self.entries[other]
+        if first.shape != second.shape:
+            return False
+        width = math.prod(first.shape[1:])
+        for start in range(0, first.shape[0], ROWS):
+            some = (start * width, (min(ROWS, first.shape[0] - start), *first.shape[1:]))
+            a, b = (_tensor_of(entry.part(*some).array(), entry.dtype).to(dtype) for entry in (first, second))
+            if not torch.equal(a, b):
+                return False
+        return True
 
     def _tensor(self, key: str) -> Tensor:
         with safe_open(self.entries[key].file, framework="pt") as file:

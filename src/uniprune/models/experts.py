@@ -8,6 +8,7 @@ can do the same to an expert's, and sees the tokens that were routed to it, and 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +19,8 @@ from torch.nn import functional
 
 from uniprune.errors import UniPruneError
 from uniprune.models.layout import Part
+
+Call = Callable[["Slice", Tensor], Tensor]
 
 
 class Slice(nn.Module):
@@ -78,8 +81,8 @@ class Fused:
 
     def __init__(self, name: str, module: Any, parts: Callable[[str], Iterable[Part]]) -> None:
         self.name, self.module = name, module
-        self.transposed: bool = module.is_transposed
-        self.first = "gate_up_proj" if module.has_gate else "up_proj"
+        self.transposed = is_transposed(module)
+        self.first = "gate_up_proj" if "gate_up_proj" in module._parameters else "up_proj"
         self.experts = len(module._parameters[self.first])
         self.slices: dict[str, Slice] = {}
         self._up: list[list[Slice]] = [[] for _ in range(self.experts)]
@@ -95,38 +98,72 @@ class Fused:
         """Whether it is known how the checkpoint stores them."""
         return all(self._up) and all(self._down)
 
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """What the module computes, for tokens ``[tokens, width]``."""
-        return self.run(nn.Module.__call__, hidden_states, top_k_index, top_k_weights)
-
-    def run(
-        self, call: Callable[[Slice, Tensor], Tensor], hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
-    ) -> Tensor:
-        """:meth:`forward` through one ``call`` per expert and matrix."""
+    def run(self, call: Call, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """What the module computes, for tokens ``[tokens, width]``, through one ``call`` per expert and matrix."""
         module = self.module
         output = torch.zeros_like(hidden_states)
         for expert in torch.unique(top_k_index).tolist():
             if expert >= self.experts:  # a place holder for an expert that is elsewhere
                 continue
             token, position = torch.where(top_k_index == expert)
-            x = hidden_states[token]
-            y = torch.cat([call(part, x) for part in self._up[expert]], -1)
-            y = module._apply_gate(y) if module.has_gate else module.act_fn(y)
-            y = torch.cat([call(part, y) for part in self._down[expert]], -1)
+            y = self._expert(call, expert, hidden_states[token], self._gated)
             if getattr(module, "has_post_expert_norm", False):
                 y = module.post_expert_norm(y)
             weighted = y * top_k_weights[token, position, None]
             output.index_add_(0, token, weighted.to(output.dtype))
         return output
 
+    def _gated(self, y: Tensor) -> Tensor:
+        gated: Tensor = self.module._apply_gate(y) if self.module.has_gate else self.module.act_fn(y)
+        return gated
+
+    def _expert(self, call: Call, expert: int, x: Tensor, between: Callable[[Tensor], Tensor]) -> Tensor:
+        y = between(torch.cat([call(part, x) for part in self._up[expert]], -1))
+        return torch.cat([call(part, y) for part in self._down[expert]], -1)
+
+
+class Batched(Fused):
+    """Experts that are each given all tokens, ``[experts * tokens, width]``, zeros where they are not chosen (Llama 4)."""
+
+    def run(self, call: Call, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
+        """As :meth:`Fused.run`; an expert sees the tokens that are not zeros."""
+        tokens = hidden_states.view(self.experts, -1, hidden_states.shape[-1])
+        output = torch.zeros_like(tokens)
+        for expert, mine in enumerate(tokens):
+            if len(chosen := mine.any(-1).nonzero()[:, 0]):
+                output[expert, chosen] = self._expert(call, expert, mine[chosen], self._halves)
+        return output.view(hidden_states.shape)
+
+    def _halves(self, y: Tensor) -> Tensor:
+        gate, up = y.chunk(2, -1)
+        gated: Tensor = up * self.module.act_fn(gate)
+        return gated
+
+
+def fused_experts(name: str, module: Any, parts: Callable[[str], Iterable[Part]]) -> Fused:
+    """A module of fused experts, taken apart."""
+    return (Fused if _conventional(module) else Batched)(name, module, parts)
+
 
 def is_fused(module: nn.Module) -> bool:
-    """Whether a module has fused experts of the shape that transformers gives them."""
+    """Whether a module has fused experts, of the shape that transformers gives them or Llama 4 does."""
     first = module._parameters.get("gate_up_proj", module._parameters.get("up_proj"))
     second = module._parameters.get("down_proj")
     if first is None or second is None or first.dim() != 3 or second.dim() != 3 or len(first) != len(second):
         return False
+    return _conventional(module) or (hasattr(module, "act_fn") and len(inspect.signature(module.forward).parameters) == 1)
+
+
+def _conventional(module: nn.Module) -> bool:
     return all(hasattr(module, name) for name in ("is_transposed", "has_gate", "has_bias", "_apply_gate"))
+
+
+def is_transposed(module: Any) -> bool:
+    """Whether fused experts have their matrices as ``[in, out]``."""
+    if hasattr(module, "is_transposed"):
+        return bool(module.is_transposed)
+    gate_up, down = module._parameters.get("gate_up_proj"), module._parameters["down_proj"]
+    return gate_up is not None and gate_up.shape[1:] == (down.shape[2], 2 * down.shape[1])
 
 
 @contextmanager
@@ -154,7 +191,7 @@ def _checked(fused: Fused) -> Callable[..., Tensor]:
         if not checked:
             checked = True
             _check(fused, *args, **kwargs)
-        return fused.forward(*args, **kwargs)
+        return fused.run(nn.Module.__call__, *args, **kwargs)
 
     return forward
 

@@ -150,7 +150,14 @@ def on_load(model: nn.Module, shapes: Mapping[str, Shape]) -> Located:
     from transformers.core_model_loading import dot_natural_key
 
     ordered = {key: shapes[key] for key in sorted(shapes, key=dot_natural_key)}
-    return _located(model, ordered, _conversions(model, add_legacy=True))
+    located = _located(model, ordered, _conversions(model, add_legacy=True))
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    for shared in names.values():  # a tied parameter is stored once, by any of its names
+        place = next((located[name] for name in shared if name in located), None)
+        located |= {name: place for name in shared if place and name not in located}
+    return located
 
 
 def as_saved(model: nn.Module) -> tuple[dict[str, Shape], Located]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,9 +15,10 @@ from torch import nn
 
 from uniprune.errors import InputError, UniPruneError, first_line
 from uniprune.models.blocks import Residency, resident
-from uniprune.models.checkpoint import Checkpoint, Files, bind, checkpoint_of
+from uniprune.models.checkpoint import INDEX, WHOLE, Checkpoint, Files, bind, checkpoint_of, lacking
 from uniprune.storage import strict_json
 from uniprune.storage.dtypes import BY_NAME, PLAIN
+from uniprune.storage.outline import Outline
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +107,12 @@ def _check_folder(origin: Origin) -> None:
         strict_json.parse((folder / "config.json").read_bytes())
     except ValueError as error:
         raise InputError(f"{folder / 'config.json'} is damaged: {error}; fetch the checkpoint again") from None
-    if not any(folder.glob("*.safetensors")):
+    if origin.files is not None and not origin.files.shards:
+        if others := sorted(file.name for file in folder.glob("*.safetensors")):
+            raise InputError(
+                f"model folder {origin} has {', '.join(others[:3])}, but neither {WHOLE} nor {INDEX}, the names "
+                "that transformers loads; rename it"
+            )
         if any(file for kind in PICKLES for file in folder.glob(kind)):
             raise InputError(
                 f"model folder {origin} has pickled weights alone, which can run code when they are read; convert them to "
@@ -210,6 +216,14 @@ def skeleton(origin: Origin) -> nn.Module:
     return model
 
 
+def find_names(origin: Origin, names: Collection[str]) -> list[str]:
+    """Those of the names that no matrix in the files has. A few are not keys: for them the model's structure is looked at."""
+    assert origin.files is not None
+    if any(name not in origin.files for name in names):
+        origin.files.layout(skeleton(origin))
+    return [name for name in names if name not in origin.files]
+
+
 def hollow(origin: Origin, dtype: torch.dtype) -> nn.Module:
     """The model with its parameters on the meta device, but real buffers (rotary frequencies, say): ready to be filled."""
     from accelerate import init_empty_weights  # type: ignore[import-untyped]
@@ -222,7 +236,25 @@ def hollow(origin: Origin, dtype: torch.dtype) -> nn.Module:
         )
     model.tie_weights()  # type: ignore[operator]  # what was tied while parameters were being swapped for hollow ones is not
     bind(model, origin.files)
+    if origin.files:
+        _untie(model, origin.files, dtype)
     return model.eval().requires_grad_(False)
+
+
+def _untie(model: nn.Module, files: Files, dtype: torch.dtype) -> None:
+    """Takes apart what is tied by the configuration, but has two values in the files: transformers does not tie it, either."""
+    located = files.layout(model).located
+    tied: dict[str, str] = model.all_tied_weights_keys  # type: ignore[assignment]
+    for target, source in list(tied.items()):
+        places = located.get(target), located.get(source)
+        if places[0] is places[1] or not all(isinstance(place, Outline) for place in places):
+            continue  # stored once
+        one, other = (place.pieces[0].key for place in places if isinstance(place, Outline))
+        if not files.same(one, other, dtype):
+            owner, _, leaf = target.rpartition(".")
+            hollow_one = torch.empty_like(model.get_parameter(target), device="meta")
+            model.get_submodule(owner)._parameters[leaf] = nn.Parameter(hollow_one, requires_grad=False)
+            del tied[target]
 
 
 def _config(origin: Origin) -> Any:
@@ -284,7 +316,7 @@ def load_weights(origin: Origin, dtype: torch.dtype | None, device: torch.device
         origin, lambda: AutoModelForCausalLM.from_pretrained(origin.folder, output_loading_info=True, **options)
     )
     if missing := sorted(about["missing_keys"]):  # they were drawn at random
-        raise InputError(f"model {origin}: its files lack {len(missing)} tensors, e.g. {missing[0]}; fetch it again")
+        raise lacking(str(origin), model.config, missing)
     if origin.gguf:
         # The file's free-form title would travel into every saved config as if it were a path.
         model.config.name_or_path = ""  # type: ignore[union-attr]

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from uniprune.errors import InputError
-from uniprune.models.checkpoint import checkpoint_of
-from uniprune.models.experts import Fused, Slice, is_fused
+from uniprune.models.checkpoint import Files, checkpoint_of
+from uniprune.models.experts import Fused, Slice, fused_experts, is_fused
 
 COVERAGE = 0.9  # of the blocks' parameters must lie in matrices that we know how to prune
 
@@ -164,7 +164,7 @@ def _discover(model: nn.Module) -> tuple[Matrices, Left]:
         if hasattr(module, "base_layer"):
             raise InputError(f"{name} has an adapter (PEFT); merge it first: model = model.merge_and_unload()")
         if is_fused(module):
-            found |= _of_experts(Fused(name, module, layout.parts), index)
+            found |= _of_experts(fused_experts(name, module, layout.parts), index)
             covered |= {id(parameter) for parameter in module.parameters(recurse=False)}
             continue
         weight = getattr(module, "weight", None)
@@ -272,6 +272,41 @@ def _select(found: Matrices, include: Sequence[str], exclude: Sequence[str]) -> 
     if not kept:
         raise InputError("--include and --exclude leave no matrix to prune")
     return {name: matrix for name, matrix in found.items() if name in kept}
+
+
+def check_loaded(model: nn.Module, matrices: Matrices) -> None:
+    """Raises InputError if a model in memory is not what its files have, where these will be pruned.
+
+    One matrix of each block and every persistent buffer are compared, bit for bit, in the type that the model has them in.
+    """
+    files = checkpoint_of(model)
+    if not isinstance(files, Files):
+        return
+    layout = files.layout(model)
+    blocks: dict[int, list[Matrix]] = {}
+    for matrix in matrices.values():
+        blocks.setdefault(matrix.block, []).append(matrix)
+
+    def stored() -> Iterator[tuple[str, Tensor, Tensor]]:
+        for index, inside in blocks.items():
+            matrix = inside[index % len(inside)]  # another kind in each block
+            loaded = matrix.stored
+            read = files.read_matrix(matrix.name, loaded.dtype, loaded.device)
+            yield matrix.name, loaded, read.T if matrix.flipped else read
+        for name, buffer in model.named_buffers():
+            if name in layout.located:
+                yield name, buffer, files.read(layout.located[name], buffer.dtype, buffer.device)
+
+    for name, loaded, read in stored():
+        if not torch.equal(_bits(loaded), _bits(read)):
+            raise InputError(
+                f"{name} is not in memory what it is in {files.folder}, whose weights would be pruned; load the model again, "
+                "or give it without its folder"
+            )
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
 
 
 def check_finite(matrices: Matrices) -> None:

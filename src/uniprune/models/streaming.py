@@ -44,7 +44,7 @@ class Streamer:
         for name, _ in list(model.named_parameters()):
             if not name.startswith(f"{prefix}."):
                 _assign(model, name, nn.Parameter(self.read(name).clone(), requires_grad=False))
-        model.tie_weights()  # type: ignore[operator]
+        model.tie_weights(recompute_mapping=False)  # type: ignore[operator]
         for name, buffer in list(model.named_buffers()):
             owner, _, leaf = name.rpartition(".")
             # A persistent one is in the checkpoint, as a router's bias is; the others are as the model made them.
