@@ -92,7 +92,7 @@ def test_bos_stands_once_at_the_start(abc):
 
     windows = load_windows(abc, WithBos(), use="evaluation", length=7)
     assert letters(windows) == ["^abcdef", "ghijklm"]
-    assert windows.describe()["bos"] is True
+    assert windows.describe().bos is True
 
 
 def test_token_file_round_trip(abc, tmp_path):
