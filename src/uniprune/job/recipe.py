@@ -14,7 +14,7 @@ from uniprune.common.options import fault
 from uniprune.controller import controllers
 from uniprune.controller.protocol import LOCAL, Controller, Cost
 from uniprune.errors import InputError
-from uniprune.job.settings import LENGTH, WINDOWS, Settings
+from uniprune.job.settings import LENGTH, WINDOWS, Method, Settings
 from uniprune.saliency import metrics
 from uniprune.saliency import refine as refine_module
 from uniprune.saliency.metrics import Metric
@@ -38,8 +38,8 @@ class Recipe(Settings):
     """
 
     def __init__(self, **settings: Any) -> None:
-        if "refine" in settings:  # as it is spelled, and nobody's no to sequential is overridden
-            settings = {"sequential": settings["refine"]} | settings
+        if "refine" in settings:  # and nobody's no to sequential is overridden
+            settings = {"sequential": Method.of(refine=settings["refine"]).refine} | settings
         try:
             super().__init__(**_in_words(_without_type(self.named(settings))))
         except ValidationError as error:
