@@ -27,7 +27,7 @@ from typing import Any
 import zstandard
 
 from common import CALIBRATION, save, smollm2_folder
-from uniprune.artefacts import archive, writer
+from uniprune.artefacts import archive, archive_codec, writer
 from uniprune.artefacts import masks as masks_file
 from uniprune.models.checkpoint import Files
 
@@ -40,7 +40,7 @@ import sys
 from pathlib import Path
 from uniprune import archive
 memory = lambda what: 1024 * int(Path("/proc/self/status").read_text().split(what)[1].split()[0])
-archive.Zstd()
+archive_codec.Zstd()
 Path("/proc/self/clear_refs").write_text("5")  # forgets the peak of the imports
 before = memory("VmRSS:")
 getattr(archive, sys.argv[1])(Path(sys.argv[2]), Path(sys.argv[3]), overwrite=True)
@@ -132,11 +132,11 @@ def by_kind(folder: Path, packed: Path) -> tuple[float, float]:
 
 
 def unscaled(folder: Path, place: Path) -> int:
-    found, archive.fit_scales = archive.fit_scales, lambda words: None
+    found, archive_codec.fit_scales = archive_codec.fit_scales, lambda words: None
     try:
         return int(archive.pack(folder, place / "unscaled.upz", overwrite=True)["archive_bytes"])
     finally:
-        archive.fit_scales = found
+        archive_codec.fit_scales = found
 
 
 def peak(verb: str, source: Path, output: Path) -> int:

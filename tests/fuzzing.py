@@ -28,7 +28,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from uniprune.artefacts import archive, mask_tools, writer
+from uniprune.artefacts import archive, mask_conversion, mask_tools, writer
 from uniprune.artefacts import masks as masks_file
 from uniprune.artefacts.binding import Binding
 from uniprune.artefacts.scores import ScoresFacts, write_scores
@@ -174,10 +174,10 @@ def readers(folder: Path) -> dict[str, Reader]:
         archive.unpack(path, path.parent / "out")
 
     def plain(path: Path) -> None:
-        for key in mask_tools._read(path, lambda file: sorted(file.keys())):
+        for key in mask_conversion._read(path, lambda file: sorted(file.keys())):
             name = key.removesuffix(".weight")
             if name in matrix:
-                mask_tools._read_mask(path, key, matrix[name])
+                mask_conversion._read_mask(path, key, matrix[name])
 
     def finished(path: Path) -> None:
         entry_prune._finished(path.parent, Recipe(sparsity="2:4"), "m")

@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import tiny_model
-from uniprune.artefacts.mask_tools import to_plain
+from uniprune.artefacts.mask_conversion import to_plain
 from uniprune.cli import main
 
 SECONDS = 20  # no case takes one; a read that never ends is ended here

@@ -15,9 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from uniprune.artefacts import archive, writer
+from uniprune.artefacts import archive, archive_codec, writer
 from uniprune.artefacts import masks as masks_file
-from uniprune.artefacts.archive import CHUNK, FORMAT, HEADER, INDEX, MAGIC, Chunk, Zstd
+from uniprune.artefacts.archive import CHUNK, FORMAT, HEADER, INDEX, MAGIC
+from uniprune.artefacts.archive_codec import Chunk, Zstd
 from uniprune.artefacts.binding import Binding
 from uniprune.errors import InputError
 from uniprune.sparsity import bits
@@ -249,7 +250,7 @@ def test_the_specification_is_enough_to_read_an_archive(made, tmp_path):
     packed = round_trip(made, tmp_path)
     found = {layout for name in (WEIGHTS, "other.safetensors", writer.MASKS) for layout in layouts(packed, name)}
     assert {layout.split()[0] for layout in found} == {"dense", "sparse", "scaled", "bits"}
-    assert {layout.split()[1] for layout in found} == set(archive.WORDS)
+    assert {layout.split()[1] for layout in found} == set(archive_codec.WORDS)
     assert read_slowly(packed) == contents(made)
 
 
@@ -258,18 +259,18 @@ def test_the_specification_is_enough_to_read_an_archive(made, tmp_path):
 
 def recode(raw, word):
     zstd = Zstd()
-    layout, pieces = archive.encode(Chunk("tensor", word, len(raw)), raw, zstd)
-    assert archive.decode(Chunk(layout, word, len(raw)), pieces, zstd) == raw
+    layout, pieces = archive_codec.encode(Chunk("tensor", word, len(raw)), raw, zstd)
+    assert archive_codec.decode(Chunk(layout, word, len(raw)), pieces, zstd) == raw
     return layout, pieces
 
 
 @settings(max_examples=200, deadline=None)
 @given(
-    st.sampled_from(sorted(archive.WORDS)),
+    st.sampled_from(sorted(archive_codec.WORDS)),
     st.lists(st.one_of(st.just(0), st.integers(0, 2**64 - 1)), min_size=1, max_size=200),
 )
 def test_any_words_come_back(word, values):
-    width = archive.WORDS[word][0]
+    width = archive_codec.WORDS[word][0]
     recode(b"".join((value % 256**width).to_bytes(width, "little") for value in values), word)
 
 
@@ -291,15 +292,15 @@ def test_masks_and_words_are_compared_bit_by_bit(count, same, seed):
     generator = np.random.default_rng(seed)
     words = generator.integers(0, 2, 8 * count - 3).astype("<u2")
     raw = generator.integers(0, 256, count, dtype=np.uint8).tobytes()
-    delta = archive._xor(raw, words)
+    delta = archive_codec.xor(raw, words)
     slow = [(raw[i // 8] >> i % 8 & 1) ^ (int(words[i]) if i < len(words) else 0) for i in range(8 * count)]
     assert [delta[i // 8] >> i % 8 & 1 for i in range(8 * count)] == slow
-    assert archive._xor(delta, words) == raw
+    assert archive_codec.xor(delta, words) == raw
 
 
 def test_planes_have_sign_and_exponent_first():
     words = torch.tensor([0.02, -0.013, 1.5], dtype=torch.bfloat16).view(torch.int16).numpy().view("<u2")
-    first, second = archive._planes(words, "bf16")
+    first, second = archive_codec._planes(words, "bf16")
     for word, high, low in zip(words.tolist(), first, second, strict=True):
         sign, exponent, mantissa = word >> 15, word >> 7 & 0xFF, word & 0x7F
         assert high == sign << 7 | (exponent & 1) << 6 | (exponent >> 1 & 0x3F)
@@ -322,7 +323,7 @@ def test_weights_dequantised_from_eight_bits_are_stored_as_such():
     assert sum(map(len, pieces)) < 0.55 * words.nbytes
     words[-1] ^= 1  # one bit off
     assert recode(words.tobytes(), "bf16")[0] == "dense"
-    assert archive.fit_scales(words[:31]) is None
+    assert archive_codec.fit_scales(words[:31]) is None
 
 
 def test_scaled_words_are_rounded_as_bfloat16_is():
@@ -331,7 +332,7 @@ def test_scaled_words_are_rounded_as_bfloat16_is():
     integers = np.random.default_rng(0).integers(-128, 128, (len(scales), 32)).astype(np.int8)
     exact = torch.from_numpy(integers).float() * torch.from_numpy(scales.astype(np.float32))[:, None]
     expected = exact.bfloat16().view(torch.int16).numpy().view("<u2")
-    np.testing.assert_array_equal(archive._scaled(scales, integers), expected)
+    np.testing.assert_array_equal(archive_codec._scaled(scales, integers), expected)
 
 
 @pytest.mark.parametrize(("pattern", "bits"), [("2:4", 0.66), ("4:8", 0.78)])

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from conftest import tiny_model, write_gguf
-from uniprune.artefacts import mask_tools, writer
+from uniprune.artefacts import mask_conversion, mask_tools, writer
 from uniprune.artefacts import masks as masks_file
 from uniprune.artefacts.binding import Binding
 from uniprune.errors import InputError, MismatchError
@@ -224,7 +224,7 @@ def test_masks_of_another_architecture_are_refused(folder, gpt2, tmp_path):
         mask_tools.verify(path, tmp_path / "narrow")
     for work in (
         lambda: mask_tools.verify(path, pruned=tmp_path / "narrow"),
-        lambda: mask_tools.from_checkpoint(tmp_path / "narrow", folder, tmp_path / "out.safetensors"),
+        lambda: mask_conversion.from_checkpoint(tmp_path / "narrow", folder, tmp_path / "out.safetensors"),
     ):
         with pytest.raises(MismatchError, match=r"narrow has no matrix model\.layers\.0\.mlp\.\S+ of shape \(64, 32\)"):
             work()
@@ -456,13 +456,13 @@ def test_statistics_by_hand(tmp_path):
 def test_the_masks_of_a_pruned_checkpoint_come_back(made, tmp_path):
     dense, path, pruned, _ = made
     out = tmp_path / "out.safetensors"
-    found = mask_tools.from_checkpoint(pruned, dense, out)
+    found = mask_conversion.from_checkpoint(pruned, dense, out)
     assert same_masks(path, out)
     assert found["pattern"] == f"zeros of {pruned}"
     assert (found["left_dense"], found["sparsity"]) == ([], 0.5)
     assert mask_tools.verify(out, dense, pruned)["checked"] == ["file", "model", "pruned"]
     with pytest.raises(InputError, match="exists"):
-        mask_tools.from_checkpoint(pruned, dense, out)
+        mask_conversion.from_checkpoint(pruned, dense, out)
 
 
 def test_zeros_by_multiplication_are_zeros(made, tmp_path):
@@ -472,7 +472,7 @@ def test_zeros_by_multiplication_are_zeros(made, tmp_path):
         tensors[key][tensors[key] == 0] = -0.0
 
     edited(pruned, tmp_path / "other", change)
-    mask_tools.from_checkpoint(tmp_path / "other", dense, tmp_path / "out.safetensors")
+    mask_conversion.from_checkpoint(tmp_path / "other", dense, tmp_path / "out.safetensors")
     assert same_masks(path, tmp_path / "out.safetensors")
 
 
@@ -481,9 +481,9 @@ def test_tuned_checkpoints_are_taken_when_asked_to(made, tmp_path):
     out = tmp_path / "out.safetensors"
     name = edited(pruned, tmp_path / "tuned", lambda tensors, key: tensors[key].mul_(1.5))
     with pytest.raises(MismatchError, match=f"other kept weights in {name} than .*: --no-check-bits"):
-        mask_tools.from_checkpoint(tmp_path / "tuned", dense, out)
+        mask_conversion.from_checkpoint(tmp_path / "tuned", dense, out)
     assert not list(tmp_path.glob("*out*"))
-    mask_tools.from_checkpoint(tmp_path / "tuned", dense, out, check_bits=False)
+    mask_conversion.from_checkpoint(tmp_path / "tuned", dense, out, check_bits=False)
     assert same_masks(path, out)
 
 
@@ -493,8 +493,8 @@ def test_converted_checkpoints_are_taken_when_asked_to(made, tmp_path):
     model.to(torch.float16 if model.dtype == torch.float32 else torch.float32).save_pretrained(tmp_path / "converted")
     out = tmp_path / "out.safetensors"
     with pytest.raises(MismatchError, match="other kept weights"):
-        mask_tools.from_checkpoint(tmp_path / "converted", dense, out)
-    mask_tools.from_checkpoint(tmp_path / "converted", dense, out, check_bits=False)
+        mask_conversion.from_checkpoint(tmp_path / "converted", dense, out)
+    mask_conversion.from_checkpoint(tmp_path / "converted", dense, out, check_bits=False)
     assert same_masks(path, out)
 
 
@@ -504,17 +504,17 @@ def test_dense_models_need_not_be_safetensors(folder, tokenizer, tmp_path):
     cut(folder, NM(2, 4), path, pruned)
     gguf = write_gguf(loading.load(folder).model, tokenizer, tmp_path / "gguf" / "model.gguf")
     assert "model" in mask_tools.verify(path, gguf, dtype="bfloat16")["checked"]
-    mask_tools.from_checkpoint(pruned, gguf, tmp_path / "out.safetensors", dtype="bfloat16")
+    mask_conversion.from_checkpoint(pruned, gguf, tmp_path / "out.safetensors", dtype="bfloat16")
     assert same_masks(path, tmp_path / "out.safetensors")
     with pytest.raises(InputError, match="in safetensors files"):
-        mask_tools.from_checkpoint(gguf, folder, tmp_path / "none.safetensors")
+        mask_conversion.from_checkpoint(gguf, folder, tmp_path / "none.safetensors")
 
 
 @pytest.mark.parametrize("given", [True, False])
 def test_plain_masks_come_back(made, tmp_path, given):
     dense, path, _, masks = made
     plain, out = tmp_path / "plain.safetensors", tmp_path / "out.safetensors"
-    assert mask_tools.to_plain(path, plain, dense if given else None) == {"pattern": "2:4", "matrices": len(masks)}
+    assert mask_conversion.to_plain(path, plain, dense if given else None) == {"pattern": "2:4", "matrices": len(masks)}
     tensors = load_file(plain)
     weights = {key: value for shard in dense.glob("*.safetensors") for key, value in load_file(shard).items()}
     for key, tensor in tensors.items():
@@ -522,10 +522,10 @@ def test_plain_masks_come_back(made, tmp_path, given):
         assert tensor.shape == weights[key].shape
         mask = masks[key.removesuffix(".weight")]
         assert torch.equal(tensor.bool(), mask if dense.name == "model" else mask.T)
-    mask_tools.from_plain(plain, dense, out)
+    mask_conversion.from_plain(plain, dense, out)
     assert same_masks(path, out)
     with pytest.raises(InputError, match="exists"):
-        mask_tools.to_plain(path, plain)
+        mask_conversion.to_plain(path, plain)
 
 
 def test_keys_are_the_checkpoints(gpt2, tmp_path):
@@ -535,9 +535,9 @@ def test_keys_are_the_checkpoints(gpt2, tmp_path):
     tensors = {key.removeprefix("transformer."): value for key, value in load_file(gpt2 / "model.safetensors").items()}
     save_file(tensors, bare / "model.safetensors", metadata={"format": "pt"})
     cut(bare, NM(2, 4), path)
-    mask_tools.to_plain(path, plain, bare)
+    mask_conversion.to_plain(path, plain, bare)
     assert set(load_file(plain)) <= set(tensors)
-    mask_tools.from_plain(plain, bare, tmp_path / "out.safetensors")
+    mask_conversion.from_plain(plain, bare, tmp_path / "out.safetensors")
     assert same_masks(path, tmp_path / "out.safetensors")
 
 
@@ -552,7 +552,7 @@ def test_arrays_by_either_name(made, tmp_path, kind):
     np.savez_compressed(tmp_path / "plain.npz", **arrays)
     save_file({name: torch.from_numpy(array.copy()) for name, array in arrays.items()}, tmp_path / "plain.safetensors")
     for plain in ("plain.npz", "plain.safetensors"):
-        found = mask_tools.from_plain(tmp_path / plain, dense, tmp_path / "out.safetensors", overwrite=True)
+        found = mask_conversion.from_plain(tmp_path / plain, dense, tmp_path / "out.safetensors", overwrite=True)
         assert found["pattern"] == f"masks of {plain}"
         assert same_masks(path, tmp_path / "out.safetensors")
 
@@ -562,7 +562,7 @@ def test_matrices_without_an_array_stay_dense(made, tmp_path):
     names = list(masks)
     arrays = {names[0]: masks[names[0]].numpy(), names[-1]: np.ones(masks[names[-1]].shape, bool)}
     np.savez(tmp_path / "plain.npz", **arrays)
-    found = mask_tools.from_plain(tmp_path / "plain.npz", dense, tmp_path / "out.safetensors")
+    found = mask_conversion.from_plain(tmp_path / "plain.npz", dense, tmp_path / "out.safetensors")
     assert found["matrices"] == 2
     assert found["left_dense"] == names[1:-1]
     assert found["sparsity"] == pytest.approx(1 - sum(a.sum() for a in arrays.values()) / sum(a.size for a in arrays.values()))
@@ -586,7 +586,7 @@ def test_arrays_that_are_no_masks_are_refused(folder, tmp_path):
     ):
         np.savez(tmp_path / "plain.npz", **arrays)
         with pytest.raises(InputError, match=message) as error:
-            mask_tools.from_plain(tmp_path / "plain.npz", folder, out)
+            mask_conversion.from_plain(tmp_path / "plain.npz", folder, out)
         assert "\n" not in str(error.value)
     for tensors, message in (
         ({name: torch.ones(64, 32)}, "float32"),
@@ -594,7 +594,7 @@ def test_arrays_that_are_no_masks_are_refused(folder, tmp_path):
     ):
         save_file(tensors, tmp_path / "plain.safetensors")
         with pytest.raises(InputError, match=message):
-            mask_tools.from_plain(tmp_path / "plain.safetensors", folder, out)
+            mask_conversion.from_plain(tmp_path / "plain.safetensors", folder, out)
     assert not list(tmp_path.glob("*out*"))
 
 
@@ -617,7 +617,7 @@ def test_files_that_are_no_plain_masks_are_refused(folder, tmp_path):
         if content is not None:
             (tmp_path / file).write_bytes(content)
         with pytest.raises(InputError, match=f"{file} cannot be read") as error:
-            mask_tools.from_plain(tmp_path / file, folder, out)
+            mask_conversion.from_plain(tmp_path / file, folder, out)
         assert "\n" not in str(error.value)
     assert not out.exists()
 
@@ -626,9 +626,9 @@ def test_outputs_are_checked_before_the_work(tmp_path):
     missing = tmp_path / "missing"
     for work in (
         lambda out: mask_tools.intersect([missing, missing], out),
-        lambda out: mask_tools.from_checkpoint(missing, missing, out),
-        lambda out: mask_tools.to_plain(missing, out),
-        lambda out: mask_tools.from_plain(missing, missing, out),
+        lambda out: mask_conversion.from_checkpoint(missing, missing, out),
+        lambda out: mask_conversion.to_plain(missing, out),
+        lambda out: mask_conversion.from_plain(missing, missing, out),
     ):
         with pytest.raises(InputError, match=r"end in \.safetensors"):
             work(tmp_path / "out.npz")

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from uniprune.artefacts import archive, writer
+from uniprune.artefacts import archive, archive_codec, writer
 from uniprune.common.formatting import spell_size
 from uniprune.errors import InputError
 from uniprune.models.checkpoint import Checkpoint, Files, Stored
@@ -83,7 +83,7 @@ class Estimate:
     """
 
     def __init__(self, source: Loaded | Origin, matrices: Matrices, pattern: Pattern) -> None:
-        self._zstd = archive.Zstd()
+        self._zstd = archive_codec.Zstd()
         checkpoint = _checkpoint(source)
         every = max(1, sum(matrix.size for matrix in matrices.values()) // SAMPLE)
         self._samples = {name: Sample(one, checkpoint.stored(name), every, pattern) for name, one in matrices.items()}
@@ -134,7 +134,7 @@ class Estimate:
         step, size = archive.CHUNK // words.itemsize, 0
         for start in range(0, len(words), step):
             raw = words[start : start + step].tobytes()
-            _, pieces = archive.encode(archive.Chunk("tensor", word, len(raw)), raw, self._zstd)
+            _, pieces = archive_codec.encode(archive_codec.Chunk("tensor", word, len(raw)), raw, self._zstd)
             size += sum(map(len, pieces))
         return size
 
@@ -152,7 +152,7 @@ class Estimate:
 
 
 def _width(tensor: Stored) -> int:
-    return archive.WORDS[dtypes.word(tensor.dtype)][0]
+    return archive_codec.WORDS[dtypes.word(tensor.dtype)][0]
 
 
 def _count(tensor: Stored) -> int:

@@ -25,7 +25,7 @@ from uniprune.artefacts.masks import MasksFile
 from uniprune.errors import UniPruneError
 from uniprune.models.checkpoint import Files, spell_digest
 from uniprune.models.loading import Loaded, Origin
-from uniprune.sparsity import bits as bits_module
+from uniprune.sparsity.bits import Array, apply_to_array, pack
 from uniprune.storage.files import REPORT, sync
 from uniprune.storage.outline import Piece
 from uniprune.storage.safetensors_index import Entry
@@ -132,23 +132,21 @@ def _alone(files: Files, inside: Views, entry: Entry) -> bool:
     return len(inside) == 1 and files.entry(inside[0][0]) == entry
 
 
-def _packed(masks: MasksFile, name: str) -> bits_module.Array:
+def _packed(masks: MasksFile, name: str) -> Array:
     """A mask's bits in the order of the stored tensor."""
-    return masks.packed(name) if name not in masks.transposed else bits_module.pack(masks[name].T).numpy()
+    return masks.packed(name) if name not in masks.transposed else pack(masks[name].T).numpy()
 
 
-def _assembled(masks: MasksFile, inside: Views, entry: Entry) -> bits_module.Array:
+def _assembled(masks: MasksFile, inside: Views, entry: Entry) -> Array:
     """The bits of a tensor of which several matrices are parts, or a part of one."""
     keep = np.ones(math.prod(entry.shape), np.bool_)
     for name, piece in inside:
         mask = masks[name].T if name in masks.transposed else masks[name]
         piece.of(keep)[...] = mask[piece.box].numpy()
-    return bits_module.pack(torch.from_numpy(keep)).numpy()
+    return pack(torch.from_numpy(keep)).numpy()
 
 
-def _transfer(
-    source: Path, target: Path, start: int, stop: int, kind: Any = np.uint8, packed: bits_module.Array | None = None
-) -> Any:
+def _transfer(source: Path, target: Path, start: int, stop: int, kind: Any = np.uint8, packed: Array | None = None) -> Any:
     """Copies bytes ``start`` to ``stop`` to the same place in another file, or the same one, and zeroes what the mask removes.
 
     kind: unsigned integers as large as the weights. packed: the mask's bits, in the order of the weights. Returns the sha256 of
@@ -166,12 +164,12 @@ def _transfer(
             if packed is not None:
                 bits.update(piece.data)
                 weights = piece.view(kind)
-                bits_module.apply_to_array(weights, packed[offset // weights.itemsize // 8 :])
+                apply_to_array(weights, packed[offset // weights.itemsize // 8 :])
             _all(writing.write, piece)
     return bits if packed is not None else None
 
 
-def _all(transfer: Callable[[Any], int | None], piece: bits_module.Array) -> None:
+def _all(transfer: Callable[[Any], int | None], piece: Array) -> None:
     """A call to the system may move less than it is asked to."""
     rest = memoryview(piece)  # type: ignore[arg-type]
     while len(rest):

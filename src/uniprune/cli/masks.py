@@ -77,7 +77,7 @@ def stats(file: Masks, printed: Printed) -> None:
 
 def convert(file: Conversion, dense: Dense, target: Target, over: Overwrite, printed: Printed) -> None:
     quiet()
-    from uniprune.artefacts.mask_tools import from_checkpoint, from_plain, to_plain
+    from uniprune.artefacts.mask_conversion import from_checkpoint, from_plain, to_plain
 
     model = dense.model
     options: dict[str, Any] = {"dtype": dense.dtype, **over.given()}

@@ -13,11 +13,10 @@ from uniprune.common.formatting import NOTE
 from uniprune.entrypoints.bench import Speeds
 from uniprune.evaluation.results import Check, Evaluation, Row, Sweep
 from uniprune.job.estimate import Plan, kind_of
-from uniprune.reporting import tables as report_tables_module
 from uniprune.reporting.headline import sentences
 from uniprune.reporting.results import Source
 from uniprune.reporting.summary import Summary, summarise
-from uniprune.reporting.tables import Grid
+from uniprune.reporting.tables import Grid, accuracies, closeness, harness, models, tradeoff
 from uniprune.speed.timing import Result
 
 
@@ -117,9 +116,7 @@ def evaluation_tables(result: Evaluation) -> list[Table | str]:
         beside = f", against {result.against}" if result.against else ""
         tables.append(_inert(f"{result.model}: {_percent(result.sparsity)} zeros, {result.dtype}{beside}"))
     summary = summarise([Source(Path(), {}, result)])
-    tables += [
-        _grid_table(grid) for grid in (report_tables_module.accuracies(summary), report_tables_module.harness(summary)) if grid
-    ]
+    tables += [_grid_table(grid) for grid in (accuracies(summary), harness(summary)) if grid]
     return [*tables, *closeness_lines(result)]
 
 
@@ -172,11 +169,11 @@ def _plus_minus(error: float | None) -> str:
 
 def report_tables(summary: Summary) -> list[Table]:
     """A report's tables, as far as they fit a terminal."""
-    found = [report_tables_module.models(summary), *map(report_tables_module.tradeoff, summary.tradeoffs)]
+    found = [models(summary), *map(tradeoff, summary.tradeoffs)]
     found += [
-        report_tables_module.accuracies(summary),
-        report_tables_module.harness(summary),
-        report_tables_module.closeness(summary),
+        accuracies(summary),
+        harness(summary),
+        closeness(summary),
     ]
     return [_grid_table(grid) for grid in found if grid]
 

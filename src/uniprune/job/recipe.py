@@ -16,11 +16,11 @@ from uniprune.controller.protocol import LOCAL, Controller, Cost
 from uniprune.errors import InputError
 from uniprune.job.settings import LENGTH, WINDOWS, Method, Settings
 from uniprune.saliency import metrics
-from uniprune.saliency import refine as refine_module
 from uniprune.saliency.metrics import Metric
+from uniprune.saliency.refine import check
 from uniprune.sparsity import constraints, spelling
-from uniprune.sparsity import hardware as hardware_module
 from uniprune.sparsity.constraints import Mixed, Rule, Ruled, choice
+from uniprune.sparsity.hardware import parse
 from uniprune.sparsity.patterns import NM, Pattern, Unstructured
 
 __all__ = ["LENGTH", "WINDOWS", "Recipe"]
@@ -54,7 +54,7 @@ class Recipe(Settings):
         if self.sequential and self.corrected:
             flag, name = "--refine" if self.refine else "--sequential", controllers.name_of(controller)
             raise InputError(f"{flag} and --controller {name} exclude each other; use one of them")
-        hardware_module.parse(self.hardware)
+        parse(self.hardware)
         if self.size is not None:
             self._check_size()
         elif self.sparsity is None and (self.allow or self.rules):
@@ -62,7 +62,7 @@ class Recipe(Settings):
         if self.sparsity is not None:
             pattern = self.pattern()
             if self.refine:
-                refine_module.check(pattern)
+                check(pattern)
             if self.sequential and not pattern.local:
                 raise InputError(f"--sequential cuts block after block, but {pattern} needs all scores; use another --scope")
 

@@ -11,9 +11,8 @@ from uniprune.artefacts.reports import Pruning
 from uniprune.common.formatting import number, percent, short
 from uniprune.common.significance import standard_error
 from uniprune.evaluation.results import Generation
-from uniprune.reporting import plots as plots_module
 from uniprune.reporting import tables as report_tables
-from uniprune.reporting.plots import Plot
+from uniprune.reporting.plots import Marker, Plot, accuracies, descent, flips, heatmap, tradeoff
 from uniprune.reporting.results import Source
 from uniprune.reporting.summary import Subject, Summary
 from uniprune.reporting.tables import Grid
@@ -78,7 +77,7 @@ def sections(sources: Sequence[Source], summary: Summary) -> list[Section]:
 
 def _tradeoffs(summary: Summary) -> Iterator[Part]:
     for index, facts in enumerate(summary.tradeoffs):
-        drawn = (plots_module.tradeoff(f"tradeoff-{index}-{by}", facts, by) for by in ("sparsity", "bytes"))
+        drawn = (tradeoff(f"tradeoff-{index}-{by}", facts, by) for by in ("sparsity", "bytes"))
         grid = report_tables.tradeoff(facts)
         yield Part(
             title=short(facts.model) if len(summary.tradeoffs) > 1 else "",
@@ -98,7 +97,7 @@ def _zeros(summary: Summary) -> Iterator[Part]:
             yield Part(title, [says], folded=folded)
         else:
             says = f"The matrices have between {percent(min(levels))} and {percent(max(levels))}: {pattern}."
-            plot = plots_module.heatmap(f"sparsity-{index}", pruning)
+            plot = heatmap(f"sparsity-{index}", pruning)
             yield Part(title, [says], [plot], [report_tables.kinds(pruning)], folded)
 
 
@@ -106,7 +105,7 @@ def _descents(summary: Summary) -> Iterator[Part]:
     for index, (subject, pruning) in enumerate(_prunings(summary)):
         record = pruning.controller
         if record and record.loss:
-            drawn = plots_module.descent(f"descent-{index}", record), plots_module.flips(f"flips-{index}", record)
+            drawn = descent(f"descent-{index}", record), flips(f"flips-{index}", record)
             yield Part(_title(summary, subject), [_told(record)], [plot for plot in drawn if plot])
 
 
@@ -128,24 +127,24 @@ def _told(record: ControllerRecord) -> str:
 def _accuracies(summary: Summary) -> Iterator[Part]:
     grid, harness = report_tables.accuracies(summary), report_tables.harness(summary)
     if grid:
-        plot = plots_module.accuracies("accuracies", _markers(summary))
+        plot = accuracies("accuracies", _markers(summary))
         says = f"Bars are standard errors of {METRIC}, of the questions as a sample."
         yield Part("", [says] if plot else [], [plot] if plot else [], [grid])
     if harness:
         yield Part(grids=[harness])
 
 
-def _markers(summary: Summary) -> list[plots_module.Marker]:
+def _markers(summary: Summary) -> list[Marker]:
     """Accuracies by model; what a model is compared with counts as one."""
     labels = list(dict.fromkeys(subject.label for subject, _, _ in report_tables.asked(summary)))[:DRAWN]
     found, dense = [], {}
     for subject, name, task in report_tables.asked(summary):
         if subject.label in labels:
-            found.append(plots_module.Marker(short(name), subject.label, task.acc, task.acc_stderr))
+            found.append(Marker(short(name), subject.label, task.acc, task.acc_stderr))
         if other := task.against.get(METRIC):
             right = round(other.reference * task.questions)
             error = standard_error([index < right for index in range(task.questions)])
-            dense[short(name)] = plots_module.Marker(short(name), "dense", other.reference, error)
+            dense[short(name)] = Marker(short(name), "dense", other.reference, error)
     return [*dense.values(), *found]
 
 

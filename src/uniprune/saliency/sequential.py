@@ -9,9 +9,9 @@ from torch import Tensor
 from uniprune.errors import InputError
 from uniprune.models import masking
 from uniprune.models.matrices import Matrices
-from uniprune.saliency import refine as refine_module
 from uniprune.saliency.calibration import Calibration, LocalSaliency, open_sweep
 from uniprune.saliency.metrics import Metric
+from uniprune.saliency.refine import check, refine
 from uniprune.saliency.statistics import Gram, beside, observing, pool, starved
 from uniprune.sparsity import bits
 from uniprune.sparsity.patterns import Masks, Pattern
@@ -49,7 +49,7 @@ def refined(calibration: Calibration, metric: Metric, pattern: Pattern) -> Masks
     those, and one that wants another statistic its own, collected in the same pass.
     Raises InputError, too, if the pattern has no budget by row.
     """
-    refine_module.check(pattern)
+    check(pattern)
     wanted = beside(Gram, metric.statistic)
 
     def create(here: Matrices, run: Run) -> dict[str, Tensor]:
@@ -59,7 +59,7 @@ def refined(calibration: Calibration, metric: Metric, pattern: Pattern) -> Masks
         pool(here, own)
         starved(here, grams)
         masks = pattern(LocalSaliency(here, metric, own if wanted else grams))
-        return {name: refine_module.refine(here[name].weight, m, grams[name].mean, pattern) for name, m in masks}
+        return {name: refine(here[name].weight, m, grams[name].mean, pattern) for name, m in masks}
 
     return _by_block(calibration, pattern, create)
 

@@ -12,7 +12,7 @@ class DType(NamedTuple):
     """A type of elements.
 
     name: safetensors' own. size: bytes of one element. dtype: PyTorch's. exponent: of a floating-point type the bits that are
-    all set in NaN, and in infinity where it has one. word: how an archive takes it apart (``archive.WORDS``).
+    all set in NaN, and in infinity where it has one. word: how an archive takes it apart (``archive_codec.WORDS``).
     """
 
     name: str
