@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # bitsandbytes 0.50.2, CPU: 8-bit blockwise quantisation never gives a zero back, though its code book holds one; 4 bits (NF4) keep them all.
 # Guess: what the code book holds comes back unchanged, zero above all.
-# Seen 2026-11-28: zeros come back as 2.1e-5 of the block's maximum, all of them; NF4 keeps 100 %.
+# Seen 2026-11-28: every zero comes back as 2.1e-5 times its block's maximum; NF4 keeps 100 %.
 source "$(dirname "$0")/environment"
 packages torch==2.13.0 bitsandbytes==0.50.2 scipy==1.17.1 numpy==2.4.6
 check <<'PY'

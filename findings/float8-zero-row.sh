@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # torchao 0.18.0 and optimum-quanto 0.2.7: a row that was pruned whole comes back as NaN from float8 quantisation; from int8 as zeros.
 # Guess: zero is the one number that every format holds; a scale of 0 is guarded against, as in the same libraries' int8.
-# Seen 2026-11-28: Float8WeightOnlyConfig and qfloat8: the row is NaN, and so is the layer's output; Int8WeightOnlyConfig, qint8: zeros.
+# Seen 2026-11-28: Float8WeightOnlyConfig and qfloat8: every weight of the row is NaN; Int8WeightOnlyConfig, qint8: zeros.
 source "$(dirname "$0")/environment"
 packages torch==2.13.0 torchao==0.18.0 optimum-quanto==0.2.7 numpy==2.4.6
 check <<'PY'
