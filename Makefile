@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-lowest test-highest fuzz check format bench models reference screenshots clean
+.PHONY: demo test test-lowest test-highest fuzz check format bench models reference screenshots findings clean
 
 # torch first, at the pinned version: a plain `torch` can pull several GB of CUDA packages.
 # --no-compile: Python compiles what is imported, which is little of it.
@@ -82,6 +82,12 @@ bench: $(READY)
 # make screenshots REPORT=report.html: the pictures of docs/report.md.
 screenshots: $(READY)
 	$(BIN)/python benchmarks/screenshots.py $(REPORT)
+
+# Surprises about other people's software (findings/README.md): runs them all, says which no longer hold. Python 3.11 or later.
+findings: export FINDINGS_VENV = $(CURDIR)/.venv-findings
+findings:
+	@gone=""; for script in findings/*.sh; do echo "$$script"; PYTHON=$(PYTHON) bash $$script || gone="$$gone $$script"; done; \
+		echo "no longer hold, or could not be run:$${gone:- none}"; test -z "$$gone"
 
 clean:
 	rm -rf $(VENV) .venv-* demo .pytest_cache .mypy_cache .ruff_cache

@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# torchao 0.18.0, optimum-quanto 0.2.7, hqq 0.2.8.post1: 4 bits with an offset keep every pruned zero in torchao, none in quanto; HQQ none even in 8 bits.
+# torchao 0.18.0, optimum-quanto 0.2.7, hqq 0.2.8.post1: 4 bits with an offset keep every pruned zero in torchao, none in
+#   quanto; HQQ none even in 8 bits.
 # Guess: offsets move zero off the grid in all of them, by little in 8 bits; or in none, since a zero point is an integer.
-# Seen 2026-11-28, half of the weights zero, groups of 64 (quanto 128): zeros kept 100 % in torchao, 0 % in quanto, 0 % in HQQ, 4 or 8 bits.
+# Seen 2026-11-28, half of the weights zero, groups of 64 (quanto 128): zeros kept 100 % in torchao, 0 % in quanto, 0 % in HQQ,
+#   4 or 8 bits.
 source "$(dirname "$0")/environment"
 packages torch==2.13.0 torchao==0.18.0 optimum-quanto==0.2.7 hqq==0.2.8.post1 numpy==2.4.6
 check <<'PY'

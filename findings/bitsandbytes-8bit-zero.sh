@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# bitsandbytes 0.50.2, CPU: 8-bit blockwise quantisation never gives a zero back, though its code book holds one; 4 bits (NF4) keep them all.
+# bitsandbytes 0.50.2, CPU: 8-bit blockwise quantisation never gives a zero back, though its code book holds one; 4 bits (NF4)
+#   keep them all.
 # Guess: what the code book holds comes back unchanged, zero above all.
 # Seen 2026-11-28: every zero comes back as 2.1e-5 times its block's maximum; NF4 keeps 100 %.
 source "$(dirname "$0")/environment"

@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# zipnn 0.5.4 and zstandard 0.25.0: on bfloat16 weights, 90 % of them zero, bzip2 beats both; ZipNN's archive is twice as large as bzip2's.
+# zipnn 0.5.4 and zstandard 0.25.0: on bfloat16 weights, 90 % of them zero, bzip2 beats both; ZipNN's archive is twice as large
+#   as bzip2's.
 # Guess: what was made for bfloat16 weights wins, zstd at its highest level comes next, bzip2 last.
-# Seen 2026-11-28, share of the size: dense ZipNN 0.66, bzip2 0.69, zstd 19 0.77; 90 % zeros ZipNN 0.18, zstd 19 0.11, bzip2 0.09.
+# Seen 2026-11-28, share of the size: dense ZipNN 0.66, bzip2 0.69, zstd 19 0.77; 90 % zeros ZipNN 0.18, zstd 19 0.11, bzip2
+#   0.09.
 source "$(dirname "$0")/environment"
 packages torch==2.13.0 zipnn==0.5.4 zstandard==0.25.0 safetensors==0.8.0 numpy==2.4.6
 check <<'PY'

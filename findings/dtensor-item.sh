@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # torch 2.13.0: .item() of a sum or mean over a sharded DTensor is this process's share; of a quantile, the whole tensor's.
 # Guess: a DTensor stands for the whole tensor, so its sum is one number, or .item() refuses while a reduction is pending.
-# Seen 2026-11-28, 2 processes, 64 of 128 weights zero: .sum().item() is 64 and 0, .mean().item() 1.0 and 0.0, quantile right on both.
+# Seen 2026-11-28, 2 processes, 64 of 128 weights zero: .sum().item() is 64 and 0, .mean().item() 1.0 and 0.0, quantile right on
+#   both.
 # With 5 rows instead of 8, which do not divide evenly, mean().item() is right on both.
 source "$(dirname "$0")/environment"
 packages torch==2.13.0 numpy==2.4.6

@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
-# transformers 5.23.0 with torchao 0.18.0, optimum-quanto 0.2.7 and torch's pruning: a Mixtral quantised to int8 stays float32 by nine tenths.
-# Guess: experts are Linear layers (in the checkpoint they are a matrix each), so what walks over Linear layers finds them, or warns.
+# transformers 5.23.0 with torchao 0.18.0, optimum-quanto 0.2.7 and torch's pruning: a Mixtral quantised to int8 stays float32
+#   by nine tenths.
+# Guess: experts are Linear layers (in the checkpoint they are a matrix each), so what walks over Linear layers finds them, or
+#   warns.
 # Seen 2026-11-28: experts are two stacked parameters per layer; torchao quantises 12 % of the weights, quanto 12 %,
 # and 50 % of all Linear layers' weights pruned are 6 % of the model's. No warning.
 source "$(dirname "$0")/environment"
@@ -13,9 +15,11 @@ from torchao.quantization import Int8WeightOnlyConfig, quantize_
 from torchao.utils import TorchAOBaseTensor
 from transformers import MixtralConfig, MixtralForCausalLM
 
+shape = dict(vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2)
+
 def mixtral():
     torch.manual_seed(0)
-    return MixtralForCausalLM(MixtralConfig(vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, num_local_experts=4))
+    return MixtralForCausalLM(MixtralConfig(**shape, num_attention_heads=4, num_key_value_heads=2, num_local_experts=4))
 
 total = sum(p.numel() for p in mixtral().parameters())
 ao, quanto, pruned = mixtral(), mixtral(), mixtral()

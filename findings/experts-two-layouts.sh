@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# transformers 5.23.0: experts.gate_up_proj is [expert, out, in] in Mixtral, Qwen3-MoE, DeepSeek-V3, but [expert, in, out] in GPT-OSS, Llama 4, Aria.
+# transformers 5.23.0: experts.gate_up_proj is [expert, out, in] in Mixtral, Qwen3-MoE, DeepSeek-V3, but [expert, in, out] in
+#   GPT-OSS, Llama 4, Aria.
 # Guess: one name, one meaning: a pattern along the inputs (2:4) runs over the last dimension in all of them.
 # Seen 2026-11-28 (hidden size 48, expert size 80): (4, 160, 48) in the first three, (4, 48, 160) in the others.
 source "$(dirname "$0")/environment"

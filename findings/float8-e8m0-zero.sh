@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# torch 2.13.0 and ml_dtypes 0.6.0: torch.zeros in float8_e8m0fnu, the type of MX formats' scales, is not zero; in ml_dtypes a zero is NaN.
+# torch 2.13.0 and ml_dtypes 0.6.0: torch.zeros in float8_e8m0fnu, the type of MX formats' scales, is not zero; in ml_dtypes a
+#   zero is NaN.
 # Guess: a type that has no zero refuses zeros and zero_(), or both libraries round to its smallest number.
 # Seen 2026-11-28: torch.zeros and zero_() give 5.9e-39 (2^-127) and say nothing; ml_dtypes makes NaN of the same 0.0.
 source "$(dirname "$0")/environment"

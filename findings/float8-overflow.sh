@@ -1,7 +1,10 @@
 #!/usr/bin/env bash
-# torch 2.13.0 and ml_dtypes 0.6.0: infinity cast to float8_e4m3fn is 448 in torch; ml_dtypes, and torch in every other float8, do not hide it.
-# Guess: a type without infinities makes NaN of what it cannot hold (so ml_dtypes), or every float8 saturates; not one type alone.
-# Seen 2026-11-28, torch: e4m3fn inf -> 448, 1000 -> 448; e4m3fnuz -> NaN, NaN; e5m2 -> inf, 1024. ml_dtypes: e4m3fn -> NaN, NaN.
+# torch 2.13.0 and ml_dtypes 0.6.0: infinity cast to float8_e4m3fn is 448 in torch; ml_dtypes, and torch in every other float8,
+#   do not hide it.
+# Guess: a type without infinities makes NaN of what it cannot hold (so ml_dtypes), or every float8 saturates; not one type
+#   alone.
+# Seen 2026-11-28, torch: e4m3fn inf -> 448, 1000 -> 448; e4m3fnuz -> NaN, NaN; e5m2 -> inf, 1024. ml_dtypes: e4m3fn -> NaN,
+#   NaN.
 source "$(dirname "$0")/environment"
 packages torch==2.13.0 ml_dtypes==0.6.0 numpy==2.4.6
 check <<'PY'

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# torchao 0.18.0 and optimum-quanto 0.2.7: a row that was pruned whole comes back as NaN from float8 quantisation; from int8 as zeros.
+# torchao 0.18.0 and optimum-quanto 0.2.7: a row that was pruned whole comes back as NaN from float8 quantisation; from int8 as
+#   zeros.
 # Guess: zero is the one number that every format holds; a scale of 0 is guarded against, as in the same libraries' int8.
 # Seen 2026-11-28: Float8WeightOnlyConfig and qfloat8: every weight of the row is NaN; Int8WeightOnlyConfig, qint8: zeros.
 source "$(dirname "$0")/environment"

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # gguf 0.19.0: on 2:4 pruned weights Q4_1 (5 bits a weight) is further off than Q4_0 (4.5 bits), and loses the zeros.
 # Guess: an offset per block costs bits and buys accuracy; zeros survive rounding to the nearest in both.
-# Seen 2026-11-28: relative error 0.084 for Q4_1, 0.065 for Q4_0; exact zeros kept 0.2 % and 100 %. On dense weights Q4_1 is the better one.
+# Seen 2026-11-28: relative error 0.084 for Q4_1, 0.065 for Q4_0; exact zeros kept 0.2 % and 100 %. On dense weights Q4_1 is the
+#   better one.
 source "$(dirname "$0")/environment"
 packages gguf==0.19.0 numpy==2.4.6
 check <<'PY'

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # datasets 5.2.0: text in a .jsonl file comes back as datetime objects if every value of the column looks like a date.
 # Guess: JSON has no dates, so a string stays a string (a .csv file may be guessed at; and numbers in strings do stay strings).
-# Seen 2026-11-28: {"text": "2020-01-01"} -> datetime.datetime(2020, 1, 1, 0, 0), type timestamp[s]; one value more that is no date, and all stay text.
+# Seen 2026-11-28: {"text": "2020-01-01"} -> datetime.datetime(2020, 1, 1, 0, 0), type timestamp[s]; one value more that is no
+#   date, and all stay text.
 source "$(dirname "$0")/environment"
 packages datasets==5.2.0 pyarrow==26.0.1
 check <<'PY'

@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# lm-eval 0.4.13: perplexity of a whole text (loglikelihood_rolling) scores the begin token itself if the tokenizer adds one, as Llama's does.
+# lm-eval 0.4.13: perplexity of a whole text (loglikelihood_rolling) scores the begin token itself if the tokenizer adds one, as
+#   Llama's does.
 # Guess: the begin token is what the first word is conditioned on, once; an empty text has a log-likelihood of 0.
-# Seen 2026-11-28: "a b c d" is scored as <s> a b c d after <s>; the empty text costs 1.8 nats; add_bos_token=False makes both right.
+# Seen 2026-11-28: "a b c d" is scored as <s> a b c d after <s>; the empty text costs 1.8 nats; add_bos_token=False makes both
+#   right.
 source "$(dirname "$0")/environment"
 packages torch==2.13.0 transformers==5.23.0 tokenizers==0.23.3 lm-eval==0.4.13 numpy==2.4.6
 check <<'PY'

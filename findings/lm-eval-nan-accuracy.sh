@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# lm-eval 0.4.13: a model whose every logit is NaN scores 100 % on multiple choice whose right answer comes first, as in truthfulqa_mc1.
+# lm-eval 0.4.13: a model whose every logit is NaN scores 100 % on multiple choice whose right answer comes first, as in
+#   truthfulqa_mc1.
 # Guess: an error, a warning, or an accuracy of 0.
-# Seen 2026-11-28: accuracy 1.0 and no warning; argmax over NaN is the first choice. With the right answer spread over 4 places, 0.25.
+# Seen 2026-11-28: accuracy 1.0 and no warning; argmax over NaN is the first choice. With the right answer spread over 4 places,
+#   0.25.
 source "$(dirname "$0")/environment"
 packages torch==2.13.0 transformers==5.23.0 tokenizers==0.23.3 datasets==5.2.0 lm-eval==0.4.13 numpy==2.4.6
 check <<'PY'

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # lm-eval 0.4.13: wikitext's bits_per_byte divides by the bytes of another text than the one that is scored.
-# Guess: words are the original's (so perplexities compare between tokenisations), but bytes are those of the text that the model saw.
+# Guess: words are the original's (so perplexities compare between tokenisations), but bytes are those of the text that the
+#   model saw.
 # Seen 2026-11-28: the model scores the detokenised text, " @-@ " and all gone; the bytes are counted before that: 103
 # counted, 86 scored in this sentence, so bits per byte come out too low. Words count an empty one at both ends, too: 27 for 25.
 source "$(dirname "$0")/environment"

@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# transformers 5.23.0: with longrope or dynamic rotary scaling, what a causal model says of the first tokens depends on how much text follows.
+# transformers 5.23.0: with longrope or dynamic rotary scaling, what a causal model says of the first tokens depends on how much
+#   text follows.
 # Guess: a causal model's logits at a position depend on what stands before it alone, so a longer window only adds positions.
-# Seen 2026-11-28: 16 tokens alone, or followed by 80 more: the logits of the 16 differ with longrope and dynamic, agree with default, yarn, llama3.
+# Seen 2026-11-28: 16 tokens alone, or followed by 80 more: the logits of the 16 differ with longrope and dynamic, agree with
+#   default, yarn, llama3.
 source "$(dirname "$0")/environment"
 packages torch==2.13.0 transformers==5.23.0 numpy==2.4.6
 check <<'PY'

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # torchao 0.18.0 and compressed-tensors 0.20.0: N of N:M is what is kept in one and what is zero in the other; 2:4 hides it.
 # Guess: N:M means N of M are kept, as for 2:4 on the hardware that made it known.
-# Seen 2026-11-28: torchao's 3:4 mask (a quarter zero) is refused as 3:4 by compressed-tensors, which takes it for 1:4; torchao's 1:4 passes as 3:4.
+# Seen 2026-11-28: torchao's 3:4 mask (a quarter zero) is refused as 3:4 by compressed-tensors, which takes it for 1:4;
+#   torchao's 1:4 passes as 3:4.
 source "$(dirname "$0")/environment"
 packages torch==2.13.0 torchao==0.18.0 compressed-tensors==0.20.0 numpy==2.4.6
 check <<'PY'

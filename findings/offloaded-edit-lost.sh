@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# accelerate 1.15.0 with transformers 5.23.0: weights zeroed inside align_module_device are there again afterwards if the layer lies on disk.
+# accelerate 1.15.0 with transformers 5.23.0: weights zeroed inside align_module_device are there again afterwards if the layer
+#   lies on disk.
 # Guess: what the context manager shows is the weight; an edit either stays, as it does for a layer in memory, or is refused.
-# Seen 2026-11-28: inside the block the weight is zero, after it the old one; the logits and save_pretrained have the old one too. No warning.
+# Seen 2026-11-28: inside the block the weight is zero, after it the old one; the logits and save_pretrained have the old one
+#   too. No warning.
 source "$(dirname "$0")/environment"
 packages torch==2.13.0 transformers==5.23.0 accelerate==1.15.0 numpy==2.4.6
 check <<'PY'
@@ -14,7 +16,8 @@ config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hi
 LlamaForCausalLM(config).save_pretrained("model")
 
 def zeroed(place):
-    where = {"model.embed_tokens": "cpu", "model.layers.0": place, "model.layers.1": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    rest = ("model.embed_tokens", "model.layers.1", "model.norm", "model.rotary_emb", "lm_head")
+    where = {"model.layers.0": place, **dict.fromkeys(rest, "cpu")}
     model = AutoModelForCausalLM.from_pretrained("model", device_map=where, offload_folder="offload")
     layer = model.model.layers[0].mlp.up_proj
     with torch.no_grad(), align_module_device(layer):

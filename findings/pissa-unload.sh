@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# peft 0.21.2: attaching a PiSSA adapter changes the base model for good: neither unload() nor disable_adapter() gives the original back.
+# peft 0.21.2: attaching a PiSSA adapter changes the base model for good: neither unload() nor disable_adapter() gives the
+#   original back.
 # Guess: an adapter lies beside the base weights; without it the model is the model.
-# Seen 2026-11-28: base weights are replaced by their residual; after unload() half-zero weights have no zeros left; with the adapter disabled outputs are off by 64 %.
+# Seen 2026-11-28: base weights are replaced by their residual; after unload() half-zero weights have no zeros left; with the
+#   adapter disabled outputs are off by 64 %.
 source "$(dirname "$0")/environment"
 packages torch==2.13.0 transformers==5.23.0 peft==0.21.2 numpy==2.4.6
 check <<'PY'

@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# torch 2.13.0 with zstandard 0.25.0: half of the zeros that torch.nn.utils.prune leaves are negative zeros; a packed checkpoint is 1.8 times as large for it.
+# torch 2.13.0 with zstandard 0.25.0: half of the zeros that torch.nn.utils.prune leaves are negative zeros; a packed checkpoint
+#   is 1.8 times as large for it.
 # Guess: a pruned weight is all zero bits, so a file of 90 % zeros is small however it was pruned.
-# Seen 2026-11-28: 50 % of the zeros have the sign bit set (they are weight * mask); in bfloat16 zstd packs them into 0.22 of the size, with plain zeros into 0.12.
+# Seen 2026-11-28: 50 % of the zeros have the sign bit set (they are weight * mask); in bfloat16 zstd packs them into 0.22 of
+#   the size, with plain zeros into 0.12.
 source "$(dirname "$0")/environment"
 packages torch==2.13.0 zstandard==0.25.0 numpy==2.4.6
 check <<'PY'

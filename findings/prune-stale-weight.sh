@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# torch 2.13.0: after load_state_dict a layer under torch.nn.utils.prune still shows the old weight, in the old place, until its next forward.
+# torch 2.13.0: after load_state_dict a layer under torch.nn.utils.prune still shows the old weight, in the old place, until its
+#   next forward.
 # Guess: layer.weight is computed from weight_orig and weight_mask whenever it is read.
-# Seen 2026-11-28: it is a plain attribute that a forward hook sets; the same after .to(bfloat16) (float32 stays) and after an optimizer's step.
+# Seen 2026-11-28: it is a plain attribute that a forward hook sets; the same after .to(bfloat16) (float32 stays) and after an
+#   optimizer's step.
 source "$(dirname "$0")/environment"
 packages torch==2.13.0 numpy==2.4.6
 check <<'PY'

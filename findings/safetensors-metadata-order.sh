@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # safetensors 0.8.0: the same tensors with the same metadata, saved twice, are two different files.
 # Guess: tensors are written in a fixed order, so metadata are too; equal input, equal bytes.
-# Seen 2026-11-28: 5 saves in one process, 5 checksums: the keys of __metadata__ come in a new order each time. With one key they agree.
+# Seen 2026-11-28: 5 saves in one process, 5 checksums: the keys of __metadata__ come in a new order each time. With one key
+#   they agree.
 source "$(dirname "$0")/environment"
 packages torch==2.13.0 safetensors==0.8.0 numpy==2.4.6
 check <<'PY'

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # transformers 5.23.0: a model saved in shards over one saved in a single file loads as the old one.
 # Guess: save_pretrained removes weights it does not write (it does so with stale shards), or the index decides what is loaded.
-# Seen 2026-11-28: model.safetensors stays beside the shards and the new index, and from_pretrained reads it: the old weights, no warning.
+# Seen 2026-11-28: model.safetensors stays beside the shards and the new index, and from_pretrained reads it: the old weights,
+#   no warning.
 source "$(dirname "$0")/environment"
 packages torch==2.13.0 transformers==5.23.0 numpy==2.4.6
 check <<'PY'

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # torch 2.13.0 and compressed-tensors 0.20.0: packing a valid 2:4 matrix in float32 drops a tenth of its entries without a word.
 # Guess: the dtype decides how wide an entry is, not which patterns fit; or float32 is refused.
-# Seen 2026-11-28: round trip exact in bfloat16; in float32 9 % of all entries (a third of the groups lose one) come back as zero: there the pattern
+# Seen 2026-11-28: round trip exact in bfloat16; in float32 9 % of all entries (a third of the groups lose one) come back as
+#   zero: there the pattern
 # is 1:2.
 source "$(dirname "$0")/environment"
 packages torch==2.13.0 compressed-tensors==0.20.0 numpy==2.4.6

@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# zipnn 0.5.4: compress() overwrites what it compresses: a bytes object, which Python promises never to change, or a model's own tensor.
+# zipnn 0.5.4: compress() overwrites what it compresses: a bytes object, which Python promises never to change, or a model's own
+#   tensor.
 # Guess: lossless compression reads its input. (The archive itself is right: decompress() gives the original.)
-# Seen 2026-11-28: after compress() a bytearray, a bytes object and a bfloat16 tensor hold other values; a NumPy array is left alone.
+# Seen 2026-11-28: after compress() a bytearray, a bytes object and a bfloat16 tensor hold other values; a NumPy array is left
+#   alone.
 source "$(dirname "$0")/environment"
 packages torch==2.13.0 zipnn==0.5.4 safetensors==0.8.0 numpy==2.4.6
 check <<'PY'

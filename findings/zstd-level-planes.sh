@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # zstandard 0.25.0: the byte planes of bfloat16 weights come out larger at zstd's default level 3 than at level 1.
 # Guess: a higher level is slower and never clearly worse.
-# Seen 2026-11-28: 0.684 of the size at level 1, 0.712 at level 3; the same for pruned weights (half of them zero: 0.471 and 0.490).
+# Seen 2026-11-28: 0.684 of the size at level 1, 0.712 at level 3; the same for pruned weights (half of them zero: 0.471 and
+#   0.490).
 source "$(dirname "$0")/environment"
 packages torch==2.13.0 zstandard==0.25.0 numpy==2.4.6
 check <<'PY'
