@@ -14,6 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedTokenizerFast
 
+import processes
 from uniprune import Loaded
 from uniprune.data.text import read
 
@@ -146,3 +147,9 @@ class Stops:
 
     def note(self, text, tokens=0):
         pass
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_process_is_left():
+    yield
+    processes.end()

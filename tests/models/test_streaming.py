@@ -2,18 +2,17 @@
 
 import json
 import os
-import random
-import shutil
-import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
 
+import kills
+import processes
 import uniprune
 from conftest import VOCABULARY, Stopped, Stops, tiny_model
+from processes import Forked
 from small_models import MATRICES, tiny
 from uniprune import Recipe
 from uniprune.common.formatting import parse_size
@@ -274,70 +273,22 @@ def test_resume_finishes_what_was_complete_already(folder, tmp_path, monkeypatch
     assert not list(tmp_path.glob(".*"))
 
 
-def command(*arguments):
-    return [sys.executable, "-m", "uniprune", *map(str, arguments)]
-
-
-def environment():
-    return os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-
-
 def memory_of(folder, execution):
     """Flags that have the tiny model executed in this way."""
     recipe = Recipe(sparsity="2:4", dtype="float32", steps=3, **SMALL)
     return ("--max-memory", uniprune.plan(str(folder), recipe).memory_streamed) if execution == "streamed" else ()
 
 
-KILLED = [("prune", "resident"), ("prune", "streamed"), ("calibrate", "resident"), ("calibrate", "streamed"), ("apply", "")]
+@pytest.mark.parametrize("case", kills.CASES, ids=" ".join)
+def test_killed_at_any_moment(folder, tmp_path, case):
+    """Again and again; what comes out in the end is what an undisturbed run writes. `make soak` kills a thousand times."""
+    assert kills.survive(kills.Victim(tmp_path, folder, *case), kills=4).kills == 4
 
 
-@pytest.mark.parametrize(("verb", "execution"), KILLED)
-def test_killed_at_any_moment(folder, tmp_path, verb, execution):
-    """SIGKILL at random moments, again and again; what comes out in the end is what an undisturbed run writes.
-
-    UNIPRUNE_KILLS=30 kills more often than every test run has the time for. How long a run takes is measured again and again:
-    machines become slower and faster.
-    """
-    suffix = ".safetensors" if verb == "calibrate" else ""
-    whole, out = tmp_path / f"whole{suffix}", tmp_path / f"out{suffix}"
-    if verb == "apply":
-        uniprune.prune(str(folder), Recipe(sparsity="2:4", controller="none", **SMALL), tmp_path / "pruned")
-        start = command(verb, folder, tmp_path / "pruned" / "pruning" / "masks.safetensors", "--overwrite", "-o")
-    else:
-        settings = "-s", "2:4", "--windows", 16, "--length", 32, "--steps", 12, "--dtype", "float32"
-        start = command(verb, folder, *settings, *memory_of(folder, execution), "--resume", "-o")
-    draw = random.Random(0)
-    began = time.monotonic()
-    subprocess.run([*start, str(whole)], check=True, env=environment(), stdout=subprocess.DEVNULL)
-    takes = time.monotonic() - began
-
-    def run(seconds):
-        """Whether the run ended before it was killed."""
-        process = subprocess.Popen([*start, str(out)], env=environment(), stdout=subprocess.DEVNULL)
-        try:
-            process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-        assert process.wait() in (0, -signal.SIGKILL)
-        return process.returncode == 0
-
-    def compare():
-        for file in [whole] if suffix else sorted(whole.rglob("*.safetensors")):
-            assert (out / file.relative_to(whole)).read_bytes() == file.read_bytes()
-        assert not list(tmp_path.glob(".*"))
-        out.unlink() if suffix else shutil.rmtree(out)
-
-    left = int(os.environ.get("UNIPRUNE_KILLS", 3))
-    while left:
-        new, began = not runs.folder_of(out).exists(), time.monotonic()
-        if run(takes * draw.uniform(0.3, 1.1)):
-            takes = time.monotonic() - began if new else takes
-            compare()
-        else:
-            left -= 1
-            assert not out.exists() or suffix or (out / "pruning.json").is_file()
-    assert run(None)
-    compare()
+def without_looking(*words):
+    """A command that takes the disk to be large enough."""
+    files.check_disk_space = lambda path, needed: None
+    processes.command(*words)
 
 
 @pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="only root may mount a small disk")
@@ -353,36 +304,48 @@ def test_a_full_disk_loses_nothing(folder, tmp_path, execution, size):
     if mounted.returncode:
         pytest.skip("this machine does not let us mount a small disk")
     settings = *memory_of(folder, execution), "-s", "2:4", "--windows", 16, "--length", 32, "--steps", 3, "--dtype", "float32"
-    unchecked = (
-        "import uniprune.artefacts.writer as c; c.check_disk_space = lambda *a: None; import uniprune.cli.main as m; m.main()"
-    )
-    start = [sys.executable, "-c", unchecked, "prune", str(folder), "-o", str(disk / "out"), *map(str, settings), "--resume"]
+    words = "prune", folder, "-o", disk / "out", *settings, "--resume"
     try:
-        failed = subprocess.run(start, check=False, env=environment(), capture_output=True, text=True)
-        assert failed.returncode == 1, failed.stderr
-        assert failed.stderr.startswith("error: ")
-        assert failed.stderr.count("\n") == 1
+        failed = Forked(without_looking, *words).wait()
+        assert failed.code == 1, failed.err
+        assert failed.err.startswith("error: ")
+        assert failed.err.count("\n") == 1
         assert not (disk / "out").exists()
         subprocess.run(["mount", "-o", "remount,size=20M", str(disk)], check=True)
-        subprocess.run(start, check=True, env=environment(), stdout=subprocess.DEVNULL)
+        assert Forked(without_looking, *words).wait().code == 0
         assert (disk / "out" / "pruning.json").is_file()
         assert not list(disk.glob(".*"))
     finally:
         subprocess.run(["umount", str(disk)], check=True)
 
 
+def launched(*words):
+    """What the first of two processes prints that ``torchrun`` started."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "uniprune"]
+    return subprocess.run([*torchrun, *map(str, words)], check=True, capture_output=True, text=True).stdout
+
+
+def forked(*words):
+    """The same, without the seconds that starting them takes."""
+    first, *others = processes.together(2, processes.command, *words)
+    assert [first.code, *(other.code for other in others)] == [0, 0], first.err
+    assert not any(other.out for other in others)
+    return first.out
+
+
 @pytest.mark.parametrize(
-    ("settings", "execution"),
-    [(("--controller", "none"), "resident"), (("--steps", "3"), "resident"), (("--steps", "3"), "streamed")],
+    ("settings", "execution", "start"),
+    [
+        (("--controller", "none"), "resident", launched),
+        (("--steps", "3"), "resident", forked),
+        (("--steps", "3"), "streamed", forked),
+    ],
 )
-def test_two_processes_make_the_masks_of_one(folder, tmp_path, settings, execution):
+def test_two_processes_make_the_masks_of_one(folder, tmp_path, settings, execution, start):
     common = "prune", folder, "-s", "2:4", "--windows", 16, "--length", 32, "--dtype", "float32", *settings
     common += memory_of(folder, execution)
-    subprocess.run(command(*common, "-o", tmp_path / "one"), check=True, env=environment())
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "uniprune"]
-    process = [*launch, *map(str, common), "-o", str(tmp_path / "two"), "--json"]
-    done = subprocess.run(process, check=True, env=environment(), capture_output=True, text=True)
-    assert json.loads(done.stdout)["sparsity"] == 0.5
+    assert Forked(processes.command, *common, "-o", tmp_path / "one").wait().code == 0
+    assert json.loads(start(*common, "-o", tmp_path / "two", "--json"))["sparsity"] == 0.5
     one, two = (uniprune.artefacts.masks.MasksFile(tmp_path / name / "pruning/masks.safetensors") for name in ("one", "two"))
     differing = sum(int((one[name] != two[name]).sum()) for name in one)
     assert differing <= 1e-3 * sum(mask.numel() for mask in one.values())

@@ -2,7 +2,6 @@
 
 import json
 import math
-import multiprocessing
 import os
 import random
 import signal
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from processes import die, said, start, stop, touches
 from uniprune.errors import InputError, MismatchError
 from uniprune.storage import runs
 from uniprune.storage.tensor_store import Store
@@ -20,9 +20,6 @@ from uniprune.storage.tensor_store import Store
 IDENTITY = {"format": 1, "recipe": {"sparsity": 0.5, "targets": ["0.5", "2:4"]}, "model": "a" * 64}
 NAMES = ["model.layers.0.q", "model.layers.0.k", "../../x"]
 Interrupted = KeyboardInterrupt
-
-processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["pytest", "torch", "uniprune.storage.tensor_store"])  # so that a child starts in milliseconds
 
 
 def interrupt(output, work=lambda run: run.commit("sweep", {"done": 1}), identity=IDENTITY, **flags):
@@ -402,30 +399,6 @@ def check(run):
     return store.version
 
 
-def start(work, *arguments):
-    """A process that does ``work(connection, *arguments)``, and the connection to it."""
-    here, there = processes.Pipe()
-    process = processes.Process(target=work, args=(there, *arguments), daemon=True)
-    process.start()
-    there.close()
-    return process, here
-
-
-def stop(process):
-    process.kill()
-    process.join()
-
-
-def said(connection):
-    """All that a process that is no more has sent."""
-    with connection:
-        while True:
-            try:
-                yield connection.recv()
-            except EOFError:
-                return
-
-
 @pytest.fixture
 def quick(monkeypatch):
     """A killed process loses nothing that it has written, so there is no need to wait for the disk."""
@@ -462,17 +435,8 @@ def test_killed_at_random_moments_it_goes_on_from_the_last_commit(tmp_path, quic
 
 def die_at(connection, output, event):
     """A whole run of two versions, killed just before it touches the disk for the ``event``-th time."""
-    os.fsync, left = (lambda handle: None), event
-
-    def watch(name, arguments):
-        nonlocal left
-        reads = name == "open" and arguments[1] in ("r", "rb")
-        if not reads and name in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir"):
-            if left == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-            left -= 1
-
-    sys.addaudithook(watch)
+    os.fsync = lambda handle: None
+    touches(output.parent, lambda count: die() if count == event else None)
     with runs.open_run(output, IDENTITY) as run:
         store = Store(run, "descent")
         connection.send(store.version)
