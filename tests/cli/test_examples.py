@@ -1,10 +1,10 @@
 """Every example runs as its docstring says, on a tiny model."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from processes import Forked, script
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SHOWS = {
@@ -22,8 +22,7 @@ def test_every_example_is_here():
 @pytest.mark.parametrize("name", SHOWS)
 def test_examples_run(folder, tmp_path, name):
     arguments = [folder, tmp_path / "out"][: 1 if name == "own_metric" else 2]
-    command = [sys.executable, EXAMPLES / f"{name}.py", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    done = Forked(script, EXAMPLES / f"{name}.py", *arguments, folder=tmp_path).wait()
+    assert done.code == 0, done.err
     for text in SHOWS[name]:
-        assert text in done.stdout
+        assert text in done.out

@@ -1,14 +1,13 @@
 """Results that can be had again, and what is said when they cannot."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
 
 import uniprune
 from command import run
-from conftest import shared, tiny_model
+from conftest import tiny_model
 from uniprune import Recipe
 from uniprune.evaluation.reproduce import differences, weights_sha256
 
@@ -125,13 +124,3 @@ def test_differences_are_leaf_by_leaf():
     before = {"a": [1, {"b": 2.0}], "c": float("nan"), "versions": {"x": 1}, "only": 1}
     after = {"a": [1, {"b": 2.001}], "c": float("nan"), "versions": {"x": 2}, "new": None}
     assert [(d.what, d.within) for d in differences(before, after)] == [("a[1].b", True), ("only", False)]
-
-
-@pytest.mark.slow
-def test_the_committed_result_is_had_again(smollm2, monkeypatch):
-    """To the last bit on the kind of machine it was recorded on, within 1 % elsewhere."""
-    shared("wikitext2/wiki.test.raw")
-    root = Path(__file__).parents[2]
-    monkeypatch.chdir(root)  # the text's path is relative
-    found = uniprune.check(root / "benchmarks" / "results" / "check.json", str(smollm2), device="cpu")
-    assert found.reproduced, found.differences

@@ -1,21 +1,16 @@
 """One model spread over several processes, against the same model streamed from disk and against one process.
 
-The processes are started once for many tests (each start takes seconds); what they found lies in files. Run as a script, this
-module is what they do.
+The processes are started once for many tests; what they found lies in files.
 """
 
-import faulthandler
 import json
-import os
-import subprocess
-import sys
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 import torch
 
 import families
+import processes
 import uniprune
 from conftest import VOCABULARY, Stopped, Stops, tiny_model
 from uniprune import Recipe
@@ -35,7 +30,6 @@ from uniprune.storage import runs
 
 CPU = torch.device("cpu")
 PROCESSES = 2
-TIMEOUT = 300  # seconds
 WINDOWS = 8  # one of which is held out: only one process has a window to judge
 MODELS = {
     "tied": {"num_hidden_layers": 5, "tie_word_embeddings": True},
@@ -69,8 +63,7 @@ def prune(folders, way, output, execution, **more):
 # ---------------------------------------------------------------------------------------------------- one process of many
 
 
-def work(folders: Path, out: Path) -> None:
-    faulthandler.dump_traceback_later(TIMEOUT, exit=True)  # processes that do not meet wait for each other
+def work(folders, out):
     with distributed.joined(CPU):
         order = recorded(Sharder)
         found = {name: parts(folders / name) for name in MODELS}
@@ -140,11 +133,8 @@ def folders(tmp_path_factory, tokenizer):
 def out(folders, tmp_path_factory):
     """What the processes wrote."""
     path = tmp_path_factory.mktemp("out")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={PROCESSES}"]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    process = [*command, __file__, str(folders), str(path)]
-    done = subprocess.run(process, check=False, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    for done in processes.together(PROCESSES, work, folders, path):
+        assert done.code == 0, done.err
     return path
 
 
@@ -250,7 +240,3 @@ def test_processes_choose_by_the_one_with_least_memory(monkeypatch, tmp_path):
     other = iter([False, True])  # the whole model does not fit there, a half does
     monkeypatch.setattr(distributed, "total_of", lambda value: value + next(other))
     assert choose(loading.Origin("m", tmp_path), needs, RunOptions(max_memory=2000), CPU) == "sharded"
-
-
-if __name__ == "__main__":
-    work(Path(sys.argv[1]), Path(sys.argv[2]))
