@@ -4,7 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-lowest test-highest fuzz check format bench models reference screenshots findings clean
+# A process that may not keep what it compiles spends more on its imports than most tests on their work.
+unexport PYTHONDONTWRITEBYTECODE
+
+.PHONY: demo test soak test-lowest test-highest check format bench models reference screenshots findings clean
 
 # torch first, at the pinned version: a plain `torch` can pull several GB of CUDA packages.
 # --no-compile: Python compiles what is imported, which is little of it.
@@ -20,12 +23,14 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)
 	HF_HUB_OFFLINE=1 $(BIN)/python examples/demo.py
 
+# A file of tests stays in one process: what it sets up for several of its tests is set up once.
 test: $(READY)
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile --durations 10
 
-# 100,000 mutated files for every reader: a few minutes. Rewrites benchmarks/results/fuzz.json; what it finds stays in tests/corpus.
-fuzz: $(READY)
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 nice $(BIN)/python benchmarks/fuzz.py
+# What `make test` does a few times, by the thousand: kills, mutated files, examples. About an hour, by hand. Rewrites
+# benchmarks/results/soak.json; the files that do harm stay in tests/corpus.
+soak: $(READY)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 nice $(BIN)/python benchmarks/soak.py
 
 # The quick tests with the lowest and the highest versions of what we depend on, each in an environment of its own. Another
 # Python: make test-lowest PYTHON=python3.10

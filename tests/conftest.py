@@ -12,11 +12,18 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedTokenizerFast
 
+import brief
 import processes
 from uniprune import Loaded
 from uniprune.data.text import read
+
+# Machines are busy, so nothing is too slow. The suite tries the same few examples each time, `make soak` many others.
+settings.register_profile("test", max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+settings.register_profile("soak", settings.get_profile("test"), max_examples=2000, derandomize=False)
+settings.load_profile("test")
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 VOCABULARY = 512
@@ -44,8 +51,7 @@ def tiny_model(family: str = "llama", **changes: object) -> torch.nn.Module:
     return AutoModelForCausalLM.from_config(tiny_config(family, **changes)).eval().requires_grad_(False)
 
 
-@pytest.fixture(scope="session")
-def tokenizer() -> PreTrainedTokenizerFast:
+def train_tokenizer() -> PreTrainedTokenizerFast:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     inner = Tokenizer(models.BPE())
@@ -59,14 +65,23 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>")
 
 
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
-    """A checkpoint folder in bfloat16, in several shards. Tests read it and never write into it."""
-    path = tmp_path_factory.mktemp("tiny") / "model"
+def write_folder(path: Path, tokenizer: PreTrainedTokenizerFast | None = None) -> Path:
+    """A checkpoint folder in bfloat16, in several shards."""
     tiny_model().to(torch.bfloat16).save_pretrained(path, max_shard_size="20KB")
-    tokenizer.save_pretrained(path)
+    (tokenizer or train_tokenizer()).save_pretrained(path)
     assert len(list(path.glob("*.safetensors"))) > 1
     return path
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return train_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
+    """A checkpoint folder. Tests read it and never write into it."""
+    return write_folder(tmp_path_factory.mktemp("tiny") / "model", tokenizer)
 
 
 @pytest.fixture
@@ -150,6 +165,8 @@ class Stops:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def no_process_is_left():
+def quick():
+    """A short text by default; and the process that others are forked from does not outlive the tests."""
+    brief.shorten()
     yield
     processes.end()

@@ -1,7 +1,7 @@
 """Mutated files for every reader of ours: whatever a file holds, a reader gives a result or an error of ours, at once.
 
 The files are small and valid before they are mutated: bits flip, pieces go, come and move, sizes become absurd, JSON inside
-gets other values, names and types. Checksums that an attacker would set right are set right. ``make fuzz`` runs 100,000 cases,
+gets other values, names and types. Checksums that an attacker would set right are set right. ``make soak`` runs 100,000 cases,
 the suite a few thousand; a file that ever did harm stays in ``tests/corpus``.
 """
 
@@ -45,7 +45,8 @@ from uniprune.reporting.summary import summarise
 from uniprune.storage import runs, safetensors_index
 from uniprune.storage.tensor_store import Store
 
-SECONDS = 5.0  # that a case may take
+SECONDS = 5.0  # of processor time that a case may take: machines are busy
+PATIENCE = 60.0  # seconds, whatever it does in them
 MEMORY = 256 << 20  # bytes of addresses that a case may take on top of what the process has; the files have some thousands
 SHAPE = (8, 16)
 NAMES = ("model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj")
@@ -59,7 +60,7 @@ VALUES: tuple[Any, ...] = (
 
 
 class Hang(BaseException):
-    """More than SECONDS; no ``except Exception`` of a reader may take it for a damaged file."""
+    """More than SECONDS, or PATIENCE; no ``except Exception`` of a reader may take it for a damaged file."""
 
 
 @dataclass
@@ -425,16 +426,17 @@ def guarded() -> Iterator[None]:
     """Inside ``with``, the process may take MEMORY bytes of addresses more than it has, and alarms end what hangs."""
 
     def stop(*_: Any) -> None:
-        raise Hang(f"more than {SECONDS} s")
+        raise Hang(f"more than {SECONDS} s of processor time, or {PATIENCE} s")
 
     (pages,) = (int(Path("/proc/self/statm").read_text().split()[0]),)
     limits = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MEMORY, limits[1]))
-    previous = signal.signal(signal.SIGALRM, stop)
+    previous = {alarm: signal.signal(alarm, stop) for alarm in (signal.SIGPROF, signal.SIGALRM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGALRM, previous)
+        for alarm, handler in previous.items():
+            signal.signal(alarm, handler)
         resource.setrlimit(resource.RLIMIT_AS, limits)
 
 
@@ -452,7 +454,8 @@ def attempt(folder: Path, reader: Reader, content: bytes) -> tuple[bool, str | N
     """Whether the reader refused the file, and what went wrong if it neither read nor refused it, nor left its folder alone."""
     path = place_of(folder, reader, content)
     refused, problem = False, None
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
+    signal.setitimer(signal.ITIMER_REAL, PATIENCE)
     try:
         reader.read(path)
     except UniPruneError as error:
@@ -463,6 +466,7 @@ def attempt(folder: Path, reader: Reader, content: bytes) -> tuple[bool, str | N
         frame = traceback.extract_tb(error.__traceback__)[-1]
         problem = f"{type(error).__name__} in {Path(frame.filename).name}:{frame.name}: {str(error)[:200]}"
     finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
         signal.setitimer(signal.ITIMER_REAL, 0)
     left = [*folder.glob(".partial-*"), *folder.glob("work/*/.partial-*"), *(folder / "x", folder.parent / "x")]
     if found := [item for item in left if item.exists()]:

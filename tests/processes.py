@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 from torch.distributed import TCPStore
 
+import brief
 import uniprune
 
 TIMEOUT = 600  # seconds, after which processes that wait for each other say where, and end
@@ -101,6 +102,7 @@ def _begin(
         os.dup2(os.open(written / name, os.O_WRONLY | os.O_CREAT), handle)
     os.chdir(folder)
     os.environ.update(environment)
+    brief.shorten()
     work(*arguments)
 
 
@@ -117,6 +119,12 @@ def script(path: Path, *words: Any) -> None:
     sys.argv = [str(path), *map(str, words)]
     sys.path[0] = str(path.parent)
     runpy.run_path(str(path), run_name="__main__")
+
+
+def module(name: str, *words: Any) -> None:
+    """A module, as ``python -m name words`` runs it."""
+    sys.argv = [name, *map(str, words)]
+    runpy.run_module(name, run_name="__main__", alter_sys=True)
 
 
 def together(count: int, work: Callable[..., Any], *arguments: Any) -> list[Done]:

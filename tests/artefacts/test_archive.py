@@ -11,7 +11,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
@@ -264,7 +264,6 @@ def recode(raw, word):
     return layout, pieces
 
 
-@settings(max_examples=200, deadline=None)
 @given(
     st.sampled_from(sorted(archive_codec.WORDS)),
     st.lists(st.one_of(st.just(0), st.integers(0, 2**64 - 1)), min_size=1, max_size=200),
@@ -286,7 +285,6 @@ def test_all_patterns_of_bfloat16_come_back(zeros):
         assert bits[0x8000] == 1, "-0.0 is a weight, not a zero"
 
 
-@settings(max_examples=100, deadline=None)
 @given(st.integers(1, 9), st.floats(0, 1), st.integers(0, 2**32 - 1))
 def test_masks_and_words_are_compared_bit_by_bit(count, same, seed):
     generator = np.random.default_rng(seed)

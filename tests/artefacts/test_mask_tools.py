@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -27,7 +27,6 @@ from uniprune.sparsity.patterns import NM, Tiled, Unstructured
 
 DOCS = Path(__file__).parents[2] / "docs" / "masks.md"
 PATTERNS = [NM(2, 4), NM(1, 4), NM(7, 16), *(Unstructured(0.37, scope) for scope in ("row", "matrix", "model"))]
-QUICK = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def write(path, masks, pattern="any", seed="0", changes=None):
@@ -158,7 +157,6 @@ COMPOSED = [
 
 
 @pytest.mark.parametrize("pattern", COMPOSED, ids=str)
-@QUICK
 @given(seed=st.integers(0, 1000), row=st.integers(0, 7), column=st.integers(0, 31))
 def test_budgets_tiles_and_rules_are_verified_and_any_one_bit_breaks_them(tmp_path, pattern, seed, row, column):
     generator = torch.Generator().manual_seed(seed)
@@ -324,7 +322,6 @@ def test_files_without_masks_with_others_or_with_loose_bits_are_refused(tmp_path
             mask_tools.stats(path)
 
 
-@QUICK
 @given(st.data())
 def test_flipped_bits_and_cuts_never_raise_anything_else(tmp_path, data):
     path = write(tmp_path / "m.safetensors", random_masks(), "0.5 by model")
@@ -342,7 +339,6 @@ def test_flipped_bits_and_cuts_never_raise_anything_else(tmp_path, data):
 # -------------------------------------------------------------------------------------------------- compare and combine
 
 
-@QUICK
 @given(st.integers(1, 5), st.integers(1, 19), st.integers(2, 4), st.integers(0, 999), st.sampled_from([0.0, 0.3, 0.8, 1.0]))
 def test_set_algebra(tmp_path, rows, columns, count, seed, keep):
     all_masks = [random_masks(seed + i, (rows, columns), keep=keep if i else 0.5) for i in range(count)]

@@ -44,18 +44,16 @@ def blocks(page):
     return re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
 
 
-@pytest.fixture
-def place(folder, tmp_path, monkeypatch):
-    """A working directory that has what the documents speak of, and a hub cache with the models that they name."""
+@pytest.fixture(scope="module")
+def furnished(folder, tmp_path_factory):
+    """A working directory that has what the documents speak of, and beside it a hub cache with the models that they name."""
+    path = tmp_path_factory.mktemp("docs")
     for name in HUB:
-        repository = tmp_path / "hub" / ("models--" + name.replace("/", "--"))
+        repository = path / "hub" / ("models--" + name.replace("/", "--"))
         shutil.copytree(folder, repository / "snapshots" / "0")
         (repository / "refs").mkdir()
         (repository / "refs" / "main").write_text("0")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    for name in ("c4", "wikitext2"):
-        monkeypatch.setitem(text.NAMED, name, text.NAMED["builtin"])
-    work = tmp_path / "work"
+    work = path / "work"
     shutil.copytree(folder, work / "MODEL")
     prose = text.read("builtin", "calibration")[:200_000]
     for name in ("corpus.txt", "evaluation.txt"):
@@ -64,12 +62,23 @@ def place(folder, tmp_path, monkeypatch):
     for name in ("piqa", "arc_easy", "questions", "my_questions"):
         (work / f"{name}.jsonl").write_text(json.dumps(ROWS["arc" if name == "arc_easy" else "piqa"]) + "\n")
     (work / "recipe.yaml").write_text("sparsity: 2:4\ntuning:\n  batch_tokens: 64\n")
-    monkeypatch.chdir(work)
-    small = {"windows": 2, "length": 32, "controller": "none"}
-    uniprune.prune("MODEL", Recipe(sparsity="2:4", **small), Path("pruned"))
-    uniprune.calibrate("MODEL", Recipe(**small), Path("scores.safetensors"))
-    uniprune.mask(Path("scores.safetensors"), "2:4", Path("masks.safetensors"))
-    return work
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(work)
+        small = {"windows": 2, "length": 32, "controller": "none"}
+        uniprune.prune("MODEL", Recipe(sparsity="2:4", **small), Path("pruned"))
+        uniprune.calibrate("MODEL", Recipe(**small), Path("scores.safetensors"))
+        uniprune.mask(Path("scores.safetensors"), "2:4", Path("masks.safetensors"))
+    return path
+
+
+@pytest.fixture
+def place(furnished, tmp_path, monkeypatch):
+    """Such a directory, of the test's own."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(furnished / "hub"))
+    for name in ("c4", "wikitext2"):
+        monkeypatch.setitem(text.NAMED, name, text.NAMED["builtin"])
+    shutil.copytree(furnished / "work", tmp_path / "work")
+    monkeypatch.chdir(tmp_path / "work")
 
 
 def runnable(command):

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from uniprune.data import text
 from uniprune.data.text import load_windows, read, save_windows
 from uniprune.errors import InputError
 
@@ -76,7 +77,8 @@ def test_wikitext_raw_rows_are_those_of_datasets(tmp_path):
     assert read(file, "evaluation") == "\n\n = Title = \n\n\n\n\n Text @-@ here \n"
 
 
-def test_builtin_parts_are_disjoint():
+def test_builtin_parts_are_disjoint(monkeypatch):
+    monkeypatch.setitem(text.NAMED, "builtin", text._builtin)  # the whole of it
     calibration, evaluation = read("builtin", "calibration"), read("builtin", "evaluation")
     assert len(evaluation) > 50_000
     assert len(calibration) > 200_000

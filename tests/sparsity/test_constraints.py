@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from uniprune.errors import InputError
@@ -38,7 +38,6 @@ def ruled(base, *rules):
     return Ruled(base, tuple(map(Rule.parse, rules)))
 
 
-@settings(max_examples=100, deadline=None)
 @given(st.integers(0, 10), st.floats(0.3, 0.6), st.sampled_from(["model", "block"]), st.floats(0, 0.3), st.floats(0.6, 1))
 def test_floors_and_ceilings_hold_and_the_total_is_exact(seed, sparsity, scope, floor, ceiling):
     sparsity, span = round(sparsity, 3), f"{floor:.3f}..{ceiling:.3f}"
@@ -53,7 +52,6 @@ def test_floors_and_ceilings_hold_and_the_total_is_exact(seed, sparsity, scope, 
         assert sum(gone(masks)[name] for name in names) == math.floor(sparsity * total({n: SHAPES[n] for n in names}) + 1e-9)
 
 
-@settings(max_examples=60, deadline=None)
 @given(st.integers(0, 10), st.floats(0.2, 0.8), st.floats(0.2, 0.8))
 def test_masks_are_nested_under_the_same_rules(seed, one, other):
     few, many = sorted((round(one, 3), round(other, 3)))
@@ -123,7 +121,6 @@ ALLOWED = {
 }
 
 
-@settings(max_examples=60, deadline=None)
 @given(st.integers(0, 20), st.sampled_from(list(ALLOWED)), st.floats(0.26, 0.49))
 def test_mixed_totals_are_met_within_one_group(seed, allowed, sparsity):
     pattern = Mixed(round(sparsity, 3), ALLOWED[allowed])

@@ -4,7 +4,7 @@ from itertools import combinations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from uniprune.errors import InputError
@@ -51,7 +51,6 @@ def test_ties_go_to_the_lower_index(size):
     assert top(mixed, half)[0].nonzero().flatten().tolist() == [*range(half - 1), size - 1]
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     st.lists(st.lists(st.integers(-3, 3), min_size=6, max_size=6), min_size=1, max_size=6),
     st.sampled_from([0.0, 0.1, 0.3, 0.5, 0.77, 1.0]),

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from uniprune.errors import InputError
@@ -42,7 +42,6 @@ def by_sorting(saliency, keep, bounds):
     return chosen
 
 
-@settings(max_examples=400, deadline=None)
 @given(scores_lists, st.data())
 def test_equals_a_full_sort_within_bounds(lists, data):
     saliency = {f"m{i}": torch.tensor(values)[None] for i, values in enumerate(lists)}
@@ -57,7 +56,6 @@ def test_equals_a_full_sort_within_bounds(lists, data):
     assert kept == by_sorting(saliency, keep, bounds)
 
 
-@settings(max_examples=100, deadline=None)
 @given(scores_lists, st.data())
 def test_smaller_budgets_are_nested_in_larger_ones(lists, data):
     saliency = {f"m{i}": torch.tensor(values)[None] for i, values in enumerate(lists)}
