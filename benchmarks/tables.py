@@ -345,6 +345,19 @@ def fuzz(results: dict[str, Any]) -> str:
     return table(["reader", "mutated files", "refused", "failures", "slowest, ms"], lines) + f"\n\n{grown}"
 
 
+def kills(results: dict[str, Any]) -> str:
+    """Kills and ends by command."""
+    lines = [[r["command"], r["moments"], str(r["kills"]), str(r["ends"])] for r in results["rows"]]
+    lines.append(["all", "", f"{results['kills']:,}", str(sum(r["ends"] for r in results["rows"]))])
+    return table(["command", "moments", "kills", "ends, all with the right bytes"], lines)
+
+
+def examples(results: dict[str, Any]) -> str:
+    """How many properties were tried on how many examples."""
+    failures = len(results["failures"])
+    return f"{results['properties']} properties, up to {results['examples_each']:,} examples each: {failures} failures."
+
+
 def decoder(results: dict[str, Any]) -> str:
     """Speeds of whole decoder passes beside those of their products alone."""
     products = {(r["batch"], r["sparsity"]): r for r in results["smollm2"]["results"] if r["kernel"] == "CSR"}
@@ -370,10 +383,14 @@ def main() -> None:
         quality = Quality(results["rows"])
         names = ("perplexities", "gaps", "shared", "transfer", "costs", "seeds")
         sections = {name: getattr(quality, name)() for name in names} | {"whole": Quality(results["whole"]).whole()}
-    writers = {"page": page, "ablations": ablations, "peer": peer, "zeroshot": zeroshot, "speed": speed, "fuzz": fuzz}
+    writers = {"page": page, "ablations": ablations, "peer": peer, "zeroshot": zeroshot, "speed": speed}
     for name, write in writers.items():
         if results := load(name):
             sections[name] = write(results)
+    soak = load("soak")
+    for name, part, write in (("fuzz", "files", fuzz), ("kills", "kills", kills), ("examples", "examples", examples)):
+        if part in soak:
+            sections[name] = write(soak[part])
     if results := load("budget"):
         sections |= {"constraints": constraints(results), "budgets": budgets(results)}
     if results := load("bench"):

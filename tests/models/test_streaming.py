@@ -21,6 +21,7 @@ from uniprune.controller.loss import Loss
 from uniprune.controller.mirror_descent import MirrorDescent
 from uniprune.controller.passes import Resident, Streamed
 from uniprune.controller.straight_through import StraightThrough
+from uniprune.data import text
 from uniprune.errors import InputError, MismatchError, UniPruneError
 from uniprune.job.estimate import Needs, Work, needs
 from uniprune.job.options import RunOptions
@@ -342,8 +343,9 @@ def forked(*words):
     ],
 )
 def test_two_processes_make_the_masks_of_one(folder, tmp_path, settings, execution, start):
+    (tmp_path / "text.txt").write_text(text.read("builtin", "calibration"))  # torchrun's processes know of no shorter one
     common = "prune", folder, "-s", "2:4", "--windows", 16, "--length", 32, "--dtype", "float32", *settings
-    common += memory_of(folder, execution)
+    common += "--text", tmp_path / "text.txt", *memory_of(folder, execution)
     assert Forked(processes.command, *common, "-o", tmp_path / "one").wait().code == 0
     assert json.loads(start(*common, "-o", tmp_path / "two", "--json"))["sparsity"] == 0.5
     one, two = (uniprune.artefacts.masks.MasksFile(tmp_path / name / "pruning/masks.safetensors") for name in ("one", "two"))
