@@ -15,8 +15,8 @@ import torch
 from hypothesis import HealthCheck, settings
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedTokenizerFast
 
-import brief
 import processes
+import quick
 from uniprune import Loaded
 from uniprune.data.text import read
 
@@ -165,8 +165,8 @@ class Stops:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def quick():
-    """A short text by default; and the process that others are forked from does not outlive the tests."""
-    brief.shorten()
+def nothing_is_waited_for():
+    """And the process that others are forked from does not outlive the tests."""
+    quick.without_waiting()
     yield
     processes.end()

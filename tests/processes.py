@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from torch.distributed import TCPStore
 
-import brief
+import quick
 import uniprune
 
 TIMEOUT = 600  # seconds, after which processes that wait for each other say where, and end
@@ -102,7 +102,7 @@ def _begin(
         os.dup2(os.open(written / name, os.O_WRONLY | os.O_CREAT), handle)
     os.chdir(folder)
     os.environ.update(environment)
-    brief.shorten()
+    quick.without_waiting()
     work(*arguments)
 
 

@@ -399,14 +399,7 @@ def check(run):
     return store.version
 
 
-@pytest.fixture
-def quick(monkeypatch):
-    """A killed process loses nothing that it has written, so there is no need to wait for the disk."""
-    monkeypatch.setattr("os.fsync", lambda handle: None)
-
-
 def go_on_forever(connection, output):
-    os.fsync = lambda handle: None
     with runs.open_run(output, IDENTITY, resume=True) as run:
         store = Store(run, "descent")
         while True:
@@ -414,7 +407,7 @@ def go_on_forever(connection, output):
             step(store)
 
 
-def test_killed_at_random_moments_it_goes_on_from_the_last_commit(tmp_path, quick):
+def test_killed_at_random_moments_it_goes_on_from_the_last_commit(tmp_path):
     moments = random.Random(0)
     version = 0
     for _ in range(12):
@@ -435,7 +428,6 @@ def test_killed_at_random_moments_it_goes_on_from_the_last_commit(tmp_path, quic
 
 def die_at(connection, output, event):
     """A whole run of two versions, killed just before it touches the disk for the ``event``-th time."""
-    os.fsync = lambda handle: None
     touches(output.parent, lambda count: die() if count == event else None)
     with runs.open_run(output, IDENTITY) as run:
         store = Store(run, "descent")
@@ -446,7 +438,7 @@ def die_at(connection, output, event):
     connection.send("done")
 
 
-def test_killed_at_every_single_moment_it_goes_on_from_the_last_commit(tmp_path, quick):
+def test_killed_at_every_single_moment_it_goes_on_from_the_last_commit(tmp_path):
     messages, events = [], 0
     while messages[-1:] != ["done"]:
         output = tmp_path / str(events) / "out"
@@ -505,7 +497,6 @@ def test_a_run_is_held_until_the_last_of_it_is_deleted(tmp_path, monkeypatch):
 
 def come_and_go(connection, output):
     """Runs one after the other; the file ``inside`` is there as long as one works."""
-    os.fsync = lambda handle: None
     inside, count = output.with_name("inside"), 0
     while count < 50:
         try:
