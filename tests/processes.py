@@ -121,12 +121,6 @@ def script(path: Path, *words: Any) -> None:
     runpy.run_path(str(path), run_name="__main__")
 
 
-def module(name: str, *words: Any) -> None:
-    """A module, as ``python -m name words`` runs it."""
-    sys.argv = [name, *map(str, words)]
-    runpy.run_module(name, run_name="__main__", alter_sys=True)
-
-
 def together(count: int, work: Callable[..., Any], *arguments: Any) -> list[Done]:
     """How so many processes ended that each did ``work(*arguments)``, and talked to each other as those of ``torchrun``."""
     store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)

@@ -62,7 +62,7 @@ def test_every_dtype_batch_and_level_is_measured_and_dense_products_race_too():
     for result in results:
         assert result.rounds >= timing.ROUNDS
         assert 0 < result.low <= result.speedup <= result.high
-        assert 0 < result.seconds < 1
+        assert result.seconds > 0
 
 
 @dataclass(frozen=True)
