@@ -25,7 +25,7 @@ demo: $(READY)
 
 # A file of tests stays in one process: what it sets up for several of its tests is set up once.
 test: $(READY)
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile --durations 10
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 10
 
 # What `make test` does a few times, by the thousand: kills, mutated files, examples. About an hour, by hand. Rewrites
 # benchmarks/results/soak.json; the files that do harm stay in tests/corpus.

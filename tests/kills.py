@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import processes
 import uniprune
-from processes import Done, Forked, command, die, touches
+from processes import Done, Forked, die, touches
 from uniprune import Recipe
 from uniprune.storage import runs
 
@@ -26,25 +27,25 @@ class Victim:
 
     place: Path
     folder: Path
-    verb: str
+    command: str
     execution: str
 
     def __post_init__(self) -> None:
-        suffix = ".safetensors" if self.verb == "calibrate" else ""
+        suffix = ".safetensors" if self.command == "calibrate" else ""
         self.whole, self.out = self.place / f"whole{suffix}", self.place / f"out{suffix}"
-        if self.verb == "apply":
+        if self.command == "apply":
             recipe = Recipe(sparsity="2:4", controller="none", **SMALL)
             uniprune.prune(str(self.folder), recipe, self.place / "pruned")
-            self.words = [self.verb, self.folder, self.place / "pruned" / "pruning" / "masks.safetensors", "--overwrite"]
+            self.words = [self.command, self.folder, self.place / "pruned" / "pruning" / "masks.safetensors", "--overwrite"]
         else:
             recipe = Recipe(sparsity="2:4", **SMALL)
             flags = [word for flag, value in SMALL.items() for word in (f"--{flag}", value)]
             if self.execution == "streamed":
                 flags += ["--max-memory", uniprune.plan(str(self.folder), recipe).memory_streamed]
-            self.words = [self.verb, self.folder, "-s", "2:4", *flags, "--resume"]
+            self.words = [self.command, self.folder, "-s", "2:4", *flags, "--resume"]
 
     def run(self, output: Path, moment: int | None = None, seconds: float | None = None) -> Done:
-        """Runs it, and kills it when it is about to change the disk for the ``moment``-th time, or after so many seconds."""
+        """Runs it, and kills it when it is about to change the disk for the ``moment``-th time, or after ``seconds``."""
         return Forked(_run, self.place, moment, [*self.words, "-o", output]).wait(seconds)
 
     def compare(self) -> None:
@@ -67,7 +68,7 @@ def _run(place: Path, moment: int | None, words: list[Any]) -> None:
 
     touches(place, touched)
     try:
-        command(*words)
+        processes.command(*words)
     finally:
         sys.stderr.write(f"{count}\n")
 
@@ -80,7 +81,7 @@ class Outcome(NamedTuple):
 
 
 def survive(victim: Victim, kills: int, seed: int = 0, timed: bool = False) -> Outcome:
-    """Kills it so often, just before random changes of the disk or, ``timed``, after random times; then lets it end."""
+    """Kills it ``kills`` times, just before random changes of the disk or, ``timed``, after random times; then lets it end."""
     began = time.monotonic()
     done = victim.run(victim.whole)
     takes = time.monotonic() - began

@@ -83,11 +83,11 @@ class Forked:
     def __init__(self, work: Callable[..., Any], *arguments: Any, folder: Path | None = None, **environment: str):
         self.written = tempfile.TemporaryDirectory()
         where = Path(self.written.name), folder or Path.cwd()
-        self.process = context.Process(target=_begin, args=(*where, environment, work, arguments))
+        self.process = context.Process(target=_begin, args=(*where, environment, work, arguments), daemon=True)
         self.process.start()
 
     def wait(self, seconds: float | None = None) -> Done:
-        """Until it ends, or is killed after so many seconds."""
+        """Until it ends, or is killed after ``seconds``."""
         self.process.join(seconds)
         stop(self.process)
         assert self.process.exitcode is not None
@@ -122,7 +122,7 @@ def script(path: Path, *words: Any) -> None:
 
 
 def together(count: int, work: Callable[..., Any], *arguments: Any) -> list[Done]:
-    """How so many processes ended that each did ``work(*arguments)``, and talked to each other as those of ``torchrun``."""
+    """How ``count`` processes ended that each did ``work(*arguments)``, and talked to each other as those of ``torchrun``."""
     store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     group = {"TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_USE_AGENT_STORE": "True", "WORLD_SIZE": str(count)}
     group |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port)}

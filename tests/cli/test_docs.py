@@ -73,12 +73,14 @@ def furnished(folder, tmp_path_factory):
 
 @pytest.fixture
 def place(furnished, tmp_path, monkeypatch):
-    """Such a directory, of the test's own."""
+    """Such a directory, of the test's own; a few windows are enough for what asks for no number."""
+    monkeypatch.setattr("uniprune.job.prepare.WINDOWS", 16)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(furnished / "hub"))
     for name in ("c4", "wikitext2"):
         monkeypatch.setitem(text.NAMED, name, text.NAMED["builtin"])
     shutil.copytree(furnished / "work", tmp_path / "work")
     monkeypatch.chdir(tmp_path / "work")
+    return tmp_path / "work"
 
 
 def runnable(command):
