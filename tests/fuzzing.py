@@ -35,7 +35,7 @@ from uniprune.artefacts.scores import ScoresFacts, write_scores
 from uniprune.data import tasks, text
 from uniprune.entrypoints import mask as entry_mask
 from uniprune.entrypoints import prune as entry_prune
-from uniprune.errors import UniPruneError
+from uniprune.errors import LONGEST, UniPruneError
 from uniprune.evaluation import reproduce
 from uniprune.job.recipe import Recipe
 from uniprune.models import checkpoint, loading
@@ -460,7 +460,7 @@ def attempt(folder: Path, reader: Reader, content: bytes) -> tuple[bool, str | N
         reader.read(path)
     except UniPruneError as error:
         refused = True
-        if "\n" in str(error) or len(str(error)) > 2000:
+        if "\n" in str(error) or len(str(error)) > LONGEST:
             problem = f"its message is no line: {str(error)[:200]!r}"
     except (Exception, Hang) as error:
         frame = traceback.extract_tb(error.__traceback__)[-1]

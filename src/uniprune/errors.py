@@ -7,9 +7,18 @@ UniPruneError           anything this package raises on purpose; the CLI exits w
 
 from __future__ import annotations
 
+LONGEST = 2000  # characters of a message
+
 
 class UniPruneError(Exception):
-    """Base class of every error that this package raises on purpose."""
+    """Base class of every error that this package raises on purpose.
+
+    Messages show values that files and callers gave; the middle of one that would be longer than LONGEST is left out.
+    """
+
+    def __init__(self, message: object = "") -> None:
+        text = str(message)
+        super().__init__(text if len(text) <= LONGEST else f"{text[: LONGEST - 500]} ... {text[-400:]}")
 
 
 class InputError(UniPruneError):
