@@ -92,3 +92,10 @@ def test_tasks_are_answered_in_order(tokenizer):
         for together, question in zip(found.scores, questions, strict=True):
             (alone,) = score(model, [question])
             assert [one.nats for one in together] == pytest.approx([one.nats for one in alone], abs=1e-4)
+
+
+def test_a_broken_model_has_no_accuracy(monkeypatch):
+    """Of scores that are no numbers the first would be the best: with the right choice first, 100 %."""
+    task = Task("t", "piqa", (choices("yes", "no", gold=0),))
+    with pytest.raises(InputError, match="not finite"):
+        asked(monkeypatch, task, [[math.nan, math.nan]])

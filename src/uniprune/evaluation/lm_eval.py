@@ -7,10 +7,14 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from uniprune.errors import InputError, first_line
+from uniprune.evaluation.perplexity import NOT_FINITE
+from uniprune.models.blocks import device_of
 from uniprune.models.loading import Loaded
 
-BATCH = 8
+BATCH, PROBE = 8, 16  # rows at a time; tokens on which a model is tried
 
 
 class Harness:
@@ -36,10 +40,17 @@ class Harness:
         return importlib.metadata.version("lm_eval")
 
     def run(self, loaded: Loaded, limit: int | None = None) -> dict[str, dict[str, float]]:
-        """Task -> metric -> value, standard errors as ``<metric>_stderr``; the first ``limit`` rows of each task."""
+        """Task -> metric -> value, standard errors as ``<metric>_stderr``; the first ``limit`` rows of each task.
+
+        Raises InputError for a model whose logits are not finite: the harness counts its first choices as right.
+        """
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
 
+        with torch.no_grad():
+            logits = loaded.model(input_ids=torch.arange(PROBE, device=device_of(loaded.model))[None], use_cache=False).logits
+        if not bool(torch.isfinite(logits).all()):
+            raise InputError(NOT_FINITE)
         model = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=BATCH)
         found = simple_evaluate(model, tasks=self._names, limit=limit, task_manager=self._manager, log_samples=False)
         return {task: _numbers(values) for task, values in found["results"].items()}

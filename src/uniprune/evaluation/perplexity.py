@@ -16,6 +16,8 @@ from uniprune.errors import InputError
 from uniprune.models.blocks import batches, device_of
 from uniprune.models.loading import dtype_name
 
+NOT_FINITE = "the model's loss is not finite: it overflows, or its weights are broken; try --dtype float32 or bfloat16"
+
 
 @dataclass(frozen=True)
 class Perplexity:
@@ -47,9 +49,7 @@ def perplexity(model: nn.Module, windows: Windows, progress: Progress = silent) 
     nats, tokens = sum(losses), count * (length - 1)
     dtype = dtype_name(next(model.parameters()).dtype)
     if not math.isfinite(nats):
-        raise InputError(
-            "the model's loss is not finite: it overflows, or its weights are broken; try --dtype float32 or bfloat16"
-        )
+        raise InputError(NOT_FINITE)
     error = standard_error([loss / (length - 1) for loss in losses])
     value = math.exp(nats / tokens) if nats / tokens < 700 else math.inf
     return Perplexity(value, nats, error, tokens, count, length, length, dtype, windows.describe())

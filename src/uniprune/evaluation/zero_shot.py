@@ -14,6 +14,7 @@ from uniprune.common.progress import Progress, silent
 from uniprune.common.significance import mcnemar, standard_error
 from uniprune.data.tasks import Question, Task
 from uniprune.errors import InputError
+from uniprune.evaluation.perplexity import NOT_FINITE
 from uniprune.evaluation.results import Compared, TaskResult
 from uniprune.evaluation.scoring import Score, Tokens, encode, score
 
@@ -73,8 +74,15 @@ def tokenise(task: Task, tokenizer: Any, limit: int) -> list[list[Tokens]]:
 def answer(
     model: nn.Module, tasks: Sequence[Task], tokens: Sequence[Sequence[Sequence[Tokens]]], progress: Progress = silent
 ) -> list[Answers]:
-    """What a model answers to the questions of several tasks, given as :func:`tokenise` makes them for it, task by task."""
-    scores = iter(score(model, [question for questions in tokens for question in questions], progress))
+    """What a model answers to the questions of several tasks, given as :func:`tokenise` makes them for it, task by task.
+
+    Raises InputError if a log-likelihood is not a number: the first choice would count as the best, and where it is the right
+    one a broken model would be perfect.
+    """
+    found = score(model, [question for questions in tokens for question in questions], progress)
+    if any(math.isnan(choice.nats) for choices in found for choice in choices):
+        raise InputError(NOT_FINITE)
+    scores = iter(found)
     return [_marked(task, list(islice(scores, len(task.questions)))) for task in tasks]
 
 
