@@ -13,6 +13,7 @@ from typing import Any
 from ablations import VARIANTS
 from common import ROOT, load
 from uniprune.cli.tables import bench_rows
+from uniprune.speed.timing import Result
 
 START, END = "<!-- {}: written by benchmarks/tables.py -->", "<!-- /{} -->"
 
@@ -118,7 +119,7 @@ class Quality:
                 found = [(self.value(method, pattern, c), self.recovered(method, pattern, c)) for c in columns]
                 cells = (cell for value, share in found for cell in (number(value), number(share, 2)))
                 lines.append([f"{METHODS[method]}, {pattern}", *cells])
-        return table(["method", "whole text, windows of 2048", "R", "24 windows of 512", "R"], lines)
+        return table(["method", "whole text, samples of 2048", "R", "24 samples of 512", "R"], lines)
 
     def costs(self) -> str:
         """Medians over calibration seeds of ratios to Wanda's row of the same seed; of the rows in their commonest type."""
@@ -188,7 +189,7 @@ def page(results: dict[str, Any]) -> str:
         lines.append(cells)
     how = results["protocol"]
     texts = "; ".join(
-        f"{name}: {text['windows']} of {text['available_windows']} windows" for name, text in how["texts"].items()
+        f"{name}: {text['windows']} of {text['available_windows']} samples" for name, text in how["texts"].items()
     )
     asked = ", ".join(f"{name} {count}" for name, count in how["tasks"].items())
     head = ["model", "WikiText-2", "C4", "KL", "agreement", *TASKS]
@@ -236,12 +237,12 @@ def sizes(results: dict[str, Any]) -> str:
     lines = [
         [f"{names[r['kind']]}, {r['run']}", r["size"], f"{r['level']:.4f}", f"{r['of_size']:.4f}"] for r in results["rows"]
     ]
-    return table(["run", "`--size`", "level", "archive / size"], lines)
+    return table(["run", "`--size`", "sparsity", "archive / size"], lines)
 
 
 def choice(results: dict[str, Any]) -> str:
     lines = [[f"{float(level):.0%}", f"{ratio:.3f}"] for level, ratio in results["choice"].items()]
-    return table(["level, by row", "weights kept at random / the largest"], lines)
+    return table(["sparsity, by row", "weights kept at random / the largest"], lines)
 
 
 def measured(results: dict[str, Any]) -> str:
@@ -260,7 +261,7 @@ def ratios(results: dict[str, Any]) -> str:
     lines = []
     for row in results["rows"]:
         if row["part"] == "sweep":
-            lines.append(["streamed / resident calibration, SmolLM2, 64 windows", f"{row['ratio']:.2f}"])
+            lines.append(["streamed / resident calibration, SmolLM2, 64 samples", f"{row['ratio']:.2f}"])
             lines.append(["the same, the whole process", f"{row['process_ratio']:.2f}"])
             lines.append(["fraction of 2:4 mask bits that differ", f"{row['differing_bits']:.1e}"])
         elif row["part"] == "apply":
@@ -299,7 +300,7 @@ def budgets(results: dict[str, Any]) -> str:
     lines = []
     for row in results.get("levels", []):
         lines.append(
-            [f"masks of {len(row['levels'])} levels and patterns from one scores file, seconds", f"{row['seconds']:.0f}"]
+            [f"masks of {len(row['levels'])} sparsities from one scores file, seconds", f"{row['seconds']:.0f}"]
         )
     for row in results.get("threshold", []):
         name = f"one threshold over {row['scores']:.0e} scores in a file".replace("e+0", "e")
@@ -359,7 +360,7 @@ def examples(results: dict[str, Any]) -> str:
 
 
 def decoder(results: dict[str, Any]) -> str:
-    """Speeds of whole decoder passes beside those of their products alone."""
+    """Speeds of whole decoder passes next to those of their products alone."""
     products = {(r["batch"], r["sparsity"]): r for r in results["smollm2"]["results"] if r["kernel"] == "CSR"}
     lines = []
     for row in results["decoder"]:
@@ -395,7 +396,7 @@ def main() -> None:
         sections |= {"constraints": constraints(results), "budgets": budgets(results)}
     if results := load("bench"):
         for name in ("smollm2", "wide"):
-            head, *rows = bench_rows(results[name])
+            head, *rows = bench_rows([Result(**row) for row in results[name]["results"]])
             sections[f"bench-{name}"] = table(head, rows)
         sections["bench-decoder"] = decoder(results)
     if results := load("size"):
