@@ -187,7 +187,7 @@ def test_the_controller_fits_the_head_that_the_model_has(tmp_path, recipe, monke
     for execution in ("resident", "streamed"):
         monkeypatch.setattr("uniprune.job.prepare.choose", lambda *_, execution=execution: execution)
         reports[execution] = uniprune.prune(tmp_path / "model", controlled, tmp_path / execution)
-    kl, again = (reports[name]["controller"]["held_out_kl"] for name in ("resident", "streamed"))
+    kl, again = (reports[name].controller.held_out_loss for name in ("resident", "streamed"))
     assert again == pytest.approx(kl, rel=1e-4)
     assert same_files(tmp_path / "resident", tmp_path / "streamed")
 
@@ -236,7 +236,7 @@ def test_a_text_model_out_of_a_larger_one_is_pruned_in_memory_and_saved(tmp_path
     assert {key for key in expected if "language_model" in key} == {key for key in found if "lm_head" not in key}
     assert all(torch.equal(expected[key], tensor) for key, tensor in found.items() if key in expected)
     masks = [masks_file.MasksFile(tmp_path / out / "pruning" / "masks.safetensors") for out in ("memory", "disk")]
-    assert masks[0].facts["base"] == masks[1].facts["base"]
+    assert masks[0].facts.base == masks[1].facts.base
     assert all(torch.equal(masks[0][name], masks[1][name]) for name in masks[1])
 
 

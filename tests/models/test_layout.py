@@ -151,7 +151,7 @@ def test_any_arrangement_is_pruned_where_it_lies(source, tmp_path, monkeypatch):
     mask_tools.from_plain(tmp_path / "plain.safetensors", source, tmp_path / "back.safetensors")
     for other in ("zeros", "back"):
         found = masks_file.MasksFile(tmp_path / f"{other}.safetensors")
-        assert found.facts["base"] == masks.facts["base"]
+        assert found.facts.base == masks.facts.base
         assert all(torch.equal(found[name], mask) for name, mask in masks.items())
 
 
