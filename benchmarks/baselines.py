@@ -1,6 +1,6 @@
-"""What other methods do, for comparison in benchmarks: SparseGPT, OWL's levels, Fisher scores.
+"""What other methods do, for comparison in benchmarks: SparseGPT, OWL's sparsities, Fisher scores.
 
-The verbs never use this module, and must not: SparseGPT changes the weights that it keeps, which this package promises not to.
+No command uses this module, and none must: SparseGPT changes the weights that it keeps, which this package promises not to.
 """
 
 from __future__ import annotations
@@ -134,11 +134,11 @@ def eliminate(weight: Tensor, factor: Tensor, choose: Choose, width: int, block_
 def owl(
     matrices: Matrices, saliency: Saliency, sparsity: float, outlier: float = 5.0, spread: float = 0.08
 ) -> dict[str, float]:
-    """The level of sparsity of each matrix, by name: OWL's (arXiv 2310.05175), one per decoder block.
+    """The sparsity of each matrix, by name: OWL's (arXiv 2310.05175), one per decoder block.
 
     saliency: Wanda's in the paper. outlier: a score is one if it is above so many times the mean of its block's. spread: how
-    far a level may lie from ``sparsity``. The more outliers a block has, the less sparse it is, linearly, as steeply as
-    ``spread`` and [0, 1] allow; the mean level over all weights is ``sparsity``.
+    far a sparsity may lie from ``sparsity``. The more outliers a block has, the less sparse it is, linearly, as steeply as
+    ``spread`` and [0, 1] allow; the mean sparsity over all weights is ``sparsity``.
     """
     names: dict[int, list[str]] = {}
     for name, matrix in matrices.items():
@@ -159,10 +159,10 @@ def owl(
 def owl_masks(
     matrices: Matrices, saliency: Saliency, sparsity: float, outlier: float = 5.0, spread: float = 0.08
 ) -> dict[str, Tensor]:
-    """Masks cut by row, each decoder block at its own level: :func:`owl`'s, with the same arguments."""
+    """Masks cut by row, each decoder block at its own sparsity: :func:`owl`'s, with the same arguments."""
     masks: dict[str, Tensor] = {}
-    for name, level in owl(matrices, saliency, sparsity, outlier, spread).items():
-        masks |= Unstructured(level, "row")({name: saliency[name]})
+    for name, own in owl(matrices, saliency, sparsity, outlier, spread).items():
+        masks |= Unstructured(own, "row")({name: saliency[name]})
     return masks
 
 

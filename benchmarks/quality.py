@@ -4,7 +4,7 @@
 
 METHOD: dense, a local metric (magnitude, wanda, ria, stochria), fisher, owl, sparsegpt, sequential (Wanda's, block after
 block), refine (the same and --refine), paper, feedback (the controller, calibrated for each pattern alone), any (one
-calibration of the controller, all patterns cut from it). A level such as 0.5 is cut with the method's own kind of budget: by
+calibration of the controller, all patterns cut from it). A sparsity such as 0.5 is cut with the method's own kind of budget: by
 row, but for fisher and the controller, which have one for the model.
 
 Local methods see 64 windows of 512 tokens, the controllers 131,072 tokens in all, counted with repeats, start and judging

@@ -299,9 +299,7 @@ def budgets(results: dict[str, Any]) -> str:
     """What budgets cost."""
     lines = []
     for row in results.get("levels", []):
-        lines.append(
-            [f"masks of {len(row['levels'])} sparsities from one scores file, seconds", f"{row['seconds']:.0f}"]
-        )
+        lines.append([f"masks of {len(row['levels'])} sparsities from one scores file, seconds", f"{row['seconds']:.0f}"])
     for row in results.get("threshold", []):
         name = f"one threshold over {row['scores']:.0e} scores in a file".replace("e+0", "e")
         lines.append([f"{name} / reading the file once", f"{row['ratio']:.2f}"])

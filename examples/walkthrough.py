@@ -43,7 +43,7 @@ print("held-out KL of the best state:", round(facts.controller.best_held_out_los
 # %% [markdown]
 # ## Masks of any sparsity, in seconds
 #
-# The scores serve every level and every N:M. N of every M consecutive inputs are *kept*; a level is what is *removed*.
+# The scores serve every sparsity and every N:M. N of every M consecutive inputs are *kept*; a sparsity is what is *removed*.
 
 # %%
 # uniprune mask scores.safetensors --sparsity 2:4 -o masks-2of4.safetensors

@@ -1,6 +1,6 @@
 """Families of models as tiny random ones of the real architecture, and what each goes through: the table in docs/models.md.
 
-``make models`` writes the table; tests/test_families.py goes through every row anew and compares.
+``make models`` writes the table; tests/test_families.py goes through every row again and compares.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Results that no model ever had, in the form in which the verbs write them: for tests of what shows results."""
+"""Results that no model ever had, in the form in which the commands write them: for tests of what shows results."""
 
 import json
 import math
@@ -26,8 +26,8 @@ def pruning(blocks=3, uniform=None, **changes):
     matrices = {}
     for block in range(blocks):
         for index, (kind, shape) in enumerate(KINDS.items()):
-            level = (2 + (block + 2 * index) % 7) / 10 if uniform is None else uniform
-            matrices[f"model.layers.{block}.{kind}"] = {"shape": shape, "sparsity": level}
+            sparsity = (2 + (block + 2 * index) % 7) / 10 if uniform is None else uniform
+            matrices[f"model.layers.{block}.{kind}"] = {"shape": shape, "sparsity": sparsity}
     size = sum(math.prod(each["shape"]) for each in matrices.values())
     total = sum(math.prod(each["shape"]) * each["sparsity"] for each in matrices.values())
     facts = {
@@ -35,7 +35,7 @@ def pruning(blocks=3, uniform=None, **changes):
         "recipe": {"sparsity": "0.5", "metric": "wanda", "controller": "feedback", "tuning": {}, "windows": 16, "seed": 0},
         "pattern": "0.5 by model" if uniform is None else "2:4",
         "structure": structure(Unstructured(0.5, "model") if uniform is None else NM(2, 4)).model_dump(exclude_unset=True),
-        "misfits": {},
+        "unsupported": {},
         "sparsity": total / size,
         "matrices": matrices,
         "calibration": TEXT,

@@ -76,7 +76,7 @@ class FirstInputs(BasePattern):
     def __str__(self):
         return f"the first {self.keep} of {self.of} inputs"
 
-    def misfit(self, rows, columns):
+    def unsupported(self, rows, columns):
         return None if columns % self.of == 0 else f"{columns} inputs are not divisible by {self.of}"
 
     def settle(self, saliency):

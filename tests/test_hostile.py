@@ -179,7 +179,7 @@ def facts(path, change):
 
 
 def tensors(path, change):
-    """Saves a safetensors file anew with other tensors and the same metadata."""
+    """Saves a safetensors file again with other tensors and the same metadata."""
 
     def damage():
         from safetensors import safe_open
@@ -314,8 +314,8 @@ CASES = {
     "a rule without a budget": (None, f"{PRUNE} --rule x", "x"),
     "a rule that is no expression": (None, f"{PRUNE} --rule (=dense", "("),
     "an expression that is none": (None, f"{PRUNE} --include [", "regular expression"),
-    "levels of speed are no numbers": (None, "bench model --levels a", "--levels"),
-    "levels of speed beyond one": (None, "bench model --levels 7", "7"),
+    "sparsities of speed are no numbers": (None, "bench model --sparsity a", "--sparsity"),
+    "sparsities of speed beyond one": (None, "bench model --sparsity 7", "7"),
     "batches of nothing": (None, "bench model --batch 0", "0"),
     "an impossible level of compression": (None, "pack pruned -o p.upz --level 99", "level 99"),
     "a model of a name with NUL": (None, ["prune", "mo\0del", "-s", "2:4", "-o", "out"], "model"),

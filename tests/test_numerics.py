@@ -164,8 +164,8 @@ def test_denormals_are_numbers_of_their_own():
     for keep in range(1, 9):
         expected = torch.zeros(1, 8, dtype=torch.bool)
         expected[0, order[:keep]] = True
-        level = 1 - keep / 8
-        assert torch.equal(dict(Unstructured(level, "row")({"a": scores}))["a"], expected)
+        sparsity = 1 - keep / 8
+        assert torch.equal(dict(Unstructured(sparsity, "row")({"a": scores}))["a"], expected)
         assert torch.equal(thresholds({"a": scores}, keep)["a"].cut(scores), expected)
     assert torch.equal(dict(NM(4, 8)({"a": scores}))["a"], torch.isin(torch.arange(8), torch.tensor(order[:4]))[None])
 

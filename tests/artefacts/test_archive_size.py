@@ -98,7 +98,7 @@ def test_models_in_memory_and_in_other_formats(tmp_path, tokenizer):
     (tmp_path / "second").mkdir()
     assert asked_and_had(str(other), Recipe(size="900kB", **QUICK), tmp_path / "second")[1] == pytest.approx(had, rel=0.01)
     plan = uniprune.plan(str(other), Recipe(size="900kB", **QUICK))
-    assert plan.level == json.loads((tmp_path / "second" / "out" / "pruning.json").read_text())["size"]["sparsity"]
+    assert plan.sparsity_for_size == json.loads((tmp_path / "second" / "out" / "pruning.json").read_text())["size"]["sparsity"]
 
 
 def test_models_pruned_in_place(tokenizer):
@@ -110,8 +110,8 @@ def test_plan_shows_the_level_that_prune_takes(larger, tmp_path):
     recipe = Recipe(size="300kB", **QUICK)
     plan = uniprune.plan(str(larger), recipe)
     report = uniprune.prune(str(larger), recipe, tmp_path / "out")
-    assert (plan.size, plan.level) == (300_000, report.size.sparsity)
-    assert plan.pattern == report.pattern == f"{plan.level:g} by row"
+    assert (plan.size, plan.sparsity_for_size) == (300_000, report.size.sparsity)
+    assert plan.pattern == report.pattern == f"{plan.sparsity_for_size:g} by row"
 
 
 def budget(folder, **settings):
@@ -129,15 +129,15 @@ def test_a_sample_tells_nearly_what_all_weights_tell(larger, monkeypatch, settin
     whole, _ = budget(larger, size="400kB", **settings)
     monkeypatch.setattr(archive_size, "SAMPLE", 1 << 17)
     some, _ = budget(larger, size="400kB", **settings)
-    level = whole.level()
-    assert some.estimate(some.at(level)) / whole.estimate(whole.at(level)) == pytest.approx(1.03, abs=0.04)
+    sparsity = whole.sparsity()
+    assert some.estimate(some.at(sparsity)) / whole.estimate(whole.at(sparsity)) == pytest.approx(1.03, abs=0.04)
 
 
 def test_the_level_is_the_lowest_that_will_do(larger):
     found, _ = budget(larger, size="300kB", controller="none")
-    level = found.level()
+    sparsity = found.sparsity()
     aim = 300_000 * (1 - archive_size.MARGIN)
-    assert found.estimate(found.at(level)) <= aim < found.estimate(found.at(level - 2 / archive_size.GRID))
+    assert found.estimate(found.at(sparsity)) <= aim < found.estimate(found.at(sparsity - 2 / archive_size.GRID))
 
 
 def test_samples_are_few_and_of_all_matrices(larger, monkeypatch):
@@ -156,7 +156,7 @@ def test_a_row_of_each_matrix_is_the_least(larger, monkeypatch, scope):
     monkeypatch.setattr(archive_size, "SAMPLE", 1)
     found, matrices = budget(larger, size="400kB", scope=scope)
     assert set(found.estimate.shapes.values()) == {(1, matrix.shape[1]) for matrix in matrices.values()}
-    some, more = (found.estimate(found.at(level)) for level in (0.5, 0.6))
+    some, more = (found.estimate(found.at(sparsity)) for sparsity in (0.5, 0.6))
     assert more < some
 
 
@@ -174,8 +174,8 @@ def test_scores_decide_where_there_are_some(larger):
     found, matrices = budget(larger, size="300kB", controller="none")
     random = {name: torch.rand(matrix.shape) for name, matrix in matrices.items()}
     magnitudes = {name: value.float().abs() for name, value in weights(larger, matrices).items()}
-    assert found.level(magnitudes) == found.level()
-    assert found.level(random) > found.level() + 0.01
+    assert found.sparsity(magnitudes) == found.sparsity()
+    assert found.sparsity(random) > found.sparsity() + 0.01
 
 
 def weights(folder, matrices):
@@ -216,7 +216,7 @@ def test_sizes_out_of_reach_say_the_range(larger, tmp_path, settings):
 
 
 def test_calibrate_has_no_size(larger, tmp_path):
-    with pytest.raises(InputError, match="at the level that plan --size shows"):
+    with pytest.raises(InputError, match="at the sparsity that plan --size shows"):
         uniprune.calibrate(str(larger), Recipe(size="1MB", **QUICK), tmp_path / "scores.safetensors")
 
 
@@ -245,8 +245,8 @@ SHAPES = {"layers.0.q": (8, 16), "layers.0.down": (16, 32), "layers.1.q": (8, 16
     ids=str,
 )
 def test_reach_is_where_rules_can_hold(base, rules):
-    def ruled(level):
-        changed = {"of": Unstructured(level, "model")} if isinstance(base, Tiled) else {"sparsity": level}
+    def ruled(sparsity):
+        changed = {"of": Unstructured(sparsity, "model")} if isinstance(base, Tiled) else {"sparsity": sparsity}
         return Ruled(type(base)(**{**vars(base), **changed}), tuple(map(Rule.parse, rules)))
 
     found = reach(Ruled(base, tuple(map(Rule.parse, rules))), SHAPES)

@@ -130,5 +130,5 @@ def test_kept_weights_are_counted_piece_by_piece(monkeypatch):
 def test_files_from_before_digests_are_refused_in_one_line(tmp_path):
     facts = {"kind": "masks", "format": 1, "shapes": {}, "base": "b" * 64, "base_name": "m", "transposed": [], "pattern": "2:4"}
     save_file({}, tmp_path / "old.safetensors", metadata={"uniprune": json.dumps(facts)})
-    with pytest.raises(InputError, match=r"old\.safetensors .* from before there were any; make it anew"):
+    with pytest.raises(InputError, match=r"old\.safetensors .* from before there were any; make it again"):
         masks_file.MasksFile(tmp_path / "old.safetensors")

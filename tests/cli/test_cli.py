@@ -16,13 +16,13 @@ from conftest import tiny_model
 from uniprune.cli import main
 from uniprune.cli.terminal import Bars
 
-RECIPE = "allow hardware misfits rule scope sparsity sparsity-type include exclude dtype"
+RECIPE = "allow hardware unsupported misfits rule scope sparsity sparsity-type include exclude dtype"
 TEXT = "text dataset windows num-samples length seq-len"
 CONTROLLER = "controller budget-tokens steps set"
 FLAGS = {
     "plan": f"{RECIPE} size config device json max-memory windows num-samples length seq-len",
     "calibrate": f"{RECIPE} {CONTROLLER} {TEXT} config device json max-memory metric output overwrite resume save-tokens seed",
-    "mask": "allow hardware misfits rule json output overwrite scope sparsity sparsity-type",
+    "mask": "allow hardware unsupported misfits rule json output overwrite scope sparsity sparsity-type",
     "apply": "force dtype json output overwrite push-to-hub",
     "prune": f"{RECIPE} {CONTROLLER} {TEXT} config device json max-memory metric output overwrite push-to-hub"
     " refine resume save-tokens seed sequential size",
@@ -32,7 +32,7 @@ FLAGS = {
     "pack": "json level output overwrite",
     "unpack": "json output overwrite",
     "card": "json overwrite push-to-hub",
-    "bench": "batch device dtype json levels",
+    "bench": "batch device dtype json sparsity levels",
     "report": "json output overwrite",
 }
 MASKS_FLAGS = {
@@ -108,7 +108,7 @@ def test_all_verbs_speak_json(capsys, monkeypatch, folder, tmp_path):
 def test_tables_for_people(capsys, monkeypatch, folder, tmp_path):
     code, printed, _ = run(capsys, monkeypatch, "plan", folder, "--sparsity", "2:5")
     assert code == 0
-    assert "pruning refuses" in printed.replace("\n", " ")
+    assert "prune refuses" in printed.replace("\n", " ")
     code, printed, _ = run(
         capsys, monkeypatch, "prune", folder, "-s", "2:4", "--windows", 2, "--length", 32, "-o", tmp_path / "o"
     )

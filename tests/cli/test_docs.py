@@ -29,7 +29,7 @@ TABLES = METRICS, CONTROLLERS, text.NAMED  # that examples add to
 SMALL = {"--windows": "2", "--length": "32"}
 SIZES = {
     **dict.fromkeys(("plan", "calibrate", "prune", "permute", "sweep"), SMALL),
-    "bench": {"--batch": "1", "--levels": "0.9", "--dtype": "float32"},
+    "bench": {"--batch": "1", "--sparsity": "0.9", "--dtype": "float32"},
 }
 
 

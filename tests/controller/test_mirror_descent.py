@@ -303,7 +303,7 @@ def test_targets_share_the_windows_that_judge(tmp_path):
 
 def test_too_few_windows_are_refused():
     model, matrices, ids, metric, settings = setting()
-    with pytest.raises(InputError, match="--windows 2 or more"):
+    with pytest.raises(InputError, match="--num-samples 2 or more"):
         settings.calibrate(Calibration(model, matrices, ids[:1]), metric, [NM(2, 4)], 2)
 
 

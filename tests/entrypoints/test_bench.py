@@ -1,4 +1,4 @@
-"""The verb bench: what it says of numbers that are given, and that it runs on checkpoints without reading a weight."""
+"""The command bench: what it says of numbers that are given, and that it runs on checkpoints without reading a weight."""
 
 import inspect
 import json
@@ -25,8 +25,10 @@ def result(kind="unstructured", kernel="CSR", dtype="float32", batch=1, sparsity
 
 
 def rising(*speedups, **changes):
-    levels = (0.5, 0.7, 0.9)
-    return [result(sparsity=level, speedup=speedup, **changes) for level, speedup in zip(levels, speedups, strict=True)]
+    sparsities = (0.5, 0.7, 0.9)
+    return [
+        result(sparsity=sparsity, speedup=speedup, **changes) for sparsity, speedup in zip(sparsities, speedups, strict=True)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -111,7 +113,7 @@ def hollow_folder(folder, tmp_path):
 
 
 def test_a_checkpoint_is_measured_without_reading_a_weight(hollow_folder):
-    found = bench(hollow_folder, dtypes=["float32", "float32"], batches=[1, 2], levels=[0.9], device="cpu", seconds=0)
+    found = bench(hollow_folder, dtypes=["float32", "float32"], batches=[1, 2], sparsities=[0.9], device="cpu", seconds=0)
     assert found.shapes == {"32 x 32": 6, "16 x 32": 6, "64 x 32": 6, "32 x 64": 3}
     assert (found.device, found.dtypes, found.batches) == ("CPU", ["float32"], [1, 2])
     assert "unstructured" in {row.kind for row in found.results}
@@ -127,7 +129,7 @@ def test_a_busy_machine_is_noticed(hollow_folder, monkeypatch):
 
 
 def test_the_command_line(hollow_folder, capsys, monkeypatch):
-    few = ["--levels", "0.9", "--batch", "2", "--dtype", "float32", "--device", "cpu"]
+    few = ["--sparsity", "0.9", "--batch", "2", "--dtype", "float32", "--device", "cpu"]
     monkeypatch.setattr(entry_bench, "bench", lambda model, **settings: bench(model, seconds=0, **settings))
     code, printed, errors = run(capsys, monkeypatch, "bench", hollow_folder, *few, "--json")
     assert (code, errors) == (0, "")
@@ -150,9 +152,9 @@ def test_the_command_line_has_the_defaults_of_the_library():
         (["--batch", "1,x"], "--batch = 'x': Input should be a valid integer"),
         (["--batch", ""], "batch is empty; leave it out"),
         (["--batch", "0"], "batch 0 is impossible"),
-        (["--levels", "50%"], "--levels = '50%': Input should be a valid number"),
-        (["--levels", "0.5,1"], "level 1.0 is not between 0 and 1"),
-        (["--levels", "nan"], "level nan is not between 0 and 1"),
+        (["--sparsity", "50%"], "--sparsity = '50%': Input should be a valid number"),
+        (["--sparsity", "0.5,1"], "sparsity 1.0 is not between 0 and 1"),
+        (["--sparsity", "nan"], "sparsity nan is not between 0 and 1"),
         (["--dtype", "int4"], "dtype 'int4' is unknown; use some of float32, bfloat16, float16"),
         (["--device", "abacus"], "device 'abacus' is unknown"),
         (["--device", "meta"], "device 'meta' computes nothing"),
@@ -169,5 +171,5 @@ def test_settings_that_make_no_sense_are_one_line(hollow_folder, capsys, monkeyp
 def test_models_that_are_not_there():
     with pytest.raises(InputError, match="nowhere"):
         bench("nowhere/at/all", device="cpu")
-    with pytest.raises(InputError, match="levels is empty"):
-        bench("nowhere/at/all", levels=[])
+    with pytest.raises(InputError, match="sparsities is empty"):
+        bench("nowhere/at/all", sparsities=[])

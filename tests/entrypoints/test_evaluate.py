@@ -1,4 +1,4 @@
-"""The verb ``evaluate`` on tasks, end to end on a tiny model, and what it refuses."""
+"""The command ``evaluate`` on tasks, end to end on a tiny model, and what it refuses."""
 
 import io
 import json
@@ -83,7 +83,7 @@ def test_text_and_names_of_others_are_shown_as_they_are():
     ("options", "message"),
     [
         ({"limit": 3}, "--limit is a number of questions"),
-        ({"against": "other/model"}, "cannot be had from the hub"),
+        ({"against": "other/model"}, "could not be downloaded from the Hub"),
         ({"tasks": ["picqa"]}, "'picqa' is neither one of"),
     ],
 )

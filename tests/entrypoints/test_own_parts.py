@@ -57,5 +57,5 @@ def test_patterns_of_ones_own_go_where_others_go(folder, tmp_path, settings):
         str(folder), Recipe(sparsity=FirstInputs(1, 2), metric=Loud(), **settings, **SMALL), tmp_path / "out"
     )
     assert report.sparsity == 0.5
-    planned = uniprune.plan(str(folder), Recipe(sparsity=FirstInputs(1, 3), misfits="dense", **settings))
-    assert planned.groups[0].misfit == "32 inputs are not divisible by 3"
+    planned = uniprune.plan(str(folder), Recipe(sparsity=FirstInputs(1, 3), unsupported="dense", **settings))
+    assert planned.groups[0].unsupported == "32 inputs are not divisible by 3"

@@ -1,4 +1,4 @@
-"""The verb permute, end to end: the same dense model, in an order that N:M keeps more of."""
+"""The command permute, end to end: the same dense model, in an order that N:M keeps more of."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The verbs end to end, on a tiny model in a folder."""
+"""The commands end to end, on a tiny model in a folder."""
 
 import json
 
@@ -243,13 +243,13 @@ def test_one_budget_under_rules_and_mixed_patterns(folder, tmp_path):
     mixed = uniprune.mask(scores, "0.3", tmp_path / "b.safetensors", allow=["2:4,dense"])
     assert mixed.sparsity == pytest.approx(0.3, abs=1e-3)
     assert sum(matrix.sparsity in (0, 0.5) for matrix in mixed.matrices.values()) >= 20
-    recipe = Recipe(sparsity="2:4", hardware="nvidia-semi-structured", misfits="dense", **SMALL)
+    recipe = Recipe(sparsity="2:4", hardware="nvidia-semi-structured", unsupported="dense", **SMALL)
     report = uniprune.prune(str(folder), recipe, tmp_path / "out")
-    assert report.misfits
-    assert all(report.matrices[name].sparsity == (0 if name in report.misfits else 0.5) for name in report.matrices)
+    assert report.unsupported
+    assert all(report.matrices[name].sparsity == (0 if name in report.unsupported else 0.5) for name in report.matrices)
     with pytest.raises(InputError, match="matches none of the 21 matrices"):
         uniprune.plan(str(folder), Recipe(sparsity="0.5", rules="o_project=dense"))
-    with pytest.raises(InputError, match="--allow goes with a level"):
+    with pytest.raises(InputError, match="--allow goes with a fraction"):
         Recipe(sparsity="2:4", allow="2:4,dense")
 
 
@@ -301,7 +301,7 @@ def plan_of(name, cache):
 def test_hub_names_that_are_not_here(tmp_path):
     """Offline and not cached: one error that names the model, and no traceback of the hub client."""
     done = Forked(plan_of, "nobody/nothing", str(tmp_path)).wait()
-    assert "InputError: model 'nobody/nothing' is no folder here and cannot be had from the hub" in done.err
+    assert "InputError: model 'nobody/nothing' is no folder here and could not be downloaded from the Hub" in done.err
 
 
 def test_no_safetensors_but_the_weights_lie_beside_the_config(folder, tmp_path):

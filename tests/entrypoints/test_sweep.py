@@ -56,7 +56,7 @@ def test_an_interrupted_sweep_goes_on(folder, scores, tmp_path):
     with pytest.raises(InputError, match="made otherwise"):
         sweep(str(folder), scores, out, asked, resume=True, windows=3, length=32)
     out.write_text('{"rows": 3}')
-    with pytest.raises(InputError, match="no sweep that could be gone on with"):
+    with pytest.raises(InputError, match="cannot be resumed as a sweep"):
         sweep(str(folder), scores, out, asked, resume=True, **TEXT)
 
 

@@ -1,4 +1,4 @@
-"""Results that can be had again, and what is said when they cannot."""
+"""Results that can be reproduced, and what is said when they cannot."""
 
 import json
 

@@ -218,7 +218,7 @@ def test_an_interrupted_run_goes_on_to_the_same_masks(folder, tmp_path, way, mon
             start(f"out{after}", progress=Stops(after))
         name = f".run-out{after}" + ("" if recipe.sparsity else ".safetensors")
         assert (tmp_path / name / "identity.json").is_file()
-        with pytest.raises(InputError, match=r"an interrupted run of .* --resume goes on with it"):
+        with pytest.raises(InputError, match=r"unfinished run of .* --resume continues it"):
             start(f"out{after}")
         assert start(f"out{after}", resume=True) == expected
         assert not (tmp_path / name).exists()

@@ -183,7 +183,7 @@ def test_the_pareto_front_by_hand(tmp_path):
 
 
 def test_pruned_models_measured_alike_make_a_tradeoff(tmp_path):
-    paths = [written(tmp_path, made_up.pruning(uniform=level), name) for level, name in ((0.5, "half"), (0.1, "tenth"))]
+    paths = [written(tmp_path, made_up.pruning(uniform=sparsity), name) for sparsity, name in ((0.5, "half"), (0.1, "tenth"))]
     paths += [
         made_up.write(tmp_path / f"{n}.json", made_up.evaluation(n, s, p))
         for n, s, p in (("half", 0.5, 20.0), ("tenth", 0.1, 13.0))
@@ -304,7 +304,7 @@ def test_generations_are_marked_from_the_first_word_that_differs(model, against,
 
 def test_a_model_whose_perplexity_overflowed(tmp_path):
     outline = Outline(made(tmp_path, made_up.write(tmp_path / "e.json", made_up.evaluation(perplexity=math.inf))))
-    assert "Perplexity is ∞ on toy.txt, 4 windows of 64 tokens." in outline.texts["summary"]
+    assert "Perplexity is ∞ on toy.txt, 4 samples of 64 tokens." in outline.texts["summary"]
 
 
 def test_a_uniform_pattern_is_said_and_not_drawn(tmp_path):
@@ -428,7 +428,7 @@ def test_large_figures_are_those_of_one_model(tmp_path):
     assert sentences(two)[0] == "2 pruned models, 51.2% to 51.2% of their prunable weights zero: pruned, other."
 
 
-# ------------------------------------------------------------------------------------------------------------ the verb
+# ------------------------------------------------------------------------------------------------------------ the command
 
 
 def test_outputs_are_kept_and_whole(tmp_path, monkeypatch):
@@ -487,7 +487,7 @@ def test_hostile_strings_do_not_move_the_terminal(capsys, monkeypatch, tmp_path)
 
 
 def test_real_results_make_a_report(tmp_path, folder):
-    """What the verbs write today is what a report reads."""
+    """What the commands write today is what a report reads."""
     recipe = uniprune.Recipe(sparsity="0.5", windows=8, length=32)
     pruned = tmp_path / "half"
     uniprune.prune(str(folder), recipe, pruned)

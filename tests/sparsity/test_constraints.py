@@ -56,7 +56,7 @@ def test_floors_and_ceilings_hold_and_the_total_is_exact(seed, sparsity, scope, 
 def test_masks_are_nested_under_the_same_rules(seed, one, other):
     few, many = sorted((round(one, 3), round(other, 3)))
     saliency, rules = random_saliency(seed), ("layers.0=0.1..0.9", "1.q_proj=2:4")
-    less, more = (dict(ruled(Unstructured(level, "model"), *rules)(saliency)) for level in (few, many))
+    less, more = (dict(ruled(Unstructured(sparsity, "model"), *rules)(saliency)) for sparsity in (few, many))
     assert not any(bool((more[name] & ~less[name]).any()) for name in saliency)
 
 

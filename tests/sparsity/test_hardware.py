@@ -21,9 +21,9 @@ def test_shapes_that_kernels_do_not_take_are_named():
         fitted(NM(2, 4), SHAPES, "bfloat16", NVIDIA)
 
 
-@pytest.mark.parametrize(("misfits", "part"), [("dense", DENSE), ("unstructured", Unstructured(0.5, "matrix"))])
-def test_misfits_get_what_was_said_and_are_reported(misfits, part):
-    pattern, reasons = fitted(NM(2, 4), SHAPES, "float16", NVIDIA, misfits)
+@pytest.mark.parametrize(("unsupported", "part"), [("dense", DENSE), ("unstructured", Unstructured(0.5, "matrix"))])
+def test_unsupported_layers_get_what_was_said_and_are_reported(unsupported, part):
+    pattern, reasons = fitted(NM(2, 4), SHAPES, "float16", NVIDIA, unsupported)
     assert list(reasons) == ["layers.0.k", "layers.0.down"]
     assert [pattern.part(name) for name in SHAPES] == [NM(2, 4), part, part]
     masks = dict(pattern({name: torch.rand(shape) for name, shape in SHAPES.items()}))
@@ -34,7 +34,7 @@ def test_n_m_that_does_not_divide_is_a_misfit_on_any_hardware():
     shapes = {"a": (4, 8), "b": (4, 6)}
     with pytest.raises(InputError, match=r"b: 6 inputs are not divisible by 4; say what they are to be"):
         fitted(NM(2, 4), shapes, "float32")
-    pattern, reasons = fitted(NM(2, 4), shapes, "float32", misfits="dense")
+    pattern, reasons = fitted(NM(2, 4), shapes, "float32", unsupported="dense")
     assert list(reasons) == ["b"]
     assert bool(dict(pattern({name: torch.rand(shape) for name, shape in shapes.items()}))["b"].all())
 

@@ -88,13 +88,13 @@ def test_a_sample_settles_nearly_the_same(pattern):
 @pytest.mark.parametrize("pattern", ALL_PATTERNS, ids=str)
 def test_parts_say_what_a_matrix_gets_and_what_does_not_fit(pattern):
     alone = {name: pattern.part(name) for name in SHAPES}
-    assert all(part.misfit(*SHAPES[name]) is None for name, part in alone.items())
+    assert all(part.unsupported(*SHAPES[name]) is None for name, part in alone.items())
     if pattern.local:
         masks = dict(pattern(saliency()))
         for name, part in alone.items():
             assert torch.equal(dict(part({name: saliency()[name]}))[name], masks[name])
     for part in alone.values():
-        reason = part.misfit(7, 13)
+        reason = part.unsupported(7, 13)
         assert reason is None or "divisible" in reason
         assert (reason is None) == (part == DENSE or isinstance(part, (Unstructured, Mixed)))  # Mixed: one of them is dense
 
@@ -127,7 +127,7 @@ def test_spellings_come_back(pattern):
         ({"sparsity": Unstructured(0.5, "matrix"), "scope": "row"}, "scope = 'row' does not go with 0.5 by matrix"),
         ({"sparsity": FirstInputs(), "scope": "row"}, "scope = 'row' does not go with the first 3 of 4 inputs"),
         ({"sparsity": COMBINED[2], "rules": "q_proj=dense"}, "rules = 'q_proj=dense' does not go with 2:4; down=1:4"),
-        ({"sparsity": FirstInputs(), "allow": "2:4,dense"}, "--allow goes with a level"),
+        ({"sparsity": FirstInputs(), "allow": "2:4,dense"}, "--allow goes with a fraction"),
         ({"sparsity": FirstInputs(), "size": "1MB"}, "a fixed pattern has one size"),
         ({"sparsity": FirstInputs}, "FirstInputs is a class"),
         ({"sparsity": True}, "True is neither a spelling nor a sparsity"),

@@ -50,12 +50,12 @@ def test_tiles_are_those_of_the_kind():
 )
 def test_what_2_4_products_need(monkeypatch, capability, dtype, shape, reason):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    found = SEMI_STRUCTURED.misfit(shape, dtype, CUDA)
+    found = SEMI_STRUCTURED.unsupported(shape, dtype, CUDA)
     assert found is None if reason is None else reason in found
 
 
 def test_2_4_products_need_a_gpu():
-    assert "need a CUDA GPU, and this is a CPU" in SEMI_STRUCTURED.misfit((64, 128), torch.float16, torch.device("cpu"))
+    assert "need a CUDA GPU, and this is a CPU" in SEMI_STRUCTURED.unsupported((64, 128), torch.float16, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("wrong", [1.01, float("nan")])
@@ -71,7 +71,7 @@ def test_wrong_products_are_refused_and_rounding_is_not(wrong):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("batch", [1, 33])
 def test_2_4_products_on_a_gpu(batch):
-    if SEMI_STRUCTURED.misfit((64, 128), torch.float16, CUDA):
+    if SEMI_STRUCTURED.unsupported((64, 128), torch.float16, CUDA):
         pytest.skip("this GPU has no sparse tensor cores")
     weight, tokens = torch.randn(64, 128, device=CUDA), torch.randn(batch, 128, device=CUDA).half()
     weight *= dict(SEMI_STRUCTURED.patterns([])[0]({"w": torch.rand(64, 128, device=CUDA)}))["w"]

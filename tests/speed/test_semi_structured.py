@@ -29,7 +29,7 @@ class Swapped(torch.Tensor):
 @pytest.fixture
 def kernel(monkeypatch):
     """Lets the kernel take any matrix."""
-    monkeypatch.setattr(SemiStructured, "misfit", lambda self, shape, dtype, device: None)
+    monkeypatch.setattr(SemiStructured, "unsupported", lambda self, shape, dtype, device: None)
     monkeypatch.setattr(SemiStructured, "compress", lambda self, weight: weight.clone().as_subclass(Swapped))
 
 
@@ -95,7 +95,7 @@ def test_a_kernel_that_does_not_work_leaves_the_model_as_it_is(kernel, monkeypat
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_model_on_a_gpu():
     device = torch.device("cuda")
-    if SEMI_STRUCTURED.misfit((64, 128), torch.bfloat16, device):
+    if SEMI_STRUCTURED.unsupported((64, 128), torch.bfloat16, device):
         pytest.skip("this GPU has no sparse tensor cores")
     model = two_of_four(hidden_size=256, intermediate_size=512, num_key_value_heads=4).to(device, torch.bfloat16)
     tokens = torch.arange(16, device=device)[None]

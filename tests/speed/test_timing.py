@@ -15,8 +15,8 @@ FLOAT = torch.float32
 SHAPES = {(32, 64): 3, (64, 64): 1}
 
 
-def measure(kernel, timer=timing.clock, shapes=SHAPES, dtypes=(FLOAT,), batches=(1,), levels=(0.5,)):
-    return timing.measure(shapes, timing.Conditions(CPU, dtypes, batches, levels, [kernel], 0, timer))
+def measure(kernel, timer=timing.clock, shapes=SHAPES, dtypes=(FLOAT,), batches=(1,), sparsities=(0.5,)):
+    return timing.measure(shapes, timing.Conditions(CPU, dtypes, batches, sparsities, [kernel], 0, timer))
 
 
 def test_times_are_summed_over_the_matrices_of_the_model():
@@ -49,14 +49,14 @@ def test_the_median_round_counts_the_first_does_not_and_sides_take_turns():
 
 
 def test_every_dtype_batch_and_level_is_measured_and_dense_products_race_too():
-    dtypes, batches, levels = (FLOAT, torch.float64), (1, 7), (0.9, 0.5)
-    results, _ = measure(CSR(), dtypes=dtypes, batches=batches, levels=levels)
+    dtypes, batches, sparsities = (FLOAT, torch.float64), (1, 7), (0.9, 0.5)
+    results, _ = measure(CSR(), dtypes=dtypes, batches=batches, sparsities=sparsities)
     cases = [(r.kind, r.dtype, r.against, r.sparsity, r.batch) for r in results]
     assert cases[:2] == [("dense", "float64", "float32", 0, batch) for batch in batches]
     assert cases[2:] == [
-        ("unstructured", dtype, dtype, level, batch)
+        ("unstructured", dtype, dtype, sparsity, batch)
         for dtype in ("float32", "float64")
-        for level in (0.5, 0.9)
+        for sparsity in (0.5, 0.9)
         for batch in batches
     ]
     for result in results:
@@ -98,7 +98,7 @@ tried = Counter()
 
 def test_a_kernel_that_is_not_there_is_tried_once_and_says_why():
     tried.clear()
-    results, missing = measure(Broken(), dtypes=(torch.float64, FLOAT), levels=(0.5, 0.9))
+    results, missing = measure(Broken(), dtypes=(torch.float64, FLOAT), sparsities=(0.5, 0.9))
     assert [(one.dtype, one.reason) for one in missing] == [("float64", "not implemented for 'Double'")]
     assert tried == {torch.float64: 1}
     assert [r.dtype for r in results if r.kernel == "CSR"] == ["float32"] * 2

@@ -59,7 +59,7 @@ def test_resume_and_overwrite_decide_about_an_interrupted_run(tmp_path):
     folder = interrupt(output, resume=True)  # where there is none, one begins
     before = {path: path.read_bytes() for path in folder.iterdir()}
     with (
-        pytest.raises(InputError, match=r"interrupted run of .*out lies in .*\.run-out; --resume .*--overwrite"),
+        pytest.raises(InputError, match=r"unfinished run of .*out found in .*\.run-out: --resume .*--overwrite"),
         runs.open_run(output, IDENTITY),
     ):
         pass

@@ -1,8 +1,8 @@
-"""A budget given as a size: the level at which a pruned model's archive (``archive``) takes at most so many bytes.
+"""A budget given as a size: the sparsity at which a pruned model's archive (``archive``) takes at most that many bytes.
 
-What a level takes is estimated from samples of every tensor. Rows of the prunable matrices are cut with the very pattern that
-the run will have, and the archive's own coder packs what is left of them. Before there are scores, magnitudes stand in for
-them: what they keep has fewer exponents than what calibrated scores keep, so a run chooses its level anew when it has those.
+Its bytes are estimated from samples of every tensor. Rows of the prunable matrices are cut with the very pattern that the run
+will have, and the archive's own coder packs what is left of them. Before there are scores, magnitudes stand in for them: what
+they keep has fewer exponents than what calibrated scores keep, so a run chooses its sparsity again when it has those.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from uniprune.storage import dtypes
 SAMPLE = 1 << 22  # weights to look at, of the prunable matrices and of the other tensors; more only if there are very many
 RUN = 1 << 15  # consecutive weights of the other tensors
 MARGIN = 0.01  # of the size: what samples do not show, and what magnitudes do not where masks are cut as scores come
-GRID = 10_000  # a level is a multiple of 1 / GRID
+GRID = 10_000  # a sparsity is a multiple of 1 / GRID
 # Bytes beside the pieces: of a tensor its places in a header and in the archive's index, of a mask its digest, shape and
 # sparsity, too, and of pruning.json and the card the rest. On SmolLM2 they are 70, 150 and 2000.
 TENSOR, MASK, REPORT = 80, 170, 2500
@@ -45,9 +45,9 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class Budget:
-    """A number of bytes, and what a level must be to meet it.
+    """A number of bytes, and what a sparsity must be to meet it.
 
-    at: the pattern of a level. Raises InputError if no level within ``reach`` meets the size.
+    at: the pattern of a sparsity. Raises InputError if no sparsity within ``reach`` meets the size.
     """
 
     size: int
@@ -68,8 +68,8 @@ class Budget:
         low, high = self.reach
         return range(math.ceil(low * GRID), math.floor(high * GRID) + 1)
 
-    def level(self, saliency: Saliency | None = None) -> float:
-        """The lowest level whose archive is small enough; saliency: what masks are cut from, by default magnitudes."""
+    def sparsity(self, saliency: Saliency | None = None) -> float:
+        """The lowest sparsity whose archive is small enough; saliency: what masks are cut from, by default magnitudes."""
         scores = None if saliency is None else self.estimate.rows(saliency)
         aim = self.size * (1 - MARGIN)
         found = bisect_left(self._steps, -aim, key=lambda step: -self.estimate(self.at(step / GRID), scores))
@@ -139,7 +139,7 @@ class Estimate:
         return size
 
     def _other(self, tensor: Stored, every: int) -> int:
-        """A packed tensor that is not prunable; of a long one every so many runs of weights tell."""
+        """A packed tensor that is not prunable; a long one is sampled at even distances."""
         bits, runs = _words(tensor), _count(tensor) // RUN
         if runs > 1 < every:
             bits = bits[: runs * RUN].reshape(runs, RUN)[min(every, runs) // 2 :: every].ravel()
@@ -165,7 +165,7 @@ def _words(tensor: Stored) -> Array:
 
 
 class Sample:
-    """Every so many rows ``[out]`` of a matrix, or bands of rows as high as the pattern's tiles, one at least.
+    """Rows ``[out]`` of a matrix at even distances, or bands of rows as high as the pattern's tiles, one at least.
 
     rows: which; size: weights of the whole matrix; pattern: what it gets, in words.
     """
@@ -174,7 +174,7 @@ class Sample:
         rows, columns = matrix.shape
         part = pattern.part(matrix.name)
         self.pattern = str(part)
-        height = next(h for h in range(1, rows + 1) if rows % h == 0 and part.misfit(h, columns) is None)
+        height = next(h for h in range(1, rows + 1) if rows % h == 0 and part.unsupported(h, columns) is None)
         bands = torch.arange(rows).reshape(-1, height)
         self.rows = bands[min(every, len(bands)) // 2 :: every].flatten()
         picked = self.rows.numpy()  # a tensor of one element would be taken for a number
@@ -217,12 +217,12 @@ def _beside(source: Loaded | Origin) -> Iterator[bytes]:
 
 
 def lowest(pattern: Pattern, shapes: Mapping[str, Shape]) -> float:
-    """The lowest level to choose from that a pattern could have instead of its own."""
+    """The lowest sparsity to choose from that a pattern could have instead of its own."""
     return math.ceil(reach(pattern, shapes)[0] * GRID) / GRID
 
 
 def budget(size: int, source: Loaded | Origin, matrices: Matrices, at: Callable[[float], Pattern], pattern: Pattern) -> Budget:
-    """The budget of ``size`` bytes for a model whose weights can be read; at: the pattern of a level; pattern: one of them."""
+    """The budget of ``size`` bytes for a model whose weights can be read; at: the pattern of a sparsity; pattern: any."""
     estimate = Estimate(source, matrices, pattern)
     shapes = {name: matrix.shape for name, matrix in matrices.items()}
     reaches = [reach(pattern, shapes), reach(pattern, estimate.shapes)]  # proportions differ a little between the two

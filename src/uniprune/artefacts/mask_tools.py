@@ -84,7 +84,7 @@ def verify(masks: Path, model: Source | None = None, pruned: Source | None = Non
     """Checks all that a masks file says; returns what was checked, and the realised sparsity.
 
     Always: the file is complete, its names, shapes and sizes agree, and its masks have the pattern it claims, whole tiles,
-    exact budgets and rules included. Other claims (of a union, say), and levels of six digits, which may have been rounded,
+    exact budgets and rules included. Other claims (of a union, say), and sparsities of six digits, which may have been rounded,
     cannot be checked: ``checked`` then lacks ``pattern``.
     model: the file was made for it: names, shapes, orientation, bits of the weights. dtype: only for sources that are not
     safetensors. pruned: in this checkpoint, every weight that a mask removes is 0.
@@ -143,7 +143,7 @@ def _compare(file: CheckedMasks, name: str, mask: Tensor, cut: Cutter) -> None:
 
 
 def _kept_per(mask: Tensor, run: int) -> Array:
-    """How many are kept in each run of so many consecutive weights: a row, or a group of N:M."""
+    """How many are kept in each ``run`` of consecutive weights: a row, or a group of N:M."""
     counts: Array = np.einsum("rk->r", mask.contiguous().numpy().view(np.uint8).reshape(-1, run), dtype=np.int32)
     return counts
 
@@ -259,7 +259,7 @@ def stats(masks: Path) -> Record:
 def _statistics(mask: Tensor) -> Record:
     rows = _kept_per(mask, mask.shape[1])
     quartiles = np.quantile(rows, (0, 0.25, 0.5, 0.75, 1)).tolist()
-    fits = {str(nm): not nm.misfit(*mask.shape) and bool((_kept_per(mask, nm.m) <= nm.n).all()) for nm in KERNELS}
+    fits = {str(nm): not nm.unsupported(*mask.shape) and bool((_kept_per(mask, nm.m) <= nm.n).all()) for nm in KERNELS}
     return {
         "shape": list(mask.shape),
         "weights": mask.numel(),

@@ -44,11 +44,11 @@ class SizeBudget(Facts):
 
 
 class Realised(Facts):
-    """A pattern and what it removed. misfits: matrices that could not have it, and why."""
+    """A pattern and what it removed. unsupported: matrices that could not have it, and why."""
 
     pattern: str
     structure: Structure | None = None
-    misfits: dict[str, str] = {}
+    unsupported: dict[str, str] = {}
     sparsity: Fraction
     matrices: dict[str, PrunedMatrix]
 

@@ -1,6 +1,6 @@
 """Pruned checkpoints: the source's own files, with zeros. And the fingerprint that ties artefacts to a model.
 
-A checkpoint's safetensors files are written anew piece by piece, with the pruned weights zeroed on the way. So every other byte
+A checkpoint's safetensors files are copied piece by piece, with the pruned weights zeroed on the way. So every other byte
 is the source's: dtype, shards, tensor order, metadata; and a checkpoint larger than memory is no problem. The result is a dense
 checkpoint that plain transformers, and every runtime that loads those, accepts.
 """

@@ -14,7 +14,7 @@ from uniprune.job.settings import Settings
 if TYPE_CHECKING:
     from uniprune.job.recipe import Recipe
 
-SPARSITY = "sparsity sparsity_type scope allow rules hardware misfits"
+SPARSITY = "sparsity sparsity_type scope allow rules hardware unsupported"
 CONTROLLER = "controller budget_tokens steps tuning"
 SAMPLES = "text windows length seed"
 LAYERS = "include exclude dtype"

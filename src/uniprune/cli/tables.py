@@ -29,7 +29,7 @@ def plan_table(plan: Plan) -> Table:
         table.add_column(plan.structure.spelling if plan.structure else plan.pattern)  # rules show in the rows
     for group in plan.groups:
         cells = [group.name, str(group.count), f"{group.shape[0]} x {group.shape[1]}", f"{group.weights / 1e6:.2f}M"]
-        gets = f"{group.pattern} ({group.misfit})" if group.misfit else group.pattern
+        gets = f"{group.pattern} ({group.unsupported})" if group.unsupported else group.pattern
         table.add_row(*cells, *([gets] if plan.pattern else []))
     return table
 
@@ -40,7 +40,9 @@ def plan_lines(plan: Plan) -> list[str]:
     if plan.sparsity is not None:
         lines.append(f"Sparsity {plan.sparsity:.1%} of the prunable weights, {plan.sparsity_of_model:.1%} of all parameters.")
     if plan.size is not None:
-        lines.append(f"Level {plan.level:g}, so that the archive that `uniprune pack` makes has at most {plan.size:,} bytes.")
+        lines.append(
+            f"Sparsity {plan.sparsity_for_size:g}: the archive that `uniprune pack` makes then has at most {plan.size:,} bytes."
+        )
     how = {
         "sharded": f"blocks in the memory of all processes, about {plan.memory / 1e9:.1f} GB in each beside its part of them",
         "resident": f"the whole model in memory, about {plan.memory / 1e9:.1f} GB",
@@ -61,7 +63,7 @@ def plan_lines(plan: Plan) -> list[str]:
         )
     if not plan.fits:
         lines.append(
-            "Some matrices cannot have the pattern: pruning refuses until --misfits, a --rule or --exclude says what they get."
+            "Some layers do not support the pattern: prune refuses until --unsupported, --rule or --exclude says what they get."
         )
     return [*lines, NOTE]
 
@@ -70,7 +72,7 @@ def evaluation_table(rows: Mapping[str, Evaluation]) -> Table:
     """Perplexities side by side: label -> result of ``evaluate``, all on the same text."""
     first = next(iter(rows.values()))
     text = first.text.text if first.text else "unknown"
-    table = Table(title=f"token perplexity: {text}, {first.windows} windows of {first.length}")
+    table = Table(title=f"token perplexity: {text}, {first.windows} samples of {first.length}")
     for column in ("model", "perplexity", "± error", "zeros", "dtype"):
         table.add_column(column, justify="left" if column == "model" else "right")
     for label, result in rows.items():
@@ -85,14 +87,14 @@ def bench_rows(results: Sequence[Result]) -> list[list[str]]:
 
     A question mark follows where the rounds' quartiles lie on both sides of 1.
     """
-    levels = sorted({row.sparsity for row in results})
+    sparsities = sorted({row.sparsity for row in results})
     rows: dict[tuple[str, str, str], dict[float, str]] = {}
     for row in results:
         masks = row.kind if row.dtype == row.against else f"{row.kind}, against {row.against}"
         cell = f"{row.speedup:.2f}" + ("?" if row.low < 1 < row.high else "")
         rows.setdefault((masks, row.dtype, str(row.batch)), {})[row.sparsity] = cell
-    body = [[*label, *(cells.get(level, "") for level in levels)] for label, cells in rows.items()]
-    return [["masks", "type", "batch", *(f"{100 * level:g}%" for level in levels)], *body]
+    body = [[*label, *(cells.get(sparsity, "") for sparsity in sparsities)] for label, cells in rows.items()]
+    return [["masks", "type", "batch", *(f"{100 * sparsity:g}%" for sparsity in sparsities)], *body]
 
 
 def bench_table(speeds: Speeds) -> Table:
@@ -136,7 +138,7 @@ def closeness_lines(result: Evaluation) -> list[str]:
 
 
 def check_lines(result: Check) -> list[str]:
-    """Whether a recorded result was had again, and where not."""
+    """Whether a recorded result was reproduced, and where not."""
     place = "" if result.same_machine else " (on a machine of another kind: values may differ by 1 %)"
     lines = [f"{result.result}: {'reproduced' if result.reproduced else 'NOT reproduced'}{place}"]
     lines += [f"  {one.what}: {one.recorded} was recorded, now {one.found}" for one in result.differences[:10]]
@@ -151,7 +153,7 @@ def sweep_table(result: Sweep) -> Table:
     """One row per sparsity; * marks those that no other beats in both perplexity and size."""
     how = result.protocol
     text = how.text.text if how.text else "unknown"
-    table = Table(title=f"{result.model}: {text}, {how.windows} windows of {how.length}")
+    table = Table(title=f"{result.model}: {text}, {how.windows} samples of {how.length}")
     for column in ("pattern", "zeros", "perplexity", "packed MB", ""):
         table.add_column(column, justify="left" if column == "pattern" else "right")
     rows = list(result.rows)

@@ -51,7 +51,7 @@ def local_rank() -> int:
 def share(windows: Tensor) -> Tensor:
     """This process's windows of ``[n, length]``. Raises InputError if there are fewer windows than processes."""
     if len(windows) < count():
-        raise InputError(f"{len(windows)} windows cannot be split over {count()} processes; use fewer, or more windows a step")
+        raise InputError(f"{len(windows)} samples cannot be split over {count()} processes; use fewer, or more samples a step")
     return windows[rank() :: count()]
 
 
@@ -66,8 +66,8 @@ def total_of(value: float) -> float:
     """The sum of a number over all processes."""
     if count() == 1:
         return value
-    place = torch.device("cuda", torch.cuda.current_device()) if distributed.get_backend() == "nccl" else None
-    return float(total(torch.tensor(value, dtype=torch.float64, device=place)))
+    device = torch.device("cuda", torch.cuda.current_device()) if distributed.get_backend() == "nccl" else None
+    return float(total(torch.tensor(value, dtype=torch.float64, device=device)))
 
 
 def wait() -> None:

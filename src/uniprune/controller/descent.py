@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 S = TypeVar("S", bound=Statistic)
 
 START_TOKENS = 8192  # of calibration text, whose statistics make the start
-SAMPLE, SAMPLED = 37, 1 << 22  # every 37th dual, or so many in all, tell what a common budget would be while descending
+SAMPLE, SAMPLED = 37, 1 << 22  # every 37th dual, or that many in all, tell what a common budget would be while descending
 JUDGED = 1024  # tokens in one batch of held-out windows
 SAMPLE_ROWS = 16  # one row of 16 tells how many masks a step flipped; as many at a time as tiles may need
 
@@ -61,14 +61,14 @@ def descend(
 
     calibration: the last few windows judge the state and are never descended on, the first few also make the start. metric:
     the local saliency. targets: the patterns whose masks the loss is taken at, one per step, drawn by ``seed`` in shuffled
-    rounds. steps: by default so many that each window is used once.
+    rounds. steps: by default each window is used once.
     The state with the lowest held-out KL is returned: it is never worse there than the start. A descent that diverges is set
     back to the best state and goes on at half the step size; one that stops improving is stopped.
     Raises InputError if there are too few windows.
     """
     windows = calibration.windows
     if len(windows) < 2:
-        raise InputError("the controller holds a calibration window out and needs another; give --windows 2 or more")
+        raise InputError("the controller holds out one calibration sample and needs another; give --num-samples 2 or more")
     if settings.temperature:
         _check_relaxed(targets, calibration)
     judges = max(1, min(max(settings.held_out, len(targets)), len(windows) // 8))
@@ -339,7 +339,7 @@ def _restored(store: Store, passes: Passes, other: Kind | None) -> Start:
 
 def any_sparsity() -> tuple[Pattern, ...]:
     """The targets that one artefact for all is descended on, in turn; 2:4 twice, for it learns least from the others."""
-    return *(Unstructured(level, "model") for level in (0.5, 0.6, 0.7)), NM(2, 4), NM(4, 8), NM(2, 4)
+    return *(Unstructured(sparsity, "model") for sparsity in (0.5, 0.6, 0.7)), NM(2, 4), NM(4, 8), NM(2, 4)
 
 
 def _check_relaxed(targets: Sequence[Pattern], calibration: Calibration) -> None:

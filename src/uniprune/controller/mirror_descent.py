@@ -67,9 +67,9 @@ class MirrorDescent:
     mean and RMS of the gradients, in (0, 1). power: of the saliency that the dual is, > 0. anchor: pull towards the start, per
     unit of step size. temperature: of relaxed masks (``prox.relaxed``), in units of the mean dual, falling linearly to 0; 0
     has hard masks throughout. labels, evenness, hidden, vocabulary: of the loss, see ``loss.Loss``. even_tokens: whether each
-    matrix's gradient evens its tokens out. focus: whether rows and columns move by how far their gradients agree from step to
-    step (:func:`confidence`). batch_tokens: per step. held_out: so many windows, one for each target at least and
-    an eighth at most, judge and are never descended on. checks: how often they do, at most.
+    matrix's gradient down-weights outlier tokens. focus: whether rows and columns move by how far their gradients
+    agree from step to step (:func:`confidence`). batch_tokens: per step. held_out: windows that judge and are never descended
+    on, one for each target at least and an eighth at most. checks: how often they do, at most.
 
     A variant is a subclass with an ``init`` or ``step`` of its own; the loop (``descent``) knows of a state what
     ``states.State`` says.

@@ -22,7 +22,7 @@ from uniprune.storage.stash import Stash
 PART_TOKENS = 1024  # that go through a block at once, with gradients
 
 Between = Callable[[Tensor, Tensor, int], Tensor]
-"""Given hidden states of the pruned and the dense model after one of so many blocks, a gradient with respect to the former."""
+"""Given hidden states of the pruned and the dense model after one of the blocks, a gradient with respect to the former."""
 
 
 class Passes(Protocol):

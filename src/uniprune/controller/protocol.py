@@ -61,7 +61,7 @@ class Controller(Protocol):
     ) -> tuple[Mapping[str, Tensor], ControllerRecord]:
         """The saliency of every matrix, float32 ``[out, in]``, higher = keep, and the record of how it came to be.
 
-        targets: the patterns that the scores are for. steps: how many; by default so many that each window is used once.
+        targets: the patterns that the scores are for. steps: how many; by default each window is used once.
         Raises InputError for targets and windows that it cannot work with. The model is the same afterwards, bit for bit.
         """
         ...

@@ -21,7 +21,7 @@ TOLERANCE = 3e-6  # of a budget; what float32 sums can hold
 ROOT_STEPS = 64  # safeguarded Newton; 4 to 12 are the rule
 SWEEPS = 100  # of coordinate descent; 2 to 10 are the rule
 SETTLED = 1e-7  # relative change per sweep at which coordinate descent stops
-SHRUNK = (0.8, 0.6, 0.4)  # starts of coordinate descent: so many times z, and its n + 1 largest
+SHRUNK = (0.8, 0.6, 0.4)  # starts of coordinate descent: multiples of z, and of its n + 1 largest
 CHUNK = 1 << 18  # groups solved at a time, which bounds the memory beside the result
 FAR = 1e30  # stands for infinity, which would make NaN of differences
 
@@ -197,7 +197,7 @@ def prox_nm(z: Tensor, lam: float, n: int, m: int) -> Tensor:
 
 
 def _lowest(size: Tensor, lam: float, n: int, starts: Sequence[tuple[int, float]]) -> Tensor:
-    """The best that coordinate descent finds for magnitudes ``[groups, m]``, falling; a start is its first so many, scaled."""
+    """The best that coordinate descent finds for magnitudes ``[groups, m]``, falling; a start is its first ones, scaled."""
     if not len(size):
         return size
     w = torch.stack([functional.pad(size[:, :kept] * scale, (0, size.shape[1] - kept)) for kept, scale in starts])
@@ -226,7 +226,7 @@ def _symmetric(columns: Sequence[Tensor], order: int) -> Tensor:
 
 
 def _nm_groups(w: Tensor, n: int, m: int) -> Tensor:
-    if reason := NM(n, m).misfit(*w.shape):
+    if reason := NM(n, m).unsupported(*w.shape):
         raise InputError(f"weights {tuple(w.shape)}: {reason}, as {n}:{m} needs")
     return w.reshape(-1, m)
 

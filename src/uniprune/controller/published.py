@@ -129,7 +129,7 @@ class UniPruning:
         """The global saliency Gamma and a record of the descent: steps, tokens, and each step's loss in nats per token.
 
         metric: the local metric S. targets: one per step, drawn by ``seed`` in shuffled rounds; they matter only where they are
-        N:M, by their prox. steps: by default so many that each window is used once.
+        N:M, by their prox. steps: by default each window is used once.
         The model's weights are the same afterwards, bit for bit, also after an error.
         Raises InputError if a matrix cannot have a target, UniPruneError if the loss is no longer finite.
         """

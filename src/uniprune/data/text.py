@@ -31,7 +31,7 @@ JOIN = "\n\n"
 
 
 class TextFacts(Facts):
-    """Which tokens were read. ``text``: the source; ``available_windows``: it has so many; ``sha256``: of the token ids.
+    """Which tokens were read. ``text``: the source; ``available_windows``: how many it has; ``sha256``: of the token ids.
 
     join: what stands between two documents. bos: whether the tokenizer put a token at the start.
     """

@@ -67,7 +67,7 @@ def apply(
                 "give that model, or --force"
             )
 
-    with runs.open_run(output, {"verb": "apply"}) as run, files.new_folder(output, run.folder) as folder:
+    with runs.open_run(output, {"command": "apply"}) as run, files.new_folder(output, run.folder) as folder:
         with watch("write"):
             (folder / writer.MASKS).parent.mkdir()
             shutil.copyfile(masks, folder / writer.MASKS)

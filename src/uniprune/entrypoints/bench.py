@@ -56,7 +56,7 @@ def bench(
     *,
     dtypes: Sequence[str] = DEFAULTS.dtypes,
     batches: Sequence[int] = DEFAULTS.batches,
-    levels: Sequence[float] = DEFAULTS.levels,
+    sparsities: Sequence[float] = DEFAULTS.sparsities,
     device: str | None = None,
     seconds: float = 1.0,
     progress: Progress = silent,
@@ -64,17 +64,17 @@ def bench(
     """Times the products of a model's matrices on this machine, dense against every sparse kernel that PyTorch has here.
 
     source: a folder (dense or pruned), hub name or GGUF file, of which shapes alone are read. dtypes: ``float32``,
-    ``bfloat16``, ``float16``. batches: tokens at a time. levels: fractions removed. seconds: for each kernel, dtype, level and
-    batch, at least. Raises InputError for settings that cannot be measured.
+    ``bfloat16``, ``float16``. batches: tokens at a time. sparsities: fractions removed. seconds: for each kernel, dtype,
+    sparsity and batch, at least. Raises InputError for settings that cannot be measured.
     """
-    dtypes, batches, levels = list(dict.fromkeys(dtypes)), list(dict.fromkeys(batches)), list(dict.fromkeys(levels))
-    _check(dtypes, batches, levels)
+    dtypes, batches, sparsities = list(dict.fromkeys(dtypes)), list(dict.fromkeys(batches)), list(dict.fromkeys(sparsities))
+    _check(dtypes, batches, sparsities)
     place = parse_device(device)
     if place.type not in ("cpu", "cuda"):
         raise InputError(f"device {device!r}: kernels are measured on cpu and cuda only")
     origin = resolve(source)
     shapes = Counter(matrix.shape for matrix in find_matrices(skeleton(origin)).values())
-    at, watch = Conditions(place, [DTYPES[name] for name in dtypes], batches, levels, seconds=seconds), Stopwatch()
+    at, watch = Conditions(place, [DTYPES[name] for name in dtypes], batches, sparsities, seconds=seconds), Stopwatch()
     with watch("measure"):
         results, missing = timing.measure(shapes, at, progress)
     busy = results and median(result.high / result.low for result in results) > BUSY
@@ -94,8 +94,8 @@ def bench(
     )
 
 
-def _check(dtypes: Sequence[str], batches: Sequence[int], levels: Sequence[float]) -> None:
-    for name, values in (("dtype", dtypes), ("batch", batches), ("levels", levels)):
+def _check(dtypes: Sequence[str], batches: Sequence[int], sparsities: Sequence[float]) -> None:
+    for name, values in (("dtype", dtypes), ("batch", batches), ("sparsities", sparsities)):
         if not values:
             raise InputError(f"{name} is empty; leave it out for the defaults")
     for dtype in dtypes:
@@ -104,13 +104,13 @@ def _check(dtypes: Sequence[str], batches: Sequence[int], levels: Sequence[float
     for batch in batches:
         if batch < 1:
             raise InputError(f"batch {batch} is impossible; give the tokens at a time, 1 or more")
-    for level in levels:
-        if not 0 < level < 1:
-            raise InputError(f"level {level} is not between 0 and 1; give the fraction removed, e.g. 0.9")
+    for sparsity in sparsities:
+        if not 0 < sparsity < 1:
+            raise InputError(f"sparsity {sparsity} is not between 0 and 1; give the fraction removed, e.g. 0.9")
 
 
 def verdicts(results: Sequence[Result], missing: Sequence[Missing]) -> list[str]:
-    """One sentence for each kind of mask: whether its products are faster here, with how many tokens, from which level on."""
+    """One sentence for each kind of mask: whether its products are faster here, with how many tokens, from which sparsity."""
     dense = [result for result in results if result.kind == DENSE.kind]
     sentences = []
     for kind in dict.fromkeys(kernel.kind for kernel in SPARSE):

@@ -40,7 +40,9 @@ def calibrate(
         flag = "--refine" if recipe.refine else "--sequential"
         raise InputError(f"{flag} needs the masks while it calibrates; use it with prune")
     if recipe.size is not None:
-        raise InputError("a size is for prune; calibrate with --sparsity, at the level that plan --size shows, or with neither")
+        raise InputError(
+            "a size is for prune; calibrate with --sparsity, at the sparsity that plan --size shows, or with neither"
+        )
     asked = RunOptions.of(**options)
     with distributed.joined(device_of(asked)):
         if asked.resume and (facts := _finished(output, recipe, source)):
@@ -49,7 +51,7 @@ def calibrate(
         job = prepare(source, recipe, None, asked, scores=output)
         pattern = job.aim.pattern
         targets = [pattern] if pattern else _fitting(any_sparsity(), job.shapes)
-        with progress_of(output, asked, job.identity(recipe, verb="calibrate")) as run:
+        with progress_of(output, asked, job.identity(recipe, command="calibrate")) as run:
             saliency, record = scored(job.calibration(progress, run), recipe, targets)
             facts = ScoresFacts(
                 **job.binding.model_dump(),
@@ -102,4 +104,4 @@ def same_run(settings: Mapping[str, Any], name: str, output: Path, recipe: Recip
 
 def _fitting(targets: Sequence[Pattern], shapes: Mapping[str, tuple[int, int]]) -> list[Pattern]:
     """The targets that every matrix can have."""
-    return [target for target in targets if not any(target.misfit(*shape) for shape in shapes.values())]
+    return [target for target in targets if not any(target.unsupported(*shape) for shape in shapes.values())]

@@ -128,7 +128,7 @@ def check(
 
 
 def _questions(request: EvaluationRequest, subject: Subject, other: Subject | None) -> Questions:
-    """What both models are measured on. Raises InputError if they do not read the text alike, or it cannot be had."""
+    """What both models are measured on. Raises InputError if they do not read the text alike, or it cannot be read."""
     prompts, new_tokens, windows = request.prompts, request.new_tokens, None
     if new_tokens is None:
         new_tokens = NEW_TOKENS if other is not None and subject.tokenizer is not None else 0

@@ -30,7 +30,7 @@ def mask(
 ) -> Masked:
     """Cuts masks of one sparsity from a scores file and writes them; returns the realised sparsity.
 
-    budget: ``sparsity_type``, ``allow``, ``rules``, ``hardware`` and ``misfits``, as in :class:`Recipe`.
+    budget: ``sparsity_type``, ``allow``, ``rules``, ``hardware`` and ``unsupported``, as in :class:`Recipe`.
     """
     files.check_output_file(output, overwrite, scores)
     saliency = ScoresFile(scores)
@@ -38,7 +38,9 @@ def mask(
     recipe = Recipe(sparsity=sparsity, scope=scope, controller=controller, **budget)
     stored = next(iter(saliency.facts.digests.values())).split()[0]
     dtype = dtype_name(PLAIN.get(stored, stored))
-    pattern, misfits = fitted(recipe.pattern(), saliency.shapes, dtype, recipe.hardware, recipe.misfits)
+    pattern, unsupported = fitted(recipe.pattern(), saliency.shapes, dtype, recipe.hardware, recipe.unsupported)
     cut = pattern(on_one_scale(saliency, pattern))
     removed = write_masks(output, cut, saliency.shapes, saliency.facts, str(pattern))
-    return Masked(pattern=str(pattern), structure=structure(pattern), misfits=misfits, **realised(removed, saliency.shapes))
+    return Masked(
+        pattern=str(pattern), structure=structure(pattern), unsupported=unsupported, **realised(removed, saliency.shapes)
+    )

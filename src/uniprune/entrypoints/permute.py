@@ -1,4 +1,4 @@
-"""The verb ``permute``: a dense checkpoint that computes the same, with its hidden channels in an order that suits N:M.
+"""The command ``permute``: a dense checkpoint that computes the same, with its hidden channels in an order that suits N:M.
 
 What is written is a model like any other. So it is calibrated, pruned, packed and served as it is, and masks are bound to it.
 """
@@ -65,7 +65,7 @@ def permute(
             raise InputError("permute runs in one process; start it without torchrun")
         with watch("prepare"):
             job = prepare(source, recipe, output, options)
-        with progress_of(output, options, job.identity(recipe, verb="permute")) as run:
+        with progress_of(output, options, job.identity(recipe, command="permute")) as run:
             consumers = {channels.consumer: job.matrices[channels.consumer] for channels in found}
             with watch("calibrate"):
                 saliency = one_shot(replace(job.calibration(progress, run), matrices=consumers), recipe.parsed_metric())

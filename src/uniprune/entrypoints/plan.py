@@ -24,22 +24,22 @@ def plan(source: str | Path, recipe: Recipe, *, device: str | None = None, max_m
     stored = stored_dtype(origin, matrices)
     length = recipe.length or LENGTH
     options = RunOptions.of(device=device, max_memory=max_memory)
-    place = device_of(options)
-    dtype = parse_dtype(recipe.dtype) or fast_dtype(stored, place)
+    target = device_of(options)
+    dtype = parse_dtype(recipe.dtype) or fast_dtype(stored, target)
     work = estimate.Work(model, matrices, recipe, dtype, stored, length)
     needs = estimate.needs(work)
     execution: str
     to_load = recipe.size is not None and not origin.files
     try:
-        execution = choose(origin, needs, options, place)
+        execution = choose(origin, needs, options, target)
     except InputError:
         if to_load:
             raise
         execution = "none"
     weights = load(origin, recipe.dtype, "cpu") if to_load else origin
-    if recipe.misfits == "refuse":  # here they are shown
-        recipe = recipe.model_copy(update={"misfits": "dense"})
+    if recipe.unsupported == "refuse":  # here they are shown
+        recipe = recipe.model_copy(update={"unsupported": "dense"})
     aim = aim_of(recipe, model, matrices, weights)
     tokens = (recipe.windows or WINDOWS) * length
-    found = estimate.make_plan(origin, work, aim.pattern, aim.misfits, tokens, place, needs, execution)
-    return found.model_copy(update={"size": aim.budget.size, "level": aim.level}) if aim.budget else found
+    found = estimate.make_plan(origin, work, aim.pattern, aim.unsupported, tokens, target, needs, execution)
+    return found.model_copy(update={"size": aim.budget.size, "sparsity_for_size": aim.sparsity}) if aim.budget else found

@@ -54,7 +54,7 @@ def prune(
             return report
         with watch("prepare"):
             job = prepare(source, recipe, output, asked)
-        with progress_of(output, asked, job.identity(recipe, verb="prune")) as run:
+        with progress_of(output, asked, job.identity(recipe, command="prune")) as run:
             cut = _cut(job, recipe, job.calibration(progress, run), watch)
             if not distributed.rank():
                 with files.new_folder(output, run.folder) as folder:
@@ -147,15 +147,15 @@ def _report(
         "recipe": recipe.record(),
         "pattern": str(aim.pattern),
         "structure": structure(aim.pattern),
-        "misfits": aim.misfits,
+        "unsupported": aim.unsupported,
         **realised(removed, job.shapes),
         "calibration": job.windows.describe(),
         "versions": versions(),
         "seconds": watch.seconds,
         **cut.record,
     }
-    if aim.budget and aim.level is not None:
-        facts["size"] = SizeBudget(bytes=aim.budget.size, sparsity=aim.level)
+    if aim.budget and aim.sparsity is not None:
+        facts["size"] = SizeBudget(bytes=aim.budget.size, sparsity=aim.sparsity)
     if masks_sha256:
         facts["masks_sha256"] = masks_sha256
     return Pruning(**facts)

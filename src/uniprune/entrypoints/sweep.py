@@ -1,4 +1,4 @@
-"""The command ``sweep``: what every level and pattern of one calibration costs in perplexity, and saves in bytes."""
+"""The command ``sweep``: what every sparsity and pattern of one calibration costs in perplexity, and saves in bytes."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def sweep(
 ) -> Sweep:
     """Perplexity and packed size of a model at many sparsities, masks cut from one scores file; written to ``output``, as JSON.
 
-    sparsities: levels and N:M. asked: ``scope`` of the levels, as in a recipe; ``text_source``, ``windows``, ``length`` and
-    ``dtype``, as in ``evaluate``. The file is written anew after each row; resume: keep the rows that it has, if they were
+    sparsities: fractions and N:M. asked: ``scope`` of fractions, as in a recipe; ``text_source``, ``windows``, ``length`` and
+    ``dtype``, as in ``evaluate``. The file is rewritten after each row; resume: keep the rows that it has, if they were
     measured in the same way, and add those that are missing. A row's ``bytes`` are what ``pack`` would make, estimated from
     samples; None without the zstandard package. ``pareto``: no other row is both smaller and better.
     Raises InputError or MismatchError before the first row if anything asked for cannot be done.
@@ -97,11 +97,11 @@ def sweep(
 
 
 def _parsed(sparsities: Sequence[str], scope: Scope | None, saliency: ScoresFile) -> dict[str, Pattern]:
-    """The patterns by their spelling; scope: of the levels among them. Raises InputError if a matrix cannot have one."""
+    """The patterns by their spelling; scope: of the sparsities among them. Raises InputError if a matrix cannot have one."""
     default: Scope = scope or ("model" if saliency.comparable else "row")
     asked = {spec: spelling.parse(spec, default=default) for spec in sparsities}
     if not asked:
-        raise InputError("no sparsity was asked for; give levels and N:M by comma, such as 0.5,2:4")
+        raise InputError("no sparsity was asked for; give fractions and N:M by comma, such as 0.5,2:4")
     for pattern in asked.values():
         check_fit(saliency.shapes.items(), pattern)
     return asked
@@ -146,9 +146,7 @@ def _earlier(output: Path, result: Sweep) -> Sweep:
     try:
         there = Sweep.read(output)
     except InputError as error:
-        raise InputError(
-            f"output {output} is no sweep that could be gone on with ({error}); give another name, or --overwrite"
-        ) from None
+        raise InputError(f"output {output} cannot be resumed as a sweep ({error}); give another name, or --overwrite") from None
     before, now = (one.model_dump(include={"scores", "protocol"}) for one in (there, result))
     differing = [change.what for change in reproduce.differences(before, now)]
     if differing:

@@ -14,7 +14,7 @@ from uniprune.errors import InputError
 from uniprune.evaluation.results import Generation
 from uniprune.models.blocks import device_of
 
-COUNT, BEGIN = 3, 24  # so many prompts from a text, of so many tokens
+COUNT, BEGIN = 3, 24  # prompts from a text, and tokens in each
 
 
 def prompts_of(windows: Windows, tokenizer: Any) -> list[str]:

@@ -20,7 +20,7 @@ BATCH, PROBE = 8, 16  # rows at a time; tokens on which a model is tried
 class Harness:
     """Tasks of lm-evaluation-harness, by name or as .yaml files, found and fetched before any weight is loaded.
 
-    Raises InputError if the harness is not installed, or a task cannot be had.
+    Raises InputError if the harness is not installed, or a task cannot be loaded.
     """
 
     def __init__(self, names: Sequence[str]) -> None:

@@ -85,7 +85,7 @@ class Subject:
         return found
 
     def ask(self, asked: Questions) -> None:
-        """Says what to measure. Raises InputError if a question cannot be scored, or a prompt not be gone on with."""
+        """Says what to measure. Raises InputError if a question cannot be scored, or a prompt not be continued."""
         if asked.tasks or asked.prompts:
             self.check_tokenizer()
         check_prompts(asked.prompts, self.tokenizer, asked.new_tokens, self.context)
@@ -99,10 +99,10 @@ class Subject:
         if isinstance(self._source, Loaded):
             warn_of_emulation(self._source.model)
             return self._source
-        chosen, place = parse_dtype(dtype), parse_device(device)
+        chosen, target = parse_dtype(dtype), parse_device(device)
         # Loaded in the type that it computes in, never cast afterwards: that would cast its buffers, too.
-        dtype_here = chosen or fast_dtype(native_dtype(self._source), place)
-        return Loaded(load_weights(self._source, dtype_here, place), self.tokenizer, self._source)
+        dtype_here = chosen or fast_dtype(native_dtype(self._source), target)
+        return Loaded(load_weights(self._source, dtype_here, target), self.tokenizer, self._source)
 
     def measure(self, loaded: Loaded, progress: Progress, record: bool) -> Measured:
         """record: whether predictions are to be compared with another model's."""

@@ -1,4 +1,4 @@
-"""How a result was had, so that it can be had again: what was asked, of which weights, by which software, on which machine."""
+"""What it takes to reproduce a result: what was asked, of which weights, by which software, on which machine."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from uniprune.models.blocks import device_of
 from uniprune.storage.record import parsed
 
 # Not what a model does: its name may be another, and versions and machines are compared apart.
-ASIDE = {"kind", "format", "model", "against", "versions", "protocol.versions", "protocol.machine", "protocol.request"}
+IGNORED = {"kind", "format", "model", "against", "versions", "protocol.versions", "protocol.machine", "protocol.request"}
 TOLERANCE = 1e-2  # relative, between machines of different kinds: their kernels add in another order
 
 
@@ -70,7 +70,7 @@ def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     if isinstance(value, Mapping):
         for key, inner in value.items():
             where = f"{path}.{key}" if path else str(key)
-            if where not in ASIDE:
+            if where not in IGNORED:
                 yield from _leaves(inner, where)
     elif isinstance(value, list):
         for index, inner in enumerate(value):

@@ -72,7 +72,7 @@ class EvaluationRequest(Reading):
 
 
 class SweepRequest(Reading):
-    """What ``sweep`` measures each sparsity on. scope: the budget group of levels; dtype: to compute in."""
+    """What ``sweep`` measures each sparsity on. scope: the budget group of sparsities; dtype: to compute in."""
 
     scope: Scope | None = None
     dtype: str | None = None

@@ -44,7 +44,7 @@ class Needs:
     block: int = 0
 
     def sharded(self, processes: int) -> int:
-        """Bytes for each of so many processes that hold the blocks together: its part, the block that runs, the one to come."""
+        """Bytes for each of N processes that hold the blocks together: its part, the block that runs, the one to come."""
         return self.streamed + int(RAGGED * (self.blocks / processes + 2 * self.block))
 
 
@@ -80,14 +80,15 @@ class Group(Facts):
     shape: Shape
     weights: Count
     pattern: str | None
-    misfit: str | None
+    unsupported: str | None
 
 
 class Plan(Record):
     """What ``plan`` returns. Sizes are bytes, times seconds; the forecasts are estimates and say so in the table.
 
     memory: of the execution that would be chosen; ``memory_resident`` and ``memory_streamed``: of either. disk: of the output;
-    scratch: beside it, while the run lasts. size: what the archive may take, if that was asked for; level: what it became.
+    scratch: beside it, while the run lasts. size: what the archive may take, if that was asked for; sparsity_for_size: what
+    meets it.
     left_dense: matrices in the blocks that are never pruned, and why. shared: those that several modules multiply by, and are
     pruned once, and how many modules. fits: whether every matrix can have the pattern.
     """
@@ -112,7 +113,7 @@ class Plan(Record):
     scratch: Count
     seconds: float
     size: Count | None = None
-    level: float | None = None
+    sparsity_for_size: float | None = None
     left_dense: dict[str, str] = {}
     shared: dict[str, Count] = {}
     fits: bool
@@ -122,13 +123,13 @@ def make_plan(
     origin: Origin,
     work: Work,
     pattern: Pattern | None,
-    misfits: Mapping[str, str],
+    unsupported: Mapping[str, str],
     tokens: int,
     device: torch.device,
     needed: Needs,
     execution: str,
 ) -> Plan:
-    """The plan of a run on ``tokens`` of calibration text; misfits: matrices that cannot have the pattern, and why."""
+    """The plan of a run on ``tokens`` of calibration text; unsupported: matrices that cannot have the pattern, and why."""
     matrices, prunable, parameters = work.matrices, work.prunable, work.parameters
     groups: dict[tuple[str, tuple[int, int], str | None], list[str]] = defaultdict(list)
     for name, matrix in matrices.items():
@@ -141,7 +142,7 @@ def make_plan(
             shape=shape,
             weights=len(names) * shape[0] * shape[1],
             pattern=gets,
-            misfit=misfits.get(names[0]),
+            unsupported=unsupported.get(names[0]),
         )
         for (name, shape, gets), names in groups.items()
     ]
@@ -167,7 +168,7 @@ def make_plan(
         seconds=work.recipe.cost.flops * prunable * tokens / _flops(work.dtype, device),
         left_dense={name: why for name, (_, why) in left_dense(work.model).items()},
         shared={name: len(matrix.modules) for name, matrix in matrices.items() if matrix.others or matrix.spans},
-        fits=all(row.misfit is None for row in rows),
+        fits=all(row.unsupported is None for row in rows),
     )
 
 
@@ -177,7 +178,7 @@ def kind_of(name: str) -> str:
 
 
 def _removed(pattern: Pattern, matrices: Matrices) -> float:
-    """How many weights a pattern will remove: of a common budget its level, of others what each matrix loses."""
+    """How many weights a pattern will remove: of a common budget its sparsity, of others what each matrix loses."""
     if pattern.local:
         return sum(pattern.part(name).sparsity * matrix.size for name, matrix in matrices.items())
     return pattern.sparsity * sum(matrix.size for matrix in matrices.values())

@@ -62,20 +62,20 @@ Execution = Literal["resident", "sharded", "streamed"]
 class Aim:
     """What a recipe's budget comes to for a model's matrices.
 
-    misfits: matrices that cannot have the pattern, and why. budget: if a size was asked for; level: what it became.
+    unsupported: matrices that cannot have the pattern, and why. budget: if a size was asked for; sparsity: what it became.
     """
 
     pattern: Pattern | None
-    misfits: dict[str, str]
+    unsupported: dict[str, str]
     budget: archive_size.Budget | None
-    level: float | None
+    sparsity: float | None
 
     def with_scores(self, saliency: Saliency) -> Aim:
-        """The same, now that there are scores: at the level at which what they keep has the size that was asked for."""
+        """The same, now that there are scores: at the sparsity at which what they keep has the size that was asked for."""
         if self.budget is None:
             return self
-        level = self.budget.level(saliency)
-        return replace(self, level=level, pattern=self.budget.at(level))
+        sparsity = self.budget.sparsity(saliency)
+        return replace(self, sparsity=sparsity, pattern=self.budget.at(sparsity))
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class Job:
         return Calibration(self.loaded.model, self.matrices, self.windows.tokens, self.loaded.residency, run, progress)
 
     def identity(self, recipe: Recipe, **more: Any) -> dict[str, Any]:
-        """What a run must have in common with the interrupted one that it goes on with."""
+        """What a run must have in common with the interrupted one that it resumes."""
         tokens = hashlib.sha256(self.windows.tokens.contiguous().numpy().data).hexdigest()
         dtype = dtype_name(next(self.loaded.model.parameters()).dtype)
         settings = {
@@ -131,7 +131,7 @@ def prepare(
 
     output: an output folder, or None; scores: a scores file instead, whose name its writer checks.
     """
-    place, asked, save_tokens = device_of(options), parse_dtype(recipe.dtype), options.save_tokens
+    device, asked, save_tokens = device_of(options), parse_dtype(recipe.dtype), options.save_tokens
     check_execution(recipe, "resident")
     loaded = source if isinstance(source, Loaded) else None
     origin = loaded.origin if loaded else resolve(source)  # type: ignore[arg-type]
@@ -159,19 +159,19 @@ def prepare(
     else:
         assert origin is not None
         stored = stored_dtype(origin, matrices)
-        computed = asked or fast_dtype(stored, place)
+        computed = asked or fast_dtype(stored, device)
         work = estimate.Work(model, matrices, recipe, computed, stored, windows.tokens.shape[1])
         needs = estimate.needs(work)
-        execution = choose(origin, needs, options, place, target)
+        execution = choose(origin, needs, options, device, target)
         check_execution(recipe, execution)
         if execution == "resident":
-            loaded = Loaded(load_weights(origin, computed, place), tokenizer, origin)
+            loaded = Loaded(load_weights(origin, computed, device), tokenizer, origin)
             matrices = find_matrices(loaded.model, recipe.include, recipe.exclude)
         else:
             if target is not None:
                 files.check_disk_space(target, disk + distributed.count() * needs.scratch)  # each process has its own states
             open_blocks = open_sharded if execution == "sharded" else open_streamed
-            loaded = open_blocks(origin, tokenizer, computed, place)
+            loaded = open_blocks(origin, tokenizer, computed, device)
             matrices = attached(find_matrices(loaded.model, recipe.include, recipe.exclude), loaded.residency)  # type: ignore[arg-type]
     if loaded.residency is resident:
         check_finite(matrices)  # as they are computed; as they are stored, digests looks
@@ -191,16 +191,16 @@ def aim_of(recipe: Recipe, model: torch.nn.Module, matrices: Matrices, source: L
     """The pattern, and the size that a recipe asks for, if it does and the weights can be read before they are loaded."""
     origin = source.origin if isinstance(source, Loaded) else source
 
-    def at(level: float | None) -> Pattern:
-        pattern, _ = _pattern_of(recipe, model, matrices, origin, level)
+    def at(sparsity: float | None) -> Pattern:
+        pattern, _ = _pattern_of(recipe, model, matrices, origin, sparsity)
         assert pattern is not None
         return pattern
 
     budget = None
     if recipe.size is not None and source is not None and (isinstance(source, Loaded) or source.files):
         budget = archive_size.budget(formatting.parse_size(recipe.size), source, matrices, at, at(None))
-    level = budget.level() if budget else None
-    return Aim(*_pattern_of(recipe, model, matrices, origin, level), budget, level)
+    sparsity = budget.sparsity() if budget else None
+    return Aim(*_pattern_of(recipe, model, matrices, origin, sparsity), budget, sparsity)
 
 
 def _pattern_of(
@@ -208,23 +208,23 @@ def _pattern_of(
     model: torch.nn.Module,
     matrices: Matrices,
     origin: Origin | None,
-    level: float | None,
+    sparsity: float | None,
 ) -> tuple[Pattern | None, dict[str, str]]:
     """The pattern that a recipe asks for, if it does, as these matrices can have it; and those that cannot, with reasons.
 
-    level: what a size became; the lowest while that is not known.
+    sparsity: what a size became; the lowest while that is not known.
     """
     shapes = {name: matrix.shape for name, matrix in matrices.items()}
     if recipe.size is not None:
-        recipe = recipe.at(archive_size.lowest(recipe.at(recipe.lowest).pattern(), shapes) if level is None else level)
+        recipe = recipe.at(archive_size.lowest(recipe.at(recipe.lowest).pattern(), shapes) if sparsity is None else sparsity)
     if recipe.sparsity is None:
         return None, {}
     stored = stored_dtype(origin, matrices) if origin else next(model.parameters()).dtype
-    return fitted(recipe.pattern(), shapes, dtype_name(stored), recipe.hardware, recipe.misfits)
+    return fitted(recipe.pattern(), shapes, dtype_name(stored), recipe.hardware, recipe.unsupported)
 
 
 def choose(
-    origin: Origin, needs: estimate.Needs, options: RunOptions, place: torch.device, output: Path | None = None
+    origin: Origin, needs: estimate.Needs, options: RunOptions, device: torch.device, output: Path | None = None
 ) -> Execution:
     """Whole if that fits into memory, else block by block if that does; an interrupted run goes on as it began.
 
@@ -237,7 +237,7 @@ def choose(
         begun = (runs.identity_of(output) or {}).get("execution")
         if begun in ("resident", "sharded", "streamed") and (begun != "sharded" or processes > 1):
             return begun  # type: ignore[no-any-return]
-    limit = options.max_memory or estimate.free_memory(place)
+    limit = options.max_memory or estimate.free_memory(device)
     if _everywhere(needs.resident <= limit):
         return "resident"
     if not origin.files:
@@ -280,7 +280,7 @@ def gigabytes(size: int) -> str:
 def progress_of(output: Path, options: RunOptions, identity: dict[str, Any]) -> Iterator[runs.Run]:
     """The run folder of this process: the first one's is what an interrupted run is resumed from, others take a copy.
 
-    A sweep shared by several processes begins anew: each has the hidden states of its own windows, and they are not copied.
+    A sweep shared by several processes begins again: each has the hidden states of its own windows, and they are not copied.
     """
     if distributed.rank() == 0:
         with runs.open_run(output, identity, resume=options.resume, overwrite=options.overwrite) as run:
@@ -298,8 +298,8 @@ def progress_of(output: Path, options: RunOptions, identity: dict[str, Any]) -> 
 
 def device_of(options: RunOptions) -> torch.device:
     """The device; under ``torchrun`` each process has its own."""
-    place = parse_device(options.device)
-    return torch.device("cuda", distributed.local_rank()) if place.type == "cuda" and place.index is None else place
+    device = parse_device(options.device)
+    return torch.device("cuda", distributed.local_rank()) if device.type == "cuda" and device.index is None else device
 
 
 def calibration_windows(recipe: Recipe, tokenizer: Any, model: torch.nn.Module) -> Windows:

@@ -25,7 +25,7 @@ from uniprune.sparsity.patterns import NM, Pattern, Unstructured
 
 __all__ = ["LENGTH", "WINDOWS", "Recipe"]
 
-PATTERN = ("sparsity", "local", "grain", "part", "misfit", "settle", "settle_by_sample")  # what an object has that is one
+PATTERN = ("sparsity", "local", "grain", "part", "unsupported", "settle", "settle_by_sample")  # what an object has that is one
 SIZE, DEPTH = 1 << 20, 4  # of a recipe: bytes, collections in each other; at most
 
 
@@ -85,19 +85,19 @@ class Recipe(Settings):
     def _check_size(self) -> None:
         parse_size(str(self.size))
         if self.sparsity is None:
-            self.at(self.lowest)  # what does not go with a level does not go with a size
+            self.at(self.lowest)  # what does not go with a sparsity does not go with a size
         elif not isinstance(self.sparsity, str) or ":" in self.sparsity:
             raise InputError(f"--size does not go with --sparsity {self.sparsity}: a fixed pattern has one size; drop --size")
         else:
             raise InputError(f"--size {self.size} and --sparsity {self.sparsity} are two budgets; drop --sparsity, or --size")
 
-    def at(self, level: float) -> Recipe:
-        """The recipe with a level in place of the size."""
-        return Recipe(**dict(self) | {"size": None, "sparsity": f"{level:g}"})
+    def at(self, sparsity: float) -> Recipe:
+        """The recipe with a sparsity in place of the size."""
+        return Recipe(**dict(self) | {"size": None, "sparsity": f"{sparsity:g}"})
 
     @property
     def lowest(self) -> float:
-        """The lowest level that could be asked for."""
+        """The lowest sparsity that could be asked for."""
         return min((pattern.sparsity for pattern in self._choices), default=0.0)
 
     @property
@@ -111,7 +111,7 @@ class Recipe(Settings):
         base = spelling.parse(self.sparsity, self.scope, default="model" if self.comparable else "row")
         if self.allow:
             if self.scope is not None or not isinstance(base, Unstructured):
-                raise InputError(f"--allow goes with a level such as 0.45 and no scope, not with {base}")
+                raise InputError(f"--allow goes with a fraction such as 0.45 and no scope, not with {base}")
             base = Mixed(base.sparsity, self._choices)
         return Ruled(base, tuple(map(Rule.parse, self.rules))) if self.rules else base
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field
 
 from uniprune.common.options import Flag, Options, Several
-from uniprune.sparsity.choices import Misfits, Scope
+from uniprune.sparsity.choices import Scope, Unsupported
 
 if TYPE_CHECKING:
     from uniprune.controller.protocol import Controller
@@ -61,7 +61,7 @@ class Sparsity(Options):
     hardware: str = Field(
         default="any", description="Kernels that every pruned layer must suit: any, nvidia-semi-structured or block."
     )
-    misfits: Misfits = Field(
+    unsupported: Annotated[Unsupported, Flag(("--misfits",))] = Field(
         default="refuse",
         description="Linear layers whose shape does not support the pattern: fail, keep dense, or prune unstructured.",
     )

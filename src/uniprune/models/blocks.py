@@ -208,8 +208,8 @@ class Replay:
 class Blocks:
     """The decoder blocks of a model over a set of windows, to be run one after the other.
 
-    hidden: the inputs of the next block, one tensor ``[windows, length, width]`` per batch, kept in ``stash``. done: so many
-    blocks have been run over the same windows before; their outputs are still in the stash.
+    hidden: the inputs of the next block, one tensor ``[windows, length, width]`` per batch, kept in ``stash``. done: blocks
+    that have been run over the same windows before; their outputs are still in the stash.
     """
 
     def __init__(self, replay: Replay, windows: Tensor, stash: Stash | None = None, done: int = 0) -> None:

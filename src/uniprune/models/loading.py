@@ -131,7 +131,7 @@ def _from_hub(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=HUB_FILES))
     except Exception as error:  # the hub client's errors have no base class short of this
         reason = first_line(error)
-        raise InputError(f"model {name!r} is no folder here and cannot be had from the hub: {reason}") from error
+        raise InputError(f"model {name!r} is no folder here and could not be downloaded from the Hub: {reason}") from error
 
 
 def parse_dtype(name: str | None) -> torch.dtype | None:
@@ -294,9 +294,9 @@ def load(source: str | Path | Origin, dtype: str | None = None, device: str | No
     device: ``cpu``, ``cuda``, ...; CUDA by default where there is one.
     Raises InputError if the model cannot be found, read or understood.
     """
-    chosen, place = parse_dtype(dtype), parse_device(device)
+    chosen, target = parse_dtype(dtype), parse_device(device)
     origin = source if isinstance(source, Origin) else resolve(source)
-    return Loaded(load_weights(origin, chosen, place), load_tokenizer(origin), origin)
+    return Loaded(load_weights(origin, chosen, target), load_tokenizer(origin), origin)
 
 
 def load_weights(origin: Origin, dtype: torch.dtype | None, device: torch.device) -> nn.Module:
@@ -355,7 +355,7 @@ def context(config: Any) -> int:
 def check_context(config: Any, length: int) -> None:
     """Raises InputError if windows of ``length`` tokens are more than a model can read at once."""
     if length > context(config):
-        raise InputError(f"windows of {length} tokens do not fit the model's context of {context(config)}; lower --length")
+        raise InputError(f"samples of {length} tokens do not fit the model's context of {context(config)}; lower --length")
 
 
 def check_vocabulary(config: Any, highest: int, where: object) -> None:

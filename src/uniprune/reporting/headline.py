@@ -27,8 +27,10 @@ def sentences(summary: Summary) -> list[str]:
     if len(pruned) == 1:
         found += _about(summary, pruned[0])
     elif pruned:
-        levels = [subject.sparsity for subject in pruned if subject.sparsity is not None]
-        between = f", {percent(min(levels))} to {percent(max(levels))} of their prunable weights zero" if levels else ""
+        sparsities = [subject.sparsity for subject in pruned if subject.sparsity is not None]
+        between = (
+            f", {percent(min(sparsities))} to {percent(max(sparsities))} of their prunable weights zero" if sparsities else ""
+        )
         found.append(f"{len(pruned)} pruned models{between}: {', '.join(subject.label for subject in pruned)}.")
     for tradeoff in summary.tradeoffs:
         found += _traded(tradeoff)
@@ -36,11 +38,11 @@ def sentences(summary: Summary) -> list[str]:
 
 
 def _traded(tradeoff: Tradeoff) -> Iterator[str]:
-    levels = [point.sparsity for point in tradeoff.points]
+    sparsities = [point.sparsity for point in tradeoff.points]
     if any(point.label is None for point in tradeoff.points):
         yield (
-            f"{len(levels)} patterns of {short(tradeoff.model)} between {percent(min(levels))} and {percent(max(levels))} "
-            f"sparsity, measured on {tradeoff.measure}."
+            f"{len(sparsities)} patterns of {short(tradeoff.model)} between {percent(min(sparsities))} and "
+            f"{percent(max(sparsities))} sparsity, measured on {tradeoff.measure}."
         )
     dense = tradeoff.dense
     near = [point for point in tradeoff.points if dense is not None and point.perplexity <= NEAR * dense]

@@ -1,4 +1,4 @@
-"""The verb ``report``: results as one HTML page that needs nothing but itself.
+"""The command ``report``: results as one HTML page that needs nothing but itself.
 
 Everything that comes from a source is escaped by the template engine, and a policy in the page's head lets no script run but
 the page's own, and nothing be fetched. The same sources give the same bytes.

@@ -54,7 +54,7 @@ def write(folder: Path, report: Report, source: Origin | None = None) -> None:
 
 
 def rewrite(folder: Path, results: Sequence[Path], *, overwrite: bool = False) -> str:
-    """Writes the card of an existing output folder anew, with results of ``evaluate``; returns it.
+    """Rewrites the card of an existing output folder with results of ``evaluate``; returns it.
 
     overwrite: also if somebody has edited the card so that its mark is gone.
     Raises InputError if the folder is no output folder, or a result is none of this very checkpoint's.
@@ -151,7 +151,7 @@ def _body(report: Report, results: Sequence[Evaluation], source: str) -> Iterato
         yield f"{how}:\n\n```yaml\n{_yaml(recipe)}```"
     about = [f"{name} {version}" for name, version in report.versions.items()]
     if text := report.calibration:
-        what = f"{text.windows} windows of {text.length} tokens of {Path(text.text).name}"
+        what = f"{text.windows} samples of {text.length} tokens of {Path(text.text).name}"
         about.insert(0, f"Calibrated on {what} (sha256 {(text.sha256 or 'unknown')[:12]})")
     fingerprint = (report.model.fingerprint or "unknown")[:12]
     yield f"{'; '.join(about)}. Model fingerprint {fingerprint}; all facts are in `{REPORT}`."
@@ -161,7 +161,7 @@ def _rows(results: Sequence[Evaluation]) -> Iterator[tuple[str, str, str, str]]:
     for result in results:
         reference = result.closeness.reference_perplexity if result.closeness else None
         if result.perplexity is not None:
-            where = f"{_name(result)}, {result.windows} windows of {result.length}"
+            where = f"{_name(result)}, {result.windows} samples of {result.length}"
             other = "" if reference is None else f"{reference:.2f}"
             yield "token perplexity", where, f"{result.perplexity:.2f}", other
         for name, facts in result.tasks.items():

@@ -91,11 +91,11 @@ def tradeoff(name: str, facts: Tradeoff, by: str) -> Plot | None:
 
 
 def _scatter(axes: Any, points: Sequence[Point], series: str, index: int, by: str, scale: float) -> None:
-    """One series; a curve if they are levels of one sweep."""
+    """One series; a curve if they are sparsities of one sweep."""
     x, y = [scale * getattr(point, by) for point in points], [point.perplexity for point in points]
-    style = MARKERS[index] + ("-" if series.startswith("levels") and len(points) > 1 else "")
+    style = MARKERS[index] + ("-" if series.startswith("sparsities") and len(points) > 1 else "")
     axes.plot(x, y, style, color=SERIES[index], ms=5.5, label=_label(series))
-    if not series.startswith("levels"):
+    if not series.startswith("sparsities"):
         for at, value, point in zip(x, y, points, strict=True):
             text = point.pattern if point.label is None else point.label
             axes.annotate(_label(text), (at, value), xytext=(6, 5), textcoords="offset points", fontsize=9.5)
@@ -141,7 +141,7 @@ def descent(name: str, record: ControllerRecord) -> Plot | None:
         axes.set(xlabel="step", ylabel=f"{record.objective}, {record.unit}", xlim=(-0.02 * len(values), None))
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         _legend(axes)
-    told = f"; on held-out windows from {number(held[0])} to {number(min(held, key=_finite_first))} at best" if held else ""
+    told = f"; on held-out samples from {number(held[0])} to {number(min(held, key=_finite_first))} at best" if held else ""
     ends = f"from {number(values[0])} to {number(values[-1])}"
     return made(f"The controller's {record.objective} over {len(values)} steps, {ends}{told}.")
 
@@ -204,7 +204,7 @@ def accuracies(name: str, bars: Sequence[Marker]) -> Plot | None:
 
 @contextmanager
 def _figure(name: str, width: float, height: float) -> Iterator[tuple[Any, Callable[[str], Plot]]]:
-    """A figure of so many inches, and what makes a Plot of it and a sentence once it is drawn."""
+    """A figure of a size in inches, and what makes a Plot of it and a sentence once it is drawn."""
     drawn = io.StringIO()
 
     def made(says: str) -> Plot:

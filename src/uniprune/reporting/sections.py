@@ -89,14 +89,14 @@ def _tradeoffs(summary: Summary) -> Iterator[Part]:
 
 def _zeros(summary: Summary) -> Iterator[Part]:
     for index, (subject, pruning) in enumerate(_prunings(summary)):
-        levels = [matrix.sparsity for matrix in pruning.matrices.values()]
+        sparsities = [matrix.sparsity for matrix in pruning.matrices.values()]
         title, folded = _title(summary, subject), [report_tables.matrices(pruning)]
         pattern = pruning.pattern_words
-        if max(levels) - min(levels) < UNIFORM:
-            says = f"Each of the {len(levels)} matrices has sparsity {percent(pruning.sparsity)}: {pattern}."
+        if max(sparsities) - min(sparsities) < UNIFORM:
+            says = f"Each of the {len(sparsities)} matrices has sparsity {percent(pruning.sparsity)}: {pattern}."
             yield Part(title, [says], folded=folded)
         else:
-            says = f"The matrices have between {percent(min(levels))} and {percent(max(levels))}: {pattern}."
+            says = f"The matrices have between {percent(min(sparsities))} and {percent(max(sparsities))}: {pattern}."
             plot = heatmap(f"sparsity-{index}", pruning)
             yield Part(title, [says], [plot], [report_tables.kinds(pruning)], folded)
 
@@ -119,9 +119,9 @@ def _told(record: ControllerRecord) -> str:
     if not record.held_out_loss or record.best_held_out_loss is None:
         return f"{text}."
     start, best = record.held_out_loss[0], record.best_held_out_loss
-    text += f". On windows that it never descends on, {record.objective} is {number(start)} {record.unit} at the start"
+    text += f". On held-out samples, {record.objective} is {number(start)} {record.unit} at the start"
     text += f", and {number(best)} at best" if best < start else ", which no later masks improve on"
-    return f"{text}. The best masks on those windows are the result."
+    return f"{text}. The best masks on those samples are the result."
 
 
 def _accuracies(summary: Summary) -> Iterator[Part]:

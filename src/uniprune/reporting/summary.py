@@ -116,11 +116,11 @@ class Point(Facts):
 
     @property
     def series(self) -> str:
-        """What it is drawn with: a sweep's levels of one scope are a curve, everything else stands alone."""
+        """What it is drawn with: a sweep's sparsities of one scope are a curve, everything else stands alone."""
         if self.label is not None:
             return EVALUATED
         if self.scope and self.kind in ("unstructured", None):
-            return f"levels by {self.scope}"
+            return f"sparsities by {self.scope}"
         return self.kind or "patterns"
 
 
@@ -289,4 +289,4 @@ def _key(facts: Measured) -> tuple[str | None, int | None, int | None]:
 def measure(facts: Measured) -> str:
     """The text and the windows of a perplexity, in words."""
     name = short(facts.text.text) if facts.text else "an unnamed text"
-    return f"{name}, {facts.windows} windows of {facts.length} tokens" if facts.windows and facts.length else name
+    return f"{name}, {facts.windows} samples of {facts.length} tokens" if facts.windows and facts.length else name

@@ -19,7 +19,7 @@ Cell = str | tuple[str, float]
 METRICS = ("acc", "acc_norm", "perplexity")
 LOSSES = {"nats", "nats_stderr", "tokens"}
 RESULTS = {"matrices", "controller", "tasks", "lm_eval", "closeness", "generations", "rows", "dense"}
-ASIDE = LOSSES | RESULTS | {"kind", "format", "structure"}  # no settings
+IGNORED = LOSSES | RESULTS | {"kind", "format", "structure"}  # no settings
 LONGEST = 4  # values of a list that are shown one by one
 
 
@@ -163,7 +163,7 @@ def closeness(summary: Summary) -> Grid | None:
 
 def protocol(source: Source) -> Grid:
     """Everything that is needed to get a result again: what the file says, but for the results themselves."""
-    settings = {key: value for key, value in source.data.items() if key not in ASIDE}
+    settings = {key: value for key, value in source.data.items() if key not in IGNORED}
     stated = settings.pop("protocol", None)
     rows: list[list[Cell]] = [[key, value] for key, value in _flat(stated or settings)]
     return Grid(

@@ -76,7 +76,7 @@ def one_shot(calibration: Calibration, metric: Metric) -> LocalSaliency:
     """The saliency of every matrix from one forward pass over the dense model.
 
     Of a model whose blocks are in memory one at a time, hidden states lie in the run, and finished blocks are not run again; a
-    pass of a model in memory is short, and begins anew.
+    pass of a model in memory is short, and begins again.
     Raises UniPruneError if a matrix saw no token and has no fellows that did (see uniprune.saliency.statistics).
     """
     matrices = calibration.matrices

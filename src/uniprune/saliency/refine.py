@@ -30,7 +30,7 @@ TOLERANCE = 1e-6  # of a weight's own error: what a change must gain beyond roun
 
 
 def check(pattern: Pattern) -> None:
-    """Raises InputError unless the pattern fixes what each row keeps: N:M, or a level by row."""
+    """Raises InputError unless the pattern fixes what each row keeps: N:M, or a sparsity by row."""
     if not (isinstance(pattern, NM) or (isinstance(pattern, Unstructured) and pattern.scope == "row")):
         raise InputError(f"--refine exchanges weights within a row, but {pattern} has no budget by row; use --scope row or N:M")
 
@@ -44,7 +44,7 @@ def errors(weight: Tensor, mask: Tensor, gram: Tensor) -> Tensor:
 def refine(weight: Tensor, mask: Tensor, gram: Tensor, pattern: Pattern) -> Tensor:
     """A mask of the same pattern whose error is nowhere higher: :func:`descend_groups` or :func:`swap_rows`, then a check.
 
-    Rows whose error, computed anew, did not fall keep the mask they had, so that rounding cannot do harm.
+    Rows whose error, computed again, did not fall keep the mask they had, so that rounding cannot do harm.
     Raises InputError for patterns without a budget by row.
     """
     check(pattern)
@@ -92,7 +92,7 @@ def swap_rows(
 
     weight: float32; every row of the mask keeps equally many. The change of a pair is exact, cross term and all, but only the
     ``candidates`` weights of each side that are best by themselves are paired: in longer rows the best pair can be missed.
-    At most ``rounds * swaps`` exchanges; the candidates are chosen anew after every ``swaps``.
+    At most ``rounds * swaps`` exchanges; the candidates are chosen again after every ``swaps``.
     """
     mask = mask.clone()
     active = torch.arange(len(mask), device=mask.device)

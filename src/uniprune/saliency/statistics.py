@@ -41,7 +41,7 @@ class Statistic:
 
     @classmethod
     def nbytes(cls, columns: int) -> int:
-        """Bytes that the total of a matrix with so many inputs takes, for the forecast of memory."""
+        """Bytes that the total of a matrix with that many inputs takes, for the forecast of memory."""
         return 8 * columns
 
     def add(self, sums: Tensor, tokens: int) -> None:
@@ -160,16 +160,16 @@ def feed(matrices: Matrices, statistics: Statistics, gradients: Mapping[str, Ten
     experts of a group saw too little, they are all treated so; where none saw any token, nothing is changed.
     """
     for names in _groups(matrices, statistics).values():
-        poor = [name for name in names if statistics[name].tokens < FEW]
-        rich = [name for name in names if statistics[name].tokens >= FEW] or [n for n in poor if statistics[n].tokens]
-        if not poor or not rich:
+        few = [name for name in names if statistics[name].tokens < FEW]
+        enough = [name for name in names if statistics[name].tokens >= FEW] or [n for n in few if statistics[n].tokens]
+        if not few or not enough:
             continue
-        power = sum(statistics[name].power for name in rich) / sum(statistics[name].tokens for name in rich)
-        said = sum(float(gradients[name].mean()) for name in rich) / len(rich) if gradients is not None else 0.0
-        for name in poor:
+        power = sum(statistics[name].power for name in enough) / sum(statistics[name].tokens for name in enough)
+        gradient = sum(float(gradients[name].mean()) for name in enough) / len(enough) if gradients is not None else 0.0
+        for name in few:
             statistics[name].even(power)
             if gradients is not None:
-                gradients[name].fill_(said)
+                gradients[name].fill_(gradient)
 
 
 def starved(matrices: Matrices, statistics: Statistics) -> dict[str, Any]:

@@ -29,7 +29,7 @@ def search(scores: Tensor, n: int, m: int, sweeps: int = SWEEPS, batch: int = BA
     identity is found, that is returned. Same scores and seed: same order.
 
     First the columns are dealt out to the groups by their sums, so that large ones do not meet. Then, again and again, each
-    group gives up one channel, and all those are handed out anew, in the best way. Let ``t_rg`` be the N-th largest of the
+    group gives up one channel, and all those are handed out again, in the best way. Let ``t_rg`` be the N-th largest of the
     scores that row r has left in group g: channel i adds ``max(s_ri - t_rg, 0)`` there, which is ``|s_ri - t_rg| / 2`` and
     terms of i alone and g alone, that every assignment has. So the best assignment is the one with the highest sum of L1
     distances (Zhang et al., ICLR 2024, solve it alike). Departures from RIA: which channel leaves is drawn at random, and is
@@ -39,7 +39,7 @@ def search(scores: Tensor, n: int, m: int, sweeps: int = SWEEPS, batch: int = BA
     Raises InputError if the columns cannot be grouped, or if a score is NaN or infinite.
     """
     columns = scores.shape[1]
-    if reason := NM(n, m).misfit(*scores.shape):
+    if reason := NM(n, m).unsupported(*scores.shape):
         raise InputError(f"no channel permutation for {n}:{m}: {reason}")
     if not bool(torch.isfinite(scores).all()):
         raise InputError(
@@ -68,7 +68,7 @@ def _dealt(scores: Tensor, m: int) -> Tensor:
 
 
 def _exchanged(scores: Tensor, groups: Tensor, place: int, n: int) -> Tensor:
-    """The channels ``[groups]`` at one place of each group ``[groups, m]``, handed out anew if that keeps more."""
+    """The channels ``[groups]`` at one place of each group ``[groups, m]``, handed out again if that keeps more."""
     leaving = groups[:, place]
     staying = torch.cat([groups[:, :place], groups[:, place + 1 :]], 1)
     value = torch.zeros(len(groups), len(groups), device=scores.device)  # [channel, group]

@@ -3,4 +3,4 @@
 from typing import Literal
 
 Scope = Literal["row", "matrix", "block", "model"]
-Misfits = Literal["refuse", "dense", "unstructured"]
+Unsupported = Literal["refuse", "dense", "unstructured"]

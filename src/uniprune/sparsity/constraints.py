@@ -46,21 +46,29 @@ def spell(pattern: Pattern) -> str:
 
 
 def spelled(text: str) -> Pattern | None:
-    """The pattern whose spelling a text is, rules and all; None for other text, and for levels that may have been rounded.
+    """The pattern whose spelling a text is, rules and all; None for other text, and for sparsities that may have been rounded.
 
     Raises InputError for a pattern that is impossible, or that is to be spelled in another way.
     """
     base, *rules = text.split("; ")
-    levels = r"(?P<level>[\d.e+-]+)"
-    forms = (r"\d+:\d+", levels + r" by (?P<scope>\w+)(?: of (?P<tile>\d+x\d+) tiles)?", levels + r" in (?P<allow>[\w:, ]+)")
+    fraction = r"(?P<fraction>[\d.e+-]+)"
+    forms = (
+        r"\d+:\d+",
+        fraction + r" by (?P<scope>\w+)(?: of (?P<tile>\d+x\d+) tiles)?",
+        fraction + r" in (?P<allow>[\w:, ]+)",
+    )
     found = next((match.groupdict() for form in forms if (match := re.fullmatch(form, base))), None)
-    if found is None or found.get("scope") not in (None, *get_args(Scope)) or len((found.get("level") or "").lstrip("0.")) >= 6:
+    if (
+        found is None
+        or found.get("scope") not in (None, *get_args(Scope))
+        or len((found.get("fraction") or "").lstrip("0.")) >= 6
+    ):
         return None
     if allow := found.get("allow"):
-        pattern: Pattern = Mixed(float(found["level"]), tuple(map(choice, allow.split(", "))))
+        pattern: Pattern = Mixed(float(found["fraction"]), tuple(map(choice, allow.split(", "))))
     else:
         tile = f"@{found['tile']}" if found.get("tile") else ""
-        pattern = parse((found.get("level") or base) + tile, found.get("scope"))  # type: ignore[arg-type]
+        pattern = parse((found.get("fraction") or base) + tile, found.get("scope"))  # type: ignore[arg-type]
     if rules:
         pattern = Ruled(pattern, tuple(map(Rule.parse, rules)))
     if str(pattern) != text:
@@ -69,7 +77,7 @@ def spelled(text: str) -> Pattern | None:
 
 
 def settings(pattern: Pattern) -> dict[str, Any] | None:
-    """The settings of a recipe that ask for a pattern: its level and scope, its choices, its rules; None if none do."""
+    """The settings of a recipe that ask for a pattern: its sparsity and scope, its choices, its rules; None if none do."""
     if isinstance(pattern, Ruled):
         base = settings(pattern.base)
         return base and base | {"rules": tuple(map(str, pattern.rules))}
@@ -91,7 +99,7 @@ def choice(spec: str) -> NM:
 
 
 def reach(pattern: Pattern, shapes: Mapping[str, Shape]) -> tuple[float, float]:
-    """The lowest and the highest level that a pattern could have instead of its own, beside its rules."""
+    """The lowest and the highest sparsity that a pattern could have instead of its own, beside its rules."""
     if isinstance(pattern, Ruled):
         return pattern.reach(shapes)
     return (pattern.allow[0].sparsity, pattern.allow[-1].sparsity) if isinstance(pattern, Mixed) else (0.0, 1.0)
@@ -101,8 +109,8 @@ def reach(pattern: Pattern, shapes: Mapping[str, Shape]) -> tuple[float, float]:
 class Rule:
     """What holds for the matrices in whose names a regular expression is found.
 
-    what: ``dense``, a pattern (``2:4``), a level (``0.3``), or a range (``0.3..0.7``): floor and ceiling of the fraction that
-    a budget shared with other matrices may remove. Raises InputError for anything else.
+    what: ``dense``, a pattern (``2:4``), a fraction (``0.3``), or a range (``0.3..0.7``): floor and ceiling of the fraction
+    that a budget shared with other matrices may remove. Raises InputError for anything else.
     """
 
     match: str
@@ -138,7 +146,7 @@ class Rule:
         return (float(found[1]), float(found[2])) if found else None
 
     def pattern(self, scope: Scope) -> Pattern:
-        """What the rule fixes; scope: of a level."""
+        """What the rule fixes; scope: of a sparsity."""
         return DENSE if self.what == "dense" else parse(self.what, default=scope)
 
 
@@ -188,7 +196,7 @@ class Ruled(BasePattern):
             return self.base.part(name)
         return rule.pattern("row" if getattr(self.base, "scope", None) == "row" else "matrix")
 
-    def misfit(self, rows: int, columns: int) -> str | None:
+    def unsupported(self, rows: int, columns: int) -> str | None:
         return None  # that of the parts counts
 
     def check(self, shapes: Mapping[str, Shape]) -> None:
@@ -289,8 +297,8 @@ class Mixed(BasePattern):
     def grain(self) -> int:
         return math.lcm(*(nm.m for nm in self.allow))
 
-    def misfit(self, rows: int, columns: int) -> str | None:
-        reasons = [nm.misfit(rows, columns) for nm in self.allow]
+    def unsupported(self, rows: int, columns: int) -> str | None:
+        reasons = [nm.unsupported(rows, columns) for nm in self.allow]
         return None if None in reasons else reasons[-1]
 
     def group(self, name: str) -> str:
@@ -325,7 +333,7 @@ class Mixed(BasePattern):
         return lambda name, scores: chosen[name].settle({})(name, scores)
 
     def _options(self, shape: Shape, floor: float, ceiling: float, name: str = "a matrix") -> list[NM]:
-        options = [nm for nm in self.allow if nm.misfit(*shape) is None and floor <= nm.sparsity <= ceiling]
+        options = [nm for nm in self.allow if nm.unsupported(*shape) is None and floor <= nm.sparsity <= ceiling]
         if not options:
             raise InputError(
                 f"{name} {shape}: none of {', '.join(map(spell, self.allow))} fits between {floor:g} and {ceiling:g}"

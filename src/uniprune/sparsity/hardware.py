@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from uniprune.errors import InputError
-from uniprune.sparsity.choices import Misfits
+from uniprune.sparsity.choices import Unsupported
 from uniprune.sparsity.constraints import DENSE, Mixed, Rule, Ruled
 from uniprune.sparsity.patterns import NM, Pattern, Shape, Tiled
 
@@ -27,7 +27,7 @@ class Profile:
     types: Mapping[str, Shape] = field(default_factory=dict)
     capability: tuple[int, int] | None = None
 
-    def misfit(self, pattern: Pattern, shape: Shape, dtype: str) -> str | None:
+    def unsupported(self, pattern: Pattern, shape: Shape, dtype: str) -> str | None:
         """Why a matrix of this shape and type (``bfloat16``) would not be multiplied faster, or None."""
         parts = [nm for nm in pattern.allow if nm != DENSE] if isinstance(pattern, Mixed) else [pattern]
         for part in parts:
@@ -62,31 +62,31 @@ def parse(name: str) -> Profile:
 
 
 def fitted(
-    pattern: Pattern, shapes: Mapping[str, Shape], dtype: str, hardware: str = "any", misfits: Misfits = "refuse"
+    pattern: Pattern, shapes: Mapping[str, Shape], dtype: str, hardware: str = "any", unsupported: Unsupported = "refuse"
 ) -> tuple[Pattern, dict[str, str]]:
     """The pattern with a rule for every matrix that cannot have it as the hardware wants it, and the reasons by matrix.
 
-    misfits: what such matrices get: ``dense``, or ``unstructured``, the same level by matrix; with ``refuse`` InputError is
-    raised that names them. Raises InputError, too, for rules that cannot hold (see ``budget.Ruled``).
+    unsupported: what such matrices get: ``dense``, or ``unstructured``, the same sparsity by matrix; with ``refuse`` InputError
+    is raised that names them. Raises InputError, too, for rules that cannot hold (see ``budget.Ruled``).
     """
     if isinstance(pattern, Ruled):
         pattern.check(shapes)
     profile, reasons = parse(hardware), {}
     for name, shape in shapes.items():
         part = pattern.part(name)
-        if reason := part.misfit(*shape) or profile.misfit(part, shape, dtype):
+        if reason := part.unsupported(*shape) or profile.unsupported(part, shape, dtype):
             reasons[name] = reason
     if not reasons:
         return pattern, {}
-    if misfits == "refuse":
+    if unsupported == "refuse":
         name, reason = next(iter(reasons.items()))
         place = "" if hardware == "any" else f" on {hardware} hardware"
         raise InputError(
             f"{len(reasons)} of {len(shapes)} matrices cannot be {pattern}{place}, e.g. {name}: {reason}; "
-            "say what they are to be, with --misfits or a --rule, or leave them out with --exclude"
+            "say what they are to be, with --unsupported or a --rule, or leave them out with --exclude"
         )
     base, rules = (pattern.base, pattern.rules) if isinstance(pattern, Ruled) else (pattern, ())
-    what = "dense" if misfits == "dense" else f"{pattern.sparsity:g}"
+    what = "dense" if unsupported == "dense" else f"{pattern.sparsity:g}"
     spared = tuple(Rule(f"^{re.escape(name)}$", what) for name in reasons)
     left = tuple(rule for rule in rules if any(re.search(rule.match, name) for name in shapes.keys() - reasons.keys()))
     fits = Ruled(base, spared + left)

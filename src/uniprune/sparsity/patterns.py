@@ -50,14 +50,14 @@ class Pattern(Protocol):
 
     @property
     def grain(self) -> int:
-        """A sample of scores that tells what all would tell must be of runs of so many inputs; 0: no sample does."""
+        """A sample of scores that tells what all would tell must be of runs of that many inputs; 0: no sample does."""
         ...
 
     def part(self, name: str) -> Pattern:
         """What a matrix gets: the pattern itself, unless it is different ones for different matrices."""
         ...
 
-    def misfit(self, rows: int, columns: int) -> str | None:
+    def unsupported(self, rows: int, columns: int) -> str | None:
         """Why a matrix of this shape cannot have the pattern, or None."""
         ...
 
@@ -88,7 +88,7 @@ class BasePattern:
     def part(self: Pattern, name: str) -> Pattern:
         return self
 
-    def misfit(self, rows: int, columns: int) -> str | None:
+    def unsupported(self, rows: int, columns: int) -> str | None:
         return None
 
     def settle_by_sample(self: Pattern, sample: Saliency) -> Cutter:
@@ -169,10 +169,10 @@ class Unstructured(BasePattern):
     @classmethod
     def read(cls, text: str, scope: Scope | None, default: Scope) -> Unstructured | None:
         try:
-            level = float(text)
+            sparsity = float(text)
         except ValueError:
             return None
-        return cls(level, scope or default)
+        return cls(sparsity, scope or default)
 
     @property
     def spelling(self) -> tuple[str, Scope | None]:
@@ -260,14 +260,14 @@ class NM(BasePattern):
     def grain(self) -> int:
         return self.m
 
-    def misfit(self, rows: int, columns: int) -> str | None:
+    def unsupported(self, rows: int, columns: int) -> str | None:
         return None if columns % self.m == 0 else f"{columns} inputs are not divisible by {self.m}"
 
     def settle(self, saliency: Saliency) -> Cutter:
         return self._cut
 
     def _cut(self, name: str, scores: Tensor) -> Tensor:
-        if reason := self.misfit(*scores.shape):
+        if reason := self.unsupported(*scores.shape):
             raise InputError(f"{name}: {reason}, as {self} needs; leave it out with --exclude")
         return top(finite(name, scores).reshape(-1, self.m), self.n).reshape(scores.shape)
 
@@ -312,7 +312,7 @@ class Tiled(BasePattern):
     def grain(self) -> int:
         return self.width if self.height == 1 else 0
 
-    def misfit(self, rows: int, columns: int) -> str | None:
+    def unsupported(self, rows: int, columns: int) -> str | None:
         fits = rows % self.height == 0 and columns % self.width == 0
         return None if fits else f"{rows} x {columns} weights are not divisible into {self.height}x{self.width} tiles"
 
@@ -337,7 +337,7 @@ class Tiled(BasePattern):
     def sums(self, name: str, scores: Tensor) -> Tensor:
         """The sums ``[out / height, in / width]`` of scores ``[out, in]``."""
         rows, columns = scores.shape
-        if reason := self.misfit(rows, columns):
+        if reason := self.unsupported(rows, columns):
             raise InputError(f"{name}: {reason}; leave it out with --exclude")
         tiles = scores.reshape(rows // self.height, self.height, columns // self.width, self.width)
         return tiles.sum((1, 3))
@@ -359,7 +359,9 @@ def finite(name: str, scores: Tensor) -> Tensor:
 
 def check_fit(shapes: Iterable[tuple[str, tuple[int, int]]], pattern: Any) -> None:
     """Raises InputError naming the matrices whose shape cannot have the pattern."""
-    misfits = [(name, reason) for name, shape in shapes if (reason := pattern.misfit(*shape))]
-    if misfits:
-        name, reason = misfits[0]
-        raise InputError(f"{len(misfits)} matrices cannot be {pattern}, e.g. {name}: {reason}; leave them out with --exclude")
+    unsupported = [(name, reason) for name, shape in shapes if (reason := pattern.unsupported(*shape))]
+    if unsupported:
+        name, reason = unsupported[0]
+        raise InputError(
+            f"{len(unsupported)} matrices cannot be {pattern}, e.g. {name}: {reason}; leave them out with --exclude"
+        )

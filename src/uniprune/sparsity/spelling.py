@@ -27,9 +27,9 @@ PATTERNS: tuple[type[Spelled], ...] = (NM, Tiled, Unstructured)
 
 
 def parse(spec: str | float | Pattern, scope: Scope | None = None, default: Scope = "row") -> Pattern:
-    """A pattern from its spelling: a level (``0.6``), N of M kept (``2:4``) or a level of tiles (``0.8@16x16``).
+    """A pattern from its spelling: a sparsity (``0.6``), N of M kept (``2:4``) or a sparsity of tiles (``0.8@16x16``).
 
-    scope: the budget group of a level, ``default`` unless given; an N:M pattern has its own and refuses one.
+    scope: the budget group of a sparsity, ``default`` unless given; an N:M pattern has its own and refuses one.
     Raises InputError for anything else.
     """
     if not isinstance(spec, (str, float, int)):
@@ -38,4 +38,4 @@ def parse(spec: str | float | Pattern, scope: Scope | None = None, default: Scop
     for kind in PATTERNS:
         if (pattern := kind.read(text, scope, default)) is not None:
             return pattern
-    raise InputError(f"sparsity {text!r} is neither a level such as 0.6 nor a pattern such as 2:4 or 0.8@16x16")
+    raise InputError(f"sparsity {text!r} is neither a fraction such as 0.6 nor a pattern such as 2:4 or 0.8@16x16")

@@ -31,7 +31,7 @@ class Structure(_Data):
     """A pattern. Fields that do not go with its kind are None.
 
     kind: ``unstructured``, ``N:M``, ``tiles`` or ``mixed``; of a pattern that is not this package's, its class. spelling:
-    without its rules. sparsity: the fraction removed. scope: the budget group of a level. n, m: kept of every m inputs.
+    without its rules. sparsity: the fraction removed. scope: the budget group of a sparsity. n, m: kept of every m inputs.
     height, width: of tiles. allow: the spellings of the N:M patterns of a mixed one. rules: those for some of the matrices.
     """
 

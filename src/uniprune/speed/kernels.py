@@ -31,11 +31,11 @@ class Kernel:
     name: str = "dense"
     kind: str = "dense"
 
-    def patterns(self, levels: Sequence[float]) -> list[Pattern]:
-        """The patterns it takes, where it has a choice one for each level (fraction removed)."""
+    def patterns(self, sparsities: Sequence[float]) -> list[Pattern]:
+        """The patterns it takes, where it has a choice one for each sparsity (fraction removed)."""
         return [Unstructured(0.0, "matrix")]
 
-    def misfit(self, shape: Shape, dtype: torch.dtype, device: torch.device) -> str | None:
+    def unsupported(self, shape: Shape, dtype: torch.dtype, device: torch.device) -> str | None:
         """Why it cannot take a matrix there, as far as PyTorch documents it, or None."""
         return None
 
@@ -55,8 +55,8 @@ class CSR(Kernel):
     name: str = "CSR"
     kind: str = "unstructured"
 
-    def patterns(self, levels: Sequence[float]) -> list[Pattern]:
-        return [Unstructured(level, "matrix") for level in levels]
+    def patterns(self, sparsities: Sequence[float]) -> list[Pattern]:
+        return [Unstructured(sparsity, "matrix") for sparsity in sparsities]
 
     def compress(self, weight: Tensor) -> Tensor:
         with _quietly():
@@ -78,8 +78,8 @@ class BSR(Kernel):
     height: int = 16
     width: int = 16
 
-    def patterns(self, levels: Sequence[float]) -> list[Pattern]:
-        return [Tiled(Unstructured(level, "matrix"), self.height, self.width) for level in levels]
+    def patterns(self, sparsities: Sequence[float]) -> list[Pattern]:
+        return [Tiled(Unstructured(sparsity, "matrix"), self.height, self.width) for sparsity in sparsities]
 
     def compress(self, weight: Tensor) -> Tensor:
         with _quietly():
@@ -96,16 +96,16 @@ class SemiStructured(Kernel):
     name: str = "semi-structured"
     kind: str = str(TWO_OF_FOUR)
 
-    def patterns(self, levels: Sequence[float]) -> list[Pattern]:
+    def patterns(self, sparsities: Sequence[float]) -> list[Pattern]:
         return [TWO_OF_FOUR]
 
-    def misfit(self, shape: Shape, dtype: torch.dtype, device: torch.device) -> str | None:
+    def unsupported(self, shape: Shape, dtype: torch.dtype, device: torch.device) -> str | None:
         if device.type != "cuda":
             return f"2:4 products need a CUDA GPU, and this is a {device.type.upper()}"
         needed, found = SEMI_STRUCTURED_NEEDS.capability, torch.cuda.get_device_capability(device)
         if needed and found < needed:
             return f"2:4 products need compute capability {needed[0]}.{needed[1]}, and this GPU has {found[0]}.{found[1]}"
-        return SEMI_STRUCTURED_NEEDS.misfit(TWO_OF_FOUR, shape, dtype_name(dtype))
+        return SEMI_STRUCTURED_NEEDS.unsupported(TWO_OF_FOUR, shape, dtype_name(dtype))
 
     def compress(self, weight: Tensor) -> Tensor:
         with _quietly():

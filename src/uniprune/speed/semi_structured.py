@@ -25,7 +25,7 @@ def to_semi_structured(model: nn.Module) -> dict[str, str]:
     product fails or is wrong. Whether this is faster, ``uniprune bench`` measures.
     """
     matrices = find_matrices(model)
-    left = {name: reason for name, matrix in matrices.items() if (reason := _misfit(matrix))}
+    left = {name: reason for name, matrix in matrices.items() if (reason := _unsupported(matrix))}
     ready = [matrix for name, matrix in matrices.items() if name not in left]
     if not ready:
         name, reason = next(iter(left.items()))
@@ -36,14 +36,14 @@ def to_semi_structured(model: nn.Module) -> dict[str, str]:
     return left
 
 
-def _misfit(matrix: Matrix) -> str | None:
+def _unsupported(matrix: Matrix) -> str | None:
     """Why a matrix cannot be swapped, or None; the weights are looked at last."""
     weight = matrix.parameter
     if isinstance(matrix.module, Slice):
         return "it is one of fused experts"
     if isinstance(weight, SparseSemiStructuredTensor):
         return "it is semi-structured already"
-    if reason := SEMI_STRUCTURED.misfit(matrix.shape, weight.dtype, weight.device):
+    if reason := SEMI_STRUCTURED.unsupported(matrix.shape, weight.dtype, weight.device):
         return reason
     if matrix.transposed:
         return "it is stored transposed"

@@ -18,7 +18,7 @@ class Measurement(Options):
     dtypes: Annotated[tuple[str, ...], Flag(name="--dtype", metavar="TYPE,..."), Commas] = Field(
         default=("float32", "bfloat16", "float16"), description="Types to compute in."
     )
-    levels: Annotated[tuple[float, ...], Flag(metavar="X,..."), Commas] = Field(
+    sparsities: Annotated[tuple[float, ...], Flag(("-s", "--levels"), name="--sparsity", metavar="X,..."), Commas] = Field(
         default=(0.5, 0.6, 0.7, 0.8, 0.9, 0.95), description="Sparsities to measure, where a kernel takes any."
     )
     device: Annotated[str | None, Flag(default="cuda where there is one")] = Field(

@@ -77,14 +77,14 @@ def clock(kernel: Kernel, weights: Sequence[Tensor], tokens: Tensor) -> float:
 class Conditions:
     """Under what products are timed.
 
-    batches: tokens at a time. levels: fractions removed, of the patterns that can have any. seconds: for each kernel, dtype,
-    level and batch; eight rounds are made even if they take longer, as with the shapes of a large model on a CPU.
+    batches: tokens at a time. sparsities: fractions removed, of patterns that take any. seconds: for each kernel, dtype,
+    sparsity and batch; eight rounds are made even if they take longer, as with the shapes of a large model on a CPU.
     """
 
     device: torch.device
     dtypes: Sequence[torch.dtype]
     batches: Sequence[int]
-    levels: Sequence[float]
+    sparsities: Sequence[float]
     kernels: Sequence[Kernel] = SPARSE
     seconds: float = 1.0
     timer: Timer = clock
@@ -138,15 +138,15 @@ def measure(
 
     shapes: of the matrices ``(out, in)``, and how many there are.
     """
-    kernels, dtypes, levels = conditions.kernels, conditions.dtypes, sorted(conditions.levels)
+    kernels, dtypes, sparsities = conditions.kernels, conditions.dtypes, sorted(conditions.sparsities)
     cases = [Case(DENSE, DENSE.patterns([])[0], dtype, dtypes[0]) for dtype in dtypes[1:]]
-    cases += [Case(k, pattern, dtype, dtype) for k in kernels for dtype in dtypes for pattern in k.patterns(levels)]
+    cases += [Case(k, pattern, dtype, dtype) for k in kernels for dtype in dtypes for pattern in k.patterns(sparsities)]
     results: list[Result] = []
     missing: dict[tuple[Kernel, torch.dtype], Missing] = {}
     for case in progress(cases, "kernels", len(cases)):
         kernel, dtype = case.kernel, case.dtype
         if (kernel, dtype) in missing:
-            continue  # what failed at one level is not tried at the others
+            continue  # what failed at one sparsity is not tried at the others
         try:
             results += _measure(case, shapes, conditions)
         except Exception as error:  # whatever a kernel raises is the reason why it is missing
@@ -160,7 +160,7 @@ def measure(
 def _measure(case: Case, shapes: Mapping[Shape, int], conditions: Conditions) -> list[Result]:
     """A result for each batch. Raises InputError if the kernel takes none of the shapes, or what it raises itself."""
     device, batches = conditions.device, conditions.batches
-    left = {shape: reason for shape in shapes if (reason := _misfit(case, shape, device))}
+    left = {shape: reason for shape in shapes if (reason := _unsupported(case, shape, device))}
     if len(left) == len(shapes):
         raise InputError(next(iter(left.values())))
     item = case.against.itemsize
@@ -194,8 +194,8 @@ def _measure(case: Case, shapes: Mapping[Shape, int], conditions: Conditions) ->
     return results
 
 
-def _misfit(case: Case, shape: Shape, device: torch.device) -> str | None:
-    return case.pattern.misfit(*shape) or case.kernel.misfit(shape, case.dtype, device)
+def _unsupported(case: Case, shape: Shape, device: torch.device) -> str | None:
+    return case.pattern.unsupported(*shape) or case.kernel.unsupported(shape, case.dtype, device)
 
 
 def _prepare(case: Case, kernel: Kernel, shape: Shape, count: int, copies: int, conditions: Conditions) -> Race:

@@ -7,7 +7,7 @@
         <stage>/               the tensors of a stage (see store)
 
 A commit is one atomic replacement of ``<stage>.json``, so a process may be killed at any moment: the last commit stands.
-A run that has committed nothing has nothing to go on with: it is begun anew, whatever it was.
+A run that has committed nothing is started again, whatever it was.
 """
 
 from __future__ import annotations
@@ -67,9 +67,7 @@ def open_run(output: Path, identity: Mapping[str, Any], *, resume: bool = False,
             _write(folder / IDENTITY, {KEY: "run", "identity": identity})
             sync(folder.parent)
         elif not resume:
-            raise InputError(
-                f"an interrupted run of {output} lies in {folder}; --resume goes on with it, --overwrite starts anew"
-            )
+            raise InputError(f"unfinished run of {output} found in {folder}: --resume continues it, --overwrite restarts")
         else:
             _check_identity(folder, identity)
         try:
@@ -138,7 +136,7 @@ class Run:
         self.write(stage, {"facts": facts})
 
     def drop(self, stage: str) -> None:
-        """Forgets a stage: it will begin anew."""
+        """Forgets a stage: it will begin again."""
         self._path(stage).unlink(missing_ok=True)
         shutil.rmtree(self.folder / stage, ignore_errors=True)
 
@@ -311,7 +309,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 def damaged(path: Path, why: object) -> InputError:
     """The error for a file of a run that cannot be read."""
-    return InputError(f"{path} is damaged ({why}), so the run cannot go on; --overwrite without --resume starts anew")
+    return InputError(f"{path} is damaged ({why}), so the run cannot continue; --overwrite without --resume restarts it")
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:

@@ -38,7 +38,9 @@ class Stash:
         assert self._folder is not None, "nothing outlives a process in its memory"
         path = self._folder / name
         if not path.is_file() or path.stat().st_size != like.nbytes:
-            raise UniPruneError(f"{path} is missing or damaged, the run cannot go on; --overwrite without --resume starts anew")
+            raise UniPruneError(
+                f"{path} is missing or damaged, the run cannot continue; --overwrite without --resume restarts it"
+            )
         return self._map(name, like)
 
     def _map(self, name: str, like: Tensor) -> Tensor:

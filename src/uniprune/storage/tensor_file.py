@@ -36,7 +36,7 @@ class Metadata(Record):
             raise cls.damaged(path, f"it lacks {missing[0]!r}")
         if data["kind"] == cls.kind_name() and "base" in data and "digests" not in data:
             raise InputError(
-                f"{cls.kind_name()} file {path} is damaged: it lacks 'digests', or is from before there were any; make it anew"
+                f"{cls.kind_name()} file {path} is damaged: it lacks 'digests', or is from before there were any; make it again"
             )
         return super().checked(path, data)
 
