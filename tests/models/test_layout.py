@@ -19,7 +19,7 @@ import uniprune
 from families import same_files
 from small_models import VOCABULARY, save, tiny
 from uniprune import Loaded, Recipe
-from uniprune.artefacts import mask_tools
+from uniprune.artefacts import mask_conversion, mask_tools
 from uniprune.artefacts import masks as masks_file
 from uniprune.data import text
 from uniprune.errors import InputError
@@ -146,9 +146,9 @@ def test_any_arrangement_is_pruned_where_it_lies(source, tmp_path, monkeypatch):
     assert same_files(tmp_path / "applied", out)
     assert same_files(tmp_path / "streamed", out)
     assert mask_tools.verify(file, source, out)["checked"] == ["file", "pattern", "model", "pruned"]
-    mask_tools.from_checkpoint(out, source, tmp_path / "zeros.safetensors")
-    mask_tools.to_plain(file, tmp_path / "plain.safetensors", source)
-    mask_tools.from_plain(tmp_path / "plain.safetensors", source, tmp_path / "back.safetensors")
+    mask_conversion.from_checkpoint(out, source, tmp_path / "zeros.safetensors")
+    mask_conversion.to_plain(file, tmp_path / "plain.safetensors", source)
+    mask_conversion.from_plain(tmp_path / "plain.safetensors", source, tmp_path / "back.safetensors")
     for other in ("zeros", "back"):
         found = masks_file.MasksFile(tmp_path / f"{other}.safetensors")
         assert found.facts.base == masks.facts.base

@@ -99,7 +99,7 @@ def parts(folder):
                 inside = dict(block.named_parameters())
                 right += [type(p) is torch.nn.Parameter and torch.equal(p, expected[name]) for name, p in inside.items()]
             right += [p.untyped_storage().size() == 0 for p in inside.values()]
-    right += [torch.equal(m.stored, streamed.residency.read(f"{name}.weight")) for name, m in matrices.items()]
+    right += [torch.equal(m.stored, streamed.residency.read_matrix(name)) for name, m in matrices.items()]
     held = {f"{prefix}.{name}": list(p.to_local().shape) for name, p in blocks.named_parameters()}
     return {"right": all(right), "held": held, "bytes": sum(p.to_local().untyped_storage().size() for p in blocks.parameters())}
 
@@ -226,7 +226,7 @@ def test_the_choice(monkeypatch, tmp_path, limit, alone, together):
     """Needs are whole 1000, by block 100, for two processes that hold half of the blocks each 364."""
     needs = Needs(resident=1000, streamed=100, scratch=0, blocks=400, block=20)
     origin, options = loading.Origin("m", tmp_path), RunOptions(max_memory=limit)
-    monkeypatch.setattr(loading.Origin, "shards", [tmp_path])
+    monkeypatch.setattr(loading.Origin, "files", True)
     assert choose(origin, needs, options, CPU) == alone
     monkeypatch.setattr(distributed, "count", lambda: 2)
     monkeypatch.setattr(distributed, "total_of", lambda value: 2 * value)
@@ -235,7 +235,7 @@ def test_the_choice(monkeypatch, tmp_path, limit, alone, together):
 
 def test_processes_choose_by_the_one_with_least_memory(monkeypatch, tmp_path):
     needs = Needs(resident=1000, streamed=100, scratch=0, blocks=400, block=20)
-    monkeypatch.setattr(loading.Origin, "shards", [tmp_path])
+    monkeypatch.setattr(loading.Origin, "files", True)
     monkeypatch.setattr(distributed, "count", lambda: 2)
     other = iter([False, True])  # the whole model does not fit there, a half does
     monkeypatch.setattr(distributed, "total_of", lambda value: value + next(other))
