@@ -1,7 +1,7 @@
 """Whether two versions of uniprune prune alike: the same masks and the same bytes, of the real model and of every tiny family.
 
-    git worktree add /tmp/before COMMIT
-    python benchmarks/compare_installs.py /tmp/before/src
+    git worktree add ../before COMMIT
+    python benchmarks/compare_installs.py ../before/src
 
 What a change that should change nothing has to show. Each version runs in a process of its own, on one thread; what they differ
 in is printed, and results/compare_installs.json has what was compared. Exit code 1 if anything differs.
