@@ -20,7 +20,7 @@ RECIPE = "allow hardware unsupported misfits rule scope sparsity sparsity-type i
 TEXT = "text dataset windows num-samples length seq-len"
 CONTROLLER = "controller budget-tokens steps set"
 FLAGS = {
-    "plan": f"{RECIPE} size config device json max-memory windows num-samples length seq-len",
+    "plan": f"{RECIPE} {CONTROLLER} {TEXT} config device json max-memory metric refine seed sequential size",
     "calibrate": f"{RECIPE} {CONTROLLER} {TEXT} config device json max-memory metric output overwrite resume save-tokens seed",
     "mask": "allow hardware unsupported misfits rule json output overwrite scope sparsity sparsity-type",
     "apply": "force dtype json output overwrite push-to-hub",

@@ -18,7 +18,6 @@ from uniprune.job.options import RunOptions
 if TYPE_CHECKING:
     from uniprune.artefacts.reports import Pruning
 
-PLAN = Only(SPARSITY, "size windows length", LAYERS, "config")
 CALIBRATE = Only(SPARSITY, "metric", CONTROLLER, SAMPLES, LAYERS, "config")
 PRUNE = Only(SPARSITY, "size metric", CONTROLLER, "sequential refine", SAMPLES, LAYERS, "config")
 PERMUTE = Only("metric", SAMPLES, LAYERS)
@@ -42,7 +41,7 @@ class Order(Options):
 
 def plan(
     source: Source,
-    recipe: Annotated[RecipeOptions, PLAN],
+    recipe: Annotated[RecipeOptions, PRUNE],
     run: Annotated[RunOptions, Only("device max_memory")],
     printed: Printed,
 ) -> None:
