@@ -16,7 +16,7 @@ from common import DATA, FAST, load, save
 from quality import Bench
 from uniprune.controller.descent import any_sparsity
 from uniprune.controller.mirror_descent import MirrorDescent
-from uniprune.data.text import load_windows
+from uniprune.data.windows import load_windows
 from uniprune.evaluation import perplexity as perplexity_module
 from uniprune.models import masking
 from uniprune.models.loading import dtype_name

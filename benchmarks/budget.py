@@ -34,7 +34,7 @@ import uniprune
 from common import CALIBRATION, EVALUATION, load, relative, save, smollm2, smollm2_folder
 from scale import measured
 from uniprune.artefacts import scores as scores_file
-from uniprune.data.text import load_windows
+from uniprune.data.windows import load_windows
 from uniprune.evaluation import perplexity as perplexity_module
 from uniprune.models import masking
 from uniprune.models.matrices import find_matrices

@@ -22,7 +22,7 @@ from common import CALIBRATION, DATA, EVALUATION, load, relative, save
 from quality import Bench
 from uniprune.artefacts.scores import ScoresFile
 from uniprune.data.tasks import load_task
-from uniprune.data.text import Windows, load_windows
+from uniprune.data.windows import Windows, load_windows
 from uniprune.evaluation import reproduce
 from uniprune.evaluation.divergence import Recording, closeness
 from uniprune.evaluation.perplexity import perplexity

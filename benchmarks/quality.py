@@ -32,7 +32,7 @@ from common import CALIBRATION, DATA, EVALUATION, FAST, load, peak_memory, relat
 from uniprune.controller import descent
 from uniprune.controller.mirror_descent import MirrorDescent
 from uniprune.controller.published import UniPruning
-from uniprune.data.text import load_windows
+from uniprune.data.windows import load_windows
 from uniprune.evaluation import perplexity as perplexity_module
 from uniprune.models import masking
 from uniprune.models.loading import dtype_name

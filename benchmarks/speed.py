@@ -26,7 +26,7 @@ import uniprune
 from common import CALIBRATION, FAST, load, relative, save, smollm2
 from uniprune.artefacts import scores as scores_file
 from uniprune.controller import mirror_descent
-from uniprune.data.text import load_windows
+from uniprune.data.windows import load_windows
 from uniprune.models.blocks import batches
 from uniprune.models.matrices import find_matrices
 from uniprune.saliency import metrics

@@ -2,7 +2,7 @@
 
     python examples/own_text.py [MODEL] [FOLDER]
 
-A text is a .txt, .jsonl (a string field "text"), .parquet or token file, or a folder of them. Nothing is downloaded.
+A text is a file of plain text or of rows (docs/text.md), a token file, or a folder of them. Nothing is downloaded.
 """
 
 import json

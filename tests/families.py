@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 import uniprune
 from small_models import EXCLUDED, FAMILIES, VOCABULARY, save, tiny
 from uniprune.artefacts import masks as masks_file
-from uniprune.data import text
+from uniprune.data.windows import Windows, save_windows
 from uniprune.errors import UniPruneError
 from uniprune.models.checkpoint import Files
 from uniprune.models.matrices import find_blocks
@@ -34,7 +34,7 @@ class Walk:
         self.model, self.folder, self.source = tiny(family), folder, folder / "model"
         save(family, self.source)
         self.ids = torch.randint(0, VOCABULARY, (9, 32), generator=torch.Generator().manual_seed(0))
-        text.save_windows(text.Windows(self.ids, "random", 9, False), folder / "tokens.safetensors")
+        save_windows(Windows(self.ids, "random", 9, "none"), folder / "tokens.safetensors")
         common = {"sparsity": "2:4", "text": str(folder / "tokens.safetensors"), "exclude": EXCLUDED.get(family, ())}
         self.recipes = {
             "local": uniprune.Recipe(controller="none", **common),

@@ -33,6 +33,7 @@ from uniprune.artefacts import masks as masks_file
 from uniprune.artefacts.binding import Binding
 from uniprune.artefacts.scores import ScoresFacts, write_scores
 from uniprune.data import tasks, text
+from uniprune.data import windows as windows_module
 from uniprune.entrypoints import mask as entry_mask
 from uniprune.entrypoints import prune as entry_prune
 from uniprune.errors import LONGEST, UniPruneError
@@ -106,8 +107,8 @@ def readers(folder: Path) -> dict[str, Reader]:
     (model / "config.json").write_text('{"model_type": "llama", "hidden_size": 16}')
     facts = ScoresFacts(**binding.model_dump(), matrices=list(scores), comparable=False, recipe={})
     write_scores(made / "s.safetensors", scores.items(), shapes, facts)
-    windows = text.Windows(torch.arange(64).view(4, 16), "builtin", 9, False)
-    text.save_windows(windows, made / "t.safetensors")
+    windows = windows_module.Windows(torch.arange(64).view(4, 16), "builtin", 9, "none")
+    windows_module.save_windows(windows, made / "t.safetensors")
     archive.pack(model, made / "a.upz")
     np.savez(made / "p.npz", **{f"{name}.weight": mask.numpy() for name, mask in masks.items()})
     with runs.open_run(made / "out", {"seed": 0}) as run:
@@ -169,7 +170,7 @@ def readers(folder: Path) -> dict[str, Reader]:
         entry_mask.mask(path, "0.5", path.parent / "out.safetensors", scope="model", overwrite=True)
 
     def tokens(path: Path) -> None:
-        text.load_windows(path, None, use="calibration", length=text.token_file_shape(path)[1])
+        windows_module.load_windows(path, None, use="calibration", length=windows_module.token_file_shape(path)[1])
 
     def unpack(path: Path) -> None:
         archive.unpack(path, path.parent / "out")

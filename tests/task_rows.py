@@ -23,5 +23,11 @@ ROWS = {
     },
     "boolq": {"passage": "Ice floats.", "question": "does ice float", "label": 1},
     "rte": {"sentence1": "Ice floats.", "sentence2": "Ice sinks.", "label": 1},
+    "mmlu": {
+        "question": " What is 2 + 2? ",
+        "subject": "elementary_mathematics",
+        "choices": ["three", "four", "five", "six"],
+        "answer": 1,
+    },
     "lambada": {"text": "He opened the old door"},
 }

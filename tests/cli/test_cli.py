@@ -17,7 +17,8 @@ from uniprune.cli import main
 from uniprune.cli.terminal import Bars
 
 RECIPE = "allow hardware unsupported misfits rule scope sparsity sparsity-type include exclude dtype"
-TEXT = "text dataset windows num-samples length seq-len"
+SAMPLES = "text dataset windows num-samples length seq-len"
+TEXT = f"{SAMPLES} field split bos"
 CONTROLLER = "controller budget-tokens steps set"
 FLAGS = {
     "plan": f"{RECIPE} {CONTROLLER} {TEXT} config device json max-memory metric refine seed sequential size",
@@ -27,8 +28,8 @@ FLAGS = {
     "prune": f"{RECIPE} {CONTROLLER} {TEXT} config device json max-memory metric output overwrite push-to-hub"
     " refine resume save-tokens seed sequential size",
     "permute": f"{TEXT} device dtype exclude include json max-memory metric output overwrite seed sparsity",
-    "evaluate": f"{TEXT} against check device dtype json limit lm-eval new-tokens output overwrite prompt tasks",
-    "sweep": f"{TEXT} device dtype json output overwrite resume scope sparsities",
+    "evaluate": f"{TEXT} stride rolling against check device dtype json limit lm-eval new-tokens output overwrite prompt tasks",
+    "sweep": f"{TEXT} stride device dtype json output overwrite resume scope sparsities",
     "pack": "json level output overwrite",
     "unpack": "json output overwrite",
     "card": "json overwrite push-to-hub",

@@ -1,5 +1,7 @@
 """Prompts, choices and labels of every format, written out by hand; and files that no question can be made of."""
 
+import gzip
+import io
 import json
 import sys
 import types
@@ -17,6 +19,12 @@ EXPECTED = {
     "hellaswag": ("Baking: How to bake. Mix The dough", [" rises.", "  sings  well."], 0),
     "boolq": ("Ice floats.\nQuestion: does ice float?\nAnswer:", [" no", " yes"], 1),
     "rte": ("Ice floats.\nQuestion: Ice sinks. True or False?\nAnswer:", [" True", " False"], 1),
+    "mmlu": (
+        "The following are multiple choice questions (with answers) about elementary mathematics.\n\n"
+        "What is 2 + 2?\nA. three\nB. four\nC. five\nD. six\nAnswer:",
+        [" A", " B", " C", " D"],
+        1,
+    ),
     "lambada": ("He opened the old", [" door"], 0),
 }
 
@@ -103,3 +111,52 @@ def test_bad_requests(file):
         load_task("picqa")
     with pytest.raises(InputError, match="limit 0 is not positive"):
         load_task(file(ROWS["rte"]), 0)
+
+
+def parquet(rows):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet as writer
+
+    out = io.BytesIO()
+    writer.write_table(pyarrow.Table.from_pylist(rows), out)
+    return out.getvalue()
+
+
+def lines(rows):
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        ("t.json", lambda rows: json.dumps(rows, indent=1).encode()),
+        ("t.json.gz", lambda rows: gzip.compress(lines(rows))),
+        ("t.parquet", parquet),
+        ("validation-00000-of-00001", parquet),
+        ("t.jsonl", lambda rows: b"\xef\xbb\xbf" + lines(rows)),
+    ],
+)
+@pytest.mark.parametrize("format", FORMATS)
+def test_files_of_any_kind_of_rows(tmp_path, file, format, name, write):
+    rows = [ROWS[format]] * 3
+    (tmp_path / name).write_bytes(write(rows))
+    task = load_task(str(tmp_path / name))
+    assert task.questions == load_task(file(*rows)).questions
+    assert task.format == format
+
+
+def test_a_table_of_questions(tmp_path, file):
+    (tmp_path / "t.csv").write_text('goal,sol1,sol2,label\n"To boil, heat",water,ice,0\n')
+    (question,) = load_task(str(tmp_path / "t.csv")).questions
+    assert question == load_task(file({"goal": "To boil, heat", "sol1": "water", "sol2": "ice", "label": 0})).questions[0]
+
+
+def test_mmlu_answers_may_be_letters(file):
+    row = ROWS["mmlu"]
+    index, letter, plain = load_task(file(row, row | {"answer": "B"}, {k: row[k] for k in row if k != "subject"})).questions
+    assert index == letter
+    assert plain.choices[0][0].startswith(
+        "The following are multiple choice questions (with answers).\n\nWhat is 2 + 2?\nA. three"
+    )
+    with pytest.raises(InputError, match="label 4 is none of 4 choices"):
+        load_task(file(row | {"answer": 4}))

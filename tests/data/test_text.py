@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from uniprune.data import text
-from uniprune.data.text import load_windows, read, save_windows
+from uniprune.data.text import read
+from uniprune.data.windows import load_windows, save_windows
 from uniprune.errors import InputError
 
 
@@ -94,7 +95,7 @@ def test_bos_stands_once_at_the_start(abc):
 
     windows = load_windows(abc, WithBos(), use="evaluation", length=7)
     assert letters(windows) == ["^abcdef", "ghijklm"]
-    assert windows.describe().bos is True
+    assert (windows.describe().bos, windows.describe().windows_with_bos) == ("first", 1)
 
 
 def test_token_file_round_trip(abc, tmp_path):

@@ -9,7 +9,7 @@ from torch.nn import functional
 import uniprune
 from conftest import tiny_model
 from uniprune import InputError, Loaded
-from uniprune.data.text import Windows
+from uniprune.data.windows import Windows
 from uniprune.evaluation.divergence import Recording, closeness
 from uniprune.evaluation.generation import generate, side_by_side
 from uniprune.evaluation.perplexity import perplexity
@@ -18,7 +18,7 @@ from uniprune.evaluation.perplexity import perplexity
 @pytest.fixture
 def windows():
     tokens = torch.randint(0, 512, (3, 20), generator=torch.Generator().manual_seed(1))
-    return Windows(tokens, "random", 3, False)
+    return Windows(tokens, "random", 3, "none")
 
 
 def noisy(family="llama", **changes):
@@ -64,7 +64,7 @@ def test_recording_leaves_no_hook(windows):
 
 def test_other_vocabularies_are_refused(windows):
     small = windows.tokens % 256
-    few = Windows(small, "random", 3, False)
+    few = Windows(small, "random", 3, "none")
     with pytest.raises(InputError, match=r"512 tokens and the reference 256"):
         closeness(recorded(tiny_model(), few), recorded(tiny_model(vocab_size=256), few), few)
 

@@ -124,7 +124,9 @@ def test_tokens_are_split_where_the_context_ends():
     assert encode(Letters(), "abt", "hc", 99) == Tokens([97, 98, ord("θ"), 99], 1)  # as one text: the context loses its t
     assert encode(Letters(), "", " c", 99) == Tokens([0, 32, 99], 2)
     assert encode(Letters(), " ", "c", 99) == Tokens([0, 32, 99], 2)
-    assert encode(Letters(), "abcdef", " g", 4) == Tokens([100, 101, 102, 32, 103], 2)  # 4 are read, the last is predicted
+    assert encode(Letters(), "abcdef", " g", 4) == Tokens(
+        [100, 101, 102, 32, 103], 2, cut=3
+    )  # 4 are read, the last is predicted
 
 
 @pytest.mark.parametrize(("context", "answer", "limit"), [("ab", "", 9), ("t", "h", 9), ("ab", " cdefgh", 6)])

@@ -18,7 +18,7 @@ def asked(monkeypatch, task, scores):
     """The answers of a model that gives these log-likelihoods, question by question."""
     given = [[value if isinstance(value, Score) else Score(value, False) for value in row] for row in scores]
     monkeypatch.setattr("uniprune.evaluation.zero_shot.score", lambda model, questions, progress: given)
-    return answer(None, [task], [], None)[0]
+    return answer(None, [task], [[]], None)[0]
 
 
 def choices(*answers, gold):

@@ -15,7 +15,7 @@ from families import same_files
 from small_models import VOCABULARY, save, tiny
 from uniprune import Loaded, Recipe
 from uniprune.artefacts import masks as masks_file
-from uniprune.data import text
+from uniprune.data.windows import Windows, save_windows
 from uniprune.errors import InputError
 from uniprune.models import loading
 from uniprune.models.checkpoint import INDEX, WHOLE, Files, checkpoint_of
@@ -29,7 +29,7 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def recipe(tmp_path):
     ids = torch.randint(0, VOCABULARY, (9, 32), generator=torch.Generator().manual_seed(0))
-    text.save_windows(text.Windows(ids, "random", 9, False), tmp_path / "tokens.safetensors")
+    save_windows(Windows(ids, "random", 9, "none"), tmp_path / "tokens.safetensors")
     return Recipe(sparsity="2:4", controller="none", text=str(tmp_path / "tokens.safetensors"))
 
 

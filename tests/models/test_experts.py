@@ -16,7 +16,7 @@ from uniprune.controller.descent import sensitivities
 from uniprune.controller.loss import Loss
 from uniprune.controller.passes import Resident
 from uniprune.controller.straight_through import StraightThrough
-from uniprune.data import text
+from uniprune.data.windows import Windows, save_windows
 from uniprune.errors import InputError, UniPruneError
 from uniprune.models.checkpoint import Files, checkpoint_of
 from uniprune.models.experts import is_fused, taken_apart
@@ -243,7 +243,7 @@ def test_with_no_token_for_any_expert_the_error_says_what_to_do():
 def test_a_run_on_too_little_text_says_so_in_its_report(tmp_path):
     tiny("qwen3_moe").save_pretrained(tmp_path / "model")
     few = ids(2, 16)
-    text.save_windows(text.Windows(few, "random", 2, False), tmp_path / "t.safetensors")
+    save_windows(Windows(few, "random", 2, "none"), tmp_path / "t.safetensors")
     recipe = Recipe(sparsity="2:4", text=str(tmp_path / "t.safetensors"), controller="none")
     report = uniprune.prune(tmp_path / "model", recipe, tmp_path / "out")
     assert report.starved.matrices
@@ -255,7 +255,7 @@ def test_a_run_on_too_little_text_says_so_in_its_report(tmp_path):
 
 def test_a_model_in_memory_is_pruned_in_place(tmp_path):
     model = loud("qwen3_moe")
-    text.save_windows(text.Windows(ids(9), "random", 9, False), tmp_path / "t.safetensors")
+    save_windows(Windows(ids(9), "random", 9, "none"), tmp_path / "t.safetensors")
     uniprune.prune_in_place(
         Loaded(model, None), Recipe(sparsity="2:4", text=str(tmp_path / "t.safetensors"), controller="none")
     )

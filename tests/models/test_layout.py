@@ -21,7 +21,7 @@ from small_models import VOCABULARY, save, tiny
 from uniprune import Loaded, Recipe
 from uniprune.artefacts import mask_conversion, mask_tools
 from uniprune.artefacts import masks as masks_file
-from uniprune.data import text
+from uniprune.data.windows import Windows, save_windows
 from uniprune.errors import InputError
 from uniprune.models.checkpoint import Files, Memory
 from uniprune.models.layout import Computed
@@ -121,7 +121,7 @@ def source(request, monkeypatch, tmp_path):
 
 def recipe_in(folder):
     ids = torch.randint(0, VOCABULARY, (9, 32), generator=torch.Generator().manual_seed(0))
-    text.save_windows(text.Windows(ids, "random", 9, False), folder / "tokens.safetensors")
+    save_windows(Windows(ids, "random", 9, "none"), folder / "tokens.safetensors")
     return Recipe(sparsity="2:4", controller="none", text=str(folder / "tokens.safetensors"))
 
 

@@ -100,7 +100,7 @@ def sweep(
     sparsities: Sweep,
     target: Target,
     scope: Annotated[Settings, Only("scope")],
-    request: Annotated[EvaluationRequest, Only("text_source windows length dtype")],
+    request: Annotated[EvaluationRequest, Only("text_source field split windows length stride bos dtype")],
     run: Annotated[RunOptions, Only("device resume overwrite")],
     printed: Printed,
 ) -> None:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 SPARSITY = "sparsity sparsity_type scope allow rules hardware unsupported"
 CONTROLLER = "controller budget_tokens steps tuning"
-SAMPLES = "text windows length seed"
+SAMPLES = "text field split bos windows length seed"
 LAYERS = "include exclude dtype"
 
 

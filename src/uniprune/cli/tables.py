@@ -11,6 +11,7 @@ from rich.table import Table
 
 from uniprune.common.formatting import NOTE
 from uniprune.entrypoints.bench import Speeds
+from uniprune.evaluation.protocols import sentence
 from uniprune.evaluation.results import Check, Evaluation, Row, Sweep
 from uniprune.job.estimate import Plan, kind_of
 from uniprune.reporting.headline import sentences
@@ -113,13 +114,28 @@ def evaluation_tables(result: Evaluation) -> list[Table | str]:
     """One result of ``evaluate`` as tables and sentences: those of what it measured, accuracies as a report shows them."""
     tables: list[Table | str] = []
     if result.perplexity is not None:
-        tables.append(evaluation_table({result.model: result}))
+        tables += [evaluation_table({result.model: result}), *perplexity_lines(result)]
     else:
         beside = f", against {result.against}" if result.against else ""
         tables.append(_inert(f"{result.model}: {_percent(result.sparsity)} zeros, {result.dtype}{beside}"))
     summary = summarise([Source(Path(), {}, result)])
     tables += [_grid_table(grid) for grid in (accuracies(summary), harness(summary)) if grid]
-    return [*tables, *closeness_lines(result)]
+    notes = [_inert(f"lm-evaluation-harness: {note}.") for note in result.lm_eval_notes]
+    return [*tables, *notes, *closeness_lines(result)]
+
+
+def perplexity_lines(result: Evaluation) -> list[str]:
+    """The same perplexity per word and byte, and by position; what windows began with; what it compares with."""
+    lines, text = [], result.text
+    if result.word_perplexity is not None:
+        lines.append(f"Per word {result.word_perplexity:.2f}, per byte {result.byte_perplexity:.4f}.")
+    if len(found := result.by_position or {}) > 1:
+        lines.append(f"By tokens before: {', '.join(f'{name} {value:.2f}' for name, value in found.items())}.")
+    if text and text.rolling:
+        lines.append(f"{text.documents} documents read one by one{', each after two BOS' if text.second_bos else ''}.")
+    elif text and text.windows_with_bos is not None:
+        lines.append(f"{text.windows_with_bos} of {text.windows} windows begin with BOS.")
+    return [_inert(line) for line in (*lines, sentence(result))]
 
 
 def closeness_lines(result: Evaluation) -> list[str]:

@@ -1,41 +1,233 @@
-"""Rows of data: JSON lines files, and data sets by their hub name."""
+"""Rows of data, one by one: the JSON values, table rows and columns of a file, whatever it is packed with."""
 
 from __future__ import annotations
 
+import csv
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+from uniprune.data.formats import BLOCK, Format, blocks_of, decoded, readable, recognise, unpacked
 from uniprune.errors import InputError, first_line
-from uniprune.storage import strict_json
 
 Row = dict[str, Any]
+Choice = Callable[[Sequence[str]], Sequence[str]]
+BATCH = 256  # rows of a columnar file in memory at once
+VALUE = 1 << 28  # characters of one JSON value, at most
+BOM = b"\xef\xbb\xbf"
+ROWS = {"text", "messages", "conversations", "conversation", "prompt"}  # an object with one of these is a row itself
 
 
-def read_jsonl(path: Path, what: str) -> Iterator[tuple[int, Row]]:
-    """The objects of a .jsonl file, each with the number of its line, from 1; blank lines are skipped.
+def read_rows(path: Path, what: str, choose: Choice | None = None) -> Iterator[tuple[str, Any]]:
+    """The rows of a file, each with where it stands, for messages: JSON values, or table rows as objects by column.
 
-    what: what the file is to the user (``text``, ``task``), for the InputError that names a line which is no JSON object.
+    what: what the file is to the user (``text``, ``task``). choose: of the names of all columns, those to read; all by default.
+    Raises InputError that names the row which cannot be read, or the file that has none.
     """
+    found = recognise(path, what)
+    with readable(path, what):
+        if found.columnar:
+            yield from _columnar(path, found, what, choose)
+        elif found.kind in ("csv", "tsv"):
+            yield from _table(path, found, what)
+        elif found.kind == "json":
+            yield from _json(path, found, what)
+        else:
+            raise InputError(
+                f"{what} {path}, line 1: not JSON; give rows: JSON lines or an array, .csv, .tsv, .parquet or .arrow"
+            )
+
+
+# ---------------------------------------------------------------------------------------------------------------- JSON
+
+
+def is_lines(path: Path, found: Format) -> bool:
+    """Whether a JSON file has one value a line: whether its first line is one, and it is no array of rows."""
+    with closing(unpacked(path, found.packing)) as stream:
+        head = stream.read(64).removeprefix(BOM).lstrip()
+        if head[:1] == b"[":
+            return False
+        first = head if b"\n" in head else head + stream.readline(VALUE)
     try:
-        with path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield number, _parse(line, f"{what} {path}, line {number}")
+        json.loads(first.partition(b"\n")[0])
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def parse_line(line: bytes, where: str) -> Any:
+    """The JSON value of a line. Raises InputError for anything else, and for what no tokenizer takes."""
+    try:
+        text = line.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise InputError(f"{what} {path} is not UTF-8 ({error.reason} at byte {error.start})") from None
-
-
-def _parse(line: str, where: str) -> Row:
+        raise InputError(f"{where} is not UTF-8 ({error.reason}); convert the file: iconv -f latin1 -t UTF-8") from None
     try:
-        row = strict_json.parse(line)
-        if "\\ud" in line.lower():  # an escaped surrogate, which alone is no character, and no tokenizer takes it
-            json.dumps(row, ensure_ascii=False).encode()
-    except ValueError as error:
-        reason = "it has half a character (\\ud800 to \\udfff)" if isinstance(error, UnicodeEncodeError) else error
-        raise InputError(f"{where}: {reason}") from None
-    return row
+        return _checked(json.loads(text), text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: {_reason(error)}") from None
+
+
+def _checked(value: Any, source: str) -> Any:
+    """The value. Raises ValueError if its source escapes a surrogate that is alone: that is no character."""
+    if "\\ud" in source or "\\uD" in source:
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError("it has half a character (\\ud800 to \\udfff)") from None
+    return value
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"not JSON ({error.msg})"
+    return "nested too deep" if isinstance(error, RecursionError) else str(error)
+
+
+def _json(path: Path, found: Format, what: str) -> Iterator[tuple[str, Any]]:
+    lines = is_lines(path, found)
+    with closing(unpacked(path, found.packing)) as stream:
+        name = f"{what} {path}"
+        yield from _unwrapped(_by_line(stream, name) if lines else _values(decoded(blocks_of(stream)), name))
+
+
+def _by_line(stream: BinaryIO, name: str) -> Iterator[tuple[str, Any]]:
+    for number, line in enumerate(stream, 1):
+        line = line.removeprefix(BOM) if number == 1 else line
+        if line.strip():
+            where = f"{name}, line {number}"
+            yield where, parse_line(line, where)
+
+
+def _values(blocks: Iterator[str], name: str) -> Iterator[tuple[str, Any]]:
+    """The values that stand in a JSON text one after the other: an array's elements, or objects over several lines each."""
+    decode, buffer, at, line, ended = json.JSONDecoder().raw_decode, "", 0, 1, False
+    while True:
+        while at < len(buffer) and (buffer[at].isspace() or buffer[at] in ",[]"):
+            at += 1
+        if at == len(buffer) and ended:
+            return
+        where = f"{name}, line {line + buffer.count(chr(10), 0, at)}"
+        try:
+            value, end = decode(buffer, at)
+            if end == len(buffer) and not ended:  # a number may go on
+                raise ValueError
+            yield where, _checked(value, buffer[at:end])
+            at = end
+        except (ValueError, RecursionError) as error:
+            if ended or len(buffer) - at > VALUE or isinstance(error, RecursionError):
+                raise InputError(f"{where}: {_reason(error)}") from None
+            line += buffer.count("\n", 0, at)
+            # As much again as there is: a long value is not parsed from its start for every block.
+            more, wanted = [], max(BLOCK, len(buffer) - at)
+            while wanted > 0 and not ended:
+                block = next(blocks, None)
+                ended = block is None
+                more.append(block or "")
+                wanted -= len(more[-1])
+            buffer, at = buffer[at:] + "".join(more), 0
+
+
+def _unwrapped(values: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+    """The same; of a file that is one object around a list of rows (``{"data": [...]}``) the rows."""
+    first, second = next(values, None), next(values, None)
+    if first is None:
+        return
+    where, value = first
+    lists = [name for name, inner in value.items() if _is_rows(inner)] if isinstance(value, dict) else []
+    if second is None and len(lists) == 1 and not ROWS & value.keys():
+        yield from ((f'{where}, "{lists[0]}" {number}', row) for number, row in enumerate(value[lists[0]], 1))
+        return
+    yield first
+    if second is not None:
+        yield second
+        yield from values
+
+
+def _is_rows(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(row, dict) for row in value)
+
+
+# -------------------------------------------------------------------------------------------------------------- tables
+
+
+def _table(path: Path, found: Format, what: str) -> Iterator[tuple[str, Any]]:
+    csv.field_size_limit(VALUE)
+    with closing(unpacked(path, found.packing)) as stream:
+        lines = _lines(decoded(blocks_of(stream)))
+        first = next(lines, "")
+        # Half of Europe's programs write semicolons, since their commas are decimal.
+        delimiter = "\t" if found.kind == "tsv" else "," if "," in first else max(";\t|", key=first.count)
+        reader = csv.reader(_again(first, lines), delimiter=delimiter)
+        try:
+            names = next(reader, [])
+            for row in reader:
+                if row:
+                    yield f"{what} {path}, line {reader.line_num}", dict(zip(names, row, strict=False))
+        except csv.Error as error:
+            raise InputError(f"{what} {path}, line {reader.line_num}: not {found.kind.upper()} ({error})") from None
+
+
+def _again(first: str, rest: Iterator[str]) -> Iterator[str]:
+    yield first
+    yield from rest
+
+
+def _lines(blocks: Iterable[str]) -> Iterator[str]:
+    """Lines with their ends, which are ``\\n`` alone."""
+    left = ""
+    for block in blocks:
+        *lines, left = (left + block).split("\n")
+        yield from (line + "\n" for line in lines)
+    if left:
+        yield left
+
+
+def _columnar(path: Path, found: Format, what: str, choose: Choice | None) -> Iterator[tuple[str, Any]]:
+    try:
+        import pyarrow
+    except ImportError:
+        raise InputError(f"{what} {path}: reading .{found.kind} needs pyarrow; pip install 'uniprune[data]'") from None
+    read = _parquet if found.kind == "parquet" else _arrow
+    number = 0
+    try:
+        for batch in read(path, choose):
+            for start in range(0, batch.num_rows, BATCH):
+                for row in batch.slice(start, BATCH).to_pylist():
+                    number += 1
+                    yield f"{what} {path}, row {number}", row
+    except (pyarrow.ArrowException, OSError) as error:
+        kind = "a Parquet" if found.kind == "parquet" else "an Arrow"
+        raise InputError(f"{what} {path} is not {kind} file, or damaged ({first_line(error)}); fetch it again") from None
+
+
+def _parquet(path: Path, choose: Choice | None) -> Iterator[Any]:
+    from pyarrow import parquet
+
+    with parquet.ParquetFile(path, pre_buffer=False) as file:
+        columns = None if choose is None else list(choose(file.schema_arrow.names))
+        yield from file.iter_batches(batch_size=BATCH, columns=columns)
+
+
+def _arrow(path: Path, choose: Choice | None) -> Iterator[Any]:
+    """Files of Arrow's and of Feather's format, and streams, as data sets that were saved to disk are."""
+    import pyarrow
+
+    with pyarrow.memory_map(str(path)) as source:
+        try:
+            reader = pyarrow.ipc.open_file(source)
+        except pyarrow.ArrowInvalid:
+            source.seek(0)
+            reader = pyarrow.ipc.open_stream(source)
+            batches = iter(reader)
+        else:
+            batches = map(reader.get_batch, range(reader.num_record_batches))
+        columns = None if choose is None else list(choose(reader.schema.names))
+        yield from (batch.select(columns) if columns else batch for batch in batches)
+
+
+# ----------------------------------------------------------------------------------------------------------------- hub
 
 
 def read_hub(path: str, what: str, instead: str = "", **options: Any) -> Iterator[Row]:
@@ -44,11 +236,26 @@ def read_hub(path: str, what: str, instead: str = "", **options: Any) -> Iterato
     options: what ``datasets.load_dataset`` takes. instead: what else the user may do if it cannot be fetched.
     Raises InputError if it cannot be fetched, or if datasets is not installed.
     """
+    with reachable(path, what, instead):
+        yield from load_hub(path, what, instead, **options)
+
+
+def load_hub(path: str, what: str, instead: str = "", **options: Any) -> Any:
+    """What ``datasets.load_dataset`` returns; as :func:`read_hub`."""
     try:
         import datasets
     except ImportError:
         raise InputError(f"{what} {path} comes through datasets; pip install 'uniprune[data]', or give a file") from None
+    with reachable(path, what, instead):
+        return datasets.load_dataset(path, **options)
+
+
+@contextmanager
+def reachable(path: str, what: str, instead: str = "") -> Iterator[None]:
+    """Inside ``with``, what goes wrong with a data set of the hub is an InputError that names it."""
     try:
-        yield from datasets.load_dataset(path, **options)
+        yield
+    except InputError:
+        raise
     except Exception as error:  # datasets raises dozens of kinds for one cause: it cannot be fetched here
         raise InputError(f"{what} {path} cannot be loaded ({first_line(error)}); give a local file{instead}") from error

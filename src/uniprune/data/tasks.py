@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from uniprune.data.rows import Row, read_hub, read_jsonl
+from uniprune.data.rows import Row, read_hub, read_rows
 from uniprune.errors import InputError
 
 
@@ -60,7 +60,7 @@ class Task:
 
 
 def load_task(source: str, limit: int | None = None) -> Task:
-    """A task by its name (one of ``HUB``) or from a .jsonl file; the first ``limit`` rows, None for all.
+    """A task by its name (one of ``HUB``) or from a file of rows (.jsonl, .json, .parquet, ...); the first ``limit`` rows.
 
     Raises InputError for an unknown name, a file of no known format, and a row without what the format needs.
     """
@@ -68,6 +68,8 @@ def load_task(source: str, limit: int | None = None) -> Task:
         raise InputError(f"limit {limit} is not positive; leave it out to ask all questions")
     questions, found = [], ""
     for where, row in islice(_rows(source), limit):
+        if not isinstance(row, dict):
+            raise InputError(f"{where}: not a JSON object, which is in braces, with the fields of a question")
         found = found or _recognise(row, where)
         questions.append(_question(row, found, where))
     if not questions:
@@ -75,7 +77,7 @@ def load_task(source: str, limit: int | None = None) -> Task:
     return Task(source, found, tuple(questions))
 
 
-def _rows(source: str) -> Iterator[tuple[str, Row]]:
+def _rows(source: str) -> Iterator[tuple[str, Any]]:
     """Rows, each with where it stands, for messages."""
     if source in HUB:
         name, options = HUB[source]
@@ -83,8 +85,8 @@ def _rows(source: str) -> Iterator[tuple[str, Row]]:
         return ((f"task {source}, row {number}", row) for number, row in rows)
     path = Path(source).expanduser()
     if not path.is_file():
-        raise InputError(f"task {source!r} is neither one of {', '.join(HUB)} nor an existing .jsonl file")
-    return ((f"task {source}, line {number}", row) for number, row in read_jsonl(path, "task"))
+        raise InputError(f"task {source!r} is neither one of {', '.join(HUB)} nor an existing file of rows, .jsonl say")
+    return read_rows(path, "task")
 
 
 def _recognise(row: Row, where: str) -> str:
@@ -161,6 +163,18 @@ def _rte(row: Row) -> Question:
     return _asked(context, ["True", "False"], int(row["label"]))
 
 
+def _mmlu(row: Row) -> Question:
+    """The letters compete. The answer is an index, as the hub's data set has it, or a letter."""
+    subject, letters = str(row.get("subject") or "").replace("_", " "), "ABCDEFGHIJ"[: len(row["choices"])]
+    about = f" about {subject}" if subject else ""
+    choices = "\n".join(f"{letter}. {choice}" for letter, choice in zip(letters, row["choices"], strict=True))
+    context = (
+        f"The following are multiple choice questions (with answers){about}.\n\n{row['question'].strip()}\n{choices}\nAnswer:"
+    )
+    answer = row["answer"]
+    return _asked(context, letters, letters.index(answer) if isinstance(answer, str) and answer in letters else int(answer))
+
+
 def _lambada(row: Row) -> Question:
     context, _, word = row["text"].rpartition(" ")
     return _asked(context, [word], 0)
@@ -174,6 +188,7 @@ FORMATS: dict[str, Format] = {
     "hellaswag": Format({"activity_label": str, "ctx_a": str, "ctx_b": str, "endings": list}, _hellaswag, normalised=True),
     "boolq": Format({"passage": str, "question": str}, _boolq),
     "rte": Format({"sentence1": str, "sentence2": str}, _rte),
+    "mmlu": Format({"question": str, "choices": list, "answer": object}, _mmlu),
     "lambada": Format({"text": str}, _lambada),
 }
 

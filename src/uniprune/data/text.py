@@ -1,39 +1,64 @@
-"""Text sources -> windows of tokens.
+"""Text sources: where a corpus is, and how it is read, as a whole or by passages from all over it.
 
-A source is a name (``builtin``, ``wikitext2``, ``c4``), a local file (.txt, .raw, .jsonl, .parquet, or .safetensors as
-written by :func:`save_windows`) or a folder of such files. Its documents are joined by two newlines, so that short ones
-are never dropped, tokenised as one text, and cut into non-overlapping windows of one length.
+A source is a name (``builtin``, ``wikitext2``, ``c4``), a file or a folder of files of any common kind, or a data set of
+the hub (``owner/name``, ``owner/name:config``). It has one part or several, its files; the documents of a part are joined by
+two newlines, so that short ones are never dropped.
 """
 
 from __future__ import annotations
 
-import hashlib
-import logging
 import pydoc_data.topics
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from torch import Tensor
-
-from uniprune.data import text
-from uniprune.data.rows import read_hub, read_jsonl
-from uniprune.errors import InputError, first_line
+from uniprune.data.bos import Bos
+from uniprune.data.documents import JOIN, Reader
+from uniprune.data.formats import PACKED, READABLE, SUFFIXES, recognise, suffix_of
+from uniprune.data.parts import File, HubShard, Listed, Part
+from uniprune.data.rows import load_hub, reachable, read_hub
+from uniprune.errors import InputError
 from uniprune.storage.record import Count, Facts
-from uniprune.storage.tensor_file import Metadata, open_tensors, write_tensors
-
-logger = logging.getLogger(__name__)
 
 Use = Literal["calibration", "evaluation"]
-JOIN = "\n\n"
+HUB = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?(:(?P<config>[\w.@+ -]+))?")
+SPLITS: dict[str, tuple[str, ...]] = {"calibration": ("train",), "evaluation": ("test", "validation", "dev")}
+SHARDS = 16  # parts of a data set of the hub, at most
+C4_DOCUMENTS = 1100  # of its validation split, those that papers evaluate on
+# What stands beside data and is none itself: of models and data sets, of programs, and of systems.
+ASIDE = re.compile(
+    r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|dataset_infos?|dataset_dict|state"
+    r"|preprocessor_config|package|package-lock|tsconfig)\.json|.*\.index\.json|merges\.txt|requirements\.txt|_.*|\..*|__MACOSX",
+    re.IGNORECASE,
+)
+ABOUT = re.compile(r"(readme|licen[cs]e|changelog|citation|notice|contributing|datacard|dataset_card)(\..*)?", re.IGNORECASE)
+
+
+class Sample(Facts):
+    """What was read of a text. whole: all of it; else ``passages`` from all over it, of so many ``characters`` together.
+
+    documents: how many were seen, as far as they were counted; text_sha256: of all of the text.
+    """
+
+    whole: bool = True
+    files: Count | None = None
+    files_read: Count | None = None
+    documents: Count | None = None
+    passages: Count | None = None
+    characters: Count | None = None
+    text_sha256: str | None = None
 
 
 class TextFacts(Facts):
     """Which tokens were read. ``text``: the source; ``available_windows``: how many it has; ``sha256``: of the token ids.
 
-    join: what stands between two documents. bos: whether the tokenizer put a token at the start.
+    join: what stands between two documents. bos: which windows were to begin with BOS; windows_with_bos: how many really do.
+    rolling: whether documents were read one by one, in ``pieces``; in_context: whether those are as long as the model's
+    context; second_bos: whether a document begins with two, as in lm-evaluation-harness. text_sha256: of those documents.
     """
 
     text: str
@@ -41,213 +66,124 @@ class TextFacts(Facts):
     length: Count | None = None
     available_windows: Count | None = None
     join: str | None = None
-    bos: bool | None = None
+    bos: Bos | bool | None = None
+    windows_with_bos: Count | None = None
+    sample: Sample | None = None
+    rolling: bool = False
+    documents: Count | None = None
+    pieces: Count | None = None
+    in_context: bool = False
+    second_bos: bool = False
+    text_sha256: str | None = None
     sha256: str | None = None
 
 
 @dataclass(frozen=True)
-class Windows:
-    """Token windows ``tokens`` (int64, ``[windows, length]``) and where they come from."""
+class Text:
+    """What to read. field: which field of a row is the text; split: of a data set; both are found by themselves by default."""
 
-    tokens: Tensor
     source: str
-    available: int
-    bos: bool
+    field: str | None = None
+    split: str | None = None
 
-    @property
-    def sha256(self) -> str:
-        """Hash of the token ids and their shape: equal hashes mean equal windows, whatever the source was called."""
-        data = self.tokens.to(torch.int64).contiguous()
-        return hashlib.sha256(repr(tuple(data.shape)).encode() + data.numpy().tobytes()).hexdigest()
-
-    def describe(self) -> TextFacts:
-        """The provenance that goes into reports and artefacts."""
-        count, length = self.tokens.shape
-        return TextFacts(
-            text=self.source,
-            windows=count,
-            length=length,
-            available_windows=self.available,
-            join=JOIN,
-            bos=self.bos,
-            sha256=self.sha256,
-        )
+    def __str__(self) -> str:
+        return self.source
 
 
-class TokenFacts(Metadata):
-    """The metadata of a saved token file."""
-
-    kind: Literal["tokens"] = "tokens"
-    source: str
-    available: Count
-    bos: bool
-
-
-def load_windows(
-    source: str | Path,
-    tokenizer: Any,
-    *,
-    use: Use,
-    length: int,
-    count: int | None = None,
-    seed: int = 0,
-) -> Windows:
-    """Windows of ``length`` tokens from a text source.
-
-    use: named sources have a part for each use, disjoint from the other. For ``calibration``, ``count`` windows are
-    drawn without replacement by ``seed``; for ``evaluation`` they are spread evenly over the text, or all of them taken
-    if ``count`` is None.
-    Raises InputError if the source is missing, empty, or holds fewer windows than asked for.
-    """
-    if length < 2:
-        raise InputError(f"window length {length} is too short: predicting a token needs at least 2")
-    if count is not None and count < 1:
-        raise InputError(f"number of windows {count} is not positive")
-    if str(source).endswith(".safetensors"):
-        return _load_tokens(Path(source), length, count)
-    # Calibration needs a fraction of a large corpus; evaluation is defined on the whole text.
-    limit = max(1_000_000, 8 * count * length) * 6 if use == "calibration" and count else None
-    text = read(source, use, limit)
-    tokens, bos = _tokenise(text, tokenizer, source)
-    available = len(tokens) // length
-    if available == 0:
-        raise InputError(f"text {source} has {len(tokens)} tokens, less than one window of {length}; lower --length")
-    wanted = available if count is None else count
-    if wanted > available:
-        raise InputError(
-            f"text {source} has {available} windows of {length} tokens, {count} were asked for; "
-            f"lower --windows or --length, or give more text"
-        )
-    grid = tokens[: available * length].view(available, length)
-    if use == "calibration":
-        index = torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:wanted]
-    else:  # evenly, from the first window to the last
-        index = torch.arange(wanted) * (available - 1) // max(wanted - 1, 1)
-    return Windows(grid[index].clone(), str(source), available, bos)
-
-
-def save_windows(windows: Windows, path: Path) -> None:
-    """Writes the token ids as safetensors (``tokens``: int32 ``[windows, length]``), for runs on the very same tokens."""
-    facts = TokenFacts(source=windows.source, available=windows.available, bos=windows.bos)
-    write_tensors(path, {"tokens": windows.tokens.to(torch.int32)}, facts)
-
-
-def read(source: str | Path, use: Use, limit: int | None = None) -> str:
-    """The text of a source, documents joined by two newlines; reading stops after about ``limit`` characters."""
-    documents, size = [], 0
-    for document in _documents(str(source), use):
-        documents.append(document)
-        size += len(document) + len(JOIN)
-        if limit is not None and size > limit:
-            logger.info("text %s: windows are drawn from its first %d characters", source, size)
-            break
-    text = JOIN.join(documents)
+def read(source: str | Path | Text, use: Use, tokenizer: Any = None) -> str:
+    """All of a text: its parts, and their documents, joined by two newlines. Raises InputError if it is empty."""
+    parts = open_text(source if isinstance(source, Text) else Text(str(source)), use, tokenizer)
+    text = "".join(texts(parts))
     if not text.strip():
         raise InputError(f"text {source} is empty")
     return text
 
 
-def _tokenise(text: str, tokenizer: Any, source: str | Path) -> tuple[Tensor, bool]:
-    """All tokens of the text, with the tokenizer's own special tokens (BOS once, at the start, or none)."""
-    if tokenizer is None:
-        raise InputError(f"the model has no tokenizer, so text {source} cannot be read; give a saved token file")
-    ids = tokenizer(text, return_attention_mask=False, verbose=False)["input_ids"]
-    bos = tokenizer.bos_token_id is not None and len(ids) > 0 and ids[0] == tokenizer.bos_token_id
-    return torch.tensor(ids, dtype=torch.int64), bool(bos)
+def texts(parts: Sequence[Part]) -> Iterator[str]:
+    """The text of several parts, in consecutive pieces."""
+    return chain.from_iterable(chain([JOIN] if number else [], part.texts()) for number, part in enumerate(parts))
 
 
-def _load_tokens(path: Path, length: int, count: int | None) -> Windows:
-    tokens, facts = _read_tokens(path)
-    if tokens.shape[1] != length:
-        raise InputError(f"token file {path} has windows of {tokens.shape[1]} tokens, not {length}; give --length")
-    if count is not None and count > len(tokens):
-        raise InputError(f"token file {path} has {len(tokens)} windows, {count} were asked for; lower --windows")
-    return Windows(tokens[:count], facts.source, facts.available, facts.bos)
+def open_text(text: Text, use: Use, tokenizer: Any = None) -> list[Part]:
+    """The parts of a text, in a fixed order. tokenizer: whose chat template conversations are written in.
 
-
-def _read_tokens(path: Path) -> tuple[Tensor, TokenFacts]:
-    """The windows of a token file, and where they come from; InputError unless they could be windows."""
-    with open_tensors(path, TokenFacts) as (file, facts):
-        try:
-            if list(file.keys()) != ["tokens"]:
-                raise ValueError("it must hold one tensor, named tokens")
-            tokens = file.get_tensor("tokens")
-            if tokens.dtype != torch.int32 or tokens.ndim != 2 or not tokens.numel():
-                raise ValueError(f"its tokens are {tokens.dtype} {list(tokens.shape)}, not int32 [windows, length]")
-            if int(tokens.min()) < 0:
-                raise ValueError(f"{int(tokens.min())} is no token")
-        except ValueError as error:
-            raise TokenFacts.damaged(path, error) from None
-    return tokens.to(torch.int64), facts
-
-
-def token_file_shape(path: Path) -> tuple[int, int]:
-    """(windows, length) of a saved token file."""
-    count, length = _read_tokens(path)[0].shape
-    return count, length
-
-
-# ---------------------------------------------------------------------------------------------------------- sources
-
-
-def _documents(source: str, use: Use) -> Iterator[str]:
-    if source in NAMED:
-        return NAMED[source](use)
-    path = Path(source).expanduser()
+    Raises InputError if the source is missing, or of a kind that cannot be read.
+    """
+    path = Path(text.source).expanduser()
+    named = NAMED.get(text.source)
+    if named or (path.exists() and text.split is None):
+        if text.split is not None:
+            raise InputError(f"text {text} has a part for each use, and no other splits; give owner/name to choose one")
+        if named:
+            part = named(use)
+            return [part if isinstance(part, Listed | File) else Listed(partial(named, use))]  # type: ignore[arg-type]
+        if path.is_dir():
+            return [File(file, Reader(text.field, tokenizer)) for file in _files(path)]
+        if path.is_file():
+            return [File(path, Reader(text.field, tokenizer))]
+    found = HUB.fullmatch(text.source)
     if path.is_dir():
-        return _folder(path)
+        return _shards(text, use, tokenizer, str(path), {})
     if path.is_file():
-        return _file(path)
-    raise InputError(f"text {source!r} is neither one of {', '.join(NAMED)} nor an existing file or folder")
+        raise InputError(f"text {text} is a file, which has no splits; leave --split out, or give the folder it is in")
+    if found is None or suffix_of(path) in SUFFIXES or path.suffix in PACKED:
+        raise InputError(
+            f"text {text.source!r} is neither one of {', '.join(NAMED)} nor an existing file or folder, "
+            "nor the name of a data set of the hub, owner/name or owner/name:config"
+        )
+    options = {"name": found["config"], "revision": found["revision"]}
+    return _shards(text, use, tokenizer, found["name"], {key: value for key, value in options.items() if value})
 
 
-def _file(path: Path) -> Iterator[str]:
-    if path.suffix not in READERS:
-        raise InputError(f"text {path}: {path.suffix or 'no suffix'} is not one of {', '.join(READERS)}")
-    try:
-        yield from READERS[path.suffix](path)
-    except UnicodeDecodeError as error:
-        raise InputError(f"text {path} is not UTF-8 ({error.reason} at byte {error.start})") from None
+# -------------------------------------------------------------------------------------------------------------- folders
 
 
-def _folder(path: Path) -> Iterator[str]:
-    files = sorted(file for file in path.rglob("*") if file.suffix in READERS and file.is_file())
+def _files(folder: Path) -> list[Path]:
+    """The files of a corpus in a folder and those below, by name: no hidden ones, and nothing that only accompanies data."""
+    every = [path for path in sorted(folder.rglob("*")) if path.is_file() and not _aside(path.relative_to(folder))]
+    files = [path for path in every if suffix_of(path) in SUFFIXES or (not suffix_of(path) and _is_text(path))]
+    files = [path for path in files if not ABOUT.fullmatch(path.name)] or files
     if not files:
-        raise InputError(f"text folder {path} holds no file ending in {', '.join(READERS)}")
-    for file in files:
-        yield from _file(file)
+        others = sorted({path.suffix for path in every if path.suffix})[:8]
+        there = f"; there are {', '.join(others)}: give such a file by name to read it as plain text" if others else ""
+        raise InputError(f"text folder {folder} holds no file of a kind that is read, {READABLE}{there}")
+    return files
 
 
-def _plain(path: Path) -> Iterator[str]:
-    yield path.read_text(encoding="utf-8")
-
-
-def _wikitext_raw(path: Path) -> Iterator[str]:
-    """WikiText's own .raw files, as the rows that ``datasets`` makes of them: the papers' text joins those rows."""
-    with path.open(encoding="utf-8", newline="\n") as lines:
-        yield from (line if line.strip() else "" for line in lines)
-
-
-def _jsonl(path: Path) -> Iterator[str]:
-    for number, row in read_jsonl(path, "text"):
-        if not isinstance(row.get("text"), str):
-            raise InputError(f'text {path}, line {number}: no string field "text"')
-        yield row["text"]
-
-
-def _parquet(path: Path) -> Iterator[str]:
+def _is_text(path: Path) -> bool:
+    """Whether a file whose name does not say what it is can be read."""
     try:
-        import pyarrow.parquet as parquet
-    except ImportError:
-        raise InputError(f"text {path}: reading .parquet needs pyarrow; pip install 'uniprune[data]'") from None
-    try:
-        file = parquet.ParquetFile(path)
-    except (OSError, ValueError) as error:  # pyarrow's own errors are these
-        raise InputError(f"text {path} is not a Parquet file, or damaged ({first_line(error)})") from None
-    if "text" not in file.schema_arrow.names:
-        raise InputError(f'text {path} has no column "text", only {", ".join(file.schema_arrow.names)}')
-    for batch in file.iter_batches(columns=["text"]):
-        yield from (row for row in batch.column("text").to_pylist() if row is not None)
+        recognise(path, "text")
+    except InputError:
+        return False
+    return True
+
+
+def _aside(path: Path) -> bool:
+    return any(ASIDE.fullmatch(name) for name in path.parts)
+
+
+# ------------------------------------------------------------------------------------------------------------------ hub
+
+
+def _shards(text: Text, use: Use, tokenizer: Any, name: str, options: dict[str, Any]) -> list[Part]:
+    """The parts of a data set that ``datasets`` knows: read as they are needed, but for a slice of a split (``train[:1%]``)."""
+    reader = partial(Reader, text.field, tokenizer)
+    if text.split is not None and not text.split.isidentifier():
+        return [HubShard(str(text), load_hub(name, "text", split=text.split, **options), reader(), streamed=False)]
+    splits = load_hub(name, "text", streaming=True, **options)
+    split = text.split or next((split for split in SPLITS[use] if split in splits), None)
+    if split not in splits:
+        lacking = text.split or " or ".join(SPLITS[use])
+        raise InputError(f"text {text} has no split {lacking}, only {', '.join(splits)}; choose with --split")
+    with reachable(name, "text"):
+        data = splits[split]
+        count = min(SHARDS, data.num_shards)
+        shards = [data.shard(count, index) if count > 1 else data for index in range(count)]
+    return [HubShard(f"{text} ({split})", shard, reader(), streamed=True) for shard in shards]
+
+
+# ---------------------------------------------------------------------------------------------------------------- named
 
 
 def _builtin(use: Use) -> Iterator[str]:
@@ -258,33 +194,26 @@ def _builtin(use: Use) -> Iterator[str]:
             yield topics[key]
 
 
-def _hub(path: str, **options: Any) -> Iterator[str]:
-    return (row["text"] for row in read_hub(path, "text", instead=", or use builtin", **options))
+def _wikitext2(use: Use) -> Part:
+    options = {"name": "wikitext-2-raw-v1", "split": "test" if use == "evaluation" else "train"}
+
+    def documents() -> Iterator[str]:
+        return (row["text"] for row in read_hub("Salesforce/wikitext", "text", ", or use builtin", **options))
+
+    return Listed(documents, articles=True)
 
 
-def _wikitext2(use: Use) -> Iterator[str]:
-    split = "test" if use == "evaluation" else "train"
-    return _hub("Salesforce/wikitext", name="wikitext-2-raw-v1", split=split)
+def _c4(use: Use) -> Part:
+    """The shards that Wanda and SparseGPT use: the first of the training split, the beginning of the first for validation."""
+    from huggingface_hub import hf_hub_download
+
+    shard = "en/c4-validation.00000-of-00008.json.gz" if use == "evaluation" else "en/c4-train.00000-of-01024.json.gz"
+    with reachable("allenai/c4", "text", ", or use builtin"):
+        file = File(Path(hf_hub_download("allenai/c4", shard, repo_type="dataset")), Reader())
+    if use == "calibration":
+        return file
+    return Listed(lambda: islice((document for document, _ in file.pages()), C4_DOCUMENTS), join=" ")
 
 
-def _c4(use: Use) -> Iterator[str]:
-    """The shards that Wanda and SparseGPT use."""
-    part = "validation" if use == "evaluation" else "train"
-    shard = f"en/c4-{part}.00000-of-{'00008' if part == 'validation' else '01024'}.json.gz"
-    return _hub("allenai/c4", data_files={part: shard}, split=part, streaming=True)
-
-
-NAMED: dict[str, Callable[[Use], Iterator[str]]] = {"builtin": _builtin, "wikitext2": _wikitext2, "c4": _c4}
-READERS: dict[str, Callable[[Path], Iterator[str]]] = {
-    ".txt": _plain,
-    ".raw": _wikitext_raw,
-    ".jsonl": _jsonl,
-    ".parquet": _parquet,
-}
-
-
-def window_length(source: str | Path, length: int | None, default: int) -> int:
-    """A token file knows its own length."""
-    if length is None and str(source).endswith(".safetensors"):
-        return text.token_file_shape(Path(source))[1]
-    return length or default
+NAMED: dict[str, Callable[[Use], Part | Iterator[str]]] = {"builtin": _builtin, "wikitext2": _wikitext2, "c4": _c4}
+"""Texts by name: for each use a part, or simply documents."""

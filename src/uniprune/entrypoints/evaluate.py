@@ -11,14 +11,17 @@ import torch
 from uniprune.common.progress import Progress, silent
 from uniprune.common.provenance import sparsity, versions
 from uniprune.data.tasks import load_task
+from uniprune.data.windows import Windows
 from uniprune.errors import InputError
 from uniprune.evaluation import reproduce
 from uniprune.evaluation.divergence import check_same_tokens, closeness
 from uniprune.evaluation.generation import prompts_of, side_by_side
 from uniprune.evaluation.lm_eval import Harness
 from uniprune.evaluation.model import Measured, Questions, Subject
+from uniprune.evaluation.protocols import comparable
 from uniprune.evaluation.request import NEW_TOKENS, EvaluationRequest
 from uniprune.evaluation.results import Check, Evaluation, Protocol, Versions
+from uniprune.evaluation.rolling import Pages
 from uniprune.models import masking
 from uniprune.models.loading import Source, dtype_name
 from uniprune.models.matrices import find_matrices
@@ -39,7 +42,8 @@ def evaluate(
 ) -> Evaluation:
     """Token perplexity or zero-shot accuracy of a model or an output folder, and the zeros it really has.
 
-    asked: ``text_source`` (by default ``builtin`` if nothing else is asked), ``windows``, ``length``; ``tasks``, ``limit``;
+    asked: ``text_source`` (by default ``builtin`` if nothing else is asked), ``field``, ``split``, ``windows``, ``length``,
+    ``stride``, ``bos``, ``rolling``; ``tasks``, ``limit``;
     ``prompts``, ``new_tokens``; ``lm_eval``; ``dtype``: the fields of :class:`uniprune.evaluation.request.EvaluationRequest`.
     against: another model, the dense one say. It answers the same questions: what is gained and lost comes with McNemar's p. It
     reads the same text: the divergence of their predictions, and greedy continuations of prompts.
@@ -61,10 +65,13 @@ def evaluate(
     computed = dtype_name(next(loaded.model.parameters()).dtype)
     facts: dict[str, Any] = {"model": str(loaded), "dtype": computed}
     facts |= vars(ours.perplexity) if ours.perplexity else {}
+    if ours.perplexity:
+        facts["comparable"] = comparable(facts["model"], ours.perplexity)
     facts |= {"sparsity": _zeros(loaded.model), "versions": versions()}
     if harness:
         facts["lm_eval"] = harness.run(loaded, request.limit)
         facts["versions"]["lm_eval"] = harness.version
+        facts |= {"lm_eval_notes": harness.notes} if harness.notes else {}
     how: dict[str, Any] = {
         "request": _recorded(request, questions, computed, compared=other is not None),
         "weights_sha256": reproduce.weights_sha256(loaded.model),
@@ -129,15 +136,19 @@ def check(
 
 def _questions(request: EvaluationRequest, subject: Subject, other: Subject | None) -> Questions:
     """What both models are measured on. Raises InputError if they do not read the text alike, or it cannot be read."""
-    prompts, new_tokens, windows = request.prompts, request.new_tokens, None
+    prompts, new_tokens = request.prompts, request.new_tokens
+    windows: Windows | Pages | None = None
     if new_tokens is None:
         new_tokens = NEW_TOKENS if other is not None and subject.tokenizer is not None else 0
     if request.text is not None:
-        windows = subject.windows(request.text, request.windows, request.length)
-        if other is not None:
-            check_same_tokens(windows, other.windows(request.text, request.windows, request.length), str(other))
-            if new_tokens and not prompts:
-                prompts = tuple(prompts_of(windows, subject.tokenizer))
+        if request.rolling:
+            windows = subject.pages(request.text, request)
+        else:
+            windows = subject.windows(request.text, request)
+            if other is not None:
+                check_same_tokens(windows, other.windows(request.text, request), str(other))
+                if new_tokens and not prompts:
+                    prompts = tuple(prompts_of(windows, subject.tokenizer))
     tasks = [load_task(name, request.limit) for name in request.tasks]
     return Questions(windows, tasks, prompts if new_tokens else (), new_tokens)
 
@@ -156,7 +167,7 @@ def _recorded(request: EvaluationRequest, questions: Questions, dtype: str, comp
 def _compared(ours: Measured, theirs: Measured, questions: Questions, tokenizer: Any) -> dict[str, Any]:
     """What the two models' predictions have in common."""
     found: dict[str, Any] = {}
-    if questions.windows is not None and ours.recording and theirs.recording and theirs.perplexity:
+    if isinstance(questions.windows, Windows) and ours.recording and theirs.recording and theirs.perplexity:
         near = closeness(ours.recording, theirs.recording, questions.windows)
         found["closeness"] = near.model_copy(update={"reference_perplexity": theirs.perplexity.perplexity})
     if theirs.written:

@@ -59,7 +59,7 @@ def sweep(
     chosen = _parsed(sparsities, request.scope, saliency)
     check_output_file(output, overwrite or resume, suffix=".json")
     subject = Subject(source)
-    windows = subject.windows(request.text_source or "builtin", request.windows, request.length)
+    windows = subject.windows(request.text_source or "builtin", request)
     loaded = subject.load(request.dtype, device)
     matrices = {name: matrix for name, matrix in find_matrices(loaded.model).items() if name in saliency}
     _check_model(loaded, matrices, saliency, scores)

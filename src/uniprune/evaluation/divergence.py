@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from uniprune.common.significance import standard_error
-from uniprune.data.text import Windows
+from uniprune.data.windows import Windows
 from uniprune.errors import InputError
 from uniprune.evaluation.results import Closeness
 from uniprune.models.blocks import last_hidden

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from uniprune.common.progress import Progress, silent
-from uniprune.data.text import Windows
+from uniprune.data.windows import Windows
 from uniprune.errors import InputError
 from uniprune.evaluation.results import Generation
 from uniprune.models.blocks import device_of

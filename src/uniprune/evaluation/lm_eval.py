@@ -12,9 +12,13 @@ import torch
 from uniprune.errors import InputError, first_line
 from uniprune.evaluation.perplexity import NOT_FINITE
 from uniprune.models.blocks import device_of
-from uniprune.models.loading import Loaded
+from uniprune.models.loading import UNBOUNDED, Loaded, context
 
 BATCH, PROBE = 8, 16  # rows at a time; tokens on which a model is tried
+SECOND_BOS = (
+    "its rolling log-likelihood begins every document with BOS, and so does the tokenizer: the second one is scored, too, "
+    "which a model never sees (uniprune evaluate --rolling --bos each leaves it out)"
+)
 
 
 class Harness:
@@ -30,6 +34,7 @@ class Harness:
             raise InputError("--lm-eval needs lm-evaluation-harness; pip install 'uniprune[lm-eval]'") from None
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
         self._names, self._manager = list(names), TaskManager()
+        self.notes: list[str] = []  # of the last run: what is to be known beside its numbers
         try:
             self._manager.load(self._names)
         except Exception as error:  # its own kinds, those of YAML and those of datasets
@@ -45,15 +50,50 @@ class Harness:
         Raises InputError for a model whose logits are not finite: the harness counts its first choices as right.
         """
         from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
 
         with torch.no_grad():
             logits = loaded.model(input_ids=torch.arange(PROBE, device=device_of(loaded.model))[None], use_cache=False).logits
         if not bool(torch.isfinite(logits).all()):
             raise InputError(NOT_FINITE)
-        model = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=BATCH)
+        model = _watched(loaded)
         found = simple_evaluate(model, tasks=self._names, limit=limit, task_manager=self._manager, log_samples=False)
+        self.notes = model.notes()
         return {task: _numbers(values) for task, values in found["results"].items()}
+
+
+def _watched(loaded: Loaded) -> Any:
+    """The harness's own model around one in memory, which tells what it did to the requests: ``notes()``."""
+    from lm_eval.models.huggingface import HFLM
+
+    class Watched(HFLM):  # type: ignore[misc]
+        cut, requests, second_bos = 0, 0, False
+
+        def _loglikelihood_tokens(self, requests: Any, **options: Any) -> Any:
+            self.requests += len(requests)
+            self.cut += sum(len(before) + len(after) > self.max_length + 1 for _, before, after in requests)
+            return super()._loglikelihood_tokens(requests, **options)
+
+        def tok_batch_encode(self, strings: list[str], left_truncate_len: int | None = None, **options: Any) -> Any:
+            self.requests += len(strings)
+            if left_truncate_len:
+                self.cut += sum(len(self.tok_encode(string)) > left_truncate_len for string in strings)
+            return super().tok_batch_encode(strings, left_truncate_len=left_truncate_len, **options)
+
+        def loglikelihood_rolling(self, requests: Any, **options: Any) -> Any:
+            self.second_bos |= self.tok_encode("a")[:1] == [self.prefix_token_id]
+            return super().loglikelihood_rolling(requests, **options)
+
+        def notes(self) -> list[str]:
+            found = [SECOND_BOS] if self.second_bos else []
+            if self.cut:
+                cut = f"{self.cut} of {self.requests} requests were cut at their beginning"
+                found.append(f"{cut} to the context of {self.max_length} tokens")
+            return found
+
+    limit = context(loaded.model.config)
+    # Versions before 0.4.12 do not look into the configuration of the text model that a multi-modal one has inside.
+    options = {"max_length": limit} if limit < UNBOUNDED else {}
+    return Watched(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=BATCH, **options)
 
 
 def _numbers(values: dict[str, Any]) -> dict[str, float]:

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 
 from uniprune.common.progress import Progress
+from uniprune.data.bos import bos_of
 from uniprune.data.tasks import Task
-from uniprune.data.text import Windows, load_windows, window_length
+from uniprune.data.text import Text
+from uniprune.data.windows import Windows, load_windows, window_length
 from uniprune.errors import InputError
 from uniprune.evaluation.divergence import Recording
 from uniprune.evaluation.generation import check_prompts, generate
 from uniprune.evaluation.perplexity import Perplexity, perplexity
+from uniprune.evaluation.request import Reading
+from uniprune.evaluation.rolling import Pages, load_pages, rolling
 from uniprune.evaluation.scoring import Tokens
-from uniprune.evaluation.zero_shot import Answers, answer, tokenise
+from uniprune.evaluation.zero_shot import Answers, answer, cut_of, tokenise
 from uniprune.models.loading import (
+    UNBOUNDED,
     Loaded,
     Source,
     check_context,
@@ -33,12 +38,14 @@ from uniprune.models.loading import (
     warn_of_emulation,
 )
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Questions:
     """What models are measured on. new_tokens: how long their continuations of the prompts are."""
 
-    windows: Windows | None = None
+    windows: Windows | Pages | None = None
     tasks: Sequence[Task] = ()
     prompts: Sequence[str] = ()
     new_tokens: int = 0
@@ -77,12 +84,26 @@ class Subject:
                 f"model {self} has no tokenizer, so tasks cannot be asked; put its tokenizer's files into the folder"
             )
 
-    def windows(self, text: str | Path, count: int | None, length: int | None) -> Windows:
-        length = window_length(text, length, min(2048, self.context))
+    def windows(self, text: str, asked: Reading) -> Windows:
+        """The windows of a text's evaluation part that are asked for, see :func:`uniprune.data.windows.load_windows`."""
+        length = window_length(text, asked.length, min(2048, self.context))
         check_context(self._config, length)
-        found = load_windows(text, self.tokenizer, use="evaluation", length=length, count=count)
+        options = {"count": asked.windows, "bos": asked.bos, "stride": asked.stride}
+        if not text.endswith(".safetensors"):
+            options["bos"] = bos_of(asked.bos, self._config, self.tokenizer)
+        source = Text(text, asked.field, asked.split)
+        found = load_windows(source, self.tokenizer, use="evaluation", length=length, **options)  # type: ignore[arg-type]
         check_vocabulary(self._config, int(found.tokens.max()), text)
         return found
+
+    def pages(self, text: str, asked: Reading) -> Pages:
+        """Documents that are read one by one, pieces of ``length`` tokens: by default the context, as lm-evaluation-harness."""
+        most = self.context if self.context < UNBOUNDED else 2048
+        length = asked.length or most
+        check_context(self._config, length)
+        found = load_pages(Text(text, asked.field, asked.split), self.tokenizer, length, asked.windows, asked.bos)
+        check_vocabulary(self._config, max(max(piece.tokens) for piece in found.pieces), text)
+        return replace(found, in_context=length == most)
 
     def ask(self, asked: Questions) -> None:
         """Says what to measure. Raises InputError if a question cannot be scored, or a prompt not be continued."""
@@ -94,6 +115,9 @@ class Subject:
         for task, questions in zip(asked.tasks, self._tokens, strict=True):
             highest = max(max(choice.ids) for question in questions for choice in question)
             check_vocabulary(self._config, highest, f"task {task.name}")
+            if cut := cut_of(questions):
+                what = f"task {task.name}: {cut} of {len(questions)} questions"
+                logger.warning("%s are cut at their beginning to the model's context of %d tokens", what, self.context)
 
     def load(self, dtype: str | None, device: str | None) -> Loaded:
         if isinstance(self._source, Loaded):
@@ -107,7 +131,9 @@ class Subject:
     def measure(self, loaded: Loaded, progress: Progress, record: bool) -> Measured:
         """record: whether predictions are to be compared with another model's."""
         found, model, asked = Measured(), loaded.model, self._asked
-        if asked.windows is not None:
+        if isinstance(asked.windows, Pages):
+            found.perplexity = rolling(model, asked.windows, progress)
+        elif asked.windows is not None:
             found.recording = Recording(model, asked.windows) if record else None
             with found.recording or nullcontext():
                 found.perplexity = perplexity(model, asked.windows, progress)

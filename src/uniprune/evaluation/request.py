@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, ClassVar, TypedDict
+from typing import Annotated, ClassVar, Literal, TypedDict
 
 from pydantic import BeforeValidator, Field
 
@@ -24,13 +24,26 @@ class Reading(Options):
 
     text_source: Annotated[str | None, Flag(("--dataset",), name="--text", default="builtin"), Name] = Field(
         default=None,
-        description="Evaluation data: builtin, wikitext2, c4, a .txt, .jsonl or .parquet file, a folder, or a token file.",
+        description="Evaluation data: builtin, wikitext2, c4, a file or folder of text, JSON, CSV, Parquet, ..., a Hub dataset "
+        "(owner/name, owner/name:config), or a token file; see docs/text.md.",
+    )
+    field: Annotated[str | None, Flag(metavar="NAME", default="text, or a conversation's fields")] = Field(
+        default=None, description="Field of a row that is its text."
+    )
+    split: Annotated[str | None, Flag(metavar="NAME", default="test or validation")] = Field(
+        default=None, description="Split of a Hub dataset."
     )
     windows: Annotated[int | None, Flag(("--num-samples",), default="all")] = Field(
         default=None, description="Number of evaluation samples, evenly spaced over the text."
     )
     length: Annotated[int | None, Flag(("--seq-len",), default="2048, or the model's context if that is shorter")] = Field(
         default=None, description="Sequence length: tokens per evaluation sample."
+    )
+    stride: Annotated[int | None, Flag(default="as --length")] = Field(
+        default=None, description="Tokens from one evaluation sample to the next, for samples that overlap."
+    )
+    bos: Annotated[Literal["each", "first", "none"] | None, Flag(default="each for Gemma, else as the tokenizer does once")] = (
+        Field(default=None, description="Which evaluation samples begin with the BOS token.")
     )
 
 
@@ -39,8 +52,13 @@ class EvaluationRequest(Reading):
 
     heading: ClassVar[str] = "What to measure"
 
+    rolling: bool = Field(
+        default=False,
+        description="Perplexity of every document by itself, all of its tokens predicted, as lm-evaluation-harness does; "
+        "--windows is then the number of documents.",
+    )
     tasks: Annotated[tuple[str, ...], Flag(metavar="TASK,..."), Commas] = Field(
-        default=(), description="Zero-shot accuracy on piqa, arc_easy, ... or on .jsonl files, whose fields tell the format."
+        default=(), description="Zero-shot accuracy on piqa, arc_easy, ... or on files of rows, whose fields tell the format."
     )
     limit: Annotated[int | None, Flag(default="all")] = Field(
         default=None, description="Use only the first N examples of each task."
@@ -64,6 +82,8 @@ class EvaluationRequest(Reading):
             raise InputError("--limit is a number of questions; give --tasks or --lm-eval")
         if not compared and (self.prompts or self.new_tokens is not None):
             raise InputError("--prompt and --new-tokens are for two models side by side; give --against")
+        if self.rolling and (compared or self.stride is not None or self.text is None):
+            raise InputError("--rolling reads documents one by one; it goes with --text, and not with --against or --stride")
 
     @property
     def text(self) -> str | None:
@@ -82,11 +102,16 @@ class ReadingKeywords(TypedDict, total=False):
     """The fields of :class:`Reading` as keywords of a function, for editors and type checkers; so are the others."""
 
     text_source: str | Path | None
+    field: str | None
+    split: str | None
     windows: int | None
     length: int | None
+    stride: int | None
+    bos: Literal["each", "first", "none"] | None
 
 
 class EvaluationKeywords(ReadingKeywords, total=False):
+    rolling: bool
     tasks: Sequence[str]
     limit: int | None
     lm_eval: Sequence[str]

@@ -27,12 +27,14 @@ class Compared(Facts):
 class TaskResult(Facts):
     """Accuracies on a task, with standard errors; ``perplexity``: of the answers of a cloze task. ``sha256``: of the questions.
 
+    ``questions_cut``: how many are longer than the model's context, and lost their beginning.
     ``acc`` takes the choice with the highest log-likelihood, ``acc_norm`` the one with the highest per character.
     ``against``: by metric, the model that this one is compared with.
     """
 
     format: str | None = None
     questions: Count
+    questions_cut: Count | None = None
     sha256: str | None = None
     acc: float
     acc_stderr: float | None = None
@@ -90,12 +92,22 @@ class Protocol(Facts):
     against_sha256: str | None = None
 
 
+class Comparable(Facts):
+    """A published protocol that a result follows. ``metric``: which of its perplexities; ``dense``: published of its model."""
+
+    protocol: str
+    metric: str
+    dense: float | None = None
+
+
 class Evaluation(Record):
     """What ``evaluate`` returns; what was not asked for is None, or empty.
 
     perplexity = exp(nats / tokens), of ``windows`` of ``length`` tokens, one every ``stride``; ``nats_stderr``: standard error
-    of the mean nats per token, by how windows differ. sparsity: zeros among the prunable weights; None of a model that cannot
-    be pruned. against: the model that this one is compared with. lm_eval: task -> metric -> value, by lm-evaluation-harness.
+    of the mean nats per token, by how windows differ. Per word and per byte: of what is predicted, as lm-evaluation-harness
+    counts; by_position: by how many tokens of its window a prediction saw. comparable: published protocols that this follows.
+    sparsity: zeros among the prunable weights; None of a model that cannot be pruned. against: the model that this one is
+    compared with. lm_eval: task -> metric -> value, by lm-evaluation-harness; lm_eval_notes: what is to be known beside them.
     """
 
     kind: Literal["evaluation"] = "evaluation"
@@ -109,10 +121,17 @@ class Evaluation(Record):
     length: Count | None = None
     stride: Count | None = None
     text: TextFacts | None = None
+    word_perplexity: float | None = None
+    byte_perplexity: float | None = None
+    words: Count | None = None
+    bytes: Count | None = None
+    by_position: dict[str, float] | None = None
+    comparable: list[Comparable] = []
     sparsity: float | None = None
     versions: dict[str, str] = {}
     tasks: dict[str, TaskResult] = {}
     lm_eval: dict[str, dict[str, float]] = {}
+    lm_eval_notes: list[str] = []
     against: str | None = None
     closeness: Closeness | None = None
     generations: list[Generation] = []

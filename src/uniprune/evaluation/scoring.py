@@ -25,10 +25,14 @@ BATCH_TOKENS = 1024
 
 
 class Tokens(NamedTuple):
-    """A context and its continuation as token ids, of which the last ``scored`` are the continuation."""
+    """A context and its continuation as token ids, of which the last ``scored`` are the continuation.
+
+    ``cut``: how many tokens of the context are left out at its beginning, since the model cannot read as many.
+    """
 
     ids: list[int]
     scored: int
+    cut: int = 0
 
 
 class Score(NamedTuple):
@@ -56,7 +60,7 @@ def encode(tokenizer: Any, before: str, after: str, limit: int) -> Tokens:
     scored = len(ids) - start
     if not 0 < scored <= limit:
         raise InputError(f"the answer {after!r} has {scored} tokens of its own; this model can score 1 to {limit}")
-    return Tokens(ids[-(limit + 1) :], scored)
+    return Tokens(ids[-(limit + 1) :], scored, max(0, len(ids) - limit - 1))
 
 
 @torch.no_grad()

@@ -29,12 +29,14 @@ class Answers:
     task: Task
     scores: list[list[Score]]
     right: dict[str, list[bool]]
+    cut: int = 0  # questions that the model could not read from their beginning
 
     def result(self, reference: Answers | None = None) -> TaskResult:
         """The accuracies with their standard errors, and what was asked. reference: another model's answers."""
         facts: dict[str, Any] = {
             "format": self.task.format,
             "questions": len(self.task.questions),
+            "questions_cut": self.cut,
             "sha256": self.task.sha256,
         }
         for metric, right in self.right.items():
@@ -83,14 +85,22 @@ def answer(
     if any(math.isnan(choice.nats) for choices in found for choice in choices):
         raise InputError(NOT_FINITE)
     scores = iter(found)
-    return [_marked(task, list(islice(scores, len(task.questions)))) for task in tasks]
+    return [
+        _marked(task, list(islice(scores, len(task.questions))), cut_of(questions))
+        for task, questions in zip(tasks, tokens, strict=True)
+    ]
 
 
-def _marked(task: Task, scores: list[list[Score]]) -> Answers:
+def cut_of(questions: Sequence[Sequence[Tokens]]) -> int:
+    """How many questions have lost their beginning to a model's context."""
+    return sum(any(choice.cut for choice in question) for question in questions)
+
+
+def _marked(task: Task, scores: list[list[Score]], cut: int) -> Answers:
     right = {"acc": [_right(*pair) for pair in zip(task.questions, scores, strict=True)]}
     if task.normalised:
         right["acc_norm"] = [_right_per_character(*pair) for pair in zip(task.questions, scores, strict=True)]
-    return Answers(task, scores, right)
+    return Answers(task, scores, right, cut)
 
 
 def _right(question: Question, scores: Sequence[Score]) -> bool:

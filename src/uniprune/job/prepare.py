@@ -21,8 +21,9 @@ from uniprune.artefacts.reports import ModelFacts
 from uniprune.common import distributed, formatting
 from uniprune.common.progress import Progress
 from uniprune.controller import controllers
-from uniprune.data import text
-from uniprune.data.text import Windows, window_length
+from uniprune.data.bos import bos_of
+from uniprune.data.text import Text
+from uniprune.data.windows import Windows, load_windows, save_windows, window_length
 from uniprune.errors import InputError
 from uniprune.job import estimate
 from uniprune.job.options import RunOptions
@@ -153,7 +154,7 @@ def prepare(
     tokenizer = loaded.tokenizer if loaded else load_tokenizer(origin)  # type: ignore[arg-type]
     windows = calibration_windows(recipe, tokenizer, model)
     if save_tokens is not None and distributed.rank() == 0:
-        text.save_windows(windows, save_tokens)
+        save_windows(windows, save_tokens)
     if loaded:
         warn_of_emulation(loaded.model)
     else:
@@ -307,7 +308,10 @@ def calibration_windows(recipe: Recipe, tokenizer: Any, model: torch.nn.Module) 
     length = window_length(recipe.text, recipe.length, min(LENGTH, context(model.config)))
     check_context(model.config, length)
     count = recipe.windows or (None if recipe.text.endswith(".safetensors") else WINDOWS)
-    windows = text.load_windows(recipe.text, tokenizer, use="calibration", length=length, count=count, seed=recipe.seed)
+    source, bos = Text(recipe.text, recipe.field, recipe.split), recipe.bos
+    if not recipe.text.endswith(".safetensors"):
+        bos = bos_of(bos, model.config, tokenizer)
+    windows = load_windows(source, tokenizer, use="calibration", length=length, count=count, seed=recipe.seed, bos=bos)
     check_vocabulary(model.config, int(windows.tokens.max()), recipe.text)
     return windows
 

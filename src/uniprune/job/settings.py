@@ -106,8 +106,17 @@ class Calibration(Options):
 
     text: Annotated[str, Flag(("--dataset",))] = Field(
         default="builtin",
-        description="Calibration data: builtin (English prose that every Python carries), wikitext2, c4, a .txt, .jsonl or "
-        ".parquet file, a folder of them, or a token file.",
+        description="Calibration data: builtin (English prose that every Python carries), wikitext2, c4, a file or folder of "
+        "text, JSON, CSV, Parquet, ..., a Hub dataset (owner/name, owner/name:config), or a token file; see docs/text.md.",
+    )
+    field: Annotated[str | None, Flag(metavar="NAME", default="text, or a conversation's fields")] = Field(
+        default=None, description="Field of a row that is its text."
+    )
+    split: Annotated[str | None, Flag(metavar="NAME", default="train")] = Field(
+        default=None, description="Split of a Hub dataset."
+    )
+    bos: Annotated[Literal["each", "first", "none"] | None, Flag(default="each for Gemma, else as the tokenizer does once")] = (
+        Field(default=None, description="Which calibration samples begin with the BOS token.")
     )
     windows: Annotated[int | None, Flag(("--num-samples",), default=f"{WINDOWS}; all of a token file")] = Field(
         default=None, ge=1, description="Number of calibration samples."

@@ -23,6 +23,7 @@ from uniprune.storage.outline import Outline
 logger = logging.getLogger(__name__)
 
 HUB_FILES = ["README.md", "*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]  # no pickle, no code
+UNBOUNDED = 1 << 30  # tokens: the context of models that have no limit
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -349,7 +350,7 @@ Source = str | Path | Loaded
 def context(config: Any) -> int:
     """The most tokens that a model can read at once."""
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return limit if isinstance(limit, int) and limit > 0 else 1 << 30
+    return limit if isinstance(limit, int) and limit > 0 else UNBOUNDED
 
 
 def check_context(config: Any, length: int) -> None:

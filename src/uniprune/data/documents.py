@@ -1,0 +1,192 @@
+"""Rows -> documents: which fields of a row are its text, and how a conversation is written down.
+
+Conversations go through the tokenizer's own chat template, so that a model is calibrated on what it sees when it is used.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+from uniprune.errors import InputError, first_line
+
+logger = logging.getLogger(__name__)
+
+JOIN = "\n\n"
+Message = dict[str, str]
+
+
+class Form(NamedTuple):
+    """``fields``: by which rows of a form are told, in the order of a conversation. ``optional``: what they may have, too."""
+
+    kind: Literal["text", "chat", "turns"]
+    fields: tuple[str, ...]
+    optional: tuple[str, ...] = ()
+
+
+FORMS = (  # the first whose fields are all there
+    Form("text", ("text",)),
+    Form("chat", ("messages",)),
+    Form("chat", ("conversations",)),
+    Form("chat", ("conversation",)),
+    Form("turns", ("prompt", "completion"), ("system",)),
+    Form("turns", ("prompt", "response"), ("system",)),
+    Form("turns", ("prompt", "chosen"), ("system",)),
+    Form("turns", ("instruction", "output"), ("input", "system")),
+    Form("turns", ("instruction", "response"), ("context", "input", "system")),
+    Form("turns", ("question", "answer"), ("system",)),
+    Form("text", ("content",)),
+)
+ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "chatgpt": "assistant"}
+
+
+@dataclass
+class Reader:
+    """Writes the rows of one source as documents; all of them have the form of the first.
+
+    wanted: the field that is the text, dots for fields in fields (``meta.text``); by default it is told by the names.
+    tokenizer: whose chat template conversations are written in; without one their turns are joined.
+    """
+
+    wanted: str | None = None
+    tokenizer: Any = None
+    form: Form | None = None
+    others: Sequence[str] = ()
+    skipped: int = 0
+    warned: bool = False
+
+    def choose(self, names: Sequence[str]) -> list[str]:
+        """The columns that are read, of all there are."""
+        form = self._form(names, "it")
+        wanted = {key.partition(".")[0] for key in (*form.fields, *form.optional)}
+        self.others = [name for name in names if name not in wanted]
+        return [name for name in names if name in wanted]
+
+    def __call__(self, rows: Iterator[tuple[str, Any]]) -> Iterator[str]:
+        """The documents of rows; those without text (null) are left out, and counted in ``skipped``."""
+        for where, row in rows:
+            document = self.document(row, where)
+            if document is None:
+                self.skipped += 1
+            else:
+                yield document
+
+    def document(self, row: Any, where: str) -> str | None:
+        """The document of a row, None if it has none. Raises InputError, with what there is, if it is of another form."""
+        if isinstance(row, str) and self.wanted is None:
+            return row
+        if not isinstance(row, dict):
+            raise InputError(f"{where}: a row is an object with a field of text, or a string, not {_kind(row)}")
+        form = self.form or self._form(list(row), where)
+        values = [_at(row, name) for name in form.fields]
+        if values[0] is None:
+            return None
+        self.form = form
+        if form.kind == "text":
+            return self._text(values[0], row, where)
+        messages = _messages(values[0], where) if form.kind == "chat" else _turns(form, row, where)
+        return self._written(messages, where) if messages else None
+
+    def _form(self, names: Sequence[str], where: str) -> Form:
+        if self.wanted is not None:
+            if self.wanted.partition(".")[0] not in names:
+                raise self._missing(names, where)
+            chat = self.wanted in ("messages", "conversations", "conversation")
+            return Form("chat" if chat else "text", (self.wanted,))
+        for form in FORMS:
+            if set(form.fields) <= set(names):
+                return form
+        raise self._missing(names, where)
+
+    def _missing(self, names: Any, where: str) -> InputError:
+        there = ", ".join(map(str, names))[:300] or "no field"
+        if self.wanted is not None:
+            return InputError(f'{where}: no field "{self.wanted}", only {there}; give one of them with --field')
+        return InputError(f'{where}: no string field "text", only {there}; say with --field which is the text')
+
+    def _text(self, value: Any, row: dict[str, Any], where: str) -> str:
+        if isinstance(value, bytes):
+            try:
+                return value.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise InputError(f"{where} is not UTF-8 ({error.reason} at byte {error.start}); convert it") from None
+        if isinstance(value, str):
+            return value
+        assert self.form is not None
+        there = ", ".join([*(f"{name} ({_kind(inner)})" for name, inner in row.items()), *self.others])[:300]
+        raise InputError(
+            f'{where}: no string field "{self.form.fields[0]}", it is {_kind(value)}; say with --field which is one: {there}'
+        )
+
+    def _written(self, messages: list[Message], where: str) -> str | None:
+        if self.tokenizer is None or getattr(self.tokenizer, "chat_template", None) is None:
+            if self.tokenizer is not None:
+                self._warn("the tokenizer has no chat template: conversations are read as plain text, their turns joined")
+            return JOIN.join(message["content"] for message in messages)
+        for attempt in (messages, _without_system(messages)):
+            try:
+                written: str = self.tokenizer.apply_chat_template(attempt, tokenize=False)
+            except Exception as error:  # templates are programs, and say in their own ways what they do not take
+                reason = first_line(error)
+                continue
+            # Which windows begin with BOS is another question.
+            return written.removeprefix(self.tokenizer.bos_token or "")
+        self._warn(f"the chat template refuses conversations, which are left out: the first is {where}: {reason}")
+        return None
+
+    def _warn(self, message: str) -> None:
+        if not self.warned:
+            logger.warning(message)
+        self.warned = True
+
+
+def _at(row: Any, name: str) -> Any:
+    """The value of a field, which may be in another (``meta.text``), or whose name may have a dot."""
+    if isinstance(row, dict) and name in row:
+        return row[name]
+    first, _, rest = name.partition(".")
+    return _at(row[first], rest) if rest and isinstance(row, dict) and first in row else None
+
+
+def _messages(value: Any, where: str) -> list[Message]:
+    """Turns in the form that chat templates take, from that or from ShareGPT's (``from``, ``value``)."""
+    if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
+        raise InputError(f"{where}: a conversation is a list of messages, not {_kind(value)}; see docs/text.md")
+    messages = []
+    for turn in value:
+        role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+        if isinstance(content, list):  # parts, of which images and the like are no text
+            content = "".join(part.get("text") or "" for part in content if isinstance(part, dict))
+        if not isinstance(role, str) or not isinstance(content, str | None):
+            raise InputError(f"{where}: a message needs role and content (or from and value), this has {', '.join(turn)}")
+        messages.append({"role": ROLES.get(role, role), "content": content or ""})
+    return messages
+
+
+def _turns(form: Form, row: dict[str, Any], where: str) -> list[Message]:
+    """One question and its answer, each text or a conversation itself; what the question refers to stands after it."""
+    asked, answer = (row.get(name) for name in form.fields)
+    if isinstance(asked, list) or isinstance(answer, list):
+        return [*_messages(asked or [], where), *_messages(answer or [], where)]
+    if not isinstance(asked, str) or not isinstance(answer, str | None):
+        raise InputError(f"{where}: {' and '.join(form.fields)} are not text; say with --field which field is")
+    extra = [value for name in form.optional if name != "system" and (value := row.get(name))]
+    messages = [{"role": "user", "content": JOIN.join([asked, *map(str, extra)])}]
+    if system := row.get("system"):
+        messages.insert(0, {"role": "system", "content": str(system)})
+    return [*messages, {"role": "assistant", "content": answer}] if answer else messages
+
+
+def _without_system(messages: list[Message]) -> list[Message]:
+    """The same, with what the system says before what the user says first: some templates know no system."""
+    if len(messages) < 2 or messages[0]["role"] != "system":
+        return messages
+    system, user, *rest = messages
+    return [{"role": user["role"], "content": JOIN.join([system["content"], user["content"]])}, *rest]
+
+
+def _kind(value: Any) -> str:
+    names: dict[type, str] = {str: "text", bytes: "text", list: "a list", dict: "an object", bool: "a truth value"}
+    return "null" if value is None else names.get(type(value), "a number" if isinstance(value, int | float) else "no text")
