@@ -103,17 +103,21 @@ def test_what_cannot_be_had_says_so():
         read("no-such/data", "calibration")
     for name in ("corpus.txt", "data/corpus.jsonl.gz", "data/missing.parquet", "a b/c", "just-a-word"):
         with pytest.raises(
-            InputError, match=r"neither one of builtin.*nor an existing file or folder, nor the name of a data set"
+            InputError, match=r"neither one of builtin.*nor an existing file or folder, nor the name of a Hub dataset"
         ):
             read(name, "calibration")
 
 
-def test_named_texts_have_no_other_splits(tmp_path):
-    with pytest.raises(InputError, match="has a part for each use, and no other splits; give owner/name"):
+def test_fields_and_splits_are_of_rows_and_data_sets(tmp_path):
+    with pytest.raises(InputError, match="has its own field and splits, one for each use; .* give owner/name"):
         read(Text("builtin", split="test"), "calibration")
+    with pytest.raises(InputError, match="leave --field and --split out"):
+        read(Text("builtin", field="text"), "calibration")
     (tmp_path / "a.txt").write_text("a")
     with pytest.raises(InputError, match="is a file, which has no splits; leave --split out"):
         read(Text(str(tmp_path / "a.txt"), split="test"), "calibration")
+    with pytest.raises(InputError, match="is plain text, which has no fields; leave --field out"):
+        read(Text(str(tmp_path / "a.txt"), field="text"), "calibration")
 
 
 def test_c4_is_the_shard_of_the_papers(tmp_path, monkeypatch):

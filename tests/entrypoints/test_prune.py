@@ -259,7 +259,7 @@ def test_unknown_keywords_are_named(folder, tmp_path):
         uniprune.prune(str(folder), Recipe(sparsity="2:4"), tmp_path / "out", overwite=True)
     with pytest.raises(InputError, match=r"--windows = 'many': "):
         uniprune.evaluate(str(folder), windows="many")
-    with pytest.raises(InputError, match=r"txt = 'c4': .*; known settings: text_source, windows"):
+    with pytest.raises(InputError, match=r"txt = 'c4': .*; known settings: text_source, field, split, windows"):
         uniprune.sweep(str(folder), tmp_path / "scores", tmp_path / "s.json", ["2:4"], txt="c4")
     assert not list(tmp_path.iterdir())
 

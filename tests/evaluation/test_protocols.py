@@ -9,9 +9,9 @@ from conftest import shared
 from uniprune.data.text import Sample, Text, TextFacts
 from uniprune.data.windows import load_windows
 from uniprune.evaluation import protocols
+from uniprune.evaluation.perplexity import load_documents
 from uniprune.evaluation.protocols import PROTOCOLS, comparable, sentence
 from uniprune.evaluation.results import Comparable, Evaluation
-from uniprune.evaluation.rolling import load_pages
 
 PAGE = Path(__file__).parents[2] / "docs" / "evaluation.md"
 
@@ -69,7 +69,7 @@ def test_the_text_is_known_by_its_content():
     path = shared("wikitext2/wiki.test.raw")
     windows = load_windows(path, Letters(), use="evaluation", length=2048)
     assert [one.protocol for one in followed("m", 2048, windows.describe())] == ["WikiText-2, windows of 2048"]
-    pages = load_pages(Text(str(path)), Letters(), length=4096)
+    pages = load_documents(Text(str(path)), Letters(), length=4096)
     assert pages.documents == 62
     text = pages.describe()
     assert [one.protocol for one in followed("m", 4096, text)] == ["lm-evaluation-harness, task wikitext"]

@@ -8,8 +8,8 @@ import torch
 from conftest import tiny_model
 from uniprune import InputError, Loaded, evaluate
 from uniprune.data.text import Text
-from uniprune.evaluation import rolling
-from uniprune.evaluation.rolling import Piece, load_pages
+from uniprune.evaluation import perplexity
+from uniprune.evaluation.perplexity import Piece, load_documents
 
 
 class Letters:
@@ -31,21 +31,21 @@ def documents(tmp_path):
 
 
 def test_every_token_once_with_as_much_before_it_as_fits(documents):
-    pages = load_pages(documents, Letters(), length=4, bos="each")
+    pages = load_documents(documents, Letters(), length=4, bos="each")
     assert spelled(pages) == [("^abcd", 4), ("cdefg", 3), ("^hi j", 4)]
     assert (pages.documents, pages.words, pages.bytes, pages.second_bos) == (3, 1 + 2 + 1, 11, False)
-    pages = load_pages(documents, Letters(), length=9)
+    pages = load_documents(documents, Letters(), length=9)
     assert spelled(pages) == [("^^abcdefg", 8), ("^^hi j", 5), ("^^", 1)]
     assert pages.second_bos
-    assert load_pages(documents, Letters(), length=9, count=1).documents == 1
+    assert load_documents(documents, Letters(), length=9, count=1).documents == 1
 
 
 def test_bad_requests(documents, tmp_path, loaded):
     with pytest.raises(InputError, match="--bos first: with --rolling every document begins with BOS"):
-        load_pages(documents, Letters(), length=9, bos="first")
+        load_documents(documents, Letters(), length=9, bos="first")
     (tmp_path / "empty.jsonl").write_text("")
     with pytest.raises(InputError, match="is empty"):
-        load_pages(Text(str(tmp_path / "empty.jsonl")), Letters(), length=9)
+        load_documents(Text(str(tmp_path / "empty.jsonl")), Letters(), length=9)
     for wrong in ({"stride": 3}, {"against": loaded}):
         with pytest.raises(InputError, match="--rolling reads documents one by one"):
             evaluate(loaded, text_source=documents.source, rolling=True, **wrong)
@@ -76,7 +76,7 @@ def test_perplexity_against_the_definition(tokenizer, tmp_path):
 
 def test_batches_hold_what_fits():
     lengths = [5, 3000, 900, 900, 900, 40]
-    batches = rolling._alike(lengths)
+    batches = perplexity._alike(lengths)
     assert sorted(index for batch in batches for index in batch) == list(range(6))
     assert batches[0] == [1]
     assert all(len(batch) * lengths[batch[0]] <= 2048 for batch in batches[1:])

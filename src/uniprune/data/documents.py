@@ -19,7 +19,7 @@ Message = dict[str, str]
 
 
 class Form(NamedTuple):
-    """``fields``: by which rows of a form are told, in the order of a conversation. ``optional``: what they may have, too."""
+    """``fields``: what a row of this form has, in the order of a conversation. ``optional``: what it may have as well."""
 
     kind: Literal["text", "chat", "turns"]
     fields: tuple[str, ...]
@@ -46,7 +46,7 @@ ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assi
 class Reader:
     """Writes the rows of one source as documents; all of them have the form of the first.
 
-    wanted: the field that is the text, dots for fields in fields (``meta.text``); by default it is told by the names.
+    wanted: the field that is the text, dots for fields in fields (``meta.text``); by default that of the first of ``FORMS``.
     tokenizer: whose chat template conversations are written in; without one their turns are joined.
     """
 

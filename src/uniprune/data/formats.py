@@ -1,4 +1,4 @@
-"""What kind of file a corpus is, and how it is packed: by its first bytes where they tell, else by its suffix."""
+"""What kind of file a corpus is, and how it is compressed: by its first bytes if they are known, else by its suffix."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ SUFFIXES: dict[str, Kind] = {
     **dict.fromkeys((".parquet", ".pq"), "parquet"),
     **dict.fromkeys((".arrow", ".feather", ".ipc"), "arrow"),
 }
-PACKED = {".gz": "gzip", ".gzip": "gzip", ".zst": "zstd", ".zstd": "zstd", ".xz": "xz", ".bz2": "bzip2"}
+COMPRESSED = {".gz": "gzip", ".gzip": "gzip", ".zst": "zstd", ".zstd": "zstd", ".xz": "xz", ".bz2": "bzip2"}
 READABLE = ".txt, .md, .raw, .jsonl, .json, .csv, .tsv, .parquet, .arrow (.gz, .zst, .xz, .bz2 of them)"
 BLOCK = 1 << 20
 
-_PACKINGS = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ\x00": "xz", b"BZh": "bzip2"}
+_COMPRESSIONS = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ\x00": "xz", b"BZh": "bzip2"}
 _BINARY: dict[bytes, Kind] = {b"PAR1": "parquet", b"ARROW1": "arrow", b"\xff\xff\xff\xff": "arrow"}
 
 _DOCUMENT = "convert it to .txt first, with pandoc say"
 _ARCHIVE = "unpack it, and give the folder"
 _TABLE = "save it as .csv, .jsonl or .parquet"
 _TENSOR = "it holds no text; the tokens of an earlier run are a .safetensors file that --save-tokens writes"
-_STREAM = "decompress it first, or pack it with gzip, zstd or xz"
+_STREAM = "decompress it first, or compress it with gzip, zstd or xz"
 _FOREIGN = {  # suffix -> what to do about it
     **dict.fromkeys((".pdf", ".doc", ".docx", ".odt", ".rtf", ".epub", ".html", ".htm", ".pptx", ".ipynb"), _DOCUMENT),
     **dict.fromkeys((".zip", ".tar", ".tgz", ".tbz2", ".txz", ".7z", ".rar"), _ARCHIVE),
@@ -60,7 +60,7 @@ _SIGNATURES = {  # what a file of some other kind begins with -> what it is, wha
     b"\x93NUMPY": ("an array", _TENSOR),
     b"GGUF\x03\x00": ("a model (GGUF)", _TENSOR),
     b"\x80": ("pickled", _TENSOR),
-    b"\x04\x22\x4d\x18": ("packed with lz4", _STREAM),
+    b"\x04\x22\x4d\x18": ("compressed with lz4", _STREAM),
     b"\xff\xfe": ("UTF-16", "convert it to UTF-8: iconv -f UTF-16 -t UTF-8"),
     b"\xfe\xff": ("UTF-16", "convert it to UTF-8: iconv -f UTF-16 -t UTF-8"),
 }
@@ -69,10 +69,10 @@ _HEAD = 4096
 
 @dataclass(frozen=True)
 class Format:
-    """``packing``: how the file is compressed, or None."""
+    """``compression``: by which program the file is compressed, or None."""
 
     kind: Kind
-    packing: str | None = None
+    compression: str | None = None
 
     @property
     def columnar(self) -> bool:
@@ -83,7 +83,7 @@ class Format:
 def suffix_of(path: Path) -> str:
     """The suffix without that of the compression, in lower case: ``.json`` of ``x.JSON.gz``."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
-    while suffixes and suffixes[-1] in PACKED:
+    while suffixes and suffixes[-1] in COMPRESSED:
         suffixes.pop()
     return suffixes[-1] if suffixes else ""
 
@@ -94,21 +94,21 @@ def recognise(path: Path, what: str) -> Format:
     Raises InputError for what is no text, with what it is and what to do about it.
     """
     with path.open("rb") as file:
-        packing = _packing(file.read(8))
-    with unpacked(path, packing) as stream, readable(path, what):
+        compression = _compression(file.read(8))
+    with decompressed(path, compression) as stream, readable(path, what):
         head = stream.read(_HEAD)
     kind = next((kind for magic, kind in _BINARY.items() if head.startswith(magic)), None)
     if kind is None:
         _refuse_foreign(path, head, what)
         kind = SUFFIXES.get(suffix_of(path)) or _of_text(head)
-    found = Format(kind, packing)
-    if packing and found.columnar:
-        raise InputError(f"{what} {path} is {kind} packed with {packing}, which cannot be read in parts; decompress it first")
+    found = Format(kind, compression)
+    if compression and found.columnar:
+        raise InputError(f"{what} {path} is {kind} inside {compression}, which cannot be read in parts; decompress it first")
     return found
 
 
-def _packing(head: bytes) -> str | None:
-    return next((packing for magic, packing in _PACKINGS.items() if head.startswith(magic)), None)
+def _compression(head: bytes) -> str | None:
+    return next((compression for magic, compression in _COMPRESSIONS.items() if head.startswith(magic)), None)
 
 
 def _refuse_foreign(path: Path, head: bytes, what: str) -> None:
@@ -149,15 +149,15 @@ def readable(path: Path, what: str) -> Iterator[None]:
         raise InputError(f"{what} {path} is damaged, or not all of it is there ({first_line(error)}); fetch it again") from None
 
 
-def unpacked(path: Path, packing: str | None) -> BinaryIO:
-    """The bytes of a file as they were before it was packed, read ahead by blocks."""
-    if packing == "gzip":
+def decompressed(path: Path, compression: str | None) -> BinaryIO:
+    """The decompressed bytes of a file, read ahead by blocks."""
+    if compression == "gzip":
         return cast(BinaryIO, io.BufferedReader(gzip.open(path), BLOCK))  # type: ignore[arg-type]
-    if packing == "xz":
+    if compression == "xz":
         return cast(BinaryIO, io.BufferedReader(lzma.open(path), BLOCK))  # type: ignore[arg-type]
-    if packing == "bzip2":
+    if compression == "bzip2":
         return cast(BinaryIO, io.BufferedReader(bz2.open(path), BLOCK))  # type: ignore[arg-type]
-    if packing == "zstd":
+    if compression == "zstd":
         return _zstd(path)
     return path.open("rb", buffering=BLOCK)
 

@@ -1,4 +1,4 @@
-"""The parts of a corpus: files, data sets and built-in text, each read as a whole or by passages from all over it."""
+"""The parts of a corpus: files, datasets and built-in text, each read as a whole or by passages from all over it."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any, BinaryIO, Protocol, TypeVar
 
 from uniprune.data import sampling, wikitext
 from uniprune.data.documents import JOIN, Reader
-from uniprune.data.formats import Format, blocks_of, decoded, readable, recognise, unpacked
+from uniprune.data.formats import Format, blocks_of, decoded, decompressed, readable, recognise
 from uniprune.data.rows import is_lines, parse_line, reachable, read_rows
 
 Item = TypeVar("Item")
-SHUFFLED = 10_000  # rows of a data set that are shuffled at once while it comes from the hub
+SHUFFLED = 10_000  # rows of a Hub dataset that are shuffled at once while it is streamed
 UNKNOWN = 1 << 40
 DENSE = 4  # bytes of text, about, in a byte that is compressed
 
@@ -83,7 +83,7 @@ class File(_Counting):
 
     @property
     def size(self) -> int:
-        return self.path.stat().st_size * (DENSE if self.format.packing or self.format.columnar else 1)
+        return self.path.stat().st_size * (DENSE if self.format.compression or self.format.columnar else 1)
 
     def texts(self) -> Iterator[str]:
         if self.format.kind != "plain":
@@ -98,7 +98,7 @@ class File(_Counting):
 
     def passages(self, length: int, budget: int, seed: str) -> Iterator[str]:
         lines = self.format.kind == "json" and is_lines(self.path, self.format)
-        if self.format.packing is None and (lines or self.format.kind == "plain"):
+        if self.format.compression is None and (lines or self.format.kind == "plain"):
             return self._sought(lines, length, budget, seed)
         if lines:
             return self._drawn(length, budget, seed)
@@ -106,7 +106,7 @@ class File(_Counting):
         return sampling.draw(self._counted(documents), length, budget, seed)
 
     def _plain(self) -> Iterator[str]:
-        with readable(self.path, "text"), closing(unpacked(self.path, self.format.packing)) as stream:
+        with readable(self.path, "text"), closing(decompressed(self.path, self.format.compression)) as stream:
             yield from decoded(blocks_of(stream))
 
     def _documents(self) -> Iterator[str]:
@@ -116,13 +116,13 @@ class File(_Counting):
 
     def _lines(self) -> Iterator[str]:
         """WikiText's lines, which a line feed alone ends."""
-        with readable(self.path, "text"), closing(unpacked(self.path, self.format.packing)) as stream:
+        with readable(self.path, "text"), closing(decompressed(self.path, self.format.compression)) as stream:
             yield from (line.decode("utf-8") for line in stream)
 
     def _drawn(self, length: int, budget: int, seed: str) -> Iterator[str]:
-        """From packed lines, most of which are passed over without being looked at."""
+        """From compressed lines, most of which are skipped without being parsed."""
         self.seen = 0
-        with readable(self.path, "text"), closing(unpacked(self.path, self.format.packing)) as stream:
+        with readable(self.path, "text"), closing(decompressed(self.path, self.format.compression)) as stream:
 
             def written(lines: bytes) -> str | None:
                 return self._written(lines, f"before line {self.seen}")
@@ -162,7 +162,7 @@ class File(_Counting):
 
 @dataclass
 class HubShard(_Counting):
-    """A part of a data set of ``datasets``. streamed: whether it comes from the hub as it is needed, or is here as a whole."""
+    """A shard of a dataset of ``datasets``. streamed: whether it is downloaded while it is read."""
 
     name: str
     data: Any
@@ -178,10 +178,10 @@ class HubShard(_Counting):
         return _themselves(self._documents(self.data))
 
     def passages(self, length: int, budget: int, seed: str) -> Iterator[str]:
-        lots = random.Random(seed)
+        rng = random.Random(seed)
         options = {"buffer_size": SHUFFLED} if self.streamed else {}
-        shuffled = self.data.shuffle(seed=lots.randrange(1 << 30), **options)
-        return (sampling.one_of(document, length, lots) for document in self._documents(shuffled))
+        shuffled = self.data.shuffle(seed=rng.randrange(1 << 30), **options)
+        return (sampling.one_of(document, length, rng) for document in self._documents(shuffled))
 
     def _documents(self, data: Any) -> Iterator[str]:
         with reachable(self.name, "text"):

@@ -1,4 +1,4 @@
-"""Rows of data, one by one: the JSON values, table rows and columns of a file, whatever it is packed with."""
+"""Rows of data, one by one: the JSON values, table rows and columns of a file, compressed or not."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from uniprune.data.formats import BLOCK, Format, blocks_of, decoded, readable, recognise, unpacked
+from uniprune.data.formats import BLOCK, Format, blocks_of, decoded, decompressed, readable, recognise
 from uniprune.errors import InputError, first_line
 
 Row = dict[str, Any]
@@ -45,7 +45,7 @@ def read_rows(path: Path, what: str, choose: Choice | None = None) -> Iterator[t
 
 def is_lines(path: Path, found: Format) -> bool:
     """Whether a JSON file has one value a line: whether its first line is one, and it is no array of rows."""
-    with closing(unpacked(path, found.packing)) as stream:
+    with closing(decompressed(path, found.compression)) as stream:
         head = stream.read(64).removeprefix(BOM).lstrip()
         if head[:1] == b"[":
             return False
@@ -87,7 +87,7 @@ def _reason(error: Exception) -> str:
 
 def _json(path: Path, found: Format, what: str) -> Iterator[tuple[str, Any]]:
     lines = is_lines(path, found)
-    with closing(unpacked(path, found.packing)) as stream:
+    with closing(decompressed(path, found.compression)) as stream:
         name = f"{what} {path}"
         yield from _unwrapped(_by_line(stream, name) if lines else _values(decoded(blocks_of(stream)), name))
 
@@ -154,7 +154,7 @@ def _is_rows(value: Any) -> bool:
 
 def _table(path: Path, found: Format, what: str) -> Iterator[tuple[str, Any]]:
     csv.field_size_limit(VALUE)
-    with closing(unpacked(path, found.packing)) as stream:
+    with closing(decompressed(path, found.compression)) as stream:
         lines = _lines(decoded(blocks_of(stream)))
         first = next(lines, "")
         # Half of Europe's programs write semicolons, since their commas are decimal.
@@ -211,7 +211,7 @@ def _parquet(path: Path, choose: Choice | None) -> Iterator[Any]:
 
 
 def _arrow(path: Path, choose: Choice | None) -> Iterator[Any]:
-    """Files of Arrow's and of Feather's format, and streams, as data sets that were saved to disk are."""
+    """Files of Arrow's and of Feather's format, and streams, as datasets saved to disk are."""
     import pyarrow
 
     with pyarrow.memory_map(str(path)) as source:
@@ -231,7 +231,7 @@ def _arrow(path: Path, choose: Choice | None) -> Iterator[Any]:
 
 
 def read_hub(path: str, what: str, instead: str = "", **options: Any) -> Iterator[Row]:
-    """The rows of a data set by its hub name, through ``datasets``.
+    """The rows of a Hub dataset, through ``datasets``.
 
     options: what ``datasets.load_dataset`` takes. instead: what else the user may do if it cannot be fetched.
     Raises InputError if it cannot be fetched, or if datasets is not installed.
@@ -252,7 +252,7 @@ def load_hub(path: str, what: str, instead: str = "", **options: Any) -> Any:
 
 @contextmanager
 def reachable(path: str, what: str, instead: str = "") -> Iterator[None]:
-    """Inside ``with``, what goes wrong with a data set of the hub is an InputError that names it."""
+    """Inside ``with``, what goes wrong with a Hub dataset is an InputError that names it."""
     try:
         yield
     except InputError:

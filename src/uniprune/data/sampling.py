@@ -1,7 +1,7 @@
 """Passages from all over a source that is too large to be read as a whole, in an order drawn by a seed.
 
-A file of lines that is not packed is not read through: places all over it are sought. What can only be read from its start is
-read once, and passages are kept by lot, in bounded memory. Both give each part of the text the same chance.
+An uncompressed file of lines is not read through: places all over it are sought. What can only be read from its start is read
+once, by reservoir sampling in bounded memory. Both give each part of the text the same chance.
 """
 
 from __future__ import annotations
@@ -17,20 +17,23 @@ from uniprune.data.formats import decoded
 GOLDEN = (5**0.5 - 1) / 2  # steps of this much of a circle keep away from each other
 
 
-class _Lottery:
-    """Keeps passages by lot, ``budget`` characters in all: of everything that took part, each had the same chance."""
+class _Reservoir:
+    """A random sample of passages, ``budget`` characters in all: the passages with the lowest random keys.
+
+    What has no chance is skipped unseen, by a geometric number of passages (Li, algorithm L, 1994).
+    """
 
     def __init__(self, budget: int, seed: str) -> None:
         self._random, self._budget = random.Random(seed), budget
-        self._kept: list[tuple[float, int, str]] = []  # the highest lot first
+        self._kept: list[tuple[float, int, str]] = []  # (-key, number, passage), the highest key first
         self._held, self._worst, self._number = 0, 1.0, 0
 
     def next_place(self, unit: int, passage: int) -> int:
-        """Somewhere in the next stretch of ``passage`` bytes that is kept, after the stretch number ``unit``."""
-        return int((unit + 1 + self.losers() + self._random.random()) * passage)
+        """Somewhere in the next stretch of ``passage`` bytes that is kept, after that number ``unit``."""
+        return int((unit + 1 + self.skips() + self._random.random()) * passage)
 
-    def losers(self) -> int:
-        """How many are passed over before the next one that is kept."""
+    def skips(self) -> int:
+        """How many passages are skipped before the next one that is kept."""
         if self._worst >= 1:
             return 0
         return int(math.log(1 - self._random.random()) / math.log1p(-self._worst))
@@ -48,39 +51,39 @@ class _Lottery:
 
 
 def draw(documents: Iterable[str], passage: int, budget: int, seed: str) -> Iterator[str]:
-    """Passages of about ``passage`` characters by lot from documents that can only be read once.
+    """Passages of about ``passage`` characters, drawn at random from documents that can only be read once.
 
     Long documents take part with as many passages as they have. ``budget``: characters in all that are held.
     """
-    lottery = _Lottery(budget, seed)
-    left = lottery.losers()
+    reservoir = _Reservoir(budget, seed)
+    left = reservoir.skips()
     for document in documents:
         pieces = len(document) // passage or 1
         while left < pieces:
-            lottery.keep(piece(document, left, pieces))
-            left += 1 + lottery.losers()
+            reservoir.keep(piece(document, left, pieces))
+            left += 1 + reservoir.skips()
         left -= pieces
-    yield from lottery.kept()
+    yield from reservoir.kept()
 
 
 def draw_lines(
     blocks: Iterable[bytes], text: Callable[[bytes], str | None], passage: int, budget: int, seed: str
 ) -> Iterator[str]:
-    """The same of the lines of a stream, most of which are passed over unseen: places are drawn, and what is there is read.
+    """The same of the lines of a stream, most of which are skipped unseen: places are drawn, and what is there is read.
 
     blocks: whole lines. text: what is written in lines, None to leave them out. passage: in bytes here.
     """
-    lottery = _Lottery(budget, seed)
-    place, done = lottery.next_place(-1, passage), 0
+    reservoir = _Reservoir(budget, seed)
+    place, done = reservoir.next_place(-1, passage), 0
     for block in blocks:
         while place < done + len(block):
             start, end, index, count = lines_around(block, max(0, place - done), passage)
             found = text(block[start:end])
             if found is not None:
-                lottery.keep(piece(found, index, count))
-            place = lottery.next_place(place // passage, passage)
+                reservoir.keep(piece(found, index, count))
+            place = reservoir.next_place(place // passage, passage)
         done += len(block)
-    yield from lottery.kept()
+    yield from reservoir.kept()
 
 
 def lines_around(block: bytes, at: int, passage: int) -> tuple[int, int, int, int]:
@@ -103,10 +106,10 @@ def lines_around(block: bytes, at: int, passage: int) -> tuple[int, int, int, in
     return start, last if end - last > passage else end, 0, 1
 
 
-def one_of(document: str, passage: int, lots: random.Random) -> str:
+def one_of(document: str, passage: int, rng: random.Random) -> str:
     """The document, or one passage of a long one."""
     pieces = len(document) // passage or 1
-    return piece(document, lots.randrange(pieces), pieces)
+    return piece(document, rng.randrange(pieces), pieces)
 
 
 def piece(text: str, index: int, count: int) -> str:

@@ -164,7 +164,7 @@ def _rte(row: Row) -> Question:
 
 
 def _mmlu(row: Row) -> Question:
-    """The letters compete. The answer is an index, as the hub's data set has it, or a letter."""
+    """The letters compete. The answer is an index, as the Hub's dataset has it, or a letter."""
     subject, letters = str(row.get("subject") or "").replace("_", " "), "ABCDEFGHIJ"[: len(row["choices"])]
     about = f" about {subject}" if subject else ""
     choices = "\n".join(f"{letter}. {choice}" for letter, choice in zip(letters, row["choices"], strict=True))

@@ -1,8 +1,8 @@
 """Text sources: where a corpus is, and how it is read, as a whole or by passages from all over it.
 
-A source is a name (``builtin``, ``wikitext2``, ``c4``), a file or a folder of files of any common kind, or a data set of
-the hub (``owner/name``, ``owner/name:config``). It has one part or several, its files; the documents of a part are joined by
-two newlines, so that short ones are never dropped.
+A source is a name (``builtin``, ``wikitext2``, ``c4``), a file or a folder of files of any common kind, or a
+Hub dataset (``owner/name``, ``owner/name:config``). It has one or several parts, its files or shards; the documents of a part
+are joined by two newlines, so that short ones are never dropped.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from uniprune.data.bos import Bos
 from uniprune.data.documents import JOIN, Reader
-from uniprune.data.formats import PACKED, READABLE, SUFFIXES, recognise, suffix_of
+from uniprune.data.formats import COMPRESSED, READABLE, SUFFIXES, recognise, suffix_of
 from uniprune.data.parts import File, HubShard, Listed, Part
 from uniprune.data.rows import load_hub, reachable, read_hub
 from uniprune.errors import InputError
@@ -27,10 +27,10 @@ from uniprune.storage.record import Count, Facts
 Use = Literal["calibration", "evaluation"]
 HUB = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?(:(?P<config>[\w.@+ -]+))?")
 SPLITS: dict[str, tuple[str, ...]] = {"calibration": ("train",), "evaluation": ("test", "validation", "dev")}
-SHARDS = 16  # parts of a data set of the hub, at most
+SHARDS = 16  # of a Hub dataset, at most
 C4_DOCUMENTS = 1100  # of its validation split, those that papers evaluate on
-# What stands beside data and is none itself: of models and data sets, of programs, and of systems.
-ASIDE = re.compile(
+# What accompanies data and is none itself: of models and datasets, of programs, and of systems.
+IGNORED = re.compile(
     r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|dataset_infos?|dataset_dict|state"
     r"|preprocessor_config|package|package-lock|tsconfig)\.json|.*\.index\.json|merges\.txt|requirements\.txt|_.*|\..*|__MACOSX",
     re.IGNORECASE,
@@ -39,7 +39,7 @@ ABOUT = re.compile(r"(readme|licen[cs]e|changelog|citation|notice|contributing|d
 
 
 class Sample(Facts):
-    """What was read of a text. whole: all of it; else ``passages`` from all over it, of so many ``characters`` together.
+    """What was read of a text. whole: all of it; else ``passages`` from all over it, ``characters`` in all.
 
     documents: how many were seen, as far as they were counted; text_sha256: of all of the text.
     """
@@ -80,7 +80,7 @@ class TextFacts(Facts):
 
 @dataclass(frozen=True)
 class Text:
-    """What to read. field: which field of a row is the text; split: of a data set; both are found by themselves by default."""
+    """What to read. field: which field of a row is the text; split: of a Hub dataset; both have defaults."""
 
     source: str
     field: str | None = None
@@ -110,26 +110,24 @@ def open_text(text: Text, use: Use, tokenizer: Any = None) -> list[Part]:
     Raises InputError if the source is missing, or of a kind that cannot be read.
     """
     path = Path(text.source).expanduser()
-    named = NAMED.get(text.source)
-    if named or (path.exists() and text.split is None):
-        if text.split is not None:
-            raise InputError(f"text {text} has a part for each use, and no other splits; give owner/name to choose one")
-        if named:
-            part = named(use)
-            return [part if isinstance(part, Listed | File) else Listed(partial(named, use))]  # type: ignore[arg-type]
-        if path.is_dir():
-            return [File(file, Reader(text.field, tokenizer)) for file in _files(path)]
-        if path.is_file():
-            return [File(path, Reader(text.field, tokenizer))]
-    found = HUB.fullmatch(text.source)
-    if path.is_dir():
-        return _shards(text, use, tokenizer, str(path), {})
+    if text.source in NAMED:
+        return [_named(text, use)]
     if path.is_file():
-        raise InputError(f"text {text} is a file, which has no splits; leave --split out, or give the folder it is in")
-    if found is None or suffix_of(path) in SUFFIXES or path.suffix in PACKED:
+        if text.split is not None:
+            raise InputError(f"text {text} is a file, which has no splits; leave --split out, or give the folder it is in")
+        file = File(path, Reader(text.field, tokenizer))
+        if text.field is not None and file.format.kind in ("plain", "wikitext"):
+            raise InputError(f"text {text} is plain text, which has no fields; leave --field out")
+        return [file]
+    if path.is_dir():
+        if text.split is not None:
+            return _shards(text, use, tokenizer, str(path), {})
+        return [File(file, Reader(text.field, tokenizer)) for file in _files(path)]
+    found = HUB.fullmatch(text.source)
+    if found is None or suffix_of(path) in SUFFIXES or path.suffix in COMPRESSED:
         raise InputError(
             f"text {text.source!r} is neither one of {', '.join(NAMED)} nor an existing file or folder, "
-            "nor the name of a data set of the hub, owner/name or owner/name:config"
+            "nor the name of a Hub dataset, owner/name or owner/name:config"
         )
     options = {"name": found["config"], "revision": found["revision"]}
     return _shards(text, use, tokenizer, found["name"], {key: value for key, value in options.items() if value})
@@ -140,7 +138,7 @@ def open_text(text: Text, use: Use, tokenizer: Any = None) -> list[Part]:
 
 def _files(folder: Path) -> list[Path]:
     """The files of a corpus in a folder and those below, by name: no hidden ones, and nothing that only accompanies data."""
-    every = [path for path in sorted(folder.rglob("*")) if path.is_file() and not _aside(path.relative_to(folder))]
+    every = [path for path in sorted(folder.rglob("*")) if path.is_file() and not _ignored(path.relative_to(folder))]
     files = [path for path in every if suffix_of(path) in SUFFIXES or (not suffix_of(path) and _is_text(path))]
     files = [path for path in files if not ABOUT.fullmatch(path.name)] or files
     if not files:
@@ -159,15 +157,15 @@ def _is_text(path: Path) -> bool:
     return True
 
 
-def _aside(path: Path) -> bool:
-    return any(ASIDE.fullmatch(name) for name in path.parts)
+def _ignored(path: Path) -> bool:
+    return any(IGNORED.fullmatch(name) for name in path.parts)
 
 
 # ------------------------------------------------------------------------------------------------------------------ hub
 
 
 def _shards(text: Text, use: Use, tokenizer: Any, name: str, options: dict[str, Any]) -> list[Part]:
-    """The parts of a data set that ``datasets`` knows: read as they are needed, but for a slice of a split (``train[:1%]``)."""
+    """The shards of a dataset, streamed; a slice of a split (``train[:1%]``) is loaded as a whole."""
     reader = partial(Reader, text.field, tokenizer)
     if text.split is not None and not text.split.isidentifier():
         return [HubShard(str(text), load_hub(name, "text", split=text.split, **options), reader(), streamed=False)]
@@ -184,6 +182,18 @@ def _shards(text: Text, use: Use, tokenizer: Any, name: str, options: dict[str, 
 
 
 # ---------------------------------------------------------------------------------------------------------------- named
+
+
+def _named(text: Text, use: Use) -> Part:
+    if text.field is not None or text.split is not None:
+        raise InputError(
+            f"text {text} has its own field and splits, one for each use; leave --field and --split out, or give owner/name"
+        )
+    read = NAMED[text.source]
+    found = read(use)
+    if isinstance(found, Listed | File):
+        return found
+    return Listed(lambda: read(use))  # type: ignore[arg-type, return-value]
 
 
 def _builtin(use: Use) -> Iterator[str]:

@@ -67,7 +67,7 @@ class Windows:
 
     @property
     def scored(self) -> list[int]:
-        """Of each window, how many tokens are predicted: the last ones, those that no window before it had."""
+        """Of each window, how many tokens are predicted: the last ones, which no earlier window has."""
         count, length = self.tokens.shape
         return [length - 1, *[min(self.stride or length, length - 1)] * (count - 1)]
 
@@ -125,7 +125,7 @@ def load_windows(
     if count is not None and count < 1:
         raise InputError(f"number of windows {count} is not positive")
     if text.source.endswith(".safetensors"):
-        return _of_token_file(Path(text.source), length, count, bos, stride)
+        return _of_token_file(text, length, count, {"bos": bos, "stride": stride})
     encoder = Encoder(tokenizer, bos, text)
     wanted = Wanted(use, count, length, encoder.room(length), seed)
     if stride is not None and not 0 < stride <= wanted.room:
@@ -202,7 +202,7 @@ def _units(windows: Windows, tokenizer: Any) -> tuple[int, int]:
 
 
 def _say(text: Text, parts: Sequence[Part], encoder: Encoder, count: int, sample: Sample) -> None:
-    """Warns of what is not as one might think."""
+    """Warns of a text that was sampled, rows without text, and windows without BOS."""
     if not sample.whole:
         size = sum(part.path.stat().st_size for part in parts if isinstance(part, File))
         logger.warning(
@@ -239,10 +239,13 @@ def save_windows(windows: Windows, path: Path) -> None:
     write_tensors(path, {"tokens": windows.tokens.to(torch.int32)}, facts)
 
 
-def _of_token_file(path: Path, length: int, count: int | None, bos: Bos | None, stride: int | None) -> Windows:
+def _of_token_file(text: Text, length: int, count: int | None, others: dict[str, object]) -> Windows:
+    """others: the settings of other texts, which a token file does not take."""
+    path = Path(text.source)
     tokens, facts = _read(path)
-    if bos is not None or stride is not None:
-        raise InputError(f"token file {path} has its tokens; leave out {'--bos' if bos is not None else '--stride'}")
+    given = {"field": text.field, "split": text.split} | others
+    if useless := [f"--{name}" for name, value in given.items() if value is not None]:
+        raise InputError(f"token file {path} has its tokens; leave out {', '.join(useless)}")
     if tokens.shape[1] != length:
         raise InputError(f"token file {path} has windows of {tokens.shape[1]} tokens, not {length}; give --length")
     if count is not None and count > len(tokens):

@@ -18,10 +18,10 @@ from uniprune.evaluation.divergence import check_same_tokens, closeness
 from uniprune.evaluation.generation import prompts_of, side_by_side
 from uniprune.evaluation.lm_eval import Harness
 from uniprune.evaluation.model import Measured, Questions, Subject
+from uniprune.evaluation.perplexity import Documents
 from uniprune.evaluation.protocols import comparable
 from uniprune.evaluation.request import NEW_TOKENS, EvaluationRequest
 from uniprune.evaluation.results import Check, Evaluation, Protocol, Versions
-from uniprune.evaluation.rolling import Pages
 from uniprune.models import masking
 from uniprune.models.loading import Source, dtype_name
 from uniprune.models.matrices import find_matrices
@@ -137,12 +137,12 @@ def check(
 def _questions(request: EvaluationRequest, subject: Subject, other: Subject | None) -> Questions:
     """What both models are measured on. Raises InputError if they do not read the text alike, or it cannot be read."""
     prompts, new_tokens = request.prompts, request.new_tokens
-    windows: Windows | Pages | None = None
+    windows: Windows | Documents | None = None
     if new_tokens is None:
         new_tokens = NEW_TOKENS if other is not None and subject.tokenizer is not None else 0
     if request.text is not None:
         if request.rolling:
-            windows = subject.pages(request.text, request)
+            windows = subject.documents(request.text, request)
         else:
             windows = subject.windows(request.text, request)
             if other is not None:

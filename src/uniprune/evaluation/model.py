@@ -15,9 +15,8 @@ from uniprune.data.windows import Windows, load_windows, window_length
 from uniprune.errors import InputError
 from uniprune.evaluation.divergence import Recording
 from uniprune.evaluation.generation import check_prompts, generate
-from uniprune.evaluation.perplexity import Perplexity, perplexity
+from uniprune.evaluation.perplexity import Documents, Perplexity, load_documents, perplexity, rolling
 from uniprune.evaluation.request import Reading
-from uniprune.evaluation.rolling import Pages, load_pages, rolling
 from uniprune.evaluation.scoring import Tokens
 from uniprune.evaluation.zero_shot import Answers, answer, cut_of, tokenise
 from uniprune.models.loading import (
@@ -45,7 +44,7 @@ logger = logging.getLogger(__name__)
 class Questions:
     """What models are measured on. new_tokens: how long their continuations of the prompts are."""
 
-    windows: Windows | Pages | None = None
+    windows: Windows | Documents | None = None
     tasks: Sequence[Task] = ()
     prompts: Sequence[str] = ()
     new_tokens: int = 0
@@ -96,12 +95,12 @@ class Subject:
         check_vocabulary(self._config, int(found.tokens.max()), text)
         return found
 
-    def pages(self, text: str, asked: Reading) -> Pages:
+    def documents(self, text: str, asked: Reading) -> Documents:
         """Documents that are read one by one, pieces of ``length`` tokens: by default the context, as lm-evaluation-harness."""
         most = self.context if self.context < UNBOUNDED else 2048
         length = asked.length or most
         check_context(self._config, length)
-        found = load_pages(Text(text, asked.field, asked.split), self.tokenizer, length, asked.windows, asked.bos)
+        found = load_documents(Text(text, asked.field, asked.split), self.tokenizer, length, asked.windows, asked.bos)
         check_vocabulary(self._config, max(max(piece.tokens) for piece in found.pieces), text)
         return replace(found, in_context=length == most)
 
@@ -131,7 +130,7 @@ class Subject:
     def measure(self, loaded: Loaded, progress: Progress, record: bool) -> Measured:
         """record: whether predictions are to be compared with another model's."""
         found, model, asked = Measured(), loaded.model, self._asked
-        if isinstance(asked.windows, Pages):
+        if isinstance(asked.windows, Documents):
             found.perplexity = rolling(model, asked.windows, progress)
         elif asked.windows is not None:
             found.recording = Recording(model, asked.windows) if record else None

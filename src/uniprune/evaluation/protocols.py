@@ -1,7 +1,7 @@
 """Published protocols of perplexity: with which of them a result compares, and the dense numbers that were published.
 
-A perplexity says nothing without its text, windows, stride and BOS. The protocols that papers share are few; a result is told
-to be of one by what it records of itself. docs/evaluation.md shows the numbers, with the commands that should give them.
+A perplexity says nothing without its text, windows, stride and BOS. The protocols that papers share are few; a result is
+matched with them by what it records. docs/evaluation.md shows the numbers, with the commands that should give them.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Protocol:
 
 
 @dataclass(frozen=True)
-class Pagewise(Protocol):
+class Rolling(Protocol):
     """Pages read one by one, in pieces of the model's context. ``second_bos``: whether a tokenizer may add one more BOS."""
 
     second_bos: bool = False
@@ -129,7 +129,7 @@ PROTOCOLS: tuple[Protocol, ...] = (
         {"openai-community/gpt2-large": 16.45},
         "documentation of transformers",
     ),
-    Pagewise(
+    Rolling(
         "lm-evaluation-harness, task wikitext",
         "word_perplexity",
         0,
@@ -137,7 +137,7 @@ PROTOCOLS: tuple[Protocol, ...] = (
         {"meta-llama/Llama-2-7b-hf": 8.71},
         "lm-evaluation-harness issue 2301, MaskPro",
     ),
-    Pagewise("lm-evaluation-harness 0.4.13, task wikitext, two BOS", "word_perplexity", 0, 0, {}, "", second_bos=True),
+    Rolling("lm-evaluation-harness 0.4.13, task wikitext, two BOS", "word_perplexity", 0, 0, {}, "", second_bos=True),
 )
 
 
@@ -156,7 +156,7 @@ def sentence(result: Evaluation) -> str:
     if not _on_wikitext2(result):
         return "Compares with no published protocol: the text is not the whole test split of WikiText-2."
     assert result.text is not None
-    alike = [one for one in PROTOCOLS if isinstance(one, Pagewise) == result.text.rolling]
+    alike = [one for one in PROTOCOLS if isinstance(one, Rolling) == result.text.rolling]
     nearest = min((list(one.differences(result)) for one in alike), key=len)
     return f"Compares with no published protocol: {', '.join(nearest)}."
 
