@@ -109,7 +109,7 @@ def test_what_cannot_be_had_says_so():
 
 
 def test_fields_and_splits_are_of_rows_and_data_sets(tmp_path):
-    with pytest.raises(InputError, match="has its own field and splits, one for each use; .* give owner/name"):
+    with pytest.raises(InputError, match="has its own field and splits; leave --field and --split out, or give owner/name"):
         read(Text("builtin", split="test"), "calibration")
     with pytest.raises(InputError, match="leave --field and --split out"):
         read(Text("builtin", field="text"), "calibration")

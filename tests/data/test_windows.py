@@ -126,6 +126,8 @@ def test_a_token_file_knows_its_bos(abc, tmp_path):
     assert load_windows(tmp_path / "t.safetensors", None, use="calibration", length=5, count=2).with_bos == 2
     with pytest.raises(InputError, match="has its tokens; leave out --bos"):
         load_windows(tmp_path / "t.safetensors", None, use="calibration", length=5, bos="none")
+    with pytest.raises(InputError, match="has its tokens; leave out --field, --split"):
+        load_windows(Text(str(tmp_path / "t.safetensors"), "a", "b"), None, use="calibration", length=5)
 
 
 # -------------------------------------------------------------------------------------------------------------- stride

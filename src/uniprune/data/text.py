@@ -186,9 +186,7 @@ def _shards(text: Text, use: Use, tokenizer: Any, name: str, options: dict[str, 
 
 def _named(text: Text, use: Use) -> Part:
     if text.field is not None or text.split is not None:
-        raise InputError(
-            f"text {text} has its own field and splits, one for each use; leave --field and --split out, or give owner/name"
-        )
+        raise InputError(f"text {text} has its own field and splits; leave --field and --split out, or give owner/name")
     read = NAMED[text.source]
     found = read(use)
     if isinstance(found, Listed | File):
