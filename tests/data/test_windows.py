@@ -9,8 +9,8 @@ from collections import Counter
 import pytest
 import torch
 
+from uniprune.data import bos as bos_module
 from uniprune.data import mixture, sampling
-from uniprune.data import windows as windows_module
 from uniprune.data.bos import bos_of
 from uniprune.data.text import Text
 from uniprune.data.windows import load_windows, save_windows
@@ -211,13 +211,23 @@ def test_evaluation_windows_of_a_large_text_are_from_all_over_it(tmp_path, small
 
 def test_a_long_text_is_tokenised_in_pieces(tmp_path, small, monkeypatch):
     (tmp_path / "a.txt").write_text("\n".join(marked("a", 100)))
-    monkeypatch.setattr(windows_module, "PIECE", 300)
+    monkeypatch.setattr(bos_module, "PIECE", 300)
     for bos in ("each", "first", "none"):
         pieces = load_windows(tmp_path / "a.txt", Letters(), use="evaluation", length=50, bos=bos)
         with monkeypatch.context() as patch:
             patch.setattr(mixture.Wanted, "whole", 10**6)
             whole = load_windows(tmp_path / "a.txt", Letters(), use="evaluation", length=50, bos=bos)
-        assert letters(pieces) == letters(whole)
+            patch.setattr(bos_module, "WHOLE", 300)
+            at_once = load_windows(tmp_path / "a.txt", Letters(), use="evaluation", length=50, bos=bos)
+        assert letters(pieces) == letters(whole) == letters(at_once)
+
+
+def test_pieces_end_where_lines_do(monkeypatch):
+    monkeypatch.setattr(bos_module, "PIECE", 10)
+    encoder = bos_module.Encoder(Letters(), None, "a text")
+    blocks = ["one\ntwo", "\nthree\n", "a line of more than ten letters\n", "end"]
+    pieces = ["".join(map(chr, piece)) for piece in encoder.pieces(blocks)]
+    assert pieces == ["one\ntwo\n", "three\n", "a line of ", "more than ", "ten letter", "s\nend"]
 
 
 @pytest.mark.parametrize("large", [False, True])

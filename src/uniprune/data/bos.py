@@ -7,6 +7,8 @@ Some models were never trained without it and are far off then: they need it in 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from typing import Any, Literal
 
 import torch
@@ -17,6 +19,9 @@ from uniprune.errors import InputError
 
 Bos = Literal["each", "first", "none"]
 NEEDED = "gemma"  # in the type of models that need BOS in each window: Gemma 1 to 4, and what has one of them inside
+
+WHOLE = 6_000_000  # characters that are tokenised at once; that takes 150 times their size
+PIECE = 1_000_000  # characters at once of a longer text
 
 logger = logging.getLogger(__name__)
 
@@ -62,15 +67,30 @@ class Encoder:
 
     def plain(self, text: str) -> list[int]:
         """The text's tokens and no others."""
+        if len(text) > WHOLE:
+            return list(chain.from_iterable(self.pieces([text])))
         return self._ids(text, add_special_tokens=False)
+
+    def pieces(self, text: Iterable[str]) -> Iterator[list[int]]:
+        """The tokens of a long text that comes in blocks, tokenised in pieces that end where lines do."""
+        left = ""
+        for block in text:
+            left += block
+            while len(left) > PIECE:
+                end = left.rfind("\n", 0, PIECE) + 1 or PIECE
+                yield self._ids(left[:end], add_special_tokens=False)
+                left = left[end:]
+        yield self._ids(left, add_special_tokens=False)
 
     def whole(self, text: str) -> Tensor:
         """The tokens of all of a text, int64; BOS before it if only the first window is to have it."""
-        if self._asked is None or (self._asked == "first" and self.added):
-            ids = self._natural(text)
-        else:
-            ids = [self.token, *self.plain(text)] if self._asked == "first" and self.token is not None else self.plain(text)
-        return torch.tensor(ids, dtype=torch.int64)
+        if len(text) <= WHOLE and (self._asked is None or (self._asked == "first" and self.added)):
+            return torch.tensor(self._natural(text), dtype=torch.int64)
+        return self.begun(torch.tensor(self.plain(text), dtype=torch.int64))
+
+    def begun(self, ids: Tensor) -> Tensor:
+        """The tokens of a text, int64, after BOS if only the first window is to have it."""
+        return functional.pad(ids, (1, 0), value=self.token or 0) if self.bos == "first" else ids
 
     def finished(self, windows: Tensor) -> Tensor:
         """Windows of text ``[n, room]`` as windows ``[n, length]`` with BOS where it belongs."""

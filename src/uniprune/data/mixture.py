@@ -14,12 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from uniprune.data.bos import Encoder
+from uniprune.data.bos import WHOLE, Encoder
 from uniprune.data.documents import JOIN
 from uniprune.data.parts import UNKNOWN, Part
 from uniprune.data.text import Sample
 
-WHOLE = 6_000_000  # characters that are always tokenised as one text
 PROBE = 20_000  # characters on which it is seen how many make a token
 
 

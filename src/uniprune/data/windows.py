@@ -11,7 +11,6 @@ import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,7 +30,6 @@ from uniprune.storage.tensor_file import Metadata, open_tensors, write_tensors
 logger = logging.getLogger(__name__)
 
 ALL = Sample()
-PIECE = 1_000_000  # characters of a long text that are tokenised at once
 
 
 @dataclass(frozen=True)
@@ -178,16 +176,9 @@ def _checked(text: Text, available: int, tokens: int, wanted: Wanted) -> int:
 
 
 def _streamed(parts: Sequence[Part], encoder: Encoder) -> Tensor:
-    """The tokens of a long text, tokenised in pieces that end where lines do: at once it would take 150 times its size."""
-    found, left = [], ""
-    for piece in chain(texts(parts), [""]):
-        left += piece
-        if len(left) > PIECE or not piece:
-            end = len(left) if not piece else left.rfind("\n") + 1 or len(left)
-            found.append(torch.tensor(encoder.plain(left[:end]), dtype=torch.int32))
-            left = left[end:]
-    ids = torch.cat(found).to(torch.int64)
-    return torch.cat([torch.tensor([encoder.token]), ids]) if encoder.bos == "first" else ids
+    """The tokens of a long text, which is never in memory as a whole."""
+    found = [torch.tensor(ids, dtype=torch.int32) for ids in encoder.pieces(texts(parts))]
+    return encoder.begun(torch.cat(found).to(torch.int64))
 
 
 def _units(windows: Windows, tokenizer: Any) -> tuple[int, int]:
