@@ -40,21 +40,21 @@ def followed(model, length, text):
 
 def test_the_papers_protocol():
     found = result()
-    assert found.comparable == [Comparable(protocol="WikiText-2, windows of 2048", metric="perplexity", dense=27.66)]
+    assert found.comparable == [Comparable(protocol="WikiText-2, sequence length 2048", metric="perplexity", dense=27.66)]
     assert sentence(found) == (
-        "Compares with published numbers of: WikiText-2, windows of 2048 (perplexity); "
+        "Compares with published numbers of: WikiText-2, sequence length 2048 (perplexity); "
         "the dense model's published value is 27.66."
     )
     assert result(model="pruned").comparable[0].dense is None
-    assert result(length=1024, stride=512).comparable[0].protocol == "WikiText-2, windows of 1024, stride 512"
+    assert result(length=1024, stride=512).comparable[0].protocol == "WikiText-2, sequence length 1024, stride 512"
 
 
 @pytest.mark.parametrize(
     ("found", "why"),
     [
         (result(length=512, stride=512), "length 512"),  # nearest to 1024 with stride 512
-        (result({"windows": 24}), "24 of 141 windows"),
-        (result({"bos": "each"}), "BOS in each window"),
+        (result({"windows": 24}), "24 of 141 samples"),
+        (result({"bos": "each"}), "BOS in each sample"),
         (result(stride=1024), "stride 1024"),
         (result({"sample": None}), "the text is not the whole test split of WikiText-2"),
         (result({"sample": Sample(text_sha256="0")}), "the text is not the whole test split of WikiText-2"),
@@ -68,7 +68,7 @@ def test_what_compares_with_nothing(found, why):
 def test_the_text_is_known_by_its_content():
     path = shared("wikitext2/wiki.test.raw")
     windows = load_windows(path, Letters(), use="evaluation", length=2048)
-    assert [one.protocol for one in followed("m", 2048, windows.describe())] == ["WikiText-2, windows of 2048"]
+    assert [one.protocol for one in followed("m", 2048, windows.describe())] == ["WikiText-2, sequence length 2048"]
     pages = load_documents(Text(str(path)), Letters(), length=4096)
     assert pages.documents == 62
     text = pages.describe()

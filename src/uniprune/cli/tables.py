@@ -73,7 +73,8 @@ def evaluation_table(rows: Mapping[str, Evaluation]) -> Table:
     """Perplexities side by side: label -> result of ``evaluate``, all on the same text."""
     first = next(iter(rows.values()))
     text = first.text.text if first.text else "unknown"
-    table = Table(title=f"token perplexity: {text}, {first.windows} samples of {first.length}")
+    samples = "in pieces" if first.text and first.text.rolling else f"{first.windows} samples"
+    table = Table(title=f"token perplexity: {text}, {samples} of {first.length}")
     for column in ("model", "perplexity", "± error", "zeros", "dtype"):
         table.add_column(column, justify="left" if column == "model" else "right")
     for label, result in rows.items():
@@ -130,11 +131,11 @@ def perplexity_lines(result: Evaluation) -> list[str]:
     if result.word_perplexity is not None:
         lines.append(f"Per word {result.word_perplexity:.2f}, per byte {result.byte_perplexity:.4f}.")
     if len(found := result.by_position or {}) > 1:
-        lines.append(f"By tokens before: {', '.join(f'{name} {value:.2f}' for name, value in found.items())}.")
+        lines.append(f"By position: {', '.join(f'{name} {value:.2f}' for name, value in found.items())}.")
     if text and text.rolling:
-        lines.append(f"{text.documents} documents read one by one{', each after two BOS' if text.second_bos else ''}.")
+        lines.append(f"Documents read one by one: {text.documents}{', each after two BOS' if text.second_bos else ''}.")
     elif text and text.windows_with_bos is not None:
-        lines.append(f"{text.windows_with_bos} of {text.windows} windows begin with BOS.")
+        lines.append(f"{text.windows_with_bos} of {text.windows} samples begin with BOS.")
     return [_inert(line) for line in (*lines, sentence(result))]
 
 

@@ -46,9 +46,9 @@ class Protocol:
             if getattr(result, name) != getattr(self, name):
                 yield f"{name} {getattr(result, name)}"
         if text.windows != text.available_windows:
-            yield f"{text.windows} of {text.available_windows} windows"
+            yield f"{text.windows} of {text.available_windows} samples"
         if text.bos == "each":
-            yield "BOS in each window"
+            yield "BOS in each sample"
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Rolling(Protocol):
         text = result.text
         assert text is not None
         if not text.rolling:
-            yield "windows of the joined text"
+            yield "samples of the joined text"
             return
         if not text.in_context:
             yield f"length {result.length}, not the model's context"
@@ -75,7 +75,7 @@ class Rolling(Protocol):
 
 PROTOCOLS: tuple[Protocol, ...] = (
     Protocol(
-        "WikiText-2, windows of 2048",
+        "WikiText-2, sequence length 2048",
         "perplexity",
         2048,
         2048,
@@ -92,7 +92,7 @@ PROTOCOLS: tuple[Protocol, ...] = (
         "SparseGPT, Wanda (LLaMA), AWQ, RIA, PermLLM",
     ),
     Protocol(
-        "WikiText-2, windows of 4096",
+        "WikiText-2, sequence length 4096",
         "perplexity",
         4096,
         4096,
@@ -106,7 +106,7 @@ PROTOCOLS: tuple[Protocol, ...] = (
         "Wanda (LLaMA-2), MaskLLM, PATCH",
     ),
     Protocol(
-        "WikiText-2, windows of 8192",
+        "WikiText-2, sequence length 8192",
         "perplexity",
         8192,
         8192,
@@ -114,7 +114,7 @@ PROTOCOLS: tuple[Protocol, ...] = (
         "AQLM, KVQuant",
     ),
     Protocol(
-        "WikiText-2, windows of 1024",
+        "WikiText-2, sequence length 1024",
         "perplexity",
         1024,
         1024,
@@ -122,7 +122,7 @@ PROTOCOLS: tuple[Protocol, ...] = (
         "documentation of transformers",
     ),
     Protocol(
-        "WikiText-2, windows of 1024, stride 512",
+        "WikiText-2, sequence length 1024, stride 512",
         "perplexity",
         1024,
         512,
