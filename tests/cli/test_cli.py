@@ -30,7 +30,7 @@ FLAGS = {
     "permute": f"{TEXT} device dtype exclude include json max-memory metric output overwrite seed sparsity",
     "evaluate": f"{TEXT} stride rolling against check device dtype json limit lm-eval new-tokens output overwrite prompt tasks",
     "sweep": f"{TEXT} stride device dtype json output overwrite resume scope sparsities",
-    "pack": "json level output overwrite",
+    "pack": "json level output overwrite runtime",
     "unpack": "json output overwrite",
     "card": "json overwrite push-to-hub",
     "bench": "batch device dtype json sparsity levels",

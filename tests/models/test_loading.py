@@ -6,9 +6,9 @@ from transformers import AutoModelForCausalLM
 
 import uniprune
 from conftest import tiny_model, write_gguf
-from small_models import tiny
+from small_models import FAMILIES, tiny
 from uniprune.evaluation.model import Subject
-from uniprune.models.loading import load_weights, native_dtype, resolve
+from uniprune.models.loading import hollow, load_weights, native_dtype, resolve
 from uniprune.models.streaming import open_streamed
 
 CPU = torch.device("cpu")
@@ -76,3 +76,16 @@ def test_the_type_is_the_files_where_the_config_names_none(tmp_path):
     config = tmp_path / "config.json"
     config.write_text(config.read_text().replace('"dtype": "bfloat16"', '"unused": 0'))
     assert native_dtype(resolve(tmp_path)) == torch.bfloat16
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "t5"])
+def test_a_hollow_model_has_the_buffers_that_are_in_no_file(family, tmp_path):
+    tiny(family).save_pretrained(tmp_path)
+    origin = resolve(tmp_path)
+    found, expected = hollow(origin, torch.float32), load_weights(origin, torch.float32, CPU)
+    stored = expected.state_dict()
+    computed = {name: buffer for name, buffer in expected.named_buffers() if name not in stored}
+    assert computed.keys() == {name for name, _ in found.named_buffers() if name not in stored}
+    for name, buffer in computed.items():
+        assert torch.equal(found.get_buffer(name), buffer), name

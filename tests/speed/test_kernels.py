@@ -6,14 +6,16 @@ import pytest
 import torch
 
 from uniprune.errors import InputError
-from uniprune.speed.kernels import BSR, CSR, DENSE, SEMI_STRUCTURED, SPARSE, check_product
+from uniprune.speed.kernels import BITMASK, BSR, CSR, DENSE, SEMI_STRUCTURED, SPARSE, check_product
 
 CUDA = torch.device("cuda")
 
 
-@pytest.mark.parametrize("kernel", [DENSE, CSR(), BSR()], ids=lambda kernel: kernel.name)
-@pytest.mark.parametrize("batch", [1, 5])
-def test_products_are_sums_over_inputs(kernel, batch):
+@pytest.mark.parametrize("kernel", [DENSE, CSR(), BSR(), BITMASK], ids=lambda kernel: kernel.name)
+@pytest.mark.parametrize("batch", [1, 5, 12])
+def test_products_are_sums_over_inputs(kernel, batch, request):
+    if kernel is BITMASK:
+        request.getfixturevalue("compiled")
     torch.manual_seed(0)
     pattern = kernel.patterns([0.5])[-1]
     weight, tokens = torch.randn(32, 64), torch.randn(batch, 64)
@@ -27,13 +29,14 @@ def test_products_are_sums_over_inputs(kernel, batch):
 
 
 def test_each_kernel_has_a_kind_of_mask_and_takes_the_levels_that_it_can():
-    assert [kernel.kind for kernel in SPARSE] == ["2:4", "unstructured", "1x16 tiles", "16x1 tiles", "16x16 tiles"]
+    kinds = ["any mask", "2:4", "unstructured", "1x16 tiles", "16x1 tiles", "16x16 tiles"]
+    assert [kernel.kind for kernel in SPARSE] == kinds
     sparsities = [[pattern.sparsity for pattern in kernel.patterns([0.6, 0.9])] for kernel in SPARSE]
-    assert sparsities == [[0.5], *[[0.6, 0.9]] * 4]
+    assert sparsities == [[0.6, 0.9], [0.5], *[[0.6, 0.9]] * 4]
 
 
 def test_tiles_are_those_of_the_kind():
-    for kernel in SPARSE[2:]:
+    for kernel in SPARSE[3:]:
         (pattern,) = kernel.patterns([0.5])
         assert kernel.kind == f"{pattern.height}x{pattern.width} tiles"
 

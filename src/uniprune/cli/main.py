@@ -48,7 +48,7 @@ COMMANDS = {
         "evaluate",
         "Create masks of many sparsities from one scores file; measure perplexity and packed size of each.",
     ),
-    "pack": ("package", "Pack a pruned checkpoint, without loss, into one smaller file (.upz)."),
+    "pack": ("package", "Pack a pruned checkpoint, without loss: into one smaller file (.upz), or to run it (--runtime)."),
     "unpack": ("package", "Unpack an archive into the folder it was made of, and verify every file."),
     "card": ("package", "Rewrite a checkpoint's model card, with results; upload the folder if asked to."),
     "bench": (

@@ -11,6 +11,7 @@ from pydantic import Field
 from uniprune.cli.groups import Overwrite, Printed, Push, Target
 from uniprune.cli.terminal import Bars, show
 from uniprune.common.options import Options, Positional
+from uniprune.errors import InputError
 from uniprune.job.options import RunOptions
 
 
@@ -20,6 +21,10 @@ class Folder(Options):
 
 class Level(Options):
     level: int = Field(default=3, description="Compression level of zstandard, for files that are no weights.")
+
+
+class Runtime(Options):
+    runtime: bool = Field(default=False, description="Write a folder to run, not an archive: uniprune.accelerate opens it.")
 
 
 class Archive(Options):
@@ -32,13 +37,27 @@ class Results(Options):
     )
 
 
-def pack(source: Folder, target: Target, options: Level, over: Overwrite, printed: Printed) -> None:
+def pack(source: Folder, target: Target, options: Level, layout: Runtime, over: Overwrite, printed: Printed) -> None:
+    if layout.runtime:
+        if options.given():
+            raise InputError("--level compresses an archive; leave it out with --runtime, which compresses nothing")
+        return pack_to_run(source, target, over, printed)
     from uniprune.artefacts.archive import pack
 
     with Bars() as progress:
         result = pack(source.folder, target.output, **over.given(), **options.given(), progress=progress)
     line = f"{target.output}: {result['archive_bytes'] / 1e6:.1f} MB, {result['ratio']:.3f} of {source.folder}"
     show({"output": str(target.output), **result}, printed.as_json, line)
+
+
+def pack_to_run(source: Folder, target: Target, over: Overwrite, printed: Printed) -> None:
+    from uniprune.runtime.layout import pack
+
+    with Bars() as progress:
+        result = pack(source.folder, target.output, **over.given(), progress=progress)
+    size = f"{result.bytes / 1e6:.1f} MB, {result.ratio:.3f} of {source.folder}"
+    line = f"{target.output}: {size}; open it with uniprune.accelerate"
+    show({"output": str(target.output), **result.record()}, printed.as_json, line)
 
 
 def unpack(source: Archive, target: Target, over: Overwrite, printed: Printed) -> None:

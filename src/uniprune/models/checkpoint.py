@@ -33,6 +33,7 @@ from uniprune.storage.safetensors_index import Entry, entries
 
 logger = logging.getLogger(__name__)
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+PACKED = "runtime.safetensors"  # in its place: a checkpoint in the runtime layout, which uniprune.accelerate opens
 ENDINGS = (".safetensors", ".safetensors.index.json")
 ROWS = 1 << 12  # that are compared at a time
 

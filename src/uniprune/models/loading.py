@@ -15,7 +15,7 @@ from torch import nn
 
 from uniprune.errors import InputError, UniPruneError, first_line
 from uniprune.models.blocks import Residency, resident
-from uniprune.models.checkpoint import INDEX, WHOLE, Checkpoint, Files, bind, checkpoint_of, lacking
+from uniprune.models.checkpoint import INDEX, PACKED, WHOLE, Checkpoint, Files, bind, checkpoint_of, lacking
 from uniprune.storage import strict_json
 from uniprune.storage.dtypes import BY_NAME, PLAIN
 from uniprune.storage.outline import Outline
@@ -109,6 +109,11 @@ def _check_folder(origin: Origin) -> None:
     except ValueError as error:
         raise InputError(f"{folder / 'config.json'} is damaged: {error}; fetch the checkpoint again") from None
     if origin.files is not None and not origin.files.shards:
+        if (folder / PACKED).is_file():
+            raise InputError(
+                f"model folder {origin} is in the runtime layout, which uniprune.accelerate opens; give the pruned checkpoint "
+                "that it was made of"
+            )
         if others := sorted(file.name for file in folder.glob("*.safetensors")):
             raise InputError(
                 f"model folder {origin} has {', '.join(others[:3])}, but neither {WHOLE} nor {INDEX}, the names "
@@ -229,12 +234,16 @@ def hollow(origin: Origin, dtype: torch.dtype) -> nn.Module:
     """The model with its parameters on the meta device, but real buffers (rotary frequencies, say): ready to be filled."""
     from accelerate import init_empty_weights  # type: ignore[import-untyped]
     from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
 
     config = _config(origin)
-    with init_empty_weights(include_buffers=False):
+    with init_empty_weights(include_buffers=False), no_init_weights():
         model: nn.Module = _guarded(
             origin, lambda: AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
         )
+    for module in model.modules():  # to draw numbers for hollow parameters takes as long as all else
+        module._is_hf_initialized = not module._buffers  # type: ignore[assignment]
+    model.init_weights()  # type: ignore[operator]
     model.tie_weights()  # type: ignore[operator]  # what was tied while parameters were being swapped for hollow ones is not
     bind(model, origin.files)
     if origin.files:

@@ -43,7 +43,7 @@ class Streamer:
         self._parts = [dict(block.named_parameters()) for block in self._blocks]  # name inside the block -> parameter on meta
         for name, _ in list(model.named_parameters()):
             if not name.startswith(f"{prefix}."):
-                _assign(model, name, nn.Parameter(self.read(name).clone(), requires_grad=False))
+                assign(model, name, nn.Parameter(self.read(name).clone(), requires_grad=False))
         model.tie_weights(recompute_mapping=False)  # type: ignore[operator]
         for name, buffer in list(model.named_buffers()):
             owner, _, leaf = name.rpartition(".")
@@ -58,7 +58,7 @@ class Streamer:
             yield
         finally:
             for name, hollow_one in self._parts[index].items():
-                _assign(block, name, hollow_one)
+                assign(block, name, hollow_one)
             give_back_memory()
 
     def fill(self, index: int) -> nn.Module:
@@ -67,7 +67,7 @@ class Streamer:
         if index + 1 < len(self._parts):
             self._announce(index + 1)
         for name in self._parts[index]:
-            _assign(block, name, nn.Parameter(self.read(f"{self._prefix}.{index}.{name}"), requires_grad=False))
+            assign(block, name, nn.Parameter(self.read(f"{self._prefix}.{index}.{name}"), requires_grad=False))
         return block
 
     def _check(self, name: str, shape: tuple[int, ...], origin: Origin) -> None:
@@ -132,7 +132,8 @@ def attached(matrices: Matrices, streamer: Streamer) -> Matrices:
     return {name: replace(matrix, read=streamer.read_matrix) for name, matrix in matrices.items()}
 
 
-def _assign(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+def assign(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    """Puts a parameter into the place that its name inside the module says."""
     owner, _, leaf = name.rpartition(".")
     module.get_submodule(owner)._parameters[leaf] = parameter
 

@@ -1,4 +1,4 @@
-"""The matrix products that PyTorch has for pruned weights: the masks that each is for, how it stores and multiplies.
+"""The matrix products that there are for pruned weights: the masks that each is for, how it stores and multiplies.
 
 Each is called in the way that is fastest for it, which is not what ``nn.Linear`` does: see :meth:`CSR.multiply`.
 """
@@ -8,7 +8,9 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +19,9 @@ from torch.sparse import to_sparse_semi_structured
 
 from uniprune.errors import InputError
 from uniprune.models.loading import dtype_name
+from uniprune.runtime import gpu
+from uniprune.runtime.linear import BitmaskLinear
+from uniprune.runtime.packed import pack
 from uniprune.sparsity.hardware import PROFILES
 from uniprune.sparsity.patterns import NM, Pattern, Shape, Tiled, Unstructured
 
@@ -26,7 +31,7 @@ SEMI_STRUCTURED_NEEDS = PROFILES["nvidia-semi-structured"]
 
 @dataclass(frozen=True)
 class Kernel:
-    """A matrix product; this one is dense. name: what PyTorch calls it. kind: of the masks that it is for."""
+    """A matrix product; this one is dense. name: what it is called by. kind: of the masks that it is for."""
 
     name: str = "dense"
     kind: str = "dense"
@@ -36,16 +41,46 @@ class Kernel:
         return [Unstructured(0.0, "matrix")]
 
     def unsupported(self, shape: Shape, dtype: torch.dtype, device: torch.device) -> str | None:
-        """Why it cannot take a matrix there, as far as PyTorch documents it, or None."""
+        """Why it cannot take a matrix there, as far as that is documented, or None."""
         return None
 
-    def compress(self, weight: Tensor) -> Tensor:
-        """A masked weight ``[out, in]`` as the kernel wants it; raises whatever PyTorch does where that cannot be."""
+    def compress(self, weight: Tensor) -> Any:
+        """A masked weight ``[out, in]`` as the kernel wants it; raises whatever the library does where that cannot be."""
         return weight.clone()
 
-    def multiply(self, weight: Tensor, tokens: Tensor) -> Tensor:
+    def copy(self, weight: Any) -> Any:
+        """What ``compress`` gave, once more."""
+        return weight.clone()
+
+    def multiply(self, weight: Any, tokens: Tensor) -> Tensor:
         """``tokens @ weight.T``: ``[batch, in]`` -> ``[batch, out]``."""
         return linear(tokens, weight)
+
+
+@dataclass(frozen=True)
+class Bitmask(Kernel):
+    """This package's own, as ``uniprune.accelerate`` uses it: any mask; few tokens by the kernel, many by unpacked rows."""
+
+    name: str = "uniprune.accelerate"
+    kind: str = "any mask"
+
+    def patterns(self, sparsities: Sequence[float]) -> list[Pattern]:
+        return [Unstructured(sparsity, "matrix") for sparsity in sparsities]
+
+    def unsupported(self, shape: Shape, dtype: torch.dtype, device: torch.device) -> str | None:
+        if device.type == "cpu":
+            return None
+        return None if gpu.available() else f"on {device.type.upper()} it needs the triton package"
+
+    def compress(self, weight: Tensor) -> BitmaskLinear:
+        return BitmaskLinear(pack(weight.cpu())).to(weight.device)
+
+    def copy(self, weight: BitmaskLinear) -> BitmaskLinear:
+        return deepcopy(weight)
+
+    def multiply(self, weight: BitmaskLinear, tokens: Tensor) -> Tensor:
+        found: Tensor = weight(tokens)
+        return found
 
 
 @dataclass(frozen=True)
@@ -112,9 +147,10 @@ class SemiStructured(Kernel):
             return to_sparse_semi_structured(weight.contiguous())
 
 
-DENSE, SEMI_STRUCTURED = Kernel(), SemiStructured()
+DENSE, SEMI_STRUCTURED, BITMASK = Kernel(), SemiStructured(), Bitmask()
 TILES = [shape for shape in PROFILES["block"].patterns if not isinstance(shape, NM)]
 SPARSE: tuple[Kernel, ...] = (
+    BITMASK,
     SEMI_STRUCTURED,
     CSR(),
     *(BSR(kind=f"{height}x{width} tiles", height=height, width=width) for height, width in TILES),

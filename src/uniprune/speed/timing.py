@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median, quantiles
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ from uniprune.storage.record import Facts
 CACHE = 256 << 20  # bytes that the dense copies of the matrices exceed together, so that they come from memory
 WARM_UP, ROUNDS = 1, 7  # rounds that do not count, and the fewest that do
 
-Timer = Callable[[Kernel, Sequence[Tensor], Tensor], float]
+Timer = Callable[[Kernel, Sequence[Any], Tensor], float]
 
 
 class Result(Facts):
@@ -63,7 +64,7 @@ class Missing(Facts):
     reason: str
 
 
-def clock(kernel: Kernel, weights: Sequence[Tensor], tokens: Tensor) -> float:
+def clock(kernel: Kernel, weights: Sequence[Any], tokens: Tensor) -> float:
     """Seconds of the products of tokens with some weights in turn; a GPU is waited for."""
     start = time.perf_counter()
     for weight in weights:
@@ -105,7 +106,7 @@ class Side:
     """One side of a race: copies of a matrix as the kernel has it, tokens ``[largest batch, in]`` to multiply with them."""
 
     kernel: Kernel
-    copies: list[Tensor]
+    copies: list[Any]
     tokens: Tensor
 
     def time(self, turn: int, batch: int, timer: Timer) -> float:
@@ -216,11 +217,11 @@ def _prepare(case: Case, kernel: Kernel, shape: Shape, count: int, copies: int, 
     return Race(count, *sides)
 
 
-def _copies(kernel: Kernel, weight: Tensor, count: int) -> list[Tensor]:
+def _copies(kernel: Kernel, weight: Tensor, count: int) -> list[Any]:
     """A weight as the kernel wants it, several times."""
     first = kernel.compress(weight)
     # A CPU compresses 200 times slower than it copies; on a GPU not every PyTorch can copy a 2:4 tensor.
-    return [first, *(kernel.compress(weight) if weight.is_cuda else first.clone() for _ in range(count - 1))]
+    return [first, *(kernel.compress(weight) if weight.is_cuda else kernel.copy(first) for _ in range(count - 1))]
 
 
 def _rounds(races: Sequence[Race], batch: int, conditions: Conditions) -> list[tuple[float, float]]:

@@ -48,18 +48,24 @@ class Metadata(Record):
 Kind = TypeVar("Kind", bound=Metadata)
 
 
+def header(places: Mapping[str, tuple[str, tuple[int, ...], int]], facts: Metadata) -> bytes:
+    """How a safetensors file begins. places: type, shape and bytes of each tensor, in the order in which they follow."""
+    content: dict[str, Any] = {"__metadata__": {KEY: json.dumps(facts.record(), sort_keys=True)}}
+    offset = 0
+    for name, (dtype, shape, size) in places.items():
+        content[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(content).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
 def stream_tensors(path: Path, specs: Specs, tensors: Iterable[tuple[str, Tensor]], facts: Metadata) -> None:
     """Writes a safetensors file one tensor at a time; ``tensors`` come in the order of ``specs``."""
-    header: dict[str, Any] = {"__metadata__": {KEY: json.dumps(facts.record(), sort_keys=True)}}
-    offset = 0
-    for name, (dtype, shape) in specs.items():
-        size = dtype.itemsize * torch.Size(shape).numel()
-        header[name] = {"dtype": BY_DTYPE[dtype].name, "shape": list(shape), "data_offsets": [offset, offset + size]}
-        offset += size
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
+    sizes = {name: dtype.itemsize * torch.Size(shape).numel() for name, (dtype, shape) in specs.items()}
+    places = {name: (BY_DTYPE[dtype].name, shape, sizes[name]) for name, (dtype, shape) in specs.items()}
     with replacing(path) as temporary, temporary.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
+        file.write(header(places, facts))
         for (name, tensor), expected in zip(tensors, specs, strict=True):
             dtype, shape = specs[expected]
             assert (name, tensor.dtype, tuple(tensor.shape)) == (expected, dtype, tuple(shape))
