@@ -44,7 +44,7 @@ from torch.nn import functional
 from uniprune.controller.protocol import ControllerRecord, Cost
 from uniprune.controller.prox import prox_nm, soft_threshold
 from uniprune.errors import InputError, UniPruneError
-from uniprune.models.blocks import device_of
+from uniprune.models.blocks import device_of, rerouted
 from uniprune.models.experts import taken_apart
 from uniprune.models.matrices import Matrices, Matrix
 from uniprune.saliency.calibration import Calibration, one_shot
@@ -177,20 +177,16 @@ class WorkingCopy:
         self._model, self._matrices = model, matrices
         self.weights = {name: _copy(matrix) for name, matrix in matrices.items()}
         self._adam = torch.optim.Adam(self.weights.values(), foreach=False)  # foreach would need another copy
-        self._apart = ExitStack()
+        self._routes = ExitStack()
 
     def __enter__(self) -> WorkingCopy:
-        for name, matrix in self._matrices.items():
-            for module in matrix.modules:
-                module.forward = _route(module, self.weights[name])  # type: ignore[method-assign]
-        self._apart.enter_context(taken_apart(matrix.module for matrix in self._matrices.values()))
+        routed = [(module, self.weights[name]) for name, matrix in self._matrices.items() for module in matrix.modules]
+        self._routes.enter_context(rerouted((module for module, _ in routed), lambda index, forward: _route(*routed[index])))
+        self._routes.enter_context(taken_apart(matrix.module for matrix in self._matrices.values()))
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._apart.close()
-        for matrix in self._matrices.values():
-            for module in matrix.modules:
-                del module.forward  # the class's own forward shows again
+        self._routes.close()
 
     def step(self, batch: Tensor, rate: float) -> float:
         """One Adam step on the next-token cross-entropy of windows ``[n, length]``; returns it in nats per token."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from uniprune.models.blocks import rerouted
 from uniprune.models.experts import taken_apart
 from uniprune.models.matrices import Matrices, Matrix
 from uniprune.saliency.statistics import SquaredNorm
@@ -46,20 +47,18 @@ class StraightThrough:
         self.sink, self.weigh, self.watch = sink, weigh, watch
         self._gradients: dict[str, Tensor] = {}
         self._dense = False
-        self._apart = ExitStack()
+        self._routes = ExitStack()
 
     def __enter__(self) -> StraightThrough:
-        for matrix in self.matrices.values():
-            for module in matrix.modules:
-                module.forward = self._route(matrix, module)  # type: ignore[method-assign]
-        self._apart.enter_context(taken_apart(matrix.module for matrix in self.matrices.values()))
+        routed = [(matrix, module) for matrix in self.matrices.values() for module in matrix.modules]
+        self._routes.enter_context(
+            rerouted((module for _, module in routed), lambda index, forward: self._route(*routed[index], forward))
+        )
+        self._routes.enter_context(taken_apart(matrix.module for matrix in self.matrices.values()))
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._apart.close()
-        for matrix in self.matrices.values():
-            for module in matrix.modules:
-                del module.forward  # the class's own forward shows again
+        self._routes.close()
 
     def flush(self, block: int | None = None) -> None:
         """Hands over the gradients of one block's matrices, or of all that have any."""
@@ -90,14 +89,13 @@ class StraightThrough:
         finally:
             self._dense = False
 
-    def _route(self, matrix: Matrix, module: nn.Module) -> Callable[[Tensor], Tensor]:
+    def _route(self, matrix: Matrix, module: nn.Module, original: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         # Autograd builds a graph only behind something that requires a gradient, and no parameter does.
         grad_anchor = torch.zeros((), requires_grad=True)
-        original = module.forward
 
         def forward(x: Tensor) -> Tensor:
             if self._dense:
-                return original(x)  # type: ignore[no-any-return]
+                return original(x)
             y: Tensor = _MaskedLinear.apply(x, grad_anchor, matrix, self)  # type: ignore[no-untyped-call]
             bias = module.bias
             return y + bias if isinstance(bias, Tensor) else y

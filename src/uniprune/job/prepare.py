@@ -34,6 +34,7 @@ from uniprune.models.loading import (
     Origin,
     Source,
     check_context,
+    check_one_device,
     check_vocabulary,
     context,
     dtype_name,
@@ -135,6 +136,8 @@ def prepare(
     device, asked, save_tokens = device_of(options), parse_dtype(recipe.dtype), options.save_tokens
     check_execution(recipe, "resident")
     loaded = source if isinstance(source, Loaded) else None
+    if loaded and loaded.residency is resident:
+        check_one_device(loaded.model)
     origin = loaded.origin if loaded else resolve(source)  # type: ignore[arg-type]
     for file in (save_tokens, scores):
         if file is not None:

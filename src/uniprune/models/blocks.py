@@ -8,7 +8,7 @@ have what the model does before the first block and after the last one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -242,15 +242,23 @@ def _slot(batch: int, block: int) -> str:
 
 
 @contextmanager
-def rerouted(blocks: nn.ModuleList, route: Callable[[int, Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
-    """Inside ``with``, each block's forward is what ``route`` makes of its index and its own forward."""
-    for index, block in enumerate(blocks):
-        block.forward = route(index, block.forward)  # type: ignore[method-assign]
+def rerouted(modules: Iterable[nn.Module], route: Callable[[int, Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
+    """Inside ``with``, each module's forward is what ``route`` makes of its place and its own forward.
+
+    Afterwards each has its own again: its class's, or what somebody else had put on the instance (accelerate's hooks, kernels).
+    """
+    replaced: list[tuple[nn.Module, Any]] = []
     try:
+        for index, module in enumerate(modules):
+            replaced.append((module, vars(module).get("forward")))
+            module.forward = route(index, module.forward)  # type: ignore[method-assign]
         yield
     finally:
-        for block in blocks:
-            del block.forward  # the class's own forward shows again
+        for module, own in reversed(replaced):
+            if own is None:
+                del module.forward  # the class's own forward shows again
+            else:
+                module.forward = own
 
 
 class _Reached(Exception):

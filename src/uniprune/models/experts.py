@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from uniprune.errors import UniPruneError
+from uniprune.models.blocks import rerouted
 from uniprune.models.layout import Part
 
 Call = Callable[["Slice", Tensor], Tensor]
@@ -173,33 +174,29 @@ def taken_apart(modules: Iterable[nn.Module]) -> Iterator[None]:
     Raises UniPruneError, at the first tokens, if that is not what their module computes.
     """
     slices = {id(module.fused): module.fused for module in modules if isinstance(module, Slice)}
-    fused = [one for one in slices.values() if "forward" not in vars(one.module)]  # else it is apart already
-    try:
-        for one in fused:
-            one.module.forward = _checked(one)
+    fused = [one for one in slices.values() if not isinstance(one.module.forward, _Apart)]  # else it is apart already
+    with rerouted((one.module for one in fused), lambda index, forward: _Apart(fused[index], forward)):
         yield
-    finally:
-        for one in fused:
-            del one.module.forward  # the class's own forward shows again
 
 
-def _checked(fused: Fused) -> Callable[..., Tensor]:
-    checked = False
+class _Apart:
+    """The forward of a module of experts that runs them one by one; at the first tokens compared with its own."""
 
-    def forward(*args: Any, **kwargs: Any) -> Tensor:
-        nonlocal checked
-        if not checked:
-            checked = True
-            _check(fused, *args, **kwargs)
-        return fused.run(nn.Module.__call__, *args, **kwargs)
+    def __init__(self, fused: Fused, own: Callable[..., Tensor]) -> None:
+        self._fused, self._own, self._checked = fused, own, False
 
-    return forward
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        if not self._checked:
+            self._checked = True
+            self._check(*args, **kwargs)
+        return self._fused.run(nn.Module.__call__, *args, **kwargs)
 
-
-@torch.no_grad()
-def _check(fused: Fused, *args: Any, **kwargs: Any) -> None:
-    expected = type(fused.module).forward(fused.module, *args, **kwargs)
-    found = fused.run(Slice.forward, *args, **kwargs)
-    if not torch.allclose(found, expected, rtol=0.02, atol=0.02 * float(expected.abs().max())):
-        kind = type(fused.module).__name__
-        raise UniPruneError(f"{fused.name}: {kind} computes something else than its experts one by one; they cannot be pruned")
+    @torch.no_grad()
+    def _check(self, *args: Any, **kwargs: Any) -> None:
+        expected = self._own(*args, **kwargs)
+        found = self._fused.run(Slice.forward, *args, **kwargs)
+        if not torch.allclose(found, expected, rtol=0.02, atol=0.02 * float(expected.abs().max())):
+            kind = type(self._fused.module).__name__
+            raise UniPruneError(
+                f"{self._fused.name}: {kind} computes something else than its experts one by one; they cannot be pruned"
+            )

@@ -184,6 +184,16 @@ def warn_of_emulation(model: nn.Module) -> None:
         )
 
 
+def check_one_device(model: nn.Module) -> None:
+    """Raises InputError for a model that somebody else has spread over several devices, or offloaded (``device_map``)."""
+    devices = sorted({str(parameter.device) for parameter in model.parameters()})
+    if len(devices) > 1 or devices == ["meta"]:
+        raise InputError(
+            f"the model's parameters lie on {', '.join(devices)}; load it onto one device, without device_map, or give its "
+            "folder instead: a model that does not fit is then run block by block"
+        )
+
+
 def dtype_name(dtype: torch.dtype | str) -> str:
     """A dtype as people spell it: ``bfloat16``."""
     return str(dtype).removeprefix("torch.")
