@@ -130,6 +130,21 @@ def together(count: int, work: Callable[..., Any], *arguments: Any) -> list[Done
     return [one.wait() for one in [Forked(_watched, work, *arguments, **rank) for rank in ranks]]
 
 
+def torchrun(count: int, work: Callable[..., Any], *arguments: Any) -> Forked:
+    """``torchrun --standalone`` itself, which watches over ``count`` forked processes that each do ``work(*arguments)``."""
+    return Forked(_launch, count, work, arguments)
+
+
+def _launch(count: int, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    multiprocessing.current_process().daemon = False  # one may not have children
+    place = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "run_id": str(os.getpid())}
+    elastic_launch(LaunchConfig(1, 1, count, **place, max_restarts=0, start_method="fork", monitor_interval=0.05), work)(
+        *arguments
+    )
+
+
 def _watched(work: Callable[..., Any], *arguments: Any) -> None:
     faulthandler.dump_traceback_later(TIMEOUT, exit=True)
     work(*arguments)

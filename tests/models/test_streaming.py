@@ -21,7 +21,6 @@ from uniprune.controller.loss import Loss
 from uniprune.controller.mirror_descent import MirrorDescent
 from uniprune.controller.passes import Resident, Streamed
 from uniprune.controller.straight_through import StraightThrough
-from uniprune.data import text
 from uniprune.errors import InputError, MismatchError, UniPruneError
 from uniprune.job.estimate import Needs, Work, needs
 from uniprune.job.options import RunOptions
@@ -320,14 +319,8 @@ def test_a_full_disk_loses_nothing(folder, tmp_path, execution, size):
         subprocess.run(["umount", str(disk)], check=True)
 
 
-def launched(*words):
-    """What the first of two processes prints that ``torchrun`` started."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "uniprune"]
-    return subprocess.run([*torchrun, *map(str, words)], check=True, capture_output=True, text=True).stdout
-
-
-def forked(*words):
-    """The same, without the seconds that starting them takes."""
+def by_two(*words):
+    """What the first of two processes prints."""
     first, *others = processes.together(2, processes.command, *words)
     assert [first.code, *(other.code for other in others)] == [0, 0], first.err
     assert not any(other.out for other in others)
@@ -335,19 +328,18 @@ def forked(*words):
 
 
 @pytest.mark.parametrize(
-    ("settings", "execution", "start"),
+    ("settings", "execution"),
     [
-        (("--controller", "none"), "resident", launched),
-        (("--steps", "3"), "resident", forked),
-        (("--steps", "3"), "streamed", forked),
+        (("--controller", "none"), "resident"),
+        (("--steps", "3"), "resident"),
+        (("--steps", "3"), "streamed"),
     ],
 )
-def test_two_processes_make_the_masks_of_one(folder, tmp_path, settings, execution, start):
-    (tmp_path / "text.txt").write_text(text.read("builtin", "calibration"))  # torchrun's processes know of no shorter one
+def test_two_processes_make_the_masks_of_one(folder, tmp_path, settings, execution):
     common = "prune", folder, "-s", "2:4", "--windows", 16, "--length", 32, "--dtype", "float32", *settings
-    common += "--text", tmp_path / "text.txt", *memory_of(folder, execution)
+    common += memory_of(folder, execution)
     assert Forked(processes.command, *common, "-o", tmp_path / "one").wait().code == 0
-    assert json.loads(start(*common, "-o", tmp_path / "two", "--json"))["sparsity"] == 0.5
+    assert json.loads(by_two(*common, "-o", tmp_path / "two", "--json"))["sparsity"] == 0.5
     one, two = (uniprune.artefacts.masks.MasksFile(tmp_path / name / "pruning/masks.safetensors") for name in ("one", "two"))
     differing = sum(int((one[name] != two[name]).sum()) for name in one)
     assert differing <= 1e-3 * sum(mask.numel() for mask in one.values())

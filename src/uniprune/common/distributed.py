@@ -13,24 +13,33 @@ from datetime import timedelta
 import torch
 from torch import Tensor, distributed
 
-from uniprune.errors import InputError
+from uniprune.errors import InputError, UniPruneError
 
-PATIENCE = timedelta(hours=12)  # others wait while the first process writes a large checkpoint
+SUMMING = timedelta(minutes=30)  # until a sum is given up: no process computes its share for that long
+WAITING = timedelta(hours=12)  # until waiting is: the first process may be writing a large checkpoint
+_waiting: distributed.ProcessGroup | None = None  # the processes again, for waiting; None: as for sums
 
 
 @contextmanager
 def joined(device: torch.device) -> Iterator[None]:
-    """Joins the other processes if ``torchrun`` started this one: NCCL on CUDA, gloo elsewhere."""
+    """Joins the other processes if ``torchrun`` started this one: NCCL on CUDA, gloo elsewhere.
+
+    After an error the group is not left in good order: NCCL would wait for the others, which wait for this process. It ends
+    instead, and ``torchrun`` ends the others.
+    """
+    global _waiting
     if "TORCHELASTIC_RUN_ID" not in os.environ or distributed.is_initialized():
         yield
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
-    try:
-        yield
-    finally:
-        distributed.destroy_process_group()
+        distributed.init_process_group("nccl", timeout=SUMMING, device_id=device)
+        _waiting = distributed.new_group(backend="gloo", timeout=WAITING)
+    else:
+        distributed.init_process_group("gloo", timeout=WAITING)  # it sees at once when another process has ended
+    yield
+    _waiting = None
+    distributed.destroy_process_group()
 
 
 def count() -> int:
@@ -50,15 +59,25 @@ def local_rank() -> int:
 
 def share(windows: Tensor) -> Tensor:
     """This process's windows of ``[n, length]``. Raises InputError if there are fewer windows than processes."""
-    if len(windows) < count():
-        raise InputError(f"{len(windows)} samples cannot be split over {count()} processes; use fewer, or more samples a step")
+    check_windows(len(windows))
     return windows[rank() :: count()]
+
+
+def check_windows(found: int, held_out: int = 0) -> None:
+    """Raises InputError if N windows, without those held out, leave a process without one."""
+    if found - held_out < count():
+        others = f", with {held_out} held out," if held_out else ""
+        raise InputError(
+            f"{found} calibration samples{others} cannot be split over {count()} processes; start fewer, or give more samples "
+            "(--num-samples)"
+        )
 
 
 def total(tensor: Tensor) -> Tensor:
     """The sum over all processes, in place."""
     if count() > 1:
-        distributed.all_reduce(tensor)
+        with _others():
+            distributed.all_reduce(tensor)
     return tensor
 
 
@@ -73,4 +92,18 @@ def total_of(value: float) -> float:
 def wait() -> None:
     """Until all processes are here."""
     if count() > 1:
-        distributed.barrier()
+        with _others():
+            distributed.barrier(group=_waiting)
+
+
+@contextmanager
+def _others() -> Iterator[None]:
+    """Raises UniPruneError where another process is no more."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).split(". ")[0]
+        raise UniPruneError(
+            f"another process has ended; its own message says why ({reason}); what was complete is kept, and --resume "
+            "continues it"
+        ) from error

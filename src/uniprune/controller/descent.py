@@ -1,8 +1,9 @@
 """The loop around mirror descent: the pruned model's loss, the steps of all matrices, the windows that judge, the best state.
 
-A descent can be interrupted: its state goes into a run folder (``storage.runs``) and it continues from there, bit for bit. It
-can be shared between processes (``common.distributed``): each takes its part of every step's windows, all have the same state.
-What differs between a model in memory and one that is read block by block is settled where the passes and the states are made.
+A descent can be interrupted: its state goes into a run folder (``storage.runs``) and it continues from there, on a CPU bit for
+bit (on CUDA the backward passes of attention sum in an order that changes: a few mask bits at the edge may differ). It can be
+shared between processes (``common.distributed``): each takes its part of every step's windows, all have the same state. What
+differs between a model in memory and one that is read block by block is settled where the passes and the states are made.
 """
 
 from __future__ import annotations
@@ -27,7 +28,6 @@ from uniprune.controller.states import Best, InMemory, OnDisk, Rule, State, Stat
 from uniprune.controller.straight_through import Evener, StraightThrough
 from uniprune.errors import InputError
 from uniprune.models.blocks import Replay
-from uniprune.models.blocks import batches as in_batches
 from uniprune.models.matrices import find_blocks
 from uniprune.saliency.calibration import Calibration, LocalSaliency
 from uniprune.saliency.metrics import Metric
@@ -71,9 +71,10 @@ def descend(
         raise InputError("the controller holds out one calibration sample and needs another; give --num-samples 2 or more")
     if settings.temperature:
         _check_relaxed(targets, calibration)
-    judges = max(1, min(max(settings.held_out, len(targets)), len(windows) // 8))
+    judges = max(1, min(max(settings.held_out, len(targets)), len(windows) // 8, len(windows) - distributed.count()))
+    distributed.check_windows(len(windows), judges)
     held_out, windows = windows[-judges:], windows[:-judges]
-    todo = in_batches(windows, settings.batch_tokens)
+    todo = _steps(windows, settings.batch_tokens)
     steps = steps or len(todo)
     with ExitStack() as stack:
         run = calibration.run or Run(Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="uniprune-"))))
@@ -348,6 +349,15 @@ def _check_relaxed(targets: Sequence[Pattern], calibration: Calibration) -> None
         raise InputError(f"masks of {targets[0]} cannot be relaxed; leave temperature at 0")
     if calibration.streamed and not all(target.local for target in targets):
         raise InputError("relaxed masks with one budget for the model need all of it in memory; leave temperature at 0")
+
+
+def _steps(windows: Tensor, tokens: int) -> list[Tensor]:
+    """The windows ``[n, length]`` of each step: about so many tokens, and a window for every process at least."""
+    processes = distributed.count()
+    todo = list(torch.split(windows, max(processes, tokens // windows.shape[1])))
+    if len(todo[-1]) < processes:
+        todo[-2:] = [torch.cat(todo[-2:])]
+    return todo
 
 
 def _passes(calibration: Calibration, run: Run) -> Passes:

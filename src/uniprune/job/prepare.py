@@ -156,6 +156,7 @@ def prepare(
         files.check_disk_space(target, disk)
     tokenizer = loaded.tokenizer if loaded else load_tokenizer(origin)  # type: ignore[arg-type]
     windows = calibration_windows(recipe, tokenizer, model)
+    distributed.check_windows(len(windows.tokens), held_out=int(recipe.corrected and distributed.count() > 1))
     if save_tokens is not None and distributed.rank() == 0:
         save_windows(windows, save_tokens)
     if loaded:
