@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import time
+from unittest.mock import Mock
 
 import click
 import pytest
@@ -219,6 +220,30 @@ def test_a_full_disk_is_bad_input(capsys, monkeypatch, folder, tmp_path):
     assert code == 2
     assert "of disk" in errors
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has 1 GiB"),
+            "Tried to allocate 20.00 GiB",
+        ),
+        (MemoryError(), "out of memory"),
+        (None, f"you tried to allocate {1 << 50} bytes"),  # what torch says of a CPU's
+    ],
+)
+def test_memory_that_runs_out_is_said_in_a_line(capsys, monkeypatch, error, said):
+    def fail(*_, **__):
+        torch.empty(1 << 50, dtype=torch.uint8)
+        raise AssertionError
+
+    monkeypatch.setattr(main.app, "main", Mock(side_effect=error or fail))
+    code, _, errors = run(capsys, monkeypatch, "plan")
+    assert code == 1
+    assert errors.startswith("error: out of memory (")
+    assert said in errors
+    assert errors.endswith("lower --length, --max-memory or the tokens of a step (--set batch_tokens=N)\n")
 
 
 def test_progress_shows_the_speed_and_the_time_left(monkeypatch):

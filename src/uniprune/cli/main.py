@@ -107,13 +107,23 @@ def main() -> NoReturn:
         _fail(str(error), 2)
     except UniPruneError as error:
         _fail(str(error), 1)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_of_memory(error):
+            raise
+        reason = ". ".join(str(error).split(". ")[:2])
+        _fail(f"out of memory ({reason}); lower --length, --max-memory or the tokens of a step (--set batch_tokens=N)", 1)
     except OSError as error:  # a full disk, a folder that may not be written
         if error.strerror is None:
             raise
         if error.errno in PATHS:
             _fail(f"{str(error.filename)[-200:]}: {error.strerror}; give another path", 2)
-        _fail(f"{error.filename or 'the disk'}: {error.strerror}; what was complete is kept, and --resume goes on", 1)
+        _fail(f"{error.filename or 'the disk'}: {error.strerror}; what was complete is kept, and --resume continues it", 1)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _is_of_memory(error: Exception) -> bool:
+    """Whether memory ran out: Python's, a GPU's or, as torch says it, the CPU's. torch is not imported for it."""
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
 
 
 def _fail(message: str, code: int) -> NoReturn:

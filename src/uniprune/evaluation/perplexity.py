@@ -26,6 +26,7 @@ from uniprune.data.windows import Windows
 from uniprune.errors import InputError
 from uniprune.models.blocks import BATCH_TOKENS, batches, device_of
 from uniprune.models.loading import dtype_name
+from uniprune.models.output_head import PIECE
 
 NOT_FINITE = "the model's loss is not finite: it overflows, or its weights are broken; try --dtype float32 or bfloat16"
 POSITIONS = {"1-512": 512, "512-2k": 2048, "2k-8k": 8192, "8k-": 1 << 62}  # tokens that a prediction sees, at most
@@ -91,10 +92,13 @@ def token_nats(model: nn.Module, batch: Tensor, predicts_last: bool = True) -> l
     """
     batch = batch.to(device_of(model))
     logits = model(input_ids=batch if predicts_last else batch[:, :-1], use_cache=False).logits
-    return [
-        functional.cross_entropy(one[: batch.shape[1] - 1].float(), target[1:], reduction="none").double()
-        for one, target in zip(logits, batch, strict=True)  # one window at a time: float32 logits are large
-    ]
+    return [_losses(one[: batch.shape[1] - 1], target[1:]) for one, target in zip(logits, batch, strict=True)]
+
+
+def _losses(logits: Tensor, target: Tensor) -> Tensor:
+    """The losses of one window, a piece at a time: logits in float32, over a large vocabulary, are large."""
+    pieces = zip(torch.split(logits, PIECE), torch.split(target, PIECE), strict=True)
+    return torch.cat([functional.cross_entropy(one.float(), wanted, reduction="none") for one, wanted in pieces]).double()
 
 
 def check_finite(nats: float) -> None:

@@ -161,15 +161,17 @@ def _as_trie(model: nn.Module, questions: Sequence[Sequence[Tokens]]) -> list[li
     if len(logits) != len(asked):
         raise ValueError("logits_to_keep is not heeded")
     row = {node: index for index, node in enumerate(asked)}
-    predicted = logits.float().log_softmax(-1)
+    return [_of_question(logits, row, *pair) for pair in zip(paths, questions, strict=True)]
+
+
+def _of_question(logits: Tensor, row: dict[int, int], paths: list[list[int]], question: Sequence[Tokens]) -> list[Score]:
+    """The scores of one question's choices; log-probabilities of all would take more memory than the pass had taken."""
+    nodes = sorted({node for path in paths for node in path})
+    place = {node: index for index, node in enumerate(nodes)}
+    predicted = logits[[row[node] for node in nodes]].float().log_softmax(-1)
     likeliest = predicted.argmax(-1).tolist()
-    return [
-        [
-            _judge(predicted, likeliest, [row[node] for node in path], choice)
-            for path, choice in zip(among, question, strict=True)
-        ]
-        for among, question in zip(paths, questions, strict=True)
-    ]
+    pairs = zip(paths, question, strict=True)
+    return [_judge(predicted, likeliest, [place[node] for node in path], choice) for path, choice in pairs]
 
 
 def _whole(model: nn.Module, questions: Sequence[Sequence[Tokens]]) -> list[list[Score]]:

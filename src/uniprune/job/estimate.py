@@ -250,7 +250,7 @@ def free_memory(device: torch.device) -> int:
 
 def _flops(dtype: torch.dtype, device: torch.device) -> float:
     """Floating-point operations per second of this machine, from a matrix product that takes a blink."""
-    size = 1024
+    size = 8192 if device.type == "cuda" else 1024  # a small one would measure how fast a GPU is called
     a, b = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
     best = float("inf")
     for _ in range(8):

@@ -304,7 +304,10 @@ def progress_of(output: Path, options: RunOptions, identity: dict[str, Any]) -> 
 def device_of(options: RunOptions) -> torch.device:
     """The device; under ``torchrun`` each process has its own."""
     device = parse_device(options.device)
-    return torch.device("cuda", distributed.local_rank()) if device.type == "cuda" and device.index is None else device
+    if device.type == "cuda":
+        device = torch.device("cuda", distributed.local_rank() if device.index is None else device.index)
+        torch.cuda.set_device(device)  # Triton's and cuSPARSELt's kernels use the current one
+    return device
 
 
 def calibration_windows(recipe: Recipe, tokenizer: Any, model: torch.nn.Module) -> Windows:

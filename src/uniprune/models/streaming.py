@@ -43,7 +43,9 @@ class Streamer:
         self._parts = [dict(block.named_parameters()) for block in self._blocks]  # name inside the block -> parameter on meta
         for name, _ in list(model.named_parameters()):
             if not name.startswith(f"{prefix}."):
-                assign(model, name, nn.Parameter(self.read(name).clone(), requires_grad=False))
+                found = self.read(name)
+                own = found.clone() if device.type == "cpu" else found  # on a CPU it may be a map of the file
+                assign(model, name, nn.Parameter(own, requires_grad=False))
         model.tie_weights(recompute_mapping=False)  # type: ignore[operator]
         for name, buffer in list(model.named_buffers()):
             owner, _, leaf = name.rpartition(".")
