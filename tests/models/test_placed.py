@@ -44,8 +44,10 @@ def test_forwards_come_back_in_the_order_they_went():
     assert "forward" not in vars(layer)
 
 
-def test_a_model_on_several_devices_is_refused(tokenizer):
-    model = tiny_model()
-    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.to("meta"), requires_grad=False)
-    with pytest.raises(InputError, match="parameters lie on cpu, meta; load it onto one device"):
+@pytest.mark.parametrize(("elsewhere", "devices"), [(["lm_head"], "cpu, meta"), (["lm_head", "model"], "meta")])
+def test_a_model_on_several_devices_or_none_is_refused(tokenizer, elsewhere, devices):
+    model = tiny_model(tie_word_embeddings=False)
+    for part in elsewhere:
+        model.get_submodule(part).to("meta")
+    with pytest.raises(InputError, match=f"parameters lie on {devices}; load it onto one device"):
         uniprune.prune_in_place(Loaded(model, tokenizer), Recipe(**SMALL))

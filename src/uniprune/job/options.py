@@ -29,7 +29,7 @@ class RunOptions(Options):
         description="Also write the calibration samples as a token file, to calibrate on the very same tokens again.",
     )
     resume: bool = Field(
-        default=False, description="Resume an interrupted run, to bit-identical masks; a no-op if there is none."
+        default=False, description="Resume an interrupted run, on a CPU to bit-identical masks; a no-op if there is none."
     )
     overwrite: bool = Field(default=False, description="Replace an existing output.")
 

@@ -1,4 +1,4 @@
-"""The progress of a long run on disk, so that an interrupted run goes on where it was, bit for bit.
+"""The progress of a long run on disk, so that an interrupted run goes on where it was: what is read is what was written.
 
     .run-<output>/             beside the output; there while the run works, and after it was interrupted
         lock                   held by the process that works here; the kernel frees it when that process dies
