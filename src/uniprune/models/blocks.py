@@ -58,7 +58,7 @@ def _backbone(model: nn.Module) -> nn.Module:
 
 def hidden_of(output: Any) -> Tensor:
     """The hidden states in what a block puts out."""
-    hidden = output[0] if isinstance(output, tuple) else output
+    hidden = output[0] if isinstance(output, (tuple, list)) else output
     assert isinstance(hidden, Tensor)
     return hidden
 
@@ -168,7 +168,9 @@ class Replay:
         except _Reached:
             pass
         (output,) = found
-        return (lambda hidden: (hidden, *output[1:])) if isinstance(output, tuple) else lambda hidden: hidden
+        if isinstance(output, (tuple, list)):
+            return lambda hidden: type(output)((hidden, *output[1:]))
+        return lambda hidden: hidden
 
     @torch.no_grad()
     def _learn(self, batch: Tensor) -> list[Call]:

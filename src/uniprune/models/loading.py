@@ -286,6 +286,20 @@ def _config(origin: Origin) -> Any:
     entries = origin.files.entries if origin.files else {}
     if isinstance(layers, int) and entries and layers > len(entries):  # they would all be built
         raise InputError(f"model {origin}: config.json says {layers} layers, its files have fewer tensors; fetch it again")
+    return _set_aside(config)
+
+
+def _set_aside(config: Any) -> Any:
+    """A configuration, for as long as the model is in memory, without what changes no logits but what a forward pass returns.
+
+    A model whose blocks run one by one has no router logits of all layers to add a loss from, and nobody here asks for one.
+    """
+    for part in (config, config.get_text_config()):
+        for flag in ("output_router_logits", "output_hidden_states", "output_attentions"):
+            if getattr(part, flag, False):
+                setattr(part, flag, False)
+        if not getattr(part, "return_dict", True):
+            part.return_dict = True
     return config
 
 
@@ -335,6 +349,8 @@ def load_weights(origin: Origin, dtype: torch.dtype | None, device: torch.device
     model, about = _guarded(
         origin, lambda: AutoModelForCausalLM.from_pretrained(origin.folder, output_loading_info=True, **options)
     )
+    if not origin.gguf:  # which would be saved with it
+        _set_aside(model.config)
     if missing := sorted(about["missing_keys"]):  # they were drawn at random
         raise lacking(str(origin), model.config, missing)
     if origin.gguf:

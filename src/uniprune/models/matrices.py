@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from uniprune.errors import InputError
@@ -101,12 +102,14 @@ Left = dict[str, tuple[tuple[int, ...], str]]
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The decoder blocks of a model, by name: the outermost list of modules that holds most parameters.
+    """The decoder blocks of a model, by name: the outermost list of modules that holds most parameters, of its text decoder.
 
     Raises InputError if there is none, or if two lists compete (an encoder-decoder model).
     """
     lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)}
     outer = {n: m for n, m in lists.items() if not any(n.startswith(other + ".") for other in lists)}
+    others = _other_senses(model)
+    outer = {n: m for n, m in outer.items() if not any(n.startswith(other) for other in others)} or outer
     sizes = {name: sum(p.numel() for p in module.parameters()) for name, module in outer.items()}
     ranked = sorted(sizes, key=lambda name: sizes[name], reverse=True)
     if not ranked or sizes[ranked[0]] == 0:
@@ -116,6 +119,13 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
         seen = ", ".join(f"{n} ({len(outer[n])} x {type(outer[n][0]).__name__})" for n in ranked)
         raise InputError(f"{type(model).__name__} has several lists of blocks, only decoders are supported: {seen}")
     return ranked[0], outer[ranked[0]]
+
+
+def _other_senses(model: nn.Module) -> list[str]:
+    """Where the parts of a model begin that are given images or sound: however large they are, they are no text decoder's."""
+    text = {"input_ids", "decoder_input_ids"}
+    parts = ((name, part) for name, part in model.named_modules() if name and isinstance(part, PreTrainedModel))
+    return [f"{name}." for name, part in parts if part.main_input_name not in text or "text" not in part.input_modalities]
 
 
 def find_matrices(model: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> Matrices:
