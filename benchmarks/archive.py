@@ -29,7 +29,7 @@ import zstandard
 from common import CALIBRATION, save, smollm2_folder
 from uniprune.artefacts import archive, archive_codec, writer
 from uniprune.artefacts import masks as masks_file
-from uniprune.models.checkpoint import Files
+from uniprune.checkpoints.checkpoint import Files
 
 PATTERNS = ("0.5", "2:4")
 ROUNDS = 3

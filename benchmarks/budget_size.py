@@ -22,8 +22,9 @@ from common import CALIBRATION, load, save, smollm2, smollm2_folder
 from uniprune import Recipe, Unstructured
 from uniprune.artefacts import archive
 from uniprune.artefacts.archive_size import Estimate
+from uniprune.checkpoints.origin import resolve
 from uniprune.common.formatting import parse_size
-from uniprune.models.loading import resolve, skeleton
+from uniprune.models.loading import skeleton
 from uniprune.models.matrices import find_matrices
 
 QUICK = {"metric": "magnitude", "controller": "none", "windows": 2, "length": 64}

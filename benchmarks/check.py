@@ -13,7 +13,7 @@ from pathlib import Path
 
 import uniprune
 from common import RESULTS, smollm2
-from uniprune.models.loading import resolve
+from uniprune.checkpoints.origin import resolve
 
 TEXT = "../shared/data/wikitext2/wiki.test.raw"
 

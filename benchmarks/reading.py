@@ -25,8 +25,9 @@ from typing import Any
 import zstandard
 
 from common import save, smollm2
+from uniprune.checkpoints.origin import resolve
 from uniprune.data.windows import Windows, load_windows
-from uniprune.models.loading import load_tokenizer, resolve
+from uniprune.models.loading import load_tokenizer
 
 WINDOWS, LENGTH, ROUNDS = 128, 512, 3
 WORDS, BLOCK = 20_000, 10_000

@@ -41,9 +41,9 @@ import shards
 from common import load, save, smollm2_folder
 from uniprune.artefacts.masks import MasksFile
 from uniprune.artefacts.writer import MASKS, checkpoint_bytes
+from uniprune.checkpoints.origin import Origin
 from uniprune.errors import InputError
 from uniprune.job.estimate import needs
-from uniprune.models.loading import Origin
 from uniprune.models.matrices import find_matrices
 from uniprune.storage.files import REPORT, check_disk_space, new_folder
 

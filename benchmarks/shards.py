@@ -21,8 +21,9 @@ import torch
 from transformers import LlamaConfig
 
 from common import smollm2
+from uniprune.checkpoints.origin import Origin, resolve
 from uniprune.errors import InputError
-from uniprune.models.loading import Origin, load_tokenizer, resolve, skeleton
+from uniprune.models.loading import load_tokenizer, skeleton
 from uniprune.storage.files import check_disk_space, new_folder
 
 SIZES = {

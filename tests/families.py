@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM
 import uniprune
 from small_models import EXCLUDED, FAMILIES, VOCABULARY, save, tiny
 from uniprune.artefacts import masks as masks_file
+from uniprune.checkpoints.checkpoint import Files
 from uniprune.data.windows import Windows, save_windows
 from uniprune.errors import UniPruneError
-from uniprune.models.checkpoint import Files
 from uniprune.models.matrices import find_blocks
 
 TABLE = Path(__file__).parents[1] / "docs" / "models.md"

@@ -32,6 +32,8 @@ from uniprune.artefacts import archive, mask_conversion, mask_tools, writer
 from uniprune.artefacts import masks as masks_file
 from uniprune.artefacts.binding import Binding
 from uniprune.artefacts.scores import ScoresFacts, write_scores
+from uniprune.checkpoints import checkpoint
+from uniprune.checkpoints.origin import resolve
 from uniprune.data import tasks, text
 from uniprune.data import windows as windows_module
 from uniprune.entrypoints import mask as entry_mask
@@ -39,7 +41,6 @@ from uniprune.entrypoints import prune as entry_prune
 from uniprune.errors import LONGEST, UniPruneError
 from uniprune.evaluation import reproduce
 from uniprune.job.recipe import Recipe
-from uniprune.models import checkpoint, loading
 from uniprune.models.matrices import Matrix
 from uniprune.reporting import model_card, results
 from uniprune.reporting.summary import summarise
@@ -207,9 +208,7 @@ def readers(folder: Path) -> dict[str, Reader]:
     found = [
         Reader("checkpoint", "safetensors", (model / "model.safetensors").read_bytes(), entries, "model.safetensors"),
         Reader("index", "json", json.dumps(index).encode(), indexed, checkpoint.INDEX),
-        Reader(
-            "config", "json", (model / "config.json").read_bytes(), lambda path: loading.resolve(path.parent), "config.json"
-        ),
+        Reader("config", "json", (model / "config.json").read_bytes(), lambda path: resolve(path.parent), "config.json"),
         Reader("masks", "safetensors", (model / writer.MASKS).read_bytes(), verify, "m.safetensors"),
         Reader("scores", "safetensors", (made / "s.safetensors").read_bytes(), cut, "s.safetensors"),
         Reader("tokens", "safetensors", (made / "t.safetensors").read_bytes(), tokens, "t.safetensors"),

@@ -11,10 +11,11 @@ import uniprune
 from conftest import tiny_model, write_gguf
 from uniprune import Loaded, Recipe
 from uniprune.artefacts import archive, archive_size
+from uniprune.checkpoints.origin import resolve
 from uniprune.common.formatting import parse_size, spell_size
 from uniprune.errors import InputError
 from uniprune.job.prepare import aim_of
-from uniprune.models.loading import resolve, skeleton
+from uniprune.models.loading import skeleton
 from uniprune.models.matrices import find_matrices
 from uniprune.sparsity.constraints import DENSE, Mixed, Rule, Ruled, reach
 from uniprune.sparsity.patterns import NM, Tiled, Unstructured

@@ -19,6 +19,7 @@ from conftest import tiny_model, write_gguf
 from uniprune.artefacts import mask_conversion, mask_tools, writer
 from uniprune.artefacts import masks as masks_file
 from uniprune.artefacts.binding import Binding
+from uniprune.checkpoints.origin import resolve
 from uniprune.errors import InputError, MismatchError
 from uniprune.models import loading
 from uniprune.models.matrices import find_matrices
@@ -54,7 +55,7 @@ def random_masks(seed=0, shape=(5, 12), names=("model.layers.0.up", "model.layer
 
 def cut(folder, pattern, path, stored=None):
     """Masks of a model by magnitude, bound to it as calibrate and mask do; and the checkpoint pruned by them."""
-    origin = loading.resolve(folder)
+    origin = resolve(folder)
     matrices = find_matrices(loading.load(folder, "float32").model)
     masks = dict(pattern({name: matrix.weight.abs() for name, matrix in matrices.items()}))
     shapes = {name: matrix.shape for name, matrix in matrices.items()}

@@ -12,9 +12,9 @@ from uniprune import Loaded
 from uniprune.artefacts import masks as masks_file
 from uniprune.artefacts import writer
 from uniprune.artefacts.binding import Binding
+from uniprune.checkpoints.checkpoint import Files
+from uniprune.checkpoints.origin import Origin
 from uniprune.errors import InputError, UniPruneError
-from uniprune.models.checkpoint import Files
-from uniprune.models.loading import Origin
 from uniprune.models.matrices import find_matrices
 from uniprune.storage import files
 

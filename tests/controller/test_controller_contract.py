@@ -11,6 +11,7 @@ import uniprune
 from conftest import VOCABULARY, Stopped, Stops, tiny_model
 from own import Correlated, Halved, Loud, Signs
 from uniprune import Recipe
+from uniprune.checkpoints.origin import resolve
 from uniprune.common import distributed
 from uniprune.controller import controllers
 from uniprune.controller.controllers import CONTROLLERS
@@ -18,7 +19,6 @@ from uniprune.controller.mirror_descent import MirrorDescent
 from uniprune.controller.published import UniPruning
 from uniprune.errors import InputError
 from uniprune.job import prepare as job
-from uniprune.models import loading
 from uniprune.models.matrices import find_matrices
 from uniprune.models.streaming import attached, open_streamed
 from uniprune.saliency.calibration import Calibration
@@ -127,7 +127,7 @@ def test_what_it_needs_is_heeded_before_any_weight_is_read(controller, folder, t
 def test_block_by_block_it_gives_the_same(controller, tmp_path):
     model = tiny_model(initializer_range=0.3)
     model.save_pretrained(tmp_path)
-    loaded = open_streamed(loading.resolve(tmp_path), None, torch.float32, torch.device("cpu"))
+    loaded = open_streamed(resolve(tmp_path), None, torch.float32, torch.device("cpu"))
     hollow = attached(find_matrices(loaded.model), loaded.residency)
     expected, _ = controller.calibrate(Calibration(model, find_matrices(model), tokens()), Loud(), TARGETS, 2)
     found, _ = controller.calibrate(Calibration(loaded.model, hollow, tokens(), loaded.residency), Loud(), TARGETS, 2)

@@ -9,9 +9,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from small_models import EXPERTS, SMALL
+from uniprune.checkpoints.origin import resolve
 from uniprune.errors import InputError
 from uniprune.models.blocks import Replay
-from uniprune.models.loading import resolve
 from uniprune.models.matrices import find_blocks
 from uniprune.models.streaming import open_streamed
 

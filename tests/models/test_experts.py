@@ -11,6 +11,7 @@ import uniprune
 from families import tensors
 from small_models import VOCABULARY, tiny
 from uniprune import Loaded, Recipe
+from uniprune.checkpoints.checkpoint import Files, checkpoint_of
 from uniprune.cli.tables import plan_lines
 from uniprune.controller.descent import sensitivities
 from uniprune.controller.loss import Loss
@@ -18,7 +19,6 @@ from uniprune.controller.passes import Resident
 from uniprune.controller.straight_through import StraightThrough
 from uniprune.data.windows import Windows, save_windows
 from uniprune.errors import InputError, UniPruneError
-from uniprune.models.checkpoint import Files, checkpoint_of
 from uniprune.models.experts import is_fused, taken_apart
 from uniprune.models.matrices import find_blocks, find_matrices, left_dense
 from uniprune.saliency import statistics as statistics_module

@@ -7,8 +7,9 @@ from transformers import AutoModelForCausalLM
 import uniprune
 from conftest import tiny_model, write_gguf
 from small_models import FAMILIES, tiny
+from uniprune.checkpoints.origin import resolve
 from uniprune.evaluation.model import Subject
-from uniprune.models.loading import hollow, load_weights, native_dtype, resolve
+from uniprune.models.loading import hollow, load_weights, native_dtype
 from uniprune.models.streaming import open_streamed
 
 CPU = torch.device("cpu")

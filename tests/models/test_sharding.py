@@ -14,6 +14,7 @@ import processes
 import uniprune
 from conftest import VOCABULARY, Stopped, Stops, tiny_model
 from uniprune import Recipe
+from uniprune.checkpoints.origin import Origin, resolve
 from uniprune.common import distributed
 from uniprune.controller.loss import Loss
 from uniprune.controller.passes import Streamed
@@ -87,7 +88,7 @@ def recorded(kind):
 
 def parts(folder):
     """What this process holds between the blocks' turns, and whether parameters are right in them, and dropped after them."""
-    origin = loading.resolve(folder)
+    origin = resolve(folder)
     loaded, streamed = (kind(origin, None, torch.float32, CPU) for kind in (open_sharded, open_streamed))
     prefix, blocks = find_blocks(loaded.model)
     matrices = attached(find_matrices(loaded.model), loaded.residency)
@@ -191,7 +192,7 @@ def test_all_processes_enter_the_same_blocks(out):
 
 def test_a_process_without_windows_runs_all_blocks(folders):
     """It has its part of the weights, which the others need."""
-    loaded = open_streamed(loading.resolve(folders / "tied"), None, torch.float32, CPU)
+    loaded = open_streamed(resolve(folders / "tied"), None, torch.float32, CPU)
     entered = []
 
     @contextmanager
@@ -225,8 +226,8 @@ CHOICES = [(1000, "resident", "resident"), (999, "streamed", "sharded"), (363, "
 def test_the_choice(monkeypatch, tmp_path, limit, alone, together):
     """Needs are whole 1000, by block 100, for two processes that hold half of the blocks each 364."""
     needs = Needs(resident=1000, streamed=100, scratch=0, blocks=400, block=20)
-    origin, options = loading.Origin("m", tmp_path), RunOptions(max_memory=limit)
-    monkeypatch.setattr(loading.Origin, "files", True)
+    origin, options = Origin("m", tmp_path), RunOptions(max_memory=limit)
+    monkeypatch.setattr(Origin, "files", True)
     assert choose(origin, needs, options, CPU) == alone
     monkeypatch.setattr(distributed, "count", lambda: 2)
     monkeypatch.setattr(distributed, "total_of", lambda value: 2 * value)
@@ -235,8 +236,8 @@ def test_the_choice(monkeypatch, tmp_path, limit, alone, together):
 
 def test_processes_choose_by_the_one_with_least_memory(monkeypatch, tmp_path):
     needs = Needs(resident=1000, streamed=100, scratch=0, blocks=400, block=20)
-    monkeypatch.setattr(loading.Origin, "files", True)
+    monkeypatch.setattr(Origin, "files", True)
     monkeypatch.setattr(distributed, "count", lambda: 2)
     other = iter([False, True])  # the whole model does not fit there, a half does
     monkeypatch.setattr(distributed, "total_of", lambda value: value + next(other))
-    assert choose(loading.Origin("m", tmp_path), needs, RunOptions(max_memory=2000), CPU) == "sharded"
+    assert choose(Origin("m", tmp_path), needs, RunOptions(max_memory=2000), CPU) == "sharded"

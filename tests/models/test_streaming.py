@@ -15,6 +15,7 @@ from conftest import VOCABULARY, Stopped, Stops, tiny_model
 from processes import Forked
 from small_models import MATRICES, tiny
 from uniprune import Recipe
+from uniprune.checkpoints.origin import Origin, resolve
 from uniprune.common.formatting import parse_size
 from uniprune.controller import descent
 from uniprune.controller.loss import Loss
@@ -25,7 +26,6 @@ from uniprune.errors import InputError, MismatchError, UniPruneError
 from uniprune.job.estimate import Needs, Work, needs
 from uniprune.job.options import RunOptions
 from uniprune.job.prepare import choose, progress_of
-from uniprune.models import loading
 from uniprune.models.blocks import Replay
 from uniprune.models.matrices import find_blocks, find_matrices
 from uniprune.models.streaming import attached, open_streamed
@@ -52,7 +52,7 @@ def pair(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("family")
     model = tiny(request.param)
     model.save_pretrained(folder, max_shard_size="20KB")
-    loaded = open_streamed(loading.resolve(folder), None, torch.float32, CPU)
+    loaded = open_streamed(resolve(folder), None, torch.float32, CPU)
     hollow = attached(find_matrices(loaded.model), loaded.residency)
     return (model, find_matrices(model)), (loaded.model, hollow, loaded.residency)
 
@@ -102,7 +102,7 @@ def test_local_masks_are_those_of_the_model_in_memory(pair):
 def test_descents_agree(tmp_path):
     model = tiny_model(initializer_range=0.3)
     model.save_pretrained(tmp_path)
-    loaded = open_streamed(loading.resolve(tmp_path), None, torch.float32, CPU)
+    loaded = open_streamed(resolve(tmp_path), None, torch.float32, CPU)
     hollow = attached(find_matrices(loaded.model), loaded.residency)
     ids, settings = tokens(32, 32, VOCABULARY), MirrorDescent(step_size=0.05, batch_tokens=128)
     targets = descent.any_sparsity()
@@ -117,7 +117,7 @@ def test_the_states_take_the_disk_that_was_forecast(tmp_path, monkeypatch):
     """Two versions and the best duals, which are the second step's; and these come out, whatever became of the states."""
     model = tiny_model(hidden_size=256, intermediate_size=512, num_hidden_layers=2)
     model.save_pretrained(tmp_path / "model")
-    loaded = open_streamed(loading.resolve(tmp_path / "model"), None, torch.float32, CPU)
+    loaded = open_streamed(resolve(tmp_path / "model"), None, torch.float32, CPU)
     hollow = attached(find_matrices(loaded.model), loaded.residency)
     run, taken, judged = runs.Run(tmp_path / "run"), [], []
     run.folder.mkdir()
@@ -169,7 +169,7 @@ def test_what_fits_nowhere_is_refused(folder, tmp_path):
     with pytest.raises(InputError, match=r"needs 0\.\d+ GB of memory, or 0\.\d+ GB block by block; 0\.00 GB are there"):
         uniprune.prune(str(folder), Recipe(sparsity="2:4", **SMALL), tmp_path / "out", max_memory=1000)
     assert uniprune.plan(str(folder), Recipe(sparsity="2:4"), max_memory=1000).execution == "none"
-    gguf = loading.Origin("m.gguf", tmp_path, "m.gguf")
+    gguf = Origin("m.gguf", tmp_path, "m.gguf")
     with pytest.raises(InputError, match="only safetensors checkpoints can be read block by block"):
         choose(gguf, Needs(10**10, 10**9, 0), RunOptions(max_memory=2 * 10**9), CPU)
     assert not list(tmp_path.iterdir())

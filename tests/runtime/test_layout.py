@@ -13,9 +13,9 @@ from command import run
 from conftest import tiny_model
 from uniprune import accelerate
 from uniprune.artefacts import reports, writer
+from uniprune.checkpoints.checkpoint import PACKED
+from uniprune.checkpoints.origin import resolve
 from uniprune.errors import InputError
-from uniprune.models.checkpoint import PACKED
-from uniprune.models.loading import resolve
 from uniprune.models.matrices import find_matrices
 from uniprune.runtime import layout
 from uniprune.runtime.packed import Packed, unpack

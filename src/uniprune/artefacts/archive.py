@@ -20,9 +20,9 @@ import numpy as np
 
 from uniprune.artefacts import writer
 from uniprune.artefacts.archive_codec import GROUP, WORDS, Array, Chunk, Zstd, decode, encode, xor
+from uniprune.checkpoints import checkpoint
 from uniprune.common.progress import Progress, silent
 from uniprune.errors import InputError
-from uniprune.models import checkpoint
 from uniprune.storage import dtypes, safetensors_index, strict_json
 from uniprune.storage.files import check_disk_space, check_output_folder, new_folder, replacing
 

@@ -22,10 +22,11 @@ import torch
 from torch import Tensor
 
 from uniprune.artefacts import archive, archive_codec, writer
+from uniprune.checkpoints.checkpoint import Checkpoint, Files, Stored
+from uniprune.checkpoints.origin import Origin
 from uniprune.common.formatting import spell_size
 from uniprune.errors import InputError
-from uniprune.models.checkpoint import Checkpoint, Files, Stored
-from uniprune.models.loading import Loaded, Origin
+from uniprune.models.loading import Loaded
 from uniprune.models.matrices import Matrices, Matrix
 from uniprune.sparsity.constraints import reach
 from uniprune.sparsity.patterns import Pattern, Saliency, Shape

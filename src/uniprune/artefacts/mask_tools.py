@@ -19,9 +19,10 @@ from torch import Tensor
 from uniprune.artefacts import writer
 from uniprune.artefacts.binding import Binding
 from uniprune.artefacts.masks import MasksFacts, MasksFile, write_masks
+from uniprune.checkpoints.checkpoint import Checkpoint, checkpoint_of
+from uniprune.checkpoints.origin import resolve
 from uniprune.errors import InputError, MismatchError
 from uniprune.models import loading
-from uniprune.models.checkpoint import Checkpoint, checkpoint_of
 from uniprune.models.matrices import find_matrices
 from uniprune.sparsity import bits, constraints
 from uniprune.sparsity.patterns import NM, Cutter
@@ -150,7 +151,7 @@ def _kept_per(mask: Tensor, run: int) -> Array:
 
 def _find_weights(folder: Source, shapes: Mapping[str, tuple[int, ...]]) -> Checkpoint:
     """A pruned checkpoint, if it has these matrices in these shapes, as it stores them."""
-    origin = loading.resolve(folder)
+    origin = resolve(folder)
     files, missing = origin.files, set(loading.find_names(origin, shapes) if origin.files else shapes)
     for name, shape in shapes.items():
         if files is None or name in missing or files.region(name).shape != shape:
@@ -282,7 +283,7 @@ class Dense:
     """The dense model that masks belong to: its matrices by structure, its weights as they are stored."""
 
     def __init__(self, source: Source, dtype: str | None) -> None:
-        self.origin = origin = loading.resolve(source)
+        self.origin = origin = resolve(source)
         chosen, cpu = loading.parse_dtype(dtype), torch.device("cpu")
         model = loading.skeleton(origin) if origin.files else loading.load_weights(origin, chosen, cpu)
         self.checkpoint, self.matrices = checkpoint_of(model), find_matrices(model)

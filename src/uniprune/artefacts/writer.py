@@ -22,9 +22,10 @@ import numpy as np
 import torch
 
 from uniprune.artefacts.masks import MasksFile
+from uniprune.checkpoints.checkpoint import Files, spell_digest
+from uniprune.checkpoints.origin import Origin
 from uniprune.errors import UniPruneError
-from uniprune.models.checkpoint import Files, spell_digest
-from uniprune.models.loading import Loaded, Origin
+from uniprune.models.loading import Loaded
 from uniprune.sparsity.bits import Array, apply_to_array, pack
 from uniprune.storage.files import REPORT, sync
 from uniprune.storage.outline import Piece

@@ -11,17 +11,10 @@ from uniprune.artefacts import writer
 from uniprune.artefacts.mask_tools import CheckedMasks
 from uniprune.artefacts.masks import MasksFile
 from uniprune.artefacts.reports import ModelFacts, Pruning, realised
+from uniprune.checkpoints.origin import Origin, resolve
 from uniprune.common.provenance import Stopwatch, sha256, versions
 from uniprune.errors import MismatchError
-from uniprune.models.loading import (
-    Loaded,
-    Origin,
-    find_names,
-    load_tokenizer,
-    load_weights,
-    parse_dtype,
-    resolve,
-)
+from uniprune.models.loading import Loaded, find_names, load_tokenizer, load_weights, parse_dtype
 from uniprune.models.matrices import Matrices, find_matrices
 from uniprune.reporting import model_card
 from uniprune.sparsity.structure import claimed

@@ -10,10 +10,11 @@ from typing import Literal
 
 import torch
 
+from uniprune.checkpoints.origin import resolve
 from uniprune.common.progress import Progress, silent
 from uniprune.common.provenance import Stopwatch, versions
 from uniprune.errors import InputError
-from uniprune.models.loading import DTYPES, parse_device, resolve, skeleton
+from uniprune.models.loading import DTYPES, parse_device, skeleton
 from uniprune.models.matrices import find_matrices
 from uniprune.speed import timing
 from uniprune.speed.kernels import DENSE, SPARSE

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from uniprune.artefacts import writer
 from uniprune.artefacts.reports import Gain, Permutation
+from uniprune.checkpoints.checkpoint import Files
+from uniprune.checkpoints.origin import resolve
 from uniprune.common import distributed
 from uniprune.common.progress import Progress, silent
 from uniprune.common.provenance import Stopwatch, versions
@@ -22,8 +24,7 @@ from uniprune.job.options import RunOptions
 from uniprune.job.prepare import Job, device_of, prepare, progress_of
 from uniprune.job.recipe import Recipe
 from uniprune.models.channels import Channels, find_channels, fold, folding, reorder
-from uniprune.models.checkpoint import Files
-from uniprune.models.loading import Loaded, Source, resolve, skeleton
+from uniprune.models.loading import Loaded, Source, skeleton
 from uniprune.models.matrices import find_matrices
 from uniprune.reporting import model_card
 from uniprune.saliency.calibration import one_shot

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from uniprune.checkpoints.origin import resolve
 from uniprune.errors import InputError
 from uniprune.job import estimate
 from uniprune.job.options import RunOptions
 from uniprune.job.prepare import aim_of, choose, device_of, stored_dtype
 from uniprune.job.recipe import LENGTH, WINDOWS, Recipe
-from uniprune.models.loading import fast_dtype, load, parse_dtype, resolve, skeleton
+from uniprune.models.loading import fast_dtype, load, parse_dtype, skeleton
 from uniprune.models.matrices import find_matrices
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 
+from uniprune.checkpoints.origin import resolve
 from uniprune.common.progress import Progress
 from uniprune.data.bos import bos_of
 from uniprune.data.tasks import Task
@@ -32,7 +33,6 @@ from uniprune.models.loading import (
     native_dtype,
     parse_device,
     parse_dtype,
-    resolve,
     skeleton,
     warn_of_emulation,
 )

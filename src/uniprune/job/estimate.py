@@ -12,11 +12,12 @@ from typing import Literal
 
 import torch
 
+from uniprune.checkpoints.origin import Origin
 from uniprune.controller.passes import PART_TOKENS
 from uniprune.job.recipe import Recipe
 from uniprune.models.blocks import BATCH_TOKENS
 from uniprune.models.experts import Slice
-from uniprune.models.loading import Origin, dtype_name
+from uniprune.models.loading import dtype_name
 from uniprune.models.matrices import Matrices, find_blocks, left_dense
 from uniprune.saliency.statistics import Gram, Kind, SquaredNorm, beside
 from uniprune.sparsity.constraints import spell

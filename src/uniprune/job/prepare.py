@@ -18,6 +18,7 @@ import torch
 from uniprune.artefacts import archive_size, writer
 from uniprune.artefacts.binding import Binding
 from uniprune.artefacts.reports import ModelFacts
+from uniprune.checkpoints.origin import Origin, resolve
 from uniprune.common import distributed, formatting
 from uniprune.common.progress import Progress
 from uniprune.controller import controllers
@@ -31,7 +32,6 @@ from uniprune.job.recipe import LENGTH, WINDOWS, Recipe
 from uniprune.models.blocks import resident
 from uniprune.models.loading import (
     Loaded,
-    Origin,
     Source,
     check_context,
     check_one_device,
@@ -43,7 +43,6 @@ from uniprune.models.loading import (
     load_weights,
     parse_device,
     parse_dtype,
-    resolve,
     skeleton,
     warn_of_emulation,
 )

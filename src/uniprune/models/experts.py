@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from uniprune.checkpoints.layout import Part
 from uniprune.errors import UniPruneError
 from uniprune.models.blocks import rerouted
-from uniprune.models.layout import Part
 
 Call = Callable[["Slice", Tensor], Tensor]
 

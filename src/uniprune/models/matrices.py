@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from uniprune.checkpoints.checkpoint import Files, checkpoint_of
 from uniprune.errors import InputError
-from uniprune.models.checkpoint import Files, checkpoint_of
 from uniprune.models.experts import Fused, Slice, fused_experts, is_fused
 
 COVERAGE = 0.9  # of the blocks' parameters must lie in matrices that we know how to prune

@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from uniprune.checkpoints.origin import Origin
 from uniprune.common import distributed
-from uniprune.models.loading import Loaded, Origin
+from uniprune.models.loading import Loaded
 from uniprune.models.streaming import Streamer, opened
 from uniprune.storage.stash import give_back_memory
 

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from uniprune.checkpoints.layout import keys_of
+from uniprune.checkpoints.origin import Origin
 from uniprune.errors import InputError
-from uniprune.models.layout import keys_of
-from uniprune.models.loading import Loaded, Origin, hollow
+from uniprune.models.loading import Loaded, hollow
 from uniprune.models.matrices import Matrices, find_blocks
 from uniprune.storage.outline import Outline
 from uniprune.storage.stash import give_back_memory

@@ -13,12 +13,12 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from uniprune.artefacts.reports import Permutation, Pruning, read_report
+from uniprune.checkpoints.origin import Origin
 from uniprune.common.fields import replays
 from uniprune.common.formatting import NOTE
 from uniprune.errors import InputError, UniPruneError, first_line
 from uniprune.evaluation import reproduce
 from uniprune.evaluation.results import Evaluation
-from uniprune.models.loading import Origin
 from uniprune.storage.files import REPORT, replacing
 
 MARK = "<!-- Written by uniprune: `uniprune card` replaces this file. -->"

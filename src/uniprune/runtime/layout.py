@@ -26,11 +26,12 @@ from torch import Tensor
 
 from uniprune.artefacts import reports, writer
 from uniprune.artefacts.reports import ModelFacts
+from uniprune.checkpoints.checkpoint import PACKED, Files, spell_digest
+from uniprune.checkpoints.origin import Origin, resolve
 from uniprune.common.progress import Progress, silent
 from uniprune.common.provenance import Stopwatch, versions
 from uniprune.errors import InputError
-from uniprune.models.checkpoint import PACKED, Files, spell_digest
-from uniprune.models.loading import Origin, resolve, skeleton
+from uniprune.models.loading import skeleton
 from uniprune.models.matrices import Matrix, find_matrices
 from uniprune.runtime.linear import nothing_to_pack, too_dense, unsupported
 from uniprune.runtime.native import PADDING, library

@@ -10,17 +10,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from uniprune.checkpoints.checkpoint import PACKED, lacking
+from uniprune.checkpoints.origin import resolve
 from uniprune.errors import InputError
-from uniprune.models.checkpoint import PACKED, lacking
-from uniprune.models.loading import (
-    Loaded,
-    hollow,
-    load_weights,
-    native_dtype,
-    parse_dtype,
-    resolve,
-    warn_of_emulation,
-)
+from uniprune.models.loading import Loaded, hollow, load_weights, native_dtype, parse_dtype, warn_of_emulation
 from uniprune.models.matrices import Matrix, find_matrices
 from uniprune.models.streaming import assign, loaded_dtypes
 from uniprune.runtime.layout import RuntimeOrigin

@@ -15,10 +15,11 @@ from families import same_files
 from small_models import VOCABULARY, save, tiny
 from uniprune import Loaded, Recipe
 from uniprune.artefacts import masks as masks_file
+from uniprune.checkpoints.checkpoint import INDEX, WHOLE, Files, checkpoint_of
+from uniprune.checkpoints.origin import resolve
 from uniprune.data.windows import Windows, save_windows
 from uniprune.errors import InputError
 from uniprune.models import loading
-from uniprune.models.checkpoint import INDEX, WHOLE, Files, checkpoint_of
 from uniprune.models.matrices import check_loaded, find_matrices
 from uniprune.models.streaming import open_streamed
 from uniprune.storage import safetensors_index
@@ -159,7 +160,7 @@ def put(folder, key, tensor, instead=None):
 def test_block_by_block_a_head_is_tied_as_transformers_ties_it(write, dtype, tmp_path):
     write(tmp_path)
     expected = loading.load(tmp_path, str(dtype).removeprefix("torch."), "cpu").model
-    found = open_streamed(loading.resolve(tmp_path), None, dtype, CPU).model
+    found = open_streamed(resolve(tmp_path), None, dtype, CPU).model
     tied = expected.lm_head.weight is expected.model.embed_tokens.weight
     assert tied == (write is not own_head)
     assert (found.lm_head.weight is found.model.embed_tokens.weight) == tied
@@ -174,7 +175,7 @@ def test_a_head_that_differs_beyond_the_type_computed_in_is_tied(tmp_path):
     put(tmp_path, "lm_head.weight", head * (1 + 1e-4))
     for dtype, tied in ((torch.float32, False), (torch.bfloat16, None)):
         expected = loading.load(tmp_path, str(dtype).removeprefix("torch."), "cpu").model
-        found = open_streamed(loading.resolve(tmp_path), None, dtype, CPU).model
+        found = open_streamed(resolve(tmp_path), None, dtype, CPU).model
         same = expected.lm_head.weight is expected.model.embed_tokens.weight
         assert tied is None or same == tied
         assert (found.lm_head.weight is found.model.embed_tokens.weight) == same
@@ -214,15 +215,13 @@ def test_names_are_the_keys_of_this_checkpoint(tmp_path):
     text_model = AutoModelForCausalLM.from_pretrained(tmp_path / "fused")
     text_model.save_pretrained(tmp_path / "text")  # transformers puts the prefix back
     experts = "model.language_model.layers.0.mlp.experts"
-    names = {
-        name: set(find_matrices(loading.skeleton(loading.resolve(tmp_path / name)))) for name in ("parts", "fused", "text")
-    }
+    names = {name: set(find_matrices(loading.skeleton(resolve(tmp_path / name)))) for name in ("parts", "fused", "text")}
     assert {f"{experts}.{n}.{part}_proj" for n in range(4) for part in ("gate", "up", "down")} < names["parts"]
     assert {f"{experts}.{part}_proj.{n}" for n in range(4) for part in ("gate_up", "down")} < names["fused"]
     assert names["text"] == names["fused"] == set(find_matrices(text_model))
     tiny("qwen3_5_moe").save_pretrained(tmp_path / "new")  # a text model that never had one
     assert "model.layers.0.mlp.gate_proj" not in names["parts"]
-    new = set(find_matrices(loading.skeleton(loading.resolve(tmp_path / "new"))))
+    new = set(find_matrices(loading.skeleton(resolve(tmp_path / "new"))))
     assert {name.replace("language_model.", "") for name in names["parts"]} == new
 
 
@@ -245,7 +244,7 @@ def test_a_text_model_out_of_a_larger_one_is_pruned_in_memory_and_saved(tmp_path
 
 def test_a_model_in_memory_that_is_not_what_its_files_have_is_refused(tmp_path, recipe):
     tiny("deepseek_v3").save_pretrained(tmp_path / "model")
-    origin = loading.resolve(tmp_path / "model")
+    origin = resolve(tmp_path / "model")
     model = loading.load_weights(origin, torch.float32, CPU)
     matrices = find_matrices(model)
     check_loaded(model, matrices)
@@ -264,7 +263,7 @@ def test_a_model_in_memory_that_is_not_what_its_files_have_is_refused(tmp_path, 
 def test_the_guard_looks_at_another_kind_in_each_block(tmp_path):
     """So an error that all blocks have in one kind of matrices is seen."""
     tiny("qwen3_moe, fused", num_hidden_layers=12).save_pretrained(tmp_path, save_original_format=False)
-    model = loading.load_weights(loading.resolve(tmp_path), torch.float32, CPU)
+    model = loading.load_weights(resolve(tmp_path), torch.float32, CPU)
     matrices = find_matrices(model)
     for layer in model.model.layers:
         layer.mlp.experts.down_proj.copy_(layer.mlp.experts.down_proj.flip(0))
@@ -299,7 +298,7 @@ def test_plan_refuses_files_that_lack_a_tensor_or_have_it_in_another_shape(tmp_p
 
 
 def test_a_model_knows_the_files_that_it_was_made_from(folder):
-    origin = loading.resolve(folder)
+    origin = resolve(folder)
     for model in (loading.skeleton(origin), loading.hollow(origin, torch.float32), loading.load_weights(origin, None, CPU)):
         assert checkpoint_of(model) is origin.files
     assert not isinstance(checkpoint_of(tiny_model()), Files)

@@ -21,10 +21,10 @@ from small_models import VOCABULARY, save, tiny
 from uniprune import Loaded, Recipe
 from uniprune.artefacts import mask_conversion, mask_tools
 from uniprune.artefacts import masks as masks_file
+from uniprune.checkpoints.checkpoint import Files, Memory
+from uniprune.checkpoints.layout import Computed
 from uniprune.data.windows import Windows, save_windows
 from uniprune.errors import InputError
-from uniprune.models.checkpoint import Files, Memory
-from uniprune.models.layout import Computed
 from uniprune.models.matrices import find_matrices
 
 CPU = torch.device("cpu")

@@ -24,8 +24,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from uniprune.checkpoints.layout import Computed, Layout, Located, Part, Region, as_saved, matrix_at, on_load
 from uniprune.errors import InputError
-from uniprune.models.layout import Computed, Layout, Located, Part, Region, as_saved, matrix_at, on_load
 from uniprune.storage import strict_json
 from uniprune.storage.dtypes import BY_DTYPE, BY_NAME
 from uniprune.storage.outline import Outline, Piece
