@@ -56,6 +56,7 @@ FAMILIES = {  # transformers' name of the family -> what its configuration needs
     "smollm3": {},
     "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32},
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
+    "openai-gpt": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "afn": "gelu"},
     "gpt_neox": {},
     "bloom": {"n_layer": 2, "n_head": 4},
     "falcon": {"new_decoder_architecture": True, "num_kv_heads": 2, "head_dim": None},

@@ -251,7 +251,7 @@ class Descent:
             )
         if gradient is None:
             return
-        gradient = gradient.float() * weight
+        gradient = (gradient.float() * weight).float()  # weights may be float64
         if self._settings.temperature:
             soft = self._masks[name]
             gradient *= soft * (1 - soft)

@@ -76,8 +76,6 @@ class StraightThrough:
         if self.weigh:
             gradient = gradient * self.weigh(name, x, gradient)[:, None]
         product = gradient.T @ x
-        if product.dtype == torch.float64:  # the rest of the controller is float32
-            product = product.float()
         earlier = self._gradients.get(name)
         self._gradients[name] = product if earlier is None else earlier.float().add_(product)
 

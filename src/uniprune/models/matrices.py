@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import gc
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from uniprune.checkpoints.checkpoint import Files, checkpoint_of
 from uniprune.errors import InputError
 from uniprune.models.experts import Fused, Slice, fused_experts, is_fused
+from uniprune.models.linear import Probe
 
 COVERAGE = 0.9  # of the blocks' parameters must lie in matrices that we know how to prune
 
@@ -108,8 +109,9 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """
     lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)}
     outer = {n: m for n, m in lists.items() if not any(n.startswith(other + ".") for other in lists)}
-    others = _other_senses(model)
-    outer = {n: m for n, m in outer.items() if not any(n.startswith(other) for other in others)} or outer
+    text, others = _text_decoder(model), _other_senses(model)
+    outer = {n: m for n, m in outer.items() if n.startswith(text)} or outer
+    outer = {n: m for n, m in outer.items() if not n.startswith(others)} or outer
     sizes = {name: sum(p.numel() for p in module.parameters()) for name, module in outer.items()}
     ranked = sorted(sizes, key=lambda name: sizes[name], reverse=True)
     if not ranked or sizes[ranked[0]] == 0:
@@ -121,11 +123,20 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return ranked[0], outer[ranked[0]]
 
 
-def _other_senses(model: nn.Module) -> list[str]:
+def _text_decoder(model: nn.Module) -> str:
+    """Where the part of a multimodal model begins that it says is its decoder; of others, all of it is."""
+    config = getattr(model, "config", None)
+    if config is None or config.get_text_config() is config or config.is_encoder_decoder:
+        return ""
+    decoder = model.get_decoder()  # type: ignore[operator]
+    return next((f"{name}." for name, part in model.named_modules() if part is decoder and name), "")
+
+
+def _other_senses(model: nn.Module) -> tuple[str, ...]:
     """Where the parts of a model begin that are given images or sound: however large they are, they are no text decoder's."""
     text = {"input_ids", "decoder_input_ids"}
     parts = ((name, part) for name, part in model.named_modules() if name and isinstance(part, PreTrainedModel))
-    return [f"{name}." for name, part in parts if part.main_input_name not in text or "text" not in part.input_modalities]
+    return tuple(f"{name}." for name, part in parts if part.main_input_name not in text or "text" not in part.input_modalities)
 
 
 def find_matrices(model: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> Matrices:
@@ -162,7 +173,8 @@ def _discover(model: nn.Module) -> tuple[Matrices, Left]:
     prefix, blocks = find_blocks(model)
     inside = [(f"{prefix}.{i}.{name}", i, module) for i, block in enumerate(blocks) for name, module in block.named_modules()]
     parameters = model.named_parameters(remove_duplicate=False)
-    outside = {id(p): name for name, p in parameters if not name.startswith(f"{prefix}.")}
+    outside = {id(p): f"shared with {name}" for name, p in parameters if not name.startswith(f"{prefix}.")}
+    odd = _odd(module for *_, module in inside)
     routers = {id(module): module for block in blocks for module in _routers(block)}
     groups = {id(module): group for name, _, module in inside for module, group in _fellows(name, module)}
     layout = checkpoint_of(model).layout(model)
@@ -180,14 +192,15 @@ def _discover(model: nn.Module) -> tuple[Matrices, Left]:
         weight = getattr(module, "weight", None)
         if not isinstance(weight, Tensor) or not (id(module) in routers or isinstance(module, (nn.Linear, Conv1D))):
             continue
-        covered.add(id(weight))
+        if id(module) in routers or id(weight) not in odd:
+            covered.add(id(weight))
         if id(weight) in names:
             found[names[id(weight)]] = _used_by(found[names[id(weight)]], module, index)
             continue
         part = next(iter(layout.parts(f"{name}.weight")), None)
         name = part.region.name if part else name
-        if id(module) in routers or id(weight) in outside:
-            why = "a router" if id(module) in routers else f"shared with {outside[id(weight)]}"
+        why = "a router" if id(module) in routers else odd.get(id(weight)) or outside.get(id(weight))
+        if why:
             left[name] = tuple(weight.shape), why
         elif part is None:
             raise InputError(f"{name}: it is not known how a checkpoint stores its weight")
@@ -195,8 +208,15 @@ def _discover(model: nn.Module) -> tuple[Matrices, Left]:
             names[id(weight)] = name
             group = groups.get(id(module))
             found[name] = Matrix(name, module, index, isinstance(module, Conv1D), part.flipped, group=group)
-    _check_coverage(prefix, blocks, covered)
+    _check_coverage(prefix, blocks, covered, odd)
     return found, left
+
+
+def _odd(modules: Iterable[nn.Module]) -> dict[int, str]:
+    """Weights that a layer uses which is a Linear or Conv1D by its class alone, and what is wrong with it."""
+    plain = Probe()
+    layers = [module for module in modules if isinstance(module, (nn.Linear, Conv1D)) and not plain(module)]
+    return {id(layer.weight): f"{type(layer).__name__} computes more than x @ W.T + b" for layer in layers}
 
 
 def _check_unquantised(model: nn.Module) -> None:
@@ -253,13 +273,14 @@ def _routers(block: nn.Module) -> Iterator[nn.Module]:
                 yield holders[0]
 
 
-def _check_coverage(prefix: str, blocks: nn.ModuleList, covered: set[int]) -> None:
+def _check_coverage(prefix: str, blocks: nn.ModuleList, covered: set[int], odd: Mapping[int, str]) -> None:
     parameters = {id(p): (n, p) for n, p in blocks.named_parameters()}
     total = sum(p.numel() for _, p in parameters.values())
     missed = [(n, p) for key, (n, p) in parameters.items() if key not in covered]
     if sum(p.numel() for _, p in missed) > (1 - COVERAGE) * total:
         largest = sorted(missed, key=lambda item: -item[1].numel())[:5]
-        names = ", ".join(f"{prefix}.{n} {tuple(p.shape)}" for n, p in largest)
+        reasons = {id(p): f" ({odd[id(p)]})" if id(p) in odd else "" for _, p in largest}
+        names = ", ".join(f"{prefix}.{n} {tuple(p.shape)}{reasons[id(p)]}" for n, p in largest)
         raise InputError(
             f"under {COVERAGE:.0%} of the blocks' parameters are in matrices (Linear, Conv1D, experts); not: {names}"
         )
