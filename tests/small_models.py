@@ -160,8 +160,60 @@ FAMILIES = {  # transformers' name of the family -> what its configuration needs
         },
     },
 }
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}}
+PER_LAYER = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY}
+# Models of images and text. Those that transformers has no text model for are loaded whole.
+FAMILIES |= {
+    "llava": {"text_config": SMALL | {"model_type": "llama"}, "vision_config": VISION | {"model_type": "clip_vision_model"}},
+    "qwen2_vl": {
+        "text_config": SMALL | MROPE,
+        "vision_config": {"depth": 1, "embed_dim": 32, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 2},
+    },
+    "qwen2_5_vl": {"text_config": SMALL | MROPE, "vision_config": QWEN_VISION | {"fullatt_block_indexes": [0]}},
+    "qwen3_vl": {"text_config": SMALL | MROPE, "vision_config": QWEN_VISION | {"deepstack_visual_indexes": [0]}},
+    "qwen3_vl_moe": {
+        "text_config": SMALL | MROPE | EXPERTS | {"num_experts": 4},
+        "vision_config": QWEN_VISION | {"deepstack_visual_indexes": [0]},
+    },
+    "gemma3": {"text_config": SMALL, "vision_config": VISION | {"model_type": "siglip_vision_model"}, "mm_tokens_per_image": 4},
+    "mistral3": {
+        "text_config": SMALL | {"model_type": "mistral"},
+        "vision_config": VISION | {"model_type": "pixtral", "head_dim": 16},
+    },
+    "paligemma": {
+        "text_config": SMALL | {"model_type": "gemma"},
+        "vision_config": VISION | {"model_type": "siglip_vision_model", "vision_use_head": False},
+        "projection_dim": 32,
+    },
+    "smolvlm": {"text_config": SMALL | {"model_type": "llama"}, "vision_config": VISION, "scale_factor": 2},
+    "internvl": {
+        "text_config": SMALL | {"model_type": "qwen2"},
+        "vision_config": VISION | {"image_size": [28, 28], "patch_size": [14, 14]},
+    },
+    "gemma4": {
+        "text_config": SMALL | PER_LAYER | {"global_head_dim": 8},
+        "vision_config": VISION | {"head_dim": 16, "global_head_dim": 16, "num_key_value_heads": 2},
+        "audio_config": None,
+    },
+    "gemma3n_text": {
+        **PER_LAYER,
+        "num_kv_shared_layers": 0,
+        "laurel_rank": 4,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "activation_sparsity_pattern": [0.5, 0.0],
+    },
+}
 # Some families again, as transformers saves them if it is told to (save_original_format=False): experts fused, other names.
-FUSED = ("mixtral", "qwen3_moe", "deepseek_v3", "granitemoe", "qwen3_5_moe", "nemotron_h")
+FUSED = ("mixtral", "qwen3_moe", "deepseek_v3", "granitemoe", "qwen3_5_moe", "nemotron_h", "llava", "qwen2_vl", "gemma3")
+FUSED += ("qwen3_vl_moe",)
 FAMILIES |= {f"{family}, fused": FAMILIES[family] for family in FUSED}
 
 
@@ -173,12 +225,19 @@ def config_of(family: str, **changes: object) -> PretrainedConfig:
     )
 
 
+def kind_of(config: PretrainedConfig) -> type:
+    """The class that loads a model."""
+    if config.is_encoder_decoder:
+        return AutoModelForSeq2SeqLM
+    causal = type(config) in AutoModelForCausalLM._model_mapping
+    return AutoModelForCausalLM if causal else AutoModelForImageTextToText
+
+
 def tiny(family: str, **changes: object) -> torch.nn.Module:
     """A random model of a family, float32, on which every step takes a blink."""
     torch.manual_seed(0)
     config = config_of(family, **changes)
-    kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    return kind.from_config(config).eval().requires_grad_(False)
+    return kind_of(config).from_config(config).eval().requires_grad_(False)
 
 
 def save(family: str, folder: Path, shard: str = "40KB") -> None:

@@ -128,15 +128,13 @@ def parse_device(name: str | None) -> torch.device:
 
 def skeleton(origin: Origin) -> nn.Module:
     """The model without its weights (on the meta device): enough to see its matrices, and free of cost."""
-    from transformers import AutoModelForCausalLM
-
     config = _config(origin)
     if config.is_encoder_decoder:
         raise InputError(
             f"model {origin} is an encoder-decoder ({config.model_type}); only decoders (causal models) are supported"
         )
     with torch.device("meta"):
-        model: nn.Module = _guarded(origin, lambda: AutoModelForCausalLM.from_config(config, trust_remote_code=False))
+        model: nn.Module = _guarded(origin, lambda: _kind(config).from_config(config, trust_remote_code=False))
     bind(model, origin.files)
     return model
 
@@ -152,14 +150,11 @@ def find_names(origin: Origin, names: Collection[str]) -> list[str]:
 def hollow(origin: Origin, dtype: torch.dtype) -> nn.Module:
     """The model with its parameters on the meta device, but real buffers (rotary frequencies, say): ready to be filled."""
     from accelerate import init_empty_weights  # type: ignore[import-untyped]
-    from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
     config = _config(origin)
     with init_empty_weights(include_buffers=False), no_init_weights():
-        model: nn.Module = _guarded(
-            origin, lambda: AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
-        )
+        model: nn.Module = _guarded(origin, lambda: _kind(config).from_config(config, dtype=dtype, trust_remote_code=False))
     for module in model.modules():  # to draw numbers for hollow parameters takes as long as all else
         module._is_hf_initialized = not module._buffers  # type: ignore[assignment]
     model.init_weights()  # type: ignore[operator]
@@ -196,6 +191,14 @@ def _config(origin: Origin) -> Any:
     if isinstance(layers, int) and entries and layers > len(entries):  # they would all be built
         raise InputError(f"model {origin}: config.json says {layers} layers, its files have fewer tensors; fetch it again")
     return _set_aside(config)
+
+
+def _kind(config: Any) -> Any:
+    """transformers' class of models for a configuration: causal models, or, of types without one, models of images and text."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    kinds = (AutoModelForCausalLM, AutoModelForImageTextToText)
+    return next((kind for kind in kinds if type(config) in kind._model_mapping), AutoModelForCausalLM)
 
 
 def _set_aside(config: Any) -> Any:
@@ -244,8 +247,6 @@ def load(source: str | Path | Origin, dtype: str | None = None, device: str | No
 
 def load_weights(origin: Origin, dtype: torch.dtype | None, device: torch.device) -> nn.Module:
     """The model in evaluation mode, without gradients."""
-    from transformers import AutoModelForCausalLM
-
     options = origin.options()
     if origin.gguf:
         from transformers import GgufConfig
@@ -256,7 +257,7 @@ def load_weights(origin: Origin, dtype: torch.dtype | None, device: torch.device
         options |= {"dtype": dtype or "auto", "use_safetensors": True}
     model: nn.Module
     model, about = _guarded(
-        origin, lambda: AutoModelForCausalLM.from_pretrained(origin.folder, output_loading_info=True, **options)
+        origin, lambda: _kind(_config(origin)).from_pretrained(origin.folder, output_loading_info=True, **options)
     )
     if not origin.gguf:  # which would be saved with it
         _set_aside(model.config)

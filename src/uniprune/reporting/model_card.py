@@ -19,6 +19,7 @@ from uniprune.common.formatting import NOTE
 from uniprune.errors import InputError, UniPruneError, first_line
 from uniprune.evaluation import reproduce
 from uniprune.evaluation.results import Evaluation
+from uniprune.storage import strict_json
 from uniprune.storage.files import REPORT, replacing
 
 MARK = "<!-- Written by uniprune: `uniprune card` replaces this file. -->"
@@ -28,29 +29,33 @@ METRICS = {"acc": "accuracy", "acc_norm": "accuracy, per character", "perplexity
 Report = Pruning | Permutation
 
 
-def card(report: Report, results: Sequence[Evaluation] = (), licence: str | None = None) -> str:
+def card(report: Report, results: Sequence[Evaluation] = (), licence: str | None = None, images: bool = False) -> str:
     """The card of a checkpoint: markdown after a YAML head.
 
-    report: what pruning.json says. results: what ``evaluate`` said of this checkpoint. licence: the base model's.
+    report: what pruning.json says. results: what ``evaluate`` said of this checkpoint. licence: the base model's. images:
+    whether it is of images and text.
     """
     source = report.model.name
     on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", source) is not None and not os.path.exists(source)
     data = ModelCardData(
         base_model=source if on_hub else None,
         library_name="transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag="image-text-to-text" if images else "text-generation",
         license=licence,
         tags=["pruned", "sparse", "uniprune", *(["n-m-sparsity"] if report.structure and report.structure.nm else [])],
         model_name=f"{Path(source).name}, {_title(report)}",
         eval_results=list(_eval_results(results)) or None,
     )
-    body = "\n\n".join(_body(report, results, f"[{source}](https://huggingface.co/{source})" if on_hub else Path(source).name))
+    name = f"[{source}](https://huggingface.co/{source})" if on_hub else Path(source).name
+    body = "\n\n".join(_body(report, results, name, images))
     return f"---\n{data.to_yaml()}\n---\n\n{MARK}\n\n{body}\n"
 
 
 def write(folder: Path, report: Report, source: Origin | None = None) -> None:
     """Writes the card of a new checkpoint into its folder. source: the base model, for its licence."""
-    (folder / CARD).write_text(card(report, licence=_licence(source.folder if source else None)), encoding="utf-8")
+    (folder / CARD).write_text(
+        card(report, (), _licence(source.folder if source else None), _sees_images(folder)), encoding="utf-8"
+    )
 
 
 def rewrite(folder: Path, results: Sequence[Path], *, overwrite: bool = False) -> str:
@@ -70,7 +75,7 @@ def rewrite(folder: Path, results: Sequence[Path], *, overwrite: bool = False) -
         if "\0" in result.model or Path(result.model).resolve() != folder.resolve():
             raise InputError(f"result {file} is of {result.model}, not of {folder}")
     try:
-        text = card(report, read, _licence(folder) or _licence(Path(report.model.name)))
+        text = card(report, read, _licence(folder) or _licence(Path(report.model.name)), _sees_images(folder))
     except (ValueError, RecursionError) as error:
         raise InputError(f"{folder / REPORT}, or a result, cannot be shown ({first_line(error)}); make it again") from None
     with replacing(path) as temporary:
@@ -119,7 +124,7 @@ def push(folder: Path, repository: str, *, overwrite: bool = False) -> str:
 # ---------------------------------------------------------------------------------------------------------------- parts
 
 
-def _body(report: Report, results: Sequence[Evaluation], source: str) -> Iterator[str]:
+def _body(report: Report, results: Sequence[Evaluation], source: str, images: bool) -> Iterator[str]:
     yield f"# {Path(report.model.name).name}, {_title(report)}"
     if isinstance(report, Permutation):
         yield (
@@ -132,11 +137,17 @@ def _body(report: Report, results: Sequence[Evaluation], source: str) -> Iterato
             f"{len(report.matrices)} matrices are zero** ({report.pattern}). No weight was updated: what is kept has the "
             "bits of the original."
         )
+        if images:
+            yield (
+                "Only the text decoder was pruned, and calibrated on text alone; what sees images (or hears sound), and what "
+                "brings that into the decoder, has the bytes of the original."
+            )
         yield f"> **{NOTE}** `uniprune pack` makes it smaller to store, `uniprune bench` measures speed."
+    kind, beside = ("AutoModelForImageTextToText", "AutoProcessor") if images else ("AutoModelForCausalLM", "AutoTokenizer")
     yield (
-        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        'model = AutoModelForCausalLM.from_pretrained("path/of/this/folder", dtype="auto")\n'
-        'tokenizer = AutoTokenizer.from_pretrained("path/of/this/folder")\n```'
+        f"```python\nfrom transformers import {kind}, {beside}\n\n"
+        f'model = {kind}.from_pretrained("path/of/this/folder", dtype="auto")\n'
+        f'{beside.removeprefix("Auto").lower()} = {beside}.from_pretrained("path/of/this/folder")\n```'
     )
     if rows := list(_rows(results)):
         yield "## Results"
@@ -193,6 +204,17 @@ def _title(report: Report) -> str:
     if isinstance(report, Permutation):
         return f"channels ordered for {report.pattern}"
     return f"{report.sparsity:.0%} sparse"
+
+
+def _sees_images(folder: Path) -> bool:
+    """Whether the configuration in a folder names a model of images and text."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+    try:
+        config = strict_json.parse((folder / "config.json").read_bytes())
+        return MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(config["model_type"]) in config["architectures"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
 
 
 def _licence(folder: Path | None) -> str | None:
