@@ -198,6 +198,17 @@ FAMILIES |= {
         "text_config": SMALL | {"model_type": "qwen2"},
         "vision_config": VISION | {"image_size": [28, 28], "patch_size": [14, 14]},
     },
+    "idefics3": {"text_config": SMALL | {"model_type": "llama"}, "vision_config": VISION, "scale_factor": 2},
+    "glm4v": {
+        "text_config": SMALL | MROPE,
+        "vision_config": {**VISION, "num_heads": 2, "depth": 1, "intermediate_size": 32, "out_hidden_size": 32},
+    },
+    "aria": {
+        "text_config": SMALL | {"model_type": "aria_text", "moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1},
+        "vision_config": VISION | {"model_type": "idefics3_vision"},
+        "projector_patch_to_query_dict": {4: 2},
+    },
+    "git": {"vision_config": VISION},
     "gemma4": {
         "text_config": SMALL | PER_LAYER | {"global_head_dim": 8},
         "vision_config": VISION | {"head_dim": 16, "global_head_dim": 16, "num_key_value_heads": 2},

@@ -7,7 +7,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
-from transformers import AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 import uniprune
 from command import run
@@ -53,6 +53,7 @@ def test_only_the_text_decoder_changes_and_half_of_it_is_zero(source, pruned):
     changed = {key for key in before if not torch.equal(before[key], after[key])}
     expected = {key for key in before if ".layers." in key and key.endswith("proj.weight")}
     assert changed == {key for key in expected if not any(part in key for part in ("vision_tower", "visual"))}
+    assert changed == {f"{name}.weight" for name in load_file(pruned / "pruning" / "masks.safetensors")}
     for key in changed:
         assert torch.equal(after[key], torch.where(after[key] == 0, 0, before[key]))
         assert bool(((after[key].unflatten(-1, (-1, 4)) == 0).sum(-1) == 2).all())
@@ -141,3 +142,21 @@ def test_encoder_decoders_of_images_are_refused_with_the_reason(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"\2\0\0\0\0\0\0\0{}")
     with pytest.raises(InputError, match="is an encoder-decoder"):
         uniprune.plan(tmp_path, uniprune.Recipe(sparsity="2:4"))
+
+
+def test_a_model_that_reads_no_text_alone_is_refused_with_a_remedy_that_works(tokenizer, tmp_path):
+    """BLIP-2, whose forward pass has no default for an image."""
+    part = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {"model_type": "opt", "word_embed_proj_dim": 32, "ffn_dim": 64, "vocab_size": VOCABULARY, **part}
+    vision, former = part | {"image_size": 28}, part | {"encoder_hidden_size": 32}
+    config = AutoConfig.for_model("blip-2", text_config=text, vision_config=vision, qformer_config=former)
+    AutoModelForImageTextToText.from_config(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    for attempt in (
+        lambda: uniprune.prune(tmp_path / "model", RECIPE, tmp_path / "out"),
+        lambda: uniprune.evaluate(tmp_path / "model", text_source="builtin", windows=2, length=32),
+    ):
+        with pytest.raises(InputError, match=r"Blip2\w+ needs an image with every text .*--metric magnitude --controller none"):
+            attempt()
+    recipe = uniprune.Recipe(sparsity="2:4", text="builtin", windows=2, length=32, metric="magnitude", controller="none")
+    assert uniprune.prune(tmp_path / "model", recipe, tmp_path / "out").sparsity == 0.5

@@ -24,7 +24,7 @@ from uniprune.data.documents import JOIN
 from uniprune.data.text import Text, TextFacts, open_text
 from uniprune.data.windows import Windows
 from uniprune.errors import InputError
-from uniprune.models.blocks import BATCH_TOKENS, batches, device_of
+from uniprune.models.blocks import BATCH_TOKENS, batches, device_of, text_alone
 from uniprune.models.loading import dtype_name
 from uniprune.models.output_head import PIECE
 
@@ -91,7 +91,8 @@ def token_nats(model: nn.Module, batch: Tensor, predicts_last: bool = True) -> l
     predicts_last: whether the model reads the last token, too, whose prediction is not asked for.
     """
     batch = batch.to(device_of(model))
-    logits = model(input_ids=batch if predicts_last else batch[:, :-1], use_cache=False).logits
+    with text_alone(model):
+        logits = model(input_ids=batch if predicts_last else batch[:, :-1], use_cache=False).logits
     return [_losses(one[: batch.shape[1] - 1], target[1:]) for one, target in zip(logits, batch, strict=True)]
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from uniprune.common.progress import Progress, silent
 from uniprune.errors import InputError
-from uniprune.models.blocks import device_of
+from uniprune.models.blocks import device_of, text_alone
 
 logger = logging.getLogger(__name__)
 
@@ -178,7 +178,8 @@ def _whole(model: nn.Module, questions: Sequence[Sequence[Tokens]]) -> list[list
     """The same, every choice in a row of its own. Padding stands on the right, where no other token sees it."""
     device = device_of(model)
     rows = [torch.tensor(choice.ids[:-1], device=device) for question in questions for choice in question]
-    batch = iter(model(input_ids=nn.utils.rnn.pad_sequence(rows, batch_first=True), use_cache=False).logits)
+    with text_alone(model):
+        batch = iter(model(input_ids=nn.utils.rnn.pad_sequence(rows, batch_first=True), use_cache=False).logits)
 
     def alone(choice: Tokens, logits: Tensor) -> Score:
         end = len(choice.ids) - 1

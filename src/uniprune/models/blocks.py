@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from uniprune.errors import InputError, UniPruneError
+from uniprune.errors import InputError, UniPruneError, first_line
 from uniprune.storage.stash import Stash
 
 BATCH_TOKENS = 2048
@@ -45,8 +45,23 @@ def device_of(model: nn.Module) -> torch.device:
 
 def last_hidden(model: nn.Module, batch: Tensor) -> Tensor:
     """Final hidden states ``[windows, length, width]``: what the output head, which is left out, would be given."""
-    output: Tensor = _backbone(model)(input_ids=batch.to(device_of(model)), use_cache=False).last_hidden_state
+    with text_alone(model):
+        output: Tensor = _backbone(model)(input_ids=batch.to(device_of(model)), use_cache=False).last_hidden_state
     return output
+
+
+@contextmanager
+def text_alone(model: nn.Module) -> Iterator[None]:
+    """Where a model is given text alone. Raises InputError for one that does not go without an image."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        if "pixel_values" not in str(error):
+            raise
+        raise InputError(
+            f"{type(model).__name__} needs an image with every text ({first_line(error)}); only models that read text alone as "
+            "well can be calibrated and evaluated; --metric magnitude --controller none reads none"
+        ) from error
 
 
 def _backbone(model: nn.Module) -> nn.Module:
