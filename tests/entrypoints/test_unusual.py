@@ -12,7 +12,7 @@ import uniprune
 from conftest import tiny_model
 from small_models import SMALL, VOCABULARY, save, tiny
 from uniprune import Recipe
-from uniprune.data import text
+from uniprune.data.windows import Windows, save_windows
 from uniprune.errors import UniPruneError
 from uniprune.models.matrices import find_blocks
 
@@ -23,7 +23,7 @@ WAYS = ["resident", "streamed"]
 def tokens(tmp_path_factory):
     file = tmp_path_factory.mktemp("tokens") / "tokens.safetensors"
     ids = torch.randint(0, VOCABULARY, (16, 32), generator=torch.Generator().manual_seed(0))
-    text.save_windows(text.Windows(ids, "random", 16, False), file)
+    save_windows(Windows(ids, "random", 16, "none"), file)
     return str(file)
 
 
