@@ -82,6 +82,7 @@ bench: $(READY)
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/budget_size.py
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/scale.py
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench.py
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/runtime.py
 	$(BIN)/python benchmarks/tables.py
 
 # make screenshots REPORT=report.html: the pictures of docs/report.md.

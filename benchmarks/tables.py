@@ -1,4 +1,4 @@
-"""Writes the tables of docs/results.md, docs/experiments.md and the README from benchmarks/results/*.json.
+"""Writes the tables of docs and the README from benchmarks/results/*.json.
 
 python benchmarks/tables.py
 """
@@ -367,6 +367,60 @@ def decoder(results: dict[str, Any]) -> str:
     return table(["CSR, float32", "products", "decoder"], lines)
 
 
+RUNTIME = {"smollm2": "SmolLM2-135M", "qwen": "Qwen2.5-Coder-0.5B"}
+
+
+def accelerated(results: dict[str, Any]) -> str:
+    """Speed-ups of `uniprune.accelerate` over the dense model in the same type, with one and two threads."""
+    found: dict[tuple[str, str, str], dict[int, dict[str, Any]]] = {}
+    for row in results["rows"]:
+        found.setdefault((row["model"], row["dtype"], row["pattern"]), {})[row["threads"]] = row
+    rows = []
+    for (model, dtype, pattern), by_threads in found.items():
+        sides = [by_threads[threads] for threads in sorted(by_threads)]
+        speeds = [" / ".join(f"{side[part]['speedup']:.2f}" for side in sides) for part in ("decode", "products", "prefill")]
+        limit = " / ".join(f"{side['limit'] / side['products']['sparse']:.0%}" for side in sides)
+        memory = sides[0]["memory"]
+        sizes = [f"{memory['matrices']:.2f}", f"{memory['model']:.2f}"]
+        rows.append([RUNTIME[model], dtype, label(pattern, None if ":" in pattern else "row"), *speeds, limit, *sizes])
+    head = ["model", "type", "mask", "decoding", "products", "prompt", "of the limit", "matrices", "model"]
+    return table(head, rows)
+
+
+def dense_types(results: dict[str, Any]) -> str:
+    """Tokens a second of the dense model in each type, and of the best pruned rows."""
+    rows = []
+    for entry in results["dense"]:
+        chosen = [row for row in results["rows"] if (row["model"], row["threads"]) == (entry["model"], entry["threads"])]
+        best = {
+            pattern: min(row["decode"]["sparse"] for row in chosen if row["pattern"] == pattern) for pattern in ("2:4", "0.7")
+        }
+        seconds = [*(entry["seconds"][dtype] for dtype in ("float32", "bfloat16", "float16")), *best.values()]
+        rows.append([RUNTIME[entry["model"]], str(entry["threads"]), *(f"{1 / value:.0f}" for value in seconds)])
+    return table(["tokens a second", "threads", "float32", "bfloat16", "float16", "2:4, best type", "70%, best type"], rows)
+
+
+def packing(results: dict[str, Any]) -> str:
+    rows = [
+        [
+            RUNTIME[row["model"]],
+            f"{row['ratio']:.2f}",
+            f"{row['throughput_to_copying']:.2f}",
+            f"{row['open_seconds']:.2f} s",
+            f"{row['resident']['packed'] / row['resident']['dense']:.2f}",
+        ]
+        for row in results["packing"]
+    ]
+    return table(["50 %, bfloat16", "size on disk", "packing, of a copy's speed", "opening", "resident memory"], rows)
+
+
+def same_words(results: dict[str, Any]) -> str:
+    found = [row["words"] for row in results["rows"] if "words" in row]
+    same, prompts = (sum(words[part] for words in found) for part in ("same_text", "prompts"))
+    error = max(words["largest_error"] for words in found)
+    return f"In float32, with SmolLM2, {same} of {prompts} greedy texts are the same token by token; logits are within {error:.0e} of the largest."
+
+
 def fill(path: Any, sections: dict[str, str]) -> None:
     text = path.read_text()
     for name, body in sections.items():
@@ -406,6 +460,10 @@ def main() -> None:
     if results := load("scale"):
         parts = {"measured": measured(results), "ratios": ratios(results), "forecasts": forecasts(results)}
         fill(ROOT / "docs" / "scaling.md", parts)
+    if results := load("runtime"):
+        parts = {"accelerated": accelerated(results), "dense-types": dense_types(results), "packing": packing(results)}
+        parts["words"] = same_words(results)
+        fill(ROOT / "docs" / "runtime.md", parts)
     fill(ROOT / "README.md", {"results": sections["perplexities"]})
 
 
