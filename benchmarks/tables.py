@@ -418,7 +418,10 @@ def same_words(results: dict[str, Any]) -> str:
     found = [row["words"] for row in results["rows"] if "words" in row]
     same, prompts = (sum(words[part] for words in found) for part in ("same_text", "prompts"))
     error = max(words["largest_error"] for words in found)
-    return f"In float32, with SmolLM2, {same} of {prompts} greedy texts are the same token by token; logits are within {error:.0e} of the largest."
+    return (
+        f"In float32, with SmolLM2, {same} of {prompts} greedy texts are the same token by token; logits are within "
+        f"{error:.0e} of the largest."
+    )
 
 
 def fill(path: Any, sections: dict[str, str]) -> None:
