@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 
-import baselines
 from common import CALIBRATION, DATA, EVALUATION, load, relative, save
 from quality import Bench
 from uniprune.artefacts.scores import ScoresFile
+from uniprune.comparison.sparsegpt import sparsegpt
 from uniprune.data.tasks import load_task
 from uniprune.data.windows import Windows, load_windows
 from uniprune.evaluation import reproduce
@@ -88,7 +88,7 @@ class Page:
             if method == "sparsegpt":  # it changes weights
                 self.bench.reload()
                 pattern = spelling.parse(spec)
-                baselines.sparsegpt(self.bench.model, self.bench.matrices, self.bench.text(), pattern)
+                sparsegpt(self.bench.model, self.bench.matrices, self.bench.text(), pattern)
                 yield {"method": method, "pattern": spec, **self.row()}
                 self.bench.reload()
             else:

@@ -29,6 +29,7 @@ import torch
 import baselines
 import uniprune
 from common import CALIBRATION, DATA, EVALUATION, FAST, load, peak_memory, relative, save, smollm2
+from uniprune.comparison.sparsegpt import sparsegpt
 from uniprune.controller import descent
 from uniprune.controller.mirror_descent import MirrorDescent
 from uniprune.controller.published import UniPruning
@@ -149,7 +150,7 @@ class Bench:
     def sparsegpt(self, specs: list[str]) -> Cut:
         for spec in specs:
             tokens, pattern = self.text(), spelling.parse(spec)
-            yield spec, pattern, baselines.sparsegpt(self.model, self.matrices, tokens, pattern), tokens.numel()
+            yield spec, pattern, sparsegpt(self.model, self.matrices, tokens, pattern), tokens.numel()
             self.reload()  # it changed the weights
 
     def sequential(self, specs: list[str]) -> Cut:

@@ -34,6 +34,8 @@ from uniprune.artefacts.binding import Binding
 from uniprune.artefacts.scores import ScoresFacts, write_scores
 from uniprune.checkpoints import checkpoint
 from uniprune.checkpoints.origin import resolve
+from uniprune.comparison import harness, trials
+from uniprune.comparison.request import ComparisonRequest
 from uniprune.data import tasks, text
 from uniprune.data import windows as windows_module
 from uniprune.entrypoints import mask as entry_mask
@@ -42,7 +44,7 @@ from uniprune.errors import LONGEST, UniPruneError
 from uniprune.evaluation import reproduce
 from uniprune.job.recipe import Recipe
 from uniprune.models.matrices import Matrix
-from uniprune.reporting import model_card, results
+from uniprune.reporting import comparison, model_card, results
 from uniprune.reporting.summary import summarise
 from uniprune.storage import runs, safetensors_index
 from uniprune.storage.tensor_store import Store
@@ -151,6 +153,32 @@ def readers(folder: Path) -> dict[str, Reader]:
         "dense": {"perplexity": 9.5, "bytes": 100},
         "rows": [{"pattern": "0.5", "scope": "row", "sparsity": 0.5, "perplexity": 12.5, "bytes": None, "pareto": True}],
     }
+    compared = {
+        **{"kind": "comparison", "format": 1, "model": "m", "methods": ["wanda"], "sparsities": ["0.5"]},
+        "protocol": {
+            "text": text_facts,
+            "windows": 2,
+            "length": 8,
+            "stride": 8,
+            "tasks": {"a": "0"},
+            "settings": {"limit": None},
+        },
+        "rows": [
+            {"method": "dense", "sparsity": 0.0, "perplexity": 9.5, "measured": "2026-01-02T03:04:05+00:00"},
+            {
+                **{
+                    "method": "wanda",
+                    "pattern": "0.5",
+                    "scope": "row",
+                    "sparsity": 0.5,
+                    "perplexity": 12.5,
+                    "nats_stderr": 0.1,
+                },
+                **{"tasks": result["tasks"], "seconds": {"calibrate": 1.5, "evaluate": 0.5}, "updates_weights": False},
+                "measured": "2026-01-02T03:04:06+00:00",
+            },
+        ],
+    }
     index = {"metadata": {}, "weight_map": {f"{name}.weight": "model.safetensors" for name in NAMES}}
     row = {"goal": "to see", "sol1": "look", "sol2": "sleep", "label": 0}
     hella = {"activity_label": "a", "ctx_a": "b", "ctx_b": "c", "endings": ["d [x] e", "f"], "label": "1"}
@@ -205,6 +233,18 @@ def readers(folder: Path) -> dict[str, Reader]:
     def paged(path: Path) -> None:
         summarise([results.read(path)])
 
+    def tabulated(path: Path) -> None:
+        found = results.read(path).result
+        for name, content in harness.files(found):
+            (path.parent / name).parent.mkdir(exist_ok=True)
+            (path.parent / name).write_text(json.dumps(content))
+            assert (path.parent / name).resolve().parent.parent == path.parent.resolve()
+            shutil.rmtree((path.parent / name).parent)
+        comparison.markdown(found), comparison.latex(found), comparison.verdict(found)
+
+    def asked(path: Path) -> None:
+        trials.asked(ComparisonRequest.load(path))
+
     found = [
         Reader("checkpoint", "safetensors", (model / "model.safetensors").read_bytes(), entries, "model.safetensors"),
         Reader("index", "json", json.dumps(index).encode(), indexed, checkpoint.INDEX),
@@ -219,6 +259,10 @@ def readers(folder: Path) -> dict[str, Reader]:
         Reader("result", "json", json.dumps(result).encode(), reproduce.read, "result.json"),
         Reader("page", "json", json.dumps(result).encode(), paged, "result.json"),
         Reader("sweep", "json", json.dumps(swept | {"kind": "sweep", "format": 1}).encode(), paged, "sweep.json"),
+        Reader("comparison", "json", json.dumps(compared).encode(), tabulated, "comparison.json"),
+        Reader(
+            "table", "yaml", b"model: m\nmethods: [wanda, 'feedback:checks=2']\nsparsities: ['0.5', '2:4']\n", asked, "t.yaml"
+        ),
         Reader("pruning", "json", json.dumps(report).encode(), paged, "report.json"),
         Reader("card", "json", json.dumps(report).encode(), carded, "pruning.json"),
         Reader("text", "lines", b'{"text": "to be"}\n{"text": "or not \\u00e9"}\n', lines, "t.jsonl"),

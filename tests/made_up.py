@@ -154,3 +154,38 @@ def write(path, facts):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(facts))
     return path
+
+
+def comparison(**changes):
+    """A comparison.json: the dense model, and three methods of which one updates weights; scopes differ."""
+    accuracy = {"format": "arc", "questions": 20, "acc": 0.4, "acc_stderr": 0.1, "acc_norm": 0.5}
+    rows = []
+    for method, spec, scope, value in (
+        ("dense", None, None, 20.0),
+        ("wanda", "0.5", "row", 40.0),
+        ("ria:a=0.5", "2:4", None, 90.0),
+        ("sparsegpt", "2:4", None, 60.0),
+        ("feedback", "0.5", "model", 30.0),
+    ):
+        row = {"method": method, "sparsity": 0.0 if spec is None else 0.5, "perplexity": value, "nats_stderr": 0.02}
+        row |= {
+            "tasks": {"data/arc_easy.jsonl": accuracy},
+            "seconds": {"evaluate": 2.0},
+            "measured": "2026-01-02T03:04:05+00:00",
+        }
+        if spec is not None:
+            made = structure(parse(spec, scope) if scope else parse(spec)).model_dump(exclude_unset=True)
+            row |= {"pattern": spec, "scope": scope, "structure": made, "masks_sha256": "c" * 64}
+            row |= {"updates_weights": method == "sparsegpt", "seconds": {"calibrate": 12.34, "mask": 0.5, "evaluate": 2.0}}
+        rows.append(row)
+    text = {"text": TEXT, "calibration": TEXT, "windows": 4, "length": 64, "stride": 64}
+    facts = {
+        "kind": "comparison",
+        "format": 1,
+        "model": BASE,
+        "methods": ["wanda", "ria:a=0.5", "sparsegpt", "feedback"],
+        "sparsities": ["0.5", "2:4"],
+        "protocol": {**text, "dtype": "float32", "versions": VERSIONS, "settings": {"limit": None}},
+        "rows": rows,
+    }
+    return facts | changes

@@ -5,10 +5,10 @@ import torch
 from safetensors.torch import load_file
 
 import uniprune
-from baselines import inverse_factor, sparsegpt
 from conftest import tiny_model
 from uniprune import Loaded, Recipe
 from uniprune.artefacts.reports import Gain
+from uniprune.comparison.sparsegpt import inverse_factor, sparsegpt
 from uniprune.entrypoints.permute import permute
 from uniprune.errors import InputError, UniPruneError
 from uniprune.models import blocks

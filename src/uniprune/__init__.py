@@ -21,6 +21,7 @@ _HOME = {
     "entrypoints.apply": ("apply",),
     "entrypoints.bench": ("bench",),
     "entrypoints.calibrate": ("calibrate",),
+    "entrypoints.compare": ("compare",),
     "entrypoints.evaluate": ("check", "evaluate"),
     "entrypoints.mask": ("mask",),
     "entrypoints.permute": ("permute",),
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from uniprune.entrypoints.apply import apply
     from uniprune.entrypoints.bench import bench
     from uniprune.entrypoints.calibrate import calibrate
+    from uniprune.entrypoints.compare import compare
     from uniprune.entrypoints.evaluate import check, evaluate
     from uniprune.entrypoints.mask import mask
     from uniprune.entrypoints.permute import permute
@@ -94,6 +96,7 @@ __all__ = [
     "bench",
     "calibrate",
     "check",
+    "compare",
     "evaluate",
     "load",
     "mask",

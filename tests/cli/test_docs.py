@@ -29,6 +29,7 @@ TABLES = METRICS, CONTROLLERS, text.NAMED  # that examples add to
 SMALL = {"--windows": "2", "--length": "32"}
 SIZES = {
     **dict.fromkeys(("plan", "calibrate", "prune", "permute", "sweep"), SMALL),
+    "compare": {**SMALL, "--eval-windows": "2", "--eval-length": "32"},
     "bench": {"--batch": "1", "--sparsity": "0.9", "--dtype": "float32"},
 }
 

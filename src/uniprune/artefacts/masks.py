@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Literal
@@ -22,6 +23,15 @@ class MasksFacts(Binding, Metadata):
     kind: Literal["masks"] = "masks"
     pattern: str
     shapes: dict[str, Shape]
+
+
+def digest(masks: Mapping[str, Tensor]) -> str:
+    """SHA-256 of the names and bits of masks, in the order of the names: of a file's and of those in memory the same."""
+    found = hashlib.sha256()
+    for name in sorted(masks):
+        found.update(f"{name} {tuple(masks[name].shape)}\n".encode())
+        found.update(bits_module.pack(masks[name]).numpy().data)
+    return found.hexdigest()
 
 
 class MasksFile(Mapping[str, Tensor]):

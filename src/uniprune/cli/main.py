@@ -48,6 +48,10 @@ COMMANDS = {
         "evaluate",
         "Create masks of many sparsities from one scores file; measure perplexity and packed size of each.",
     ),
+    "compare": (
+        "compare",
+        "Fill a table: the dense model and each method at each sparsity, calibrated and evaluated in one way; write no model.",
+    ),
     "pack": ("package", "Pack a pruned checkpoint, without loss: into one smaller file (.upz), or to run it (--runtime)."),
     "unpack": ("package", "Unpack an archive into the folder it was made of, and verify every file."),
     "card": ("package", "Rewrite a checkpoint's model card, with results; upload the folder if asked to."),

@@ -10,10 +10,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from uniprune.common.formatting import NOTE
+from uniprune.comparison.results import Comparison
 from uniprune.entrypoints.bench import Speeds
 from uniprune.evaluation.protocols import sentence
 from uniprune.evaluation.results import Check, Evaluation, Row, Sweep
 from uniprune.job.estimate import Plan, kind_of
+from uniprune.reporting import comparison
 from uniprune.reporting.headline import sentences
 from uniprune.reporting.results import Source
 from uniprune.reporting.summary import Summary, summarise
@@ -180,6 +182,11 @@ def sweep_table(result: Sweep) -> Table:
         size = "" if row.bytes is None else f"{row.bytes / 1e6:.1f}"
         table.add_row(row.pattern, _percent(row.sparsity), f"{row.perplexity:.2f}", size, "*" if row.pareto else "")
     return table
+
+
+def comparison_table(found: Comparison) -> list[Table | str]:
+    """The table of ``compare``, and what is to be known beside it."""
+    return [_grid_table(comparison.grid(found)), *map(_inert, comparison.notes(found))]
 
 
 def _plus_minus(error: float | None) -> str:

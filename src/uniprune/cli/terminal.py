@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
+    from rich.progress import TaskID
 
     from uniprune.storage.record import Record
 
@@ -21,6 +22,7 @@ class Bars:
 
     def __init__(self) -> None:
         self._bar: Bar | None = None
+        self._task: TaskID | None = None  # the bar that is drawn now
 
     def __enter__(self) -> Bars:
         if sys.stderr.isatty() and first():
@@ -40,15 +42,21 @@ class Bars:
         if self._bar is None:
             yield from items
             return
-        self._task, self._tokens = self._bar.add_task(label, total=total, note=""), 0
-        for item in items:
-            yield item
-            self._bar.advance(self._task)
+        outer, task = self._task, self._bar.add_task(label, total=total, note="")
+        self._task, self._tokens = task, 0
+        try:
+            for item in items:
+                yield item
+                self._bar.advance(task)
+        finally:
+            self._task = outer
+            if outer is not None:  # a bar within another one has said what it had to
+                self._bar.remove_task(task)
 
     def note(self, text: str, tokens: int = 0) -> None:
-        if self._bar:
+        if self._bar and self._task is not None:
             self._tokens += tokens
-            seconds = self._bar.tasks[self._task].elapsed
+            seconds = next(task.elapsed for task in self._bar.tasks if task.id == self._task)
             speed = f", {self._tokens / seconds:,.0f} tokens/s" if self._tokens and seconds else ""
             self._bar.update(self._task, note=text + speed)
 

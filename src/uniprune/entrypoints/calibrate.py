@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +16,8 @@ from uniprune.errors import InputError
 from uniprune.job.options import RunOptions
 from uniprune.job.prepare import device_of, prepare, progress_of
 from uniprune.job.recipe import Recipe
+from uniprune.job.scoring import fitting, scored
 from uniprune.models.loading import Source
-from uniprune.saliency.calibration import Calibration, one_shot
-from uniprune.saliency.record import ControllerRecord, Starved
-from uniprune.sparsity.patterns import Pattern
-from uniprune.sparsity.views import OnOneScale, Scores, View
 from uniprune.storage import files, runs
 
 if TYPE_CHECKING:
@@ -50,7 +47,7 @@ def calibrate(
         files.check_output_file(output, asked.overwrite)
         job = prepare(source, recipe, None, asked, scores=output)
         pattern = job.aim.pattern
-        targets = [pattern] if pattern else _fitting(any_sparsity(), job.shapes)
+        targets = [pattern] if pattern else fitting(any_sparsity(), job.shapes)
         with progress_of(output, asked, job.identity(recipe, command="calibrate")) as run:
             saliency, record = scored(job.calibration(progress, run), recipe, targets)
             facts = ScoresFacts(
@@ -70,22 +67,6 @@ def calibrate(
         return facts
 
 
-def scored(calibration: Calibration, recipe: Recipe, targets: Sequence[Pattern]) -> tuple[Scores, dict[str, Any]]:
-    """The saliency that masks are cut from, and what the report says of its making."""
-    metric, controller = recipe.parsed_metric(), recipe.parsed_controller()
-    if controller is None:
-        local = one_shot(calibration, metric)
-        return local, {name: Starved(**facts) for name, facts in local.starved.items()}
-    steps = recipe.steps
-    if recipe.budget_tokens is not None:
-        within = max(1, recipe.budget_tokens // controller.step_tokens(calibration.windows.shape[1]))
-        steps = min(steps or within, within)
-    found, record = controller.calibrate(calibration, metric, targets, steps, recipe.seed)
-    saliency = OnOneScale(found) if controller.comparable else View(found)
-    aimed = {"targets": [str(target) for target in targets]}
-    return saliency, {"controller": ControllerRecord(**(record.model_dump() | aimed))}
-
-
 def _finished(output: Path, recipe: Recipe, source: Source) -> ScoresFacts | None:
     """The facts of the file that this very run would write, if it is there already: there is nothing to do."""
     if runs.pending(output) or not output.is_file():
@@ -100,8 +81,3 @@ def same_run(settings: Mapping[str, Any], name: str, output: Path, recipe: Recip
         return False
     runs.discard(output)
     return True
-
-
-def _fitting(targets: Sequence[Pattern], shapes: Mapping[str, tuple[int, int]]) -> list[Pattern]:
-    """The targets that every matrix can have."""
-    return [target for target in targets if not any(target.unsupported(*shape) for shape in shapes.values())]

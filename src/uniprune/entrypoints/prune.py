@@ -14,11 +14,12 @@ from uniprune.artefacts.reports import Permutation, Pruning, SizeBudget, read_re
 from uniprune.common import distributed
 from uniprune.common.progress import Progress, silent
 from uniprune.common.provenance import Stopwatch, sha256, versions
-from uniprune.entrypoints.calibrate import same_run, scored
+from uniprune.entrypoints.calibrate import same_run
 from uniprune.errors import InputError
 from uniprune.job.options import RunOptions
 from uniprune.job.prepare import Aim, Job, device_of, prepare, progress_of
 from uniprune.job.recipe import Recipe
+from uniprune.job.scoring import scored
 from uniprune.models import masking
 from uniprune.models.loading import Loaded, Source
 from uniprune.reporting import model_card

@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
-from uniprune.common import fields
+from uniprune.common import fields, recipe_file
 from uniprune.common.formatting import parse_size
 from uniprune.common.options import fault
 from uniprune.controller import controllers
@@ -26,7 +25,6 @@ from uniprune.sparsity.patterns import NM, Pattern, Unstructured
 __all__ = ["LENGTH", "WINDOWS", "Recipe"]
 
 PATTERN = ("sparsity", "local", "grain", "part", "unsupported", "settle", "settle_by_sample")  # what an object has that is one
-SIZE, DEPTH = 1 << 20, 4  # of a recipe: bytes, collections in each other; at most
 
 
 class Recipe(Settings):
@@ -69,15 +67,7 @@ class Recipe(Settings):
     @classmethod
     def load(cls, path: Path, **overrides: Any) -> Recipe:
         """A recipe from a YAML file; ``overrides`` win over what the file says."""
-        if not path.is_file():
-            raise InputError(f"recipe {path} is not a file; give a YAML file with settings")
-        try:
-            data = _read_yaml(path.read_bytes())
-        except OSError as error:
-            raise InputError(f"recipe {path} cannot be read: {error.strerror}") from None
-        except (yaml.YAMLError, ValueError) as error:
-            raise InputError(f"recipe {path} is not a recipe: {' '.join(str(error).split())[:300]}") from None
-        data, overrides = cls.named(data), cls.named(overrides)
+        data, overrides = cls.named(recipe_file.read(path)), cls.named(overrides)
         if isinstance(tuning := data.get("tuning"), dict) and "tuning" in overrides:
             overrides["tuning"] = tuning | overrides["tuning"]  # setting by setting
         return cls(**(data | overrides))
@@ -192,31 +182,3 @@ def _without_type(settings: dict[str, Any]) -> dict[str, Any]:
     if given is not None and not isinstance(spelling.parse(given), Unstructured):
         raise InputError(f"--sparsity {given} and --sparsity-type unstructured contradict each other; leave one out")
     return settings
-
-
-def _read_yaml(content: bytes) -> dict[str, Any]:
-    """The settings in a recipe file. Raises ValueError or YAMLError for anything but one mapping with each name once.
-
-    BaseLoader keeps scalars as they are spelled: YAML 1.1 would read 2:4 as the sexagesimal number 124. It makes no objects.
-    Aliases are refused before they are resolved: a few lines of them stand for more than any memory holds.
-    """
-    if len(content) > SIZE:
-        raise ValueError(f"it has {len(content)} bytes, more than {SIZE}")
-    try:
-        text = content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"it is not UTF-8 ({error.reason} at byte {error.start})") from None
-    depth = 0
-    for event in yaml.parse(text, Loader=yaml.BaseLoader):
-        if isinstance(event, yaml.AliasEvent):
-            raise ValueError("it has an alias (*name), which a recipe may not; write the value out")
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if depth > DEPTH:
-            raise ValueError("it is nested too deep")
-    node = yaml.compose(text, Loader=yaml.BaseLoader)
-    if not isinstance(node, yaml.MappingNode):
-        raise ValueError("it is not a mapping of settings")
-    names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-    if len(names) < len(node.value) or len({*names}) < len(names):
-        raise ValueError(f"it has a setting twice, or one without a name: {', '.join(names)}")
-    return dict(yaml.load(text, Loader=yaml.BaseLoader))

@@ -19,9 +19,16 @@ def apply(matrices: Matrices, masks: Iterable[tuple[str, Tensor]]) -> None:
 @contextmanager
 def applied(matrices: Matrices, masks: Mapping[str, Tensor]) -> Iterator[None]:
     """The model with the masks applied, for the length of a ``with`` block; its weights come back bit for bit."""
-    saved = {name: matrices[name].parameter.detach().clone() for name in masks}
-    try:
+    with preserved(matrices, masks):
         apply(matrices, masks.items())
+        yield
+
+
+@contextmanager
+def preserved(matrices: Matrices, names: Iterable[str]) -> Iterator[None]:
+    """Inside ``with``, the weights of these matrices may be changed; afterwards they are as they were, bit for bit."""
+    saved = {name: matrices[name].parameter.detach().clone() for name in names}
+    try:
         yield
     finally:
         for name, weight in saved.items():

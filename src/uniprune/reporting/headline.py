@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from uniprune.common.formatting import NOTE, count, number, percent, points, short
+from uniprune.reporting import comparison
 from uniprune.reporting.summary import Subject, Summary, Tradeoff, measure
 
 NEAR = 1.1  # times the dense perplexity, that is hardly worse
@@ -34,6 +35,7 @@ def sentences(summary: Summary) -> list[str]:
         found.append(f"{len(pruned)} pruned models{between}: {', '.join(subject.label for subject in pruned)}.")
     for tradeoff in summary.tradeoffs:
         found += _traded(tradeoff)
+    found += [comparison.verdict(each) for each in summary.comparisons]
     return [*found, NOTE]
 
 

@@ -1,4 +1,4 @@
-"""What other commands wrote, read back: output folders of ``prune`` and ``apply``, JSON of ``evaluate`` and of ``sweep``."""
+"""What other commands wrote, read back: output folders of ``prune``, ``apply`` and ``compare``, JSON of the others."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from uniprune.artefacts.reports import Pruning
+from uniprune.comparison.results import COMPARISON, Comparison
 from uniprune.errors import InputError
 from uniprune.evaluation.results import Evaluation, Sweep
 from uniprune.storage import strict_json
 from uniprune.storage.files import REPORT
 
-Result = Pruning | Evaluation | Sweep
+Result = Pruning | Evaluation | Sweep | Comparison
 
 MEASURED = ("perplexity", "tasks", "lm_eval", "closeness", "generations")
 
@@ -33,11 +34,12 @@ class Source:
 
 def read(path: Path) -> Source:
     """A source of a report: an output folder or a JSON file. Raises InputError that names the file if it is neither."""
-    if path.name == REPORT:
+    if path.name in (REPORT, COMPARISON):
         path = path.parent
+    file: Path | None
     if path.is_dir():
-        file = path / REPORT
-        if not file.is_file():
+        file = next((path / name for name in (REPORT, COMPARISON) if (path / name).is_file()), None)
+        if file is None:
             raise InputError(f"{path} has no {REPORT}; give an output folder of prune or apply, or a JSON file of evaluate")
     else:
         file = path
@@ -65,9 +67,9 @@ def read_all(paths: Sequence[Path]) -> list[Source]:
     return list({source.path.resolve(): source for source in map(read, paths)}.values())
 
 
-def _kind(file: Path, data: Mapping[str, Any]) -> type[Pruning] | type[Evaluation] | type[Sweep]:
+def _kind(file: Path, data: Mapping[str, Any]) -> type[Pruning] | type[Evaluation] | type[Sweep] | type[Comparison]:
     """What a file says that it is; or if it is from before files said so, what its fields tell."""
-    kinds = {kind.kind_name(): kind for kind in (Pruning, Evaluation, Sweep)}
+    kinds = {kind.kind_name(): kind for kind in (Pruning, Evaluation, Sweep, Comparison)}
     if "kind" in data:
         if isinstance(data["kind"], str) and data["kind"] in kinds:
             return kinds[data["kind"]]
@@ -81,4 +83,4 @@ def _kind(file: Path, data: Mapping[str, Any]) -> type[Pruning] | type[Evaluatio
 
 
 def _no_result(file: Path, seen: str) -> InputError:
-    return InputError(f"{file} is no result of prune, apply, evaluate or sweep: it is {seen[:300]}")
+    return InputError(f"{file} is no result of prune, apply, evaluate, sweep or compare: it is {seen[:300]}")

@@ -11,6 +11,7 @@ from uniprune.artefacts.reports import Pruning
 from uniprune.common.formatting import number, percent, short
 from uniprune.common.significance import standard_error
 from uniprune.evaluation.results import Generation
+from uniprune.reporting import comparison
 from uniprune.reporting import tables as report_tables
 from uniprune.reporting.plots import Marker, Plot, accuracies, descent, flips, heatmap, tradeoff
 from uniprune.reporting.results import Source
@@ -64,6 +65,7 @@ def sections(sources: Sequence[Source], summary: Summary) -> list[Section]:
     models = report_tables.models(summary)
     found = [
         Section("models", "The models", [Part(grids=[models])] if models else []),
+        Section("comparison", "Methods compared", list(_comparisons(summary))),
         Section("tradeoff", "Perplexity against sparsity", list(_tradeoffs(summary))),
         Section("sparsity", "Where the zeros are", list(_zeros(summary))),
         Section("controller", "The controller's descent", list(_descents(summary))),
@@ -73,6 +75,11 @@ def sections(sources: Sequence[Source], summary: Summary) -> list[Section]:
         Section("protocol", "Protocol", [Part(folded=[report_tables.protocol(source) for source in sources])]),
     ]
     return [section for section in found if section.parts]
+
+
+def _comparisons(summary: Summary) -> Iterator[Part]:
+    for found in summary.comparisons:
+        yield Part(paragraphs=comparison.notes(found), grids=[comparison.grid(found)])
 
 
 def _tradeoffs(summary: Summary) -> Iterator[Part]:

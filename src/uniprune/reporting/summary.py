@@ -7,19 +7,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from os.path import abspath
 from pathlib import PurePath
 
 from uniprune.artefacts.reports import Pruning
 from uniprune.common.formatting import percent, short
 from uniprune.common.significance import paired_error
+from uniprune.comparison.results import Comparison, ComparisonProtocol
 from uniprune.evaluation.results import Closeness, Evaluation, Row, Sweep, SweepProtocol
 from uniprune.reporting.results import Source
 from uniprune.saliency.record import ControllerRecord
 from uniprune.storage.record import Facts
 
-Measured = Evaluation | SweepProtocol  # both say on which windows of which text
+Measured = Evaluation | SweepProtocol | ComparisonProtocol  # all say on which windows of which text
 
 DENSE = 0.005  # a model with fewer zeros is nobody's pruned one
 
@@ -141,6 +142,7 @@ class Summary:
     subjects: list[Subject]
     tradeoffs: list[Tradeoff]
     sweeps: list[Sweep]
+    comparisons: list[Comparison] = field(default_factory=list)
 
     @property
     def pruned(self) -> list[Subject]:
@@ -155,7 +157,9 @@ class Summary:
             return f"{base or one.label}, {percent(one.sparsity)} pruned" if one.sparsity else one.label
         if self.pruned:
             return f"{base}: {len(self.pruned)} pruned models" if base else f"{len(self.pruned)} models"
-        return f"{short(self.sweeps[0].model)} at many sparsities" if self.sweeps else self.subjects[0].label
+        if self.sweeps:
+            return f"{short(self.sweeps[0].model)} at many sparsities"
+        return self.subjects[0].label if self.subjects else f"{short(self.comparisons[0].model)}: methods compared"
 
     def dense_perplexity(self, subject: Subject) -> float | None:
         """The dense model's on the same text and windows, if one of the sources has it."""
@@ -188,7 +192,8 @@ def summarise(sources: Sequence[Source]) -> Summary:
     for name in dict.fromkeys(each.model for each in left):
         subjects.append(Subject(short(name), None, tuple(each for each in left if each.model == name)))
     subjects.sort(key=lambda subject: subject.dense)
-    return Summary(subjects, list(_tradeoffs(subjects, sweeps)), sweeps)
+    comparisons = [source.result for source in sources if isinstance(source.result, Comparison)]
+    return Summary(subjects, list(_tradeoffs(subjects, sweeps)), sweeps, comparisons)
 
 
 def _label(source: Source) -> str:

@@ -15,7 +15,7 @@ from uniprune.models.blocks import Blocks, Replay, Residency, batches, device_of
 from uniprune.models.matrices import Matrices, find_blocks
 from uniprune.saliency import statistics as statistics_module
 from uniprune.saliency.metrics import Metric
-from uniprune.saliency.statistics import Statistics, observing, pool
+from uniprune.saliency.statistics import Kind, Statistics, observing, pool
 from uniprune.sparsity.views import Scores
 from uniprune.storage.runs import Run
 from uniprune.storage.stash import Stash
@@ -71,31 +71,39 @@ class LocalSaliency(Scores):
         return len(self._matrices)
 
 
-@torch.no_grad()
 def one_shot(calibration: Calibration, metric: Metric) -> LocalSaliency:
     """The saliency of every matrix from one forward pass over the dense model.
+
+    Raises as :func:`observed`.
+    """
+    return LocalSaliency(calibration.matrices, metric, observed(calibration, metric.statistic))
+
+
+@torch.no_grad()
+def observed(calibration: Calibration, kind: Kind | None) -> Statistics:
+    """The statistics of every matrix's inputs from one forward pass over the dense model; none of no kind, and no pass.
 
     Of a model whose blocks are in memory one at a time, hidden states lie in the run, and finished blocks are not run again; a
     pass of a model in memory is short, and begins again.
     Raises UniPruneError if a matrix saw no token and has no fellows that did (see uniprune.saliency.statistics).
     """
     matrices = calibration.matrices
-    if metric.statistic is None:
-        return LocalSaliency(matrices, metric, {})
+    if kind is None:
+        return {}
     if calibration.streamed:
-        return LocalSaliency(matrices, metric, _by_block(calibration, metric))
+        return _by_block(calibration, kind)
     todo = batches(distributed.share(calibration.windows))
-    with observing(matrices, metric.statistic, calibration.device) as statistics:
+    with observing(matrices, kind, calibration.device) as statistics:
         for batch in calibration.progress(todo, "calibrating", len(todo)):
             last_hidden(calibration.model, batch)
     pool(matrices, statistics)
-    return LocalSaliency(matrices, metric, statistics)
+    return statistics
 
 
-def _by_block(calibration: Calibration, metric: Metric) -> Statistics:
+def _by_block(calibration: Calibration, kind: Kind) -> Statistics:
     matrices, device = calibration.matrices, calibration.device
     store, runner = open_sweep(calibration)
-    with observing(matrices, metric.statistic, device) as statistics:
+    with observing(matrices, kind, device) as statistics:
         for name, found in store.items() if store is not None else ():
             statistics[name].add(found["total"].to(device), int(found["tokens"]))
         for index in calibration.progress(runner, "calibrating block by block", len(runner)):

@@ -243,7 +243,7 @@ class NM(BasePattern):
 
     @classmethod
     def read(cls, text: str, scope: Scope | None, default: Scope) -> NM | None:
-        match = re.fullmatch(r"(\d+):(\d+)", text)
+        match = re.fullmatch(r"(\d{1,9}):(\d{1,9})", text)
         if match and scope is not None:
             raise InputError(f"scope {scope!r} does not go with {text}: N:M is cut within groups of {match[2]} inputs")
         return cls(int(match[1]), int(match[2])) if match else None
@@ -292,7 +292,7 @@ class Tiled(BasePattern):
 
     @classmethod
     def read(cls, text: str, scope: Scope | None, default: Scope) -> Tiled | None:
-        match = re.fullmatch(r"([^@]+)@(\d+)x(\d+)", text)
+        match = re.fullmatch(r"([^@]+)@(\d{1,9})x(\d{1,9})", text)
         of = Unstructured.read(match[1], scope, default) if match else None
         return cls(of, int(match[2]), int(match[3])) if match and of else None
 

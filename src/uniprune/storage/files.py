@@ -94,10 +94,11 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
         temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def check_output_folder(path: Path, overwrite: bool, source: Path | None = None) -> None:
+def check_output_folder(path: Path, overwrite: bool, source: Path | None = None, mark: str = REPORT) -> None:
     """Raises InputError if ``path`` may not become an output folder, before any work is done.
 
-    Only folders that this package wrote (or empty ones) are ever replaced, however the flags are set.
+    Only folders that this package wrote (or empty ones) are ever replaced, however the flags are set. mark: the file that
+    tells that it wrote one.
     """
     if source is not None:
         here, there = path.resolve(), source.resolve()
@@ -108,7 +109,7 @@ def check_output_folder(path: Path, overwrite: bool, source: Path | None = None)
     if path.exists() and not path.is_dir():
         raise InputError(f"output {path} is a file; give the name of a folder")
     if path.is_dir() and any(path.iterdir()):
-        if not (path / REPORT).is_file():
+        if not (path / mark).is_file():
             raise InputError(f"output folder {path} exists and was not written by uniprune; give another name")
         if not overwrite:
             raise InputError(f"output folder {path} exists; give another name, or --overwrite")

@@ -1,0 +1,52 @@
+"""Recipe files: the settings of a command as YAML, read as strictly as a file of a stranger has to be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from uniprune.errors import InputError
+
+SIZE, DEPTH = 1 << 20, 4  # of a recipe: bytes, collections in each other; at most
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The settings in a recipe file, scalars as text. Raises InputError that names the file."""
+    if not path.is_file():
+        raise InputError(f"recipe {path} is not a file; give a YAML file with settings")
+    try:
+        return _parsed(path.read_bytes())
+    except OSError as error:
+        raise InputError(f"recipe {path} cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise InputError(f"recipe {path} is not a recipe: {' '.join(str(error).split())[:300]}") from None
+
+
+def _parsed(content: bytes) -> dict[str, Any]:
+    """The settings in a recipe file. Raises ValueError or YAMLError for anything but one mapping with each name once.
+
+    BaseLoader keeps scalars as they are spelled: YAML 1.1 would read 2:4 as the sexagesimal number 124. It makes no objects.
+    Aliases are refused before they are resolved: a few lines of them stand for more than any memory holds.
+    """
+    if len(content) > SIZE:
+        raise ValueError(f"it has {len(content)} bytes, more than {SIZE}")
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"it is not UTF-8 ({error.reason} at byte {error.start})") from None
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.BaseLoader):
+        if isinstance(event, yaml.AliasEvent):
+            raise ValueError("it has an alias (*name), which a recipe may not; write the value out")
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > DEPTH:
+            raise ValueError("it is nested too deep")
+    node = yaml.compose(text, Loader=yaml.BaseLoader)
+    if not isinstance(node, yaml.MappingNode):
+        raise ValueError("it is not a mapping of settings")
+    names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+    if len(names) < len(node.value) or len({*names}) < len(names):
+        raise ValueError(f"it has a setting twice, or one without a name: {', '.join(names)}")
+    return dict(yaml.load(text, Loader=yaml.BaseLoader))

@@ -1,0 +1,222 @@
+"""The methods that have rows: each prunes a model in memory, and gives its weights back as they were."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from uniprune.artefacts.binding import Binding
+from uniprune.artefacts.mask_tools import CheckedMasks
+from uniprune.artefacts.scores import ScoresFile
+from uniprune.common.provenance import Stopwatch, sha256
+from uniprune.comparison import sparsegpt
+from uniprune.comparison.bench import Bench, Scored
+from uniprune.errors import InputError, MismatchError
+from uniprune.job.recipe import Recipe
+from uniprune.models import masking
+from uniprune.models.matrices import Matrices
+from uniprune.saliency.sequential import refined, sequential
+from uniprune.sparsity.patterns import Masks, Pattern
+from uniprune.sparsity.structure import Structure, claimed, structure
+from uniprune.sparsity.views import on_one_scale
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A method at a sparsity, spelled as it was asked for. pattern: for the model's matrices; None of masks that are there."""
+
+    method: Method
+    sparsity: str
+    recipe: Recipe
+    pattern: Pattern | None = None
+
+    @property
+    def key(self) -> tuple[str, str | None]:
+        return self.method.name, self.sparsity
+
+    def __str__(self) -> str:
+        return f"{self.method.name} {self.sparsity}"
+
+    @property
+    def structure(self) -> Structure | None:
+        """What its pattern is, or claims to be."""
+        return structure(self.pattern) if self.pattern else claimed(self.sparsity)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Masks of matrices, seconds by stage, and what a row says of the calibration."""
+
+    masks: Masks
+    seconds: dict[str, float] = field(default_factory=dict)
+    record: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Method:
+    """name: as it is spelled. settings: of the recipe, over those of all methods."""
+
+    name: str
+    settings: Mapping[str, Any]
+    updates_weights: ClassVar[bool] = False
+
+    def calibration(self, trial: Trial) -> str:
+        """The name of the calibration that a trial needs."""
+        return str(trial)
+
+    @property
+    def cuts_none(self) -> bool:
+        """Whether its masks are there already."""
+        return False
+
+    def sparsities(self, asked: tuple[str, ...]) -> tuple[str, ...]:
+        """Those at which it has a row."""
+        return asked
+
+    def recorded(self, recipe: Recipe) -> dict[str, Any]:
+        """What a row says of how its masks are made without ``compare``: a recipe, and the hash of a file."""
+        return {"recipe": recipe.record()}
+
+    def check(self, pattern: Pattern | None, matrices: Matrices) -> None:
+        """Raises InputError for a pattern that it cannot cut, or a file for other matrices."""
+
+    def check_binding(self, binding: Binding) -> None:
+        """Raises MismatchError for a file that was made for other weights."""
+
+    def forget(self, bench: Bench, trial: Trial) -> None:
+        """Deletes what was kept of a calibration in case of an interruption, now that its row is written."""
+        bench.forget(self.calibration(trial))
+
+    @contextmanager
+    def pruned(self, bench: Bench, trial: Trial) -> Iterator[Cut]:
+        """Inside ``with``, the model is pruned; afterwards its weights are as they were, bit for bit."""
+        cut = self.cut(bench, trial)
+        with masking.applied(bench.matrices, cut.masks):
+            yield cut
+
+    def cut(self, bench: Bench, trial: Trial) -> Cut:
+        """The masks."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Local(Method):
+    """A local metric: one pass over the text, for all sparsities."""
+
+    def cut(self, bench: Bench, trial: Trial) -> Cut:
+        return _cut(bench.local(trial.recipe.parsed_metric()), trial)
+
+
+@dataclass(frozen=True)
+class Corrected(Method):
+    """A controller, calibrated for each sparsity alone."""
+
+    def cut(self, bench: Bench, trial: Trial) -> Cut:
+        assert trial.pattern is not None
+        return _cut(bench.corrected(trial.recipe, [trial.pattern], self.calibration(trial)), trial)
+
+
+@dataclass(frozen=True)
+class ForAny(Method):
+    """The controller, calibrated once, for sparsities of all kinds."""
+
+    def calibration(self, trial: Trial) -> str:
+        return self.name
+
+    def forget(self, bench: Bench, trial: Trial) -> None:
+        """Other sparsities need it still."""
+
+    def recorded(self, recipe: Recipe) -> dict[str, Any]:
+        return {"recipe": {name: value for name, value in recipe.record().items() if name != "sparsity"}}
+
+    def cut(self, bench: Bench, trial: Trial) -> Cut:
+        return _cut(bench.for_any(trial.recipe, self.calibration(trial)), trial)
+
+
+@dataclass(frozen=True)
+class ByBlock(Method):
+    """Masks block after block, each calibrated on the pruned blocks before it."""
+
+    def cut(self, bench: Bench, trial: Trial) -> Cut:
+        assert trial.pattern is not None
+        by_block, watch = refined if trial.recipe.refine else sequential, Stopwatch()
+        with watch("calibrate"):
+            masks = dict(by_block(bench.calibration(self.calibration(trial)), trial.recipe.parsed_metric(), trial.pattern))
+        return Cut(masks, watch.seconds)
+
+
+@dataclass(frozen=True)
+class SparseGPT(Method):
+    """damp, block_size: see ``sparsegpt``."""
+
+    damp: float = 0.01
+    block_size: int = 128
+    updates_weights: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.damp < math.inf or self.block_size < 1:
+            raise InputError(f"sparsegpt: damp = {self.damp} is negative, or block_size = {self.block_size} below 1")
+
+    def recorded(self, recipe: Recipe) -> dict[str, Any]:
+        return {}
+
+    def check(self, pattern: Pattern | None, matrices: Matrices) -> None:
+        assert pattern is not None
+        sparsegpt.check(pattern, matrices)
+
+    @contextmanager
+    def pruned(self, bench: Bench, trial: Trial) -> Iterator[Cut]:
+        assert trial.pattern is not None
+        watch, given = Stopwatch(), (bench.model, bench.matrices, bench.tokens, trial.pattern)
+        with masking.preserved(bench.matrices, bench.matrices):
+            with watch("calibrate"):
+                found = sparsegpt.sparsegpt(*given, self.damp, self.block_size, bench.progress)
+            yield Cut(found, watch.seconds)
+
+
+@dataclass(frozen=True)
+class FromFile(Method):
+    """Masks that are there already, or scores to cut them from."""
+
+    file: ScoresFile | CheckedMasks
+
+    @property
+    def cuts_none(self) -> bool:
+        return isinstance(self.file, CheckedMasks)
+
+    def sparsities(self, asked: tuple[str, ...]) -> tuple[str, ...]:
+        return (self.file.facts.pattern,) if isinstance(self.file, CheckedMasks) else asked
+
+    def recorded(self, recipe: Recipe) -> dict[str, Any]:
+        return {"file_sha256": sha256(Path(self.name))}
+
+    def check(self, pattern: Pattern | None, matrices: Matrices) -> None:
+        for name, shape in self.file.shapes.items():
+            if name not in matrices or matrices[name].shape != shape:
+                raise MismatchError(f"it was made for another model, or other layers, which have {name} of shape {shape}")
+
+    def check_binding(self, binding: Binding) -> None:
+        for name, digest in self.file.facts.digests.items():
+            if binding.digests[name] != digest:
+                made_for, here = self.file.facts.made_for, binding.base_name
+                raise MismatchError(
+                    f"method {self.name} was made for another model ({made_for}) than {here}, which has other weights in {name}"
+                )
+
+    def cut(self, bench: Bench, trial: Trial) -> Cut:
+        if isinstance(self.file, CheckedMasks):
+            return Cut(dict(self.file))
+        return _cut(Scored(self.file, None, {}), trial)
+
+
+def _cut(found: Scored, trial: Trial) -> Cut:
+    pattern, watch = trial.pattern, Stopwatch()
+    assert pattern is not None
+    with watch("mask"):
+        masks = dict(pattern(on_one_scale(found.saliency, pattern)))
+    calibration = {} if found.seconds is None else {"calibrate": found.seconds}
+    return Cut(masks, calibration | watch.seconds, found.record)

@@ -1,0 +1,114 @@
+"""What ``compare`` found, as data: the schema of its ``comparison.json``."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator
+
+from uniprune.data.text import TextFacts
+from uniprune.evaluation.results import Comparable, Evaluation, Machine, TaskResult
+from uniprune.saliency.record import ControllerRecord, Starved
+from uniprune.sparsity.structure import Structure
+from uniprune.storage.record import Count, Facts, Fraction, Record
+
+COMPARISON = "comparison.json"  # in an output folder
+DENSE = "dense"  # the method of the first row
+
+
+def _moment(text: str) -> str:
+    if datetime.fromisoformat(text).tzinfo is None:
+        raise ValueError("it has no time zone")
+    return text
+
+
+class ComparisonRow(Facts):
+    """A method at a sparsity, measured as every row is.
+
+    method, pattern: as they were asked for; of a masks file the pattern is its own, of the dense model there is none.
+    structure: what the pattern is. scope: the budget group of a fraction. updates_weights: whether kept weights were changed.
+    recipe: what ``uniprune prune`` needs for the same masks, ``calibrate`` where it has no sparsity; empty where neither makes
+    them. masks_sha256: of the masks (``artefacts.masks.digest``). file_sha256: of a scores or masks file.
+    seconds: by stage; rows of one calibration all have its time. resumed: whether it is the time since an interruption.
+    measured: when, ISO 8601.
+    """
+
+    method: str
+    pattern: str | None = None
+    structure: Structure | None = None
+    scope: str | None = None
+    sparsity: Fraction
+    updates_weights: bool = False
+    perplexity: float
+    nats_stderr: float | None = None
+    word_perplexity: float | None = None
+    byte_perplexity: float | None = None
+    tasks: dict[str, TaskResult] = {}
+    seconds: dict[str, float] = {}
+    resumed: bool = False
+    recipe: dict[str, Any] = {}
+    controller: ControllerRecord | None = None
+    starved: Starved | None = None
+    masks_sha256: str | None = None
+    file_sha256: str | None = None
+    measured: Annotated[str, AfterValidator(_moment)]
+
+    @property
+    def key(self) -> tuple[str, str | None]:
+        """What no other row of the table has."""
+        return self.method, self.pattern
+
+
+class ComparisonProtocol(Facts):
+    """How all rows were made and measured. settings: those of the request that are not a row's own.
+
+    calibration, text: what was read for either. windows, length, stride: of the evaluation. tasks: hashes of the questions.
+    """
+
+    settings: dict[str, Any] = {}
+    calibration: TextFacts | None = None
+    text: TextFacts | None = None
+    windows: Count | None = None
+    length: Count | None = None
+    stride: Count | None = None
+    tasks: dict[str, str | None] = {}
+    dtype: str | None = None
+    weights_sha256: str | None = None
+    machine: Machine | None = None
+    versions: dict[str, str] = {}
+
+
+class Comparison(Record):
+    """A table of methods, the dense model first.
+
+    methods, sparsities: all that were asked for, also those without a row yet. comparable: published protocols that the
+    perplexities follow.
+    """
+
+    kind: Literal["comparison"] = "comparison"
+    model: str
+    methods: list[str] = []
+    sparsities: list[str] = []
+    protocol: ComparisonProtocol = ComparisonProtocol()
+    comparable: list[Comparable] = []
+    rows: list[ComparisonRow]
+
+    @property
+    def reading(self) -> Evaluation:
+        """What of an evaluation all rows have in common."""
+        how = self.protocol
+        return Evaluation(
+            model=self.model,
+            comparable=self.comparable,
+            text=how.text,
+            windows=how.windows,
+            length=how.length,
+            stride=how.stride,
+        )
+
+    @property
+    def scopes(self) -> list[str]:
+        """The budget groups of fractions, the commonest first: one if all methods have the same."""
+        found = [row.scope for row in self.rows if row.scope]
+        return sorted(set(found), key=lambda scope: -found.count(scope))

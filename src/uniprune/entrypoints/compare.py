@@ -1,0 +1,271 @@
+"""The command ``compare``: a table of methods, all made and measured in one way, in one go that can be interrupted."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from uniprune.artefacts.masks import digest
+from uniprune.common.progress import Progress, silent
+from uniprune.common.provenance import Stopwatch, sparsity, versions
+from uniprune.comparison import harness
+from uniprune.comparison.bench import Bench
+from uniprune.comparison.methods import Trial
+from uniprune.comparison.request import ComparisonRequest
+from uniprune.comparison.results import COMPARISON, DENSE, Comparison, ComparisonProtocol, ComparisonRow
+from uniprune.comparison.trials import asked, fitted, naming
+from uniprune.data.tasks import load_task
+from uniprune.data.windows import Windows
+from uniprune.errors import InputError
+from uniprune.evaluation import reproduce
+from uniprune.evaluation.model import Questions, Subject
+from uniprune.evaluation.protocols import comparable
+from uniprune.job.options import RunOptions
+from uniprune.job.prepare import Job, prepare
+from uniprune.models.loading import Loaded, Origin, Source, dtype_name, resolve, skeleton
+from uniprune.models.matrices import find_matrices
+from uniprune.reporting.comparison import latex, markdown
+from uniprune.sparsity import bits
+from uniprune.storage import files, runs
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from uniprune.comparison.request import ComparisonKeywords
+
+UNCOMPARED = {"versions", "machine"}  # of the protocol: a table may go on with others
+
+
+def compare(
+    source: Source,
+    output: Path,
+    *,
+    device: str | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Progress = silent,
+    **request: Unpack[ComparisonKeywords],
+) -> Comparison:
+    """A row for the dense model and for each method at each sparsity: perplexity, accuracies, seconds of calibration.
+
+    request: ``methods``, ``sparsities``, what they are calibrated on and measured on, see
+    :class:`uniprune.comparison.request.ComparisonRequest`. All rows have the same samples of the same texts; no pruned model is
+    written. The folder ``output`` is rewritten after each row: ``comparison.json`` (what is returned), the table as Markdown
+    and LaTeX, ``recipe.yaml``, which asks for the same, and a results file of lm-evaluation-harness for each row. resume: keep
+    the rows that are there, if they were made in the same way, and add those that are missing.
+    The model must fit into memory as a whole, and once more its prunable weights, which each row changes and gives back.
+    Raises InputError or MismatchError before the first row if anything asked for cannot be done.
+    """
+    wanted = ComparisonRequest.of(**request)
+    trials = asked(wanted)
+    files.check_output_folder(output, overwrite or resume, mark=COMPARISON)  # before anything is fetched
+    earlier = _earlier(output, resume)
+    _check_same(output, earlier, {"settings": wanted.protocol})
+    subject = Subject(source)
+    origin = source.origin if isinstance(source, Loaded) else resolve(source)
+    files.check_output_folder(output, overwrite or resume, origin.path if origin else None, mark=COMPARISON)
+    questions = _questions(wanted, subject)
+    trials = _fitted(trials, wanted, source if isinstance(source, Loaded) else origin)  # type: ignore[arg-type]
+    job = _job(source, trials, device)
+    protocol = _protocol(wanted, job, questions)
+    _check_same(output, earlier, protocol.model_dump(mode="json"))
+    found = _merged(wanted, Comparison(model=str(job.loaded), protocol=protocol, rows=[]), earlier)
+    identity = {"command": "compare", **protocol.model_dump(mode="json", exclude=UNCOMPARED)}
+    with runs.open_run(output, identity, resume=resume, overwrite=overwrite) as run:
+        table, bench = _Table(output, run, found, _named(source, wanted)), Bench(job, run, progress)
+        missing = table.missing(trials)
+        for trial in progress(missing, "comparing", len(missing)):
+            if trial is None:
+                table.add(_row(subject, bench, {"method": DENSE, "sparsity": 0.0}, {}))
+            else:
+                table.add(_pruned(trial, subject, bench))
+                trial.method.forget(bench, trial)
+        table.write()
+    return table.found
+
+
+# ------------------------------------------------------------------------------------------------------------- parts
+
+
+def _questions(request: ComparisonRequest, subject: Subject) -> Questions:
+    """What every row is measured on, now that it is known to be possible."""
+    reading = request.reading
+    reading.check(compared=False)
+    windows = subject.windows(request.eval_text, reading)
+    found = Questions(windows, [load_task(name, request.limit) for name in request.tasks])
+    subject.ask(found)
+    return found
+
+
+def _fitted(trials: list[Trial], request: ComparisonRequest, source: Loaded | Origin) -> list[Trial]:
+    """The trials, now that it is known which matrices they are for."""
+    model = source.model if isinstance(source, Loaded) else skeleton(source)
+    return fitted(trials, model, find_matrices(model, request.include, request.exclude), source)
+
+
+def _protocol(request: ComparisonRequest, job: Job, questions: Questions) -> ComparisonProtocol:
+    windows, model = questions.windows, job.loaded.model
+    assert isinstance(windows, Windows)
+    return ComparisonProtocol(
+        settings=request.protocol,
+        calibration=job.windows.describe(),
+        text=windows.describe(),
+        windows=len(windows.tokens),
+        length=windows.tokens.shape[1],
+        stride=windows.stride or windows.tokens.shape[1],
+        tasks={task.name: task.sha256 for task in questions.tasks},
+        dtype=dtype_name(next(model.parameters()).dtype),
+        weights_sha256=reproduce.weights_sha256(model),
+        machine=reproduce.machine(model),
+        versions=versions(),
+    )
+
+
+def _job(source: Source, trials: Sequence[Trial], device: str | None) -> Job:
+    """The model and the calibration samples, for the trial that takes most memory."""
+    hungriest = max(trials, key=lambda trial: (trial.recipe.cost.memory, trial.recipe.refine))
+    job = prepare(source, hungriest.recipe, None, RunOptions(device=device))
+    if job.execution != "resident":
+        raise InputError(f"compare needs the whole model in memory, and {job.loaded} does not fit; take a smaller model")
+    for trial in trials:
+        trial.method.check_binding(job.binding)
+    return job
+
+
+def _earlier(output: Path, resume: bool) -> Comparison | None:
+    """The table that a run goes on with, if it does. Raises InputError for a damaged one."""
+    path = output / COMPARISON
+    return Comparison.read(path) if resume and path.is_file() else None
+
+
+def _check_same(output: Path, earlier: Comparison | None, protocol: Mapping[str, Any]) -> None:
+    """Raises InputError, with what differs, unless the rows of an earlier run were made in the same way, as far as is known."""
+    if earlier is None:
+        return
+    there = earlier.protocol.model_dump(mode="json", include=set(protocol))
+    differing = reproduce.differences({"protocol": there}, {"protocol": protocol})
+    said = [f"{one.what.split('.', 1)[1]} was {one.recorded!r:.60}, is {one.found!r:.60}" for one in differing]
+    if said:
+        raise InputError(f"output {output} is a table made otherwise: {'; '.join(said[:3])}; give another name, or --overwrite")
+
+
+def _merged(request: ComparisonRequest, empty: Comparison, earlier: Comparison | None) -> Comparison:
+    """The table before the first row of this run: empty, or with the rows of an earlier one."""
+    begun, rows = earlier or empty, earlier.rows if earlier else []
+    return Comparison(
+        model=empty.model,
+        methods=list(dict.fromkeys([*begun.methods, *request.methods])),
+        sparsities=list(dict.fromkeys([*begun.sparsities, *request.sparsities])),
+        protocol=empty.protocol,
+        comparable=comparable(empty.model, empty.reading),
+        rows=rows,
+    )
+
+
+def _named(source: Source, request: ComparisonRequest) -> ComparisonRequest:
+    """The request with the model as a recipe file can name it; one that is in memory only it cannot."""
+    model = source.origin if isinstance(source, Loaded) else source
+    return request.model_copy(update={"model": None if model is None else str(model)})
+
+
+def _pruned(trial: Trial, subject: Subject, bench: Bench) -> ComparisonRow:
+    method, shapes, form = trial.method, bench.job.shapes, trial.structure
+    with naming(method.name, trial.sparsity), method.pruned(bench, trial) as cut:
+        removed = dict.fromkeys(shapes, 0.0) | {name: bits.removed(mask) for name, mask in cut.masks.items()}
+        facts = {
+            "method": method.name,
+            "pattern": trial.sparsity,
+            "structure": form,
+            "scope": form.scope if form else None,
+            "sparsity": sparsity(removed, shapes),
+            "updates_weights": method.updates_weights,
+            "resumed": method.calibration(trial) in bench.resumed,
+            "masks_sha256": digest(cut.masks),
+            **method.recorded(trial.recipe),
+            **cut.record,
+        }
+        return _row(subject, bench, facts, cut.seconds)
+
+
+def _row(subject: Subject, bench: Bench, facts: dict[str, Any], seconds: Mapping[str, float]) -> ComparisonRow:
+    """A row of the model as it is now."""
+    watch = Stopwatch()
+    with watch("evaluate"):
+        found = subject.measure(bench.job.loaded, bench.progress, record=False)
+    assert found.perplexity is not None
+    names = ("perplexity", "nats_stderr", "word_perplexity", "byte_perplexity")
+    return ComparisonRow(
+        **facts,
+        **{name: getattr(found.perplexity, name) for name in names},
+        tasks={answers.task.name: answers.result() for answers in found.answers},
+        seconds={**seconds, **watch.seconds},
+        measured=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    )
+
+
+class _Table:
+    """The output folder, rewritten after each row; ``found``: what stands in it."""
+
+    def __init__(self, output: Path, run: runs.Run, found: Comparison, request: ComparisonRequest) -> None:
+        self._output, self._run, self._request, self.found = output, run, request, found
+        self._new = not found.rows
+
+    def missing(self, trials: Sequence[Trial]) -> list[Trial | None]:
+        """The trials that have no row yet; None is the dense model's.
+
+        Raises InputError if a file of scores or masks is not the one that a row was made of.
+        """
+        rows = {row.key: row for row in self.found.rows}
+        for trial in trials:
+            if (row := rows.get(trial.key)) and row.file_sha256 != trial.method.recorded(trial.recipe).get("file_sha256"):
+                raise InputError(
+                    f"{trial.method.name} is not the file that its row was made of; give another output, or --overwrite"
+                )
+        dense: list[Trial | None] = [] if (DENSE, None) in rows else [None]
+        return [*dense, *(trial for trial in trials if trial.key not in rows)]
+
+    def add(self, row: ComparisonRow) -> None:
+        """A row is in the table when ``comparison.json`` is replaced; the other files follow it."""
+        self.found = self.found.model_copy(update={"rows": [*self.found.rows, row]})
+        self.write()
+        self._run.commit("rows", {"rows": len(self.found.rows)})
+
+    def write(self) -> None:
+        """All files; the first time, the folder appears as a whole."""
+        if not self._new:
+            self._fill(self._output)
+            return
+        with files.new_folder(self._output, self._run.folder) as folder:
+            self._fill(folder)
+        self._new = False
+
+    def _fill(self, folder: Path) -> None:
+        for name, content in self._contents():
+            path = folder / name
+            if path.parent == folder or not path.exists():  # a row's own file stays as it is
+                with files.replacing(path, self._run.folder / "partial") as temporary:
+                    temporary.write_text(content, encoding="utf-8", errors="replace")  # half a surrogate pair is no text
+
+    def _contents(self) -> Iterator[tuple[str, str]]:
+        found = self.found
+        yield COMPARISON, _json(found.record())
+        yield "comparison.md", markdown(found)
+        yield "comparison.tex", latex(found)
+        yield "recipe.yaml", _recipe(self._request, found)
+        for name, content in harness.files(found):
+            yield f"lm_eval/{name}", _json(content)
+
+
+def _recipe(request: ComparisonRequest, found: Comparison) -> str:
+    """The recipe file that asks for all of the table."""
+    made = [f"{name} {version}" for name, version in found.protocol.versions.items()]
+    head = ["uniprune compare --config recipe.yaml -o again", ", ".join(made), f"weights {found.protocol.weights_sha256}"]
+    everything = request.model_copy(update={"methods": tuple(found.methods), "sparsities": tuple(found.sparsities)})
+    return "".join(f"# {line}\n" for line in head) + everything.spelled
+
+
+def _json(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, indent=1) + "\n"

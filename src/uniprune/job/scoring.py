@@ -1,0 +1,33 @@
+"""What a recipe's metric and controller make of calibration text: the saliency that masks are cut from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from uniprune.job.recipe import Recipe
+from uniprune.saliency.calibration import Calibration, one_shot
+from uniprune.saliency.record import ControllerRecord, Starved
+from uniprune.sparsity.patterns import Pattern
+from uniprune.sparsity.views import OnOneScale, Scores, View
+
+
+def scored(calibration: Calibration, recipe: Recipe, targets: Sequence[Pattern]) -> tuple[Scores, dict[str, Any]]:
+    """The saliency that masks are cut from, and what the report says of its making."""
+    metric, controller = recipe.parsed_metric(), recipe.parsed_controller()
+    if controller is None:
+        local = one_shot(calibration, metric)
+        return local, {name: Starved(**facts) for name, facts in local.starved.items()}
+    steps = recipe.steps
+    if recipe.budget_tokens is not None:
+        within = max(1, recipe.budget_tokens // controller.step_tokens(calibration.windows.shape[1]))
+        steps = min(steps or within, within)
+    found, record = controller.calibrate(calibration, metric, targets, steps, recipe.seed)
+    saliency = OnOneScale(found) if controller.comparable else View(found)
+    aimed = {"targets": [str(target) for target in targets]}
+    return saliency, {"controller": ControllerRecord(**(record.model_dump() | aimed))}
+
+
+def fitting(targets: Sequence[Pattern], shapes: Mapping[str, tuple[int, int]]) -> list[Pattern]:
+    """The targets that every matrix can have."""
+    return [target for target in targets if not any(target.unsupported(*shape) for shape in shapes.values())]

@@ -1,0 +1,354 @@
+"""A table of methods: each row is what pruning and evaluating by themselves give, and nothing is done twice."""
+
+import json
+import random
+
+import pytest
+import torch
+import yaml
+
+import uniprune
+from command import run
+from conftest import Stopped, Stops, tiny_model
+from kills import KILLED, _run
+from processes import Forked
+from task_rows import ROWS
+from uniprune import InputError, Loaded, MismatchError, Recipe
+from uniprune.artefacts.masks import MasksFile, digest
+from uniprune.comparison import bench
+from uniprune.comparison.request import ComparisonRequest
+from uniprune.comparison.results import Comparison
+from uniprune.comparison.sparsegpt import sparsegpt
+from uniprune.data.windows import load_windows
+from uniprune.entrypoints.compare import compare
+from uniprune.evaluation import reproduce
+from uniprune.models.matrices import find_matrices
+from uniprune.sparsity.patterns import NM, Unstructured
+
+READ = {"text_source": "builtin", "windows": 2, "length": 32}
+SMALL = {"windows": 8, "length": 16, "eval_windows": 2, "eval_length": 32, "dtype": "float32"}
+METHODS = ("magnitude", "ria:a=0.3", "sparsegpt", "feedback", "any", "sequential", "refine", "unipruning")
+BOTH = ("0.5", "2:4")
+FLAGS = [word for name, value in SMALL.items() for word in (f"--{name.replace('_', '-')}", value)]
+
+
+@pytest.fixture(scope="module")
+def table(folder, tmp_path_factory):
+    """All methods at two sparsities, and the folder."""
+    output = tmp_path_factory.mktemp("compare") / "table"
+    return compare(str(folder), output, methods=METHODS, sparsities=BOTH, metric="ria", **SMALL), output
+
+
+def rows_of(found, method):
+    return [row for row in found.rows if row.method == method]
+
+
+def measured(found):
+    """A table without its times."""
+    return [row.model_copy(update={"seconds": {}, "measured": "", "resumed": False}) for row in found.rows]
+
+
+def test_the_dense_model_comes_first(table, folder):
+    found, output = table
+    assert [row.key for row in found.rows] == [("dense", None), *((name, spec) for name in METHODS for spec in BOTH)]
+    dense = uniprune.evaluate(str(folder), dtype="float32", **READ)
+    assert found.rows[0].perplexity == dense.perplexity
+    assert found.rows[0].byte_perplexity == dense.byte_perplexity
+    assert found.rows[0].nats_stderr == dense.nats_stderr
+    assert found.protocol.weights_sha256 == dense.protocol.weights_sha256
+    assert Comparison.read(output / "comparison.json") == found
+    assert not list(output.parent.glob(".*"))
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in ("sparsegpt", "any")])
+def test_rows_are_what_prune_and_evaluate_give(table, folder, tmp_path, method):
+    for row in rows_of(table[0], method):
+        uniprune.prune(str(folder), Recipe(**row.recipe), tmp_path / "pruned", overwrite=True)
+        assert digest(MasksFile(tmp_path / "pruned" / "pruning" / "masks.safetensors")) == row.masks_sha256
+        pruned = uniprune.evaluate(str(tmp_path / "pruned"), dtype="float32", **READ)
+        assert row.perplexity == pruned.perplexity
+        assert row.sparsity == pytest.approx(pruned.sparsity, abs=1e-3)
+        assert not row.updates_weights
+
+
+def test_rows_of_one_calibration_are_what_calibrate_and_mask_give(table, folder, tmp_path):
+    first, second = rows_of(table[0], "any")
+    assert first.recipe == second.recipe
+    scores, masks = tmp_path / "scores.safetensors", tmp_path / "masks.safetensors"
+    uniprune.calibrate(str(folder), Recipe(**first.recipe), scores)
+    for row in (first, second):
+        uniprune.mask(scores, row.pattern, masks, overwrite=True)
+        assert digest(MasksFile(masks)) == row.masks_sha256
+        uniprune.apply(str(folder), masks, tmp_path / "pruned", overwrite=True)
+        assert row.perplexity == uniprune.evaluate(str(tmp_path / "pruned"), dtype="float32", **READ).perplexity
+
+
+def test_sparsegpt_is_that_of_its_own_function(table, folder):
+    for row, pattern in zip(rows_of(table[0], "sparsegpt"), (Unstructured(0.5), NM(2, 4)), strict=True):
+        loaded = uniprune.load(str(folder), dtype="float32")
+        windows = load_windows("builtin", loaded.tokenizer, use="calibration", length=16, count=8)
+        masks = sparsegpt(loaded.model, find_matrices(loaded.model), windows.tokens, pattern)
+        assert row.masks_sha256 == digest(masks)
+        assert row.perplexity == uniprune.evaluate(loaded, **READ).perplexity
+        assert row.updates_weights
+        assert row.recipe == {}
+
+
+def test_scopes_are_said(table):
+    found = table[0]
+    assert {row.method: row.scope for row in found.rows if row.pattern == "0.5"} == {
+        **dict.fromkeys(METHODS, "row"),
+        "feedback": "model",
+        "any": "model",
+    }
+    assert found.scopes == ["row", "model"]
+    assert {row.scope for row in found.rows if row.pattern != "0.5"} == {None}
+
+
+# ---------------------------------------------------------------------------------------------------------- the weights
+
+
+class StopsIn(Stops):
+    """Progress that ends the run within loops of one kind."""
+
+    def __init__(self, label, after):
+        super().__init__(after)
+        self.label = label
+
+    def __call__(self, items, label, total):
+        return super().__call__(items, label, total) if label == self.label else iter(items)
+
+
+def test_weights_come_back_bit_for_bit(tokenizer, tmp_path):
+    loaded = Loaded(tiny_model(), tokenizer)
+    before = reproduce.weights_sha256(loaded.model)
+    asked = {"methods": ("wanda", "sparsegpt", "refine"), **SMALL}
+    compare(loaded, tmp_path / "table", **asked)
+    assert reproduce.weights_sha256(loaded.model) == before
+    for label, after in (("SparseGPT, block by block", 1), ("evaluating", 2), ("comparing", 3)):
+        with pytest.raises(Stopped):
+            compare(loaded, tmp_path / "stopped", overwrite=True, progress=StopsIn(label, after), **asked)
+        assert reproduce.weights_sha256(loaded.model) == before
+    assert yaml.safe_load((tmp_path / "table" / "recipe.yaml").read_text()).keys().isdisjoint({"model"})
+
+
+def test_one_pass_for_local_metrics_one_descent_for_any(folder, tmp_path, monkeypatch):
+    calls = []
+    for name in ("observed", "scored"):
+        real = getattr(bench, name)
+        monkeypatch.setattr(bench, name, lambda *given, name=name, real=real: calls.append((name, given)) or real(*given))
+    methods = ("magnitude", "wanda", "ria", "stochria:a=0.5,beta=0.2", "any", "feedback")
+    found = compare(str(folder), tmp_path / "table", methods=methods, sparsities=BOTH, steps=1, **SMALL)
+    assert [name for name, _ in calls] == ["observed", "scored", "scored", "scored"]
+    assert [len(given[2]) > 1 for name, given in calls if name == "scored"] == [True, False, False]
+    assert len({row.seconds["calibrate"] for row in found.rows if row.method in methods[1:4]}) == 1
+    assert len({row.seconds["calibrate"] for row in rows_of(found, "any")}) == 1
+    assert "calibrate" not in rows_of(found, "magnitude")[0].seconds
+
+
+# -------------------------------------------------------------------------------------------------------------- resuming
+
+
+def test_an_interrupted_table_goes_on(folder, tmp_path):
+    asked = {"methods": ("wanda", "feedback", "any"), "sparsities": BOTH, **SMALL}
+    whole = compare(str(folder), tmp_path / "whole", **asked)
+    output, kept = tmp_path / "table", []
+    for label, after, rows in (("comparing", 2, 2), ("comparing", 1, 3), ("descending", 0, 3), ("comparing", 2, 5)):
+        with pytest.raises(Stopped):
+            compare(str(folder), output, resume=True, progress=StopsIn(label, after), **asked)
+        there = Comparison.read(output / "comparison.json")
+        assert len(there.rows) == rows
+        assert there.rows[: len(kept)] == kept  # and no finished row was made again
+        kept = there.rows
+        assert (output / "comparison.md").read_text().count("\n| ") == rows + 2  # a head and a line below it
+        assert len(list((output / "lm_eval").rglob("results_*.json"))) == rows
+    with pytest.raises(InputError, match="exists; give another name, or --overwrite"):
+        compare(str(folder), output, **asked)
+    found = compare(str(folder), output, resume=True, **asked)
+    assert found.rows[: len(kept)] == kept
+    assert measured(found) == measured(whole)
+    assert not list(tmp_path.glob(".*"))
+    again = compare(str(folder), output, resume=True, **asked)
+    assert again.rows == found.rows
+    more = compare(str(folder), output, resume=True, **asked | {"methods": ("magnitude",), "sparsities": ("0.3",)})
+    assert [row.key for row in more.rows] == [*(row.key for row in found.rows), ("magnitude", "0.3")]
+    assert more.rows[:-1] == found.rows
+    assert ComparisonRequest.load(output / "recipe.yaml").methods == ("wanda", "feedback", "any", "magnitude")
+
+
+def test_a_killed_table_goes_on(folder, tmp_path):
+    """Killed just before random changes of the disk; every row that was there before is kept as it was."""
+    words = ["compare", folder, "-m", "wanda,sequential", "-s", "0.5", *FLAGS, "--resume"]
+    done = Forked(_run, tmp_path, None, [*words, "-o", tmp_path / "whole"]).wait()
+    assert done.code == 0, done.err
+    changes, draw, output, kept = int(done.err.splitlines()[-1]), random.Random(0), tmp_path / "table", []
+    for kill in range(4):
+        moment = draw.randint(0, changes // 2) if kill < 3 else None
+        done = Forked(_run, tmp_path, moment, [*words, "-o", output]).wait()
+        assert done.code in (0, KILLED), done.err
+        if (output / "comparison.json").exists():
+            rows = Comparison.read(output / "comparison.json").rows
+            assert rows[: len(kept)] == kept
+            kept = rows
+    assert done.code == 0
+    whole, found = (Comparison.read(path / "comparison.json") for path in (tmp_path / "whole", output))
+    assert measured(found) == measured(whole)
+    for name in ("comparison.md", "comparison.tex", "recipe.yaml"):
+        assert (output / name).is_file()
+    assert not list(tmp_path.glob(".*"))
+    assert not list(output.rglob(".*"))
+
+
+def test_another_table_is_not_gone_on_with(folder, tmp_path, tokenizer):
+    asked = {"methods": ("wanda",), "sparsities": ("0.5",), **SMALL}
+    compare(str(folder), tmp_path / "table", **asked)
+    before = (tmp_path / "table" / "comparison.json").read_bytes()
+    for changes, said in (
+        ({"windows": 4}, "settings.windows was 8, is 4"),
+        ({"seed": 1}, "settings.seed was 0, is 1"),
+        ({"eval_length": 16}, "settings.eval_length was 32, is 16"),
+        ({"scope": "matrix"}, "settings.scope was None, is 'matrix'"),
+    ):
+        with pytest.raises(InputError, match=said):
+            compare(str(folder), tmp_path / "table", resume=True, **asked | changes)
+    with pytest.raises(InputError, match="weights_sha256 was"):
+        compare(Loaded(tiny_model(), tokenizer), tmp_path / "table", resume=True, **asked)
+    assert (tmp_path / "table" / "comparison.json").read_bytes() == before
+    (tmp_path / "table" / "comparison.json").write_text('{"rows": 3}')
+    with pytest.raises(InputError, match="damaged"):
+        compare(str(folder), tmp_path / "table", resume=True, **asked)
+    assert len(compare(str(folder), tmp_path / "table", overwrite=True, **asked).rows) == 2
+
+
+# -------------------------------------------------------------------------------------------------------- files of ours
+
+
+@pytest.fixture(scope="module")
+def ours(folder, tmp_path_factory):
+    """A scores file, and masks of it at 0.5 by matrix."""
+    place = tmp_path_factory.mktemp("ours")
+    scores, masks = place / "scores.safetensors", place / "masks.safetensors"
+    uniprune.calibrate(str(folder), Recipe(metric="ria", controller="none", windows=4, length=16), scores)
+    uniprune.mask(scores, "0.5", masks, scope="matrix")
+    return scores, masks
+
+
+def test_scores_and_masks_files_have_rows(folder, ours, tmp_path):
+    scores, masks = ours
+    found = compare(str(folder), tmp_path / "table", methods=tuple(map(str, ours)), sparsities=BOTH, **SMALL)
+    assert [row.key for row in found.rows[1:]] == [*((str(scores), spec) for spec in BOTH), (str(masks), "0.5 by matrix")]
+    for row in found.rows[1:]:
+        if row.method == str(scores):
+            uniprune.mask(scores, row.pattern, tmp_path / "own.safetensors", overwrite=True)
+        own = tmp_path / "own.safetensors" if row.method == str(scores) else masks
+        assert row.masks_sha256 == digest(MasksFile(own))
+        uniprune.apply(str(folder), own, tmp_path / "pruned", overwrite=True)
+        assert row.perplexity == uniprune.evaluate(str(tmp_path / "pruned"), dtype="float32", **READ).perplexity
+    assert [row.scope for row in found.rows] == [None, "row", None, "matrix"]
+    uniprune.calibrate(str(folder), Recipe(controller="none", windows=4, length=16), scores.with_name("other.safetensors"))
+    scores.with_name("other.safetensors").replace(scores)
+    with pytest.raises(InputError, match="is not the file that its row was made of"):
+        compare(str(folder), tmp_path / "table", methods=(str(scores),), sparsities=BOTH, resume=True, **SMALL)
+
+
+def test_files_for_another_model_are_refused(ours, tokenizer, tmp_path):
+    for model, said in ((tiny_model(), "which has other weights in"), (tiny_model(hidden_size=64), "another model, or other")):
+        with pytest.raises(MismatchError, match=said):
+            compare(Loaded(model, tokenizer), tmp_path / "table", methods=(str(ours[1]),), **SMALL)
+    assert not list(tmp_path.iterdir())
+
+
+def test_tasks_have_accuracies_with_errors(folder, tmp_path):
+    path = tmp_path / "arc.jsonl"
+    path.write_text("".join(json.dumps(ROWS["arc"] | {"question": f"{n} {ROWS['arc']['question']}"}) + "\n" for n in range(6)))
+    asked = {"tasks": (str(path),), "limit": 4, **SMALL}
+    found = compare(str(folder), tmp_path / "table", methods=("wanda",), sparsities=("0.5",), **asked)
+    uniprune.prune(str(folder), Recipe(**found.rows[1].recipe), tmp_path / "pruned")
+    for row, model in zip(found.rows, (folder, tmp_path / "pruned"), strict=True):
+        assert row.tasks == uniprune.evaluate(str(model), tasks=(str(path),), limit=4, dtype="float32").tasks
+        assert row.tasks[str(path)].acc_stderr is not None
+    assert "| arc |" in (tmp_path / "table" / "comparison.md").read_text()
+
+
+# ------------------------------------------------------------------------------------------------------- the command line
+
+
+def test_the_recipe_replays_the_table(capsys, monkeypatch, folder, tmp_path):
+    words = ["compare", folder, "-m", "wanda, stochria:a=0.5,beta=0.2", "-s", "0.4,2:4", "--exclude", r"layers\.0\.", *FLAGS]
+    code, printed, errors = run(capsys, monkeypatch, *words, "-o", tmp_path / "table")
+    assert (code, errors) == (0, "")
+    assert "stochria" in printed
+    config = tmp_path / "table" / "recipe.yaml"
+    code, printed, errors = run(capsys, monkeypatch, "compare", "--config", config, "-o", tmp_path / "again", "--json")
+    assert (code, errors) == (0, "")
+    whole, again = Comparison.read(tmp_path / "table" / "comparison.json"), Comparison(**json.loads(printed))
+    assert measured(again) == measured(whole)
+    assert again.protocol == whole.protocol
+    assert (tmp_path / "again" / "recipe.yaml").read_text() == config.read_text()
+    words = ["compare", "--config", config, "--windows", 4, "-o", tmp_path / "again", "--resume"]
+    code, _, errors = run(capsys, monkeypatch, *words)
+    assert code == 2
+    assert "settings.windows was 8, is 4" in errors
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["-m", "wandaa"], "method 'wandaa' is unknown; use magnitude, wanda, ria, stochria, feedback"),
+        (["-m", "feedback:step"], "'step' is not NAME=VALUE"),
+        (["-m", "feedback:speed=3"], "'speed' is not a setting of MirrorDescent"),
+        (["-m", "sparsegpt:damp=-1"], "damp = -1.0 is negative"),
+        (["-m", "ria:a=x"], "a = x"),
+        (["-m", "nothing.safetensors"], "is a file that does not exist"),
+        (["-m", ""], "nothing to compare"),
+        (["-s", ""], "nothing to compare"),
+        (["-s", "0.5,1.5"], "method magnitude at 1.5: sparsity"),
+        (["-s", "3:7"], "method magnitude at 3:7: "),
+        (["-m", "wanda,refine", "--scope", "matrix"], "method refine at 0.5: --refine exchanges weights within a row"),
+        (["-m", "wanda,sparsegpt", "-s", "0.5@4x4"], "method sparsegpt at 0.5@4x4: SparseGPT cuts N:M patterns and fractions"),
+        (["-m", "sparsegpt", "--scope", "model"], "method sparsegpt at 0.5: SparseGPT cuts block after block"),
+        (["-m", "feedback", "--metric", "wandaa"], "metric 'wandaa' is unknown"),
+        (["--limit", "3"], "--limit is a number of questions"),
+        (["--text", "nowhere.txt"], "nowhere.txt"),
+        (["--eval-text", "nowhere.txt"], "nowhere.txt"),
+        (["--rule", "nowhere=dense", "-m", "wanda"], "rule nowhere=dense matches none"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_weights_are_loaded(capsys, monkeypatch, folder, tmp_path, words, said):
+    monkeypatch.setattr("uniprune.job.prepare.load_weights", lambda *given: pytest.fail("weights were loaded"))
+    code, _, errors = run(capsys, monkeypatch, "compare", folder, *FLAGS, *words, "-o", tmp_path / "table")
+    assert code == 2
+    assert said in errors
+    assert errors.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_outputs_that_may_not_be_are_refused(capsys, monkeypatch, folder, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("x")
+    for output, words in ((tmp_path / "mine", ["--overwrite"]), (folder, []), (folder / "table", []), (tmp_path / "mine", [])):
+        code, _, errors = run(capsys, monkeypatch, "compare", folder, *FLAGS, *words, "-o", output)
+        assert code == 2
+        assert errors.count("\n") == 1
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes.txt"]
+    code, _, errors = run(capsys, monkeypatch, "compare", "-o", tmp_path / "table")
+    assert code == 2
+    assert "MODEL is missing" in errors
+
+
+def test_layers_that_cannot_have_a_pattern_may_stay_dense(tokenizer, tmp_path):
+    """Methods that cut a matrix at a time, with a rule for some of them."""
+    loaded = Loaded(tiny_model(intermediate_size=66), tokenizer)  # 66 inputs are not divisible by 4
+    with pytest.raises(InputError, match=r"method wanda at 2:4: .*66 inputs"):
+        compare(loaded, tmp_path / "table", methods=("wanda",), sparsities=("2:4",), **SMALL)
+    asked = {"methods": ("wanda", "sparsegpt"), "sparsities": ("2:4",), "unsupported": "dense", **SMALL}
+    found = compare(loaded, tmp_path / "table", **asked)
+    assert found.rows[1].sparsity == found.rows[2].sparsity < 0.5
+    assert torch.isfinite(torch.tensor([row.perplexity for row in found.rows])).all()
+
+
+def test_a_scope_is_of_fractions(loaded, tmp_path):
+    asked = {"methods": ("wanda", "feedback"), "sparsities": BOTH, "scope": "matrix", "steps": 1}
+    found = compare(loaded, tmp_path / "table", **asked, **SMALL)
+    assert [row.scope for row in found.rows] == [None, "matrix", None, "matrix", None]
+    assert found.scopes == ["matrix"]
