@@ -13,6 +13,7 @@ from torch import nn
 from uniprune.artefacts.mask_tools import CheckedMasks
 from uniprune.artefacts.masks import MasksFacts
 from uniprune.artefacts.scores import ScoresFile
+from uniprune.checkpoints.origin import Origin
 from uniprune.common import fields
 from uniprune.comparison.methods import ByBlock, Corrected, ForAny, FromFile, Local, Method, SparseGPT, Trial
 from uniprune.comparison.request import ComparisonRequest
@@ -21,7 +22,7 @@ from uniprune.errors import InputError, MismatchError
 from uniprune.job.prepare import aim_of
 from uniprune.job.recipe import Recipe
 from uniprune.job.settings import Settings, Sparsity
-from uniprune.models.loading import Loaded, Origin
+from uniprune.models.loading import Loaded
 from uniprune.models.matrices import Matrices
 from uniprune.saliency.metrics import METRICS
 from uniprune.sparsity import spelling

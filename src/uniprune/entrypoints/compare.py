@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from uniprune.artefacts.masks import digest
+from uniprune.checkpoints.origin import Origin, resolve
 from uniprune.common.progress import Progress, silent
 from uniprune.common.provenance import Stopwatch, sparsity, versions
 from uniprune.comparison import harness
@@ -25,7 +26,7 @@ from uniprune.evaluation.model import Questions, Subject
 from uniprune.evaluation.protocols import comparable
 from uniprune.job.options import RunOptions
 from uniprune.job.prepare import Job, prepare
-from uniprune.models.loading import Loaded, Origin, Source, dtype_name, resolve, skeleton
+from uniprune.models.loading import Loaded, Source, dtype_name, skeleton
 from uniprune.models.matrices import find_matrices
 from uniprune.reporting.comparison import latex, markdown
 from uniprune.sparsity import bits
