@@ -88,7 +88,7 @@ def test_kinds_are_told_by_their_fields(tmp_path):
         ("", "is not JSON"),
         ("not JSON", "is not JSON"),
         ("[" * 100_000, "is not JSON"),
-        ("[1, 2]", "is no result of prune, apply, evaluate or sweep: it is no object"),
+        ("[1, 2]", "is no result of prune, apply, evaluate, sweep or compare: it is no object"),
         ('{"model": "m", "results": []}', "it is an object with 'model', 'results'"),
         ('{"model": "m", "perplexity": "low"}', "is damaged: perplexity"),
         ('{"sweep": 1, "model": "m", "rows": []}', "is damaged: rows"),
