@@ -105,6 +105,16 @@ def test_scopes_are_said(table):
     assert {row.scope for row in found.rows if row.pattern != "0.5"} == {None}
 
 
+def test_sparsities_of_matrices_are_said_where_they_differ(table, folder):
+    found = table[0]
+    assert {row.method for row in found.rows if row.matrices} == {"feedback", "any"}
+    row = next(row for row in found.rows if row.key == ("feedback", "0.5"))
+    shapes = {name: matrix.shape for name, matrix in find_matrices(uniprune.load(str(folder)).model).items()}
+    assert row.matrices.keys() == shapes.keys()
+    total = sum(row.matrices[name] * rows * columns for name, (rows, columns) in shapes.items())
+    assert total / sum(rows * columns for rows, columns in shapes.values()) == pytest.approx(row.sparsity)
+
+
 # ---------------------------------------------------------------------------------------------------------- the weights
 
 
@@ -267,6 +277,9 @@ def test_tasks_have_accuracies_with_errors(folder, tmp_path):
     for row, model in zip(found.rows, (folder, tmp_path / "pruned"), strict=True):
         assert row.tasks == uniprune.evaluate(str(model), tasks=(str(path),), limit=4, dtype="float32").tasks
         assert row.tasks[str(path)].acc_stderr is not None
+    beside = uniprune.evaluate(str(tmp_path / "pruned"), tasks=(str(path),), limit=4, dtype="float32", against=str(folder))
+    for metric, other in beside.tasks[str(path)].against.items():
+        assert found.rows[1].flips(found.rows[0], str(path), metric) == (other.gained, other.lost)
     assert "| arc |" in (tmp_path / "table" / "comparison.md").read_text()
 
 

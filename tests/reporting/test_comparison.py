@@ -42,6 +42,14 @@ def test_a_report_has_the_table(found, tmp_path):
     assert "it differs between methods" in page
 
 
+def test_flips_by_hand(found):
+    rows = [found.rows[0].model_copy(update={"right": {"t": {"acc": bits}}}) for bits in ("b", "6", "0")]  # 1011, 0110, 0000
+    assert rows[1].flips(rows[0], "t", "acc") == (1, 2)
+    assert rows[0].flips(rows[1], "t", "acc") == (2, 1)
+    assert rows[2].flips(rows[0], "t", "acc") == (0, 3)
+    assert rows[0].flips(rows[1], "t", "acc_norm") is rows[0].flips(rows[1], "u", "acc") is None
+
+
 def test_markdown(found):
     lines = comparison.markdown(found).splitlines()
     assert [line.replace(NONE, "-") for line in lines[:9]] == [

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator
+from pydantic import AfterValidator, Field
 
 from uniprune.data.text import TextFacts
 from uniprune.evaluation.results import Comparable, Evaluation, Machine, TaskResult
@@ -15,6 +15,7 @@ from uniprune.storage.record import Count, Facts, Fraction, Record
 
 COMPARISON = "comparison.json"  # in an output folder
 DENSE = "dense"  # the method of the first row
+UNIFORM = 0.005  # a smaller difference between matrices is rounding
 
 
 def _moment(text: str) -> str:
@@ -30,6 +31,9 @@ class ComparisonRow(Facts):
     structure: what the pattern is. scope: the budget group of a fraction. updates_weights: whether kept weights were changed.
     recipe: what ``uniprune prune`` needs for the same masks, ``calibrate`` where it has no sparsity; empty where neither makes
     them. masks_sha256: of the masks (``artefacts.masks.digest``). file_sha256: of a scores or masks file.
+    by_position: perplexity by how many tokens of its sample a prediction saw. right: task -> metric -> which questions are
+    answered rightly, a bit for each as a hexadecimal number, the last question the lowest. matrices: sparsity of each, where
+    they differ by more than rounding.
     seconds: by stage; rows of one calibration all have its time. resumed: whether it is the time since an interruption.
     measured: when, ISO 8601.
     """
@@ -44,7 +48,10 @@ class ComparisonRow(Facts):
     nats_stderr: float | None = None
     word_perplexity: float | None = None
     byte_perplexity: float | None = None
+    by_position: dict[str, float] | None = None
     tasks: dict[str, TaskResult] = {}
+    right: dict[str, dict[str, Annotated[str, Field(pattern="^[0-9a-f]+$")]]] = {}
+    matrices: dict[str, Fraction] = {}
     seconds: dict[str, float] = {}
     resumed: bool = False
     recipe: dict[str, Any] = {}
@@ -58,6 +65,14 @@ class ComparisonRow(Facts):
     def key(self) -> tuple[str, str | None]:
         """What no other row of the table has."""
         return self.method, self.pattern
+
+    def flips(self, other: ComparisonRow, task: str, metric: str) -> tuple[int, int] | None:
+        """Answers gained and lost against another row; None where one of them has not said which are right."""
+        found = [row.right.get(task, {}).get(metric) for row in (self, other)]
+        if None in found:
+            return None
+        mine, theirs = (int(bits or "0", 16) for bits in found)
+        return (mine & ~theirs).bit_count(), (theirs & ~mine).bit_count()
 
 
 class ComparisonProtocol(Facts):

@@ -16,7 +16,7 @@ from uniprune.comparison import harness
 from uniprune.comparison.bench import Bench
 from uniprune.comparison.methods import Trial
 from uniprune.comparison.request import ComparisonRequest
-from uniprune.comparison.results import COMPARISON, DENSE, Comparison, ComparisonProtocol, ComparisonRow
+from uniprune.comparison.results import COMPARISON, DENSE, UNIFORM, Comparison, ComparisonProtocol, ComparisonRow
 from uniprune.comparison.trials import asked, fitted, naming
 from uniprune.data.tasks import load_task
 from uniprune.data.windows import Windows
@@ -182,6 +182,7 @@ def _pruned(trial: Trial, subject: Subject, bench: Bench) -> ComparisonRow:
             "structure": form,
             "scope": form.scope if form else None,
             "sparsity": sparsity(removed, shapes),
+            "matrices": removed if max(removed.values()) - min(removed.values()) > UNIFORM else {},
             "updates_weights": method.updates_weights,
             "resumed": method.calibration(trial) in bench.resumed,
             "masks_sha256": digest(cut.masks),
@@ -197,14 +198,22 @@ def _row(subject: Subject, bench: Bench, facts: dict[str, Any], seconds: Mapping
     with watch("evaluate"):
         found = subject.measure(bench.job.loaded, bench.progress, record=False)
     assert found.perplexity is not None
-    names = ("perplexity", "nats_stderr", "word_perplexity", "byte_perplexity")
+    names = ("perplexity", "nats_stderr", "word_perplexity", "byte_perplexity", "by_position")
     return ComparisonRow(
         **facts,
         **{name: getattr(found.perplexity, name) for name in names},
         tasks={answers.task.name: answers.result() for answers in found.answers},
+        right={
+            answers.task.name: {metric: _bits(right) for metric, right in answers.right.items()} for answers in found.answers
+        },
         seconds={**seconds, **watch.seconds},
         measured=datetime.now(timezone.utc).isoformat(timespec="seconds"),
     )
+
+
+def _bits(right: Sequence[bool]) -> str:
+    """As ``ComparisonRow.right`` has them."""
+    return f"{int(''.join('01'[one] for one in right), 2):x}"
 
 
 class _Table:
