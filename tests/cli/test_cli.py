@@ -31,7 +31,8 @@ FLAGS = {
     "permute": f"{TEXT} device dtype exclude include json max-memory metric output overwrite seed sparsity",
     "evaluate": f"{TEXT} stride rolling against check device dtype json limit lm-eval new-tokens output overwrite prompt tasks",
     "compare": f"{TEXT} methods sparsity scope rule unsupported misfits metric budget-tokens steps seed include exclude dtype"
-    f" {' '.join(f'eval-{name}' for name in f'{TEXT} stride'.split())} tasks limit config device json output overwrite resume",
+    f" {' '.join(f'eval-{name}' for name in f'{TEXT} stride'.split())} tasks limit"
+    " prompt new-tokens config device json output overwrite resume",
     "sweep": f"{TEXT} stride device dtype json output overwrite resume scope sparsities",
     "pack": "json level output overwrite runtime",
     "unpack": "json output overwrite",

@@ -283,6 +283,16 @@ def test_tasks_have_accuracies_with_errors(folder, tmp_path):
     assert "| arc |" in (tmp_path / "table" / "comparison.md").read_text()
 
 
+def test_prompts_are_gone_on_with_by_every_model(folder, tmp_path):
+    asked = {"prompts": ("to be", "or not"), "new_tokens": 3}
+    found = compare(str(folder), tmp_path / "table", methods=("magnitude",), sparsities=("0.5",), **asked, **SMALL)
+    uniprune.prune(str(folder), Recipe(**found.rows[1].recipe), tmp_path / "pruned")
+    beside = uniprune.evaluate(str(tmp_path / "pruned"), dtype="float32", against=str(folder), **asked, **READ)
+    assert found.protocol.prompts == ["to be", "or not"]
+    assert found.rows[0].written == [each.against for each in beside.generations]
+    assert found.rows[1].written == [each.model for each in beside.generations]
+
+
 # ------------------------------------------------------------------------------------------------------- the command line
 
 
@@ -322,6 +332,7 @@ def test_the_recipe_replays_the_table(capsys, monkeypatch, folder, tmp_path):
         (["-m", "sparsegpt", "--scope", "model"], "method sparsegpt at 0.5: SparseGPT cuts block after block"),
         (["-m", "feedback", "--metric", "wandaa"], "metric 'wandaa' is unknown"),
         (["--limit", "3"], "--limit is a number of questions"),
+        (["--new-tokens", "3"], "give --prompt"),
         (["--text", "nowhere.txt"], "nowhere.txt"),
         (["--eval-text", "nowhere.txt"], "nowhere.txt"),
         (["--rule", "nowhere=dense", "-m", "wanda"], "rule nowhere=dense matches none"),

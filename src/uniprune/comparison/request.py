@@ -13,7 +13,7 @@ from pydantic import BeforeValidator, Field, ValidationError
 from uniprune.common import recipe_file
 from uniprune.common.options import Commas, Flag, Options, Positional, Several, fault
 from uniprune.errors import InputError
-from uniprune.evaluation.request import EvaluationRequest, Name
+from uniprune.evaluation.request import NEW_TOKENS, EvaluationRequest, Name
 from uniprune.job.settings import Calibration, Layers
 from uniprune.sparsity.choices import Scope, Unsupported
 
@@ -121,6 +121,12 @@ class Evaluated(Options):
     limit: Annotated[int | None, Flag(default="all")] = Field(
         default=None, description="Use only the first N examples of each task."
     )
+    prompts: Annotated[tuple[str, ...], Flag(name="--prompt"), Several] = Field(
+        default=(), description="Also the greedy continuation of a prompt by every row's model. May be repeated."
+    )
+    new_tokens: Annotated[int | None, Flag(default=f"{NEW_TOKENS}")] = Field(
+        default=None, description="With --prompt: new tokens per prompt, at most."
+    )
 
 
 class ComparisonRequest(Layers, Evaluated, Calibration, Calibrated, Table):
@@ -183,6 +189,8 @@ class ComparisonKeywords(TypedDict, total=False):
     eval_bos: Literal["each", "first", "none"] | None
     tasks: Sequence[str]
     limit: int | None
+    prompts: Sequence[str]
+    new_tokens: int | None
     include: Sequence[str]
     exclude: Sequence[str]
     dtype: Literal["auto", "float32", "bfloat16", "float16"]

@@ -33,7 +33,7 @@ class ComparisonRow(Facts):
     them. masks_sha256: of the masks (``artefacts.masks.digest``). file_sha256: of a scores or masks file.
     by_position: perplexity by how many tokens of its sample a prediction saw. right: task -> metric -> which questions are
     answered rightly, a bit for each as a hexadecimal number, the last question the lowest. matrices: sparsity of each, where
-    they differ by more than rounding.
+    they differ by more than rounding. written: greedy continuations of the protocol's prompts.
     seconds: by stage; rows of one calibration all have its time. resumed: whether it is the time since an interruption.
     measured: when, ISO 8601.
     """
@@ -52,6 +52,7 @@ class ComparisonRow(Facts):
     tasks: dict[str, TaskResult] = {}
     right: dict[str, dict[str, Annotated[str, Field(pattern="^[0-9a-f]+$")]]] = {}
     matrices: dict[str, Fraction] = {}
+    written: list[str] = []
     seconds: dict[str, float] = {}
     resumed: bool = False
     recipe: dict[str, Any] = {}
@@ -88,6 +89,7 @@ class ComparisonProtocol(Facts):
     length: Count | None = None
     stride: Count | None = None
     tasks: dict[str, str | None] = {}
+    prompts: list[str] = []
     dtype: str | None = None
     weights_sha256: str | None = None
     machine: Machine | None = None

@@ -24,6 +24,7 @@ from uniprune.errors import InputError
 from uniprune.evaluation import reproduce
 from uniprune.evaluation.model import Questions, Subject
 from uniprune.evaluation.protocols import comparable
+from uniprune.evaluation.request import NEW_TOKENS
 from uniprune.job.options import RunOptions
 from uniprune.job.prepare import Job, prepare
 from uniprune.models.loading import Loaded, Source, dtype_name, skeleton
@@ -95,8 +96,11 @@ def _questions(request: ComparisonRequest, subject: Subject) -> Questions:
     """What every row is measured on, now that it is known to be possible."""
     reading = request.reading
     reading.check(compared=False)
+    if request.new_tokens is not None and not request.prompts:
+        raise InputError("--new-tokens is the length of what goes on with a prompt; give --prompt, or leave it out")
     windows = subject.windows(request.eval_text, reading)
-    found = Questions(windows, [load_task(name, request.limit) for name in request.tasks])
+    tasks, length = [load_task(name, request.limit) for name in request.tasks], request.new_tokens
+    found = Questions(windows, tasks, request.prompts, NEW_TOKENS if length is None else length)
     subject.ask(found)
     return found
 
@@ -118,6 +122,7 @@ def _protocol(request: ComparisonRequest, job: Job, questions: Questions) -> Com
         length=windows.tokens.shape[1],
         stride=windows.stride or windows.tokens.shape[1],
         tasks={task.name: task.sha256 for task in questions.tasks},
+        prompts=list(questions.prompts),
         dtype=dtype_name(next(model.parameters()).dtype),
         weights_sha256=reproduce.weights_sha256(model),
         machine=reproduce.machine(model),
@@ -206,6 +211,7 @@ def _row(subject: Subject, bench: Bench, facts: dict[str, Any], seconds: Mapping
         right={
             answers.task.name: {metric: _bits(right) for metric, right in answers.right.items()} for answers in found.answers
         },
+        written=[bench.job.loaded.tokenizer.decode(tokens) for tokens in found.written],
         seconds={**seconds, **watch.seconds},
         measured=datetime.now(timezone.utc).isoformat(timespec="seconds"),
     )
