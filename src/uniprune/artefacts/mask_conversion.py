@@ -11,7 +11,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from uniprune.artefacts.mask_tools import CheckedMasks, Dense, Record, Source, _alive, _find_weights
+from uniprune.artefacts.mask_tools import Array, CheckedMasks, Dense, Record, Source, _find_weights
+from uniprune.checkpoints.checkpoint import Checkpoint
 from uniprune.errors import InputError, MismatchError, first_line
 from uniprune.models.matrices import Matrix
 from uniprune.storage import tensor_file
@@ -43,13 +44,19 @@ def from_checkpoint(
 
     def masks() -> Iterator[tuple[str, Tensor]]:
         for name, shape in shapes.items():
-            alive = _alive(words := weights.words(name))
-            if check_bits and (alive & (words != dense.checkpoint.words(name))).any():
+            alive = weights.alive(name)
+            if check_bits and not _same(weights, dense.checkpoint, name, alive):
                 raise MismatchError(f"{pruned} has other kept weights in {name} than {model}; if it was tuned: --no-check-bits")
             mask = torch.from_numpy(alive).reshape(shape)
             yield name, mask.T if dense.matrices[name].stored_transposed else mask
 
     return dense.write(output, list(shapes), masks(), f"zeros of {pruned}")
+
+
+def _same(pruned: Checkpoint, dense: Checkpoint, name: str, alive: Array) -> bool:
+    """Whether a matrix has the same weights in two checkpoints where they are not 0, bit for bit."""
+    beside = pruned.hasher(name).digest() == dense.hasher(name).digest()
+    return beside and not (alive & (pruned.words(name) != dense.words(name))).any()
 
 
 def to_plain(

@@ -102,7 +102,7 @@ def verify(masks: Path, model: Source | None = None, pruned: Source | None = Non
         if cut:
             _compare(file, name, mask, cut)
         if weights is not None:
-            alive = _alive(weights.words(name))
+            alive = weights.alive(name)
             keep = (mask.T if name in file.transposed else mask).numpy().reshape(-1)
             if left := np.count_nonzero(alive & ~keep):
                 raise MismatchError(f"{pruned} was not pruned by {masks}: {name}: {left} weights that it removes are not 0")
@@ -158,12 +158,6 @@ def _find_weights(folder: Source, shapes: Mapping[str, tuple[int, ...]]) -> Chec
             raise MismatchError(f"{folder} has no matrix {name} of shape {shape} in safetensors files")
     assert files is not None
     return files
-
-
-def _alive(words: Array) -> Array:
-    """Which weights are not 0, from their bits. -0.0 is 0, too: it is what weight * mask leaves of negative ones."""
-    alive: Array = words << 1 != 0  # the sign is the highest bit in every floating-point format
-    return alive
 
 
 def diff(a: Path, b: Path, *, force: bool = False) -> Record:

@@ -24,9 +24,10 @@ import torch
 from uniprune.artefacts.masks import MasksFile
 from uniprune.checkpoints.checkpoint import Files, spell_digest
 from uniprune.checkpoints.origin import Origin
+from uniprune.checkpoints.quantised.codes import Coded
 from uniprune.errors import UniPruneError
 from uniprune.models.loading import Loaded
-from uniprune.sparsity.bits import Array, apply_to_array, pack
+from uniprune.sparsity.bits import Array, apply_to_array, apply_to_codes, pack
 from uniprune.storage.files import REPORT, sync
 from uniprune.storage.outline import Piece
 from uniprune.storage.safetensors_index import Entry
@@ -89,7 +90,7 @@ def write_checkpoint(
             _transfer(shard, folder / shard.name, start, stop)
             return
         packed = _packed(masks, inside[0][0]) if _alone(files, inside, entry) else _assembled(masks, inside, entry)
-        bits = _transfer(shard, folder / shard.name, start, stop, entry.uint, packed)
+        bits = _transfer(shard, folder / shard.name, start, stop, entry, packed)
         if check and _alone(files, inside, entry):
             check(inside[0][0], spell_digest(entry.dtype, entry.shape, bits))
 
@@ -147,27 +148,37 @@ def _assembled(masks: MasksFile, inside: Views, entry: Entry) -> Array:
     return pack(torch.from_numpy(keep)).numpy()
 
 
-def _transfer(source: Path, target: Path, start: int, stop: int, kind: Any = np.uint8, packed: Array | None = None) -> Any:
+def _transfer(
+    source: Path, target: Path, start: int, stop: int, entry: Entry | None = None, packed: Array | None = None
+) -> Any:
     """Copies bytes ``start`` to ``stop`` to the same place in another file, or the same one, and zeroes what the mask removes.
 
-    kind: unsigned integers as large as the weights. packed: the mask's bits, in the order of the weights. Returns the sha256 of
-    what was read, if there is a mask.
+    entry: the tensor that lies there. packed: the mask's bits, in the order of its weights. Returns the sha256 of what lies
+    beside it and of what was read, if there is a mask.
     """
     if packed is None and source == target:
         return None
-    bits, buffer = hashlib.sha256(), np.empty(min(PIECE, stop - start), dtype=np.uint8)
+    bits, buffer = None, np.empty(min(PIECE, stop - start), dtype=np.uint8)
     with source.open("rb", buffering=0) as reading, target.open("r+b", buffering=0) as writing:
         reading.seek(start)
         writing.seek(start)
         for offset in range(0, stop - start, PIECE):
             piece = buffer[: min(PIECE, stop - start - offset)]
             _all(reading.readinto, piece)
-            if packed is not None:
+            if entry is not None and packed is not None:
+                bits = bits or entry.hasher()
                 bits.update(piece.data)
-                weights = piece.view(kind)
-                apply_to_array(weights, packed[offset // weights.itemsize // 8 :])
+                _zero(piece, packed[offset // entry.width :], entry)
             _all(writing.write, piece)
-    return bits if packed is not None else None
+    return bits
+
+
+def _zero(piece: Array, packed: Array, entry: Entry) -> None:
+    """Zeroes what the mask removes in some bytes of a tensor."""
+    if isinstance(entry, Coded):
+        apply_to_codes(piece, packed, entry.width, entry.zero)
+    else:
+        apply_to_array(piece.view(entry.uint), packed)
 
 
 def _all(transfer: Callable[[Any], int | None], piece: Array) -> None:

@@ -25,6 +25,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from uniprune.checkpoints.layout import Computed, Layout, Located, Part, Region, as_saved, matrix_at, on_load
+from uniprune.checkpoints.quantised.formats import Quantised, quantised
 from uniprune.errors import InputError
 from uniprune.storage import strict_json
 from uniprune.storage.dtypes import BY_DTYPE, BY_NAME
@@ -81,10 +82,20 @@ class Checkpoint(ABC):
         stored = self.stored(name)
         return stored.read().view(BY_NAME[stored.dtype].uint)
 
+    def alive(self, name: str) -> Array:
+        """Which weights of a matrix are not 0, flat; -0.0 is 0, too."""
+        alive: Array = self.words(name) << 1 != 0
+        return alive
+
+    def hasher(self, name: str) -> Any:
+        """A sha256 of what beside the bits of a matrix's weights decides on them: its scales, if it has some."""
+        return hashlib.sha256()
+
     def digest(self, name: str) -> str:
-        """The type, the shape and the sha256 of a matrix's bits, as they are stored."""
-        stored = self.stored(name)
-        return spell_digest(stored.dtype, self.region(name).shape, hashlib.sha256(stored.read().data))
+        """The type, the shape and the sha256 of a matrix's scales and bits, as they are stored."""
+        stored, bits = self.stored(name), self.hasher(name)
+        bits.update(stored.read().data)
+        return spell_digest(stored.dtype, self.region(name).shape, bits)
 
     def digests(self, names: Iterable[str]) -> dict[str, str]:
         """Of each named matrix its digest, sorted by name.
@@ -172,6 +183,17 @@ class Files(Checkpoint):
         """Every tensor by its key. Raises InputError for files that are missing, cut off or damaged."""
         return entries(self.shards)
 
+    @cached_property
+    def quantised(self) -> Quantised:
+        """Which tensors are stored as codes. Raises InputError where codes and scales do not go together."""
+        return quantised(self.folder, self.entries)
+
+    @cached_property
+    def tensors(self) -> dict[str, Entry]:
+        """The tensors that transformers loads: what is stored as codes counts as the weights that it becomes."""
+        found = {key: entry for key, entry in self.entries.items() if key not in self.quantised.parts}
+        return found | self.quantised.tensors
+
     @property
     def size(self) -> int:
         """Bytes of the files."""
@@ -180,8 +202,8 @@ class Files(Checkpoint):
     def layout(self, model: nn.Module) -> Layout:
         """Raises InputError unless the files have every parameter and persistent buffer, in the model's shape."""
         if self._layout is None:
-            shapes = {key: entry.shape for key, entry in self.entries.items()}
-            located = on_load(model, shapes)
+            shapes = {key: entry.shape for key, entry in self.tensors.items()}
+            located = self.quantised.turned(on_load(model, shapes))
             self._check(model, located)
             self._layout = Layout(model, shapes, located)
         return self._layout
@@ -207,7 +229,7 @@ class Files(Checkpoint):
     def region(self, name: str) -> Region:
         found = self._find(name)
         if found is None:
-            raise InputError(f"the checkpoint has no tensor {name}; its keys are like {list(self.entries)[:3]}")
+            raise InputError(f"the checkpoint has no tensor {name}; its keys are like {list(self.tensors)[:3]}")
         return found
 
     def _find(self, name: str) -> Region | None:
@@ -216,12 +238,12 @@ class Files(Checkpoint):
             stack, _, number = key.removesuffix(".weight").rpartition(".")
             whole = (key, "0", 2), *(((stack, number, 3), (f"{stack}.weight", number, 3)) if number.isdigit() else ())
             for place, index, axes in whole:
-                entry = self.entries.get(place)
+                entry = self.tensors.get(place)
                 if entry is not None and len(entry.shape) == axes and (axes == 2 or int(index) < entry.shape[0]):
                     *_, rows, columns = entry.shape
                     return Region(name, (rows, columns), (matrix_at(place, int(index), rows, columns),))
         part = self._layout.named.get(name) if self._layout is not None else None
-        return part.region if part is not None and all(p.key in self.entries for p in part.region.pieces) else None
+        return part.region if part is not None and all(p.key in self.tensors for p in part.region.pieces) else None
 
     def entry(self, name: str) -> Entry | None:
         """Where the bytes of a matrix lie, row by row; None if they do not lie together."""
@@ -229,35 +251,50 @@ class Files(Checkpoint):
         first, (_, columns) = region.pieces[0], region.shape
         if len(region.pieces) > 1 or first.strides != (columns, 1):
             return None
-        return self.entries[first.key].part(first.offset, region.shape)
+        return self.tensors[first.key].part(first.offset, region.shape)
 
     def stored(self, name: str) -> Stored:
         if (entry := self.entry(name)) is not None:
             return _mapped(entry)
         region = self.region(name)
-        first = self.entries[region.pieces[0].key]
+        first = self.tensors[region.pieces[0].key]
         size = region.shape[0] * region.shape[1] * np.dtype(first.uint).itemsize
         return Stored(first.dtype, size, lambda: self._gathered(region, first.uint).view(np.uint8))
 
+    def alive(self, name: str) -> Array:
+        return self.tensors[self.region(name).pieces[0].key].alive(self.words(name))
+
+    def hasher(self, name: str) -> Any:
+        if (entry := self.entry(name)) is not None:
+            return entry.hasher()
+        bits = hashlib.sha256()
+        for key in dict.fromkeys(piece.key for piece in self.region(name).pieces):
+            for part in self.tensors[key].beside:
+                bits.update(part.array().data)
+        return bits
+
     def words(self, name: str) -> Array:
-        entry = self.entry(name)
-        return super().words(name) if entry is None else entry.array()
+        if (entry := self.entry(name)) is not None:
+            return entry.array()
+        region = self.region(name)
+        return self._gathered(region, self.tensors[region.pieces[0].key].uint)
 
     def _gathered(self, region: Region, uint: Any) -> Array:
         """The bits of a matrix that lies in several places, flat."""
         whole = np.empty(region.shape, uint)
         for piece in region.pieces:
-            whole[piece.box] = piece.of(self.entries[piece.key].array())
+            whole[piece.box] = piece.of(self.tensors[piece.key].array())
         return whole.reshape(-1)
 
     def digest(self, name: str) -> str:
         if (entry := self.entry(name)) is None:
             return super().digest(name)
         bits = hashlib.sha256()
-        for piece in entry.pieces():
-            bits.update(piece.data)
-            if not entry.finite(piece):
-                raise InputError(f"{name}: the weights contain NaN or infinity; the checkpoint is broken, fetch it again")
+        for part in (*entry.beside, entry):
+            for piece in part.pieces():
+                bits.update(piece.data)
+                if not part.finite(piece):
+                    raise InputError(f"{name}: the weights contain NaN or infinity; the checkpoint is broken, fetch it again")
         return spell_digest(entry.dtype, entry.shape, bits)
 
     def rest(self, names: Iterable[str]) -> list[Stored]:
@@ -269,10 +306,10 @@ class Files(Checkpoint):
         used: dict[str, dict[int, list[tuple[str, Piece]]]] = {}
         for name in names:
             for piece in self.region(name).pieces:
-                size = math.prod(self.entries[piece.key].shape[-2:])
+                size = math.prod(self.tensors[piece.key].shape[-2:])
                 number, offset = divmod(piece.offset, size)
                 used.setdefault(piece.key, {}).setdefault(number, []).append((name, piece._replace(offset=offset)))
-        for key, entry in self.entries.items():
+        for key, entry in self.tensors.items():
             if key not in used:
                 yield entry, []
                 continue
@@ -285,42 +322,48 @@ class Files(Checkpoint):
     def read(self, place: Outline | Computed, dtype: torch.dtype, device: torch.device) -> Tensor:
         """A parameter or buffer, in a type and on a device; one that needs neither change nor arrangement is mapped."""
         if isinstance(place, Computed):
-            return place.read(lambda key: self._tensor(key).to(device, dtype))
+            return place.read(lambda key: self._tensor(key, dtype, device))
         first = place.pieces[0]
-        if len(place.pieces) == 1 and first == Outline.of(first.key, self.entries[first.key].shape).pieces[0]:
-            return self._tensor(first.key).to(device, dtype)
+        if len(place.pieces) == 1 and first == Outline.of(first.key, self.tensors[first.key].shape).pieces[0]:
+            return self._tensor(first.key, dtype, device)
         whole = torch.empty(place.shape, dtype=dtype, device=device)
         for piece in place.pieces:
-            entry = self.entries[piece.key]
-            whole[piece.box] = _tensor_of(piece.of(entry.array()), entry.dtype).to(device, dtype)
+            whole[piece.box] = self.tensors[piece.key].view(piece, dtype, device)
         return whole
 
     def read_matrix(self, name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
         """A matrix by its name, as it is stored."""
         region, entry = self.region(name), self.entry(name)
         first = region.pieces[0]
-        if entry is not None and entry == self.entries[first.key]:
-            return self._tensor(first.key).to(device, dtype)
-        return _tensor_of(self.words(name).reshape(region.shape), self.entries[first.key].dtype).to(device, dtype)
+        if entry is not None:
+            whole = entry == self.tensors[first.key]
+            return self._tensor(first.key, dtype, device) if whole else entry.values(dtype, device)
+        matrix = torch.empty(region.shape, dtype=dtype, device=device)
+        for piece in region.pieces:
+            matrix[piece.box] = self.tensors[piece.key].view(piece, dtype, device)
+        return matrix
 
     def same(self, one: str, other: str, dtype: torch.dtype) -> bool:
         """Whether two stored tensors have the same values in a type: of tied weights, transformers looks at them in the one it
         loads."""
-        first, second = self.entries[one], self.entries[other]
+        first, second = self.tensors[one], self.tensors[other]
         if first.shape != second.shape:
             return False
         width = math.prod(first.shape[1:])
         for start in range(0, first.shape[0], ROWS):
             some = (start * width, (min(ROWS, first.shape[0] - start), *first.shape[1:]))
-            a, b = (_tensor_of(entry.part(*some).array(), entry.dtype).to(dtype) for entry in (first, second))
+            a, b = (entry.part(*some).values(dtype, torch.device("cpu")) for entry in (first, second))
             if not torch.equal(a, b):
                 return False
         return True
 
-    def _tensor(self, key: str) -> Tensor:
+    def _tensor(self, key: str, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A tensor's weights; of plain ones that need no change the file is mapped."""
+        if key in self.quantised.tensors:
+            return self.tensors[key].values(dtype, device)
         with safe_open(self.entries[key].file, framework="pt") as file:
             tensor: Tensor = file.get_tensor(key)
-            return tensor
+            return tensor.to(device, dtype)
 
 
 class Memory(Checkpoint):
@@ -356,11 +399,6 @@ class Memory(Checkpoint):
         used = {self._model.get_parameter(self._part(name).parameter).data_ptr() for name in names}
         others = {tensor.data_ptr(): tensor for tensor in self._model.state_dict().values()}  # what is tied is stored once
         return [_in_memory(tensor) for pointer, tensor in others.items() if pointer not in used]
-
-
-def _tensor_of(bits: Array, dtype: str) -> Tensor:
-    """A tensor with the bits of an array, which are copied: they may be those of a file."""
-    return torch.from_numpy(bits.copy().view(f"i{bits.itemsize}")).view(BY_NAME[dtype].dtype)
 
 
 def _mapped(entry: Entry) -> Stored:

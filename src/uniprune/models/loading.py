@@ -14,8 +14,10 @@ from torch import nn
 
 from uniprune.checkpoints.checkpoint import Checkpoint, Files, bind, checkpoint_of, lacking
 from uniprune.checkpoints.origin import Origin, resolve
+from uniprune.checkpoints.quantised.formats import plain
 from uniprune.errors import InputError, UniPruneError, first_line
 from uniprune.models.blocks import Residency, resident
+from uniprune.models.filling import fill, loaded_dtypes
 from uniprune.storage.dtypes import BY_NAME, PLAIN
 from uniprune.storage.outline import Outline
 
@@ -190,7 +192,7 @@ def _config(origin: Origin) -> Any:
     entries = origin.files.entries if origin.files else {}
     if isinstance(layers, int) and entries and layers > len(entries):  # they would all be built
         raise InputError(f"model {origin}: config.json says {layers} layers, its files have fewer tensors; fetch it again")
-    return _set_aside(config)
+    return _set_aside(plain(config) if origin.files and origin.files.quantised.understood else config)
 
 
 def _kind(config: Any) -> Any:
@@ -235,8 +237,8 @@ def load_tokenizer(origin: Origin) -> Any:
 def load(source: str | Path | Origin, dtype: str | None = None, device: str | None = None) -> Loaded:
     """Loads a model for inference, with its tokenizer.
 
-    dtype: ``float32``, ``bfloat16``, ``float16``, or the checkpoint's own by default. The quantised weights of a GGUF file
-    are dequantised, to float32 by default.
+    dtype: ``float32``, ``bfloat16``, ``float16``, or the checkpoint's own by default. Quantised weights are dequantised to it;
+    those of a GGUF file by default to float32.
     device: ``cpu``, ``cuda``, ...; CUDA by default where there is one.
     Raises InputError if the model cannot be found, read or understood.
     """
@@ -247,6 +249,8 @@ def load(source: str | Path | Origin, dtype: str | None = None, device: str | No
 
 def load_weights(origin: Origin, dtype: torch.dtype | None, device: torch.device) -> nn.Module:
     """The model in evaluation mode, without gradients."""
+    if origin.files and origin.files.quantised.understood:
+        return _dequantised(origin, dtype or native_dtype(origin), device)
     options = origin.options()
     if origin.gguf:
         from transformers import GgufConfig
@@ -269,6 +273,15 @@ def load_weights(origin: Origin, dtype: torch.dtype | None, device: torch.device
     model.requires_grad_(False)
     bind(model, origin.files)
     return model.eval().to(device)
+
+
+def _dequantised(origin: Origin, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """A quantised model with plain weights: in any type, and whatever packages and devices its own format needs."""
+    assert origin.files is not None
+    logger.info("model %s is quantised (%s); its weights are dequantised to %s", origin, origin.files.quantised, dtype_name(dtype))
+    model = hollow(origin, dtype)
+    fill(model, origin.files, loaded_dtypes(model, dtype), device)
+    return model
 
 
 def _guarded(origin: Origin, load: Callable[[], Any]) -> Any:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from uniprune.checkpoints.layout import keys_of
 from uniprune.checkpoints.origin import Origin
 from uniprune.errors import InputError
+from uniprune.models.filling import assign, fill, loaded_dtypes
 from uniprune.models.loading import Loaded, hollow
 from uniprune.models.matrices import Matrices, find_blocks
 from uniprune.storage.outline import Outline
@@ -42,16 +43,7 @@ class Streamer:
             self._check(name, tuple(parameter.shape), origin)
         self._prefix = prefix
         self._parts = [dict(block.named_parameters()) for block in self._blocks]  # name inside the block -> parameter on meta
-        for name, _ in list(model.named_parameters()):
-            if not name.startswith(f"{prefix}."):
-                found = self.read(name)
-                own = found.clone() if device.type == "cpu" else found  # on a CPU it may be a map of the file
-                assign(model, name, nn.Parameter(own, requires_grad=False))
-        model.tie_weights(recompute_mapping=False)  # type: ignore[operator]
-        for name, buffer in list(model.named_buffers()):
-            owner, _, leaf = name.rpartition(".")
-            # A persistent one is in the checkpoint, as a router's bias is; the others are as the model made them.
-            model.get_submodule(owner)._buffers[leaf] = self.read(name).clone() if name in self._located else buffer.to(device)
+        fill(model, origin.files, self._dtypes, device, without=f"{prefix}.")
 
     @contextmanager
     def __call__(self, index: int) -> Iterator[None]:
@@ -82,7 +74,7 @@ class Streamer:
             )
 
     def read(self, name: str) -> Tensor:
-        """A parameter or a persistent buffer by its name in the model, in the type computed in."""
+        """A parameter by its name in the model, in the type computed in."""
         return self._files.read(self._located[name], self._dtypes.get(name, self._dtype), self._device)
 
     def read_matrix(self, name: str) -> Tensor:
@@ -95,7 +87,7 @@ class Streamer:
             return
         for name in self._parts[index]:
             for key in keys_of(self._located[f"{self._prefix}.{index}.{name}"]):
-                entry = self._files.entries[key]
+                entry = self._files.tensors[key]
                 with entry.file.open("rb") as file:
                     os.posix_fadvise(file.fileno(), entry.start, entry.stop - entry.start, os.POSIX_FADV_WILLNEED)
 
@@ -133,24 +125,3 @@ def opened(kind: type[Streamer], origin: Origin, tokenizer: Any, dtype: torch.dt
 def attached(matrices: Matrices, streamer: Streamer) -> Matrices:
     """Matrices whose weight is read from the checkpoint where their block is not in memory."""
     return {name: replace(matrix, read=streamer.read_matrix) for name, matrix in matrices.items()}
-
-
-def assign(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    """Puts a parameter into the place that its name inside the module says."""
-    owner, _, leaf = name.rpartition(".")
-    module.get_submodule(owner)._parameters[leaf] = parameter
-
-
-def loaded_dtypes(model: nn.Module, dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """The type that transformers loads each parameter and persistent buffer in, when it is asked for ``dtype``.
-
-    model: made in that type (it may be on the meta device). Some families keep a few tensors in float32.
-    """
-    from transformers.core_model_loading import build_glob_alternation
-
-    found = {name: tensor.dtype for name, tensor in model.state_dict().items()}
-    plan = model._get_dtype_plan(dtype)  # type: ignore[operator]
-    if plan:
-        kept, _, _ = build_glob_alternation(list(plan))
-        found |= {name: torch.float32 for name in found if kept.search(name)}
-    return found

@@ -13,9 +13,9 @@ from torch import nn
 from uniprune.checkpoints.checkpoint import PACKED, lacking
 from uniprune.checkpoints.origin import resolve
 from uniprune.errors import InputError
+from uniprune.models.filling import assign, loaded_dtypes
 from uniprune.models.loading import Loaded, hollow, load_weights, native_dtype, parse_dtype, warn_of_emulation
 from uniprune.models.matrices import Matrix, find_matrices
-from uniprune.models.streaming import assign, loaded_dtypes
 from uniprune.runtime.layout import RuntimeOrigin
 from uniprune.runtime.linear import BitmaskLinear, KernelLinear, nothing_to_pack, too_dense, unsupported
 from uniprune.runtime.native import library

@@ -43,3 +43,23 @@ def apply_to_array(weights: Array, packed: Array) -> None:
     seven times the speed of sha256; so callers hand over pieces.
     """
     np.multiply(weights, np.unpackbits(packed, count=len(weights), bitorder="little"), out=weights)
+
+
+def _spread(bits: int) -> Array:
+    """Of each byte of a packed mask the bytes of its eight weights' codes of so many bits, those kept all ones: [256, bits]."""
+    keep = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
+    return np.packbits(np.repeat(keep, bits, axis=1), axis=1, bitorder="little")
+
+
+SPREAD = {bits: _spread(bits) for bits in (4, 8)}
+
+
+def apply_to_codes(raw: Array, packed: Array, bits: int, zero: int) -> None:
+    """Writes the code of 0, in place, for the pruned entries of bytes that hold codes of 4 or 8 bits, the first in the lowest.
+
+    packed: as for :func:`apply_to_array`. zero: the code.
+    """
+    kept = SPREAD[bits][packed[: -(-len(raw) // bits)]].reshape(-1)[: len(raw)]
+    pruned = ~kept & np.uint8(zero * (17 if bits == 4 else 1))  # both halves of a byte
+    np.bitwise_and(raw, kept, out=raw)
+    np.bitwise_or(raw, pruned, out=raw)

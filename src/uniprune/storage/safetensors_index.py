@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import struct
@@ -9,13 +10,16 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, ClassVar
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from uniprune.errors import InputError
 from uniprune.storage import strict_json
 from uniprune.storage.dtypes import BY_NAME, FLOATS
+from uniprune.storage.outline import Array, Piece
 
 PIECE = 1 << 17  # weights of a tensor that are looked at together
 HEADER = 100_000_000  # bytes; the longest header, the safetensors library's own limit
@@ -31,6 +35,8 @@ class Entry:
     start: int
     stop: int
 
+    zero: ClassVar[int] = 0  # the bits of a weight that is 0
+
     @property
     def uint(self) -> Any:
         """The type of unsigned integers as large as the tensor's elements."""
@@ -38,16 +44,33 @@ class Entry:
             raise InputError(f"{self.file}: weights of type {self.dtype} cannot be pruned; use an unquantised model")
         return BY_NAME[self.dtype].uint
 
-    def array(self) -> np.ndarray[Any, Any]:
-        """The tensor's bits as a flat array of unsigned integers, mapped from the file."""
+    @property
+    def width(self) -> int:
+        """Bits of a weight."""
+        return 8 * np.dtype(self.uint).itemsize
+
+    def array(self) -> Array:
+        """The tensor's bits as a flat array of unsigned integers, one a weight, mapped from the file."""
         count = (self.stop - self.start) // np.dtype(self.uint).itemsize
         return np.memmap(self.file, dtype=self.uint, mode="r", offset=self.start, shape=(count,))
 
-    def pieces(self) -> Iterator[np.ndarray[Any, Any]]:
-        """The array, a piece at a time that a core's cache has room for."""
-        array = self.array()
+    def pieces(self) -> Iterator[Array]:
+        """The tensor's bits as they lie in the file, a piece at a time."""
+        return self.in_pieces(self.array())
+
+    @staticmethod
+    def in_pieces(array: Array) -> Iterator[Array]:
+        """An array, a piece at a time that a core's cache has room for."""
         for start in range(0, len(array), PIECE):
             yield array[start : start + PIECE]
+
+    def values(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """The weights."""
+        return _tensor(self.array(), self.dtype).view(self.shape).to(device, dtype)
+
+    def view(self, piece: Piece, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A view of the weights."""
+        return _tensor(piece.of(self.array()), self.dtype).to(device, dtype)
 
     def part(self, offset: int, shape: tuple[int, ...]) -> Entry:
         """So many of the tensor's elements, from one of them on, as a tensor of their own."""
@@ -55,10 +78,33 @@ class Entry:
         start = self.start + offset * size
         return replace(self, shape=shape, start=start, stop=start + math.prod(shape) * size)
 
-    def finite(self, bits: np.ndarray[Any, Any]) -> bool:
+    def finite(self, bits: Array) -> bool:
         """Whether none of the tensor's bits are those of NaN or infinity."""
         exponent = self.uint(BY_NAME[self.dtype].exponent)
         return not bool((bits & exponent == exponent).any())
+
+    def alive(self, words: Array) -> Array:
+        """Which weights are not 0, from their bits. -0.0 is 0, too: it is what weight * mask leaves of negative ones."""
+        alive: Array = words << 1 != 0  # the sign is the highest bit in every floating-point format
+        return alive
+
+    @property
+    def beside(self) -> tuple[Entry, ...]:
+        """Tensors that decide on the weights, too: of plain ones, none."""
+        return ()
+
+    def hasher(self) -> Any:
+        """A sha256 of what lies beside, to which the tensor's own bits are to be added."""
+        bits = hashlib.sha256()
+        for part in self.beside:
+            for piece in part.pieces():
+                bits.update(piece.data)
+        return bits
+
+
+def _tensor(bits: Array, dtype: str) -> Tensor:
+    """A tensor with the bits of an array, which are copied: they are those of a file."""
+    return torch.from_numpy(bits.copy().view(f"i{bits.itemsize}")).view(BY_NAME[dtype].dtype)
 
 
 def entries(shards: Iterable[Path]) -> dict[str, Entry]:

@@ -1,0 +1,49 @@
+"""Hollow models are filled: parameters and persistent buffers are read from the checkpoint, in the types that transformers gives them."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from uniprune.checkpoints.checkpoint import Files
+
+
+def fill(model: nn.Module, files: Files, dtypes: dict[str, torch.dtype], device: torch.device, without: str | None = None) -> None:
+    """Brings in the parameters that are on the meta device, and the buffers; a CPU's parameters are no maps of the files.
+
+    dtypes: by name, as :func:`loaded_dtypes`. without: the beginning of the names of parameters that stay hollow.
+    """
+    located = files.layout(model).located
+    for name, parameter in list(model.named_parameters()):
+        if parameter.is_meta and not (without and name.startswith(without)):
+            found = files.read(located[name], dtypes[name], device)
+            own = found.clone() if device.type == "cpu" else found
+            assign(model, name, nn.Parameter(own, requires_grad=False))
+    model.tie_weights(recompute_mapping=False)  # type: ignore[operator]
+    for name, buffer in list(model.named_buffers()):
+        owner, _, leaf = name.rpartition(".")
+        # A persistent one is in the checkpoint, as a router's bias is; the others are as the model made them.
+        stored = name in located
+        found = files.read(located[name], dtypes[name], device).clone() if stored else buffer.to(device)
+        model.get_submodule(owner)._buffers[leaf] = found
+
+
+def assign(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    """Puts a parameter into the place that its name inside the module says."""
+    owner, _, leaf = name.rpartition(".")
+    module.get_submodule(owner)._parameters[leaf] = parameter
+
+
+def loaded_dtypes(model: nn.Module, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """The type that transformers loads each parameter and persistent buffer in, when it is asked for ``dtype``.
+
+    model: made in that type (it may be on the meta device). Some families keep a few tensors in float32.
+    """
+    from transformers.core_model_loading import build_glob_alternation
+
+    found = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+    plan = model._get_dtype_plan(dtype)  # type: ignore[operator]
+    if plan:
+        kept, _, _ = build_glob_alternation(list(plan))
+        found |= {name: torch.float32 for name in found if kept.search(name)}
+    return found
