@@ -19,10 +19,16 @@ OUTSIDE = "none"  # the block of a matrix whose name has no number
 
 
 class ModelFacts(Facts):
-    """A dense model: its name, and the fingerprint of its prunable matrices (docs/masks.md)."""
+    """A dense model: its name, and the fingerprint of its prunable matrices (docs/masks.md).
+
+    quantised: how its files store weights as codes, if they do. dtype: computed in, to which codes were dequantised; None of a
+    model that was not run.
+    """
 
     name: str
     fingerprint: str | None = None
+    quantised: str | None = None
+    dtype: str | None = None
 
 
 class PrunedMatrix(Facts):

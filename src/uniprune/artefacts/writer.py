@@ -176,7 +176,7 @@ def _transfer(
 def _zero(piece: Array, packed: Array, entry: Entry) -> None:
     """Zeroes what the mask removes in some bytes of a tensor."""
     if isinstance(entry, Coded):
-        apply_to_codes(piece, packed, entry.width, entry.zero)
+        apply_to_codes(piece, packed, entry.width, entry.code.zero)
     else:
         apply_to_array(piece.view(entry.uint), packed)
 

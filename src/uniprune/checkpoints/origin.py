@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from uniprune.checkpoints.checkpoint import INDEX, PACKED, WHOLE, Files
+from uniprune.checkpoints.quantised.formats import Quantised
 from uniprune.errors import InputError, first_line
 from uniprune.storage import strict_json
 
@@ -36,6 +37,12 @@ class Origin:
     def files(self) -> Files | None:
         """Its safetensors files, whose headers are read once; None for other formats."""
         return None if self.gguf else Files(self.folder)
+
+    @property
+    def quantised(self) -> Quantised | None:
+        """How its files store weights as codes, if they do and it is understood: such a model is dequantised in memory."""
+        found = self.files.quantised if self.files else None
+        return found if found and found.understood else None
 
     def options(self) -> dict[str, Any]:
         """Keyword arguments for every ``from_pretrained`` of this model: no code that comes with it is run."""

@@ -46,6 +46,10 @@ def plan_lines(plan: Plan) -> list[str]:
         lines.append(
             f"Sparsity {plan.sparsity_for_size:g}: the archive that `uniprune pack` makes then has at most {plan.size:,} bytes."
         )
+    if plan.quantised is not None:
+        lines.append(
+            f"Quantised ({plan.quantised}): dequantised to {plan.dtype} to be scored, pruned in the codes; scales stay."
+        )
     how = {
         "sharded": f"blocks in the memory of all processes, about {plan.memory / 1e9:.1f} GB in each beside its part of them",
         "resident": f"the whole model in memory, about {plan.memory / 1e9:.1f} GB",

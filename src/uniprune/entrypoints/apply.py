@@ -67,7 +67,11 @@ def apply(
             writer.write_checkpoint(loaded, file, folder, check)
         removed = file.removed()
         report = Pruning(
-            model=ModelFacts(name=str(origin), fingerprint=writer.fingerprint(found)),
+            model=ModelFacts(
+                name=str(origin),
+                fingerprint=writer.fingerprint(found),
+                quantised=str(origin.quantised) if origin.quantised else None,
+            ),
             pattern=file.facts.pattern,
             structure=claimed(file.facts.pattern),
             **realised(removed, file.shapes),

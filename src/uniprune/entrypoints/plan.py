@@ -10,7 +10,7 @@ from uniprune.job import estimate
 from uniprune.job.options import RunOptions
 from uniprune.job.prepare import aim_of, choose, device_of, stored_dtype
 from uniprune.job.recipe import LENGTH, WINDOWS, Recipe
-from uniprune.models.loading import fast_dtype, load, parse_dtype, skeleton
+from uniprune.models.loading import fast_dtype, load, native_dtype, parse_dtype, skeleton
 from uniprune.models.matrices import find_matrices
 
 
@@ -26,7 +26,7 @@ def plan(source: str | Path, recipe: Recipe, *, device: str | None = None, max_m
     length = recipe.length or LENGTH
     options = RunOptions.of(device=device, max_memory=max_memory)
     target = device_of(options)
-    dtype = parse_dtype(recipe.dtype) or fast_dtype(stored, target)
+    dtype = parse_dtype(recipe.dtype) or fast_dtype(stored or native_dtype(origin), target)
     work = estimate.Work(model, matrices, recipe, dtype, stored, length)
     needs = estimate.needs(work)
     execution: str

@@ -53,14 +53,15 @@ class Needs:
 class Work:
     """What is to be done, as far as memory and time depend on it.
 
-    model: may be on the meta device. dtype: to compute in; stored: as the checkpoint has the weights. length: of a window.
+    model: may be on the meta device. dtype: to compute in; stored: as the checkpoint has the weights, None of codes. length: of
+    a window.
     """
 
     model: torch.nn.Module
     matrices: Matrices
     recipe: Recipe
     dtype: torch.dtype
-    stored: torch.dtype
+    stored: torch.dtype | None
     length: int
 
     @property
@@ -90,6 +91,7 @@ class Plan(Record):
     memory: of the execution that would be chosen; ``memory_resident`` and ``memory_streamed``: of either. disk: of the output;
     scratch: beside it, while the run lasts. size: what the archive may take, if that was asked for; sparsity_for_size: what
     meets it.
+    quantised: how the files store weights as codes, if they do; they are dequantised to ``dtype``.
     left_dense: matrices in the blocks that are never pruned, and why. shared: those that several modules multiply by, and are
     pruned once, and how many modules. fits: whether every matrix can have the pattern.
     """
@@ -105,6 +107,7 @@ class Plan(Record):
     sparsity: float | None
     sparsity_of_model: float | None
     dtype: str
+    quantised: str | None = None
     tokens: Count
     execution: str
     memory: Count
@@ -159,6 +162,7 @@ def make_plan(
         sparsity=removed / prunable if removed is not None else None,
         sparsity_of_model=removed / parameters if removed is not None else None,
         dtype=dtype_name(work.dtype),
+        quantised=str(origin.quantised) if origin.quantised else None,
         tokens=tokens,
         execution=execution,
         memory=needed.streamed if execution == "streamed" else needed.resident,

@@ -41,6 +41,7 @@ from uniprune.models.loading import (
     fast_dtype,
     load_tokenizer,
     load_weights,
+    native_dtype,
     parse_device,
     parse_dtype,
     skeleton,
@@ -101,7 +102,8 @@ class Job:
 
     @property
     def model(self) -> ModelFacts:
-        return ModelFacts(name=str(self.loaded), fingerprint=self.binding.base)
+        dtype = dtype_name(next(self.loaded.model.parameters()).dtype)
+        return ModelFacts(name=str(self.loaded), fingerprint=self.binding.base, quantised=self.loaded.quantised, dtype=dtype)
 
     def calibration(self, progress: Progress, run: runs.Run | None = None) -> Calibration:
         """What the job calibrates on. run: where its progress is kept."""
@@ -163,7 +165,7 @@ def prepare(
     else:
         assert origin is not None
         stored = stored_dtype(origin, matrices)
-        computed = asked or fast_dtype(stored, device)
+        computed = asked or fast_dtype(stored or native_dtype(origin), device)
         work = estimate.Work(model, matrices, recipe, computed, stored, windows.tokens.shape[1])
         needs = estimate.needs(work)
         execution = choose(origin, needs, options, device, target)
@@ -223,8 +225,8 @@ def _pattern_of(
         recipe = recipe.at(archive_size.lowest(recipe.at(recipe.lowest).pattern(), shapes) if sparsity is None else sparsity)
     if recipe.sparsity is None:
         return None, {}
-    stored = stored_dtype(origin, matrices) if origin else next(model.parameters()).dtype
-    return fitted(recipe.pattern(), shapes, dtype_name(stored), recipe.hardware, recipe.unsupported)
+    stored = _spelled(origin, matrices) if origin else dtype_name(next(model.parameters()).dtype)
+    return fitted(recipe.pattern(), shapes, stored, recipe.hardware, recipe.unsupported)
 
 
 def choose(
@@ -322,6 +324,17 @@ def calibration_windows(recipe: Recipe, tokenizer: Any, model: torch.nn.Module) 
     return windows
 
 
-def stored_dtype(origin: Origin, matrices: Matrices) -> torch.dtype:
-    """The type of a model's matrices on disk; what a GGUF file has quantised is float32 here."""
+def stored_dtype(origin: Origin, matrices: Matrices) -> torch.dtype | None:
+    """The type of a model's matrices on disk, None of codes; what a GGUF file has quantised is float32 here."""
+    if origin.quantised:
+        return None
     return PLAIN.get(origin.files.stored(next(iter(matrices))).dtype, torch.float32) if origin.files else torch.float32
+
+
+def _spelled(origin: Origin, matrices: Matrices) -> str:
+    """The same for people, as masks know it; of codes safetensors' name."""
+    dtype = stored_dtype(origin, matrices)
+    if dtype is not None or not origin.files:
+        return dtype_name(dtype or torch.float32)
+    found = origin.files.stored(next(iter(matrices))).dtype
+    return dtype_name(PLAIN.get(found, found))

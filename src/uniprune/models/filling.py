@@ -1,6 +1,8 @@
-"""Hollow models are filled: parameters and persistent buffers are read from the checkpoint, in the types that transformers gives them."""
+"""Hollow models are filled: parameters and persistent buffers read from files, in the types that transformers gives them."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -8,7 +10,7 @@ from torch import nn
 from uniprune.checkpoints.checkpoint import Files
 
 
-def fill(model: nn.Module, files: Files, dtypes: dict[str, torch.dtype], device: torch.device, without: str | None = None) -> None:
+def fill(model: nn.Module, files: Files, dtypes: Mapping[str, torch.dtype], device: torch.device, without: str = "") -> None:
     """Brings in the parameters that are on the meta device, and the buffers; a CPU's parameters are no maps of the files.
 
     dtypes: by name, as :func:`loaded_dtypes`. without: the beginning of the names of parameters that stay hollow.

@@ -45,6 +45,11 @@ class Loaded:
     def __str__(self) -> str:
         return str(self.origin) if self.origin else type(self.model).__name__
 
+    @property
+    def quantised(self) -> str | None:
+        """How its files store weights as codes, if they do; in memory they are dequantised."""
+        return str(self.origin.quantised) if self.origin and self.origin.quantised else None
+
     @cached_property
     def checkpoint(self) -> Checkpoint:
         """The files that it is made from, or those that it would be saved as."""
@@ -192,7 +197,7 @@ def _config(origin: Origin) -> Any:
     entries = origin.files.entries if origin.files else {}
     if isinstance(layers, int) and entries and layers > len(entries):  # they would all be built
         raise InputError(f"model {origin}: config.json says {layers} layers, its files have fewer tensors; fetch it again")
-    return _set_aside(plain(config) if origin.files and origin.files.quantised.understood else config)
+    return _set_aside(plain(config) if origin.quantised else config)
 
 
 def _kind(config: Any) -> Any:
@@ -249,7 +254,7 @@ def load(source: str | Path | Origin, dtype: str | None = None, device: str | No
 
 def load_weights(origin: Origin, dtype: torch.dtype | None, device: torch.device) -> nn.Module:
     """The model in evaluation mode, without gradients."""
-    if origin.files and origin.files.quantised.understood:
+    if origin.quantised:
         return _dequantised(origin, dtype or native_dtype(origin), device)
     options = origin.options()
     if origin.gguf:
@@ -278,7 +283,7 @@ def load_weights(origin: Origin, dtype: torch.dtype | None, device: torch.device
 def _dequantised(origin: Origin, dtype: torch.dtype, device: torch.device) -> nn.Module:
     """A quantised model with plain weights: in any type, and whatever packages and devices its own format needs."""
     assert origin.files is not None
-    logger.info("model %s is quantised (%s); its weights are dequantised to %s", origin, origin.files.quantised, dtype_name(dtype))
+    logger.info("model %s is quantised (%s); it is dequantised to %s", origin, origin.quantised, dtype_name(dtype))
     model = hollow(origin, dtype)
     fill(model, origin.files, loaded_dtypes(model, dtype), device)
     return model

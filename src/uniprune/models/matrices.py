@@ -220,15 +220,20 @@ def _odd(modules: Iterable[nn.Module]) -> dict[int, str]:
 
 
 def _check_unquantised(model: nn.Module) -> None:
-    config = getattr(model, "config", None)
+    config, files = getattr(model, "config", None), checkpoint_of(model)
     for part in (config, config.get_text_config()) if config is not None else ():
         found = getattr(part, "quantization_config", None) or getattr(part, "compression_config", None)
         facts = found if isinstance(found, dict) else getattr(found, "__dict__", {})
         if found and not facts.get("dequantize"):
             method = facts.get("quant_method", "by an unnamed method")
+            why, instead = "its weights are no plain matrices", ""
+            if isinstance(files, Files):
+                why = files.quantised.refused or why
+                instead = ", or its folder (to be pruned as it is)," if files.quantised.understood else instead
             raise InputError(
-                f"{type(model).__name__} is quantised ({getattr(method, 'value', method)}): its weights are no plain matrices; "
-                "give the model that it was made from, or dequantise it first: model.dequantize(), then save_pretrained"
+                f"{type(model).__name__} is quantised ({getattr(method, 'value', method)}): {why}; "
+                f"give the model that it was made from{instead}, or dequantise it first: model.dequantize(), then "
+                "save_pretrained"
             )
 
 

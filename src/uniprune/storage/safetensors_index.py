@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -35,8 +35,6 @@ class Entry:
     start: int
     stop: int
 
-    zero: ClassVar[int] = 0  # the bits of a weight that is 0
-
     @property
     def uint(self) -> Any:
         """The type of unsigned integers as large as the tensor's elements."""
@@ -47,7 +45,7 @@ class Entry:
     @property
     def width(self) -> int:
         """Bits of a weight."""
-        return 8 * np.dtype(self.uint).itemsize
+        return 8 * int(np.dtype(self.uint).itemsize)
 
     def array(self) -> Array:
         """The tensor's bits as a flat array of unsigned integers, one a weight, mapped from the file."""

@@ -1,7 +1,7 @@
 """Weights that are stored as codes of a few bits and scales: what a code stands for, and tensors of them.
 
-A weight is its code's value times the scale of its block, computed in float32 and rounded once, to the type that is asked for.
-Zero has a code of its own in every format here, so a weight is pruned by writing that code: no scale changes, nor any other bit.
+A weight is its code's value times the scale of its block, computed in float32 and rounded once, to the type asked for. Zero has
+a code of its own in every format here, so a weight is pruned by writing that code: no scale changes, nor any other bit.
 """
 
 from __future__ import annotations
@@ -92,9 +92,9 @@ def alone(scale: Tensor) -> Tensor:
 class Coded(Entry):
     """A stored tensor of codes, as if it were one of weights: ``shape``, ``[..., rows, columns]``, is that of the weights.
 
-    scales: ``[..., rows of blocks, columns of blocks]`` each, or a single one for all, from which ``factor`` makes that by which
-    the values in a block are multiplied. block: its rows and columns. row: of the codes' first row in the matrix that the scales
-    are of. flipped: whether the model has the matrices transposed.
+    scales: ``[..., rows of blocks, columns of blocks]`` each, or a single one for all. factor: makes of them what the values in
+    a block are multiplied by. block: its rows and columns. row: where in the matrix that the scales are of the codes begin.
+    flipped: whether the model has the matrices transposed.
     """
 
     code: Code
@@ -111,10 +111,6 @@ class Coded(Entry):
     @property
     def width(self) -> int:
         return self.code.bits
-
-    @property
-    def zero(self) -> int:
-        return self.code.zero
 
     def raw(self) -> Array:
         """The bytes, mapped from the file."""
@@ -219,7 +215,9 @@ def coded(
     found = _block(shape[-2], shape[-1], grid[-2:], block) if grid else None
     if grid is None or found is None or any(math.prod(other.shape) != 1 for other in others):
         shapes = ", ".join(str(list(scale.shape)) for scale in scales)
-        raise InputError(f"{entry.file}: {key} is {list(shape)}, and its scales {shapes}, which do not go together; fetch it again")
+        raise InputError(
+            f"{entry.file}: {key} is {list(shape)}, and its scales {shapes}, which do not go together; fetch it again"
+        )
     numbers = (_scale(first, grid), *(_scale(other, (1, 1)) for other in others))
     return Coded(entry.file, code.name, shape, entry.start, entry.stop, code, numbers, found, **more)
 
