@@ -23,6 +23,7 @@ import torch
 
 from uniprune.artefacts.masks import MasksFile
 from uniprune.checkpoints.checkpoint import Files, spell_digest
+from uniprune.checkpoints.layout import dequantised
 from uniprune.checkpoints.origin import Origin
 from uniprune.checkpoints.quantised.codes import Coded
 from uniprune.errors import UniPruneError
@@ -73,6 +74,8 @@ def write_checkpoint(
         _copy_beside(files, folder)
     else:
         assert isinstance(source, Loaded)
+        if dequantised(source.model):
+            del source.model._weight_conversions
         source.model.save_pretrained(folder)  # type: ignore[operator]
         if source.tokenizer is not None:
             source.tokenizer.save_pretrained(folder)

@@ -195,14 +195,21 @@ def _conversions(model: nn.Module, add_legacy: bool) -> list[Any]:
 def _saving(model: nn.Module) -> list[Any]:
     """The conversions that ``save_pretrained`` reverses: those that loading the model needed, else those of its family.
 
-    Of a family no prefix is put back: none but the checkpoint that has it needs it.
+    Of a family no prefix is put back: none but the checkpoint that has it needs it. A model that was dequantised when it was
+    loaded counts as one that was not loaded.
     """
     from transformers.core_model_loading import PrefixChange
 
     used: list[Any] | None = getattr(model, "_weight_conversions", None)
-    if used is not None:
+    if used is not None and not dequantised(model):
         return used
     return [one for one in _conversions(model, add_legacy=False) if not isinstance(one, PrefixChange)]
+
+
+def dequantised(model: nn.Module) -> bool:
+    """Whether transformers dequantised a model when it loaded it; it would save it as codes, with a configuration of none."""
+    operations = [step for one in getattr(model, "_weight_conversions", None) or () for step in getattr(one, "operations", ())]
+    return any(hasattr(step, "hf_quantizer") for step in operations)
 
 
 def _sorted(conversions: list[Any]) -> tuple[list[Any], list[Any]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from uniprune.checkpoints.layout import Located
-from uniprune.checkpoints.quantised import fp8
+from uniprune.checkpoints.quantised import fp8, mxfp4
 from uniprune.checkpoints.quantised.codes import Coded, Found, Refused
 from uniprune.storage import strict_json
 from uniprune.storage.outline import Outline
@@ -17,7 +17,7 @@ from uniprune.storage.safetensors_index import Entry
 Config = dict[str, Any]
 Format = Callable[[Config, Mapping[str, Entry]], Iterator[Found]]
 CONFIGS = "quantization_config", "compression_config"  # in config.json
-FORMATS: dict[str, Format] = {"fp8": fp8.find, "fbgemm_fp8": fp8.find}
+FORMATS: dict[str, Format] = {"fp8": fp8.find, "fbgemm_fp8": fp8.find, "mxfp4": mxfp4.find}
 
 
 @dataclass(frozen=True)
