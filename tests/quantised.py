@@ -85,6 +85,60 @@ def mxfp4(key, tensor):
     return {f"{key}_blocks": packed(codes), f"{key}_scales": exponents}
 
 
+def scheme(fmt, bits, kind="int", **more):
+    """compressed-tensors' configuration of all Linear layers, as llm-compressor writes it."""
+    weights = {"num_bits": bits, "type": kind, "symmetric": True, "dynamic": False, **more}
+    inputs = None
+    if fmt in ("int-quantized", "float-quantized"):
+        inputs = {"num_bits": 8, "type": kind, "symmetric": True, "dynamic": True, "strategy": "token"}
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": inputs, "output_activations": None}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": fmt,
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": ["lm_head", "re:.*mlp.gate$"],
+        "kv_cache_scheme": None,
+    }
+
+
+def integers(bits, group):
+    """Codes from -2^(bits-1), packed into words with that added; or bytes of eight bits."""
+
+    def write(key, tensor):
+        largest, full = amax(tensor, (1, group))
+        scale = (largest / (2 ** (bits - 1) - 0.5)).to(torch.bfloat16)
+        codes = (tensor.float() / full(scale.float())).round().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1).to(torch.int64)
+        if bits == 8:
+            return {key: codes.to(torch.int8), f"{key}_scale": scale}
+        words = (codes + 8).unflatten(1, (-1, 8)) << torch.arange(0, 32, 4)
+        return {
+            f"{key}_packed": words.sum(-1).to(torch.uint32).view(torch.int32),
+            f"{key}_scale": scale,
+            f"{key}_shape": torch.tensor(tensor.shape),
+        }
+
+    return write
+
+
+def nvfp4(key, tensor):
+    """A scale in FP8 for 16 weights, on the scale of one number for the whole matrix, by which it is divided."""
+    whole = 448 * 6 / tensor.abs().max().float().view(1)
+    largest, full = amax(tensor, (1, 16))
+    scale = (largest / 6 * whole).to(torch.float8_e4m3fn)
+    codes = e2m1(tensor.float() / full(scale.float() / whole).clamp(min=1e-12))
+    return {f"{key}_packed": packed(codes), f"{key}_scale": scale, f"{key}_global_scale": whole}
+
+
+def mx_packed(key, tensor):
+    largest, full = amax(tensor, (1, 32))
+    exponents = power_of_two(largest, 6)
+    return {
+        f"{key}_packed": packed(e2m1(tensor.float() / full(torch.exp2(exponents.float() - 127)))),
+        f"{key}_scale": exponents,
+    }
+
+
 # name: (family, which tensors, how one is written, quantization_config)
 EXPERTS = re.compile(r"experts\.(gate_up|down)_proj$")
 FORMATS = {
@@ -95,6 +149,31 @@ FORMATS = {
         LINEAR,
         fp4_experts,
         {**FP8, "weight_block_size": [8, 8], "scale_fmt": "ue8m0", "expert_dtype": "fp4"},
+    ),
+    "compressed-tensors INT4": (
+        "deepseek_v3",
+        LINEAR,
+        integers(4, 8),
+        scheme("pack-quantized", 4, strategy="group", group_size=8),
+    ),
+    "compressed-tensors INT8": ("llama", LINEAR, integers(8, None), scheme("int-quantized", 8, strategy="channel")),
+    "compressed-tensors FP8": (
+        "llama",
+        LINEAR,
+        fp8((1, None), "_scale", torch.bfloat16),
+        scheme("float-quantized", 8, "float", strategy="channel"),
+    ),
+    "compressed-tensors NVFP4": (
+        "llama",
+        LINEAR,
+        nvfp4,
+        scheme("nvfp4-pack-quantized", 4, "float", strategy="tensor_group", group_size=16),
+    ),
+    "compressed-tensors MXFP4": (
+        "llama",
+        LINEAR,
+        mx_packed,
+        scheme("mxfp4-pack-quantized", 4, "float", strategy="group", group_size=32),
     ),
     "mxfp4": ("gpt_oss", EXPERTS, mxfp4, {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}),
 }

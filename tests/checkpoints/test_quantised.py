@@ -1,17 +1,14 @@
 """Quantised checkpoints pruned where they lie: zero's code is written, and no other bit."""
 
 import json
-import shutil
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import quantised
 import uniprune
-from conftest import tiny_model
 from families import same_files, tensors
 from quantised import FORMATS
 from small_models import VOCABULARY
@@ -21,10 +18,9 @@ from uniprune.artefacts.masks import MasksFile
 from uniprune.checkpoints.origin import resolve
 from uniprune.checkpoints.quantised import codes
 from uniprune.data.windows import Windows, save_windows
-from uniprune.errors import InputError, MismatchError
+from uniprune.errors import MismatchError
 from uniprune.models.loading import load_weights
 from uniprune.models.matrices import find_matrices
-from uniprune.sparsity import bits
 
 CPU = torch.device("cpu")
 

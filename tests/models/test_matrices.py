@@ -128,7 +128,7 @@ def test_blocks_may_differ_and_lists_inside_them_do_not_compete():
     assert len(find_matrices(model)) == 30
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "compressed-tensors", "fp8", "mxfp4"])
+@pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "modelopt", "fp8", "mxfp4"])
 def test_quantised_checkpoints_are_refused_before_a_weight_is_read(method, tmp_path, monkeypatch):
     tiny_model().save_pretrained(tmp_path)
     config = tmp_path / "config.json"

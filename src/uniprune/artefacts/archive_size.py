@@ -84,8 +84,12 @@ class Estimate:
     """
 
     def __init__(self, source: Loaded | Origin, matrices: Matrices, pattern: Pattern) -> None:
-        self._zstd = archive_codec.Zstd()
         checkpoint = _checkpoint(source)
+        if not estimable(source):
+            raise InputError(
+                f"model {source} is quantised: what its archive would take is not estimated; give --sparsity in place of --size"
+            )
+        self._zstd = archive_codec.Zstd()
         every = max(1, sum(matrix.size for matrix in matrices.values()) // SAMPLE)
         self._samples = {name: Sample(one, checkpoint.stored(name), every, pattern) for name, one in matrices.items()}
         self._runs = self._alike() if every > 1 else [[name] for name in matrices]
@@ -193,6 +197,12 @@ class Sample:
     def thinned(self, mask: Array) -> Array:
         """The rows' words as stored, flat, zeros where the mask ``[rows, in]`` has them."""
         return np.where(mask.T if self._transposed else mask, self._bits, 0).ravel()
+
+
+def estimable(source: Loaded | Origin) -> bool:
+    """Whether archives can be estimated: not of codes, several of which are a word, and whose scales samples do not have."""
+    origin = source.origin if isinstance(source, Loaded) else source
+    return origin is None or not origin.quantised
 
 
 def _checkpoint(source: Loaded | Origin) -> Checkpoint:

@@ -40,9 +40,9 @@ class Origin:
 
     @property
     def quantised(self) -> Quantised | None:
-        """How its files store weights as codes, if they do and it is understood: such a model is dequantised in memory."""
+        """How its files store weights as codes, if they do, and what these stand for is known."""
         found = self.files.quantised if self.files else None
-        return found if found and found.understood else None
+        return found if found and found.tensors else None
 
     def options(self) -> dict[str, Any]:
         """Keyword arguments for every ``from_pretrained`` of this model: no code that comes with it is run."""

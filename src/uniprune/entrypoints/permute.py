@@ -55,7 +55,13 @@ def permute(
     if not isinstance(pattern, NM):
         raise InputError(f"{pattern}: the order of channels matters to N:M patterns only; use --sparsity 2:4")
     recipe = recipe.model_copy(update={"controller": "none"})
-    model = source.model if isinstance(source, Loaded) else skeleton(resolve(source))
+    origin = source.origin if isinstance(source, Loaded) else resolve(source)
+    if origin and origin.quantised:
+        raise InputError(
+            f"model {origin} is quantised ({origin.quantised}): channels in another order would have other blocks and scales; "
+            "prune it as it is, or permute the model that it was made from"
+        )
+    model = source.model if isinstance(source, Loaded) else skeleton(origin)  # type: ignore[arg-type]
     found = find_channels(model, find_matrices(model, recipe.include, recipe.exclude))
     if not found:
         raise InputError(f"{source}: it has no hidden channels that could be proved to go in any order")

@@ -52,7 +52,7 @@ def sweep(
     sparsities: fractions and N:M. asked: ``scope`` of fractions, as in a recipe; ``text_source``, ``windows``, ``length`` and
     ``dtype``, as in ``evaluate``. The file is rewritten after each row; resume: keep the rows that it has, if they were
     measured in the same way, and add those that are missing. A row's ``bytes`` are what ``pack`` would make, estimated from
-    samples; None without the zstandard package. ``pareto``: no other row is both smaller and better.
+    samples; None without the zstandard package, and of a quantised model. ``pareto``: no other row is both smaller and better.
     Raises InputError or MismatchError before the first row if anything asked for cannot be done.
     """
     request, saliency = SweepRequest.of(**asked), ScoresFile(scores)
@@ -119,7 +119,7 @@ class _Estimate:
 
     def __init__(self, loaded: Loaded, matrices: Matrices) -> None:
         self._loaded, self._matrices = loaded, matrices
-        self._possible = importlib.util.find_spec("zstandard") is not None
+        self._possible = importlib.util.find_spec("zstandard") is not None and archive_size.estimable(loaded)
         self._made: dict[str, archive_size.Estimate] = {}
 
     def __call__(self, pattern: Pattern, saliency: Saliency) -> int | None:

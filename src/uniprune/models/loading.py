@@ -197,7 +197,7 @@ def _config(origin: Origin) -> Any:
     entries = origin.files.entries if origin.files else {}
     if isinstance(layers, int) and entries and layers > len(entries):  # they would all be built
         raise InputError(f"model {origin}: config.json says {layers} layers, its files have fewer tensors; fetch it again")
-    return _set_aside(plain(config) if origin.quantised else config)
+    return _set_aside(plain(config) if origin.files and origin.files.quantised.understood else config)
 
 
 def _kind(config: Any) -> Any:
@@ -254,7 +254,7 @@ def load(source: str | Path | Origin, dtype: str | None = None, device: str | No
 
 def load_weights(origin: Origin, dtype: torch.dtype | None, device: torch.device) -> nn.Module:
     """The model in evaluation mode, without gradients."""
-    if origin.quantised:
+    if origin.files and origin.files.quantised.understood:
         return _dequantised(origin, dtype or native_dtype(origin), device)
     options = origin.options()
     if origin.gguf:
@@ -281,9 +281,10 @@ def load_weights(origin: Origin, dtype: torch.dtype | None, device: torch.device
 
 
 def _dequantised(origin: Origin, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """A quantised model with plain weights: in any type, and whatever packages and devices its own format needs."""
+    """A model with plain weights in any type, whatever packages and devices its own format needs."""
     assert origin.files is not None
-    logger.info("model %s is quantised (%s); it is dequantised to %s", origin, origin.quantised, dtype_name(dtype))
+    if origin.quantised:
+        logger.info("model %s is quantised (%s); it is dequantised to %s", origin, origin.quantised, dtype_name(dtype))
     model = hollow(origin, dtype)
     fill(model, origin.files, loaded_dtypes(model, dtype), device)
     return model

@@ -177,6 +177,11 @@ def pack(folder: str | Path, output: Path, *, overwrite: bool = False, progress:
     checkpoint = origin.files
     if checkpoint is None:
         raise InputError(f"{origin} is no pruned checkpoint folder; give one, as prune and apply write it")
+    if origin.quantised:
+        raise InputError(
+            f"{origin} is quantised ({origin.quantised}), which the kernel cannot multiply by; uniprune.accelerate packs it in "
+            "memory, dequantised"
+        )
     matrices = find_matrices(skeleton(origin))
     with watch("read"), ThreadPoolExecutor(os.cpu_count()) as pool:
         found = pool.map(lambda name: _examined(checkpoint, name, matrices[name]), matrices)

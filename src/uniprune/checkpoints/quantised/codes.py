@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from uniprune.errors import InputError
 from uniprune.storage.outline import Array, Piece, Shape
 from uniprune.storage.safetensors_index import Entry
 
@@ -66,7 +65,7 @@ E2M1 = Code("F4_E2M1", 4, torch.cat([_MAGNITUDES, -_MAGNITUDES]))  # OCP Microsc
 INT8 = _float("I8", torch.int8)
 OFFSET4 = Code("I4", 4, torch.arange(16) - 8.0)  # stored with 8 added
 OFFSET8 = Code("I8", 8, torch.arange(256) - 128.0)
-EXPONENTS = torch.cat([torch.exp2(torch.arange(255) - 127.0), torch.tensor([math.nan])])
+_EXPONENTS = torch.cat([torch.exp2(torch.arange(255) - 127.0), torch.tensor([math.nan])])
 
 
 class Exponents(Entry):
@@ -80,7 +79,7 @@ class Exponents(Entry):
         return not bool((bits == 255).any())
 
     def values(self, dtype: torch.dtype, device: torch.device) -> Tensor:
-        return EXPONENTS[torch.from_numpy(self.array().copy()).int()].view(self.shape).to(device, dtype)
+        return _EXPONENTS[torch.from_numpy(self.array().copy()).int()].view(self.shape).to(device, dtype)
 
 
 def alone(scale: Tensor) -> Tensor:
@@ -205,24 +204,23 @@ def coded(
     """A tensor of codes. shape: of its weights. scales: the first has one for each block; those that follow, one for all.
 
     block: rows and columns of a block, which need not divide the shape; without it they follow from the number of scales.
-    Raises InputError unless codes, scales and shape go together.
+    Raises Refused unless codes, scales and shape go together.
     """
     first, *others = scales
     size = math.prod(shape) * code.bits
     if len(shape) < 2 or (entry.stop - entry.start) * 8 != size or shape[-1] * code.bits % 8 or not size:
-        raise InputError(f"{entry.file}: {key} is {entry.dtype} {list(entry.shape)}, which is not {list(shape)} of {code.name}")
+        raise Refused(f"{key} is {entry.dtype} {list(entry.shape)}, which is not {list(shape)} of {code.name}")
     grid = _grid(first.shape, shape[:-2])
     found = _block(shape[-2], shape[-1], grid[-2:], block) if grid else None
     if grid is None or found is None or any(math.prod(other.shape) != 1 for other in others):
         shapes = ", ".join(str(list(scale.shape)) for scale in scales)
-        raise InputError(
-            f"{entry.file}: {key} is {list(shape)}, and its scales {shapes}, which do not go together; fetch it again"
-        )
+        raise Refused(f"{key} is {list(shape)} and its scales {shapes}, which do not go together")
     numbers = (_scale(first, grid), *(_scale(other, (1, 1)) for other in others))
     return Coded(entry.file, code.name, shape, entry.start, entry.stop, code, numbers, found, **more)
 
 
 def _scale(entry: Entry, shape: Shape) -> Entry:
+    """Scales in another shape."""
     kind = Exponents if entry.dtype in ("U8", "F8_E8M0") else Entry
     return kind(entry.file, entry.dtype, shape, entry.start, entry.stop)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from uniprune.checkpoints.layout import Located
-from uniprune.checkpoints.quantised import fp8, mxfp4
+from uniprune.checkpoints.quantised import compressed_tensors, fp8, modelopt, mxfp4
 from uniprune.checkpoints.quantised.codes import Coded, Found, Refused
 from uniprune.storage import strict_json
 from uniprune.storage.outline import Outline
@@ -16,16 +16,22 @@ from uniprune.storage.safetensors_index import Entry
 
 Config = dict[str, Any]
 Format = Callable[[Config, Mapping[str, Entry]], Iterator[Found]]
-CONFIGS = "quantization_config", "compression_config"  # in config.json
-FORMATS: dict[str, Format] = {"fp8": fp8.find, "fbgemm_fp8": fp8.find, "mxfp4": mxfp4.find}
+CONFIGS = "quantization_config", "compression_config", "quantization"
+FORMATS: dict[str, Format] = {
+    "fp8": fp8.find,
+    "fbgemm_fp8": fp8.find,
+    "mxfp4": mxfp4.find,
+    "compressed-tensors": compressed_tensors.find,
+    "modelopt": modelopt.find,
+}
 
 
 @dataclass(frozen=True)
 class Quantised:
-    """Which tensors of a checkpoint are stored as codes; of one that is not quantised, none.
+    """Which tensors of a checkpoint are stored as codes.
 
-    method: as config.json has it. tensors: by the key that each has as weights. parts: keys of what they are made of. refused:
-    why the format is not understood; there are no tensors then, and the checkpoint is not pruned.
+    method: as config.json has it; None of a model that is not quantised. tensors: by the key that each has as weights; none
+    where the method quantises no layer. parts: keys of what they are made of. refused: why they are not understood.
     """
 
     method: str | None = None
@@ -35,53 +41,53 @@ class Quantised:
 
     @property
     def understood(self) -> bool:
-        """Whether it is quantised, and what its codes stand for is known."""
+        """Whether config.json says that it is quantised, and it is known what its weights are."""
         return self.method is not None and self.refused is None
 
     def turned(self, located: Located) -> Located:
         """Where parameters lie, those that the model has transposed as it has them."""
+        flipped = {key for key, tensor in self.tensors.items() if tensor.flipped}
 
         def turn(place: Any) -> Any:
-            flipped = isinstance(place, Outline) and any(self._flipped(piece.key) for piece in place.pieces)
-            return place.transpose(-2, -1) if flipped else place
+            inside = isinstance(place, Outline) and any(piece.key in flipped for piece in place.pieces)
+            return place.transpose(-2, -1) if inside else place
 
-        return {name: turn(place) for name, place in located.items()} if any(map(self._flipped, self.tensors)) else located
-
-    def _flipped(self, key: str) -> bool:
-        return key in self.tensors and self.tensors[key].flipped
+        return {name: turn(place) for name, place in located.items()} if flipped else located
 
     def __str__(self) -> str:
         kinds = sorted({tensor.dtype for tensor in self.tensors.values()})
-        return f"{self.method}: {len(self.tensors)} tensors of {', '.join(kinds)} with scales" if kinds else str(self.method)
+        return f"{self.method}: {len(self.tensors)} tensors of {', '.join(kinds)} with scales"
 
 
 def quantised(folder: Path, entries: Mapping[str, Entry]) -> Quantised:
-    """The codes in the files of a folder. Raises InputError where codes and scales do not go together."""
-    config = config_of(_read(folder / "config.json"))
+    """What is stored as codes in the files of a folder."""
+    config = _read(folder)
     if config is None:
         return Quantised()
     method = str(config.get("quant_method", "by an unnamed method"))
     if method not in FORMATS:
-        return Quantised(method, refused="its codes are not understood")
+        return Quantised(method, refused="its weights are no plain matrices, and what its codes stand for is not known")
     try:
         found = list(FORMATS[method](config, entries))
-        if not found:
-            raise Refused("its files have no codes with scales")
+        if not found and not (method == "compressed-tensors" and compressed_tensors.is_dense(config)):
+            raise Refused("but its files have no codes with scales")
     except Refused as error:
         return Quantised(method, refused=str(error))
     parts = frozenset(part for one in found for part in one.parts)
     return Quantised(method, {one.key: one.tensor for one in found}, parts)
 
 
-def config_of(config: Any) -> Config | None:
-    """What a configuration says about its quantisation: of the model, or of its text part."""
-    if not isinstance(config, dict):
-        return None
-    for part in (config, config.get("text_config")):
-        if isinstance(part, dict):
-            for name in CONFIGS:
-                if isinstance(found := part.get(name), dict) and found:
-                    return found
+def _read(folder: Path) -> Config | None:
+    """What the configuration of a model, or of its text part, says about quantisation; or a file of ModelOpt's own."""
+    for name in ("config.json", "hf_quant_config.json"):
+        try:
+            content: Any = strict_json.parse((folder / name).read_bytes())
+            for part in (content, content.get("text_config")):
+                for place in CONFIGS if isinstance(part, dict) else ():
+                    if isinstance(found := part.get(place), dict) and found:
+                        return {"quant_method": "modelopt"} | found if place == "quantization" else found
+        except (OSError, ValueError, AttributeError):
+            continue  # whoever needs the configuration says what is wrong with it
     return None
 
 
@@ -92,10 +98,3 @@ def plain(config: Any) -> Any:
             if hasattr(part, name):
                 delattr(part, name)
     return config
-
-
-def _read(path: Path) -> Any:
-    try:
-        return strict_json.parse(path.read_bytes())
-    except (OSError, ValueError):
-        return None  # whoever needs the configuration says what is wrong with it

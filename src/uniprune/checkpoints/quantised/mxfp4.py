@@ -1,6 +1,6 @@
-"""MXFP4 as gpt-oss has it: ``gate_up_proj_blocks`` of 32 E2M1 codes, two a byte, and ``gate_up_proj_scales``, a power of two each.
+"""MXFP4 as gpt-oss has it: ``gate_up_proj_blocks`` of 32 E2M1 codes, two a byte, and ``gate_up_proj_scales``.
 
-The experts are stored by output; the model has them transposed.
+Scales are powers of two, a byte each. The experts are stored by output; the model has them transposed.
 """
 
 from __future__ import annotations
