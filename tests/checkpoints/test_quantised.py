@@ -25,17 +25,12 @@ from uniprune.models.matrices import find_matrices
 CPU = torch.device("cpu")
 
 
-def published(name, folder):
-    if name.startswith("compressed-tensors"):
-        pytest.importorskip("compressed_tensors")
-    quantised.save(name, folder)
-    return folder
-
-
 @pytest.fixture(scope="module", params=FORMATS)
 def source(request, tmp_path_factory):
     """A quantised checkpoint."""
-    return published(request.param, tmp_path_factory.mktemp("quantised") / "model")
+    folder = tmp_path_factory.mktemp("quantised") / "model"
+    quantised.save(request.param, folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +54,7 @@ def reference(folder, dtype=torch.bfloat16):
     options = {}
     config = json.loads((folder / "config.json").read_text())["quantization_config"]
     if config["quant_method"] == "compressed-tensors":
+        pytest.importorskip("compressed_tensors")  # transformers asks for it, uniprune does not
         from transformers import CompressedTensorsConfig
 
         options["quantization_config"] = CompressedTensorsConfig(dequantize=True)

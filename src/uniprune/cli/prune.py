@@ -125,5 +125,7 @@ def _show_pruned(output: Path, report: Pruning, uploaded: dict[str, str], printe
     from uniprune.common import formatting
 
     lines = [f"{output}: {report.pattern}, sparsity {report.sparsity:.4f} in {len(report.matrices)} matrices"]
+    if report.model.quantised:
+        lines.append(f"Its codes are the source's ({report.model.quantised}), those of pruned weights that of 0; scales stay.")
     lines += [f"uploaded to {url}" for url in uploaded.values()]
     show({"output": str(output), **report.record(), **uploaded}, printed.as_json, *lines, formatting.NOTE)

@@ -124,7 +124,8 @@ def evaluation_tables(result: Evaluation) -> list[Table | str]:
         tables += [evaluation_table({result.model: result}), *perplexity_lines(result)]
     else:
         beside = f", against {result.against}" if result.against else ""
-        tables.append(_inert(f"{result.model}: {_percent(result.sparsity)} zeros, {result.dtype}{beside}"))
+        codes = f" (dequantised from {result.quantised})" if result.quantised else ""
+        tables.append(_inert(f"{result.model}: {_percent(result.sparsity)} zeros, {result.dtype}{codes}{beside}"))
     summary = summarise([Source(Path(), {}, result)])
     tables += [_grid_table(grid) for grid in (accuracies(summary), harness(summary)) if grid]
     notes = [_inert(f"lm-evaluation-harness: {note}.") for note in result.lm_eval_notes]
@@ -134,6 +135,8 @@ def evaluation_tables(result: Evaluation) -> list[Table | str]:
 def perplexity_lines(result: Evaluation) -> list[str]:
     """The same perplexity per word and byte, and by position; what windows began with; what it compares with."""
     lines, text = [], result.text
+    if result.quantised is not None:
+        lines.append(f"Quantised ({result.quantised}): dequantised to {result.dtype}.")
     if result.word_perplexity is not None:
         lines.append(f"Per word {result.word_perplexity:.2f}, per byte {result.byte_perplexity:.4f}.")
     if len(found := result.by_position or {}) > 1:

@@ -63,7 +63,7 @@ def evaluate(
     loaded = subject.load(request.dtype, device)
     ours = subject.measure(loaded, progress, record=other is not None)
     computed = dtype_name(next(loaded.model.parameters()).dtype)
-    facts: dict[str, Any] = {"model": str(loaded), "dtype": computed}
+    facts: dict[str, Any] = {"model": str(loaded), "dtype": computed, "quantised": loaded.quantised}
     facts |= vars(ours.perplexity) if ours.perplexity else {}
     if ours.perplexity:
         facts["comparable"] = comparable(facts["model"], ours.perplexity)

@@ -103,6 +103,7 @@ class Comparable(Facts):
 class Evaluation(Record):
     """What ``evaluate`` returns; what was not asked for is None, or empty.
 
+    quantised: how the model's files store weights as codes, if they do; they were dequantised to ``dtype``.
     perplexity = exp(nats / tokens), of ``windows`` of ``length`` tokens, one every ``stride``; ``nats_stderr``: standard error
     of the mean nats per token, by how windows differ. Per word and per byte: of what is predicted, as lm-evaluation-harness
     counts; by_position: by how many tokens of its window a prediction saw. comparable: published protocols that this follows.
@@ -113,6 +114,7 @@ class Evaluation(Record):
     kind: Literal["evaluation"] = "evaluation"
     model: str = ""
     dtype: str | None = None
+    quantised: str | None = None
     perplexity: float | None = None
     nats: float | None = None
     nats_stderr: float | None = None

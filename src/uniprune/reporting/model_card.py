@@ -137,6 +137,11 @@ def _body(report: Report, results: Sequence[Evaluation], source: str, images: bo
             f"{len(report.matrices)} matrices are zero** ({report.pattern}). No weight was updated: what is kept has the "
             "bits of the original."
         )
+        if report.model.quantised:
+            yield (
+                f"The weights are quantised ({report.model.quantised}) and were pruned as they are stored: what is removed has the "
+                "code of 0, all other codes and all scales are the original's, and so is `quantization_config`."
+            )
         if images:
             yield (
                 "Only the text decoder was pruned, and calibrated on text alone; what sees images (or hears sound), and what "
