@@ -139,8 +139,8 @@ def _body(report: Report, results: Sequence[Evaluation], source: str, images: bo
         )
         if report.model.quantised:
             yield (
-                f"The weights are quantised ({report.model.quantised}) and were pruned as they are stored: what is removed has the "
-                "code of 0, all other codes and all scales are the original's, and so is `quantization_config`."
+                f"The weights are quantised ({report.model.quantised}) and were pruned as they are stored: what is removed has "
+                "the code of 0, all other codes and all scales are the original's, and so is `quantization_config`."
             )
         if images:
             yield (
