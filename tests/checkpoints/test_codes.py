@@ -18,8 +18,10 @@ from uniprune.artefacts.masks import MasksFile
 from uniprune.checkpoints.checkpoint import Files
 from uniprune.checkpoints.origin import resolve
 from uniprune.checkpoints.quantised import codes
+from uniprune.data.windows import Windows, save_windows
 from uniprune.errors import InputError
 from uniprune.models.loading import load_weights
+from uniprune.models.matrices import find_matrices
 from uniprune.sparsity.bits import apply_to_codes, pack
 
 CPU = torch.device("cpu")
@@ -239,6 +241,35 @@ def test_where_zero_has_no_code_the_reason_is_said(change, reason, tmp_path):
         InputError, match=rf"is quantised \(compressed-tensors\): .*{reason}.*give the model that it was made from"
     ):
         uniprune.plan(folder, LOCAL)
+
+
+def test_a_model_that_is_refused_can_be_given_in_memory_dequantised(tmp_path):
+    """As the refusal says."""
+    pytest.importorskip("compressed_tensors")
+    from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+
+    config = scheme("int-quantized", 8, strategy="channel", symmetric=False)
+    folder = llama(tmp_path / "model", integers(8, None), config)
+
+    def with_offsets(tensors):
+        scales = {key: scale for key, scale in tensors.items() if key.endswith("_scale")}
+        return tensors | {
+            key.replace("scale", "zero_point"): torch.full(s.shape, 3, dtype=torch.int8) for key, s in scales.items()
+        }
+
+    edit(folder, with_offsets)
+    with pytest.raises(InputError, match="asymmetric"):
+        uniprune.plan(folder, LOCAL)
+    plain = CompressedTensorsConfig(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", quantization_config=plain)
+    text = Windows(torch.arange(64).view(2, 32), "numbers", 2, "none")
+    save_windows(text, tmp_path / "tokens.safetensors")
+    recipe = Recipe(sparsity="2:4", controller="none", text=str(tmp_path / "tokens.safetensors"))
+    uniprune.prune(uniprune.Loaded(model), recipe, tmp_path / "out")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    masks = MasksFile(tmp_path / "out/pruning/masks.safetensors")
+    for name, matrix in find_matrices(again).items():
+        assert torch.equal(matrix.weight, torch.where(masks[name], model.get_parameter(f"{name}.weight"), 0))
 
 
 def test_zero_points_that_are_all_zero_are_symmetric(tmp_path):

@@ -232,8 +232,8 @@ def _check_unquantised(model: nn.Module) -> None:
                 instead = ", or its folder (to be pruned as it is)," if files.quantised.understood else instead
             raise InputError(
                 f"{type(model).__name__} is quantised ({getattr(method, 'value', method)}): {why}; "
-                f"give the model that it was made from{instead}, or dequantise it first: model.dequantize(), then "
-                "save_pretrained"
+                f"give the model that it was made from{instead}, or dequantise it with transformers and give it in memory: "
+                "uniprune.Loaded(model, tokenizer)"
             )
 
 
