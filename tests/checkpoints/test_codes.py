@@ -243,6 +243,35 @@ def test_where_zero_has_no_code_the_reason_is_said(change, reason, tmp_path):
         uniprune.plan(folder, LOCAL)
 
 
+UP = "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "settings"),
+    [
+        (lambda found: found | {UP: found[UP][0, 0].clone()}, {}),
+        (lambda found: found | {f"{UP}_scale_inv": torch.ones(8, 4, dtype=torch.int64)}, {}),
+        (lambda found: found | {f"{UP}_scale_inv": torch.ones(0, 4)}, {}),
+        (lambda found: found | {f"{UP}_scale_inv": torch.ones(8, 4, 1, 1)}, {}),
+        (lambda found: {key: tensor for key, tensor in found.items() if "_scale_inv" not in key}, {}),
+        (lambda found: found, {"quant_method": "compressed-tensors", "config_groups": [1]}),
+        (lambda found: found, {"quant_method": "compressed-tensors", "config_groups": {"a": 1}, "sparsity_config": "2:4"}),
+        (lambda found: found, {"quant_method": {"a": 1}}),
+    ],
+)
+def test_checkpoints_that_make_no_sense_are_refused(change, settings, tmp_path):
+    folder = llama(tmp_path / "model", fp8((8, 8)), {**FP8, "weight_block_size": [8, 8], **settings})
+    edit(folder, change)
+    with pytest.raises(InputError, match=r"is quantised \(.*give the model that it was made from"):
+        uniprune.plan(folder, LOCAL)
+
+
+@pytest.mark.parametrize("block", [None, [0, 8], [8], "8x8", "eight", [8.0, 8.0], {"a": 1}])
+def test_the_size_of_blocks_follows_from_the_scales_unless_it_is_told(block, tmp_path):
+    folder = llama(tmp_path / "model", fp8((8, 8)), {**FP8, "weight_block_size": block})
+    assert {tensor.block for tensor in Files(folder).quantised.tensors.values()} == {(8, 8)}
+
+
 def test_a_model_that_is_refused_can_be_given_in_memory_dequantised(tmp_path):
     """As the refusal says."""
     pytest.importorskip("compressed_tensors")

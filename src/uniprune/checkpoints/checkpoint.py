@@ -12,7 +12,7 @@ import math
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
@@ -26,8 +26,8 @@ from torch import Tensor, nn
 
 from uniprune.checkpoints.layout import Computed, Layout, Located, Part, Region, as_saved, matrix_at, on_load
 from uniprune.checkpoints.quantised.formats import Quantised, quantised
+from uniprune.checkpoints.shards import lacking, named_in, shards_of
 from uniprune.errors import InputError
-from uniprune.storage import strict_json
 from uniprune.storage.dtypes import BY_DTYPE, BY_NAME
 from uniprune.storage.outline import Outline, Piece
 from uniprune.storage.safetensors_index import Entry, entries
@@ -35,7 +35,6 @@ from uniprune.storage.safetensors_index import Entry, entries
 logger = logging.getLogger(__name__)
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PACKED = "runtime.safetensors"  # in its place: a checkpoint in the runtime layout, which uniprune.accelerate opens
-ENDINGS = (".safetensors", ".safetensors.index.json")
 ROWS = 1 << 12  # that are compared at a time
 
 Array = np.ndarray[Any, Any]
@@ -112,30 +111,6 @@ def keys(name: str) -> tuple[str, str]:
     return f"{name}.weight", f"{name.partition('.')[2]}.weight"
 
 
-def _shards_of(index: Path) -> dict[str, str]:
-    """Tensor -> file, which must lie beside the index. Raises InputError for an index that says anything else."""
-    try:
-        content = strict_json.parse(index.read_bytes())
-        strict_json.check(content, {"weight_map": dict})
-        for name in (names := content["weight_map"]).values():
-            if type(name) is not str or "/" in name or "\\" in name or not name.endswith(".safetensors"):
-                raise ValueError(f"{str(name)[:80]!r} is no .safetensors file beside it")
-    except ValueError as error:
-        raise InputError(f"{index} is damaged: {error}; fetch the checkpoint again") from None
-    except OSError as error:
-        raise InputError(f"{index} cannot be read: {error.strerror}; fetch the checkpoint again") from None
-    return dict(names)
-
-
-def lacking(model: str, config: Any, missing: Collection[str]) -> InputError:
-    """The error for a checkpoint without some of the tensors that its model needs."""
-    classes = " and ".join(getattr(config, "architectures", None) or ())
-    what = f"model {model}: its files lack {len(missing)} tensors, e.g. {min(missing)}"
-    if classes and not any(end in classes for end in ("LM", "ConditionalGeneration", "Generator")):
-        return InputError(f"{what}; config.json says {classes}: no model that predicts tokens, which is what can be pruned")
-    return InputError(f"{what}; fetch it again")
-
-
 def spell_digest(dtype: str, shape: tuple[int, ...], bits: Any) -> str:
     return f"{dtype} {shape} {bits.hexdigest()}"
 
@@ -155,28 +130,18 @@ class Files(Checkpoint):
         time in another layout; those files are not part of the model.
         """
         whole, index = self.folder / WHOLE, self.folder / INDEX
-        if named := self._named():
+        if named := named_in(self.folder / "config.json"):
             return self.folder / named
         if whole.is_file() and index.is_file():
             logger.warning("%s has both %s and %s; the first is read, as transformers does", self.folder, WHOLE, INDEX)
         return next((file for file in (whole, index) if file.is_file()), None)
-
-    def _named(self) -> str | None:
-        """The file that config.json names: few do."""
-        try:
-            name = strict_json.parse((self.folder / "config.json").read_bytes()).get("transformers_weights")
-        except (OSError, ValueError, AttributeError):
-            return None  # whoever needs the configuration says what is wrong with it
-        if name is not None and (type(name) is not str or {"/", "\\"} & {*name} or not name.endswith(ENDINGS)):
-            raise InputError(f"{self.folder / 'config.json'}: transformers_weights is no safetensors file beside it")
-        return name
 
     @cached_property
     def shards(self) -> list[Path]:
         """The safetensors files that transformers loads; empty if there are none."""
         if self.weights is None or self.weights.suffix == ".safetensors":
             return [self.weights] if self.weights else []
-        return [self.folder / name for name in sorted({*_shards_of(self.weights).values()})]
+        return [self.folder / name for name in sorted({*shards_of(self.weights).values()})]
 
     @cached_property
     def entries(self) -> dict[str, Entry]:

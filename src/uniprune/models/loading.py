@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from uniprune.checkpoints.checkpoint import Checkpoint, Files, bind, checkpoint_of, lacking
+from uniprune.checkpoints.checkpoint import Checkpoint, Files, bind, checkpoint_of
 from uniprune.checkpoints.origin import Origin, resolve
 from uniprune.checkpoints.quantised.formats import plain
+from uniprune.checkpoints.shards import lacking
 from uniprune.errors import InputError, UniPruneError, first_line
 from uniprune.models.blocks import Residency, resident
 from uniprune.models.filling import fill, loaded_dtypes

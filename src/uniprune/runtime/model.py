@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from uniprune.checkpoints.checkpoint import PACKED, lacking
+from uniprune.checkpoints.checkpoint import PACKED
 from uniprune.checkpoints.origin import resolve
+from uniprune.checkpoints.shards import lacking
 from uniprune.errors import InputError
 from uniprune.models.filling import assign, loaded_dtypes
 from uniprune.models.loading import Loaded, hollow, load_weights, native_dtype, parse_dtype, warn_of_emulation

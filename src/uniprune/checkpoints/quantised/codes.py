@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from uniprune.storage.dtypes import FLOATS
 from uniprune.storage.outline import Array, Piece, Shape
 from uniprune.storage.safetensors_index import Entry
 
@@ -219,10 +220,27 @@ def coded(
     return Coded(entry.file, code.name, shape, entry.start, entry.stop, code, numbers, found, **more)
 
 
+def unpacked(entry: Entry, code: Code) -> Shape:
+    """The shape of the weights whose codes are the bytes of a tensor."""
+    return tuple(size * (8 // code.bits if axis == len(entry.shape) - 1 else 1) for axis, size in enumerate(entry.shape))
+
+
+def pair(block: Any) -> tuple[int, int] | None:
+    """The rows and columns of blocks, as configurations have them; None if they have not."""
+    if isinstance(block, str):  # 128x128
+        block = [int(size) if size.isdecimal() else 0 for size in block.split("x")]
+    fits = isinstance(block, (list, tuple)) and len(block) == 2 and all(type(size) is int and size > 0 for size in block)
+    return (block[0], block[1]) if fits else None
+
+
 def _scale(entry: Entry, shape: Shape) -> Entry:
-    """Scales in another shape."""
-    kind = Exponents if entry.dtype in ("U8", "F8_E8M0") else Entry
-    return kind(entry.file, entry.dtype, shape, entry.start, entry.stop)
+    """Scales in another shape. Raises Refused if they are no numbers, or not so many."""
+    powers = entry.dtype in ("U8", "F8_E8M0")
+    if not powers and entry.dtype not in FLOATS:
+        raise Refused(f"its scales are {entry.dtype}")
+    if powers and entry.stop - entry.start != math.prod(shape):
+        raise Refused(f"its scales {list(shape)} have {entry.stop - entry.start} bytes")
+    return (Exponents if powers else Entry)(entry.file, entry.dtype, shape, entry.start, entry.stop)
 
 
 def _grid(scales: Shape, outer: Shape) -> Shape | None:

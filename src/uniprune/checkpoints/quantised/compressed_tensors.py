@@ -12,7 +12,20 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from uniprune.checkpoints.quantised.codes import E2M1, E4M3, E5M2, INT8, OFFSET4, OFFSET8, Coded, Found, Refused, coded
+from uniprune.checkpoints.quantised.codes import (
+    E2M1,
+    E4M3,
+    E5M2,
+    INT8,
+    OFFSET4,
+    OFFSET8,
+    Coded,
+    Found,
+    Refused,
+    coded,
+    pair,
+    unpacked,
+)
 from uniprune.storage.safetensors_index import Entry
 
 BYTES = {"I8": INT8, "F8_E4M3": E4M3, "F8_E5M2": E5M2}
@@ -41,10 +54,10 @@ def is_dense(config: Config) -> bool:
     return not config.get("config_groups")
 
 
-def _block(config: Config) -> Any:
+def _block(config: Config) -> tuple[int, int] | None:
     """The rows and columns of blocks, where some layers have them."""
-    groups = (config.get("config_groups") or {}).values()
-    return next((found for group in groups if (found := (group.get("weights") or {}).get("block_structure"))), None)
+    weights = ((group.get("weights") or {}) for group in (config.get("config_groups") or {}).values())
+    return next((found for one in weights if (found := pair(one.get("block_structure")))), None)
 
 
 def _check(layer: str, config: Config, entries: Mapping[str, Entry]) -> None:
@@ -56,7 +69,7 @@ def _check(layer: str, config: Config, entries: Mapping[str, Entry]) -> None:
         raise Refused(f"its groups are of inputs in an order of their own ({layer}{ORDER})")
 
 
-def _tensor(key: str, entry: Entry, layer: str, entries: Mapping[str, Entry], block: Any) -> Coded:
+def _tensor(key: str, entry: Entry, layer: str, entries: Mapping[str, Entry], block: tuple[int, int] | None) -> Coded:
     scale = entries[f"{layer}{SCALE}"]
     if entry.dtype == "I32":
         shape = _shape(key, entries.get(f"{layer}{SHAPE}"))
@@ -65,7 +78,7 @@ def _tensor(key: str, entry: Entry, layer: str, entries: Mapping[str, Entry], bl
             raise Refused(f"{key} has rows of {shape[-1]} weights in {entry.shape[-1]} words, which is not 4 or 8 bits each")
         return coded(key, entry, PACKED[int(bits)], shape, [scale], block)
     if entry.dtype == "U8":
-        shape = (*entry.shape[:-1], 2 * entry.shape[-1])
+        shape = unpacked(entry, E2M1)
         if whole := entries.get(f"{layer}{GLOBAL}"):
             return coded(key, entry, E2M1, shape, [scale, whole], factor=_divided)
         return coded(key, entry, E2M1, shape, [scale])

@@ -10,6 +10,7 @@ from typing import Any
 from uniprune.checkpoints.layout import Located
 from uniprune.checkpoints.quantised import compressed_tensors, fp8, modelopt, mxfp4
 from uniprune.checkpoints.quantised.codes import Coded, Found, Refused
+from uniprune.errors import first_line
 from uniprune.storage import strict_json
 from uniprune.storage.outline import Outline
 from uniprune.storage.safetensors_index import Entry
@@ -73,6 +74,8 @@ def quantised(folder: Path, entries: Mapping[str, Entry]) -> Quantised:
             raise Refused("but its files have no codes with scales")
     except Refused as error:
         return Quantised(method, refused=str(error))
+    except (AttributeError, TypeError, ValueError, LookupError, ArithmeticError) as error:  # others than what is expected there
+        return Quantised(method, refused=f"what its configuration says of it makes no sense ({first_line(error)})")
     parts = frozenset(part for one in found for part in one.parts)
     return Quantised(method, {one.key: one.tensor for one in found}, parts)
 

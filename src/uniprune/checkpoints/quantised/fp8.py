@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from uniprune.checkpoints.quantised.codes import E2M1, E4M3, E5M2, Found, coded
+from uniprune.checkpoints.quantised.codes import E2M1, E4M3, E5M2, Found, coded, pair, unpacked
 from uniprune.storage.safetensors_index import Entry
 
 CODES = {"F8_E4M3": E4M3, "F8_E5M2": E5M2, "I8": E2M1}
@@ -21,9 +21,8 @@ def find(config: dict[str, Any], entries: Mapping[str, Entry]) -> Iterator[Found
         scale = next((name for name in _scales(key) if name in entries), None)
         if scale is None or entry.dtype not in CODES:
             continue
-        code = CODES[entry.dtype]
-        shape = (*entry.shape[:-1], entry.shape[-1] * 8 // code.bits)
-        tensor = coded(key, entry, code, shape, [entries[scale]], config.get("weight_block_size"))
+        code, block = CODES[entry.dtype], pair(config.get("weight_block_size"))
+        tensor = coded(key, entry, code, unpacked(entry, code), [entries[scale]], block)
         yield Found(key, tensor, {key, scale, *(f"{key.removesuffix('weight')}{other}" for other in OTHERS)})
 
 

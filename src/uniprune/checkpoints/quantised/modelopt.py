@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from uniprune.checkpoints.quantised.codes import E2M1, E4M3, Found, Refused, coded
+from uniprune.checkpoints.quantised.codes import E2M1, E4M3, Found, Refused, coded, unpacked
 from uniprune.storage.safetensors_index import Entry
 
 SCALE, WHOLE, SMOOTH = "weight_scale", "weight_scale_2", "pre_quant_scale"
@@ -23,7 +23,7 @@ def find(config: dict[str, Any], entries: Mapping[str, Entry]) -> Iterator[Found
         if f"{layer}{SMOOTH}" in entries:
             raise Refused(f"the inputs of {layer.rstrip('.')} are scaled ({SMOOTH})")
         if entry.dtype == "U8" and whole is not None:
-            tensor = coded(key, entry, E2M1, (*entry.shape[:-1], 2 * entry.shape[-1]), [scale, whole], factor=_times)
+            tensor = coded(key, entry, E2M1, unpacked(entry, E2M1), [scale, whole], factor=_times)
         elif entry.dtype == "F8_E4M3" and whole is None:
             tensor = coded(key, entry, E4M3, entry.shape, [scale])
         else:
