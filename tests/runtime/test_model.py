@@ -145,7 +145,7 @@ def test_layers_of_another_kind_and_with_few_zeros_stay(caplog):
         found = accelerate(model)
     assert type(found.model.layers[0].mlp.up_proj) is Odd
     assert type(found.model.layers[1].mlp.up_proj) is torch.nn.Linear
-    assert "2 of 21 matrices stay dense" in caplog.text
+    assert "1 of 20 matrices stay dense" in caplog.text  # the odd one is none
     same_logits(found, expected)
 
 
@@ -266,12 +266,12 @@ def test_families_in_the_runtime_layout(family, tmp_path):
     """Renamed keys, fused experts (which stay dense), shared weights, odd heads."""
     expected = prune(tiny(family), "0.5")
     expected.save_pretrained(tmp_path / "pruned")
-    expected = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned")
+    expected = type(expected).from_pretrained(tmp_path / "pruned")
     layout.pack(tmp_path / "pruned", tmp_path / "out")
     tokens = TOKENS % 64
     model = accelerate(tmp_path / "out")
     model.save_pretrained(tmp_path / "saved")
-    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    saved = type(expected).from_pretrained(tmp_path / "saved")
     with torch.no_grad():
         logits = expected(input_ids=tokens).logits
         for found in (model, saved, accelerate(expected)):
