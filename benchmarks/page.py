@@ -21,18 +21,18 @@ from common import CALIBRATION, DATA, EVALUATION, load, relative, save
 from quality import Bench
 from uniprune.artefacts.scores import ScoresFile
 from uniprune.comparison.sparsegpt import sparsegpt
-from uniprune.data.tasks import load_task
 from uniprune.data.windows import Windows, load_windows
 from uniprune.evaluation import reproduce
+from uniprune.evaluation.answers import Answers, answer, tokenise
 from uniprune.evaluation.divergence import Recording, closeness
 from uniprune.evaluation.perplexity import perplexity
-from uniprune.evaluation.zero_shot import Answers, answer, tokenise
 from uniprune.models.loading import context
 from uniprune.models.masking import applied
 from uniprune.saliency import metrics
 from uniprune.saliency.calibration import Calibration, one_shot
 from uniprune.sparsity import spelling
 from uniprune.sparsity.patterns import Masks, Pattern
+from uniprune.tasks.loading import load_task
 
 PATTERNS = ("0.5", "0.6", "2:4")
 METHODS = ("wanda", "ria", "sparsegpt", "ours")

@@ -4,8 +4,8 @@
     python benchmarks/zeroshot.py [--limit 200] [--batch 8]
 
 Timed is what each does from the texts of a task to its log-likelihoods, tokenisation included; not reading data, prompts and
-metrics. The harness's own time is that of its ``loglikelihood``. Seconds are the processor's, because machines are shared: with
-one thread they are what the wall clock would show on an idle one.
+metrics. The harness's own time is that of its ``loglikelihood``. Both the processor's seconds, which other programs on a shared
+machine hardly change, and those of the wall clock, with one thread.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from lm_eval.tasks import TaskManager
 
 import uniprune
 from common import DATA, save, smollm2
-from uniprune.data.tasks import load_task
-from uniprune.evaluation.zero_shot import Answers, answer, tokenise
+from uniprune.evaluation.answers import Answers, answer, tokenise
 from uniprune.models.loading import context
+from uniprune.tasks.loading import load_task
 
 CONFIGS = {  # our files -> the harness's own tasks
     "piqa": "piqa/piqa.yaml",
@@ -37,14 +37,15 @@ CONFIGS = {  # our files -> the harness's own tasks
 
 
 class Timed(HFLM):  # type: ignore[misc]
-    """The harness's model, with the seconds that it took for log-likelihoods."""
+    """The harness's model, with the seconds that it took for log-likelihoods, of the processor and of the wall clock."""
 
-    seconds = 0.0
+    seconds = wall = 0.0
 
     def loglikelihood(self, *arguments: Any, **options: Any) -> Any:
-        start = time.process_time()
+        start, began = time.process_time(), time.perf_counter()
         found = super().loglikelihood(*arguments, **options)
         self.seconds += time.process_time() - start
+        self.wall += time.perf_counter() - began
         return found
 
 
@@ -93,16 +94,17 @@ def main() -> None:
     torch.set_num_threads(1)
     loaded = uniprune.load(smollm2(), dtype="float32", device="cpu")
     tasks = [load_task(str(DATA / "zeroshot" / f"{name}.jsonl"), options.limit) for name in CONFIGS]
-    start = time.process_time()
+    start, began = time.process_time(), time.perf_counter()
     tokens = [tokenise(task, loaded.tokenizer, context(loaded.model.config)) for task in tasks]
     answers = answer(loaded.model, tasks, tokens)
-    seconds = time.process_time() - start
-    print(f"{seconds:.1f} s", flush=True)
+    seconds, wall = time.process_time() - start, time.perf_counter() - began
+    print(f"{seconds:.1f} s, wall {wall:.1f} s", flush=True)
     model = Timed(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=options.batch)
     with tempfile.TemporaryDirectory() as folder:
         samples = harness(model, options.limit, Path(folder))
     rows = [{"task": name, **compare(ours, samples[name])} for name, ours in zip(CONFIGS, answers, strict=True)]
     facts = {"lm_eval": lm_eval.__version__, "batch": options.batch, "seconds": seconds, "harness_seconds": model.seconds}
+    facts |= {"wall": wall, "harness_wall": model.wall}
     print(facts, *rows, sep="\n")
     save("zeroshot", {**facts, "rows": rows})
 

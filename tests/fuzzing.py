@@ -36,7 +36,7 @@ from uniprune.checkpoints import checkpoint
 from uniprune.checkpoints.origin import resolve
 from uniprune.comparison import harness, trials
 from uniprune.comparison.request import ComparisonRequest
-from uniprune.data import tasks, text
+from uniprune.data import text
 from uniprune.data import windows as windows_module
 from uniprune.entrypoints import mask as entry_mask
 from uniprune.entrypoints import prune as entry_prune
@@ -48,6 +48,7 @@ from uniprune.reporting import comparison, model_card, results
 from uniprune.reporting.summary import summarise
 from uniprune.storage import runs, safetensors_index
 from uniprune.storage.tensor_store import Store
+from uniprune.tasks.loading import load_task
 
 SECONDS = 5.0  # of processor time that a case may take: machines are busy
 PATIENCE = 60.0  # seconds, whatever it does in them
@@ -284,7 +285,7 @@ def readers(folder: Path) -> dict[str, Reader]:
 
 
 def _task(path: Path) -> None:
-    for question in tasks.load_task(str(path)).questions:
+    for question in load_task(str(path)).questions:
         for context, answer in question.choices:
             (context + answer).encode()
 

@@ -29,7 +29,8 @@ FLAGS = {
     "prune": f"{RECIPE} {CONTROLLER} {TEXT} config device json max-memory metric output overwrite push-to-hub"
     " refine resume save-tokens seed sequential size",
     "permute": f"{TEXT} device dtype exclude include json max-memory metric output overwrite seed sparsity",
-    "evaluate": f"{TEXT} stride rolling against check device dtype json limit lm-eval new-tokens output overwrite prompt tasks",
+    "evaluate": f"{TEXT} stride rolling against check device dtype json limit lm-eval new-tokens num-fewshot output overwrite "
+    "prompt suite tasks",
     "compare": f"{TEXT} methods sparsity scope rule unsupported misfits metric budget-tokens steps seed include exclude dtype"
     f" {' '.join(f'eval-{name}' for name in f'{TEXT} stride'.split())} tasks limit"
     " prompt new-tokens config device json output overwrite resume",

@@ -3,6 +3,7 @@
 import io
 import json
 import sys
+import types
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from uniprune import InputError, Recipe
 from uniprune.cli import tables
 from uniprune.evaluation.results import Evaluation
 from uniprune.models.loading import dtype_name, fast_dtype
+from uniprune.tasks.catalogue import SUITES
 
 COMPUTED = dtype_name(fast_dtype(torch.bfloat16, torch.device("cpu")))
 
@@ -82,7 +84,9 @@ def test_text_and_names_of_others_are_shown_as_they_are():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"limit": 3}, "--limit is a number of questions"),
+        ({"limit": 3}, "--limit is a number of questions; give --tasks, --suite or --lm-eval"),
+        ({"num_fewshot": 3}, "--num-fewshot is for tasks; give --tasks"),
+        ({"suite": "wandas"}, "suite 'wandas' is none of wanda, llm-pruner, roi, leap, slidesparse"),
         ({"against": "other/model"}, "could not be downloaded from the Hub"),
         ({"tasks": ["picqa"]}, "'picqa' is neither one of"),
     ],
@@ -91,6 +95,34 @@ def test_bad_requests(monkeypatch, folder, options, message):
     monkeypatch.setattr("uniprune.evaluation.model.load_weights", None)  # refused before any weight is loaded
     with pytest.raises(InputError, match=message):
         uniprune.evaluate(str(folder), **options)
+
+
+def test_a_suite_is_the_tasks_of_a_published_table(monkeypatch, loaded, capsys):
+    """Each with its own number of examples, unless one is given for all."""
+    splits = []
+
+    def load_dataset(path, split, name=None, **options):
+        splits.append((path, name, split))
+        form = {"allenai/ai2_arc": "arc", "cais/mmlu": "mmlu", "aps/super_glue": "boolq"}.get(path) or path.split("/")[1]
+        field = {"winogrande": "sentence", "openbookqa": "question_stem", "hellaswag": "ctx_a", "piqa": "goal"}.get(
+            form, "question"
+        )
+        return iter([ROWS[form] | {field: f"{number} {ROWS[form][field]}"} for number in range(6)])
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    loaded.model.config.max_position_embeddings = 1024
+    found = uniprune.evaluate(loaded, suite="slidesparse", limit=2)
+    assert found.suite == "slidesparse"
+    assert {name: task.num_fewshot for name, task in found.tasks.items()} == dict.fromkeys(SUITES["slidesparse"].tasks, 0) | {
+        "mmlu": 5
+    }
+    assert ("cais/mmlu", "all", "dev") in splits
+    assert ("allenai/ai2_arc", "ARC-Easy", "train") not in splits
+    assert set(found.capabilities) == {"knowledge", "reasoning", "language"}
+    assert sorted(name for one in found.capabilities.values() for name in one.tasks) == sorted(SUITES["slidesparse"].tasks)
+    found = uniprune.evaluate(loaded, suite="slidesparse", tasks=["piqa"], limit=1, num_fewshot=1)
+    assert {task.num_fewshot for task in found.tasks.values()} == {1}
+    assert len(found.tasks) == 8
 
 
 def test_tasks_need_a_tokenizer(loaded, tasks):

@@ -12,11 +12,11 @@ from conftest import shared, tiny_model
 from task_rows import ROWS
 from uniprune import InputError, Loaded
 from uniprune.data import wikitext
-from uniprune.data.tasks import load_task
 from uniprune.data.text import read
 from uniprune.data.windows import load_windows
+from uniprune.evaluation.answers import answer, tokenise
 from uniprune.evaluation.perplexity import perplexity
-from uniprune.evaluation.zero_shot import answer, tokenise
+from uniprune.tasks.loading import load_task
 
 lm_eval = pytest.importorskip("lm_eval")
 
@@ -28,10 +28,21 @@ CONFIGS = {
     "hellaswag": "hellaswag/hellaswag.yaml",
     "boolq": "super_glue/boolq/default.yaml",
     "rte": "glue/rte/default.yaml",
+    "sciq": "sciq/sciq.yaml",
+    "race": "race/race.yaml",
     "mmlu": "mmlu/default/mmlu_elementary_mathematics.yaml",
     "lambada": "lambada/lambada_openai.yaml",
 }
-FIRST = {"question_stem", "question", "goal", "ctx_a", "sentence", "sentence1", "text"}  # where a row can be made longer
+FIRST = {
+    "question_stem",
+    "question",
+    "goal",
+    "ctx_a",
+    "sentence",
+    "sentence1",
+    "text",
+    "article",
+}  # where a row can be made longer
 
 
 @pytest.fixture
@@ -85,6 +96,30 @@ def test_native_scores_are_those_of_the_harness(local, tokenizer, name):
     record = ours.result()
     assert record.acc_stderr == pytest.approx(float(values["acc_stderr,none"]))
     assert (record.acc_norm is not None) == ("acc_norm,none" in values)
+
+
+def test_answers_of_the_harness_against_another_model(loaded, local, tokenizer):
+    """From its logged samples: what is gained and lost is what our own scorer says of the same rows, few-shot included."""
+    data, config = local("arc", [ROWS["arc"] | {"question": f"What is {number}?"} for number in range(12)])
+    other = Loaded(tiny_model(initializer_range=0.2), tokenizer)
+    found = uniprune.evaluate(loaded, lm_eval=[config], tasks=[data], limit=8, num_fewshot=0, against=other)
+    assert found.lm_eval_against["local_arc"] == found.tasks[data].against
+    assert set(found.lm_eval_against["local_arc"]) == {"acc", "acc_norm"}
+    assert found.lm_eval_against["local_arc"]["acc"].reference not in (0.0, found.tasks[data].acc)
+    shots = uniprune.evaluate(loaded, lm_eval=[config], tasks=[data], num_fewshot=2)
+    assert shots.lm_eval["local_arc"]["acc"] == pytest.approx(shots.tasks[data].acc)
+    assert shots.tasks[data].num_fewshot == 2
+
+
+def test_metrics_that_are_no_truths_have_no_mcnemar():
+    from uniprune.evaluation.lm_eval import _marks
+
+    samples = [
+        {"doc_id": 1, "filter": "none", "metrics": ["acc", "bleu"], "acc": 1.0, "bleu": 0.0},
+        {"doc_id": 0, "filter": "strict", "metrics": ["acc"], "acc": False},
+        {"doc_id": 0, "filter": "none", "metrics": ["acc", "bleu"], "acc": 0, "bleu": 0.3},
+    ]
+    assert _marks({"t": samples}) == {"t": {"acc": {1: True, 0: False}, "acc,strict": {0: False}}}
 
 
 def test_the_verb_runs_the_harness(capsys, monkeypatch, folder, local):

@@ -16,6 +16,7 @@ from uniprune.evaluation.protocols import sentence
 from uniprune.evaluation.results import Check, Evaluation, Row, Sweep
 from uniprune.job.estimate import Plan, kind_of
 from uniprune.reporting import comparison
+from uniprune.reporting.capabilities import capabilities, parts
 from uniprune.reporting.headline import sentences
 from uniprune.reporting.results import Source
 from uniprune.reporting.summary import Summary, summarise
@@ -127,7 +128,8 @@ def evaluation_tables(result: Evaluation) -> list[Table | str]:
         codes = f" (dequantised from {result.quantised})" if result.quantised else ""
         tables.append(_inert(f"{result.model}: {_percent(result.sparsity)} zeros, {result.dtype}{codes}{beside}"))
     summary = summarise([Source(Path(), {}, result)])
-    tables += [_grid_table(grid) for grid in (accuracies(summary), harness(summary)) if grid]
+    found = accuracies(summary), parts(summary), harness(summary), capabilities(summary)
+    tables += [_grid_table(grid) for grid in found if grid]
     notes = [_inert(f"lm-evaluation-harness: {note}.") for note in result.lm_eval_notes]
     return [*tables, *notes, *closeness_lines(result)]
 
@@ -205,7 +207,9 @@ def report_tables(summary: Summary) -> list[Table]:
     found = [models(summary), *map(tradeoff, summary.tradeoffs)]
     found += [
         accuracies(summary),
+        parts(summary),
         harness(summary),
+        capabilities(summary),
         closeness(summary),
     ]
     return [_grid_table(grid) for grid in found if grid]

@@ -153,6 +153,20 @@ def _is_rows(value: Any) -> bool:
 
 
 def _table(path: Path, found: Format, what: str) -> Iterator[tuple[str, Any]]:
+    rows = _cells(path, found, what)
+    _, names = next(rows, ("", []))
+    yield from ((where, dict(zip(names, row, strict=False))) for where, row in rows)
+
+
+def read_cells(path: Path, what: str) -> Iterator[tuple[str, list[str]]]:
+    """The rows of a table as they are, the first one too; nothing of a file of another kind. Raises as :func:`read_rows`."""
+    found = recognise(path, what)
+    if found.kind in ("csv", "tsv"):
+        with readable(path, what):
+            yield from _cells(path, found, what)
+
+
+def _cells(path: Path, found: Format, what: str) -> Iterator[tuple[str, list[str]]]:
     csv.field_size_limit(VALUE)
     with closing(decompressed(path, found.compression)) as stream:
         lines = _lines(decoded(blocks_of(stream)))
@@ -161,10 +175,9 @@ def _table(path: Path, found: Format, what: str) -> Iterator[tuple[str, Any]]:
         delimiter = "\t" if found.kind == "tsv" else "," if "," in first else max(";\t|", key=first.count)
         reader = csv.reader(_again(first, lines), delimiter=delimiter)
         try:
-            names = next(reader, [])
             for row in reader:
-                if row:
-                    yield f"{what} {path}, line {reader.line_num}", dict(zip(names, row, strict=False))
+                if row or reader.line_num == 1:
+                    yield f"{what} {path}, line {reader.line_num}", row
         except csv.Error as error:
             raise InputError(f"{what} {path}, line {reader.line_num}: not {found.kind.upper()} ({error})") from None
 

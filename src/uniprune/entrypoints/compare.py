@@ -18,7 +18,6 @@ from uniprune.comparison.methods import Trial
 from uniprune.comparison.request import ComparisonRequest
 from uniprune.comparison.results import COMPARISON, DENSE, UNIFORM, Comparison, ComparisonProtocol, ComparisonRow
 from uniprune.comparison.trials import asked, fitted, naming
-from uniprune.data.tasks import load_task
 from uniprune.data.windows import Windows
 from uniprune.errors import InputError
 from uniprune.evaluation import reproduce
@@ -32,6 +31,7 @@ from uniprune.models.matrices import find_matrices
 from uniprune.reporting.comparison import latex, markdown
 from uniprune.sparsity import bits
 from uniprune.storage import files, runs
+from uniprune.tasks.loading import load_task
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

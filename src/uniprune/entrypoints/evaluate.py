@@ -10,21 +10,23 @@ import torch
 
 from uniprune.common.progress import Progress, silent
 from uniprune.common.provenance import sparsity, versions
-from uniprune.data.tasks import load_task
 from uniprune.data.windows import Windows
 from uniprune.errors import InputError
 from uniprune.evaluation import reproduce
+from uniprune.evaluation.answers import compared
+from uniprune.evaluation.capabilities import capabilities
 from uniprune.evaluation.divergence import check_same_tokens, closeness
 from uniprune.evaluation.generation import prompts_of, side_by_side
-from uniprune.evaluation.lm_eval import Harness
+from uniprune.evaluation.lm_eval import Harness, Marks
 from uniprune.evaluation.model import Measured, Questions, Subject
 from uniprune.evaluation.perplexity import Documents
 from uniprune.evaluation.protocols import comparable
 from uniprune.evaluation.request import NEW_TOKENS, EvaluationRequest
-from uniprune.evaluation.results import Check, Evaluation, Protocol, Versions
+from uniprune.evaluation.results import Check, Compared, Evaluation, Protocol, Versions
 from uniprune.models import masking
 from uniprune.models.loading import Source, dtype_name
 from uniprune.models.matrices import find_matrices
+from uniprune.tasks.loading import load_task
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -40,10 +42,10 @@ def evaluate(
     progress: Progress = silent,
     **asked: Unpack[EvaluationKeywords],
 ) -> Evaluation:
-    """Token perplexity or zero-shot accuracy of a model or an output folder, and the zeros it really has.
+    """Token perplexity or accuracy on tasks of a model or an output folder, and the zeros it really has.
 
     asked: ``text_source`` (by default ``builtin`` if nothing else is asked), ``field``, ``split``, ``windows``, ``length``,
-    ``stride``, ``bos``, ``rolling``; ``tasks``, ``limit``;
+    ``stride``, ``bos``, ``rolling``; ``tasks``, ``suite``, ``num_fewshot``, ``limit``;
     ``prompts``, ``new_tokens``; ``lm_eval``; ``dtype``: the fields of :class:`uniprune.evaluation.request.EvaluationRequest`.
     against: another model, the dense one say. It answers the same questions: what is gained and lost comes with McNemar's p. It
     reads the same text: the divergence of their predictions, and greedy continuations of prompts.
@@ -69,7 +71,8 @@ def evaluate(
         facts["comparable"] = comparable(facts["model"], ours.perplexity)
     facts |= {"sparsity": _zeros(loaded.model), "versions": versions()}
     if harness:
-        facts["lm_eval"] = harness.run(loaded, request.limit)
+        facts["lm_eval"] = harness.run(loaded, request)
+        right = harness.right
         facts["versions"]["lm_eval"] = harness.version
         facts |= {"lm_eval_notes": harness.notes} if harness.notes else {}
     how: dict[str, Any] = {
@@ -84,9 +87,14 @@ def evaluate(
         theirs = other.measure(loaded, progress, record=True)
         how["against_sha256"] = reproduce.weights_sha256(loaded.model)
         facts |= {"against": str(other), **_compared(ours, theirs, questions, subject.tokenizer)}
+        if harness:
+            harness.run(loaded, request)
+            facts["lm_eval_against"] = _beside(right, harness.right)
     if questions.tasks:
         pairs = zip_longest(ours.answers, theirs.answers)
-        facts["tasks"] = {mine.task.name: mine.result(reference) for mine, reference in pairs}
+        facts |= {"suite": request.suite, "tasks": {mine.task.name: mine.result(reference) for mine, reference in pairs}}
+    parts = [facts.get(name, {}) for name in ("tasks", "lm_eval", "lm_eval_against")]
+    facts["capabilities"] = capabilities(*parts)
     return Evaluation(**facts, protocol=Protocol(**how))
 
 
@@ -149,7 +157,7 @@ def _questions(request: EvaluationRequest, subject: Subject, other: Subject | No
                 check_same_tokens(windows, other.windows(request.text, request), str(other))
                 if new_tokens and not prompts:
                     prompts = tuple(prompts_of(windows, subject.tokenizer))
-    tasks = [load_task(name, request.limit) for name in request.tasks]
+    tasks = [load_task(name, request.limit, fewshot) for name, fewshot in request.asked.items()]
     return Questions(windows, tasks, prompts if new_tokens else (), new_tokens)
 
 
@@ -172,6 +180,17 @@ def _compared(ours: Measured, theirs: Measured, questions: Questions, tokenizer:
         found["closeness"] = near.model_copy(update={"reference_perplexity": theirs.perplexity.perplexity})
     if theirs.written:
         found["generations"] = side_by_side(questions.prompts, ours.written, theirs.written, tokenizer)
+    return found
+
+
+def _beside(ours: Marks, theirs: Marks) -> dict[str, dict[str, Compared]]:
+    """The answers of two models to the harness's tasks, by task and metric, where both answered the same questions."""
+    found: dict[str, dict[str, Compared]] = {}
+    for task, metrics in ours.items():
+        for metric, right in metrics.items():
+            other = theirs.get(task, {}).get(metric, {})
+            if right.keys() == other.keys():
+                found.setdefault(task, {})[metric] = compared(list(right.values()), [other[question] for question in right])
     return found
 
 

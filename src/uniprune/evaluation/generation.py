@@ -1,4 +1,4 @@
-"""What two models write, side by side: greedy continuations of the same prompts."""
+"""What models write, greedily: answers to tasks, and continuations of the same prompts side by side."""
 
 from __future__ import annotations
 
@@ -6,15 +6,20 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from transformers import StoppingCriteriaList
 
 from uniprune.common.progress import Progress, silent
 from uniprune.data.windows import Windows
 from uniprune.errors import InputError
 from uniprune.evaluation.results import Generation
 from uniprune.models.blocks import device_of
+from uniprune.tasks.question import Prompt, Question
+from uniprune.tasks.scoring import Tokens
 
 COUNT, BEGIN = 3, 24  # prompts from a text, and tokens in each
+BATCH = 8  # answers that are written together
+GREEDY = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, "num_beams": 1, "repetition_penalty": None}
 
 
 def prompts_of(windows: Windows, tokenizer: Any) -> list[str]:
@@ -42,15 +47,73 @@ def generate(
     model: nn.Module, tokenizer: Any, prompts: Sequence[str], tokens: int, progress: Progress = silent
 ) -> list[list[int]]:
     """The greedy continuation of each prompt, ``tokens`` long at most. One at a time: padding would change the bits."""
-    plain = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, "num_beams": 1, "repetition_penalty": None}
     found = []
     for prompt in progress(prompts, "generating", len(prompts)):
         ids = torch.tensor([tokenizer.encode(prompt)], device=device_of(model))
         written = model.generate(  # type: ignore[operator]
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, pad_token_id=tokenizer.pad_token_id or 0, **plain
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, pad_token_id=tokenizer.pad_token_id or 0, **GREEDY
         )
         found.append(written[0, ids.shape[1] :].tolist())
     return found
+
+
+@torch.no_grad()
+def write(
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[Question | Prompt],
+    tokens: Sequence[Sequence[Tokens]],
+    progress: Progress = silent,
+) -> list[str]:
+    """The answer to each prompt, up to one of its stop texts, or as long as it asks. tokens: of each prompt, all that it has.
+
+    Prompts of about one length are answered together, padded on the left.
+    """
+    order = sorted(range(len(prompts)), key=lambda index: -len(tokens[index][0].ids))
+    batches = [order[start : start + BATCH] for start in range(0, len(order), BATCH)]
+    found = [""] * len(prompts)
+    for batch in progress(batches, "answering", len(batches)):
+        written = _together(model, tokenizer, [prompts[index] for index in batch], [tokens[index][0].ids for index in batch])
+        for index, text in zip(batch, written, strict=True):
+            found[index] = text
+    return found
+
+
+def _together(
+    model: nn.Module, tokenizer: Any, prompts: Sequence[Question | Prompt], ids: Sequence[Sequence[int]]
+) -> list[str]:
+    """The answers to prompts of one task, whose stop texts and lengths are the same."""
+    first = prompts[0]
+    assert isinstance(first, Prompt)
+    device, length = device_of(model), max(map(len, ids))
+    padding = next((one for one in (tokenizer.pad_token_id, tokenizer.eos_token_id) if one is not None), 0)
+    given = torch.tensor([[padding] * (length - len(one)) + list(one) for one in ids], device=device)
+    mask = torch.tensor([[0] * (length - len(one)) + [1] * len(one) for one in ids], device=device)
+    ends = tokenizer.decode([tokenizer.eos_token_id]) if tokenizer.eos_token_id is not None else ""
+    stop = [text for text in (*first.stop, ends) if text]
+
+    tail = 4 + max((len(text.encode()) for text in stop), default=0)  # tokens that hold a stop text that just came to its end
+
+    def stopped(written: Tensor, _: Any, **options: Any) -> Tensor:
+        texts = tokenizer.batch_decode(written[:, max(length, written.shape[1] - tail) :], skip_special_tokens=False)
+        return torch.tensor([any(text in so_far for text in stop) for so_far in texts], device=written.device)
+
+    written = model.generate(  # type: ignore[operator]
+        given,
+        attention_mask=mask,
+        max_new_tokens=first.tokens,
+        pad_token_id=padding,
+        stopping_criteria=StoppingCriteriaList([stopped]),
+        **GREEDY,
+    )
+    answers = tokenizer.batch_decode(written[:, length:], skip_special_tokens=True)
+    return [_before(answer, stop) for answer in answers]
+
+
+def _before(text: str, stop: Sequence[str]) -> str:
+    for end in stop:
+        text = text.partition(end)[0]
+    return text
 
 
 def side_by_side(

@@ -11,6 +11,7 @@ import torch
 
 from uniprune.errors import InputError, first_line
 from uniprune.evaluation.perplexity import NOT_FINITE
+from uniprune.evaluation.request import EvaluationRequest
 from uniprune.models.blocks import device_of
 from uniprune.models.loading import UNBOUNDED, Loaded, context
 
@@ -19,6 +20,10 @@ SECOND_BOS = (
     "its rolling log-likelihood begins every document with BOS, and so does the tokenizer: the second one is scored, too, "
     "which a model never sees (uniprune evaluate --rolling --bos each leaves it out)"
 )
+
+
+Marks = dict[str, dict[str, dict[int, bool]]]
+"""Task -> metric -> question, by its place in the data set -> whether it was answered rightly."""
 
 
 class Harness:
@@ -35,6 +40,7 @@ class Harness:
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
         self._names, self._manager = list(names), TaskManager()
         self.notes: list[str] = []  # of the last run: what is to be known beside its numbers
+        self.right: Marks = {}
         try:
             self._manager.load(self._names)
         except Exception as error:  # its own kinds, those of YAML and those of datasets
@@ -44,9 +50,10 @@ class Harness:
     def version(self) -> str:
         return importlib.metadata.version("lm_eval")
 
-    def run(self, loaded: Loaded, limit: int | None = None) -> dict[str, dict[str, float]]:
+    def run(self, loaded: Loaded, request: EvaluationRequest) -> dict[str, dict[str, float]]:
         """Task -> metric -> value, standard errors as ``<metric>_stderr``; the first ``limit`` rows of each task.
 
+        ``right`` then says which questions were answered rightly.
         Raises InputError for a model whose logits are not finite: the harness counts its first choices as right.
         """
         from lm_eval import simple_evaluate
@@ -56,8 +63,9 @@ class Harness:
         if not bool(torch.isfinite(logits).all()):
             raise InputError(NOT_FINITE)
         model = _watched(loaded)
-        found = simple_evaluate(model, tasks=self._names, limit=limit, task_manager=self._manager, log_samples=False)
-        self.notes = model.notes()
+        asked: dict[str, Any] = {"limit": request.limit, "num_fewshot": request.num_fewshot, "log_samples": True}
+        found = simple_evaluate(model, tasks=self._names, task_manager=self._manager, **asked)
+        self.notes, self.right = model.notes(), _marks(found["samples"])
         return {task: _numbers(values) for task, values in found["results"].items()}
 
 
@@ -94,6 +102,24 @@ def _watched(loaded: Loaded) -> Any:
     # Versions before 0.4.12 do not look into the configuration of the text model that a multi-modal one has inside.
     options = {"max_length": limit} if limit < UNBOUNDED else {}
     return Watched(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=BATCH, **options)
+
+
+def _marks(samples: dict[str, list[dict[str, Any]]]) -> Marks:
+    """What its logged samples say, of metrics that are right or wrong for each question."""
+    found: dict[str, dict[str, dict[int, Any]]] = {}
+    for task, logged in samples.items():
+        for sample in logged:
+            for metric in sample["metrics"]:
+                key = metric if sample["filter"] == "none" else f"{metric},{sample['filter']}"
+                found.setdefault(task, {}).setdefault(key, {})[sample["doc_id"]] = sample[metric]
+    return {
+        task: {
+            metric: {question: bool(value) for question, value in values.items()}
+            for metric, values in metrics.items()
+            if all(isinstance(value, bool | int | float) and value in (0, 1) for value in values.values())
+        }
+        for task, metrics in found.items()
+    }
 
 
 def _numbers(values: dict[str, Any]) -> dict[str, float]:

@@ -10,16 +10,14 @@ from dataclasses import dataclass, field, replace
 from uniprune.checkpoints.origin import resolve
 from uniprune.common.progress import Progress
 from uniprune.data.bos import bos_of
-from uniprune.data.tasks import Task
 from uniprune.data.text import Text
 from uniprune.data.windows import Windows, load_windows, window_length
 from uniprune.errors import InputError
+from uniprune.evaluation.answers import Answers, answer, cut_of, tokenise
 from uniprune.evaluation.divergence import Recording
 from uniprune.evaluation.generation import check_prompts, generate
 from uniprune.evaluation.perplexity import Documents, Perplexity, load_documents, perplexity, rolling
 from uniprune.evaluation.request import Reading
-from uniprune.evaluation.scoring import Tokens
-from uniprune.evaluation.zero_shot import Answers, answer, cut_of, tokenise
 from uniprune.models.loading import (
     UNBOUNDED,
     Loaded,
@@ -36,6 +34,8 @@ from uniprune.models.loading import (
     skeleton,
     warn_of_emulation,
 )
+from uniprune.tasks.question import Task
+from uniprune.tasks.scoring import Tokens
 
 logger = logging.getLogger(__name__)
 
@@ -137,7 +137,7 @@ class Subject:
             with found.recording or nullcontext():
                 found.perplexity = perplexity(model, asked.windows, progress)
         if asked.tasks:
-            found.answers = answer(model, asked.tasks, self._tokens, progress)
+            found.answers = answer(model, asked.tasks, self._tokens, progress, self.tokenizer)
         if asked.prompts:
             found.written = generate(model, self.tokenizer, asked.prompts, asked.new_tokens, progress)
         return found

@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, Field
 from uniprune.common.options import Commas, Flag, Options, Several
 from uniprune.errors import InputError
 from uniprune.sparsity.choices import Scope
+from uniprune.tasks.catalogue import SUITES, Suite
 
 NEW_TOKENS = 40
 
@@ -58,7 +59,14 @@ class EvaluationRequest(Reading):
         "--windows is then the number of documents.",
     )
     tasks: Annotated[tuple[str, ...], Flag(metavar="TASK,..."), Commas] = Field(
-        default=(), description="Zero-shot accuracy on piqa, arc_easy, ... or on files of rows, whose fields tell the format."
+        default=(),
+        description="Accuracy on piqa, mmlu, gsm8k, ..., or on files or folders of rows, whose fields tell the format.",
+    )
+    suite: str | None = Field(
+        default=None, description=f"Also the tasks of a published table: {', '.join(SUITES)}; see docs/evaluation.md."
+    )
+    num_fewshot: Annotated[int | None, Flag(default="0, gsm8k 5, a suite's own")] = Field(
+        default=None, description="Solved examples before each question of --tasks, --suite and --lm-eval."
     )
     limit: Annotated[int | None, Flag(default="all")] = Field(
         default=None, description="Use only the first N examples of each task."
@@ -78,8 +86,12 @@ class EvaluationRequest(Reading):
 
     def check(self, compared: bool) -> None:
         """Raises InputError for settings that do not go together. compared: whether there is another model."""
-        if self.limit is not None and not (self.tasks or self.lm_eval):
-            raise InputError("--limit is a number of questions; give --tasks or --lm-eval")
+        asked = self.tasks or self.suite or self.lm_eval
+        for flag, value in (("--limit is a number of questions", self.limit), ("--num-fewshot is for tasks", self.num_fewshot)):
+            if value is not None and not asked:
+                raise InputError(f"{flag}; give --tasks, --suite or --lm-eval")
+        if self.suite is not None and self.suite not in SUITES:
+            raise InputError(f"suite {self.suite!r} is none of {', '.join(SUITES)}; --tasks takes any list of tasks")
         if not compared and (self.prompts or self.new_tokens is not None):
             raise InputError("--prompt and --new-tokens are for two models side by side; give --against")
         if self.rolling and (compared or self.stride is not None or self.text is None):
@@ -88,7 +100,15 @@ class EvaluationRequest(Reading):
     @property
     def text(self) -> str | None:
         """The text to read, if one is: by default ``builtin``, unless something else is asked for."""
-        return self.text_source or (None if self.tasks or self.lm_eval or self.prompts else "builtin")
+        nothing_else = not (self.tasks or self.suite or self.lm_eval or self.prompts)
+        return self.text_source or ("builtin" if nothing_else else None)
+
+    @property
+    def asked(self) -> dict[str, int | None]:
+        """Every task by name, with the number of examples before its questions; None: as it is by default."""
+        suite = SUITES[self.suite] if self.suite else Suite((), "")
+        names = dict.fromkeys((*self.tasks, *suite.tasks))
+        return {name: suite.fewshot.get(name) if self.num_fewshot is None else self.num_fewshot for name in names}
 
 
 class SweepRequest(Reading):
@@ -113,6 +133,8 @@ class ReadingKeywords(TypedDict, total=False):
 class EvaluationKeywords(ReadingKeywords, total=False):
     rolling: bool
     tasks: Sequence[str]
+    suite: str | None
+    num_fewshot: int | None
     limit: int | None
     lm_eval: Sequence[str]
     prompts: Sequence[str]

@@ -24,24 +24,51 @@ class Compared(Facts):
     p: float
 
 
+class Accuracy(Facts):
+    """The fraction of ``n`` truths, with its standard error."""
+
+    value: float
+    stderr: float | None = None
+    n: Count | None = None
+
+
 class TaskResult(Facts):
     """Accuracies on a task, with standard errors; ``perplexity``: of the answers of a cloze task. ``sha256``: of the questions.
 
-    ``questions_cut``: how many are longer than the model's context, and lost their beginning.
-    ``acc`` takes the choice with the highest log-likelihood, ``acc_norm`` the one with the highest per character.
-    ``against``: by metric, the model that this one is compared with.
+    ``questions_cut``: how many are longer than the model's context, and lost their beginning. ``num_fewshot``: solved examples
+    before each. ``capability``: what the task asks for.
+    ``acc`` takes the choice with the highest log-likelihood, ``acc_norm`` the one with the highest per character. Of answers
+    that are written, ``acc`` is what ``metric`` names, and ``others`` has what else they are judged by.
+    ``parts``: acc by subject, after the groups of subjects. ``against``: by metric, the model that this one is compared with.
     """
 
     format: str | None = None
     questions: Count
     questions_cut: Count | None = None
+    num_fewshot: Count | None = None
+    capability: str | None = None
     sha256: str | None = None
     acc: float
     acc_stderr: float | None = None
     acc_norm: float | None = None
     acc_norm_stderr: float | None = None
     perplexity: float | None = None
+    metric: str | None = None
+    others: dict[str, Accuracy] = {}
+    parts: dict[str, Accuracy] = {}
     against: dict[str, Compared] = {}
+
+
+class Capability(Facts):
+    """The mean accuracy of the tasks that ask for one thing, all of which stand in ``tasks``; reference: the other model's.
+
+    stderr: of the mean, the tasks' errors being independent.
+    """
+
+    tasks: list[str]
+    acc: float
+    stderr: float | None = None
+    reference: float | None = None
 
 
 class Closeness(Facts):
@@ -108,7 +135,8 @@ class Evaluation(Record):
     of the mean nats per token, by how windows differ. Per word and per byte: of what is predicted, as lm-evaluation-harness
     counts; by_position: by how many tokens of its window a prediction saw. comparable: published protocols that this follows.
     sparsity: zeros among the prunable weights; None of a model that cannot be pruned. against: the model that this one is
-    compared with. lm_eval: task -> metric -> value, by lm-evaluation-harness; lm_eval_notes: what is to be known beside them.
+    compared with. capabilities: what tasks ask for -> their mean. lm_eval: task -> metric -> value, by lm-evaluation-harness;
+    lm_eval_notes: what is to be known beside them; lm_eval_against: the other model, by task and metric of right and wrong.
     """
 
     kind: Literal["evaluation"] = "evaluation"
@@ -131,9 +159,12 @@ class Evaluation(Record):
     comparable: list[Comparable] = []
     sparsity: float | None = None
     versions: dict[str, str] = {}
+    suite: str | None = None
     tasks: dict[str, TaskResult] = {}
+    capabilities: dict[str, Capability] = {}
     lm_eval: dict[str, dict[str, float]] = {}
     lm_eval_notes: list[str] = []
+    lm_eval_against: dict[str, dict[str, Compared]] = {}
     against: str | None = None
     closeness: Closeness | None = None
     generations: list[Generation] = []

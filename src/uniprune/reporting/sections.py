@@ -11,6 +11,7 @@ from uniprune.artefacts.reports import Pruning
 from uniprune.common.formatting import number, percent, short
 from uniprune.common.significance import standard_error
 from uniprune.evaluation.results import Generation
+from uniprune.reporting import capabilities as report_capabilities
 from uniprune.reporting import comparison
 from uniprune.reporting import tables as report_tables
 from uniprune.reporting.plots import Marker, Plot, accuracies, descent, flips, heatmap, tradeoff
@@ -69,7 +70,7 @@ def sections(sources: Sequence[Source], summary: Summary) -> list[Section]:
         Section("tradeoff", "Perplexity against sparsity", list(_tradeoffs(summary))),
         Section("sparsity", "Where the zeros are", list(_zeros(summary))),
         Section("controller", "The controller's descent", list(_descents(summary))),
-        Section("zero-shot", "Zero-shot accuracy", list(_accuracies(summary))),
+        Section("zero-shot", "Accuracy on tasks", list(_accuracies(summary))),
         Section("closeness", "Closeness to the dense model", list(_closeness(summary))),
         Section("generations", "Generations side by side", list(_generations(summary))),
         Section("protocol", "Protocol", [Part(folded=[report_tables.protocol(source) for source in sources])]),
@@ -136,7 +137,9 @@ def _accuracies(summary: Summary) -> Iterator[Part]:
     if grid:
         plot = accuracies("accuracies", _markers(summary))
         says = f"Bars are standard errors of {METRIC}, of the questions as a sample."
-        yield Part("", [says] if plot else [], [plot] if plot else [], [grid])
+        folded = [parts for parts in (report_capabilities.parts(summary, every=True),) if parts]
+        grids = [report_capabilities.capabilities(summary), grid, report_capabilities.parts(summary)]
+        yield Part("", [says] if plot else [], [plot] if plot else [], [shown for shown in grids if shown], folded)
     if harness:
         yield Part(grids=[harness])
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from uniprune.artefacts.reports import Pruning
 from uniprune.common.formatting import NONE, count, number, percent, points, short, size
-from uniprune.evaluation.results import TaskResult
+from uniprune.evaluation.results import Compared, TaskResult
 from uniprune.reporting.results import Source
 from uniprune.reporting.summary import Subject, Summary, Tradeoff, measure
 
@@ -112,17 +112,19 @@ def accuracies(summary: Summary) -> Grid | None:
                     [
                         short(name),
                         subject.label if several else "",
-                        metric,
+                        task.metric if metric == "acc" and task.metric else metric,
                         str(task.questions),
                         *_compared(task, metric, value),
                     ]
                 )
+        for metric, found in task.others.items():
+            error = NONE if found.stderr is None else percent(found.stderr)
+            shown = [short(name), subject.label if several else "", metric, str(found.n), percent(found.value), error]
+            rows.append([*shown, NONE, NONE, NONE, NONE])
     columns = ["task:", "model:", "metric:", "n", "value", "±", "other", "gained", "lost", "p"]  # as narrow as a terminal
     if not rows:
         return None
-    return _without_empty(
-        Grid("Zero-shot accuracy of n questions ± standard error, and McNemar's test of the difference", columns, rows)
-    )
+    return _without_empty(Grid("Accuracy on n questions ± standard error, and McNemar's test of the difference", columns, rows))
 
 
 def asked(summary: Summary) -> Iterator[tuple[Subject, str, TaskResult]]:
@@ -143,8 +145,10 @@ def harness(summary: Summary) -> Grid | None:
                     if isinstance(value, (int, float)) and "_stderr" not in metric:
                         error = metrics.get(f"{metric}_stderr")
                         shown = f"{error:.4f}" if isinstance(error, float) else NONE
-                        rows.append([task, subject.label, metric, f"{value:.4f}", shown])
-    return Grid("lm-evaluation-harness", ["task:", "model:", "metric:", "value", "± error"], rows) if rows else None
+                        other = _beside(evaluation.lm_eval_against.get(task, {}).get(metric))
+                        rows.append([task, subject.label, metric, f"{value:.4f}", shown, *other])
+    columns = ["task:", "model:", "metric:", "value", "± error", "other", "gained", "lost", "p"]
+    return _without_empty(Grid("lm-evaluation-harness", columns, rows)) if rows else None
 
 
 def closeness(summary: Summary) -> Grid | None:
@@ -196,9 +200,14 @@ def _compared(task: TaskResult, metric: str, value: float) -> list[Cell]:
     error = getattr(task, f"{metric}_stderr", None)
     shown = number(value) if metric == "perplexity" else percent(value)
     cells: list[Cell] = [shown, NONE if error is None else percent(error)]
-    if other := task.against.get(metric):
-        return [*cells, percent(other.reference), str(other.gained), str(other.lost), f"{other.p:.2g}"]
-    return [*cells, NONE, NONE, NONE, NONE]
+    return [*cells, *_beside(task.against.get(metric))]
+
+
+def _beside(other: Compared | None) -> list[Cell]:
+    """A reference's accuracy, the answers gained and lost, McNemar's p."""
+    if other is None:
+        return [NONE, NONE, NONE, NONE]
+    return [percent(other.reference), str(other.gained), str(other.lost), f"{other.p:.2g}"]
 
 
 def _shown(value: float) -> Cell:

@@ -7,17 +7,17 @@ import pytest
 
 from conftest import tiny_model
 from uniprune.common.significance import mcnemar, standard_error
-from uniprune.data.tasks import Question, Task
 from uniprune.errors import InputError
+from uniprune.evaluation.answers import Answers, answer, tokenise
 from uniprune.evaluation.results import Compared
-from uniprune.evaluation.scoring import Score, score
-from uniprune.evaluation.zero_shot import Answers, answer, tokenise
+from uniprune.tasks.question import Question, Task
+from uniprune.tasks.scoring import Score, score
 
 
 def asked(monkeypatch, task, scores):
     """The answers of a model that gives these log-likelihoods, question by question."""
     given = [[value if isinstance(value, Score) else Score(value, False) for value in row] for row in scores]
-    monkeypatch.setattr("uniprune.evaluation.zero_shot.score", lambda model, questions, progress: given)
+    monkeypatch.setattr("uniprune.evaluation.answers.score", lambda model, questions, progress: given)
     return answer(None, [task], [[]], None)[0]
 
 

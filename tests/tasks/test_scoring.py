@@ -8,8 +8,8 @@ from transformers import AutoModelForCausalLM, MambaConfig, MistralConfig
 
 from conftest import VOCABULARY, tiny_model
 from uniprune.errors import InputError
-from uniprune.evaluation import scoring
-from uniprune.evaluation.scoring import Tokens, encode, score
+from uniprune.tasks import scoring
+from uniprune.tasks.scoring import Tokens, encode, score
 
 
 class Letters:
@@ -59,15 +59,37 @@ def check(model, asked):
 def test_the_trie_is_every_choice_alone(monkeypatch, family, tokens):
     monkeypatch.setattr(scoring, "BATCH_TOKENS", tokens)
     model = tiny_model(family)
-    assert scoring._as_checked_trie(model, questions())
+    assert scoring._as_checked_trie(model, questions(), scoring._batches(questions())[0])
     check(model, questions())
 
 
 def test_batches_begin_with_the_longest_question_last_in_its_batch(monkeypatch):
-    monkeypatch.setattr(scoring, "BATCH_TOKENS", 20)
-    lengths = [4, 30, 9, 12, 3, 5]  # each question has one choice
-    batches = scoring._batches([[Tokens([1] * length, 1)] for length in lengths])
-    assert [[lengths[index] for index in batch] for batch in batches] == [[12, 30], [3, 4, 5, 9]]
+    """Rows as long as the longest question with the shortest; the largest that still fit; batches of whole rows."""
+    monkeypatch.setattr(scoring, "BATCH_TOKENS", 30)
+    monkeypatch.setattr(scoring, "ROW_TOKENS", 1)
+    lengths = [4, 30, 9, 12, 3, 5, 2]  # each question has one choice, and none begins like another
+    batches = scoring._batches([[Tokens([length] * (length + 1), 1)] for length in lengths])
+    assert [[[lengths[index] for index in row] for row in batch] for batch in batches] == [
+        [[2, 30]],
+        [[12], [3, 9]],
+        [[5], [4]],
+    ]
+
+
+def test_questions_that_begin_alike_share_a_row(monkeypatch):
+    """Few-shot: those of one subject have the same examples."""
+    monkeypatch.setattr(scoring, "JOINED_TOKENS", 30)
+    first, second = list(range(100, 120)), list(range(200, 220))
+    asked = [[Tokens([*begin, *range(tail, tail + 4)], 1)] for tail in (1, 5, 9) for begin in (first, second)]
+    units = [(unit.questions, unit.size) for unit in scoring._units(asked)]
+    assert units == [([0, 2, 4], 29), ([1, 3, 5], 29)]
+    monkeypatch.setattr(scoring, "JOINED_TOKENS", 28)
+    assert [unit.questions for unit in scoring._units(asked)] == [[0, 2], [4], [1, 3], [5]]
+    short = [[Tokens([7, tail, tail, tail, tail], 1)] for tail in (1, 2)]
+    assert [unit.questions for unit in scoring._units(short)] == [[0], [1]]  # too little in common
+    model = tiny_model()
+    assert scoring._as_checked_trie(model, asked, scoring._batches(asked)[0])
+    check(model, asked)
 
 
 def test_greedy_is_seen():
@@ -85,8 +107,7 @@ def test_what_is_common_is_read_once():
     assert trie.insert([7, 8, 5, 9]) == [0, 1, 3, 4]
     assert trie.insert([8]) == [5]
     assert (trie.tokens, trie.depths) == ([7, 8, 9, 5, 9, 8], [0, 1, 2, 2, 3, 0])
-    sees = trie.mask(torch.float32)[0, 0] == 0
-    assert [row.nonzero().flatten().tolist() for row in sees] == [[0], [0, 1], [0, 1, 2], [0, 1, 3], [0, 1, 3, 4], [5]]
+    assert [row.nonzero()[0].tolist() for row in trie.sees()] == [[0], [0, 1], [0, 1, 2], [0, 1, 3], [0, 1, 3, 4], [5]]
 
 
 def mamba():

@@ -1,0 +1,43 @@
+"""Tables of what tasks ask for: capabilities, each with the tasks that it is the mean of, and the parts of a task."""
+
+from __future__ import annotations
+
+from uniprune.common.formatting import NONE, percent, points, short
+from uniprune.evaluation.results import TaskResult
+from uniprune.reporting.summary import Summary
+from uniprune.reporting.tables import Cell, Grid, asked
+from uniprune.tasks.catalogue import FIELDS
+
+
+def capabilities(summary: Summary) -> Grid | None:
+    """One row for each model and capability."""
+    rows: list[list[Cell]] = []
+    for subject in summary.subjects:
+        for evaluation in subject.evaluations:
+            for name, found in evaluation.capabilities.items():
+                value, error = percent(found.acc), NONE if found.stderr is None else percent(found.stderr)
+                other = [NONE, NONE]
+                if found.reference is not None:
+                    other = [percent(found.reference), points(found.acc - found.reference)]
+                rows.append([name, subject.label, value, error, *other, ", ".join(map(short, found.tasks))])
+    columns = ["capability:", "model:", "mean accuracy", "±", "other", "change, points", "of the tasks:"]
+    return Grid("Capabilities: the mean of the tasks that ask for each", columns, rows) if rows else None
+
+
+def parts(summary: Summary, every: bool = False) -> Grid | None:
+    """Accuracy by part of a task: the groups of subjects that it has, or ``every`` subject."""
+    rows: list[list[Cell]] = []
+    for subject, name, task in asked(summary):
+        for part in _shown(task, every):
+            found = task.parts[part]
+            error = NONE if found.stderr is None else percent(found.stderr)
+            rows.append(
+                [short(name), subject.label, part.replace("_", " "), str(found.n), (percent(found.value), found.value), error]
+            )
+    columns = ["task:", "model:", "part:", "n", "accuracy", "±"]
+    return Grid("Parts of tasks", columns, rows, sortable=every) if rows else None
+
+
+def _shown(task: TaskResult, every: bool) -> list[str]:
+    groups = [part for part in task.parts if part in set(FIELDS.values())]
+    return [part for part in task.parts if part not in groups] if every or not groups else groups

@@ -1,0 +1,284 @@
+"""Log-likelihoods of continuations after contexts, many at once.
+
+The choices of questions are laid out in a row as a trie of tokens: what several begin with is read once, and an attention mask
+lets every token see those before it in its own choice, as if that stood alone. This shares all prefixes that a cache could, in
+one forward pass. Attention costs the square of a row's length, so a batch is several rows, filled to about the same length; the
+tokens whose predictions are asked for stand last in each, so that the output head reads no others. A model that does not heed
+such a mask (a recurrent one, say) reads every choice whole.
+"""
+
+from __future__ import annotations
+
+import logging
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from uniprune.common.progress import Progress, silent
+from uniprune.errors import InputError
+from uniprune.models.blocks import device_of, text_alone
+from uniprune.models.output_head import PIECE
+
+logger = logging.getLogger(__name__)
+
+BATCH_TOKENS = 1024
+ROW_TOKENS = 192  # rows are at least as long: shorter ones would be padded more
+JOINED_TOKENS = 2048  # questions of one beginning share a row up to this length
+
+
+class Tokens(NamedTuple):
+    """A context and its continuation as token ids, of which the last ``scored`` are the continuation.
+
+    ``cut``: how many tokens of the context are left out at its beginning, since the model cannot read as many.
+    """
+
+    ids: list[int]
+    scored: int
+    cut: int = 0
+
+
+class Score(NamedTuple):
+    """Of a continuation: its log-likelihood in nats, and whether every token of it is the likeliest (greedy decoding)."""
+
+    nats: float
+    greedy: bool
+
+
+def encode(tokenizer: Any, before: str, after: str, limit: int, known: dict[str, int] | None = None) -> Tokens:
+    """The tokens of a context and its continuation, as lm-evaluation-harness makes them; a model reads the last ``limit``.
+
+    Both are tokenised as one text and split after the context's own tokens; spaces at the context's end belong to the
+    continuation. An empty context is the BOS token, or EOS where there is none. known: lengths of contexts, kept for others.
+    Raises InputError if the continuation has no token of its own, or more than ``limit``.
+    """
+    context = before.rstrip()
+    text = before + after
+    if context:
+        known = {} if known is None else known
+        if context not in known:
+            known[context] = len(tokenizer.encode(context))
+        ids, start = tokenizer.encode(text), known[context]
+    else:
+        first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+        ids, start = tokenizer.encode(text, add_special_tokens=False), 1
+        ids = ids if ids[:1] == [first] else [first, *ids]
+    scored = len(ids) - start
+    if not 0 < scored <= limit:
+        raise InputError(f"the answer {after!r} has {scored} tokens of its own; this model can score 1 to {limit}")
+    return Tokens(ids[-(limit + 1) :], scored, max(0, len(ids) - limit - 1))
+
+
+@torch.no_grad()
+def score(model: nn.Module, questions: Sequence[Sequence[Tokens]], progress: Progress = silent) -> list[list[Score]]:
+    """The score of every choice of every question. Softmax in float32, whatever the model computes in.
+
+    The longest question is read both ways: the trie is for models that give the same then.
+    """
+    if not questions:
+        return []
+    first, *rest = _batches(questions)
+    found = _as_checked_trie(model, questions, first)
+    read = _as_trie if found else _whole
+    scores = found or _whole(model, questions, first)
+    for batch in progress(rest, "answering", len(rest)):
+        scores |= read(model, questions, batch)
+    return [scores[index] for index in range(len(questions))]
+
+
+# -------------------------------------------------------------------------------------------------------------- batches
+
+Batch = list[list[int]]
+"""The questions (their indices) of each row."""
+
+
+class _Unit(NamedTuple):
+    """Questions that stand together since they begin alike, and how many tokens they have."""
+
+    questions: list[int]
+    size: int
+
+
+def _batches(questions: Sequence[Sequence[Tokens]]) -> list[Batch]:
+    """Rows of about one length, ``BATCH_TOKENS`` tokens a batch, but one row at least.
+
+    The longest question comes in the first batch, at the end of a row with another: it would see that one but for the mask.
+    """
+    left = sorted(_units(questions), key=lambda unit: unit.size)
+    sizes = [unit.size for unit in left]
+    batches: list[Batch] = []
+    while left:
+        length = max(ROW_TOKENS, sizes[-1] + (sizes[0] if not batches and len(sizes) > 1 else 0))
+        batch: Batch = []
+        while left and (not batch or (len(batch) + 1) * length <= BATCH_TOKENS):
+            batch.append([])
+            room = length
+            while place := bisect_right(sizes, room):  # the largest that fits
+                room -= sizes.pop(place - 1)
+                batch[-1][:0] = left.pop(place - 1).questions
+        batches.append(batch)
+    return batches
+
+
+def _units(questions: Sequence[Sequence[Tokens]]) -> Iterator[_Unit]:
+    """Questions in the order of their tokens, those together of which each shares half of it with the one before (few-shot)."""
+    found: list[int] = []
+    last, size = None, 0
+    for index in sorted(range(len(questions)), key=lambda index: questions[index][0].ids):
+        ids = questions[index][0].ids
+        whole = _size(questions[index])
+        shared = _common(last, ids) if last is not None else 0
+        if found and (2 * shared < whole or size + whole - shared > JOINED_TOKENS):
+            yield _Unit(found, size)
+            found, size, shared = [], 0, 0
+        found.append(index)
+        size, last = size + whole - shared, ids
+    yield _Unit(found, size)
+
+
+def _size(question: Sequence[Tokens]) -> int:
+    """How many tokens of a question are read; the last one of each choice predicts nothing that is asked."""
+    trie = _Trie()
+    for choice in question:
+        trie.insert(choice.ids[:-1])
+    return len(trie.tokens)
+
+
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    return next((place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
+# --------------------------------------------------------------------------------------------------------- two ways
+
+Scores = dict[int, list[Score]]
+
+
+def _as_checked_trie(model: nn.Module, questions: Sequence[Sequence[Tokens]], batch: Batch) -> Scores | None:
+    """The scores from a trie, or None if a model does not heed its mask: if the last question has others when read whole."""
+    tolerance = 1e-3 if next(model.parameters()).dtype == torch.float32 else 0.05
+    last = batch[0][-1]
+    try:
+        found = _as_trie(model, questions, batch)
+        trie, whole = ([one.nats for one in scores[last]] for scores in (found, _whole(model, questions, [[last]])))
+        same = torch.allclose(torch.tensor(trie), torch.tensor(whole), rtol=tolerance, atol=tolerance)
+    except (TypeError, ValueError, RuntimeError, IndexError) as error:  # its forward pass has no place for the mask
+        logger.debug("%s refuses a trie: %s", type(model).__name__, error)
+        same = False
+    if same:
+        return found
+    logger.info("%s does not heed masks: every choice is read whole", type(model).__name__)
+    return None
+
+
+class _Trie:
+    """Token sequences with what they begin with in common stored once: node -> token, parent, depth."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.depths: list[int] = []
+        self._parents: list[int] = []
+        self._children: dict[tuple[int, int], int] = {}
+
+    def insert(self, ids: Sequence[int]) -> list[int]:
+        """The nodes of a sequence, made where there are none yet; a node's parent has a lower index."""
+        node, path = -1, []
+        for depth, token in enumerate(ids):
+            parent, node = node, self._children.setdefault((node, token), len(self.tokens))
+            if node == len(self.tokens):
+                self.tokens.append(token)
+                self.depths.append(depth)
+                self._parents.append(parent)
+            path.append(node)
+        return path
+
+    def sees(self) -> np.ndarray:
+        """Whether a node sees another, ``[nodes, nodes]``: itself and its ancestors."""
+        found = np.eye(len(self.tokens), dtype=bool)
+        for node, parent in enumerate(self._parents):
+            if parent >= 0:
+                found[node] |= found[parent]
+        return found
+
+
+class _Row:
+    """A trie laid out: first what is only read, then the nodes whose predictions are asked for."""
+
+    def __init__(self, questions: Sequence[Sequence[Tokens]]) -> None:
+        self.trie = _Trie()
+        self.paths = [[self.trie.insert(choice.ids[:-1])[-choice.scored :] for choice in question] for question in questions]
+        asked = {node for question in self.paths for path in question for node in path}
+        self.order = [node for node in range(len(self.trie.tokens)) if node not in asked] + sorted(asked)
+        self.asked = len(asked)
+
+    def placed(self, length: int) -> dict[int, int]:
+        """Node -> its place in a row of this length; padding stands before."""
+        return {node: place for place, node in enumerate(self.order, length - len(self.order))}
+
+
+def _as_trie(model: nn.Module, questions: Sequence[Sequence[Tokens]], batch: Batch) -> Scores:
+    """The scores of all choices from one pass over the tries of a batch."""
+    device, dtype = device_of(model), next(model.parameters()).dtype
+    rows = [_Row([questions[index] for index in indices]) for indices in batch]
+    length, kept = max(len(row.order) for row in rows), max(row.asked for row in rows)
+    tokens, depths = (torch.zeros(len(rows), length, dtype=torch.int64) for _ in range(2))
+    sees = torch.eye(length, dtype=torch.bool).repeat(len(rows), 1, 1)  # padding sees itself: no row of the mask is empty
+    for number, row in enumerate(rows):
+        start = length - len(row.order)
+        tokens[number, start:] = torch.tensor(row.trie.tokens)[row.order]
+        depths[number, start:] = torch.tensor(row.trie.depths)[row.order]
+        sees[number, start:, start:] = torch.from_numpy(row.trie.sees()[np.ix_(row.order, row.order)])
+    mask = torch.zeros(sees.shape, dtype=dtype).masked_fill_(~sees, torch.finfo(dtype).min)
+    logits = model(
+        input_ids=tokens.to(device),
+        position_ids=depths.to(device),
+        attention_mask=mask[:, None].to(device),
+        logits_to_keep=kept,
+        use_cache=False,
+    ).logits
+    if logits.shape[1] != kept:
+        raise ValueError("logits_to_keep is not heeded")
+    found: Scores = {}
+    for indices, row, predicted in zip(batch, rows, logits, strict=True):
+        judge, place = _Judge(predicted[kept - row.asked :]), row.placed(row.asked)
+        for index, paths in zip(indices, row.paths, strict=True):
+            pairs = zip(paths, questions[index], strict=True)
+            found[index] = [judge([place[node] for node in path], choice) for path, choice in pairs]
+    return found
+
+
+def _whole(model: nn.Module, questions: Sequence[Sequence[Tokens]], batch: Batch) -> Scores:
+    """The same, every choice in a row of its own. Padding stands on the right, where no other token sees it."""
+    device = device_of(model)
+    choices = [(index, number) for row in batch for index in row for number in range(len(questions[index]))]
+    choices.sort(key=lambda place: -len(questions[place[0]][place[1]].ids))
+    found: Scores = {index: [Score(0.0, False)] * len(questions[index]) for index, _ in choices}
+    while choices:
+        count = max(1, BATCH_TOKENS // len(questions[choices[0][0]][choices[0][1]].ids))
+        together, choices = choices[:count], choices[count:]
+        rows = [torch.tensor(questions[index][number].ids[:-1], device=device) for index, number in together]
+        with text_alone(model):
+            logits = model(input_ids=nn.utils.rnn.pad_sequence(rows, batch_first=True), use_cache=False).logits
+        for (index, number), predicted in zip(together, logits, strict=True):
+            choice = questions[index][number]
+            end = len(choice.ids) - 1
+            found[index][number] = _Judge(predicted[end - choice.scored : end])(range(choice.scored), choice)
+    return found
+
+
+class _Judge:
+    """Scores from logits ``[positions, vocabulary]``, a piece at a time: log-probabilities of all would take as much again."""
+
+    def __init__(self, logits: Tensor) -> None:
+        pieces = [piece.float() for piece in torch.split(logits, PIECE)]
+        self._logits = logits
+        self._total = torch.cat([piece.logsumexp(-1) for piece in pieces])
+        self._likeliest: list[int] = torch.cat([piece.argmax(-1) for piece in pieces]).tolist()
+
+    def __call__(self, rows: Sequence[int], choice: Tokens) -> Score:
+        """rows: the positions that predict the tokens of a choice, in order."""
+        wanted, places = choice.ids[-choice.scored :], list(rows)
+        nats = (self._logits[places, wanted].float() - self._total[places]).double().sum()
+        return Score(float(nats), [self._likeliest[place] for place in places] == wanted)
