@@ -172,6 +172,7 @@ def test_masks_are_read_and_verified(source, pruned, tmp_path):
         assert torch.equal(read[name], ours[name] & (alive.T if name in ours.transposed else alive)), name
 
 
+@pytest.mark.parametrize("source", ["fp8", "mxfp4", "compressed-tensors INT4"], indirect=True, scope="module")
 def test_the_controller_runs_on_them(source, text, tmp_path):
     report = uniprune.prune(source, Recipe(sparsity=0.5, text=text, tuning={"batch_tokens": 128}), tmp_path / "out")
     assert report.controller.steps > 0

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from uniprune.storage.dtypes import FLOATS
 from uniprune.storage.outline import Array, Piece, Shape
@@ -35,12 +34,13 @@ class Code:
         self.zero = int((values == 0).nonzero()[0])  # of 0.0 and -0.0, which comes later, the first
         self.alive: Array = (values != 0).numpy()
         each = torch.arange(256)[:, None] >> torch.arange(0, 8, bits) & (2**bits - 1)
-        self._of_byte = values[each]  # [256, codes in a byte]
-        self._finite: Array = torch.isfinite(self._of_byte).all(1).numpy()
+        of_byte = values[each]  # [256, codes in a byte]
+        self._table = of_byte.view(torch.int64 if bits == 4 else torch.float32)[:, 0]  # what a byte stands for, as one element
+        self._finite: Array = torch.isfinite(of_byte).all(1).numpy()
 
     def decode(self, raw: Tensor) -> Tensor:
         """Values, float32 and flat, of bytes ``[n]``, on whatever device these are."""
-        return functional.embedding(raw.int(), self._of_byte.to(raw.device)).view(-1)
+        return torch.index_select(self._table.to(raw.device), 0, raw.int()).view(torch.float32)
 
     def unpack(self, raw: Array) -> Array:
         """The codes in bytes ``[n]``, one a byte."""
@@ -161,7 +161,7 @@ class Coded(Entry):
             scale = factors[blocks]
             if self.block[1] < columns:
                 scale = scale.repeat_interleave(self.block[1], 1)[:, :columns]
-            target[start : start + step] = values * scale
+            target[start : start + step] = values.mul_(scale)
 
     def factors(self, device: torch.device) -> Tensor:
         """What the values of each block of a matrix are multiplied by, float32 ``[rows of blocks, columns of blocks]``."""
