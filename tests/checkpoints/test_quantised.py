@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+import transformers
 from transformers import AutoModelForCausalLM
 
 import quantised
@@ -55,6 +56,8 @@ def reference(folder, dtype=torch.bfloat16):
     config = json.loads((folder / "config.json").read_text())["quantization_config"]
     if config["quant_method"] == "compressed-tensors":
         pytest.importorskip("compressed_tensors")  # transformers asks for it, uniprune does not
+        if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23):
+            pytest.skip("older versions leave some weights as they are stored")
         from transformers import CompressedTensorsConfig
 
         options["quantization_config"] = CompressedTensorsConfig(dequantize=True)
