@@ -284,13 +284,16 @@ class Files(Checkpoint):
 
     # -------------------------------------------------------------------------------------------------- parameters
 
-    def read(self, place: Outline | Computed, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """A parameter or buffer, in a type and on a device; one that needs neither change nor arrangement is mapped."""
+    def read(self, place: Outline | Computed, dtype: torch.dtype, device: torch.device, own: bool = False) -> Tensor:
+        """A parameter or buffer, in a type and on a device; one that needs neither change nor arrangement is mapped.
+
+        own: then it is a copy, which may be written.
+        """
         if isinstance(place, Computed):
             return place.read(lambda key: self._tensor(key, dtype, device))
         first = place.pieces[0]
         if len(place.pieces) == 1 and first == Outline.of(first.key, self.tensors[first.key].shape).pieces[0]:
-            return self._tensor(first.key, dtype, device)
+            return self._tensor(first.key, dtype, device, own)
         whole = torch.empty(place.shape, dtype=dtype, device=device)
         for piece in place.pieces:
             whole[piece.box] = self.tensors[piece.key].view(piece, dtype, device)
@@ -322,13 +325,13 @@ class Files(Checkpoint):
                 return False
         return True
 
-    def _tensor(self, key: str, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """A tensor's weights; of plain ones that need no change the file is mapped."""
+    def _tensor(self, key: str, dtype: torch.dtype, device: torch.device, own: bool = False) -> Tensor:
+        """A tensor's weights; of plain ones that need no change the file is mapped, unless they are to be the reader's own."""
         if key in self.quantised.tensors:
             return self.tensors[key].values(dtype, device)
         with safe_open(self.entries[key].file, framework="pt") as file:
             tensor: Tensor = file.get_tensor(key)
-            return tensor.to(device, dtype)
+            return tensor.to(device, dtype, copy=own)
 
 
 class Memory(Checkpoint):

@@ -18,15 +18,14 @@ def fill(model: nn.Module, files: Files, dtypes: Mapping[str, torch.dtype], devi
     located = files.layout(model).located
     for name, parameter in list(model.named_parameters()):
         if parameter.is_meta and not (without and name.startswith(without)):
-            found = files.read(located[name], dtypes[name], device)
-            own = found.clone() if device.type == "cpu" else found
-            assign(model, name, nn.Parameter(own, requires_grad=False))
+            found = files.read(located[name], dtypes[name], device, own=True)
+            assign(model, name, nn.Parameter(found, requires_grad=False))
     model.tie_weights(recompute_mapping=False)  # type: ignore[operator]
     for name, buffer in list(model.named_buffers()):
         owner, _, leaf = name.rpartition(".")
         # A persistent one is in the checkpoint, as a router's bias is; the others are as the model made them.
         stored = name in located
-        found = files.read(located[name], dtypes[name], device).clone() if stored else buffer.to(device)
+        found = files.read(located[name], dtypes[name], device, own=True) if stored else buffer.to(device)
         model.get_submodule(owner)._buffers[leaf] = found
 
 
