@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -15,6 +16,7 @@ import torch
 from hypothesis import HealthCheck, settings
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedTokenizerFast
 
+import local_hub
 import processes
 import quick
 from uniprune import Loaded
@@ -144,6 +146,14 @@ def compiled() -> object:
         return native.library()
     except InputError as error:
         pytest.skip(str(error))
+
+
+@pytest.fixture
+def real_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[local_hub.Hub]:
+    """A hub on this machine, to which the real client talks: with an empty cache, and nobody logged in."""
+    with local_hub.serving() as hub:
+        local_hub.talk_to(hub, monkeypatch, tmp_path)
+        yield hub
 
 
 def shared(name: str) -> Path:

@@ -22,23 +22,24 @@ SAMPLES = "text dataset windows num-samples length seq-len"
 TEXT = f"{SAMPLES} field split bos"
 CONTROLLER = "controller budget-tokens steps set"
 FLAGS = {
-    "plan": f"{RECIPE} {CONTROLLER} {TEXT} config device json max-memory metric refine seed sequential size",
-    "calibrate": f"{RECIPE} {CONTROLLER} {TEXT} config device json max-memory metric output overwrite resume save-tokens seed",
+    "plan": f"{RECIPE} {CONTROLLER} {TEXT} config device experts json revision max-memory metric refine seed sequential size",
+    "calibrate": f"{RECIPE} {CONTROLLER} {TEXT} config device json max-memory metric output overwrite resume"
+    " revision save-tokens seed",
     "mask": "allow hardware unsupported misfits rule json output overwrite scope sparsity sparsity-type",
-    "apply": "force dtype json output overwrite push-to-hub",
-    "prune": f"{RECIPE} {CONTROLLER} {TEXT} config device json max-memory metric output overwrite push-to-hub"
+    "apply": "force dtype json revision output overwrite push-to-hub",
+    "prune": f"{RECIPE} {CONTROLLER} {TEXT} config device experts json revision max-memory metric output overwrite push-to-hub"
     " refine resume save-tokens seed sequential size",
-    "permute": f"{TEXT} device dtype exclude include json max-memory metric output overwrite seed sparsity",
+    "permute": f"{TEXT} device dtype exclude include json revision max-memory metric output overwrite seed sparsity",
     "evaluate": f"{TEXT} stride rolling against check device dtype json limit lm-eval new-tokens num-fewshot output overwrite "
-    "prompt suite tasks",
+    "prompt revision suite tasks",
     "compare": f"{TEXT} methods sparsity scope rule unsupported misfits metric budget-tokens steps seed include exclude dtype"
     f" {' '.join(f'eval-{name}' for name in f'{TEXT} stride'.split())} tasks limit"
     " prompt new-tokens config device json output overwrite resume",
-    "sweep": f"{TEXT} stride device dtype json output overwrite resume scope sparsities",
+    "sweep": f"{TEXT} stride device dtype json revision output overwrite resume scope sparsities",
     "pack": "json level output overwrite runtime",
     "unpack": "json output overwrite",
     "card": "json overwrite push-to-hub",
-    "bench": "batch device dtype json sparsity levels",
+    "bench": "batch device dtype json revision sparsity levels",
     "report": "json output overwrite",
 }
 MASKS_FLAGS = {

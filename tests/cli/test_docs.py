@@ -16,6 +16,8 @@ import torch
 import reference
 import uniprune
 from command import run
+from conftest import VOCABULARY
+from small_models import tiny
 from task_rows import ROWS
 from uniprune import Recipe
 from uniprune.controller.controllers import CONTROLLERS
@@ -56,6 +58,9 @@ def furnished(folder, tmp_path_factory):
         (repository / "refs" / "main").write_text("0")
     work = path / "work"
     shutil.copytree(folder, work / "MODEL")
+    shutil.copytree(folder, work / "MOE", ignore=shutil.ignore_patterns("*.safetensors*"))
+    moe = {"num_local_experts": 4, "num_experts_per_tok": 2, "max_position_embeddings": 128}
+    tiny("mixtral", **moe, vocab_size=VOCABULARY).save_pretrained(work / "MOE")
     prose = text.read("builtin", "calibration")[:200_000]
     for name in ("corpus.txt", "evaluation.txt"):
         (work / name).write_text(prose)

@@ -145,3 +145,26 @@ def test_wikitext2_is_read_as_rows_and_as_pages(hub):
     (part,) = open_text(Text("wikitext2"), "evaluation")
     assert [read for read, _ in part.pages()] == [" = A =\n\nSome text. ", " = B =\n\nMore. "]
     assert asked[0] == ("Salesforce/wikitext", {"name": "wikitext-2-raw-v1", "split": "test"})
+
+
+def test_the_real_client_reads_the_revision_that_is_recorded(real_hub):
+    """From a server on this machine: all of a run's text is of one commit, whatever the branch does meanwhile."""
+
+    def rows(word):
+        return "".join(json.dumps({"text": f"{word} " * 200}) + "\n" for _ in range(100)).encode()
+
+    repository = real_hub.add("owner/data", {"data/train.jsonl": rows("old"), "README.md": b""})
+    first = repository.tags["v1"] = repository.branches["main"]
+    second = repository.commit({"data/train.jsonl": rows("new"), "README.md": b""})
+    for name, commit, word in (
+        ("owner/data@v1", first, "old"),
+        ("owner/data", second, "new"),
+        (f"owner/data@{first}", first, "old"),
+    ):
+        windows = load_windows(name, Letters(False), use="calibration", length=40, count=8)
+        assert windows.describe().sample.commit == commit
+        assert all(word in text for text in letters(windows))
+    with pytest.raises(InputError, match="text owner/data has no revision 'v2'; leave it out"):
+        read("owner/data@v2", "calibration")
+    with pytest.raises(InputError, match=r"text owner/nothing cannot be loaded \(.*\); give a local file"):
+        read("owner/nothing", "calibration")

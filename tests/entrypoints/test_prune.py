@@ -301,7 +301,7 @@ def plan_of(name, cache):
 def test_hub_names_that_are_not_here(tmp_path):
     """Offline and not cached: one error that names the model, and no traceback of the hub client."""
     done = Forked(plan_of, "nobody/nothing", str(tmp_path)).wait()
-    assert "InputError: model 'nobody/nothing' is no folder here and could not be downloaded from the Hub" in done.err
+    assert "InputError: model nobody/nothing does not exist here, nor in the Hub's cache" in done.err
 
 
 def test_no_safetensors_but_the_weights_lie_beside_the_config(folder, tmp_path):

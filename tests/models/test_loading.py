@@ -1,5 +1,9 @@
 """Every way to load a model gives the parameters and the buffers that transformers gives, in the same types."""
 
+import json
+import shutil
+from importlib.util import find_spec
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -7,6 +11,7 @@ from transformers import AutoModelForCausalLM
 import uniprune
 from conftest import tiny_model, write_gguf
 from small_models import FAMILIES, tiny
+from uniprune import InputError, Recipe
 from uniprune.checkpoints.origin import resolve
 from uniprune.evaluation.model import Subject
 from uniprune.models.loading import hollow, load_weights, native_dtype
@@ -90,3 +95,80 @@ def test_a_hollow_model_has_the_buffers_that_are_in_no_file(family, tmp_path):
     assert computed.keys() == {name for name, _ in found.named_buffers() if name not in stored}
     for name, buffer in computed.items():
         assert torch.equal(found.get_buffer(name), buffer), name
+
+
+# ------------------------------------------------------------------------------------------------------------- refusals
+
+
+def changed(folder, tmp_path, **settings):
+    """A copy of a checkpoint with other settings in its config.json."""
+    copy = tmp_path / "changed"
+    shutil.copytree(folder, copy)
+    config = json.loads((copy / "config.json").read_bytes())
+    (copy / "config.json").write_text(json.dumps(config | settings))
+    return copy
+
+
+@pytest.mark.parametrize("wanted", ["flash_attention_2", "flash_attention_3", "kernels-community/flash-attn2"])
+@pytest.mark.parametrize("key", ["_attn_implementation", "attn_implementation"])
+def test_attention_that_needs_a_package_is_not_needed(folder, tmp_path, wanted, key):
+    """Attention by another kernel is the same attention; one from the Hub would be somebody's code."""
+    source = changed(folder, tmp_path, **{key: wanted})
+    uniprune.plan(source, Recipe(sparsity="2:4"))
+    ids = torch.arange(20)[None]
+    for load in (by_hand, streamed):
+        found, expected = (load(path, torch.float32)(ids).logits for path in (source, folder))
+        assert torch.equal(found, expected)
+
+
+def test_attention_by_hand_stays(folder, tmp_path):
+    source = changed(folder, tmp_path, attn_implementation="eager")
+    assert by_hand(source, None).config._attn_implementation == "eager"
+
+
+def planned(folder):
+    uniprune.plan(folder, Recipe(sparsity="2:4"))
+
+
+@pytest.mark.parametrize("load", [planned, lambda path: to_evaluate(path, None)], ids=["plan", "evaluate"])
+def test_a_size_that_is_not_the_files(folder, tmp_path, load):
+    source = changed(folder, tmp_path, vocab_size=511)
+    sizes = r"\[511, 32\], its files have \[512, 32\]; correct config\.json"
+    with pytest.raises(InputError, match=rf"config\.json makes model\.embed_tokens\.weight {sizes}"):
+        load(source)
+    config = json.loads((source / "config.json").read_bytes())
+    (source / "config.json").write_text(json.dumps(config | {"vocab_size": 512}))
+    load(source)
+
+
+@pytest.mark.parametrize(
+    ("device", "reason"),
+    [
+        ("mps", "is not supported, only cpu and cuda are; use --device cpu"),
+        ("xpu:0", "is not supported, only cpu and cuda are; use --device cpu"),
+        ("meta", "is not supported, only cpu and cuda are; use --device cpu"),
+        ("gpu", "is unknown; use cpu, cuda or cuda:N"),
+        ("cuda:99", "sees no CUDA device; use --device cpu|sees . CUDA devices; use cuda:0"),
+    ],
+)
+def test_devices_that_cannot_compute(folder, device, reason):
+    with pytest.raises(InputError, match=reason):
+        uniprune.load(folder, device=device)
+    with pytest.raises(InputError, match=reason):
+        uniprune.plan(folder, Recipe(sparsity="2:4"), device=device)
+
+
+def test_a_tokenizer_that_needs_packages(folder, tmp_path, monkeypatch):
+    for name in ("config.json", "tokenizer_config.json", *(file.name for file in folder.glob("model*"))):
+        shutil.copyfile(folder / name, tmp_path / name)
+    (tmp_path / "tokenizer.model").write_bytes(b"\x0a\x0e\x0a\x05<unk>\x15\x00\x00\x00\x00\x18\x02")
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    missing = {"sentencepiece", "google"}
+    monkeypatch.setattr("uniprune.models.loading.find_spec", lambda name: None if name in missing else find_spec(name))
+    with pytest.raises(InputError, match=r"its tokenizer cannot be read \(.*\); pip install sentencepiece protobuf"):
+        uniprune.load(tmp_path, device="cpu")
+    missing.clear()
+    if find_spec("sentencepiece") is None:
+        with pytest.raises(InputError, match=r"cannot be read \(.*\); fetch it again, or move its files away"):
+            monkeypatch.setattr("uniprune.models.loading.find_spec", lambda name: True)
+            uniprune.load(tmp_path, device="cpu")

@@ -40,10 +40,11 @@ def test_every_output_folder_has_a_card(pruned):
 
 
 def test_a_hub_name_is_the_base_model():
-    model = {"name": "owner/model", "fingerprint": "0" * 64}
+    model = {"name": "owner/model@v1", "fingerprint": "0" * 64, "repository": "owner/model", "commit": "1" * 40}
     text = model_card.card(Pruning(**made_up.pruning(model=model, versions={"uniprune": "1"})))
     assert ModelCard(text).data.base_model == "owner/model"
-    assert "[owner/model](https://huggingface.co/owner/model)" in text
+    assert f"[owner/model](https://huggingface.co/owner/model/tree/{'1' * 40})" in text
+    assert "of owner/model@v1 at commit 1111" in text
 
 
 def test_results_are_shown_as_they_are(capsys, monkeypatch, pruned, tmp_path):
@@ -96,48 +97,3 @@ def test_an_upload_needs_a_login(monkeypatch):
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
     with pytest.raises(uniprune.InputError, match="hf auth login"):
         model_card.check_push("owner/name")
-
-
-class Hub:
-    """Stands in for the hub, which no test can reach."""
-
-    files = (".gitattributes",)
-
-    def create_repo(self, name, exist_ok):
-        return f"https://hub/{name}"
-
-    def list_repo_files(self, name):
-        return list(self.files)
-
-    def upload_folder(self, *, repo_id, folder_path, commit_message, ignore_patterns):
-        self.uploaded.append((repo_id, folder_path))
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
-    monkeypatch.setattr(Hub, "uploaded", [], raising=False)
-    return Hub
-
-
-def test_a_folder_is_uploaded(hub, tmp_path):
-    assert model_card.push(tmp_path, "owner/name") == "https://hub/owner/name"
-    assert hub.uploaded == [("owner/name", tmp_path)]
-
-
-def test_a_repository_with_files_is_not_overwritten(hub, tmp_path, monkeypatch):
-    monkeypatch.setattr(hub, "files", (".gitattributes", "model.safetensors"))
-    with pytest.raises(uniprune.InputError, match="has 1 files"):
-        model_card.push(tmp_path, "owner/name")
-    assert not hub.uploaded
-    model_card.push(tmp_path, "owner/name", overwrite=True)
-    assert hub.uploaded
-
-
-def test_a_refused_upload_leaves_the_folder(hub, tmp_path, monkeypatch):
-    def refuse(self, **arguments):
-        raise OSError("no space for owner")
-
-    monkeypatch.setattr(hub, "upload_folder", refuse)
-    with pytest.raises(uniprune.UniPruneError, match="is complete, but was not uploaded"):
-        model_card.push(tmp_path, "owner/name")

@@ -9,8 +9,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from uniprune.checkpoints.origin import Origin
 from uniprune.common.provenance import sparsity
 from uniprune.data.text import TextFacts
+from uniprune.models.loading import Loaded, dtype_name
 from uniprune.saliency.record import ControllerRecord, Starved
 from uniprune.sparsity.structure import Structure
 from uniprune.storage.record import Count, Facts, Fraction, Record, Shape, parsed
@@ -23,12 +25,31 @@ class ModelFacts(Facts):
 
     quantised: how its files store weights as codes, if they do. dtype: computed in, to which codes were dequantised; None of a
     model that was not run.
+    Of one from the Hub, repository: ``owner/name``, and commit: whose files were read.
     """
 
     name: str
     fingerprint: str | None = None
     quantised: str | None = None
     dtype: str | None = None
+    repository: str | None = None
+    commit: str | None = None
+
+    @classmethod
+    def of(cls, source: Loaded | Origin, fingerprint: str) -> ModelFacts:
+        """A model as it was found, or as it is in memory."""
+        facts: dict[str, Any] = {"quantised": str(source.quantised) if source.quantised else None}
+        origin = source if isinstance(source, Origin) else source.origin
+        if isinstance(source, Loaded):
+            facts["dtype"] = dtype_name(next(source.model.parameters()).dtype)
+        if origin and origin.repository:
+            facts |= {"repository": origin.repository, "commit": origin.commit}
+        return cls(name=str(source), fingerprint=fingerprint, **facts)
+
+    @property
+    def title(self) -> str:
+        """What it is called, without where it lies."""
+        return Path(self.repository or self.name).name
 
 
 class PrunedMatrix(Facts):
@@ -130,6 +151,56 @@ class Permutation(Record):
     seconds: dict[str, float] = {}
 
 
+class ExpertCounts(Facts):
+    """How many experts each of so many layers has and keeps. groups: of experts next to each other, that keep as many each.
+
+    parameters: of the model without the others. left_out: stored tensors that go as well, of layers of experts that the model
+    does not load (heads that predict several tokens).
+    """
+
+    layers: Count
+    of: Count
+    kept: Count
+    groups: Count = 1
+    parameters: Count
+    left_out: Count = 0
+
+
+class ExpertLayer(Facts):
+    """A layer's experts. kept: their numbers. Of all of them, tokens: how many of the calibration text were routed to each;
+    scores: what they were chosen by; reap: the router's weight times the norm of the output, the mean over those tokens.
+    """
+
+    kept: list[Count]
+    tokens: list[Count]
+    scores: list[float]
+    reap: list[float]
+
+    @property
+    def unreached(self) -> list[int]:
+        """The numbers of the experts that no token was routed to."""
+        return [number for number, tokens in enumerate(self.tokens) if not tokens]
+
+
+class ExpertRemoval(Record):
+    """``pruning.json`` of ``prune`` with ``experts``. layers: by the name of the module that holds a layer's experts.
+
+    unreached: the numbers of the experts that no token of the calibration text was routed to, by layer.
+    """
+
+    kind: Literal["experts"] = "experts"
+    model: ModelFacts
+    experts: ExpertCounts
+    layers: Annotated[dict[str, ExpertLayer], Field(min_length=1)]
+    unreached: dict[str, list[Count]] = {}
+    recipe: dict[str, Any] = {}
+    calibration: TextFacts | None = None
+    controller: ControllerRecord | None = None
+    starved: Starved | None = None
+    versions: dict[str, str] = {}
+    seconds: dict[str, float] = {}
+
+
 def realised(removed: Mapping[str, float], shapes: Mapping[str, tuple[int, int]]) -> dict[str, Any]:
     """Of :class:`Realised` the sparsity, in all and for each matrix."""
     return {
@@ -138,7 +209,9 @@ def realised(removed: Mapping[str, float], shapes: Mapping[str, tuple[int, int]]
     }
 
 
-def read_report(path: Path) -> Pruning | Permutation:
+def read_report(path: Path) -> Pruning | Permutation | ExpertRemoval:
     """A ``pruning.json``. Raises InputError that names the file and the field at fault."""
     data = parsed(path)
+    if data.get("kind") == ExpertRemoval.kind_name():
+        return ExpertRemoval.checked(path, data)
     return (Permutation if "permuted" in data else Pruning).checked(path, data)

@@ -183,7 +183,7 @@ class Files(Checkpoint):
             if isinstance(place, Outline) and place.shape != tuple(state[name].shape):
                 raise InputError(
                     f"model {self.folder}: config.json makes {name} {list(state[name].shape)}, its files have "
-                    f"{list(place.shape)}; fetch it again"
+                    f"{list(place.shape)}; correct config.json, or fetch it again"
                 )
 
     # ---------------------------------------------------------------------------------------------------- matrices

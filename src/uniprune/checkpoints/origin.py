@@ -1,29 +1,40 @@
-"""Models by name: a Hugging Face folder, a hub name or a GGUF file."""
+"""Models by name: a Hugging Face folder, a GGUF file, or one of these on the Hub."""
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass
+import shutil
+import tempfile
+import weakref
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
+from uniprune.checkpoints import gguf_files, hub
 from uniprune.checkpoints.checkpoint import INDEX, PACKED, WHOLE, Files
+from uniprune.checkpoints.hub import Address
 from uniprune.checkpoints.quantised.formats import Quantised
-from uniprune.errors import InputError, first_line
+from uniprune.errors import InputError
 from uniprune.storage import strict_json
 
-HUB_FILES = ["README.md", "*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]  # no pickle, no code
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+BESIDE = ("README.md", "*.json", "*.model", "*.txt", "*.jinja")  # what goes with weights: no pickle, no code
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+SHOWN = 5  # names in a message
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a model lies on this machine. ``gguf`` is the file's name inside ``folder``, or None for a Hugging Face folder."""
+    """Where a model lies on this machine. ``gguf`` is the file's name inside ``folder``, or None for a Hugging Face folder.
+
+    Of one from the Hub, repository: ``owner/name``; commit: whose files these are.
+    """
 
     name: str
     folder: Path
     gguf: str | None = None
+    repository: str | None = None
+    commit: str | None = None
 
     def __str__(self) -> str:
         return self.name
@@ -50,28 +61,101 @@ class Origin:
 
 
 def resolve(source: str | Path) -> Origin:
-    """Finds a model: a folder, a .gguf file, or a hub name (from the cache if it is there, else downloaded).
+    """Finds a model: a folder, a .gguf file, or one on the Hub (from the cache if it is there, else downloaded).
 
     Raises InputError that says what was tried.
     """
     path = Path(source).expanduser()
     if path.is_file():
-        if path.suffix != ".gguf":
-            raise InputError(f"model {source} is a file, but not a .gguf one; give the folder it is in")
-        return Origin(str(source), path.parent, path.name)
-    folder = path if path.is_dir() else _from_hub(str(source))
-    origin = Origin(str(source), folder)
-    _check_folder(origin)
-    return origin
+        return _of_gguf(Origin(str(source), path.parent, path.name))
+    if path.is_dir():
+        origin = Origin(str(source), path)
+        _check_files(str(source), _names(path))
+        _check_folder(origin)
+        return origin
+    address = hub.parse(str(source))
+    if address is None:
+        raise InputError(f"model {str(source)[:200]!r} does not exist here, and is not a Hub name of the form {hub.FORMS}")
+    return _from_hub(address)
+
+
+def spelled(source: object) -> str:
+    """The name that a model's origin has, whichever way it is given, without a look at the Hub."""
+    text = str(source)
+    address = None if Path(text).expanduser().exists() else hub.parse(text)
+    return text if address is None else str(address)
+
+
+# ------------------------------------------------------------------------------------------------------------------ here
+
+
+def _of_gguf(origin: Origin) -> Origin:
+    """A GGUF file that can be read: itself, or, of several that are one model, what they are together.
+
+    Raises InputError for another kind of file, and for one of several that are not all there.
+    """
+    path = origin.path
+    if path.suffix == ".upz":
+        raise InputError(
+            f"model {origin} is an archive; unpack it first (uniprune unpack {path} -o FOLDER) and give the folder"
+        )
+    if path.suffix.lower() != ".gguf":
+        raise InputError(f"model {origin} is a file, but not a .gguf one; give the folder it is in: {path.absolute().parent}")
+    files = gguf_files.parts(path)
+    if len(files) == 1:
+        return origin
+    size, place = sum(file.stat().st_size for file in files), Path(tempfile.gettempdir())
+    if shutil.disk_usage(place).free < size:
+        raise InputError(
+            f"model {origin} has {len(files)} files, which are put together in {place}, and {size / 1e9:.2f} GB are not free "
+            "there; make room, set TMPDIR to another place, or merge them with llama.cpp: llama-gguf-split --merge"
+        )
+    folder = Path(tempfile.mkdtemp(prefix="uniprune-", dir=place))
+    merged = replace(origin, folder=folder, gguf=files[0].name)
+    weakref.finalize(merged, shutil.rmtree, folder, ignore_errors=True)  # at the latest when Python ends
+    gguf_files.merge(files, merged.path)
+    return merged
+
+
+def _names(folder: Path) -> list[str]:
+    """The files of a folder, and those below that say where a model lies; as the Hub would list them."""
+    below = [file for kind in ("config.json", "*.[gG][gG][uU][fF]") for file in folder.glob(f"*/{kind}")]
+    return [file.relative_to(folder).as_posix() for file in sorted([*folder.iterdir(), *below])]
+
+
+def _check_files(name: str, files: Collection[str]) -> None:
+    """Raises InputError for a folder whose files are no checkpoint, by their names; ``name``: of the folder."""
+    here = {file for file in files if "/" not in file}
+    weights = [file for file in here if file.endswith((".safetensors", INDEX))]
+    if "adapter_config.json" in here:
+        raise InputError(f"model {name} is an adapter (PEFT), or has one; merge it (merge_and_unload, save_pretrained) first")
+    if "config.json" in here and weights:
+        return
+    if found := gguf_files.first_parts(files):
+        raise InputError(f"model {name} has GGUF files, of which one is a model; give it: {_listed(name, found)}")
+    if "config.json" not in here:
+        folders = sorted({file.rpartition("/")[0] for file in files if file.endswith("/config.json")})
+        if folders:
+            raise InputError(f"model {name} has no config.json, but its folders have; give one: {_listed(name, folders)}")
+        raise InputError(f"model folder {name} has no config.json; give the folder of a Hugging Face checkpoint")
+    pickled = sorted(file for file in here if file.endswith(PICKLES))
+    if pickled:
+        raise InputError(
+            f"model folder {name} has pickled weights alone ({pickled[0]}), which can run code when they are read; where you "
+            "trust them, convert them to safetensors and give the new folder: AutoModelForCausalLM.from_pretrained"
+            f"({name!r}).save_pretrained(FOLDER) in transformers, its tokenizer likewise"
+        )
+    raise InputError(f"model folder {name} has no weights (.safetensors)")
+
+
+def _listed(name: str, files: Sequence[str]) -> str:
+    rest = f" and {len(files) - SHOWN} others" if len(files) > SHOWN else ""
+    return ", ".join(f"{name.rstrip('/')}/{file}" for file in files[:SHOWN]) + rest
 
 
 def _check_folder(origin: Origin) -> None:
-    """Raises InputError for a folder that holds no model, or one that could only be read by unpickling it."""
+    """Raises InputError for a folder of a checkpoint that cannot be read."""
     folder = origin.folder
-    if (folder / "adapter_config.json").is_file():
-        raise InputError(f"model {origin} is an adapter (PEFT), or has one; merge it (merge_and_unload, save_pretrained) first")
-    if not (folder / "config.json").is_file():
-        raise InputError(f"model folder {origin} has no config.json; give the folder of a Hugging Face checkpoint")
     for file in folder.iterdir():
         if file.exists() and not file.is_file() and not file.is_dir():
             raise InputError(f"{file} is neither a file nor a folder; remove it")
@@ -85,27 +169,74 @@ def _check_folder(origin: Origin) -> None:
                 f"model folder {origin} is in the runtime layout, which uniprune.accelerate opens; give the pruned checkpoint "
                 "that it was made of"
             )
-        if others := sorted(file.name for file in folder.glob("*.safetensors")):
-            raise InputError(
-                f"model folder {origin} has {', '.join(others[:3])}, but neither {WHOLE} nor {INDEX}, the names "
-                "that transformers loads; rename it"
-            )
-        if any(file for kind in PICKLES for file in folder.glob(kind)):
-            raise InputError(
-                f"model folder {origin} has pickled weights alone, which can run code when they are read; convert them to "
-                "safetensors (load the model with transformers where you trust it, and save_pretrained)"
-            )
-        raise InputError(f"model folder {origin} has no weights (.safetensors)")
+        others = sorted(file.name for file in folder.glob("*.safetensors"))
+        raise InputError(
+            f"model folder {origin} has {', '.join(others[:3])}, but neither {WHOLE} nor {INDEX}, the names "
+            "that transformers loads; rename it"
+        )
 
 
-def _from_hub(name: str) -> Path:
-    from huggingface_hub import snapshot_download
+# ------------------------------------------------------------------------------------------------------------ on the Hub
 
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith(".") or name.endswith(".gguf"):
-        # Not a hub name ("owner/model"), so it was meant as a path.
-        raise InputError(f"model {name[:200]!r} does not exist here, and is not a hub name of the form owner/model")
-    try:
-        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
-    except Exception as error:  # the hub client's errors have no base class short of this
-        reason = first_line(error)
-        raise InputError(f"model {name!r} is no folder here and could not be downloaded from the Hub: {reason}") from error
+
+def _from_hub(address: Address) -> Origin:
+    """A model on the Hub: its files are looked at by their names, and those that are needed are downloaded."""
+    files = hub.listing(address)
+    if address.path.lower().endswith(".gguf"):
+        return _gguf_from_hub(address, files)
+    inside = f"{address.path}/" if address.path else ""
+    if files is not None:
+        _check_listing(address, files)
+    kinds = [f"{inside}{kind}" for kind in BESIDE]
+    snapshot = hub.download(address, kinds, ignored=[f"{inside}*/*"])  # the client's * matches slashes, too
+    commit, folder = hub.commit_of(snapshot), snapshot / address.path
+    if files is None:
+        if not folder.is_dir():
+            raise _absent(address, [])
+        _check_files(str(address), _names(folder))
+    here = files if files is not None else [f"{inside}{file}" for file in _names(folder)]
+    weights = [f"{inside}{name}" for name in _weights(folder, whole=f"{inside}{WHOLE}" in here)]
+    if weights:
+        hub.download(address._replace(revision=commit or address.revision), weights)
+    origin = Origin(str(address), folder, None, address.repository, commit)
+    _check_folder(origin)
+    return origin
+
+
+def _weights(folder: Path, whole: bool) -> list[str]:
+    """The safetensors files that transformers loads, of which none need be there yet. whole: whether all of them are one."""
+    files = Files(folder)
+    if whole and (files.weights is None or files.weights.name == INDEX):
+        return [WHOLE]
+    return [shard.name for shard in files.shards]
+
+
+def _check_listing(address: Address, files: Collection[str]) -> None:
+    """Raises InputError if what an address names in a repository is no checkpoint, by the names of its files."""
+    path = PurePosixPath(address.path)
+    if address.path in files:
+        folder = address._replace(path="" if len(path.parts) < 2 else path.parent.as_posix())
+        raise InputError(f"model {address} is a file, but not a .gguf one; give the folder it is in: {folder}")
+    inside = f"{address.path}/" if address.path else ""
+    here = [file.removeprefix(inside) for file in files if file.startswith(inside)]
+    if not here:
+        raise _absent(address, sorted({file.rpartition("/")[0] for file in files if file.endswith("/config.json")}))
+    _check_files(str(address), here)
+
+
+def _gguf_from_hub(address: Address, files: Collection[str] | None) -> Origin:
+    wanted = gguf_files.siblings(address.path)
+    if files is not None and not {*wanted} <= {*files}:
+        raise _absent(address, gguf_files.first_parts(files))
+    snapshot = hub.download(address, wanted)
+    file = snapshot / address.path
+    if not file.is_file():
+        raise _absent(address, [])
+    return _of_gguf(Origin(str(address), file.parent, file.name, address.repository, hub.commit_of(snapshot)))
+
+
+def _absent(address: Address, there: Sequence[str]) -> InputError:
+    """The error for a folder or a GGUF file that a repository has not; ``there``: those that it has."""
+    root = address._replace(path="")
+    others = f"it has {_listed(str(root), there)}" if there else f"see {address.url}/tree/{address.revision or 'main'}"
+    return InputError(f"model {address}: {root} has no {address.path}; {others}")

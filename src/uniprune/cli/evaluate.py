@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar
 import click
 from pydantic import Field
 
-from uniprune.cli.groups import Overwrite, Printed, Source, Target
+from uniprune.cli.groups import Overwrite, Printed, Revision, Source, Target, at
 from uniprune.cli.options import Only
 from uniprune.cli.terminal import Bars, quiet, show
 from uniprune.common.options import Commas, Flag, Options, Positional
@@ -21,8 +21,16 @@ from uniprune.speed.settings import Measurement
 
 class Evaluated(Options):
     model: Annotated[str | None, Positional("[MODEL]")] = Field(
-        default=None, description="Model or output folder: a folder, a .gguf file, or a Hub name."
+        default=None, description="Model or output folder: a folder, a .gguf file, or a Hub name (owner/name)."
     )
+    revision: str | None = Revision
+
+    @property
+    def name(self) -> str | None:
+        """The model, with its revision."""
+        if self.model is None and self.revision is not None:
+            raise InputError("--revision is of MODEL, which is missing; give it, or leave --revision out")
+        return None if self.model is None else at(self.model, self.revision)
 
 
 class Comparison(Options):
@@ -73,23 +81,24 @@ def evaluate(
         raise InputError(
             "--check re-runs the evaluation that RESULT records; give no more than MODEL, --against and --device with it"
         )
-    if source.model is None and not result_file:
+    name = source.name
+    if name is None and not result_file:
         raise InputError("the argument MODEL is missing; it can be left out with --check only, whose RESULT names it")
     if target.output:
         check_output_file(target.output, run.overwrite, suffix=".json")
     models: dict[str, Any] = {"against": comparison.against, "device": run.device}
     if result_file:
         with Bars() as progress:
-            found = check(result_file, source.model, **models, progress=progress)
+            found = check(result_file, name, **models, progress=progress)
         if target.output:
             found.write(target.output)
         show(found, printed.as_json, *tables.check_lines(found))
         if not found.reproduced:
             raise click.exceptions.Exit(1)
         return
-    assert source.model is not None
+    assert name is not None
     with Bars() as progress:
-        result = evaluate(source.model, **models, progress=progress, **request.given())
+        result = evaluate(name, **models, progress=progress, **request.given())
     if target.output:
         result.write(target.output)
     show(result, printed.as_json, *tables.evaluation_tables(result))
@@ -110,7 +119,7 @@ def sweep(
 
     options = {**scope.given(), **request.given(), **run.given()}
     with Bars() as progress:
-        result = sweep(source.model, sparsities.scores, target.output, sparsities.sparsities, **options, progress=progress)
+        result = sweep(source.name, sparsities.scores, target.output, sparsities.sparsities, **options, progress=progress)
     show(result, printed.as_json, sweep_table(result))
 
 
@@ -120,7 +129,7 @@ def bench(source: Source, measurement: Measurement, printed: Printed) -> None:
     from uniprune.entrypoints.bench import bench
 
     with Bars() as progress:
-        result = bench(source.model, **measurement.given(), progress=progress)
+        result = bench(source.name, **measurement.given(), progress=progress)
     show(result, printed.as_json, bench_table(result), *result.verdicts, *result.notes)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field
 
@@ -20,10 +20,28 @@ SAMPLES = "text field split bos windows length seed"
 LAYERS = "include exclude dtype"
 
 
+def at(model: str, revision: str | None) -> str:
+    """A model's name with a revision. Raises InputError if it has none."""
+    from uniprune.checkpoints.hub import at_revision
+
+    return at_revision(model, revision)
+
+
+Revision: Any = Field(default=None, description="Branch, tag or commit of a Hub model; or as MODEL@REVISION.")
+
+
 class Source(Options):
     """The model that a command works on."""
 
-    model: Annotated[str, Positional()] = Field(description="Model: a folder, a .gguf file, or a Hub name.")
+    model: Annotated[str, Positional()] = Field(
+        description="Model: a folder, a .gguf file, or a Hub name (owner/name, owner/name/folder, owner/name/file.gguf)."
+    )
+    revision: str | None = Revision
+
+    @property
+    def name(self) -> str:
+        """The model, with its revision."""
+        return at(self.model, self.revision)
 
 
 class Target(Options):

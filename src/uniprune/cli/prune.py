@@ -16,10 +16,10 @@ from uniprune.common.options import Flag, Options, Positional
 from uniprune.job.options import RunOptions
 
 if TYPE_CHECKING:
-    from uniprune.artefacts.reports import Pruning
+    from uniprune.artefacts.reports import ExpertRemoval, Pruning
 
 CALIBRATE = Only(SPARSITY, "metric", CONTROLLER, SAMPLES, LAYERS, "config")
-PRUNE = Only(SPARSITY, "size metric", CONTROLLER, "sequential refine", SAMPLES, LAYERS, "config")
+PRUNE = Only(SPARSITY, "size experts metric", CONTROLLER, "sequential refine", SAMPLES, LAYERS, "config")
 PERMUTE = Only("metric", SAMPLES, LAYERS)
 
 
@@ -49,7 +49,7 @@ def plan(
     from uniprune.cli.tables import plan_lines, plan_table
     from uniprune.entrypoints.plan import plan
 
-    found = plan(source.model, asked, **run.given())
+    found = plan(source.name, asked, **run.given())
     show(found, printed.as_json, plan_table(found), *plan_lines(found))
 
 
@@ -60,7 +60,7 @@ def calibrate(
     from uniprune.entrypoints.calibrate import calibrate
 
     with Bars() as progress:
-        facts = calibrate(source.model, asked, target.output, **run.given(), progress=progress)
+        facts = calibrate(source.name, asked, target.output, **run.given(), progress=progress)
     if first():
         result = {"output": str(target.output), **facts.record()}
         show(result, printed.as_json, f"{target.output}: scores of {facts.base_name} by {facts.recipe['metric']}")
@@ -82,7 +82,7 @@ def apply(source: Source, masks: Masks, target: Target, push: Push, over: Overwr
 
     upload = push_of(push, over)
     options = {key: value for key, value in masks.given().items() if key != "masks"}
-    result = apply(source.model, masks.masks, target.output, **over.given(), **options)
+    result = apply(source.name, masks.masks, target.output, **over.given(), **options)
     _show_pruned(target.output, result, upload(target.output), printed)
 
 
@@ -94,7 +94,7 @@ def prune(
 
     upload = push_of(push, run)
     with Bars() as progress:
-        result = prune(source.model, asked, target.output, **run.given(), progress=progress)
+        result = prune(source.name, asked, target.output, **run.given(), progress=progress)
     if first():
         _show_pruned(target.output, result, upload(target.output), printed)
 
@@ -113,19 +113,16 @@ def permute(
 
     asked = Recipe(sparsity=order.sparsity, **recipe.given())
     with Bars() as progress:
-        result = permute(source.model, asked, target.output, **run.given(), progress=progress)
+        result = permute(source.name, asked, target.output, **run.given(), progress=progress)
     gains = result.permuted.values()
     before, after = fmean(gain.kept_before for gain in gains), fmean(gain.kept_after for gain in gains)
     line = f"{target.output}: {len(gains)} MLPs; {result.pattern} keeps {after:.4f} of their scores, not {before:.4f}"
     show({"output": str(target.output), **result.record()}, printed.as_json, line)
 
 
-def _show_pruned(output: Path, report: Pruning, uploaded: dict[str, str], printed: Printed) -> None:
+def _show_pruned(output: Path, report: Pruning | ExpertRemoval, uploaded: dict[str, str], printed: Printed) -> None:
     """uploaded: where to, if the folder was."""
-    from uniprune.common import formatting
+    from uniprune.cli.tables import pruned_lines
 
-    lines = [f"{output}: {report.pattern}, sparsity {report.sparsity:.4f} in {len(report.matrices)} matrices"]
-    if report.model.quantised:
-        lines.append(f"Its codes are the source's ({report.model.quantised}), those of pruned weights that of 0; scales stay.")
-    lines += [f"uploaded to {url}" for url in uploaded.values()]
-    show({"output": str(output), **report.record(), **uploaded}, printed.as_json, *lines, formatting.NOTE)
+    lines = [*pruned_lines(report), *(f"uploaded to {url}" for url in uploaded.values())]
+    show({"output": str(output), **report.record(), **uploaded}, printed.as_json, f"{output}: {lines[0]}", *lines[1:])

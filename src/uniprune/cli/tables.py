@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.markup import escape
 from rich.table import Table
 
+from uniprune.artefacts.reports import ExpertRemoval, Pruning
 from uniprune.common.formatting import NOTE
 from uniprune.comparison.results import Comparison
 from uniprune.entrypoints.bench import Speeds
@@ -51,6 +52,12 @@ def plan_lines(plan: Plan) -> list[str]:
         lines.append(
             f"Quantised ({plan.quantised}): dequantised to {plan.dtype} to be scored, pruned in the codes; scales stay."
         )
+    if plan.experts:
+        kept, groups = plan.experts, f", as many in each of {plan.experts.groups} groups" if plan.experts.groups > 1 else ""
+        lines.append(
+            f"Experts: {kept.kept} of {kept.of} stay in each of {kept.layers} layers{groups}; {kept.parameters / 1e6:.1f}M "
+            "parameters are left, and nothing else is changed."
+        )
     how = {
         "sharded": f"blocks in the memory of all processes, about {plan.memory / 1e9:.1f} GB in each beside its part of them",
         "resident": f"the whole model in memory, about {plan.memory / 1e9:.1f} GB",
@@ -73,7 +80,24 @@ def plan_lines(plan: Plan) -> list[str]:
         lines.append(
             "Some layers do not support the pattern: prune refuses until --unsupported, --rule or --exclude says what they get."
         )
-    return [*lines, NOTE]
+    return lines if plan.experts else [*lines, NOTE]
+
+
+def pruned_lines(report: Pruning | ExpertRemoval) -> list[str]:
+    """What a run removed, in sentences."""
+    if isinstance(report, Pruning):
+        lines = [f"{report.pattern}, sparsity {report.sparsity:.4f} in {len(report.matrices)} matrices"]
+        if report.model.quantised:
+            lines.append(
+                f"Its codes are the source's ({report.model.quantised}), those of pruned weights that of 0; scales stay."
+            )
+        return [*lines, NOTE]
+    kept = report.experts
+    lines = [f"{kept.kept} of {kept.of} experts in each of {kept.layers} layers, {kept.parameters / 1e6:.1f}M parameters"]
+    if report.unreached:
+        count, (layer, numbers) = sum(map(len, report.unreached.values())), next(iter(report.unreached.items()))
+        lines.append(f"No calibration token was routed to {count} experts, e.g. number {numbers[0]} of {layer}.")
+    return lines
 
 
 def evaluation_table(rows: Mapping[str, Evaluation]) -> Table:

@@ -162,12 +162,13 @@ class File(_Counting):
 
 @dataclass
 class HubShard(_Counting):
-    """A shard of a dataset of ``datasets``. streamed: whether it is downloaded while it is read."""
+    """A shard of a dataset of ``datasets``. streamed: whether it is downloaded while it is read; commit: of the dataset."""
 
     name: str
     data: Any
     reader: Reader
     streamed: bool
+    commit: str | None = None
     join: str = JOIN
     size: int = UNKNOWN
 

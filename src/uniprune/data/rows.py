@@ -263,6 +263,24 @@ def load_hub(path: str, what: str, instead: str = "", **options: Any) -> Any:
         return datasets.load_dataset(path, **options)
 
 
+def commit_of(path: str, what: str, revision: str | None) -> str | None:
+    """The commit that a revision of a Hub dataset is now; None where the Hub is not asked, or does not answer.
+
+    Raises InputError if there is no such revision.
+    """
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import RevisionNotFoundError
+
+    if constants.HF_HUB_OFFLINE:
+        return None
+    try:
+        return HfApi().dataset_info(path, revision=revision).sha
+    except RevisionNotFoundError:
+        raise InputError(f"{what} {path} has no revision {revision!r}; leave it out, or see its page on the Hub") from None
+    except Exception:  # whatever is wrong, datasets meets it, too, if its cache is no way out
+        return None
+
+
 @contextmanager
 def reachable(path: str, what: str, instead: str = "") -> Iterator[None]:
     """Inside ``with``, what goes wrong with a Hub dataset is an InputError that names it."""

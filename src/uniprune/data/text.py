@@ -20,7 +20,7 @@ from uniprune.data.bos import Bos
 from uniprune.data.documents import JOIN, Reader
 from uniprune.data.formats import COMPRESSED, READABLE, SUFFIXES, recognise, suffix_of
 from uniprune.data.parts import File, HubShard, Listed, Part
-from uniprune.data.rows import load_hub, reachable, read_hub
+from uniprune.data.rows import commit_of, load_hub, reachable, read_hub
 from uniprune.errors import InputError
 from uniprune.storage.record import Count, Facts
 
@@ -41,7 +41,7 @@ ABOUT = re.compile(r"(readme|licen[cs]e|changelog|citation|notice|contributing|d
 class Sample(Facts):
     """What was read of a text. whole: all of it; else ``passages`` from all over it, ``characters`` in all.
 
-    documents: how many were seen, as far as they were counted; text_sha256: of all of the text.
+    documents: how many were seen, as far as they were counted; text_sha256: of all of the text; commit: of a Hub dataset.
     """
 
     whole: bool = True
@@ -51,6 +51,7 @@ class Sample(Facts):
     passages: Count | None = None
     characters: Count | None = None
     text_sha256: str | None = None
+    commit: str | None = None
 
 
 class TextFacts(Facts):
@@ -129,8 +130,9 @@ def open_text(text: Text, use: Use, tokenizer: Any = None) -> list[Part]:
             f"text {text.source!r} is neither one of {', '.join(NAMED)} nor an existing file or folder, "
             "nor the name of a Hub dataset, owner/name or owner/name:config"
         )
-    options = {"name": found["config"], "revision": found["revision"]}
-    return _shards(text, use, tokenizer, found["name"], {key: value for key, value in options.items() if value})
+    commit = commit_of(found["name"], "text", found["revision"])
+    options = {"name": found["config"], "revision": commit or found["revision"]}
+    return _shards(text, use, tokenizer, found["name"], {key: value for key, value in options.items() if value}, commit)
 
 
 # -------------------------------------------------------------------------------------------------------------- folders
@@ -164,11 +166,11 @@ def _ignored(path: Path) -> bool:
 # ------------------------------------------------------------------------------------------------------------------ hub
 
 
-def _shards(text: Text, use: Use, tokenizer: Any, name: str, options: dict[str, Any]) -> list[Part]:
+def _shards(text: Text, use: Use, tokenizer: Any, name: str, options: dict[str, Any], commit: str | None = None) -> list[Part]:
     """The shards of a dataset, streamed; a slice of a split (``train[:1%]``) is loaded as a whole."""
     reader = partial(Reader, text.field, tokenizer)
     if text.split is not None and not text.split.isidentifier():
-        return [HubShard(str(text), load_hub(name, "text", split=text.split, **options), reader(), streamed=False)]
+        return [HubShard(str(text), load_hub(name, "text", split=text.split, **options), reader(), False, commit)]
     splits = load_hub(name, "text", streaming=True, **options)
     split = text.split or next((split for split in SPLITS[use] if split in splits), None)
     if split not in splits:
@@ -178,7 +180,7 @@ def _shards(text: Text, use: Use, tokenizer: Any, name: str, options: dict[str, 
         data = splits[split]
         count = min(SHARDS, data.num_shards)
         shards = [data.shard(count, index) if count > 1 else data for index in range(count)]
-    return [HubShard(f"{text} ({split})", shard, reader(), streamed=True) for shard in shards]
+    return [HubShard(f"{text} ({split})", shard, reader(), True, commit) for shard in shards]
 
 
 # ---------------------------------------------------------------------------------------------------------------- named

@@ -143,6 +143,8 @@ def load_windows(
         tokens = encoder.finished(tokens)
         content = hashlib.sha256(beginning.encode()).hexdigest() if whole else None
         sample = Sample(whole=True, files=len(parts), documents=sum(part.seen for part in parts), text_sha256=content)
+    if isinstance(parts[0], HubShard) and parts[0].commit:
+        sample = sample.model_copy(update={"commit": parts[0].commit})
     _say(text, parts, encoder, len(tokens), sample)
     found = Windows(tokens, text.source, available, encoder.bos, encoder.token, stride, parts[0].join, sample)
     if use == "evaluation" and hasattr(tokenizer, "decode"):

@@ -67,11 +67,7 @@ def apply(
             writer.write_checkpoint(loaded, file, folder, check)
         removed = file.removed()
         report = Pruning(
-            model=ModelFacts(
-                name=str(origin),
-                fingerprint=writer.fingerprint(found),
-                quantised=str(origin.quantised) if origin.quantised else None,
-            ),
+            model=ModelFacts.of(origin, writer.fingerprint(found)),
             pattern=file.facts.pattern,
             structure=claimed(file.facts.pattern),
             **realised(removed, file.shapes),

@@ -71,8 +71,6 @@ def bench(
     dtypes, batches, sparsities = list(dict.fromkeys(dtypes)), list(dict.fromkeys(batches)), list(dict.fromkeys(sparsities))
     _check(dtypes, batches, sparsities)
     place = parse_device(device)
-    if place.type not in ("cpu", "cuda"):
-        raise InputError(f"device {device!r}: kernels are measured on cpu and cuda only")
     origin = resolve(source)
     shapes = Counter(matrix.shape for matrix in find_matrices(skeleton(origin)).values())
     at, watch = Conditions(place, [DTYPES[name] for name in dtypes], batches, sparsities, seconds=seconds), Stopwatch()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from uniprune.artefacts.scores import ScoresFacts, ScoresFile, write_scores
+from uniprune.checkpoints.origin import spelled
 from uniprune.common import distributed
 from uniprune.common.progress import Progress, silent
 from uniprune.common.provenance import versions
@@ -36,6 +37,8 @@ def calibrate(
     if recipe.sequential:
         flag = "--refine" if recipe.refine else "--sequential"
         raise InputError(f"{flag} needs the masks while it calibrates; use it with prune")
+    if recipe.experts is not None:
+        raise InputError("--experts is for prune, which takes whole experts out; leave it out")
     if recipe.size is not None:
         raise InputError(
             "a size is for prune; calibrate with --sparsity, at the sparsity that plan --size shows, or with neither"
@@ -77,7 +80,7 @@ def _finished(output: Path, recipe: Recipe, source: Source) -> ScoresFacts | Non
 
 def same_run(settings: Mapping[str, Any], name: str, output: Path, recipe: Recipe, source: Source) -> bool:
     """Whether an output is of these settings and this model; what is left of its run is then deleted."""
-    if settings != json.loads(json.dumps(recipe.record())) or name != str(source):
+    if settings != json.loads(json.dumps(recipe.record())) or name != spelled(source):
         return False
     runs.discard(output)
     return True

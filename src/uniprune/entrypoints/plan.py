@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from uniprune.checkpoints.origin import resolve
 from uniprune.errors import InputError
+from uniprune.experts import removal
 from uniprune.job import estimate
 from uniprune.job.options import RunOptions
 from uniprune.job.prepare import aim_of, choose, device_of, stored_dtype
@@ -21,7 +23,9 @@ def plan(source: str | Path, recipe: Recipe, *, device: str | None = None, max_m
     """
     origin = resolve(source)
     model = skeleton(origin)
-    matrices = find_matrices(model, recipe.include, recipe.exclude)
+    matrices, more = find_matrices(model, recipe.include, recipe.exclude), dict[str, Any]()
+    if recipe.experts is not None:
+        matrices, more["experts"], more["disk"] = removal.planned(recipe.experts, model, matrices)
     stored = stored_dtype(origin, matrices)
     length = recipe.length or LENGTH
     options = RunOptions.of(device=device, max_memory=max_memory)
@@ -43,4 +47,6 @@ def plan(source: str | Path, recipe: Recipe, *, device: str | None = None, max_m
     aim = aim_of(recipe, model, matrices, weights)
     tokens = (recipe.windows or WINDOWS) * length
     found = estimate.make_plan(origin, work, aim.pattern, aim.unsupported, tokens, target, needs, execution)
-    return found.model_copy(update={"size": aim.budget.size, "sparsity_for_size": aim.sparsity}) if aim.budget else found
+    if aim.budget:
+        more |= {"size": aim.budget.size, "sparsity_for_size": aim.sparsity}
+    return found.model_copy(update=more)

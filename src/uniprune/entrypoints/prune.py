@@ -10,12 +10,13 @@ from torch import Tensor
 
 from uniprune.artefacts import writer
 from uniprune.artefacts.masks import MasksFile, write_masks
-from uniprune.artefacts.reports import Permutation, Pruning, SizeBudget, read_report, realised
+from uniprune.artefacts.reports import ExpertRemoval, Pruning, SizeBudget, read_report, realised
 from uniprune.common import distributed
 from uniprune.common.progress import Progress, silent
 from uniprune.common.provenance import Stopwatch, sha256, versions
 from uniprune.entrypoints.calibrate import same_run
 from uniprune.errors import InputError
+from uniprune.experts import removal
 from uniprune.job.options import RunOptions
 from uniprune.job.prepare import Aim, Job, device_of, prepare, progress_of
 from uniprune.job.recipe import Recipe
@@ -38,10 +39,11 @@ if TYPE_CHECKING:
 
 def prune(
     source: Source, recipe: Recipe, output: Path, *, progress: Progress = silent, **options: Unpack[RunKeywords]
-) -> Pruning:
+) -> Pruning | ExpertRemoval:
     """Prunes a model and writes the checkpoint, its masks and pruning.json to ``output``; returns that report.
 
-    source: a folder, hub name or GGUF file, or a model in memory. Kept weights are bitwise the source's.
+    source: a folder, hub name or GGUF file, or a model in memory. Kept weights are bitwise the source's. With ``experts`` in
+    the recipe the checkpoint is a smaller one, without some of each layer's experts, and there are no masks.
     options: ``device``; ``max_memory``, in bytes (by default what is free): a model that does not fit is run block by block
     from its files; ``resume``: go on with an interrupted run of the same settings, to the same masks; ``overwrite`` existing
     output; ``save_tokens``: also write the calibration windows there. See :class:`uniprune.job.options.RunOptions`.
@@ -53,6 +55,8 @@ def prune(
     with distributed.joined(device_of(asked)):
         if asked.resume and (report := _finished(output, recipe, source)):
             return report
+        if recipe.experts is not None:
+            return _without_experts(source, recipe, output, asked, progress)
         with watch("prepare"):
             job = prepare(source, recipe, output, asked)
         with progress_of(output, asked, job.identity(recipe, command="prune")) as run:
@@ -77,6 +81,8 @@ def prune_in_place(loaded: Loaded, recipe: Recipe, *, save_tokens: Path | None =
     Kept weights keep their bits. Raises InputError before the heavy work starts if anything asked for cannot be done.
     """
     _check_budget(recipe)
+    if recipe.experts is not None:
+        raise InputError("--experts leaves a smaller model, which is written: use prune, not prune_in_place")
     watch, options = Stopwatch(), RunOptions(save_tokens=save_tokens)
     with distributed.joined(device_of(options)):
         with watch("prepare"):
@@ -93,7 +99,7 @@ def prune_in_place(loaded: Loaded, recipe: Recipe, *, save_tokens: Path | None =
 
 def _check_budget(recipe: Recipe) -> None:
     """Raises InputError unless a recipe says how much is to go."""
-    if recipe.size is None:
+    if recipe.size is None and recipe.experts is None:
         recipe.pattern()
 
 
@@ -119,7 +125,37 @@ def _cut(job: Job, recipe: Recipe, calibration: Calibration, watch: Stopwatch) -
         return _Cut(aim.pattern(scaled), aim, record)
 
 
-def _finished(output: Path, recipe: Recipe, source: Source) -> Pruning | None:
+def _without_experts(source: Source, recipe: Recipe, output: Path, asked: RunOptions, progress: Progress) -> ExpertRemoval:
+    """The run of a recipe that removes whole experts."""
+    watch = Stopwatch()
+    with watch("prepare"):
+        run_of = removal.prepared(source, recipe, output, asked)
+    job = run_of.job
+    with progress_of(output, asked, job.identity(recipe, command="prune")) as run:
+        with watch("calibrate"):
+            layers, record = run_of.choose(progress, run)
+        if not distributed.rank():
+            with files.new_folder(output, run.folder) as folder:
+                with watch("write"):
+                    run_of.write(layers, folder)
+                report = ExpertRemoval(
+                    model=job.model,
+                    experts=run_of.counts,
+                    layers=layers,
+                    unreached={layer: one.unreached for layer, one in layers.items() if one.unreached},
+                    recipe=recipe.record(),
+                    calibration=job.windows.describe(),
+                    versions=versions(),
+                    seconds=watch.seconds,
+                    **record,
+                )
+                model_card.write(folder, report, job.loaded.origin)
+                report.write(folder / files.REPORT)
+                run.commit("done", {})
+    return ExpertRemoval.read(output / files.REPORT)
+
+
+def _finished(output: Path, recipe: Recipe, source: Source) -> Pruning | ExpertRemoval | None:
     """The report of this very run, if its output is there already: a job that is started again has nothing to do."""
     path = output / files.REPORT
     if runs.pending(output) or not path.is_file():
@@ -128,7 +164,7 @@ def _finished(output: Path, recipe: Recipe, source: Source) -> Pruning | None:
         report = read_report(path)
     except InputError as error:
         raise InputError(f"{error} (--overwrite without --resume)") from None
-    if isinstance(report, Permutation):
+    if not isinstance(report, Pruning | ExpertRemoval):
         return None
     return report if same_run(report.recipe, report.model.name, output, recipe, source) else None
 

@@ -12,6 +12,7 @@ from typing import Literal
 
 import torch
 
+from uniprune.artefacts.reports import ExpertCounts
 from uniprune.checkpoints.origin import Origin
 from uniprune.controller.passes import PART_TOKENS
 from uniprune.job.recipe import Recipe
@@ -92,6 +93,7 @@ class Plan(Record):
     scratch: beside it, while the run lasts. size: what the archive may take, if that was asked for; sparsity_for_size: what
     meets it.
     quantised: how the files store weights as codes, if they do; they are dequantised to ``dtype``.
+    experts: what is kept of them, if some are to be removed whole; disk is then the smaller model's.
     left_dense: matrices in the blocks that are never pruned, and why. shared: those that several modules multiply by, and are
     pruned once, and how many modules. fits: whether every matrix can have the pattern.
     """
@@ -118,6 +120,7 @@ class Plan(Record):
     seconds: float
     size: Count | None = None
     sparsity_for_size: float | None = None
+    experts: ExpertCounts | None = None
     left_dense: dict[str, str] = {}
     shared: dict[str, Count] = {}
     fits: bool

@@ -102,8 +102,7 @@ class Job:
 
     @property
     def model(self) -> ModelFacts:
-        dtype = dtype_name(next(self.loaded.model.parameters()).dtype)
-        return ModelFacts(name=str(self.loaded), fingerprint=self.binding.base, quantised=self.loaded.quantised, dtype=dtype)
+        return ModelFacts.of(self.loaded, self.binding.base)
 
     def calibration(self, progress: Progress, run: runs.Run | None = None) -> Calibration:
         """What the job calibrates on. run: where its progress is kept."""

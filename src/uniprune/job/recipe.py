@@ -53,6 +53,7 @@ class Recipe(Settings):
             flag, name = "--refine" if self.refine else "--sequential", controllers.name_of(controller)
             raise InputError(f"{flag} and --controller {name} exclude each other; use one of them")
         parse(self.hardware)
+        self._check_experts()
         if self.size is not None:
             self._check_size()
         elif self.sparsity is None and (self.allow or self.rules):
@@ -71,6 +72,20 @@ class Recipe(Settings):
         if isinstance(tuning := data.get("tuning"), dict) and "tuning" in overrides:
             overrides["tuning"] = tuning | overrides["tuning"]  # setting by setting
         return cls(**(data | overrides))
+
+    def _check_experts(self) -> None:
+        """Raises InputError for settings that do not go with whole experts, or go with nothing else."""
+        metric = self.parsed_metric()
+        if isinstance(metric, metrics.REAP) and (self.experts is None or self.corrected):
+            raise InputError("--metric reap scores whole experts by themselves; give it with --experts and --controller none")
+        if self.experts is None:
+            return
+        others = ("sparsity", "size", "scope", "allow", "rules", "sequential", "refine", "include", "exclude")
+        if given := [name for name in others if getattr(self, name)]:
+            raise InputError(
+                f"--experts removes whole experts of all layers and nothing else; leave out {', '.join(given)}, and prune its "
+                "output afterwards"
+            )
 
     def _check_size(self) -> None:
         parse_size(str(self.size))
@@ -108,7 +123,8 @@ class Recipe(Settings):
     def parsed_controller(self) -> Controller | None:
         """The controller with its settings; None where the metric is all."""
         if self.controller is None:
-            return controllers.parse("none" if self.sequential else "feedback", self.tuning)
+            alone = self.sequential or isinstance(self.parsed_metric(), metrics.REAP)
+            return controllers.parse("none" if alone else "feedback", self.tuning)
         return controllers.parse(self.controller, self.tuning) if isinstance(self.controller, str) else self.controller
 
     @property

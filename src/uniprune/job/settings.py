@@ -46,6 +46,13 @@ class Sparsity(Options):
     size: Annotated[str | None, Flag(metavar="SIZE"), Number] = Field(
         default=None, description="Target size of the packed archive instead of a sparsity, e.g. 120MB; see uniprune pack."
     )
+    experts: Annotated[float | None, Flag(metavar="FRACTION")] = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="Instead of a sparsity: fraction of the experts of a mixture (MoE) to remove whole, as many in each layer; "
+        "see docs/experts.md.",
+    )
     scope: Annotated[Scope | None, Flag(default="model with the controller, else row")] = Field(
         default=None, description="Granularity of the sparsity target: per row, matrix, decoder block, or global (model)."
     )
@@ -73,12 +80,15 @@ class Method(Options):
     heading: ClassVar[str] = "Method"
 
     metric: str | Metric = Field(
-        default="wanda", description="Saliency metric: magnitude, wanda, ria:a=0.5 or stochria:a=0.5,beta=0.1."
+        default="wanda",
+        description="Saliency metric: magnitude, wanda, ria:a=0.5 or stochria:a=0.5,beta=0.1; of whole experts also reap.",
     )
-    controller: Annotated[str | Controller | None, Flag(metavar="NAME", default="feedback; none with --sequential")] = Field(
-        default=None,
-        description="Corrects the metric's scores by the loss of the whole pruned model: feedback (mirror descent), unipruning "
-        "(the published objective, for comparison) or none (the metric alone).",
+    controller: Annotated[str | Controller | None, Flag(metavar="NAME", default="feedback; none with --sequential or reap")] = (
+        Field(
+            default=None,
+            description="Corrects the metric's scores by the loss of the whole pruned model: feedback (mirror descent), "
+            "unipruning (the published objective, for comparison) or none (the metric alone).",
+        )
     )
     budget_tokens: Annotated[int | None, Flag(default="each calibration sample once")] = Field(
         default=None, ge=1024, description="Tokens for the controller, repeats included: more time, better masks."

@@ -55,6 +55,11 @@ class Slice(nn.Module):
         return parameter
 
     @property
+    def expert(self) -> int:
+        """The number of its expert."""
+        return self._expert
+
+    @property
     def place(self) -> str:
         """Where its weight lies in the parameter, but for the expert's number."""
         return f"{self._parameter}[{self._rows.start}:{self._rows.stop}]"
@@ -74,6 +79,17 @@ class Slice(nn.Module):
         return functional.linear(x, self.weight.T if self.fused.transposed else self.weight, self.bias)
 
 
+class Output(Slice):
+    """What an expert puts out, times the router's weight: it is given that and gives it back, so that it can be observed."""
+
+    def __init__(self, fused: Fused, expert: int) -> None:
+        width = fused.width
+        vars(self).update(fused=fused, _parameter="down_proj", _expert=expert, flipped=False, shape=(width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
 class Fused:
     """A module of fused experts, taken apart.
 
@@ -86,6 +102,7 @@ class Fused:
         self.first = "gate_up_proj" if "gate_up_proj" in module._parameters else "up_proj"
         self.experts = len(module._parameters[self.first])
         self.slices: dict[str, Slice] = {}
+        self.outputs: dict[int, Output] = {}  # of experts whose outputs are observed
         self._up: list[list[Slice]] = [[] for _ in range(self.experts)]
         self._down: list[list[Slice]] = [[] for _ in range(self.experts)]
         for parameter, into in ((self.first, self._up), ("down_proj", self._down)):
@@ -93,6 +110,12 @@ class Fused:
                 assert part.expert is not None
                 one = self.slices[part.region.name] = Slice(self, parameter, part)
                 into[part.expert].append(one)
+
+    @property
+    def width(self) -> int:
+        """Of what goes in and comes out."""
+        rows, columns = self.module._parameters["down_proj"].shape[1:]
+        return int(columns if self.transposed else rows)
 
     @property
     def complete(self) -> bool:
@@ -111,6 +134,8 @@ class Fused:
             if getattr(module, "has_post_expert_norm", False):
                 y = module.post_expert_norm(y)
             weighted = y * top_k_weights[token, position, None]
+            if expert in self.outputs:
+                weighted = call(self.outputs[expert], weighted)
             output.index_add_(0, token, weighted.to(output.dtype))
         return output
 
@@ -194,7 +219,7 @@ class _Apart:
     @torch.no_grad()
     def _check(self, *args: Any, **kwargs: Any) -> None:
         expected = self._own(*args, **kwargs)
-        found = self._fused.run(Slice.forward, *args, **kwargs)
+        found = self._fused.run(lambda part, x: part.forward(x), *args, **kwargs)
         if not torch.allclose(found, expected, rtol=0.02, atol=0.02 * float(expected.abs().max())):
             kind = type(self._fused.module).__name__
             raise UniPruneError(

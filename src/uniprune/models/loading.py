@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from uniprune.storage.outline import Outline
 
 logger = logging.getLogger(__name__)
 
+TOKENIZERS = ("tokenizer*", "*.model", "vocab.json", "vocab.txt", "merges.txt")  # files that are, or are of, one
 UNBOUNDED = 1 << 30  # tokens: the context of models that have no limit
 
 
@@ -127,10 +129,12 @@ def parse_device(name: str | None) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise InputError(f"device {name!r} is unknown; use cpu, cuda or cuda:N") from None
-    if device.type == "meta":
-        raise InputError(f"device {name!r} computes nothing; use cpu, cuda or cuda:N")
+    if device.type not in ("cpu", "cuda"):  # Apple's mps has no float64, which sums are in; others were never tried
+        raise InputError(f"device {name!r} is not supported, only cpu and cuda are; use --device cpu")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InputError(f"device {name!r}: this PyTorch sees no CUDA device; use --device cpu")
+    if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
+        raise InputError(f"device {name!r}: this PyTorch sees {count} CUDA devices; use cuda:0 to cuda:{count - 1}")
     return device
 
 
@@ -141,9 +145,15 @@ def skeleton(origin: Origin) -> nn.Module:
         raise InputError(
             f"model {origin} is an encoder-decoder ({config.model_type}); only decoders (causal models) are supported"
         )
-    with torch.device("meta"):
-        model: nn.Module = _guarded(origin, lambda: _kind(config).from_config(config, trust_remote_code=False))
+    model: nn.Module = _guarded(origin, lambda: on_meta(config))
     bind(model, origin.files)
+    return model
+
+
+def on_meta(config: Any) -> nn.Module:
+    """A model as its configuration says, on the meta device."""
+    with torch.device("meta"):
+        model: nn.Module = _kind(config).from_config(config, trust_remote_code=False)
     return model
 
 
@@ -220,6 +230,8 @@ def _set_aside(config: Any) -> Any:
                 setattr(part, flag, False)
         if not getattr(part, "return_dict", True):
             part.return_dict = True
+        if getattr(part, "_attn_implementation", None) not in (None, "eager", "sdpa"):
+            part._attn_implementation = None  # a package, or code from the Hub, that need not be here
     return config
 
 
@@ -231,13 +243,19 @@ def load_tokenizer(origin: Origin) -> Any:
         return AutoTokenizer.from_pretrained(origin.folder, **origin.options())
     except Exception as error:  # transformers and tokenizers raise all kinds for a file that they cannot read
         reason = first_line(error)
-        if origin.gguf is None and any(origin.folder.glob("tokenizer*")):
-            raise InputError(
-                f"model {origin}: its tokenizer cannot be read ({reason}); fetch it again, or move its files away and give a "
-                "token file"
-            ) from error
-        logger.info("model %s has no usable tokenizer (%s)", origin, reason)
+        if origin.gguf is None and any(file for kind in TOKENIZERS for file in origin.folder.glob(kind)):
+            raise InputError(f"model {origin}: its tokenizer cannot be read ({reason}); {_remedy(origin)}") from error
+        note = logging.WARNING if origin.gguf else logging.INFO  # which always has one
+        logger.log(note, "model %s has no usable tokenizer (%s)", origin, reason)
         return None
+
+
+def _remedy(origin: Origin) -> str:
+    """What helps with a tokenizer that cannot be read."""
+    lacking = not (find_spec("sentencepiece") and find_spec("google"))
+    if lacking and any(origin.folder.glob("*.model")) and not (origin.folder / "tokenizer.json").exists():
+        return "pip install sentencepiece protobuf, which read its .model file"
+    return "fetch it again, or move its files away and give a token file"
 
 
 def load(source: str | Path | Origin, dtype: str | None = None, device: str | None = None) -> Loaded:
@@ -257,20 +275,16 @@ def load_weights(origin: Origin, dtype: torch.dtype | None, device: torch.device
     """The model in evaluation mode, without gradients."""
     if origin.files and origin.files.quantised.understood:
         return _dequantised(origin, dtype or native_dtype(origin), device)
-    options = origin.options()
+    options, config = origin.options(), _config(origin)
     if origin.gguf:
         from transformers import GgufConfig
 
         # Without this the model keeps quantised layers, which are no matrices and cannot be saved.
         options |= {"quantization_config": GgufConfig(dequantize=True), "dtype": dtype or torch.float32}
     else:
-        options |= {"dtype": dtype or "auto", "use_safetensors": True}
+        options |= {"dtype": dtype or "auto", "use_safetensors": True, "config": config}
     model: nn.Module
-    model, about = _guarded(
-        origin, lambda: _kind(_config(origin)).from_pretrained(origin.folder, output_loading_info=True, **options)
-    )
-    if not origin.gguf:  # which would be saved with it
-        _set_aside(model.config)
+    model, about = _guarded(origin, lambda: _kind(config).from_pretrained(origin.folder, output_loading_info=True, **options))
     if missing := sorted(about["missing_keys"]):  # they were drawn at random
         raise lacking(str(origin), model.config, missing)
     if origin.gguf:
@@ -306,6 +320,8 @@ def _guarded(origin: Origin, load: Callable[[], Any]) -> Any:
             raise InputError(
                 f"model {origin} needs its own code (auto_map), which is never run; give one that transformers has a class for"
             ) from error
+        if "ignore_mismatched_sizes" in str(error) and origin.files:
+            origin.files.layout(skeleton(origin))  # whose error says which sizes
         raise InputError(f"model {origin} cannot be loaded: {type(error).__name__}: {first_line(error)}"[:500]) from error
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from uniprune.artefacts.reports import Permutation, Pruning, read_report
+from uniprune.artefacts.reports import ExpertRemoval, Permutation, Pruning, read_report
 from uniprune.checkpoints.origin import Origin
 from uniprune.common.fields import replays
 from uniprune.common.formatting import NOTE
@@ -24,9 +23,10 @@ from uniprune.storage.files import REPORT, replacing
 
 MARK = "<!-- Written by uniprune: `uniprune card` replaces this file. -->"
 CARD = "README.md"
+WEIGHTS = ["*.safetensors", "*.index.json", "*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.gguf"]
 METRICS = {"acc": "accuracy", "acc_norm": "accuracy, per character", "perplexity": "perplexity of the answers"}
 
-Report = Pruning | Permutation
+Report = Pruning | Permutation | ExpertRemoval
 
 
 def card(report: Report, results: Sequence[Evaluation] = (), licence: str | None = None, images: bool = False) -> str:
@@ -35,18 +35,18 @@ def card(report: Report, results: Sequence[Evaluation] = (), licence: str | None
     report: what pruning.json says. results: what ``evaluate`` said of this checkpoint. licence: the base model's. images:
     whether it is of images and text.
     """
-    source = report.model.name
-    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", source) is not None and not os.path.exists(source)
+    repository, pattern = report.model.repository, getattr(report, "structure", None)
     data = ModelCardData(
-        base_model=source if on_hub else None,
+        base_model=repository,
         library_name="transformers",
         pipeline_tag="image-text-to-text" if images else "text-generation",
         license=licence,
-        tags=["pruned", "sparse", "uniprune", *(["n-m-sparsity"] if report.structure and report.structure.nm else [])],
-        model_name=f"{Path(source).name}, {_title(report)}",
+        tags=["pruned", "sparse", "uniprune", *(["n-m-sparsity"] if pattern and pattern.nm else [])],
+        model_name=f"{report.model.title}, {_title(report)}",
         eval_results=list(_eval_results(results)) or None,
     )
-    name = f"[{source}](https://huggingface.co/{source})" if on_hub else Path(source).name
+    page = f"https://huggingface.co/{repository}" + (f"/tree/{report.model.commit}" if report.model.commit else "")
+    name = f"[{repository}]({page})" if repository else report.model.title
     body = "\n\n".join(_body(report, results, name, images))
     return f"---\n{data.to_yaml()}\n---\n\n{MARK}\n\n{body}\n"
 
@@ -104,7 +104,8 @@ def check_push(repository: str) -> None:
 def push(folder: Path, repository: str, *, overwrite: bool = False) -> str:
     """Uploads an output folder to a hub repository, which is made if it is not there; returns its address.
 
-    overwrite: also into a repository that has files already.
+    overwrite: also into a repository that has files already; other weights that it has are deleted, since one of those may be
+    what is loaded.
     Raises UniPruneError if the hub refuses; the folder stays, and :func:`push` may be called again.
     """
     from huggingface_hub import HfApi
@@ -115,7 +116,13 @@ def push(folder: Path, repository: str, *, overwrite: bool = False) -> str:
         there = set(api.list_repo_files(repository)) - {".gitattributes"}
         if there and not overwrite:
             raise InputError(f"--push-to-hub {repository} has {len(there)} files; give another name, or --overwrite")
-        api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Pruned by uniprune", ignore_patterns=[".*"])
+        api.upload_folder(
+            repo_id=repository,
+            folder_path=folder,
+            commit_message="Pruned by uniprune",
+            ignore_patterns=[".*"],
+            delete_patterns=WEIGHTS,
+        )
     except (OSError, ValueError) as error:  # the hub client's errors are among them
         raise UniPruneError(f"{folder} is complete, but was not uploaded to {repository}: {first_line(error)}") from error
     return str(url)
@@ -125,12 +132,14 @@ def push(folder: Path, repository: str, *, overwrite: bool = False) -> str:
 
 
 def _body(report: Report, results: Sequence[Evaluation], source: str, images: bool) -> Iterator[str]:
-    yield f"# {Path(report.model.name).name}, {_title(report)}"
+    yield f"# {report.model.title}, {_title(report)}"
     if isinstance(report, Permutation):
         yield (
             f"The same dense model as {source}: the hidden channels of its MLPs stand in an order that suits "
             f"{report.pattern}. No weight was changed."
         )
+    elif isinstance(report, ExpertRemoval):
+        yield from _of_experts(report, source)
     else:
         yield (
             f"{source}, pruned after training by uniprune: **{report.sparsity:.1%} of the weights in "
@@ -169,8 +178,21 @@ def _body(report: Report, results: Sequence[Evaluation], source: str, images: bo
     if text := report.calibration:
         what = f"{text.windows} samples of {text.length} tokens of {Path(text.text).name}"
         about.insert(0, f"Calibrated on {what} (sha256 {(text.sha256 or 'unknown')[:12]})")
-    fingerprint = (report.model.fingerprint or "unknown")[:12]
-    yield f"{'; '.join(about)}. Model fingerprint {fingerprint}; all facts are in `{REPORT}`."
+    fingerprint, commit = (report.model.fingerprint or "unknown")[:12], report.model.commit
+    revision = f" of {report.model.name} at commit {commit}" if commit else ""
+    yield f"{'; '.join(about)}. Model fingerprint {fingerprint}{revision}; all facts are in `{REPORT}`."
+
+
+def _of_experts(report: ExpertRemoval, source: str) -> Iterator[str]:
+    kept = report.experts
+    yield (
+        f"{source} without some of its experts, removed by uniprune: **each of {kept.layers} layers has {kept.kept} of "
+        f"{kept.of} experts**, and its router as many rows. No weight was updated: what is kept has the bits of the original."
+    )
+    if report.unreached:
+        count, text = sum(map(len, report.unreached.values())), report.calibration
+        name = f" of {Path(text.text).name}" if text else ""
+        yield f"No calibration token{name} was routed to {count} of the original's experts; `{REPORT}` names them."
 
 
 def _rows(results: Sequence[Evaluation]) -> Iterator[tuple[str, str, str, str]]:
@@ -208,6 +230,8 @@ def _name(result: Evaluation) -> str:
 def _title(report: Report) -> str:
     if isinstance(report, Permutation):
         return f"channels ordered for {report.pattern}"
+    if isinstance(report, ExpertRemoval):
+        return f"{report.experts.kept} of {report.experts.of} experts"
     return f"{report.sparsity:.0%} sparse"
 
 

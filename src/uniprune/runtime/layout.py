@@ -247,8 +247,9 @@ def _provenance(origin: Origin, fingerprint: str) -> Provenance:
         report = reports.read_report(origin.folder / files.REPORT)
     except InputError:  # somebody else pruned it
         return Provenance(fingerprint=fingerprint)
+    pattern = None if isinstance(report, reports.ExpertRemoval) else report.pattern
     pruning = {"masks_sha256": report.masks_sha256} if isinstance(report, reports.Pruning) else {}
-    return Provenance(fingerprint=fingerprint, model=report.model, pattern=report.pattern, **pruning)
+    return Provenance(fingerprint=fingerprint, model=report.model, pattern=pattern, **pruning)
 
 
 def _write(path: Path, tensors: Sequence[ToPack | Kept], facts: RuntimeFacts, progress: Progress) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from uniprune.storage.runs import Run
 from uniprune.storage.stash import Stash
 from uniprune.storage.tensor_store import Store
 
+Settle = Callable[[Matrices, Statistics], None]
 SWEEP = "sweep"  # the stage of a run that goes from block to block
 
 
@@ -80,9 +81,10 @@ def one_shot(calibration: Calibration, metric: Metric) -> LocalSaliency:
 
 
 @torch.no_grad()
-def observed(calibration: Calibration, kind: Kind | None) -> Statistics:
+def observed(calibration: Calibration, kind: Kind | None, settle: Settle = pool, stage: str = SWEEP) -> Statistics:
     """The statistics of every matrix's inputs from one forward pass over the dense model; none of no kind, and no pass.
 
+    settle: what is done to complete ones, of all processes. stage: of a run, where they are kept.
     Of a model whose blocks are in memory one at a time, hidden states lie in the run, and finished blocks are not run again; a
     pass of a model in memory is short, and begins again.
     Raises UniPruneError if a matrix saw no token and has no fellows that did (see uniprune.saliency.statistics).
@@ -91,25 +93,25 @@ def observed(calibration: Calibration, kind: Kind | None) -> Statistics:
     if kind is None:
         return {}
     if calibration.streamed:
-        return _by_block(calibration, kind)
+        return _by_block(calibration, kind, settle, stage)
     todo = batches(distributed.share(calibration.windows))
     with observing(matrices, kind, calibration.device) as statistics:
         for batch in calibration.progress(todo, "calibrating", len(todo)):
             last_hidden(calibration.model, batch)
-    pool(matrices, statistics)
+    settle(matrices, statistics)
     return statistics
 
 
-def _by_block(calibration: Calibration, kind: Kind) -> Statistics:
+def _by_block(calibration: Calibration, kind: Kind, settle: Settle, stage: str) -> Statistics:
     matrices, device = calibration.matrices, calibration.device
-    store, runner = open_sweep(calibration)
+    store, runner = open_sweep(calibration, stage)
     with observing(matrices, kind, device) as statistics:
         for name, found in store.items() if store is not None else ():
             statistics[name].add(found["total"].to(device), int(found["tokens"]))
         for index in calibration.progress(runner, "calibrating block by block", len(runner)):
             runner.run(index, advance=True)
             here = {name: statistics[name] for name, matrix in matrices.items() if matrix.block == index}
-            pool(matrices, here)
+            settle(matrices, here)
             if store is not None:
                 for name, statistic in here.items():
                     store[name] = {"total": statistic.total, "tokens": torch.tensor(statistic.tokens)}
@@ -117,12 +119,12 @@ def _by_block(calibration: Calibration, kind: Kind) -> Statistics:
     return statistics
 
 
-def open_sweep(calibration: Calibration) -> tuple[Store | None, Blocks]:
+def open_sweep(calibration: Calibration, stage: str = SWEEP) -> tuple[Store | None, Blocks]:
     """What an earlier run has kept of its blocks, if there is a run, and the blocks still to be run over the windows."""
     replay = Replay(calibration.model, find_blocks(calibration.model)[1], calibration.residency)
     mine = distributed.share(calibration.windows)
     if calibration.run is None:
         return None, Blocks(replay, mine)
-    store, stash = Store(calibration.run, SWEEP), calibration.run.folder / "stash"
+    store, stash = Store(calibration.run, stage), calibration.run.folder / f"{stage}-stash"
     stash.mkdir(exist_ok=True)
     return store, Blocks(replay, mine, Stash(stash), done=store.facts.get("done", 0))

@@ -17,7 +17,7 @@ from torch import Tensor
 from uniprune.common import fields
 from uniprune.errors import InputError
 from uniprune.saliency import statistics
-from uniprune.saliency.statistics import SquaredNorm, Statistic
+from uniprune.saliency.statistics import Norm, SquaredNorm, Statistic
 
 
 class Metric(Protocol):
@@ -100,6 +100,20 @@ class StochRIA:
         return _relative(size, size[:, some_columns].sum(1), size[some_rows].sum(0)) * inputs.rms**self.a
 
 
+@dataclass(frozen=True)
+class REAP:
+    """Of whole experts: the router's weight times the norm of an expert's output, averaged over the tokens routed to it.
+
+    (arXiv 2510.13999.) What it says of weights is what it says of their expert, so it is for ``experts`` alone. inputs: of the
+    output times that weight.
+    """
+
+    statistic: ClassVar[type[Statistic] | None] = Norm
+
+    def __call__(self, weight: Tensor, inputs: Norm) -> Tensor:
+        return torch.full(weight.shape, float(inputs.mean), device=weight.device)
+
+
 def _relative(size: Tensor, row_sums: Tensor, column_sums: Tensor) -> Tensor:
     """Each entry relative to its row and its column; the floor keeps it finite where a (sampled) sum is zero."""
     floor = (size.max() * 1e-6).clamp_min(torch.finfo(torch.float32).tiny)
@@ -114,6 +128,10 @@ METRICS: dict[str, type[Metric]] = {
 }
 
 
+OF_EXPERTS: dict[str, type[Metric]] = {"reap": REAP}
+"""Metrics of whole experts, which say nothing of one weight against another."""
+
+
 def parse(spec: str, seed: int = 0) -> Metric:
     """A metric from its spelling: a name, or with hyper-parameters ``ria:a=0.5`` or ``stochria:a=0.5,beta=0.1``.
 
@@ -121,18 +139,19 @@ def parse(spec: str, seed: int = 0) -> Metric:
     Raises InputError for an unknown name or hyper-parameter.
     """
     name, _, options = spec.partition(":")
-    if name not in METRICS:
-        raise InputError(f"metric {name!r} is unknown; use one of {', '.join(METRICS)}")
-    values: dict[str, Any] = {"seed": seed} if "seed" in fields.types_of(METRICS[name]) else {}
+    if name not in METRICS | OF_EXPERTS:
+        raise InputError(f"metric {name!r} is unknown; use one of {', '.join(METRICS)}; or {', '.join(OF_EXPERTS)}, of experts")
+    kind = (METRICS | OF_EXPERTS)[name]
+    values: dict[str, Any] = {"seed": seed} if "seed" in fields.types_of(kind) else {}
     for option in filter(None, options.split(",")):
         key, _, value = option.partition("=")
         values[key.strip()] = value
-    return fields.build(METRICS[name], values, f"metric {name}")
+    return fields.build(kind, values, f"metric {name}")
 
 
 def spell(metric: Metric) -> str | None:
     """The spelling that :func:`parse` turns into this metric, hyper-parameters and all; None if there is none."""
-    name = next((name for name, kind in METRICS.items() if kind is type(metric)), None)
+    name = next((name for name, kind in (METRICS | OF_EXPERTS).items() if kind is type(metric)), None)
     if name is None:
         return None
     options = ",".join(f"{key}={value}" for key, value in fields.values_of(metric).items())

@@ -108,6 +108,15 @@ class Gram(SquaredNorm):
         self.tokens = 1
 
 
+class Norm(Statistic):
+    """The sum of the tokens' Euclidean norms, one number in float64."""
+
+    @staticmethod
+    def sums(x: Tensor) -> Tensor:
+        total: Tensor = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float64).sum()
+        return total
+
+
 Kind = type[Statistic]
 Statistics = Mapping[str, Statistic]
 """By matrix name."""

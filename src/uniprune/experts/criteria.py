@@ -1,0 +1,95 @@
+"""Which experts of a mixture matter: by the scores of their weights, or by what they add to their layer's output."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from uniprune.models.experts import Fused, Output, Slice
+from uniprune.models.matrices import Matrices, Matrix
+from uniprune.saliency.calibration import Calibration, observed
+from uniprune.saliency.statistics import Norm, Statistic, add_up
+from uniprune.sparsity.views import Scores
+
+OUTPUTS = "outputs"  # the stage of a run that observes what experts put out
+
+Layers = dict[str, Fused]
+"""Layers of experts, by the name of the module that holds them."""
+
+
+def layers_of(matrices: Matrices) -> Layers:
+    """The layers of fused experts that matrices are of."""
+    return {matrix.module.fused.name: matrix.module.fused for matrix in matrices.values() if isinstance(matrix.module, Slice)}
+
+
+def of_experts(matrices: Matrices) -> Matrices:
+    """Those of fused experts."""
+    return {name: matrix for name, matrix in matrices.items() if isinstance(matrix.module, Slice)}
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What the experts of a layer put out. tokens: how many were routed to each; reap: :func:`observe` says what."""
+
+    tokens: list[int]
+    reap: Tensor
+
+
+def observe(calibration: Calibration) -> dict[str, Observed]:
+    """How many tokens were routed to each expert, and REAP's criterion (arXiv 2510.13999), by layer.
+
+    That is the norm of what an expert puts out, times the router's weight, averaged over the tokens routed to it; float64
+    ``[experts]``, 0 for an expert that no token was routed to. It takes one forward pass.
+    """
+    outputs: Matrices = {}
+    layers = layers_of(calibration.matrices)
+    blocks = {m.module.fused.name: m.block for m in calibration.matrices.values() if isinstance(m.module, Slice)}
+    for name, fused in layers.items():
+        fused.outputs = {expert: Output(fused, expert) for expert in range(fused.experts)}
+        outputs |= {f"{name}.{e}": Matrix(f"{name}.{e}", one, blocks[name], False) for e, one in fused.outputs.items()}
+    try:
+        seen = observed(replace(calibration, matrices=outputs), Norm, lambda _, statistics: add_up(statistics), OUTPUTS)
+    finally:
+        for fused in layers.values():
+            fused.outputs = {}
+    return {name: _of_layer([seen[f"{name}.{expert}"] for expert in range(fused.experts)]) for name, fused in layers.items()}
+
+
+def _of_layer(seen: Sequence[Statistic]) -> Observed:
+    return Observed([one.tokens for one in seen], torch.stack([one.mean.cpu() for one in seen]))
+
+
+def by_weights(saliency: Scores, matrices: Matrices) -> dict[str, Tensor]:
+    """The scores of experts by those of their weights: sums over all weights of an expert, float64 ``[experts]``, by layer.
+
+    Scores that are on a scale of their own in each matrix (``comparable``) are divided by their mean over the experts first,
+    so that each of an expert's matrices counts alike.
+    """
+    sums: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for name, scores in saliency.items():
+        part = matrices[name].module
+        assert isinstance(part, Slice)
+        places = sums[part.fused.name]
+        if part.place not in places:
+            places[part.place] = torch.zeros(part.fused.experts, dtype=torch.float64)
+        places[part.place][part.expert] += scores.sum(dtype=torch.float64).cpu()
+    return {layer: sum(_scaled(one, saliency.comparable) for one in places.values()) for layer, places in sums.items()}  # type: ignore[misc]
+
+
+def _scaled(sums: Tensor, comparable: bool) -> Tensor:
+    mean = float(sums.mean())
+    return sums if comparable or not mean else sums / mean
+
+
+def best(scores: Tensor, kept: int, groups: int = 1) -> list[int]:
+    """The numbers of the experts to keep, ascending: those with the highest scores; of each group as many.
+
+    groups: experts next to each other that a router chooses among first. Ties go to the lower number.
+    """
+    each = scores.view(groups, -1)
+    order = each.sort(dim=1, descending=True, stable=True).indices[:, : kept // groups]
+    return sorted((order + torch.arange(groups)[:, None] * each.shape[1]).flatten().tolist())

@@ -1,0 +1,129 @@
+"""Experts removed whole: what a run needs, which experts it keeps, and the checkpoint without the others."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from uniprune.artefacts import writer
+from uniprune.artefacts.reports import ExpertCounts, ExpertLayer
+from uniprune.checkpoints.checkpoint import Files, checkpoint_of
+from uniprune.checkpoints.origin import resolve
+from uniprune.common.progress import Progress
+from uniprune.experts import files as expert_files
+from uniprune.experts.criteria import best, by_weights, observe, of_experts
+from uniprune.experts.structure import Fewer, fewer
+from uniprune.job.options import RunOptions
+from uniprune.job.prepare import Job, prepare
+from uniprune.job.recipe import Recipe
+from uniprune.job.scoring import scored
+from uniprune.models.loading import Loaded, Source, skeleton
+from uniprune.models.matrices import Matrices, find_matrices
+from uniprune.saliency.metrics import REAP
+from uniprune.sparsity.patterns import Unstructured
+from uniprune.storage import strict_json
+from uniprune.storage.runs import Run
+
+Layers = Mapping[str, ExpertLayer]
+
+
+@dataclass(frozen=True)
+class Removal:
+    """A run that removes experts, checked and loaded. recipe: as it was asked for; less: what is kept of each layer."""
+
+    job: Job
+    recipe: Recipe
+    less: Fewer
+
+    @property
+    def counts(self) -> ExpertCounts:
+        return counts(self.less, self.job.loaded.model)
+
+    @property
+    def files(self) -> Files:
+        found = self.job.loaded.checkpoint
+        assert isinstance(found, Files)
+        return found
+
+    def choose(self, progress: Progress, run: Run) -> tuple[dict[str, ExpertLayer], dict[str, Any]]:
+        """Which experts each layer keeps, and what the report says of how their scores came to be.
+
+        One forward pass over the calibration text sees what every expert puts out; another metric, or a controller, then has
+        the passes that it needs.
+        """
+        calibration, fraction = self.job.calibration(progress, run), self.recipe.experts
+        assert fraction is not None
+        seen = observe(calibration)
+        record: dict[str, Any] = {}
+        scores = {layer: one.reap for layer, one in seen.items()}
+        if not isinstance(self.recipe.parsed_metric(), REAP):
+            target = Unstructured(fraction, "model" if self.recipe.comparable else "row")
+            saliency, record = scored(calibration, self.recipe, [target])
+            scores = by_weights(saliency, calibration.matrices)
+        layers = {
+            layer: ExpertLayer(
+                kept=best(scores[layer], self.less.kept, self.less.groups),
+                tokens=one.tokens,
+                scores=scores[layer].tolist(),
+                reap=one.reap.tolist(),
+            )
+            for layer, one in seen.items()
+        }
+        return layers, record
+
+    def write(self, layers: Layers, folder: Path) -> None:
+        """Writes the checkpoint with the experts that are kept into an empty folder."""
+        located = self.files.layout(self.job.loaded.model).located
+        kept = {layer: one.kept for layer, one in layers.items()}
+        for file in writer.beside(self.files):
+            shutil.copyfile(file, folder / file.name)
+            (folder / file.name).chmod(0o644)
+        expert_files.write(self.files, self.less.tensors(self.files, located, kept), folder)
+        config = folder / "config.json"
+        settings = self.less.configure(strict_json.parse(config.read_bytes()))
+        config.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def counts(less: Fewer, model: nn.Module) -> ExpertCounts:
+    """What is kept of a model, in numbers."""
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    left = sum(size * less.kept // less.experts if name in less.axes else size for name, size in sizes.items())
+    return ExpertCounts(
+        layers=len(less.layers),
+        of=less.experts,
+        kept=less.kept,
+        groups=less.groups,
+        parameters=left,
+        left_out=len(less.left_out),
+    )
+
+
+def planned(fraction: float, model: nn.Module, matrices: Matrices) -> tuple[Matrices, ExpertCounts, int]:
+    """Of a run the matrices that it scores, what would be kept, and the bytes of the smaller checkpoint."""
+    less, files = fewer(fraction, model, matrices), checkpoint_of(model)
+    assert isinstance(files, Files)
+    some = {layer: range(less.kept) for layer in less.layers}
+    size = expert_files.size(files, less.tensors(files, files.layout(model).located, some))
+    return of_experts(matrices), counts(less, model), size
+
+
+def prepared(source: Source, recipe: Recipe, output: Path, options: RunOptions) -> Removal:
+    """Checks what is asked for, the cheap things first, and loads what it takes. Raises InputError if it cannot be done."""
+    assert recipe.experts is not None
+    model = source.model if isinstance(source, Loaded) else skeleton(resolve(source))
+    matrices = find_matrices(model)
+    less = fewer(recipe.experts, model, matrices)
+    inner = recipe.model_copy(update={"include": alike(of_experts(matrices))})
+    return Removal(prepare(source, inner, output, options), recipe, less)
+
+
+def alike(matrices: Matrices) -> tuple[str, ...]:
+    """Regular expressions that match these matrices, and those in other blocks and of other experts at the same places."""
+    return tuple(dict.fromkeys("^" + re.sub(r"\d+", r"\\d+", re.escape(name)) + "$" for name in matrices))
