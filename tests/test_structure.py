@@ -47,6 +47,12 @@ def test_functions_have_few_parameters(module):
             assert len(names) <= PARAMETERS, f"{node.name}: {', '.join(names)}"
 
 
+def test_files_of_tests_have_names_of_their_own():
+    """pytest imports them without their folders; two of a name cannot both be collected."""
+    names = [path.name for path in Path(__file__).parent.rglob("*.py")]
+    assert sorted(names) == sorted({*names})
+
+
 def test_a_sub_package_loads_nothing_by_itself():
     """``uniprune --help`` must not load PyTorch."""
     assert all(not (folder / "__init__.py").read_text() for folder in FOLDERS if folder != PACKAGE)

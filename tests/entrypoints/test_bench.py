@@ -157,7 +157,7 @@ def test_the_command_line_has_the_defaults_of_the_library():
         (["--sparsity", "nan"], "sparsity nan is not between 0 and 1"),
         (["--dtype", "int4"], "dtype 'int4' is unknown; use some of float32, bfloat16, float16"),
         (["--device", "abacus"], "device 'abacus' is unknown"),
-        (["--device", "meta"], "device 'meta' computes nothing"),
+        (["--device", "meta"], "device 'meta' is not supported"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

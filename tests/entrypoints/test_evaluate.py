@@ -87,7 +87,7 @@ def test_text_and_names_of_others_are_shown_as_they_are():
         ({"limit": 3}, "--limit is a number of questions; give --tasks, --suite or --lm-eval"),
         ({"num_fewshot": 3}, "--num-fewshot is for tasks; give --tasks"),
         ({"suite": "wandas"}, "suite 'wandas' is none of wanda, llm-pruner, roi, leap, slidesparse"),
-        ({"against": "other/model"}, "could not be downloaded from the Hub"),
+        ({"against": "other/model"}, "does not exist here, nor in the Hub's cache"),
         ({"tasks": ["picqa"]}, "'picqa' is neither one of"),
     ],
 )

@@ -247,7 +247,7 @@ def test_a_row_that_is_there_twice_is_no_example_of_itself(file):
     assert asked_of(question.choices[0][0] for question in task.questions) == [[1, 0]] * 5
 
 
-@pytest.mark.parametrize("name", FORMATS.keys() - {"ifeval"})
+@pytest.mark.parametrize("name", sorted(FORMATS.keys() - {"ifeval"}))
 def test_every_format_has_examples(file, name):
     """The question and its right answer, then an empty line."""
     field = next(field for field in FORMATS[name].fields if isinstance(ROWS[name][field], str) and field != "problems")
