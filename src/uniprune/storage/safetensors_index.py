@@ -8,7 +8,6 @@ import os
 import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -109,7 +108,8 @@ def entries(shards: Iterable[Path]) -> dict[str, Entry]:
     """Every tensor of a sharded checkpoint, by its key.
 
     Raises InputError for a shard that is missing, that was cut off, or whose header cannot be of it: a type, a shape and a
-    place in the file that do not go together, tensors on top of each other, a key twice.
+    place in the file that do not go together, tensors on top of each other, bytes that are no tensor's, a key twice. What the
+    safetensors library would not load is refused here: an output has the same header.
     """
     found: dict[str, Entry] = {}
     for shard in shards:
@@ -133,15 +133,21 @@ def _entries(shard: Path, file: BinaryIO) -> dict[str, Entry]:
     if length > min(HEADER, size - 8):
         raise ValueError(f"its header would have {length} bytes")
     header = strict_json.parse(file.read(length))
-    header.pop("__metadata__", None)
+    about = header.pop("__metadata__", None) or {}
+    if not isinstance(about, dict) or any(type(value) is not str for value in about.values()):
+        raise ValueError("its metadata are no text by name")
     found = {key: _entry(shard, key, item, 8 + length) for key, item in header.items()}
-    ordered = sorted((entry.start, entry.stop, key) for key, entry in found.items())
-    for (_, stop, _), (start, _, key) in pairwise(ordered):
-        if start < stop:
+    end = 8 + length
+    for start, stop, key in sorted((entry.start, entry.stop, key) for key, entry in found.items()):
+        if start < end:
             raise ValueError(f"{key} lies on top of another tensor")
-    if ordered and ordered[-1][1] > size:
-        _, stop, key = ordered[-1]
-        raise InputError(f"{shard} is cut off: {key} would end at byte {stop} of {size}; fetch it again")
+        if start > end:
+            raise ValueError(f"{start - end} bytes before {key} belong to no tensor")
+        end = stop
+    if end > size:
+        raise InputError(f"{shard} is cut off: {key} would end at byte {end} of {size}; fetch it again")
+    if end < size:
+        raise ValueError(f"{size - end} bytes at its end belong to no tensor")
     return found
 
 
