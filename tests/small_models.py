@@ -41,6 +41,16 @@ QWEN3_5 = SMALL | {
     "linear_value_head_dim": 8,
 }
 QWEN_VISION = {"depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 32, "out_hidden_size": 32}
+LATENT = {
+    "kv_lora_rank": 16,
+    "q_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+    "num_key_value_heads": 4,
+}
+ROUTED = {"n_routed_experts": 4, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1, **EXPERTS}
+INDEXED = {"index_n_heads": 2, "index_head_dim": 16, "index_topk": 8}
 FAMILIES = {  # transformers' name of the family -> what its configuration needs beside SMALL; None: leaves that out
     "llama": {},
     "mistral": {},
@@ -64,18 +74,25 @@ FAMILIES = {  # transformers' name of the family -> what its configuration needs
     "qwen2_moe": {"num_experts": 4, "shared_expert_intermediate_size": 32, **EXPERTS},
     "qwen3_moe": {"num_experts": 4, **EXPERTS},
     "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
-    "deepseek_v3": {
-        "n_routed_experts": 4,
-        "n_group": 2,
-        "topk_group": 1,
-        "first_k_dense_replace": 1,
-        "kv_lora_rank": 16,
+    "deepseek_v3": LATENT | ROUTED,
+    "deepseek_v32": LATENT | ROUTED | INDEXED,
+    "glm_moe_dsa": LATENT | ROUTED | INDEXED | {"mlp_layer_types": ["dense", "sparse"], "indexer_types": ["full", "full"]},
+    "deepseek_v4": {
+        **INDEXED,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": None,
+        "intermediate_size": 128,
         "q_lora_rank": 16,
+        "o_lora_rank": 8,
+        "o_groups": 2,
+        "head_dim": 16,
         "qk_rope_head_dim": 8,
-        "qk_nope_head_dim": 8,
-        "v_head_dim": 8,
-        "num_key_value_heads": 4,
-        **EXPERTS,
+        "num_key_value_heads": 1,
+        "layer_types": ["compressed_sparse_attention", "heavily_compressed_attention"],
+        "compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 8},
+        "sliding_window": 8,
+        "mlp_layer_types": ["moe", "moe"],
     },
     "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2},

@@ -154,7 +154,7 @@ def test_an_interrupted_run_goes_on_to_the_same_masks(folder, tmp_path, monkeypa
     expected = run("whole")
     with pytest.raises(Stopped):
         run("out", progress=Stops(2))
-    monkeypatch.setattr("uniprune.controller.descent._measured", None)  # the start is not made again
+    monkeypatch.setattr("uniprune.controller.start._measured", None)  # the start is not made again
     assert run("out", resume=True) == expected
 
 

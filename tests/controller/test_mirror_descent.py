@@ -6,10 +6,11 @@ from torch.nn import functional
 
 from conftest import VOCABULARY, tiny_model
 from small_models import MATRICES, tiny
-from uniprune.controller.descent import Descent, any_sparsity, sensitivities
+from uniprune.controller.descent import Descent, any_sparsity
 from uniprune.controller.loss import Loss
 from uniprune.controller.mirror_descent import MirrorDescent, confidence
 from uniprune.controller.passes import Resident
+from uniprune.controller.start import sensitivities
 from uniprune.controller.straight_through import Evener, StraightThrough
 from uniprune.errors import InputError
 from uniprune.models.matrices import find_blocks, find_matrices
@@ -146,7 +147,7 @@ def test_sensitivities_by_hand():
     model, ids = tiny_model(), tokens(3)
     name = "model.layers.2.mlp.down_proj"
     with StraightThrough(find_matrices(model)) as network:
-        inputs, gradients, _ = sensitivities(Resident(model, find_blocks(model)[1], network), ids, SquaredNorm)
+        inputs, gradients, *_ = sensitivities(Resident(model, find_blocks(model)[1], network), ids, SquaredNorm)
     statistic = one_shot(Calibration(model, find_matrices(model), ids), Wanda())._statistics[name]
     torch.testing.assert_close(inputs[name].rms, statistic.rms)
     total = torch.zeros(32)
@@ -170,7 +171,7 @@ def test_the_loss_is_the_kl_of_the_whole_distributions():
         network.masks = random_masks(matrices)
         kl, loss, passes = differentiate(model, network, ids)
         gradients = dict(found)
-        assert loss.kl(*passes.look(ids)) / ids.numel() == pytest.approx(kl, rel=1e-4)
+        assert loss.kl(*passes.look(ids), ids) / ids.numel() == pytest.approx(kl, rel=1e-4)
         with network.dense():
             target = model(input_ids=ids).logits.log_softmax(-1)
         predicted = model(input_ids=ids).logits.log_softmax(-1)
@@ -276,7 +277,7 @@ def test_a_diverging_descent_backs_off_and_keeps_the_start():
     assert record.best_held_out_loss <= record.held_out_loss[0]
     if record.best_held_out_loss == record.held_out_loss[0]:
         with StraightThrough(matrices) as network:
-            norms, gradients, _ = sensitivities(resident(model, network), ids[:28], SquaredNorm)
+            norms, gradients, *_ = sensitivities(resident(model, network), ids[:28], SquaredNorm)
         for name in matrices:
             assert torch.equal(duals[name], settings.init(metric(matrices[name].weight, norms[name]), gradients[name]).dual)
 
@@ -314,7 +315,7 @@ def test_every_family_can_be_descended_on(family):
     matrices = find_matrices(model)
     with StraightThrough(matrices) as network:
         passes = resident(model, network)
-        assert Loss(passes.head(ids)).kl(*passes.look(ids)) / ids.numel() == pytest.approx(0, abs=1e-4)
+        assert Loss(passes.head(ids)).kl(*passes.look(ids), ids) / ids.numel() == pytest.approx(0, abs=1e-4)
     duals, record = MirrorDescent(batch_tokens=32).calibrate(Calibration(model, matrices, ids), Wanda(), [NM(2, 4)], 2)
     assert record.held_out_loss[0] > 0
     assert all(bool(torch.isfinite(dual).all()) for dual in duals.values())

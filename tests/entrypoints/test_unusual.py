@@ -13,8 +13,10 @@ from conftest import tiny_model
 from small_models import SMALL, VOCABULARY, save, tiny
 from uniprune import Recipe
 from uniprune.data.windows import Windows, save_windows
-from uniprune.errors import UniPruneError
+from uniprune.errors import InputError
+from uniprune.models.blocks import last_hidden
 from uniprune.models.matrices import find_blocks
+from uniprune.models.output_head import Head
 
 WAYS = ["resident", "streamed"]
 
@@ -93,18 +95,54 @@ def test_a_checkpoint_in_float64_has_the_masks_of_its_float32_twin(settings, tok
 REMBERT = {"is_decoder": True, "input_embedding_size": 16, "output_embedding_size": 48}
 
 
-def test_logits_that_are_no_product_of_the_last_hidden_states_are_refused_where_they_are_needed(tokens, tmp_path):
-    """RemBERT's head has another width, and layers before it."""
-    config = AutoConfig.for_model("rembert", **SMALL, **REMBERT)
+@pytest.mark.parametrize(("family", "settings"), [("rembert", REMBERT), ("bert", {"is_decoder": True}), ("mpt", {})])
+def test_heads_with_layers_before_the_product(family, settings, tokens, tmp_path):
+    """RemBERT's has another width, too; MPT's is a product alone."""
+    config = AutoConfig.for_model(family, **SMALL, **settings)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
     for way in WAYS:
-        with pytest.raises(UniPruneError, match=r"not its output head times its last hidden states.*--controller none"):
-            pruned(tmp_path / "model", tokens, tmp_path / "out", way)
-        pruned(tmp_path / "model", tokens, tmp_path / way, way, controller="none")
+        report = pruned(tmp_path / "model", tokens, tmp_path / way, way)
+        assert report.controller.held_out_loss[0] > 0
     assert same(masks(tmp_path / "streamed"), masks(tmp_path / "resident"))
-    with pytest.raises(UniPruneError, match=r"not its output head.*--tasks alone"):
-        uniprune.evaluate(tmp_path / "model", text_source=tokens, windows=2, against=tmp_path / "resident", new_tokens=0)
-    assert uniprune.evaluate(tmp_path / "resident", text_source=tokens, windows=2).perplexity
+    near = uniprune.evaluate(tmp_path / "resident", text_source=tokens, windows=2, against=tmp_path / "model", new_tokens=0)
+    ids = load_file(tokens)["tokens"].long()[:2]
+    dense, sparse = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / name).eval()(ids).logits[:, :-1].log_softmax(-1)
+        for name in ("model", "resident")
+    )
+    assert near.closeness.kl == pytest.approx(float((dense.exp() * (dense - sparse)).sum(-1).mean()), rel=1e-3, abs=1e-9)
+
+
+def test_the_loss_is_that_of_the_models_own_logits_whatever_its_head_is(tokens):
+    config = AutoConfig.for_model("bert", **SMALL, is_decoder=True)
+    model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    ids = load_file(tokens)["tokens"].long()[:2]
+    hidden = last_hidden(model, ids)
+    with torch.enable_grad():
+        leaf = hidden.clone().requires_grad_()
+        logits = model.cls(leaf)
+        loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
+        (expected,) = torch.autograd.grad(loss, leaf)
+    head = Head(model).fit(model, lambda model: model(input_ids=ids), hidden)
+    torch.testing.assert_close(head(hidden), logits.detach())
+    torch.testing.assert_close(head.next_token(hidden, ids), expected)
+    few = Head(model, ids, 8).fit(model, lambda model: model(input_ids=ids), hidden)
+    torch.testing.assert_close(few(hidden), logits.detach()[..., few._common])
+
+
+def test_logits_that_depend_on_more_than_the_last_hidden_states_are_refused_where_they_are_needed(loaded, tokens):
+    model = tiny_model(vocab_size=VOCABULARY)
+
+    def shifted(module, args, given, output):
+        output.logits.add_(given["input_ids"][..., None])
+
+    model.register_forward_hook(shifted, with_kwargs=True)
+    recipe = Recipe(sparsity="2:4", text=tokens, steps=1)
+    with pytest.raises(InputError, match=r"are not its output head's for its last hidden states.*--controller none"):
+        uniprune.prune_in_place(uniprune.Loaded(model), recipe)
+    with pytest.raises(InputError, match=r"are not its output head's.*--tasks alone"):
+        uniprune.evaluate(uniprune.Loaded(model), text_source=tokens, windows=2, against=uniprune.Loaded(model), new_tokens=0)
+    assert uniprune.prune_in_place(uniprune.Loaded(model), recipe.model_copy(update={"controller": "none", "steps": None}))
 
 
 def test_blocks_that_return_lists(tokens, tmp_path):

@@ -13,9 +13,9 @@ from small_models import VOCABULARY, tiny
 from uniprune import Loaded, Recipe
 from uniprune.checkpoints.checkpoint import Files, checkpoint_of
 from uniprune.cli.tables import plan_lines
-from uniprune.controller.descent import sensitivities
 from uniprune.controller.loss import Loss
 from uniprune.controller.passes import Resident
+from uniprune.controller.start import sensitivities
 from uniprune.controller.straight_through import StraightThrough
 from uniprune.data.windows import Windows, save_windows
 from uniprune.errors import InputError, UniPruneError
@@ -207,7 +207,7 @@ def test_a_starved_expert_starts_the_controller_as_its_fellows_do():
     matrices = find_matrices(model)
     passes = Resident(model, find_blocks(model)[1], StraightThrough(matrices))
     with passes.network:
-        inputs, gradients, _ = sensitivities(passes, ids(), SquaredNorm)
+        inputs, gradients, *_ = sensitivities(passes, ids(), SquaredNorm)
     name = "model.layers.0.block_sparse_moe.experts.{}.w2"
     assert len(gradients[name.format(3)].unique()) == 1
     power = sum(float(gradients[name.format(n)].square().mean()) for n in range(3)) / 3

@@ -215,7 +215,7 @@ def test_a_process_without_windows_runs_all_blocks(folders):
             assert (kl >= 0, entered) == (True, up + up[::-1])
             entered.clear()
             for batch in passes.portions(mine, 1024):
-                loss.kl(*passes.look(batch))
+                loss.kl(*passes.look(batch), batch)
             assert entered == up
 
 

@@ -10,10 +10,10 @@ from conftest import VOCABULARY, tiny_model
 from own import AbsoluteSum, Blind, Correlated, Largest, Loud
 from small_models import tiny
 from uniprune import Recipe
-from uniprune.controller.descent import sensitivities
 from uniprune.controller.mirror_descent import MirrorDescent
 from uniprune.controller.passes import Resident
 from uniprune.controller.published import UniPruning
+from uniprune.controller.start import sensitivities
 from uniprune.controller.straight_through import StraightThrough
 from uniprune.errors import InputError
 from uniprune.models import masking

@@ -70,3 +70,22 @@ def test_mixed_patterns_and_tiles_fit_where_their_parts_do():
 
 def test_profiles_are_data():
     assert all(parse(name) is profile for name, profile in PROFILES.items())
+
+
+def test_experts_that_cannot_have_it_share_a_rule():
+    """A model can have 40,000 of them, and each rule is looked for in each name."""
+    experts = {f"layers.{i}.experts.{j}.{part}_proj": (8, 6) for i in range(4) for j in range(16) for part in ("up1", "up2")}
+    shapes = experts | {f"layers.{i}.q_proj": (8, 8) for i in range(4)}
+    pattern, reasons = fitted(NM(2, 4), shapes, "float32", unsupported="dense")
+    assert reasons.keys() == experts.keys()
+    assert [rule.match for rule in pattern.rules] == [rf"^layers\.\d+\.experts\.\d+\.up{n}_proj$" for n in (1, 2)]
+    shapes["layers.0.experts.5.up1_proj"] = (8, 8)  # now some of a kind can have it
+    pattern, reasons = fitted(NM(2, 4), shapes, "float32", unsupported="dense")
+    assert len(pattern.rules) == 63 + 1
+    assert (
+        {name for name in shapes if str(pattern.part(name)) == str(DENSE)} == reasons.keys() == shapes.keys() - fitting(shapes)
+    )
+
+
+def fitting(shapes):
+    return {name for name, shape in shapes.items() if shape == (8, 8)}

@@ -48,14 +48,14 @@ def write(path, header, size, padding=0):
 
 
 @pytest.mark.parametrize("padding", [0, 7])
-@pytest.mark.parametrize("header, size", GOOD.values(), ids=GOOD)
+@pytest.mark.parametrize(("header", "size"), GOOD.values(), ids=GOOD)
 def test_what_the_library_opens_is_read(header, size, padding, tmp_path):
     file = write(tmp_path / "x.safetensors", header, size, padding)
     with safe_open(file, framework="np") as opened:
         assert sorted(opened.keys()) == sorted(entries([file]))
 
 
-@pytest.mark.parametrize("header, size, reason", BAD.values(), ids=BAD)
+@pytest.mark.parametrize(("header", "size", "reason"), BAD.values(), ids=BAD)
 def test_what_the_library_refuses_is_refused_with_the_reason(header, size, reason, tmp_path):
     file = write(tmp_path / "x.safetensors", header, size)
     with pytest.raises(SafetensorError):

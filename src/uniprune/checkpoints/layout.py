@@ -108,8 +108,8 @@ class Layout:
             return None
         name = piece.key.removesuffix(".weight") + (f".{number}" if len(shape) == 3 else "")
         outer, _, inner = parameter.partition(".")
-        first = piece.key.split(".")[:2]
-        if first == inner.split(".")[:2] and first[0] != outer:  # stored without the outermost prefix
+        first = piece.key.split(".", 2)[:2]
+        if first[0] != outer and first == inner.split(".", 2)[:2]:  # stored without the outermost prefix
             name = f"{outer}.{name}"
         return Region(name, (rows, columns), (matrix_at(piece.key, number, rows, columns),)), not straight
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from uniprune.common import distributed
 from uniprune.controller.loss import Loss
 from uniprune.controller.passes import Passes, Resident, Streamed
 from uniprune.controller.protocol import ControllerRecord
+from uniprune.controller.start import sensitivities, warn_of_stillness
 from uniprune.controller.states import Best, InMemory, OnDisk, Rule, State, States
 from uniprune.controller.straight_through import Evener, StraightThrough
 from uniprune.errors import InputError
@@ -31,7 +32,7 @@ from uniprune.models.blocks import Replay
 from uniprune.models.matrices import find_blocks
 from uniprune.saliency.calibration import Calibration, LocalSaliency
 from uniprune.saliency.metrics import Metric
-from uniprune.saliency.statistics import Kind, SquaredNorm, Statistic, Statistics, add_up, beside, check_seen, feed, starved
+from uniprune.saliency.statistics import starved
 from uniprune.sparsity.patterns import NM, Pattern, Unstructured
 from uniprune.storage.runs import Pace, Run
 from uniprune.storage.stash import Stash
@@ -41,7 +42,6 @@ if TYPE_CHECKING:
     from uniprune.controller.mirror_descent import MirrorDescent
 
 logger = logging.getLogger(__name__)
-S = TypeVar("S", bound=Statistic)
 
 START_TOKENS = 8192  # of calibration text, whose statistics make the start
 SAMPLE, SAMPLED = 37, 1 << 22  # every 37th dual, or that many in all, tell what a common budget would be while descending
@@ -112,6 +112,7 @@ def descend(
             descent.save(facts, last=after == steps)
             if stale == 2:
                 break
+        warn_of_stillness(descent.record["without_gradient"])
         record = ControllerRecord(
             objective="KL",
             steps=steps,
@@ -128,7 +129,7 @@ class Descent:
 
     calibration: of it, the windows to descend on. run: where states lie that are not in memory; the calibration's own, else a
     temporary one. best: of the states that were judged. record: tokens descended on, KL in nats per token and share of masks
-    that each step flipped, how often it backed off.
+    that each step flipped, how often it backed off, matrices that no gradient has reached.
     """
 
     def __init__(
@@ -161,7 +162,7 @@ class Descent:
         self._scale, self._size = 1.0, 0.0
         self._flipped, self._seen = 0, 0
         self.record: dict[str, Any] = {"tokens": 0, "loss": [], "flips": [], "backed_off": 0}
-        self.record |= starved(self._matrices, found.norms)
+        self.record |= starved(self._matrices, found.norms) | {"without_gradient": found.still}
         for name in self._matrices:
             if self._saved:
                 self._sample(name, self.states[name].to(passes.device))
@@ -201,7 +202,7 @@ class Descent:
             mine = part[distributed.rank() :: distributed.count()]
             kl = 0.0
             for batch in self._passes.portions(mine, JUDGED):
-                kl += self._loss.kl(*self._passes.look(batch))
+                kl += self._loss.kl(*self._passes.look(batch), batch)
             total += distributed.total_of(kl) / part.numel()
         return total / len(targets)
 
@@ -251,6 +252,8 @@ class Descent:
             )
         if gradient is None:
             return
+        if name in self.record["without_gradient"] and bool(gradient.any()):
+            self.record["without_gradient"].remove(name)
         gradient = (gradient.float() * weight).float()  # weights may be float64
         if self._settings.temperature:
             soft = self._masks[name]
@@ -263,79 +266,6 @@ class Descent:
         self._flipped += int((before != after).sum())
         self._seen += before.numel()
         self._put(name, moved)
-
-
-class Start(NamedTuple):
-    """What a descent starts from, by matrix name.
-
-    norms: of the inputs in the dense model. gradients: RMS ``[out]`` of the next-token loss's gradient at the outputs.
-    statistics: of the inputs, of the kind that the metric wants; they are the norms if those will do.
-    """
-
-    norms: dict[str, SquaredNorm]
-    gradients: dict[str, Tensor]
-    statistics: Statistics
-
-
-def sensitivities(passes: Passes, windows: Tensor, wanted: Kind | None, run: Run | None = None) -> Start:
-    """The start of a descent, or what an earlier run found it to be.
-
-    windows: token ids ``[windows, length]``. wanted: the statistic of the local metric. The network of ``passes`` is left
-    without masks.
-    """
-    other = beside(SquaredNorm, wanted)
-    store = Store(run, "start") if run else None
-    if store is not None and store.facts:
-        return _restored(store, passes, other)
-    start = _measured(passes, windows, other)
-    if store is not None:
-        store["inputs"] = {name: norm.total for name, norm in start.norms.items()}
-        store["gradients"] = start.gradients
-        if other:
-            store["statistics"] = {name: one.total for name, one in start.statistics.items()}
-        store.commit({"tokens": {name: norm.tokens for name, norm in start.norms.items()}})
-    return start
-
-
-def _measured(passes: Passes, windows: Tensor, other: Kind | None) -> Start:
-    network = passes.network
-    columns = {name: matrix.shape[1] for name, matrix in network.matrices.items()}
-    norms = {name: SquaredNorm(count, passes.device) for name, count in columns.items()}
-    own = {name: other(count, passes.device) for name, count in columns.items()} if other else {}
-    totals = {name: torch.zeros(matrix.shape[0], device=passes.device) for name, matrix in network.matrices.items()}
-
-    def watch(name: str, x: Tensor, gradient: Tensor) -> None:
-        norms[name].update(x)
-        totals[name] += gradient.float().square().sum(0)
-        if own:
-            own[name].update(x)
-
-    network.masks, network.watch = {}, watch
-    head = passes.head(windows)
-    for batch in passes.portions(windows[distributed.rank() :: distributed.count()], windows.shape[1]):
-        passes.backward(head.next_token(passes.forward_alone(batch), batch))
-    network.watch = None
-    for total in totals.values():
-        distributed.total(total)
-    add_up(norms)
-    add_up(own)
-    feed(network.matrices, norms, totals)
-    feed(network.matrices, own)
-    check_seen(norms)
-    check_seen(own)
-    return Start(norms, {name: (total / windows.numel()).sqrt() for name, total in totals.items()}, own or norms)
-
-
-def _restored(store: Store, passes: Passes, other: Kind | None) -> Start:
-    def statistics(kind: type[S], key: str) -> dict[str, S]:
-        found = {name: kind(matrix.shape[1], passes.device) for name, matrix in passes.network.matrices.items()}
-        for name, total in store[key].items():
-            found[name].add(total.to(passes.device), store.facts["tokens"][name])
-        return found
-
-    norms = statistics(SquaredNorm, "inputs")
-    gradients = {name: rms.to(passes.device) for name, rms in store["gradients"].items()}
-    return Start(norms, gradients, statistics(other, "statistics") if other else norms)
 
 
 def any_sparsity() -> tuple[Pattern, ...]:

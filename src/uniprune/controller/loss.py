@@ -31,11 +31,12 @@ class Loss:
         """KL summed over the tokens, in nats, and the gradient of the loss's sum with respect to ``student``."""
         # Sums over the tokens, not means: the step does not see the scale, and float16 would lose small gradients.
         total, gradient = 0.0, torch.zeros_like(student)
-        for ours, theirs, into in zip(student, teacher, gradient, strict=True):
+        counted = self._head.counted(ids.to(student.device))
+        for ours, theirs, counts, into in zip(student, teacher, counted, gradient, strict=True):
             for piece in _pieces(len(ours)):
                 with torch.enable_grad():
                     leaf = ours[piece].detach().requires_grad_()
-                    kl = self._kl(leaf, theirs[piece])
+                    kl = self._kl(leaf, theirs[piece]) * counts[piece]
                     loss = (1 - self._labels) * (kl * kl.detach().clamp_min(MIN_KL) ** -self._evenness).sum()
                 into[piece] = torch.autograd.grad(loss, leaf)[0]
                 total += float(kl.detach().sum())
@@ -44,10 +45,12 @@ class Loss:
         return total, gradient
 
     @torch.no_grad()
-    def kl(self, student: Tensor, teacher: Tensor) -> float:
-        """KL(dense || pruned) summed over the tokens, in nats."""
-        pairs = zip(student, teacher, strict=True)
-        return sum(float(self._kl(a[piece], b[piece]).sum()) for a, b in pairs for piece in _pieces(len(a)))
+    def kl(self, student: Tensor, teacher: Tensor, ids: Tensor) -> float:
+        """KL(dense || pruned) summed over the tokens of ``ids`` ``[windows, length]``, in nats."""
+        windows = zip(student, teacher, self._head.counted(ids.to(student.device)), strict=True)
+        return sum(
+            float((self._kl(a[piece], b[piece]) * counts[piece]).sum()) for a, b, counts in windows for piece in _pieces(len(a))
+        )
 
     def between(self, student: Tensor, teacher: Tensor, blocks: int) -> Tensor:
         """The gradient of the hidden states' distance after one of ``blocks`` blocks, with respect to ``student``."""

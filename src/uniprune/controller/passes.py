@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from uniprune.controller.straight_through import StraightThrough
 from uniprune.errors import InputError
-from uniprune.models.blocks import OVERFLOW, Replay, batches, device_of, hidden_of, last_hidden
+from uniprune.models.blocks import OVERFLOW, Replay, batches, device_of, forked, hidden_of, last_hidden, warn_unless_causal
 from uniprune.models.output_head import Head
 from uniprune.storage.stash import Stash
 
@@ -116,8 +116,9 @@ class Resident:
         return batches(windows, tokens)
 
     def head(self, text: Tensor, vocabulary: int | None = None) -> Head:
-        probe = text[:1, :8]
+        probe = forked(text[0, :8])
         hidden, states = self._dense_states(probe)
+        warn_unless_causal(self._model, hidden)
         for index, state in enumerate((*states, hidden)):
             if not bool(torch.isfinite(state).all()):
                 raise InputError(f"block {index} {OVERFLOW}")

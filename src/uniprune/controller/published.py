@@ -43,6 +43,7 @@ from torch.nn import functional
 
 from uniprune.controller.protocol import ControllerRecord, Cost
 from uniprune.controller.prox import prox_nm, soft_threshold
+from uniprune.controller.start import warn_of_stillness
 from uniprune.errors import InputError, UniPruneError
 from uniprune.models.blocks import device_of, rerouted
 from uniprune.models.experts import taken_apart
@@ -163,19 +164,24 @@ class UniPruning:
                 losses.append(loss)
                 calibration.progress.note(f"{target}: loss {loss:.3f}", batch.numel())
                 logger.info("step %d: %s loss %.4f", index, target, loss)
-        record = ControllerRecord(objective="cross-entropy", steps=steps, tokens=tokens, loss=losses)
+        warn_of_stillness(copy.still)
+        record = ControllerRecord(
+            objective="cross-entropy", steps=steps, tokens=tokens, loss=losses, without_gradient=list(copy.still)
+        )
         return {name: self.gamma(state) for name, state in states.items()}, record
 
 
 class WorkingCopy:
     """Routes the matrices of a model through a float32 copy of their weights that learns, inside ``with``.
 
-    weights: matrix name -> W' ``[out, in]``. The model itself is never written to, and is as it was afterwards.
+    weights: matrix name -> W' ``[out, in]``. still: those that no gradient has reached, but for experts'. The model itself is
+    never written to, and is as it was afterwards.
     """
 
     def __init__(self, model: nn.Module, matrices: Matrices) -> None:
         self._model, self._matrices = model, matrices
         self.weights = {name: _copy(matrix) for name, matrix in matrices.items()}
+        self.still = [name for name, matrix in matrices.items() if not matrix.group]
         self._adam = torch.optim.Adam(self.weights.values(), foreach=False)  # foreach would need another copy
         self._routes = ExitStack()
 
@@ -198,9 +204,11 @@ class WorkingCopy:
             loss = functional.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
             gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
         tokens = ids[:, 1:].numel()
+        by_name = dict(zip(self.weights, gradients, strict=True))
+        self.still = [name for name in self.still if (one := by_name[name]) is None or not bool(one.any())]
         for leaf, gradient in zip(leaves, gradients, strict=True):
             leaf.grad = None if gradient is None else gradient.div_(tokens)
-        del gradients
+        del gradients, by_name
         self._adam.param_groups[0]["lr"] = rate
         self._adam.step()
         self._adam.zero_grad()

@@ -60,6 +60,7 @@ class TextFacts(Facts):
     join: what stands between two documents. bos: which windows were to begin with BOS; windows_with_bos: how many really do.
     rolling: whether documents were read one by one, in ``pieces``; in_context: whether those are as long as the model's
     context; second_bos: whether a document begins with two, as in lm-evaluation-harness. text_sha256: of those documents.
+    images: windows that have one.
     """
 
     text: str
@@ -76,6 +77,7 @@ class TextFacts(Facts):
     in_context: bool = False
     second_bos: bool = False
     text_sha256: str | None = None
+    images: Count | None = None
     sha256: str | None = None
 
 

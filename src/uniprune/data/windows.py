@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from uniprune.common.pictures import Pictures
 from uniprune.data import mixture
 from uniprune.data.bos import Bos, Encoder
 from uniprune.data.documents import JOIN
@@ -38,7 +39,7 @@ class Windows:
 
     available: how many there are, about if the text was sampled. bos: which windows were to begin with BOS. stride: tokens from
     one window to the next if they overlap. sample: what was read of the source. words, size: words and
-    bytes of the text that is predicted.
+    bytes of the text that is predicted. pictures: images that go with the windows.
     """
 
     tokens: Tensor
@@ -51,6 +52,7 @@ class Windows:
     sample: Sample = ALL
     words: int | None = None
     size: int | None = None
+    pictures: Pictures | None = None
 
     @property
     def sha256(self) -> str:
@@ -81,6 +83,7 @@ class Windows:
             bos=self.bos,
             windows_with_bos=self.with_bos,
             sample=self.sample,
+            images=len(self.pictures.given) if self.pictures else None,
             sha256=self.sha256,
         )
 
@@ -219,7 +222,12 @@ def _say(text: Text, parts: Sequence[Part], encoder: Encoder, count: int, sample
 
 
 def save_windows(windows: Windows, path: Path) -> None:
-    """Writes the token ids as safetensors (``tokens``: int32 ``[windows, length]``), for runs on the very same tokens."""
+    """Writes the token ids as safetensors (``tokens``: int32 ``[windows, length]``), for runs on the very same tokens.
+
+    Raises InputError for windows of images, which have no place there.
+    """
+    if windows.pictures:
+        raise InputError("--save-tokens has no place for images; leave it out, or take the text alone: --field text")
     facts = TokenFacts(
         source=windows.source,
         available=windows.available,

@@ -155,7 +155,7 @@ def _questions(request: EvaluationRequest, subject: Subject, other: Subject | No
             windows = subject.windows(request.text, request)
             if other is not None:
                 check_same_tokens(windows, other.windows(request.text, request), str(other))
-                if new_tokens and not prompts:
+                if new_tokens and not prompts and windows.pictures is None:
                     prompts = tuple(prompts_of(windows, subject.tokenizer))
     tasks = [load_task(name, request.limit, fewshot) for name, fewshot in request.asked.items()]
     return Questions(windows, tasks, prompts if new_tokens else (), new_tokens)

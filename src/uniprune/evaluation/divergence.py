@@ -13,29 +13,29 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from uniprune.common import pictures
 from uniprune.common.significance import standard_error
 from uniprune.data.windows import Windows
 from uniprune.errors import InputError
 from uniprune.evaluation.results import Closeness
-from uniprune.models.blocks import last_hidden
+from uniprune.models.blocks import device_of, text_alone
 from uniprune.models.output_head import PIECE, Head
 
 PROBE = 16  # tokens on which a head is tried
 
 
 class Recording:
-    """While it is entered, the final hidden states of every pass of a model, in the order of its windows.
+    """While it is entered, what the output head is given in every pass of a model, in the order of its windows.
 
-    Raises UniPruneError for a model whose logits are not its output head times its final hidden states.
+    Raises InputError for a model whose logits are not that times its output head.
     """
 
     def __init__(self, model: nn.Module, windows: Windows) -> None:
-        probe = windows.tokens[:1, :PROBE]
-        with torch.no_grad():
-            hidden = last_hidden(model, probe)
-            self.head = Head(model).fit(model, lambda whole: whole(input_ids=probe.to(hidden.device), use_cache=False), hidden)
-        self.hidden: list[Tensor] = []  # of each window, [length, width], on the CPU
         self._output = model.get_output_embeddings()  # type: ignore[operator]
+        self.hidden: list[Tensor] = []  # of each window, [length, width], on the CPU
+        with self, text_alone(model), torch.no_grad():
+            run = model(input_ids=windows.tokens[:1, :PROBE].to(device_of(model)), use_cache=False)
+        self.head = Head(model).fit(model, lambda whole: run, self.hidden.pop()[None].to(device_of(model)))
 
     def __enter__(self) -> Recording:
         self._hook = self._output.register_forward_pre_hook(self._keep)
@@ -43,7 +43,6 @@ class Recording:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._hook.remove()
-        del self._output
 
     def _keep(self, module: nn.Module, given: tuple[Tensor, ...]) -> None:
         self.hidden += given[0].detach().cpu()
@@ -72,17 +71,19 @@ def closeness(ours: Recording, theirs: Recording, windows: Windows) -> Closeness
         raise InputError(
             f"the model has {ours.vocabulary} tokens and the reference {theirs.vocabulary}; they cannot be compared"
         )
-    divergences, agreements = [], []
-    for mine, other in zip(ours.hidden, theirs.hidden, strict=True):
-        kl, same, length = 0.0, 0, len(mine) - 1
+    divergences, agreements, tokens = [], [], 0
+    counted = pictures.counted(windows.pictures, windows.tokens)[:, :-1]
+    for mine, other, counts in zip(ours.hidden, theirs.hidden, counted, strict=True):
+        kl, same, length, number = 0.0, 0, len(mine) - 1, int(counts.sum())
         for start in range(0, length, PIECE):
             a, b = (functional.log_softmax(one, -1) for one in _logits(ours, mine, theirs, other, start, length))
-            kl += float(functional.kl_div(a, b, log_target=True, reduction="none").sum(-1).double().sum())
-            same += int((a.argmax(-1) == b.argmax(-1)).sum())
-        divergences.append(kl / length)
-        agreements.append(same / length)
+            here = counts[start : start + len(a)].to(a.device)
+            kl += float((functional.kl_div(a, b, log_target=True, reduction="none").sum(-1) * here).double().sum())
+            same += int(((a.argmax(-1) == b.argmax(-1)) & here).sum())
+        divergences.append(kl / number)
+        agreements.append(same / number)
+        tokens += number
     count, length = windows.tokens.shape
-    tokens = count * (length - 1)
     kl, agreement = (math.fsum(values) / count for values in (divergences, agreements))
     return Closeness(
         kl=kl,

@@ -8,8 +8,11 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 
 from uniprune.checkpoints.origin import resolve
+from uniprune.common.pictures import showing
 from uniprune.common.progress import Progress
 from uniprune.data.bos import bos_of
+from uniprune.data.images import windows as images
+from uniprune.data.images.rows import has_images
 from uniprune.data.text import Text
 from uniprune.data.windows import Windows, load_windows, window_length
 from uniprune.errors import InputError
@@ -26,14 +29,17 @@ from uniprune.models.loading import (
     check_vocabulary,
     context,
     fast_dtype,
+    load_processor,
     load_tokenizer,
     load_weights,
     native_dtype,
     parse_device,
     parse_dtype,
+    reads_images,
     skeleton,
     warn_of_emulation,
 )
+from uniprune.models.matrices import check_decoder
 from uniprune.tasks.question import Task
 from uniprune.tasks.scoring import Tokens
 
@@ -66,9 +72,11 @@ class Subject:
     def __init__(self, source: Source) -> None:
         self._source = source if isinstance(source, Loaded) else resolve(source)
         if isinstance(self._source, Loaded):
-            self._config, self.tokenizer = self._source.model.config, self._source.tokenizer
+            model, self.tokenizer = self._source.model, self._source.tokenizer
         else:
-            self._config, self.tokenizer = skeleton(self._source).config, load_tokenizer(self._source)
+            model, self.tokenizer = skeleton(self._source), load_tokenizer(self._source)
+        self._config = model.config
+        check_decoder(model, "what it does with text is measured on the tasks that it was made for")
 
     def __str__(self) -> str:
         return str(self._source)
@@ -85,6 +93,8 @@ class Subject:
 
     def windows(self, text: str, asked: Reading) -> Windows:
         """The windows of a text's evaluation part that are asked for, see :func:`uniprune.data.windows.load_windows`."""
+        if reads_images(self._config) and has_images(Text(text, asked.field, asked.split), "evaluation"):
+            return self._images(text, asked)
         length = window_length(text, asked.length, min(2048, self.context))
         check_context(self._config, length)
         options = {"count": asked.windows, "bos": asked.bos, "stride": asked.stride}
@@ -94,6 +104,17 @@ class Subject:
         found = load_windows(source, self.tokenizer, use="evaluation", length=length, **options)  # type: ignore[arg-type]
         check_vocabulary(self._config, int(found.tokens.max()), text)
         return found
+
+    def _images(self, text: str, asked: Reading) -> Windows:
+        """Windows of a data set of images and text."""
+        if asked.stride is not None or asked.bos is not None:
+            raise InputError("--stride and --bos are for text alone; leave them out, or take the text alone: --field text")
+        if asked.length is not None:
+            check_context(self._config, asked.length)
+        origin = None if isinstance(self._source, Loaded) else self._source
+        eyes = images.Eyes(load_processor(origin, self.tokenizer), self._config)
+        source = Text(text, asked.field, asked.split)
+        return images.load(source, eyes, "evaluation", asked.length, asked.windows, most=self.context)
 
     def documents(self, text: str, asked: Reading) -> Documents:
         """Documents that are read one by one, pieces of ``length`` tokens: by default the context, as lm-evaluation-harness."""
@@ -133,9 +154,10 @@ class Subject:
         if isinstance(asked.windows, Documents):
             found.perplexity = rolling(model, asked.windows, progress)
         elif asked.windows is not None:
-            found.recording = Recording(model, asked.windows) if record else None
-            with found.recording or nullcontext():
-                found.perplexity = perplexity(model, asked.windows, progress)
+            with showing(model, asked.windows.pictures):
+                found.recording = Recording(model, asked.windows) if record else None
+                with found.recording or nullcontext():
+                    found.perplexity = perplexity(model, asked.windows, progress)
         if asked.tasks:
             found.answers = answer(model, asked.tasks, self._tokens, progress, self.tokenizer)
         if asked.prompts:

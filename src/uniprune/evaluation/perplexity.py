@@ -11,12 +11,14 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from uniprune.common import pictures
 from uniprune.common.progress import Progress, silent
 from uniprune.common.significance import standard_error
 from uniprune.data.bos import Bos
@@ -24,7 +26,7 @@ from uniprune.data.documents import JOIN
 from uniprune.data.text import Text, TextFacts, open_text
 from uniprune.data.windows import Windows
 from uniprune.errors import InputError
-from uniprune.models.blocks import BATCH_TOKENS, batches, device_of, text_alone
+from uniprune.models.blocks import BATCH_TOKENS, batches, called, device_of
 from uniprune.models.loading import dtype_name
 from uniprune.models.output_head import PIECE
 
@@ -68,21 +70,25 @@ def perplexity(model: nn.Module, windows: Windows, progress: Progress = silent) 
     losses: list[float] = []
     count, length = windows.tokens.shape
     positions, seen = torch.zeros(length - 1, dtype=torch.float64), torch.zeros(length - 1, dtype=torch.int64)
-    scored, done = windows.scored, 0
+    counted = pictures.counted(windows.pictures, windows.tokens)[:, :-1]
+    tokens, done = list[int](), 0
     todo = batches(windows.tokens)
     for batch in progress(todo, "evaluating", len(todo)):
         for row in token_nats(model, batch):
-            first = length - 1 - scored[done]
-            losses.append(float(row[first:].sum()))
-            positions[first:] += row[first:].cpu()
-            seen[first:] += 1
+            first = length - 1 - windows.scored[done]
+            counts = counted[done, first:]
+            mine = row[first:] if windows.pictures is None else row[first:][counts.to(row.device)]
+            losses.append(float(mine.sum()))
+            tokens.append(int(counts.sum()))
+            positions[first:] += row[first:].cpu() * counts
+            seen[first:] += counts
             done += 1
-    nats, tokens = sum(losses), sum(scored)
+    nats, total = sum(losses), sum(tokens)
     check_finite(nats)
-    error = standard_error([loss / number for loss, number in zip(losses, scored, strict=True)])
+    error = standard_error([loss / number for loss, number in zip(losses, tokens, strict=True)])
     facts = by_unit(nats, windows.words, windows.size) | {"by_position": _by_position(positions, seen)}
     dtype, stride = dtype_name(next(model.parameters()).dtype), windows.stride or length
-    return Perplexity(exp(nats / tokens), nats, error, tokens, count, length, stride, dtype, windows.describe(), **facts)
+    return Perplexity(exp(nats / total), nats, error, total, count, length, stride, dtype, windows.describe(), **facts)
 
 
 def token_nats(model: nn.Module, batch: Tensor, predicts_last: bool = True) -> list[Tensor]:
@@ -91,8 +97,7 @@ def token_nats(model: nn.Module, batch: Tensor, predicts_last: bool = True) -> l
     predicts_last: whether the model reads the last token, too, whose prediction is not asked for.
     """
     batch = batch.to(device_of(model))
-    with text_alone(model):
-        logits = model(input_ids=batch if predicts_last else batch[:, :-1], use_cache=False).logits
+    logits = chain.from_iterable(output.logits for output in called(model, model, batch if predicts_last else batch[:, :-1]))
     return [_losses(one[: batch.shape[1] - 1], target[1:]) for one, target in zip(logits, batch, strict=True)]
 
 

@@ -19,7 +19,7 @@ from uniprune.artefacts import archive_size, writer
 from uniprune.artefacts.binding import Binding
 from uniprune.artefacts.reports import ModelFacts
 from uniprune.checkpoints.origin import Origin, resolve
-from uniprune.common import distributed, formatting
+from uniprune.common import distributed, formatting, pictures
 from uniprune.common.progress import Progress
 from uniprune.controller import controllers
 from uniprune.data.bos import bos_of
@@ -27,6 +27,7 @@ from uniprune.data.text import Text
 from uniprune.data.windows import Windows, load_windows, save_windows, window_length
 from uniprune.errors import InputError
 from uniprune.job import estimate
+from uniprune.job.images import image_windows
 from uniprune.job.options import RunOptions
 from uniprune.job.recipe import LENGTH, WINDOWS, Recipe
 from uniprune.models.blocks import resident
@@ -47,7 +48,7 @@ from uniprune.models.loading import (
     skeleton,
     warn_of_emulation,
 )
-from uniprune.models.matrices import Matrices, check_finite, check_loaded, find_matrices
+from uniprune.models.matrices import Matrices, check_decoder, check_finite, check_loaded, find_matrices
 from uniprune.models.sharding import Sharder, open_sharded
 from uniprune.models.streaming import attached, open_streamed
 from uniprune.saliency.calibration import SWEEP, Calibration
@@ -145,6 +146,7 @@ def prepare(
     if output is not None:
         files.check_output_folder(output, options.overwrite, origin.path if origin else None)
     model = loaded.model if loaded else skeleton(origin)  # type: ignore[arg-type]
+    check_predicts(recipe, model)
     matrices = find_matrices(model, recipe.include, recipe.exclude)
     aim = aim_of(recipe, model, matrices, loaded or origin)
     disk = 4 * sum(matrix.size for matrix in matrices.values())  # of scores
@@ -155,7 +157,7 @@ def prepare(
     if target is not None:
         files.check_disk_space(target, disk)
     tokenizer = loaded.tokenizer if loaded else load_tokenizer(origin)  # type: ignore[arg-type]
-    windows = calibration_windows(recipe, tokenizer, model)
+    windows = image_windows(recipe, model, origin, tokenizer) or calibration_windows(recipe, tokenizer, model)
     distributed.check_windows(len(windows.tokens), held_out=int(recipe.corrected and distributed.count() > 1))
     if save_tokens is not None and distributed.rank() == 0:
         save_windows(windows, save_tokens)
@@ -169,6 +171,8 @@ def prepare(
         needs = estimate.needs(work)
         execution = choose(origin, needs, options, device, target)
         check_execution(recipe, execution)
+        if windows.pictures and execution != "resident":
+            raise InputError("images go through the whole model in memory; raise --max-memory, or take the text: --field text")
         if execution == "resident":
             loaded = Loaded(load_weights(origin, computed, device), tokenizer, origin)
             matrices = find_matrices(loaded.model, recipe.include, recipe.exclude)
@@ -178,6 +182,7 @@ def prepare(
             open_blocks = open_sharded if execution == "sharded" else open_streamed
             loaded = open_blocks(origin, tokenizer, computed, device)
             matrices = attached(find_matrices(loaded.model, recipe.include, recipe.exclude), loaded.residency)  # type: ignore[arg-type]
+    pictures.show(loaded.model, windows.pictures)
     if loaded.residency is resident:
         check_finite(matrices)  # as they are computed; as they are stored, digests looks
         check_loaded(loaded.model, matrices)
@@ -270,6 +275,12 @@ def check_execution(recipe: Recipe, execution: Execution) -> None:
         raise InputError(f"--controller {name} runs in one process; start it without torchrun, or {others}")
     if controller.in_memory and execution != "resident":
         raise InputError(f"--controller {name} needs the whole model in memory; raise --max-memory, or {others}")
+
+
+def check_predicts(recipe: Recipe, model: torch.nn.Module) -> None:
+    """Raises InputError if a controller is to correct scores by the next token's prediction, which the model does not make."""
+    if recipe.corrected:
+        check_decoder(model, "prune it by the local metric: --controller none")
 
 
 def _everywhere(condition: bool) -> bool:

@@ -8,6 +8,7 @@ have what the model does before the first block and after the last one.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -16,8 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from uniprune.common import pictures
 from uniprune.errors import InputError, UniPruneError, first_line
 from uniprune.storage.stash import Stash
+
+logger = logging.getLogger(__name__)
 
 BATCH_TOKENS = 2048
 OVERFLOW = "puts out NaN or infinity; calibrate in another dtype (--dtype bfloat16 or float32), or check its weights"
@@ -45,9 +49,29 @@ def device_of(model: nn.Module) -> torch.device:
 
 def last_hidden(model: nn.Module, batch: Tensor) -> Tensor:
     """Final hidden states ``[windows, length, width]``: what the output head, which is left out, would be given."""
+    found = called(_backbone(model), model, batch)
+    return torch.cat([output.last_hidden_state for output in found])
+
+
+def called(module: nn.Module, model: nn.Module, batch: Tensor) -> list[Any]:
+    """What a model, or its backbone, puts out for token ids ``[windows, length]``: at once, or each with its images."""
+    batch = batch.to(device_of(model))
     with text_alone(model):
-        output: Tensor = _backbone(model)(input_ids=batch.to(device_of(model)), use_cache=False).last_hidden_state
-    return output
+        if pictures.shown(model) is None:
+            return [module(input_ids=batch, use_cache=False)]
+        return [module(input_ids=ids[None], use_cache=False, **pictures.beside(model, ids)) for ids in batch]
+
+
+def after_backbone(model: nn.Module, hidden: Tensor) -> Tensor:
+    """The logits ``[..., vocabulary]`` that the model itself makes of final hidden states ``[..., width]``."""
+    from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+
+    states = hidden.reshape(-1, *hidden.shape[-2:])
+    blank = torch.zeros(states.shape[:2], dtype=torch.int64, device=hidden.device)
+    given = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=states)
+    with rerouted([_backbone(model)], lambda index, forward: lambda *args, **kwargs: given):
+        logits: Tensor = model(input_ids=blank, use_cache=False).logits
+    return logits.reshape(*hidden.shape[:-1], -1)
 
 
 @contextmanager
@@ -119,11 +143,15 @@ class Replay:
         """The first block's input ``[windows, length, width]`` for token ids ``[windows, length]``."""
         if self._wrap is None:
             self._wrap = self._wrapping(batch)
-            self._verify(batch[:1, :PROBE_TOKENS])
+            self._verify(forked(batch[0, :PROBE_TOKENS]))
         if batch.shape not in self._calls:
             self._calls[batch.shape] = self._learn(batch)
         with torch.no_grad():
-            return self._through(batch)[0][0]
+            hidden = self._through(batch)[0][0]
+        if hidden.shape[:2] != batch.shape:  # XLNet's have the tokens first
+            kind = type(self.blocks[0]).__name__
+            raise UniPruneError(f"{kind} is not given hidden states window by window; it cannot be run block after block")
+        return hidden
 
     def run(self, index: int, hidden: Tensor) -> Tensor:
         """A block's output for an input ``[windows, length, width]``, with windows of a shape that entered before."""
@@ -216,10 +244,30 @@ class Replay:
 
         with rerouted(self.blocks, route):
             expected = last_hidden(self._model, probe)
+        warn_unless_causal(self._model, expected)
         found = self.leave(alone.pop())
         if not torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max())):
             kind = type(self.blocks[0]).__name__
             raise UniPruneError(f"blocks of {kind} depend on each other beyond their inputs; they cannot be run one by one")
+
+
+def forked(tokens: Tensor) -> Tensor:
+    """Token ids ``[length]``, and below them the same with another last one: before it a causal model sees no difference."""
+    other = tokens.clone()
+    other[-1] = next((token for token in tokens[:-1] if token != tokens[-1]), tokens[-1])
+    return torch.stack([tokens, other])
+
+
+def warn_unless_causal(model: nn.Module, hidden: Tensor) -> None:
+    """Says so if tokens see those after them: final hidden states ``[2, length, width]`` are those of :func:`forked` tokens."""
+    one, other = hidden[:, :-1].float()
+    rounding = 1e-3 if hidden.dtype in (torch.float32, torch.float64) else 0.03
+    if not torch.allclose(one, other, rtol=rounding, atol=rounding * float(one.abs().max())):
+        logger.warning(
+            "tokens of %s see those that follow, as in an encoder: it does not predict the next token, so perplexities and the "
+            "controller's scores say little; --controller none needs neither",
+            type(model).__name__,
+        )
 
 
 class Blocks:

@@ -192,6 +192,33 @@ def is_transposed(module: Any) -> bool:
     return gate_up is not None and gate_up.shape[1:] == (down.shape[2], 2 * down.shape[1])
 
 
+def fellows(name: str, module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """The modules inside the experts of a list of experts, with a name that is the same in all of them."""
+    if _experts_in(module):
+        for expert in module.children():
+            for inner, one in expert.named_modules():
+                yield one, f"{name}: {inner}"
+
+
+def _experts_in(module: nn.Module) -> int:
+    """How many experts a module holds, if it may be one of experts; a list of equal modules may."""
+    if is_fused(module):
+        return len(next(p for p in module.parameters(recurse=False) if p.dim() == 3))
+    return len(module) if isinstance(module, nn.ModuleList) and len(module) > 1 and len(set(map(type, module))) == 1 else 0
+
+
+def routers(block: nn.Module) -> Iterator[nn.Module]:
+    """Beside experts, what has a single matrix with an output for each of them, or one, the gate of a shared expert."""
+    for parent in block.modules():
+        children = list(parent.children())
+        counts = {count for child in children if (count := _experts_in(child))}
+        for child in children if counts else ():
+            holders = [m for m in child.modules() for p in m.parameters(recurse=False) if p.dim() == 2]
+            weight = getattr(holders[0], "weight", None) if len(holders) == 1 else None
+            if weight is not None and len(weight) in counts | {1}:
+                yield holders[0]
+
+
 @contextmanager
 def taken_apart(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Inside ``with``, the experts that any of these modules is a slice of run through all their slices, one by one.

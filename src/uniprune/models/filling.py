@@ -16,10 +16,13 @@ def fill(model: nn.Module, files: Files, dtypes: Mapping[str, torch.dtype], devi
     dtypes: by name, as :func:`loaded_dtypes`. without: the beginning of the names of parameters that stay hollow.
     """
     located = files.layout(model).located
-    for name, parameter in list(model.named_parameters()):
+    filled: dict[int, nn.Parameter] = {}  # by the hollow one: what is tied has several names, in any order
+    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
         if parameter.is_meta and not (without and name.startswith(without)):
-            found = files.read(located[name], dtypes[name], device, own=True)
-            assign(model, name, nn.Parameter(found, requires_grad=False))
+            if id(parameter) not in filled:
+                found = files.read(located[name], dtypes[name], device, own=True)
+                filled[id(parameter)] = nn.Parameter(found, requires_grad=False)
+            assign(model, name, filled[id(parameter)])
     model.tie_weights(recompute_mapping=False)  # type: ignore[operator]
     for name, buffer in list(model.named_buffers()):
         owner, _, leaf = name.rpartition(".")

@@ -204,7 +204,7 @@ def _config(origin: Origin) -> Any:
     from transformers import AutoConfig
 
     config = _guarded(origin, lambda: AutoConfig.from_pretrained(origin.folder, **origin.options()))
-    layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+    layers = _setting(config, "num_hidden_layers")
     entries = origin.files.entries if origin.files else {}
     if isinstance(layers, int) and entries and layers > len(entries):  # they would all be built
         raise InputError(f"model {origin}: config.json says {layers} layers, its files have fewer tensors; fetch it again")
@@ -256,6 +256,35 @@ def _remedy(origin: Origin) -> str:
     if lacking and any(origin.folder.glob("*.model")) and not (origin.folder / "tokenizer.json").exists():
         return "pip install sentencepiece protobuf, which read its .model file"
     return "fetch it again, or move its files away and give a token file"
+
+
+def reads_images(config: Any) -> bool:
+    """Whether a configuration is of a model of images and text."""
+    return getattr(config, "vision_config", None) is not None
+
+
+def load_processor(origin: Origin | None, given: Any = None) -> Any:
+    """What makes images and text ready for a model: its own processor. given: as the caller's tokenizer.
+
+    Raises InputError if there is none.
+    """
+    from transformers import AutoProcessor
+
+    if getattr(given, "image_processor", None) is not None:
+        return given
+    reason = "a model in memory is given it as its tokenizer: Loaded(model, processor)"
+    if origin is not None:
+        try:
+            found = AutoProcessor.from_pretrained(origin.folder, **origin.options())
+            if getattr(found, "image_processor", None) is not None:
+                return found
+            reason = "it has a tokenizer alone"
+        except Exception as error:  # as of a tokenizer
+            reason = first_line(error)
+    raise InputError(
+        f"the text has images, but model {origin or 'in memory'} has no processor that can be read ({reason}); take the text "
+        "alone: --field text"
+    )
 
 
 def load(source: str | Path | Origin, dtype: str | None = None, device: str | None = None) -> Loaded:
@@ -328,9 +357,17 @@ def _guarded(origin: Origin, load: Callable[[], Any]) -> Any:
 Source = str | Path | Loaded
 
 
+def _setting(config: Any, name: str) -> Any:
+    """What a configuration says of its text model; None if it has no such setting, or does not give it out (XLNet)."""
+    try:
+        return getattr(config.get_text_config(), name, None)
+    except Exception:  # of the configuration's own, in dozens of kinds
+        return None
+
+
 def context(config: Any) -> int:
     """The most tokens that a model can read at once."""
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    limit = _setting(config, "max_position_embeddings")
     return limit if isinstance(limit, int) and limit > 0 else UNBOUNDED
 
 
@@ -342,6 +379,6 @@ def check_context(config: Any, length: int) -> None:
 
 def check_vocabulary(config: Any, highest: int, where: object) -> None:
     """Raises InputError for a token that a model has no embedding of: its tokenizer, or the token file, is another's."""
-    size = getattr(config.get_text_config(), "vocab_size", None)
+    size = _setting(config, "vocab_size")
     if isinstance(size, int) and highest >= size:
         raise InputError(f"{where}: token {highest} is beyond the model's vocabulary of {size}; give the tokenizer that it has")

@@ -21,9 +21,11 @@ from transformers.pytorch_utils import Conv1D
 
 from uniprune.checkpoints.checkpoint import Files, checkpoint_of
 from uniprune.errors import InputError
-from uniprune.models.experts import Fused, Slice, fused_experts, is_fused
+from uniprune.models.experts import Fused, Slice, fellows, fused_experts, is_fused, routers
 from uniprune.models.linear import Probe
 
+# Parts of sparse attention that choose the tokens it sees, by no gradient, and sum up those it does not (DeepSeek-V3.2 and V4).
+SELECTORS = re.compile("Indexer|Compressor")
 COVERAGE = 0.9  # of the blocks' parameters must lie in matrices that we know how to prune
 
 
@@ -139,6 +141,19 @@ def _other_senses(model: nn.Module) -> tuple[str, ...]:
     return tuple(f"{name}." for name, part in parts if part.main_input_name not in text or "text" not in part.input_modalities)
 
 
+def check_decoder(model: nn.Module, instead: str) -> None:
+    """Raises InputError for an encoder, by what its blocks say of themselves. instead: what the user can do."""
+    try:
+        _, blocks = find_blocks(model)
+    except InputError:
+        return
+    if any(getattr(module, "is_decoder", None) is False for module in blocks.modules()):
+        raise InputError(
+            f"{type(model).__name__} is an encoder: without a causal mask (is_decoder in config.json is false) each token sees "
+            f"those that follow, so it does not predict the next; {instead}"
+        )
+
+
 def find_matrices(model: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> Matrices:
     """The prunable matrices in the order of the model, by module name; a weight that modules share is listed once.
 
@@ -146,8 +161,7 @@ def find_matrices(model: nn.Module, include: Sequence[str] = (), exclude: Sequen
     expressions, searched in the names; ``exclude`` wins. Raises InputError if under 90 % of the blocks' parameters lie in
     matrices, if an expression matches none, or for a model with adapters.
     """
-    found, _ = _discover(model)
-    return _select(found, include, exclude)
+    return _select(*_discover(model), include, exclude)
 
 
 def left_dense(model: nn.Module) -> Left:
@@ -175,8 +189,9 @@ def _discover(model: nn.Module) -> tuple[Matrices, Left]:
     parameters = model.named_parameters(remove_duplicate=False)
     outside = {id(p): f"shared with {name}" for name, p in parameters if not name.startswith(f"{prefix}.")}
     odd = _odd(module for *_, module in inside)
-    routers = {id(module): module for block in blocks for module in _routers(block)}
-    groups = {id(module): group for name, _, module in inside for module, group in _fellows(name, module)}
+    kept = {id(module): "a router" for block in blocks for module in routers(block)}
+    kept |= {id(module): f"in a selector of sparse attention ({kind})" for module, kind in _in_selectors(blocks)}
+    groups = {id(module): group for name, _, module in inside for module, group in fellows(name, module)}
     layout = checkpoint_of(model).layout(model)
     found: Matrices = {}
     left: Left = {}
@@ -190,16 +205,16 @@ def _discover(model: nn.Module) -> tuple[Matrices, Left]:
             covered |= {id(parameter) for parameter in module.parameters(recurse=False)}
             continue
         weight = getattr(module, "weight", None)
-        if not isinstance(weight, Tensor) or not (id(module) in routers or isinstance(module, (nn.Linear, Conv1D))):
+        if not isinstance(weight, Tensor) or not (id(module) in kept or isinstance(module, (nn.Linear, Conv1D))):
             continue
-        if id(module) in routers or id(weight) not in odd:
+        if id(module) in kept or id(weight) not in odd:
             covered.add(id(weight))
         if id(weight) in names:
             found[names[id(weight)]] = _used_by(found[names[id(weight)]], module, index)
             continue
         part = next(iter(layout.parts(f"{name}.weight")), None)
         name = part.region.name if part else name
-        why = "a router" if id(module) in routers else odd.get(id(weight)) or outside.get(id(weight))
+        why = kept.get(id(module)) or odd.get(id(weight)) or outside.get(id(weight))
         if why:
             left[name] = tuple(weight.shape), why
         elif part is None:
@@ -216,7 +231,7 @@ def _odd(modules: Iterable[nn.Module]) -> dict[int, str]:
     """Weights that a layer uses which is a Linear or Conv1D by its class alone, and what is wrong with it."""
     plain = Probe()
     layers = [module for module in modules if isinstance(module, (nn.Linear, Conv1D)) and not plain(module)]
-    return {id(layer.weight): f"{type(layer).__name__} computes more than x @ W.T + b" for layer in layers}
+    return {id(layer.weight): f"{type(layer).__name__} does not compute x @ W.T + b" for layer in layers}
 
 
 def _check_unquantised(model: nn.Module) -> None:
@@ -251,31 +266,11 @@ def _of_experts(fused: Fused, block: int) -> Iterator[tuple[str, Matrix]]:
         yield name, Matrix(name, one, block, fused.transposed, one.flipped, group=group)
 
 
-def _fellows(name: str, module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
-    """The modules inside the experts of a list of experts, with a name that is the same in all of them."""
-    if _experts_in(module):
-        for expert in module.children():
-            for inner, one in expert.named_modules():
-                yield one, f"{name}: {inner}"
-
-
-def _experts_in(module: nn.Module) -> int:
-    """How many experts a module holds, if it may be one of experts; a list of equal modules may."""
-    if is_fused(module):
-        return len(next(p for p in module.parameters(recurse=False) if p.dim() == 3))
-    return len(module) if isinstance(module, nn.ModuleList) and len(module) > 1 and len(set(map(type, module))) == 1 else 0
-
-
-def _routers(block: nn.Module) -> Iterator[nn.Module]:
-    """Beside experts, what has a single matrix with an output for each of them, or one, the gate of a shared expert."""
-    for parent in block.modules():
-        children = list(parent.children())
-        counts = {count for child in children if (count := _experts_in(child))}
-        for child in children if counts else ():
-            holders = [m for m in child.modules() for p in m.parameters(recurse=False) if p.dim() == 2]
-            weight = getattr(holders[0], "weight", None) if len(holders) == 1 else None
-            if weight is not None and len(weight) in counts | {1}:
-                yield holders[0]
+def _in_selectors(blocks: nn.ModuleList) -> Iterator[tuple[nn.Module, str]]:
+    """The layers of selectors, with the class of their selector."""
+    for selector in blocks.modules():
+        if SELECTORS.search(kind := type(selector).__name__):
+            yield from ((module, kind) for module in selector.modules() if isinstance(module, (nn.Linear, Conv1D)))
 
 
 def _check_coverage(prefix: str, blocks: nn.ModuleList, covered: set[int], odd: Mapping[int, str]) -> None:
@@ -291,13 +286,16 @@ def _check_coverage(prefix: str, blocks: nn.ModuleList, covered: set[int], odd: 
         )
 
 
-def _select(found: Matrices, include: Sequence[str], exclude: Sequence[str]) -> Matrices:
+def _select(found: Matrices, left: Left, include: Sequence[str], exclude: Sequence[str]) -> Matrices:
     def matches(pattern: str, option: str) -> set[str]:
         try:
             names = {name for name in found if re.search(pattern, name)}
         except re.error as error:
             raise InputError(f"--{option} {pattern!r} is not a regular expression: {error}") from None
-        if not names:
+        dense = [f"{name} ({why})" for name, (_, why) in left.items() if re.search(pattern, name)]
+        if not names and dense and option == "include":
+            raise InputError(f"--include {pattern!r} matches only what stays dense, e.g. {dense[0]}")
+        if not names and not dense:
             example = next(iter(found))
             raise InputError(f"--{option} {pattern!r} matches none of the {len(found)} matrices, e.g. {example}")
         return names

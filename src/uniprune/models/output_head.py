@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from uniprune.errors import UniPruneError
+from uniprune.common import pictures
+from uniprune.errors import InputError
+from uniprune.models.blocks import after_backbone
 
 PIECE = 512  # tokens whose logits are in memory at once
 
@@ -28,6 +30,8 @@ class Head:
         self._bias: Tensor | None = head.bias.detach() if getattr(head, "bias", None) is not None else None
         self._common: Tensor | None = None
         self._scale = 1.0
+        self._pictures = pictures.shown(model)
+        self._model: nn.Module | None = None  # that is asked, if its head is more than a product
         if text is not None and vocabulary is not None and vocabulary < len(self._weight):
             counts = torch.bincount(text.flatten(), minlength=len(self._weight))
             self._common = counts.topk(vocabulary).indices.sort().values.to(self._weight.device)
@@ -43,29 +47,36 @@ class Head:
         return self._weight.device
 
     def fit(self, model: nn.Module, run: Callable[[nn.Module], Any], hidden: Tensor) -> Head:
-        """Finds the factor that some families put on their logits.
+        """Finds the factor that some families put on their logits, and what others do to hidden states before.
 
         run: the model's output for some windows; hidden: the final hidden states it came from.
-        Raises UniPruneError for a model whose logits are not its output head times its final hidden states.
+        Raises InputError for a model whose logits are not its output head's for its final hidden states.
         """
         logits: Tensor = run(model).logits.float()
         logits = logits if self._common is None else logits[..., self._common]
-        fits = hidden.shape[-1] == self._weight.shape[1]  # some heads are of another width, with layers before them
-        if fits:
+        if hidden.shape[-1] == self._weight.shape[1]:
             ours = self(hidden)
             self._scale = float((logits * ours).sum() / ours.square().sum())
-            fits = torch.allclose(logits, ours * self._scale, rtol=0.05, atol=0.02 * float(logits.abs().max()))
-        if not fits:
-            kind = type(model).__name__
-            raise UniPruneError(
-                f"the logits of {kind} are not its output head times its last hidden states: "
+            if torch.allclose(logits, ours * self._scale, rtol=0.05, atol=0.02 * float(logits.abs().max())):
+                return self
+        self._model = model  # there are layers before the head: what a masked language model has become
+        if not torch.allclose(logits, self(hidden), rtol=0.05, atol=0.02 * float(logits.abs().max())):
+            raise InputError(
+                f"the logits of {type(model).__name__} are not its output head's for its last hidden states: "
                 "prune it with --controller none, and compare it --against another by --tasks alone"
             )
         return self
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        logits = functional.linear(hidden, self._weight, self._bias).float() * self._scale
+        if self._model is not None:
+            logits = after_backbone(self._model, hidden).float()
+            return logits if self._common is None else logits[..., self._common]
+        logits = functional.linear(hidden.to(self._weight.dtype), self._weight, self._bias).float() * self._scale
         return self._cap * torch.tanh(logits / self._cap) if self._cap else logits
+
+    def counted(self, ids: Tensor) -> Tensor:
+        """Of which tokens of ``ids`` ``[windows, length]`` the predictions count: those that follow are of text."""
+        return pictures.counted(self._pictures, ids)
 
     def next_token(self, hidden: Tensor, ids: Tensor) -> Tensor:
         """The gradient ``[windows, length, width]`` of the summed next-token cross-entropy of ``ids`` ``[windows, length]``.
@@ -73,11 +84,14 @@ class Head:
         The head needs its whole vocabulary.
         """
         gradient = torch.zeros_like(hidden)
-        for ours, target, into in zip(hidden[:, :-1], ids[:, 1:].to(hidden.device), gradient[:, :-1], strict=True):
+        ids = ids.to(hidden.device)
+        parts = zip(hidden[:, :-1], ids[:, 1:], self.counted(ids)[:, :-1], gradient[:, :-1], strict=True)
+        for ours, target, counts, into in parts:
             for piece in _pieces(len(ours)):
                 with torch.enable_grad():
                     leaf = ours[piece].detach().requires_grad_()
-                    loss = functional.cross_entropy(self(leaf), target[piece], reduction="sum")
+                    losses = functional.cross_entropy(self(leaf), target[piece], reduction="none")
+                    loss = (losses * counts[piece]).sum()
                 into[piece] = torch.autograd.grad(loss, leaf)[0]
         return gradient
 

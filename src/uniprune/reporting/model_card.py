@@ -152,8 +152,9 @@ def _body(report: Report, results: Sequence[Evaluation], source: str, images: bo
                 "the code of 0, all other codes and all scales are the original's, and so is `quantization_config`."
             )
         if images:
+            seen = "images and text" if report.calibration and report.calibration.images else "text alone"
             yield (
-                "Only the text decoder was pruned, and calibrated on text alone; what sees images (or hears sound), and what "
+                f"Only the text decoder was pruned, and calibrated on {seen}; what sees images (or hears sound), and what "
                 "brings that into the decoder, has the bytes of the original."
             )
         yield f"> **{NOTE}** `uniprune pack` makes it smaller to store, `uniprune bench` measures speed."

@@ -21,6 +21,7 @@ class ControllerRecord(Facts):
     objective, unit: what ``loss`` is, e.g. KL in nats per token. loss: at each step. held_out_loss: on windows that no step
     saw, the start's first; best_held_out_loss: that of the result. judged_every: steps between two of them. flips: the share of
     masks that each step changed. targets: the patterns that it was calibrated for. steps: as planned; it may end sooner.
+    without_gradient: matrices that no step could move.
     """
 
     model_config = ConfigDict(strict=False)  # controllers of others fill it, too
@@ -35,6 +36,7 @@ class ControllerRecord(Facts):
     judged_every: int | None = None
     flips: list[float] = []
     targets: list[str] = []
+    without_gradient: list[str] = []
 
     @property
     def judged_at(self) -> list[float]:

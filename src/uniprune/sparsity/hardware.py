@@ -6,7 +6,7 @@ That a profile is met does not make a model faster.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from uniprune.errors import InputError
@@ -87,11 +87,26 @@ def fitted(
         )
     base, rules = (pattern.base, pattern.rules) if isinstance(pattern, Ruled) else (pattern, ())
     what = "dense" if unsupported == "dense" else f"{pattern.sparsity:g}"
-    spared = tuple(Rule(f"^{re.escape(name)}$", what) for name in reasons)
+    spared = tuple(Rule(match, what) for match in _matches(reasons.keys(), shapes.keys()))
     left = tuple(rule for rule in rules if any(re.search(rule.match, name) for name in shapes.keys() - reasons.keys()))
     fits = Ruled(base, spared + left)
     fits.check(shapes)
     return fits, reasons
+
+
+def _matches(some: Collection[str], names: Iterable[str]) -> Iterator[str]:
+    """Expressions that match some of the names and no others: one for all of a kind, as experts are of one, else one each."""
+    kinds: dict[str, list[str]] = {}
+    for name in names:
+        kinds.setdefault(_kind(name), []).append(name)
+    for kind, members in kinds.items():
+        inside = [name for name in members if name in some]
+        yield from [f"^{kind}$"] if 1 < len(inside) == len(members) else [f"^{re.escape(name)}$" for name in inside]
+
+
+def _kind(name: str) -> str:
+    """An expression for all names that differ in their numbers alone."""
+    return r"\.".join(r"\d+" if part.isdigit() else re.escape(part) for part in name.split("."))
 
 
 def _spell(pattern: NM | Shape) -> str:

@@ -1,0 +1,161 @@
+"""Every type of model that transformers has a causal class or one of images and text for; writes results/families.json.
+
+python benchmarks/every_type.py plan [TYPE ...]    `plan` on its default configuration, files of that size without content
+python benchmarks/every_type.py walk [TYPE ...]    a tiny random model through every step of tests/families.py
+
+Either keeps what the file has of other types, and writes the table of docs/families.md from all of it.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig
+
+import uniprune
+from common import ROOT, load, save
+from uniprune.checkpoints.layout import as_saved
+from uniprune.errors import UniPruneError
+
+sys.path.insert(0, str(ROOT / "tests"))
+
+import catalogue
+import families
+
+PAGE = ROOT / "docs" / "families.md"
+SHARD = 1 << 40  # bytes
+
+
+def hollow_checkpoint(config: PretrainedConfig, folder: Path) -> None:
+    """A checkpoint as transformers would save it, in bfloat16, whose tensors are holes in its files: it takes no room."""
+    kind = AutoModelForCausalLM if type(config) in AutoModelForCausalLM._model_mapping else AutoModelForImageTextToText
+    config.save_pretrained(folder)
+    with torch.device("meta"):
+        model = kind.from_config(config)
+    shapes, _ = as_saved(model)
+    shards: list[dict[str, Any]] = [{}]
+    end = 0
+    for key, shape in shapes.items():
+        size = 2 * torch.Size(shape).numel()
+        if end + size > SHARD:
+            shards, end = [*shards, {}], 0
+        shards[-1][key] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [end, end + size]}
+        end += size
+    names = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
+    for name, header in zip(names, shards, strict=True):
+        text = json.dumps(header).encode()
+        with (folder / name).open("wb") as file:
+            file.write(struct.pack("<Q", len(text)) + text)
+            file.truncate(8 + len(text) + max(item["data_offsets"][1] for item in header.values()))
+    index = {"weight_map": {key: name for name, header in zip(names, shards, strict=True) for key in header}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def plan(kind: str, folder: Path) -> dict[str, Any]:
+    """What ``plan`` says of a type's default configuration."""
+    began = time.process_time()
+    try:
+        config = AutoConfig.for_model(kind)
+        if not config.is_encoder_decoder:
+            hollow_checkpoint(config, folder)
+        else:
+            config.save_pretrained(folder)
+            (folder / "model.safetensors").write_bytes(struct.pack("<Q", 2) + b"{}")
+    except Exception as error:  # transformers itself cannot make it: the reason is the row
+        return {"made": f"{type(error).__name__}: {str(error).splitlines()[0]}"[:200]}
+    made = time.process_time()
+    try:
+        found = uniprune.plan(folder, uniprune.Recipe(sparsity="2:4"), max_memory=1 << 50)
+    except UniPruneError as error:
+        return {"refused": str(error).replace(str(folder), "M")}
+    left = Counter(why for why in found.left_dense.values())
+    return {
+        "parameters": found.parameters,
+        "prunable": found.prunable,
+        "matrices": len(found.matrices),
+        "left": dict(left.most_common(5)),
+        "seconds": [round(made - began, 2), round(time.process_time() - made, 2)],
+    }
+
+
+def walk(kind: str, folder: Path) -> dict[str, str]:
+    """What a tiny model of a type does at each step."""
+    try:
+        config = catalogue.small(kind)
+        if config.is_encoder_decoder:
+            return {"made": "an encoder-decoder"}
+        saved = catalogue.saved(kind, folder)
+    except Exception as error:
+        return {"made": f"{type(error).__name__}: {str(error).splitlines()[0]}"[:200]}
+    return families.steps(families.Walk(*saved, folder))
+
+
+STEPS = tuple(step for step in families.STEPS if step != "plan")
+
+
+def page(known: dict[str, dict[str, Any]]) -> str:
+    """docs/families.md: a line for each type."""
+    plans, walks = known["plan"], known["walk"]
+    planned = [kind for kind, row in plans.items() if "matrices" in row]
+    whole = [kind for kind, row in walks.items() if all(row.get(step) == "yes" for step in families.STEPS)]
+    tried = [kind for kind, row in walks.items() if "made" not in row]
+    head = f"| type | parameters | prunable | matrices | {' | '.join(STEPS)} | why not, and what stays dense |"
+    rule = f"| --- | ---: | ---: | ---: |{' :-: |' * len(STEPS)} --- |"
+    rows = [_row(kind, plans.get(kind, {}), walks.get(kind, {})) for kind in sorted(plans.keys() | walks.keys())]
+    return "\n".join(
+        [
+            "# Every type of transformers",
+            "",
+            f"All {len(plans)} types that transformers {known['versions']['transformers']} has a causal class or one of",
+            "images and text for; written by `python benchmarks/every_type.py` from benchmarks/results/families.json.",
+            "",
+            "- `plan`, with the controller, on the default configuration, by files of that size without content:",
+            f"  {len(planned)} can be pruned, the others are refused with the reason.",
+            "- A tiny random model of each that transformers can make here, through the steps of [models.md](models.md):",
+            f"  {len(whole)} of {len(tried)} go through all.",
+            "",
+            head,
+            rule,
+            *rows,
+            "",
+        ]
+    )
+
+
+def _row(kind: str, planned: dict[str, Any], walked: dict[str, str]) -> str:
+    sizes = [f"{planned[name] / 1e9:.2f} B" if name in planned else "" for name in ("parameters", "prunable")]
+    cells = [{"yes": "yes", None: ""}.get(walked.get(step), "no") for step in STEPS]
+    reasons = [planned.get(name) for name in ("made", "refused", "crash")] + [walked.get("made"), walked.get("crash")]
+    reasons += [reason for step, reason in walked.items() if step in families.STEPS and reason != "yes"]
+    reasons += [f"{count} x {why}" for why, count in planned.get("left", {}).items()]
+    why = "; ".join(dict.fromkeys(" ".join(reason.split()).replace("|", "/")[:240] for reason in reasons if reason))
+    return f"| {kind} | {sizes[0]} | {sizes[1]} | {planned.get('matrices', '')} | {' | '.join(cells)} | {why} |"
+
+
+def main(command: str, wanted: list[str]) -> None:
+    warnings.filterwarnings("ignore")
+    for kind in wanted or catalogue.TYPES:
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                row = {"plan": plan, "walk": walk}[command](kind, Path(folder))
+            except Exception as error:
+                row = {"crash": f"{type(error).__name__}: {error}"[:300], "where": traceback.format_exc(limit=-3)}
+        print(kind, row, flush=True)
+        known = {name: load("families").get(name, {}) for name in ("plan", "walk")}
+        known[command] = dict(sorted((known[command] | {kind: row}).items()))
+        save("families", known)
+    PAGE.write_text(page(load("families")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2:])

@@ -1,0 +1,69 @@
+"""Images that go with windows of tokens, and the models that are given them.
+
+Everything works on token ids ``[windows, length]``. What else a model needs for a window, pixels and where they stand, is
+found by the window's ids when the model is called: so nothing between the data and that call knows of images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+Given = dict[str, Tensor]
+
+
+def key(ids: Tensor) -> bytes:
+    """What a window is found by: its token ids ``[length]``."""
+    return ids.to("cpu", torch.int64).contiguous().numpy().tobytes()
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """given: by :func:`key`, what the model is called with beside a window's ids. tokens: ids that stand for an image there."""
+
+    given: Mapping[bytes, Given]
+    tokens: tuple[int, ...]
+
+
+_SHOWN: WeakKeyDictionary[nn.Module, Pictures] = WeakKeyDictionary()
+
+
+def show(model: nn.Module, pictures: Pictures | None) -> None:
+    """From now on the model is given the images of these windows, or none."""
+    _SHOWN.pop(model, None)
+    if pictures is not None:
+        _SHOWN[model] = pictures
+
+
+@contextmanager
+def showing(model: nn.Module, pictures: Pictures | None) -> Iterator[None]:
+    """As :func:`show`, inside ``with``."""
+    before = shown(model)
+    show(model, pictures)
+    try:
+        yield
+    finally:
+        show(model, before)
+
+
+def shown(model: nn.Module) -> Pictures | None:
+    """The images that a model is given; None for one that reads text alone."""
+    return _SHOWN.get(model)
+
+
+def beside(model: nn.Module, ids: Tensor) -> Given:
+    """What a model is given with a window ``[length]``, where it computes; nothing with one that has no image."""
+    found = _SHOWN[model].given.get(key(ids), {})
+    dtype = next(parameter.dtype for parameter in model.parameters())
+    return {name: value.to(ids.device, dtype if value.is_floating_point() else value.dtype) for name, value in found.items()}
+
+
+def counted(found: Pictures | None, ids: Tensor) -> Tensor:
+    """Which predictions of the next token count ``[windows, length]``: not those of place holders of an image's tokens."""
+    tokens = torch.tensor(found.tokens if found else (), dtype=ids.dtype, device=ids.device)
+    return ~torch.nn.functional.pad(torch.isin(ids[:, 1:], tokens), (0, 1))

@@ -1,0 +1,141 @@
+"""What a descent starts from: one pass of the dense model, forwards and backwards, over a little of the text."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection
+from statistics import median
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from uniprune.common import distributed
+from uniprune.controller.passes import Passes
+from uniprune.saliency.statistics import (
+    Kind,
+    SquaredNorm,
+    Statistic,
+    Statistics,
+    add_up,
+    beside,
+    check_seen,
+    feed,
+    observing,
+)
+from uniprune.storage.runs import Run
+from uniprune.storage.tensor_store import Store
+
+logger = logging.getLogger(__name__)
+S = TypeVar("S", bound=Statistic)
+
+
+class Start(NamedTuple):
+    """What a descent starts from, by matrix name.
+
+    norms: of the inputs in the dense model. gradients: RMS ``[out]`` of the next-token loss's gradient at the outputs.
+    statistics: of the inputs, of the kind that the metric wants; they are the norms if those will do. still: matrices that
+    saw tokens and got no gradient; in ``gradients`` they have the others' median.
+    """
+
+    norms: dict[str, SquaredNorm]
+    gradients: dict[str, Tensor]
+    statistics: Statistics
+    still: list[str]
+
+
+def sensitivities(passes: Passes, windows: Tensor, wanted: Kind | None, run: Run | None = None) -> Start:
+    """The start of a descent, or what an earlier run found it to be.
+
+    windows: token ids ``[windows, length]``. wanted: the statistic of the local metric. The network of ``passes`` is left
+    without masks.
+    """
+    other = beside(SquaredNorm, wanted)
+    store = Store(run, "start") if run else None
+    if store is not None and store.facts:
+        return _restored(store, passes, other)
+    start = _measured(passes, windows, other)
+    if store is not None:
+        store["inputs"] = {name: norm.total for name, norm in start.norms.items()}
+        store["gradients"] = start.gradients
+        if other:
+            store["statistics"] = {name: one.total for name, one in start.statistics.items()}
+        store.commit({"tokens": {name: norm.tokens for name, norm in start.norms.items()}, "still": start.still})
+    return start
+
+
+def _measured(passes: Passes, windows: Tensor, other: Kind | None) -> Start:
+    network = passes.network
+    columns = {name: matrix.shape[1] for name, matrix in network.matrices.items()}
+    norms = {name: SquaredNorm(count, passes.device) for name, count in columns.items()}
+    own = {name: other(count, passes.device) for name, count in columns.items()} if other else {}
+    totals = {name: torch.zeros(matrix.shape[0], device=passes.device) for name, matrix in network.matrices.items()}
+
+    def watch(name: str, x: Tensor, gradient: Tensor) -> None:
+        norms[name].update(x)
+        totals[name] += gradient.float().square().sum(0)
+        if own:
+            own[name].update(x)
+
+    network.masks, network.watch = {}, watch
+    head = passes.head(windows)
+    portions = passes.portions(windows[distributed.rank() :: distributed.count()], windows.shape[1])
+    for batch in portions:
+        passes.backward(head.next_token(passes.forward_alone(batch), batch))
+    network.watch = None
+    for total in totals.values():
+        distributed.total(total)
+    add_up(norms)
+    add_up(own)
+    unreached = [name for name, norm in norms.items() if not norm.tokens and not network.matrices[name].group]
+    for statistics in filter(None, (norms, own)) if unreached else ():
+        _observe(passes, portions, {name: statistics[name] for name in unreached})  # type: ignore[index]
+    feed(network.matrices, norms, totals)
+    feed(network.matrices, own)
+    check_seen(norms)
+    check_seen(own)
+    gradients = {name: (total / windows.numel()).sqrt() for name, total in totals.items()}
+    still = [name for name, gradient in gradients.items() if not bool(gradient.any())]
+    _stand_in(gradients, still)
+    return Start(norms, gradients, own or norms, still)
+
+
+def _observe(passes: Passes, portions: list[Tensor], statistics: dict[str, Statistic]) -> None:
+    """Statistics of matrices that no gradient reaches, from passes forwards: backwards they see nothing."""
+    kind = type(next(iter(statistics.values())))
+    matrices = {name: passes.network.matrices[name] for name in statistics}
+    with observing(matrices, kind, passes.device) as found:
+        for batch in portions:
+            passes.look(batch)
+    add_up(found)
+    for name, statistic in found.items():
+        statistics[name].merge(statistic)
+
+
+def _stand_in(gradients: dict[str, Tensor], still: Collection[str]) -> None:
+    """Without a gradient all of a matrix would be cut first, by any budget that it has in common with others."""
+    others = [float(gradient.mean()) for name, gradient in gradients.items() if name not in still]
+    for name in still if others else ():
+        gradients[name].fill_(median(others))
+
+
+def warn_of_stillness(names: Collection[str]) -> None:
+    """Says which matrices no step of a descent could move."""
+    if names:
+        logger.warning(
+            "no gradient reached %d matrices, e.g. %s: they choose, or what they compute is not used; their masks are the "
+            "local metric's alone, unless they are left dense (--exclude)",
+            *(len(names), next(iter(names))),
+        )
+
+
+def _restored(store: Store, passes: Passes, other: Kind | None) -> Start:
+    def statistics(kind: type[S], key: str) -> dict[str, S]:
+        found = {name: kind(matrix.shape[1], passes.device) for name, matrix in passes.network.matrices.items()}
+        for name, total in store[key].items():
+            found[name].add(total.to(passes.device), store.facts["tokens"][name])
+        return found
+
+    norms = statistics(SquaredNorm, "inputs")
+    gradients = {name: rms.to(passes.device) for name, rms in store["gradients"].items()}
+    return Start(norms, gradients, statistics(other, "statistics") if other else norms, list(store.facts["still"]))

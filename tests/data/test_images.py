@@ -1,0 +1,236 @@
+"""Data sets of images and text, through the model's own processor: what the model sees is what plain transformers shows it."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from PIL import Image
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    CLIPImageProcessor,
+    Gemma3ImageProcessor,
+    Gemma3Processor,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+
+import uniprune
+from command import run
+from conftest import VOCABULARY, train_tokenizer
+from small_models import config_of
+from uniprune import Loaded, Recipe
+from uniprune.artefacts.masks import MasksFile
+from uniprune.data.images.windows import Eyes, load
+from uniprune.data.text import Text
+from uniprune.errors import InputError
+
+LENGTH, COUNT = 48, 6
+SIDE = {"height": 28, "width": 28}
+
+
+def llava(tokenizer):
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    images = CLIPImageProcessor(size={"shortest_edge": 28}, crop_size=SIDE)
+    return LlavaProcessor(
+        images, tokenizer, patch_size=14, vision_feature_select_strategy="default", num_additional_image_tokens=1
+    )
+
+
+def gemma3(tokenizer):
+    tokens = {"boi_token": "<boi>", "eoi_token": "<eoi>", "image_token": "<image>"}
+    ours = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token="<eos>", extra_special_tokens=tokens)
+    return Gemma3Processor(Gemma3ImageProcessor(size=SIDE), ours, image_seq_length=4)
+
+
+@pytest.fixture(scope="module", params=[llava, gemma3], ids=["llava", "gemma3"])
+def source(request, tmp_path_factory):
+    """A checkpoint with its processor."""
+    folder = tmp_path_factory.mktemp(request.param.__name__) / "model"
+    processor = request.param(train_tokenizer())
+    config = config_of(request.param.__name__)
+    config.get_text_config().vocab_size = VOCABULARY + 8
+    config.image_token_id = config.image_token_index = processor.tokenizer.convert_tokens_to_ids("<image>")
+    config.text_config.max_position_embeddings = 256
+    torch.manual_seed(0)
+    AutoModelForImageTextToText.from_config(config).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    """Eight images with a text each, in JSON lines."""
+    folder, rng = tmp_path_factory.mktemp("rows"), np.random.default_rng(0)
+    lines = []
+    for number in range(8):
+        Image.fromarray(rng.integers(0, 255, (30, 40, 3), dtype=np.uint8)).save(folder / f"{number}.png")
+        words = " ".join(rng.choice(["red", "house", "the", "on", "green", "hill", "a"], 12 if number else 200))
+        lines.append(json.dumps({"image": f"{number}.png", "text": words}))
+    (folder / "rows.jsonl").write_text("\n".join(lines))
+    return folder / "rows.jsonl"
+
+
+def image_token(source):
+    return AutoConfig.from_pretrained(source).image_token_id
+
+
+def recipe(rows, **settings):
+    settings = {"sparsity": "2:4", "windows": COUNT, "length": LENGTH, "controller": "none"} | settings
+    return Recipe(text=str(rows), **settings)
+
+
+def eyes(source):
+    return Eyes(AutoProcessor.from_pretrained(source), AutoConfig.from_pretrained(source))
+
+
+def shown(source, rows, use, count):
+    """What the model is given for each window."""
+    windows = load(Text(str(rows)), eyes(source), use, LENGTH, count)
+    return windows, list(windows.pictures.given.values())
+
+
+def by_hand(source, windows, given):
+    """Plain transformers, window by window: logits, and the inputs of one layer of the text decoder."""
+    model = AutoModelForImageTextToText.from_pretrained(source, dtype=torch.float32).eval()
+    inputs = []
+    layer = model.model.language_model.layers[1].mlp.gate_proj
+    layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0].detach()))
+    logits = [model(input_ids=ids[None], **one).logits[0].detach() for ids, one in zip(windows.tokens, given, strict=True)]
+    return layer.weight.detach(), torch.cat(inputs).flatten(0, 1), logits
+
+
+def test_the_first_tokens_of_a_window_are_the_processors_own(source, rows):
+    processor = AutoProcessor.from_pretrained(source)
+    windows, given = shown(source, rows, "evaluation", 8)
+    assert windows.tokens.shape == (8, LENGTH)
+    for number, (ids, one) in enumerate(zip(windows.tokens, given, strict=True)):
+        row = json.loads(rows.read_text().splitlines()[number])
+        image = Image.open(rows.parent / row["image"])
+        own = processor(images=[image], text=processor.image_token + row["text"], return_tensors="pt")
+        count = min(LENGTH, own["input_ids"].shape[1])
+        assert torch.equal(ids[:count], own["input_ids"][0, :count])
+        assert torch.equal(one["pixel_values"], own["pixel_values"])
+        assert int((ids == image_token(source)).sum()) == 4
+        if count < LENGTH:  # the rest is text of the next ones
+            assert "\n\n" in processor.tokenizer.decode(ids[count:])
+    assert given[0].keys() == own.keys() - {"input_ids", "attention_mask"}
+    assert windows.describe().images == 8
+
+
+def test_masks_are_those_of_what_the_model_sees(source, rows, tmp_path):
+    """Wanda, by hand on what plain transformers gives to one layer."""
+    report = uniprune.prune(source, recipe(rows), tmp_path / "out")
+    assert report.calibration.images == report.calibration.windows == COUNT
+    windows, given = shown(source, rows, "calibration", COUNT)
+    weight, inputs, _ = by_hand(source, windows, given)
+    scores = (weight.abs() * inputs.norm(dim=0)).reshape(len(weight), -1, 4)
+    expected = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, scores.topk(2).indices, True).reshape(weight.shape)
+    masks = MasksFile(tmp_path / "out" / "pruning" / "masks.safetensors")
+    (name,) = (name for name in masks if name.endswith("layers.1.mlp.gate_proj"))
+    assert torch.equal(masks[name], expected)
+    uniprune.prune(source, recipe(rows, field="text"), tmp_path / "text")  # without images
+    assert not torch.equal(MasksFile(tmp_path / "text" / "pruning" / "masks.safetensors")[name], expected)
+    cards = [ModelCard.load(tmp_path / name / "README.md").text for name in ("out", "text")]
+    assert "calibrated on images and text" in cards[0]
+    assert "calibrated on text alone" in cards[1]
+
+
+def test_the_controller_sees_them_too_and_place_holders_are_not_predicted(source, rows, tmp_path):
+    report = uniprune.prune(source, recipe(rows, controller="feedback", steps=2), tmp_path / "out")
+    assert report.controller.held_out_loss[0] > 0
+    result = uniprune.evaluate(tmp_path / "out", text_source=rows, windows=4, length=LENGTH, against=source)
+    windows, given = shown(source, rows, "evaluation", 4)
+    sparse, dense = (by_hand(folder, windows, given)[2] for folder in (tmp_path / "out", source))
+    token = image_token(source)
+    nats, kl, count = 0.0, [], 0
+    for ids, ours, theirs in zip(windows.tokens, sparse, dense, strict=True):
+        counts = ids[1:] != token
+        a, b = (logits[:-1].log_softmax(-1) for logits in (ours, theirs))
+        nats -= float(a[counts].gather(1, ids[1:][counts, None]).sum())
+        kl.append(float((b.exp() * (b - a)).sum(-1)[counts].mean()))
+        count += int(counts.sum())
+    assert count < 4 * (LENGTH - 1)
+    assert result.tokens == result.closeness.tokens == count
+    assert result.perplexity == pytest.approx(np.exp(nats / count), rel=1e-4)
+    assert result.closeness.kl == pytest.approx(np.mean(kl), rel=1e-3, abs=1e-9)
+    assert not result.generations
+
+
+def test_a_table_with_images_in_it_and_a_folder_are_read_alike(source, rows, tmp_path):
+    import pyarrow
+    from pyarrow import parquet
+
+    lines = [json.loads(line) for line in rows.read_text().splitlines()]
+    images = [{"bytes": (rows.parent / row["image"]).read_bytes(), "path": None} for row in lines]
+    parquet.write_table(pyarrow.table({"image": images, "text": [row["text"] for row in lines]}), tmp_path / "rows.parquet")
+    named = [json.dumps({"file_name": row["image"], "text": row["text"]}) for row in lines]
+    (rows.parent / "metadata.jsonl").write_text("\n".join(named))
+    expected, *others = (
+        load(Text(str(file)), eyes(source), "calibration", LENGTH, 4, seed=3)
+        for file in (rows, tmp_path / "rows.parquet", rows.parent / "metadata.jsonl")
+    )
+    (rows.parent / "metadata.jsonl").unlink()
+    for found in others:
+        assert torch.equal(found.tokens, expected.tokens)
+        assert found.pictures.given.keys() == expected.pictures.given.keys()
+    assert not torch.equal(load(Text(str(rows)), eyes(source), "calibration", LENGTH, 4, seed=4).tokens, expected.tokens)
+
+
+def test_by_default_windows_are_as_long_as_the_longest_sample(source, rows):
+    whole = load(Text(str(rows)), eyes(source), "evaluation", None, None, most=200)
+    assert whole.tokens.shape == (8, 200)  # the first text has more tokens
+    later = load(Text(str(rows)), eyes(source), "evaluation", None, None)
+    assert later.tokens.shape[1] > 200
+    assert later.tokens.shape[1] % 64 == 0
+
+
+def test_a_processor_may_be_given_with_a_model_in_memory(source, rows, tmp_path):
+    uniprune.prune(source, recipe(rows), tmp_path / "disk")
+    model = AutoModelForImageTextToText.from_pretrained(source).eval()
+    uniprune.prune(Loaded(model, AutoProcessor.from_pretrained(source)), recipe(rows), tmp_path / "memory")
+    ours, theirs = (MasksFile(tmp_path / name / "pruning" / "masks.safetensors") for name in ("memory", "disk"))
+    assert all(torch.equal(mask, theirs[name]) for name, mask in ours.items())
+    with pytest.raises(InputError, match=r"has no processor that can be read \(.*Loaded\(model, processor\)\).*--field text"):
+        uniprune.prune_in_place(Loaded(model, AutoProcessor.from_pretrained(source).tokenizer), recipe(rows))
+
+
+def changed(rows, tmp_path, **row):
+    first = json.dumps({"image": str(rows.parent / "0.png"), "text": "a hill"})
+    (tmp_path / "rows.jsonl").write_text("\n".join([first, json.dumps(row)]))
+    return tmp_path / "rows.jsonl"
+
+
+def test_what_cannot_be_shown_is_refused_before_the_weights_are_read(source, rows, tmp_path, monkeypatch):
+    monkeypatch.setattr("uniprune.job.prepare.load_weights", None)
+
+    def refused(reason, data=rows, **settings):
+        options = {"save_tokens": settings.pop("save_tokens", None)}
+        with pytest.raises(InputError, match=reason):
+            uniprune.prune(source, recipe(data, **settings), tmp_path / "out", **options)
+
+    refused(r"0 images with text fit into 3 tokens, 6 were asked for; .*raise --length", length=3)
+    refused(r"8 images with text fit into 48 tokens, 9 were asked for", windows=9)
+    refused("read text alone; leave them out, or take the text alone: --field text", sequential=True)
+    refused("read text alone", controller="unipruning", steps=1)
+    refused("--bos is for text alone", bos="none")
+    refused("--save-tokens has no place for images", save_tokens=tmp_path / "tokens.safetensors")
+    refused("512 tokens do not fit the model's context of 256", length=512)
+    here = changed(rows, tmp_path, image="none.png", text="a house")
+    refused(r"rows\.jsonl, line \d: its image cannot be read \(.*No such file", data=here)
+    refused(
+        r"line 2: its image cannot be read \(it is int, not the name", data=changed(rows, tmp_path, image=3, text="a house")
+    )
+    refused(r'line 2: no fields "image" and "text"', data=changed(rows, tmp_path, text="a house"))
+    monkeypatch.setattr("uniprune.job.prepare.choose", lambda *_: "streamed")
+    refused("images go through the whole model in memory; raise --max-memory")
+
+
+def test_a_text_model_reads_the_text_of_such_rows(folder, rows, tmp_path, capsys, monkeypatch):
+    uniprune.prune(folder, recipe(rows, windows=2, length=32), tmp_path / "out")
+    assert uniprune.evaluate(tmp_path / "out", text_source=rows, windows=1, length=32).perplexity
+    code, _, _ = run(capsys, monkeypatch, "evaluate", tmp_path / "out", "--text", rows, "--windows", 1, "--length", 32)
+    assert code == 0

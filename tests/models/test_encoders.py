@@ -1,0 +1,76 @@
+"""Encoders, whose tokens see those that follow, are said to be some: they predict no next token."""
+
+import pytest
+import torch
+from test_selectors import prune, tokens  # noqa: F401
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import catalogue
+import uniprune
+from conftest import VOCABULARY, tiny_model
+from small_models import FAMILIES, SMALL, save
+from uniprune import Recipe
+from uniprune.errors import InputError, UniPruneError
+from uniprune.models.blocks import forked, last_hidden
+
+LOCAL = {"controller": "none", "steps": None}
+
+
+def encoder(kind, **settings):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **(SMALL | settings))
+    return AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "electra", "xlm-roberta"])
+def test_an_encoder_is_refused_where_a_next_token_is_needed(kind, tokens, tmp_path):  # noqa: F811
+    encoder(kind).save_pretrained(tmp_path / "model")
+    reason = r"LM\w* is an encoder: without a causal mask \(is_decoder in config\.json is false\) each token sees"
+    with pytest.raises(InputError, match=rf"{reason} .*--controller none"):
+        uniprune.plan(tmp_path / "model", Recipe(sparsity="2:4"))
+    for way in ("resident", "streamed"):
+        with pytest.raises(InputError, match=rf"{reason} .*--controller none"):
+            prune(tmp_path / "model", tokens, tmp_path / "out", way)
+        assert prune(tmp_path / "model", tokens, tmp_path / "out", way, **LOCAL).sparsity == 0.5
+    with pytest.raises(InputError, match=reason):
+        uniprune.evaluate(tmp_path / "out", text_source=tokens, windows=2)
+    encoder(kind, is_decoder=True).save_pretrained(tmp_path / "model")  # a remedy that works
+    prune(tmp_path / "model", tokens, tmp_path / "out")
+    assert uniprune.evaluate(tmp_path / "out", text_source=tokens, windows=2).perplexity
+
+
+def test_a_decoder_that_does_not_say_so_of_its_blocks_is_none():
+    assert AutoConfig.for_model("gpt_neox").is_decoder is False
+    assert FAMILIES["gpt_neox"] == {}  # and tests of all families prune it
+
+
+@pytest.mark.parametrize("way", ["resident", "streamed"])
+def test_tokens_that_see_those_that_follow_are_noticed_whatever_the_configuration_says(way, tokens, tmp_path, caplog):  # noqa: F811
+    """XLNet says nothing of the kind. Its blocks are given tokens first, and cannot be run one by one."""
+    catalogue.saved("xlnet", tmp_path)
+    if way == "streamed":
+        with pytest.raises(UniPruneError, match="XLNetLayer is not given hidden states window by window"):
+            prune(tmp_path / "model", tokens, tmp_path / "out", way)
+    else:
+        prune(tmp_path / "model", tokens, tmp_path / "out", way)
+    assert "tokens of XLNetLMHeadModel see those that follow" in caplog.text
+
+
+@pytest.mark.parametrize("way", ["resident", "streamed"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe", "mamba2", "gpt2"])
+def test_nothing_is_said_of_causal_models(family, dtype, way, tokens, tmp_path, caplog):  # noqa: F811
+    save(family, tmp_path / "model")
+    prune(tmp_path / "model", tokens, tmp_path / "out", way, dtype=dtype, steps=1)
+    assert "see those that follow" not in caplog.text
+
+
+def test_forked_tokens_differ_in_the_last_one_alone():
+    model = tiny_model()
+    rows = forked(torch.tensor([3, 4, 4, 4]))
+    assert rows.tolist() == [[3, 4, 4, 4], [3, 4, 4, 3]]
+    hidden = last_hidden(model, rows)
+    assert torch.equal(hidden[0, :-1], hidden[1, :-1])
+    assert not torch.equal(hidden[0, -1], hidden[1, -1])
+    assert int(rows.max()) < VOCABULARY
+    assert forked(torch.tensor([3, 3])).tolist() == [[3, 3], [3, 3]]
