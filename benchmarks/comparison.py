@@ -36,12 +36,12 @@ from uniprune.sparsity import spelling
 
 METHODS = ("magnitude", "wanda", "ria", "sparsegpt", "feedback")
 SPARSITIES = ("0.5", "2:4")
-CALIBRATE = {"text": str(CALIBRATION), "windows": 32, "length": 256, "dtype": "float32"}
-MEASURE = {"text": str(EVALUATION), "windows": 8, "length": 512}
-TASKS = {"tasks": tuple(str(DATA / "zeroshot" / f"{name}.jsonl") for name in ("piqa", "arc_easy")), "limit": 50}
-PROMPTS = {"prompts": ("The capital of France is", "Water boils when"), "new_tokens": 16}
+CALIBRATE = {"text": str(CALIBRATION), "windows": 16, "length": 128, "dtype": "float32"}
+MEASURE = {"text": str(EVALUATION), "windows": 4, "length": 256}
+TASKS = {"tasks": tuple(str(DATA / "zeroshot" / f"{name}.jsonl") for name in ("piqa", "arc_easy")), "limit": 8}
+PROMPTS = {"prompts": ("The capital of France is",), "new_tokens": 8}
 KILLED_WITH = (3, 9)  # rows that stand in the table
-LATER = 15.0  # seconds of the processor after that: the next row is in the making
+LATER = 4.0  # seconds of the processor after that: the next row is in the making
 
 
 class Clock:

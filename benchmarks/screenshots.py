@@ -1,4 +1,4 @@
-"""Takes the pictures of docs/report.md from a report's page: its beginning, its plots in dark colours, both on a phone.
+"""Takes the pictures of docs/report.md from a report's page: its beginning, its heat map in dark colours, both on a phone.
 
 python benchmarks/screenshots.py report.html [folder]
 """
@@ -18,7 +18,7 @@ PHONE = {"viewport": {"width": 390, "height": 844}, "is_mobile": True, "device_s
 LOOKS = {
     "light": (DESK, "light", ["summary"]),
     "dark": (DESK, "dark", ["sparsity"]),
-    "phone": (PHONE, "light", ["summary", "sparsity", "zero-shot"]),
+    "phone": (PHONE, "light", ["summary", "comparison", "sparsity"]),
 }
 COLOURS, GAP = 200, 30
 

@@ -12,7 +12,9 @@ from typing import Any
 
 from ablations import VARIANTS
 from common import ROOT, load
-from uniprune.cli.tables import bench_rows
+from uniprune.comparison.results import Comparison
+from uniprune.reporting.comparison import markdown
+from uniprune.reporting.tables import bench_rows
 from uniprune.speed.timing import Result
 
 START, END = "<!-- {}: written by benchmarks/tables.py -->", "<!-- /{} -->"
@@ -357,6 +359,28 @@ def examples(results: dict[str, Any]) -> str:
     return f"{results['properties']} properties, up to {results['examples_each']:,} examples each: {failures} failures."
 
 
+def comparison(results: dict[str, Any]) -> str:
+    """What ``compare`` takes beside its parts and after kills, and the table."""
+    seconds, kills = results["seconds"], results["killed_with_rows"]
+    names = {"in one go": "in one go", "parts": "its parts", "killed and resumed": f"killed {len(kills)} times and resumed"}
+    lines = [[names[key], f"{value:.0f}", f"{value / seconds['parts']:.2f}"] for key, value in seconds.items()]
+    differ = results["perplexities_that_differ"]
+    said = (
+        f"Rows that stood when it was killed: {' and '.join(map(str, kills))}; none was made again. Perplexities that differ "
+        f"from those of the parts: {differ['by themselves']}; from those of the resumed table: {differ['killed and resumed']}."
+    )
+    return f"{table(['run', 'seconds', 'of its parts'], lines)}\n\n{said}\n\n{markdown(Comparison(**results['table']))}"
+
+
+def report(results: dict[str, Any]) -> str:
+    """Size and first paint of a page."""
+    paints = ", ".join(f"{value:.2f} s at {width}" for width, value in results["first_paint_seconds"].items())
+    return (
+        f"The page of five methods at two sparsities ([compare.md](compare.md)) has {results['bytes'] / 1e3:.0f} kB; Chromium "
+        f"first paints it after {paints} pixels (median of {results['rounds']})."
+    )
+
+
 def decoder(results: dict[str, Any]) -> str:
     """Speeds of whole decoder passes next to those of their products alone."""
     products = {(r["batch"], r["sparsity"]): r for r in results["smollm2"]["results"] if r["kernel"] == "CSR"}
@@ -460,6 +484,10 @@ def main() -> None:
         fill(ROOT / "docs" / f"{name}.md", sections)
     if results := load("archive"):
         fill(ROOT / "docs" / "archive.md", {"sizes": archives(results)})
+    if results := load("comparison"):
+        fill(ROOT / "docs" / "compare.md", {"comparison": comparison(results)})
+    if results := load("report"):
+        fill(ROOT / "docs" / "report.md", {"report": report(results)})
     if results := load("scale"):
         parts = {"measured": measured(results), "ratios": ratios(results), "forecasts": forecasts(results)}
         fill(ROOT / "docs" / "scaling.md", parts)

@@ -28,6 +28,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+import made_up
 from uniprune.artefacts import archive, mask_conversion, mask_tools, writer
 from uniprune.artefacts import masks as masks_file
 from uniprune.artefacts.binding import Binding
@@ -45,6 +46,7 @@ from uniprune.evaluation import reproduce
 from uniprune.job.recipe import Recipe
 from uniprune.models.matrices import Matrix
 from uniprune.reporting import comparison, model_card, results
+from uniprune.reporting.headline import verdict
 from uniprune.reporting.summary import summarise
 from uniprune.storage import runs, safetensors_index
 from uniprune.storage.tensor_store import Store
@@ -175,6 +177,7 @@ def readers(folder: Path) -> dict[str, Reader]:
                     "perplexity": 12.5,
                     "nats_stderr": 0.1,
                 },
+                **{"right": {"a": {"acc": "2"}}, "written": ["x"], "by_position": {"1-512": 12.5}, "matrices": {"m.0.q": 0.5}},
                 **{"tasks": result["tasks"], "seconds": {"calibrate": 1.5, "evaluate": 0.5}, "updates_weights": False},
                 "measured": "2026-01-02T03:04:06+00:00",
             },
@@ -232,16 +235,17 @@ def readers(folder: Path) -> dict[str, Reader]:
         (path.parent / model_card.CARD).unlink()
 
     def paged(path: Path) -> None:
-        summarise([results.read(path)])
+        verdict(summarise([results.read(path)]))
 
     def tabulated(path: Path) -> None:
+        paged(path)
         found = results.read(path).result
         for name, content in harness.files(found):
             (path.parent / name).parent.mkdir(exist_ok=True)
             (path.parent / name).write_text(json.dumps(content))
             assert (path.parent / name).resolve().parent.parent == path.parent.resolve()
             shutil.rmtree((path.parent / name).parent)
-        comparison.markdown(found), comparison.latex(found), comparison.verdict(found)
+        comparison.markdown(found), comparison.latex(found), comparison.readings(found), comparison.flips(found)
 
     def asked(path: Path) -> None:
         trials.asked(ComparisonRequest.load(path))
@@ -261,6 +265,8 @@ def readers(folder: Path) -> dict[str, Reader]:
         Reader("page", "json", json.dumps(result).encode(), paged, "result.json"),
         Reader("sweep", "json", json.dumps(swept | {"kind": "sweep", "format": 1}).encode(), paged, "sweep.json"),
         Reader("comparison", "json", json.dumps(compared).encode(), tabulated, "comparison.json"),
+        Reader("speeds", "json", json.dumps(made_up.speeds()).encode(), paged, "bench.json"),
+        Reader("packing", "json", json.dumps(made_up.packing()).encode(), paged, "packed.json"),
         Reader(
             "table", "yaml", b"model: m\nmethods: [wanda, 'feedback:checks=2']\nsparsities: ['0.5', '2:4']\n", asked, "t.yaml"
         ),

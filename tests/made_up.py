@@ -142,12 +142,37 @@ def everything(folder):
     pruned = pruning()
     full = evaluation(sparsity=pruned["sparsity"], tasks=tasks(), against=BASE, closeness=closeness())
     full |= {"generations": generations(), "protocol": protocol()}
+    full |= {"word_perplexity": 31.5, "byte_perplexity": 1.875, "by_position": {"1-512": 18.5, "512-2k": 17.5}}
+    full |= {"comparable": [{"protocol": "WikiText-2, sequence length 64", "metric": "perplexity"}]}
     return [
         write(folder / "pruned" / "pruning.json", pruned).parent,
         write(folder / "evaluation.json", full),
         write(folder / "dense.json", dense()),
         write(folder / "sweep.json", sweep()),
+        write(folder / "bench.json", speeds()),
     ]
+
+
+def speeds(**changes):
+    """A result of bench on a CPU: unstructured masks are faster from 50 % on, 2:4 has no kernel."""
+    row = {"kind": "unstructured", "kernel": "CSR", "dtype": "float32", "against": "float32", "batch": 1, "rounds": 9}
+    row |= {"seconds": 0.001, "left_dense": {}}
+    values = ((0.5, 1.5, 1.4, 1.6), (0.9, 3.0, 2.9, 3.1))
+    keys = ("sparsity", "speedup", "low", "high")
+    missing = {"kind": "2:4", "kernel": "semi-structured", "dtype": "float32", "reason": "2:4 products need a CUDA GPU"}
+    facts = {
+        **{"kind": "bench", "format": 1, "model": BASE, "device": "CPU", "threads": 2, "shapes": {"32 x 32": 3}},
+        **{"dtypes": ["float32"], "batches": [1], "missing": [missing], "seconds": 1.0, "versions": VERSIONS},
+        "results": [row | dict(zip(keys, each, strict=True)) for each in values],
+        **{"verdicts": ["unstructured (CSR): in float32 at batch 1 faster from 50% on."], "notes": ["Measured: products."]},
+    }
+    return facts | changes
+
+
+def packing(**changes):
+    """What pack --runtime says of a folder."""
+    facts = {"kind": "packing", "format": 1, "source": {"fingerprint": "f" * 64}, "packed": 12, "left_dense": {}}
+    return facts | {"bytes": 2_600_000, "ratio": 0.55, "ratio_of_packed": 0.5} | changes
 
 
 def write(path, facts):
@@ -177,6 +202,14 @@ def comparison(**changes):
             made = structure(parse(spec, scope) if scope else parse(spec)).model_dump(exclude_unset=True)
             row |= {"pattern": spec, "scope": scope, "structure": made, "masks_sha256": "c" * 64}
             row |= {"updates_weights": method == "sparsegpt", "seconds": {"calibrate": 12.34, "mask": 0.5, "evaluate": 2.0}}
+        row |= {"word_perplexity": 3 * value, "byte_perplexity": 1.5, "by_position": {"1-512": value}}
+        row |= {"right": {"data/arc_easy.jsonl": {"acc": "ff" if spec is None else "f1"}}, "written": [f"{method} goes on"]}
+        if scope == "model":
+            row["matrices"] = {
+                f"model.layers.{block}.{kind}": (2 + (block + 2 * index) % 7) / 10
+                for block in range(3)
+                for index, kind in enumerate(KINDS)
+            }
         rows.append(row)
     text = {"text": TEXT, "calibration": TEXT, "windows": 4, "length": 64, "stride": 64}
     facts = {
@@ -185,7 +218,7 @@ def comparison(**changes):
         "model": BASE,
         "methods": ["wanda", "ria:a=0.5", "sparsegpt", "feedback"],
         "sparsities": ["0.5", "2:4"],
-        "protocol": {**text, "dtype": "float32", "versions": VERSIONS, "settings": {"limit": None}},
+        "protocol": {**text, "dtype": "float32", "versions": VERSIONS, "settings": {"limit": None}, "prompts": ["To be"]},
         "rows": rows,
     }
     return facts | changes

@@ -40,7 +40,7 @@ FLAGS = {
     "unpack": "json output overwrite",
     "card": "json overwrite push-to-hub",
     "bench": "batch device dtype json revision sparsity levels",
-    "report": "json output overwrite",
+    "report": "format json output overwrite",
 }
 MASKS_FLAGS = {
     "verify": "dtype json model pruned",

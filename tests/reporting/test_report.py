@@ -24,7 +24,8 @@ from uniprune.saliency.record import ControllerRecord
 
 HOSTILE = "</title></style><script>alert(1)</script><img src=x onerror=alert(2)>\"'--><!-- "
 HOSTILE += "$\\frac{ &lt; {{ 7*7 }} [red][/] \ud800\x1b[31m"
-SECTIONS = ["summary", "models", "tradeoff", "sparsity", "controller", "zero-shot", "closeness", "generations", "protocol"]
+SECTIONS = ["summary", "models", "tradeoff", "sparsity", "controller", "perplexity", "zero-shot", "closeness", "generations"]
+SECTIONS += ["speed", "protocol"]
 
 
 class Outline(HTMLParser):
@@ -77,9 +78,9 @@ def put_together(*paths):
 
 def test_kinds_are_told_by_their_fields(tmp_path):
     paths = made_up.everything(tmp_path)
-    assert [read(path).kind for path in paths] == ["pruning", "evaluation", "evaluation", "sweep"]
+    assert [read(path).kind for path in paths] == ["pruning", "evaluation", "evaluation", "sweep", "bench"]
     assert read(paths[0] / "pruning.json").path == paths[0]
-    assert len(read_all([*paths, *paths])) == 4
+    assert len(read_all([*paths, *paths])) == 5
 
 
 @pytest.mark.parametrize(
@@ -88,7 +89,7 @@ def test_kinds_are_told_by_their_fields(tmp_path):
         ("", "is not JSON"),
         ("not JSON", "is not JSON"),
         ("[" * 100_000, "is not JSON"),
-        ("[1, 2]", "is no result of prune, apply, evaluate, sweep or compare: it is no object"),
+        ("[1, 2]", "is no result of prune, apply, evaluate, sweep, compare, bench or pack: it is no object"),
         ('{"model": "m", "results": []}', "it is an object with 'model', 'results'"),
         ('{"model": "m", "perplexity": "low"}', "is damaged: perplexity"),
         ('{"sweep": 1, "model": "m", "rows": []}', "is damaged: rows"),
@@ -249,12 +250,16 @@ def test_every_section_of_a_full_report(tmp_path):
     texts = {section: " ".join(text.split()) for section, text in outline.texts.items()}
     summary = texts["summary"]
     assert "12.50 \N{RIGHTWARDS ARROW} 18.25" in summary
-    assert "changes by \N{MINUS SIGN}5.5 ± 2.5 points" in summary
+    assert "18.25, 1.46 times the dense model's 12.50" in summary
+    assert "\N{MINUS SIGN}5.5 ± 2.5 points of zero-shot accuracy" in summary
+    assert "unstructured 1.50 times as fast" in summary
     assert NOTE in summary
     assert "4:8" in texts["tradeoff"]
     assert "4.9 MB" in texts["tradeoff"]
     assert "model.layers.2.mlp.down_proj" in texts["sparsity"]
     assert "9 steps on 9,216 tokens" in texts["controller"]
+    assert "31.50" in texts["perplexity"]
+    assert "WikiText-2, sequence length 64" in texts["perplexity"]
     assert "60.0% 4.9% 70.0% 2 12 0.013" in texts["zero-shot"]
     assert "73.4%" in texts["closeness"]
     assert "The first 5 of 6 tokens are the same." in texts["generations"]
@@ -262,7 +267,7 @@ def test_every_section_of_a_full_report(tmp_path):
     assert "/data/" not in "".join(texts.values())  # this machine's folders are nobody's business
     ids = [attributes["id"] for _, attributes in outline.elements if "id" in attributes]
     assert len(ids) == len(set(ids))
-    drawn = [attributes for attributes in outline.all("figure") if attributes.get("role") == "img"]
+    drawn = [attributes for attributes in outline.all("div") if attributes.get("role") == "img"]
     assert len(drawn) == len(outline.all("svg")) == 6
     assert all(attributes["aria-label"].endswith(".") for attributes in drawn)
     assert all("scope" in attributes for attributes in outline.all("th"))
@@ -279,6 +284,9 @@ def test_every_section_of_a_full_report(tmp_path):
         (made_up.evaluation(closeness=made_up.closeness()), ["summary", "closeness", "protocol"]),
         (made_up.evaluation(generations=made_up.generations()), ["summary", "generations", "protocol"]),
         (made_up.sweep(), ["summary", "tradeoff", "protocol"]),
+        (made_up.speeds(), ["summary", "speed", "protocol"]),
+        (made_up.packing(), ["summary", "protocol"]),
+        (made_up.evaluation(word_perplexity=3.5), ["summary", "perplexity", "protocol"]),
         (made_up.sweep(dense=None, protocol={}), ["summary", "tradeoff", "protocol"]),
     ],
 )
@@ -304,7 +312,7 @@ def test_generations_are_marked_from_the_first_word_that_differs(model, against,
 
 def test_a_model_whose_perplexity_overflowed(tmp_path):
     outline = Outline(made(tmp_path, made_up.write(tmp_path / "e.json", made_up.evaluation(perplexity=math.inf))))
-    assert "Perplexity is ∞ on toy.txt, 4 samples of 64 tokens." in outline.texts["summary"]
+    assert "has perplexity ∞ on toy.txt, 4 samples of 64 tokens" in outline.texts["summary"]
 
 
 def test_a_uniform_pattern_is_said_and_not_drawn(tmp_path):
@@ -318,7 +326,7 @@ def test_what_apply_and_the_published_controller_write(tmp_path):
     del facts["recipe"], facts["calibration"]
     outline = Outline(made(tmp_path, written(tmp_path, facts)))
     assert "3 steps on 96 tokens" in outline.texts["controller"]
-    assert "controller's loss over 3 steps, from 3.00 to 2.75" in str(outline.all("figure"))
+    assert "controller's loss over 3 steps, from 3.00 to 2.75" in str(outline.all("div"))
 
 
 def test_what_is_not_finite_is_said(tmp_path):
@@ -332,7 +340,7 @@ def test_what_is_not_finite_is_said(tmp_path):
     assert "∞" in outline.texts["tradeoff"]
     assert "not a number" in outline.texts["tradeoff"]
     assert "∞" in outline.texts["models"]
-    assert "at best" in str(outline.all("figure"))
+    assert "at best" in str(outline.all("div"))
 
 
 @pytest.mark.parametrize("perplexity", [math.inf, math.nan, 0.0, 1e300])
@@ -362,13 +370,17 @@ def hostile_sources(folder):
         generations=[generation],
         protocol={HOSTILE: {HOSTILE: [HOSTILE]}},
         lm_eval={HOSTILE: {HOSTILE: 0.5}},
+        by_position={HOSTILE: 3.0},
+        comparable=[{"protocol": HOSTILE, "metric": HOSTILE}],
     )
+    timed = made_up.speeds(model=HOSTILE, device=HOSTILE, verdicts=[HOSTILE], notes=[HOSTILE])
     row = {"pattern": HOSTILE, "scope": HOSTILE, "sparsity": 0.5, "perplexity": 3.0}
     swept = made_up.sweep(model=HOSTILE, rows=[row, row | {"sparsity": 0.6}, row | {"scope": None, "pattern": f"2:4{HOSTILE}"}])
     return [
         written(folder, pruned, "<script>alert(3)</script>".replace("/", "_")),
         made_up.write(folder / "<img src=x>.json", full),
         made_up.write(folder / "sweep.json", swept),
+        made_up.write(folder / "bench.json", timed),
     ]
 
 
@@ -378,7 +390,12 @@ def test_hostile_strings_are_inert(tmp_path):
     assert outline.open == []
     assert [attributes["id"] for attributes in outline.all("section")] == SECTIONS
     assert len(outline.all("script")) == len(outline.all("style")) == 1
-    assert outline.all("img") == outline.all("a")[len(SECTIONS) - 1 :] == []
+    assert outline.all("img") == []
+    links = outline.all("a")[len(SECTIONS) - 1 :]
+    assert links
+    assert all(
+        each["class"] == "download" and re.fullmatch(r"data:text/csv;charset=utf-8,[\w%.~/-]+", each["href"]) for each in links
+    )
     assert not any(name.startswith("on") for _, attributes in outline.elements for name in attributes)
     assert HOSTILE.replace("\ud800", "?") in outline.texts["generations"]
 
@@ -397,7 +414,7 @@ def test_nothing_is_fetched(tmp_path):
     assert policy.startswith("default-src 'none'")
     for _, attributes in outline.elements:
         for name in ("src", "href", "xlink:href", "srcset", "action", "data"):
-            assert attributes.get(name, "#").startswith(("#", "data:,"))
+            assert attributes.get(name, "#").startswith(("#", "data:,", "data:text/csv;"))
     assert not re.search(r"@import|url\((?!#)", text)
 
 
@@ -412,7 +429,7 @@ def test_the_same_sources_give_the_same_bytes(tmp_path):
 def test_facts_are_those_of_the_sources(tmp_path):
     paths = made_up.everything(tmp_path)
     facts = uniprune.report(paths, tmp_path / "report.html")
-    assert [source.kind for source in facts.sources] == ["pruning", "evaluation", "evaluation", "sweep"]
+    assert [source.kind for source in facts.sources] == ["pruning", "evaluation", "evaluation", "sweep", "bench"]
     assert facts.sources[3].result == json.loads(paths[3].read_text())
     pruned, dense = facts.models
     assert (pruned.perplexity, pruned.dense_perplexity, pruned.kl) == (18.25, 12.5, 0.3125)
@@ -496,13 +513,13 @@ def test_real_results_make_a_report(tmp_path, folder):
         paths.append(tmp_path / f"{name}.json")
         uniprune.evaluate(str(model), windows=4, length=32).write(paths[-1])
     outline = Outline(made(tmp_path, *paths))
-    assert [attributes["id"] for attributes in outline.all("section")] == [*SECTIONS[:2], *SECTIONS[3:5], "protocol"]
-    assert "dense to" in outline.texts["summary"]
+    assert [attributes["id"] for attributes in outline.all("section")] == [*SECTIONS[:2], *SECTIONS[3:6], "protocol"]
+    assert "times the dense model's" in outline.texts["summary"]
     assert len(ControllerRecord(**json.loads((pruned / "pruning.json").read_text())["controller"]).judged_at) > 1
 
 
 def test_plots_take_their_colours_from_the_page():
-    plot = plots.heatmap("h", Pruning(**made_up.pruning()))
+    plot = plots.heatmap("h", Pruning(**made_up.pruning()).grid)
     assert not re.search(r"#(?!h-)[0-9a-f]{6}", plot.svg)
     assert "var(--heat)" in plot.svg
     assert "currentColor" in plot.svg

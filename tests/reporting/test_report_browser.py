@@ -1,7 +1,10 @@
 """A report in a real browser: what it loads, what it says on the console, whether it can be read and used."""
 
+import csv
+import importlib.util
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 from test_report import HOSTILE, SECTIONS, hostile_sources
@@ -64,6 +67,15 @@ def address(tmp_path_factory):
     return (folder / "report.html").as_uri()
 
 
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    """The page of a table of methods."""
+    folder = tmp_path_factory.mktemp("table")
+    made_up.write(folder / "table" / "comparison.json", made_up.comparison())
+    uniprune.report([folder / "table", made_up.write(folder / "bench.json", made_up.speeds())], folder / "report.html")
+    return (folder / "report.html").as_uri()
+
+
 @pytest.fixture
 def visit(browser):
     """Opens a page; afterwards nothing may have been fetched but the page, and the console must be empty."""
@@ -83,7 +95,7 @@ def visit(browser):
     for context in contexts:
         context.close()
     assert said == []
-    assert [url for url in asked if not url.startswith(("file:", "data:"))] == []
+    assert [url for url in asked if not url.startswith(("file:", "data:", "blob:"))] == []
     assert len([url for url in asked if url.startswith("file:")]) == len(contexts)
 
 
@@ -128,6 +140,95 @@ def test_tables_sort(visit, address):
     sweep = page.locator("#tradeoff table")
     sweep.get_by_role("button", name="packed").click()  # what is unknown comes last
     assert sweep.locator("tbody tr").last.locator("td").nth(2).inner_text() == "\N{EN DASH}"
+
+
+def test_long_tables_are_filtered(visit, address):
+    page = visit(address)
+    page.locator("#sparsity summary").click()
+    box = page.locator("#sparsity details").get_by_role("searchbox")
+    shown = page.locator("#sparsity details tbody tr:visible")
+    assert shown.count() == 12
+    box.fill("LAYERS.2 mlp")
+    assert shown.locator("th").all_inner_texts() == [f"model.layers.2.mlp.{name}_proj" for name in ("up", "down")]
+    assert page.locator("#sparsity details").get_by_role("status").inner_text() == "2 of 12 rows"
+    box.fill("")
+    assert shown.count() == 12
+    assert page.locator("#models").get_by_role("searchbox").count() == 0  # a short one needs none
+
+
+def test_tables_and_plots_are_saved_as_csv(visit, address, tmp_path):
+    page = visit(address, accept_downloads=True)
+
+    def saved(link):
+        with page.expect_download() as waiting:
+            link.click()
+        waiting.value.save_as(tmp_path / "saved.csv")
+        return waiting.value.suggested_filename, list(csv.reader((tmp_path / "saved.csv").open(newline="")))
+
+    name, rows = saved(page.locator("#tradeoff .table").get_by_role("button", name="Download as CSV"))
+    assert name == "toy-1m-toy-txt-4-samples-of-64-tokens.csv"
+    assert rows[0] == ["pattern", "sparsity", "perplexity", "packed", "best for its sparsity"]
+    assert rows[1] == ["dense", "0.0", "12.5", "4900000.0", ""]
+    name, rows = saved(page.locator("#sparsity figure a"))
+    assert name == "sparsity-0.csv"
+    assert rows[:2] == [["block", "matrix", "sparsity"], ["0", "self_attn.q_proj", "0.2"]]
+    assert len(rows) == 1 + 12
+    page.locator("#sparsity summary").click()
+    page.locator("#sparsity details").get_by_role("searchbox").fill("layers.1")
+    assert (
+        len(saved(page.locator("#sparsity details").get_by_role("button", name="Download as CSV"))[1]) == 1 + 4
+    )  # what is shown
+
+
+def test_no_text_is_a_formula_in_a_spreadsheet(visit, tmp_path):
+    path = made_up.write(tmp_path / "e.json", made_up.evaluation("=1+2", tasks={"@a,b": made_up.tasks()["rte"]}))
+    uniprune.report([path, made_up.write(tmp_path / "dense.json", made_up.dense())], tmp_path / "report.html")
+    page = visit((tmp_path / "report.html").as_uri(), accept_downloads=True)
+    for link in (page.locator("#zero-shot figure a"), page.locator("#models").get_by_role("button", name="Download as CSV")):
+        with page.expect_download() as waiting:
+            link.click()
+        waiting.value.save_as(tmp_path / "saved.csv")
+        cells = [cell for row in csv.reader((tmp_path / "saved.csv").open(newline="")) for cell in row]
+        assert "'=1+2" in cells
+        assert not any(cell.startswith(("=", "@")) for cell in cells)
+
+
+AXE = importlib.util.find_spec("axe_playwright_python")
+
+
+@pytest.mark.skipif(AXE is None, reason="axe-core is needed; pip install axe-playwright-python")
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1200, 1920])
+@pytest.mark.parametrize("which", ["address", "table"])
+def test_axe_finds_nothing(visit, request, which, width, scheme):
+    page = visit(request.getfixturevalue(which), viewport={"width": width, "height": 900}, color_scheme=scheme)
+    page.evaluate("document.querySelectorAll('details').forEach(one => one.open = true)")
+    page.evaluate((Path(AXE.origin).parent / "axe.min.js").read_text())
+    found = page.evaluate("axe.run()")
+    assert [(one["id"], one["nodes"][0]["html"]) for one in found["violations"]] == []
+    assert len(found["passes"]) > 15
+
+
+def test_a_table_of_methods_begins_with_the_verdict_and_the_table(visit, table):
+    page = visit(table, viewport={"width": 1200, "height": 900})
+    assert page.locator(".verdict").inner_text().startswith("Toy-1M pruned by 4 methods")
+    heads = page.locator("#comparison tbody th").all_inner_texts()
+    assert heads == ["dense", "wanda", "feedback", "ria:a=0.5", "sparsegpt (updates weights)"]
+    box = page.locator("#comparison table").bounding_box()
+    assert box["y"] + box["height"] < 900
+    assert page.locator("#comparison .best").all_inner_texts() == ["30.00", "60.00"]
+    page.get_by_role("button", name="perplexity").first.click()
+    assert page.locator("#comparison tbody th").all_inner_texts()[0] == "dense"
+    assert page.evaluate("document.documentElement.scrollWidth") == 1200
+
+
+def test_a_printed_page_has_everything_and_no_controls(visit, table):
+    page = visit(table)
+    page.emulate_media(media="print")
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert page.locator("details:not([open])").count() == 0
+    assert page.locator(".tools:visible, nav:visible, figcaption:visible").count() == 0
+    assert page.locator(".long").evaluate_all("all => all.every(one => one.scrollHeight <= one.clientHeight + 1)")
 
 
 def test_it_can_be_read_without_script(visit, address):

@@ -70,6 +70,21 @@ class SizeBudget(Facts):
     sparsity: Fraction
 
 
+def by_place(matrices: Mapping[str, tuple[float, int]]) -> dict[tuple[str, str], float]:
+    """Sparsity by (block, kind): the first number in a matrix's name, and what follows it. A block's experts are one.
+
+    matrices: name -> sparsity, and size for the mean over experts.
+    """
+    totals: dict[tuple[str, str], list[float]] = {}
+    for name, (removed, size) in matrices.items():
+        found = re.search(r"(?:^|\.)(\d+)\.(.+)$", name)
+        block, kind = found.groups() if found else (OUTSIDE, name)
+        total = totals.setdefault((block, re.sub(r"(?<=\.)\d+(?=\.)", "*", kind)), [0.0, 0.0])
+        total[0] += removed * size
+        total[1] += size
+    return {place: part / whole if whole else 0.0 for place, (part, whole) in totals.items()}
+
+
 class Realised(Facts):
     """A pattern and what it removed. unsupported: matrices that could not have it, and why."""
 
@@ -91,15 +106,8 @@ class Realised(Facts):
 
     @property
     def grid(self) -> dict[tuple[str, str], float]:
-        """Sparsity by (block, kind): the first number in a matrix's name, and what follows it. A block's experts are one."""
-        totals: dict[tuple[str, str], list[float]] = {}
-        for name, matrix in self.matrices.items():
-            found = re.search(r"(?:^|\.)(\d+)\.(.+)$", name)
-            block, kind = found.groups() if found else (OUTSIDE, name)
-            total = totals.setdefault((block, re.sub(r"(?<=\.)\d+(?=\.)", "*", kind)), [0.0, 0.0])
-            total[0] += matrix.sparsity * matrix.size
-            total[1] += matrix.size
-        return {place: part / whole if whole else 0.0 for place, (part, whole) in totals.items()}
+        """Sparsity by block and kind of matrix."""
+        return by_place({name: (matrix.sparsity, matrix.size) for name, matrix in self.matrices.items()})
 
 
 class Masked(Realised, Record):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import click
 from pydantic import Field
@@ -58,9 +58,12 @@ class Sweep(Options):
 
 class Report(Options):
     sources: Annotated[tuple[Path, ...], Positional("SOURCE...")] = Field(
-        description="Output folders of prune or apply; JSON files of evaluate or sweep."
+        description="Output folders of prune, apply, compare or pack --runtime; JSON files of evaluate, sweep or bench."
     )
-    output: Annotated[Path, Flag(("-o",))] = Field(description="The page, an .html file.")
+    output: Annotated[Path, Flag(("-o",))] = Field(description="The report; its name ends in the format.")
+    format: Literal["html", "md", "json"] = Field(
+        default="html", description="A page, the verdict and the tables as Markdown, or everything as JSON."
+    )
 
 
 def evaluate(
@@ -137,6 +140,6 @@ def report(asked: Report, over: Overwrite, printed: Printed) -> None:
     from uniprune.cli.tables import report_lines, report_tables
     from uniprune.entrypoints.report import facts, write
 
-    found, summary = write(asked.sources, asked.output, **over.given())
+    found, summary = write(asked.sources, asked.output, format=asked.format, **over.given())
     result = {"output": str(asked.output), **facts(found, summary).record()}
     show(result, printed.as_json, *report_tables(summary), *report_lines(summary), f"{asked.output} written")

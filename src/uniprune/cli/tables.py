@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from rich.markup import escape
@@ -12,17 +12,16 @@ from rich.table import Table
 from uniprune.artefacts.reports import ExpertRemoval, Pruning
 from uniprune.common.formatting import NOTE
 from uniprune.comparison.results import Comparison
-from uniprune.entrypoints.bench import Speeds
 from uniprune.evaluation.protocols import sentence
 from uniprune.evaluation.results import Check, Evaluation, Row, Sweep
 from uniprune.job.estimate import Plan, kind_of
 from uniprune.reporting import comparison
 from uniprune.reporting.capabilities import capabilities, parts
-from uniprune.reporting.headline import sentences
+from uniprune.reporting.headline import sentences, verdict
 from uniprune.reporting.results import Source
 from uniprune.reporting.summary import Summary, summarise
-from uniprune.reporting.tables import Grid, accuracies, closeness, harness, models, tradeoff
-from uniprune.speed.timing import Result
+from uniprune.reporting.tables import Grid, accuracies, bench_rows, closeness, harness, models, tradeoff
+from uniprune.speed.results import Speeds
 
 
 def plan_table(plan: Plan) -> Table:
@@ -113,21 +112,6 @@ def evaluation_table(rows: Mapping[str, Evaluation]) -> Table:
         spread = "" if error is None or value is None else f"{value * error:.2f}"
         table.add_row(_inert(label), f"{value:.2f}", spread, _percent(result.sparsity), result.dtype)
     return table
-
-
-def bench_rows(results: Sequence[Result]) -> list[list[str]]:
-    """Speeds as ``bench`` measures them, head first: a row for each kernel, dtype and batch, a column for each sparsity.
-
-    A question mark follows where the rounds' quartiles lie on both sides of 1.
-    """
-    sparsities = sorted({row.sparsity for row in results})
-    rows: dict[tuple[str, str, str], dict[float, str]] = {}
-    for row in results:
-        masks = row.kind if row.dtype == row.against else f"{row.kind}, against {row.against}"
-        cell = f"{row.speedup:.2f}" + ("?" if row.low < 1 < row.high else "")
-        rows.setdefault((masks, row.dtype, str(row.batch)), {})[row.sparsity] = cell
-    body = [[*label, *(cells.get(sparsity, "") for sparsity in sparsities)] for label, cells in rows.items()]
-    return [["masks", "type", "batch", *(f"{100 * sparsity:g}%" for sparsity in sparsities)], *body]
 
 
 def bench_table(speeds: Speeds) -> Table:
@@ -241,7 +225,7 @@ def report_tables(summary: Summary) -> list[Table]:
 
 def report_lines(summary: Summary) -> list[str]:
     """A report's findings, in sentences."""
-    return [_inert(sentence) for sentence in (summary.title, *sentences(summary))]
+    return [_inert(sentence) for sentence in filter(None, (summary.title, verdict(summary), *sentences(summary)))]
 
 
 def _grid_table(grid: Grid) -> Table:

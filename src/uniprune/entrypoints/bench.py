@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
-from typing import Literal
 
 import torch
 
@@ -18,38 +17,17 @@ from uniprune.models.loading import DTYPES, parse_device, skeleton
 from uniprune.models.matrices import find_matrices
 from uniprune.speed import timing
 from uniprune.speed.kernels import DENSE, SPARSE
+from uniprune.speed.results import MARGIN, Speeds
 from uniprune.speed.settings import Measurement
 from uniprune.speed.timing import Conditions, Missing, Result
-from uniprune.storage.record import Count, Record
 
 DEFAULTS = Measurement()
-MARGIN = 0.05  # a smaller gain is none, however well it is measured
 BUSY = 1.25  # upper quartile / lower of a usual result, from which on the machine does something else as well
 RESTLESS = "Rounds differed widely: the machine is busy. Measure again when it is idle."
 COVERAGE = (
     "Measured: the products of the prunable matrices in eager PyTorch. Not measured: attention, norms, embeddings and output "
     "head, which dilute any speed-up, and other runtimes."
 )
-
-
-class Speeds(Record):
-    """What ``bench`` returns. shapes: of the matrices, ``out x in``, and how many there are. verdicts: a sentence for each kind
-    of mask. missing: kernels that do not run here, and why. notes: how far the figures go.
-    """
-
-    kind: Literal["bench"] = "bench"
-    model: str
-    device: str
-    threads: Count
-    shapes: dict[str, Count]
-    dtypes: list[str]
-    batches: list[Count]
-    results: list[Result]
-    missing: list[Missing]
-    verdicts: list[str]
-    notes: list[str]
-    seconds: float
-    versions: dict[str, str]
 
 
 def bench(

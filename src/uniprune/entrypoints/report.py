@@ -1,17 +1,25 @@
-"""The command ``report``: results as one self-contained HTML page."""
+"""The command ``report``: results as one self-contained HTML page, as Markdown, or as JSON."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from uniprune.reporting.headline import sentences
+from uniprune.errors import InputError
+from uniprune.reporting.headline import sentences, verdict
 from uniprune.reporting.html import render
+from uniprune.reporting.markdown import markdown
 from uniprune.reporting.results import Source, read_all
 from uniprune.reporting.summary import Change, Subject, Summary, Tradeoff, summarise
 from uniprune.storage.files import check_output_file, replacing
 from uniprune.storage.record import Facts, Record
+
+if TYPE_CHECKING:
+    from uniprune.reporting.sections import Section
+
+Format = Literal["html", "md", "json"]
 
 
 class ModelRow(Facts):
@@ -36,41 +44,62 @@ class SourceFacts(Facts):
 
 
 class Report(Record):
-    """What ``report`` returns: the page's findings (``summary``), then each source as it was read."""
+    """What ``report`` returns: the page's findings (``verdict``, ``summary``), then each source as it was read."""
 
     kind: Literal["report"] = "report"
     title: str
+    verdict: str | None
     summary: list[str]
     models: list[ModelRow]
     tradeoffs: list[Tradeoff]
     sources: list[SourceFacts]
 
 
-def report(paths: Sequence[str | Path], output: Path, *, overwrite: bool = False) -> Report:
+def report(paths: Sequence[str | Path], output: Path, *, format: Format = "html", overwrite: bool = False) -> Report:
     """Writes a page of what the sources say, and returns the same as data.
 
-    paths: output folders of ``prune`` and ``apply``, JSON files of ``evaluate --json`` and of ``sweep``; any number.
-    Raises InputError if a source is none of these, naming it, if the output exists and is not to be replaced, and if there is
-    no matplotlib.
+    paths: output folders of ``prune``, ``apply``, ``compare`` and ``pack --runtime``, JSON files of ``evaluate --json``,
+    ``sweep`` and ``bench --json``; any number. format: ``html``, ``md`` (the verdict and the tables) or ``json`` (what is
+    returned); the output's suffix. Raises InputError if a source is none of these, naming it, if the output exists and is not
+    to be replaced, and if there is no matplotlib.
     """
-    return facts(*write([Path(path) for path in paths], output, overwrite=overwrite))
+    return facts(*write([Path(path) for path in paths], output, format=format, overwrite=overwrite))
 
 
-def write(paths: Sequence[Path], output: Path, *, overwrite: bool = False) -> tuple[list[Source], Summary]:
+def write(
+    paths: Sequence[Path], output: Path, *, format: Format = "html", overwrite: bool = False
+) -> tuple[list[Source], Summary]:
     """As :func:`report`; returns what it read, and that put together."""
-    check_output_file(output, overwrite, suffix=".html")
+    check_output_file(output, overwrite, suffix=f".{format}")
     sources = read_all(paths)
     summary = summarise(sources)
-    page = render(sources, summary)
+    content = _content(sources, summary, format)
     with replacing(output) as temporary:
-        temporary.write_text(page, encoding="utf-8", errors="replace")  # half a surrogate pair is no text
+        temporary.write_text(content, encoding="utf-8", errors="replace")  # half a surrogate pair is no text
     return sources, summary
+
+
+def _content(sources: Sequence[Source], summary: Summary, format: Format) -> str:
+    if format == "json":
+        return json.dumps(facts(sources, summary).record(), indent=1) + "\n"
+    return (render if format == "html" else markdown)(_sections(sources, summary), summary)
+
+
+def _sections(sources: Sequence[Source], summary: Summary) -> list[Section]:
+    try:
+        from uniprune.reporting.sections import sections
+    except ModuleNotFoundError as error:
+        if error.name != "matplotlib":
+            raise
+        raise InputError("a report draws its plots with matplotlib; pip install 'uniprune[report]'") from None
+    return sections(sources, summary)
 
 
 def facts(sources: Sequence[Source], summary: Summary) -> Report:
     """A report as data."""
     return Report(
         title=summary.title,
+        verdict=verdict(summary),
         summary=sentences(summary),
         models=[_row(subject, summary) for subject in summary.subjects],
         tradeoffs=summary.tradeoffs,

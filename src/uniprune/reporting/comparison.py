@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
-from uniprune.common.formatting import MINUS, NONE, number, percent, short
+from uniprune.common.formatting import MINUS, NONE, percent, short
+from uniprune.common.significance import mcnemar
 from uniprune.comparison.results import DENSE, Comparison, ComparisonRow
 from uniprune.evaluation.protocols import sentence
 from uniprune.reporting.summary import measure
-from uniprune.reporting.tables import Cell, Grid
+from uniprune.reporting.tables import Cell, Grid, shown, without_empty
 from uniprune.sparsity.structure import SCOPES
 
 PERPLEXITY = "perplexity"  # the column in which the best of a sparsity are marked
@@ -33,7 +34,69 @@ def grid(found: Comparison) -> Grid:
     columns = ["method:", "sparsity:", *(["scope:"] if scoped else []), "zeros", PERPLEXITY, "±"]
     columns += [*(short(task) for task in tasks), "seconds"]
     rows = [_cells(row, tasks, scoped) for row in ordered(found)]
-    return Grid(f"{short(found.model)}: {measure(found.protocol)}", columns, rows, sortable=True)
+    marked = frozenset((index, columns.index(PERPLEXITY)) for index in best(found))
+    return Grid(f"{short(found.model)}: {measure(found.protocol)}", columns, rows, sortable=True, best=marked)
+
+
+def readings(found: Comparison) -> Grid:
+    """The same perplexities per word and byte, and by how much of a sample a prediction saw."""
+    positions = list(dict.fromkeys(place for row in found.rows for place in row.by_position or ()))
+    rows: list[list[Cell]] = []
+    for row in ordered(found):
+        values = [row.word_perplexity, row.byte_perplexity, *((row.by_position or {}).get(place) for place in positions)]
+        rows.append([short(row.method), row.pattern or NONE, shown(row.perplexity), *map(shown, values)])
+    columns = ["method:", "sparsity:", "per token", "per word", "per byte", *(f"after {place} tokens" for place in positions)]
+    return without_empty(
+        Grid("Perplexity per token, word and byte, and by position in the sample", columns, rows, sortable=True)
+    )
+
+
+def flips(found: Comparison) -> Grid | None:
+    """Answers that each row gained and lost against the dense model; None where it is not known which are right."""
+    dense = next((row for row in found.rows if row.method == DENSE), None)
+    rows = [cells for row in ordered(found) for cells in _flips(row, dense)] if dense else []
+    columns = ["method:", "sparsity:", "task:", "metric:", "accuracy", "dense", "gained", "lost", "McNemar's p"]
+    return Grid("Answers gained and lost against the dense model", columns, rows, sortable=True) if rows else None
+
+
+def _flips(row: ComparisonRow, dense: ComparisonRow) -> Iterator[list[Cell]]:
+    for task, metrics in row.right.items() if row is not dense else ():
+        for metric in metrics:
+            changed, asked = row.flips(dense, task, metric), (row.tasks.get(task), dense.tasks.get(task))
+            values = [value for each in asked if isinstance(value := getattr(each, metric, None), float)]
+            if changed and len(values) == len(asked):
+                p = mcnemar(*changed)
+                cells: list[Cell] = [short(row.method), row.pattern or NONE, short(task), metric]
+                yield [*cells, *((percent(value), value) for value in values), *map(str, changed), (f"{p:.2g}", p)]
+
+
+def written(found: Comparison) -> list[Grid]:
+    """For each prompt how every row's model goes on."""
+    grids = []
+    for index, prompt in enumerate(found.protocol.prompts):
+        rows: list[list[Cell]] = [
+            [short(row.method), row.pattern or NONE, row.written[index]] for row in ordered(found) if index < len(row.written)
+        ]
+        grids.append(Grid(prompt, ["method:", "sparsity:", "goes on:"], rows, prose=True))
+    return [grid for grid in grids if grid.rows]
+
+
+def sources(tables: Sequence[Comparison]) -> list[Grid]:
+    """For each method and sparsity that tables of several calibration texts have: the perplexity on each text, after each."""
+    found: dict[tuple[str, str, str], dict[tuple[str, str], float]] = {}
+    for table in tables:
+        texts = [short(facts.text) if facts else NONE for facts in (table.protocol.calibration, table.protocol.text)]
+        for row in table.rows:
+            if row.pattern:
+                found.setdefault((short(table.model), row.method, row.pattern), {})[texts[0], texts[1]] = row.perplexity
+    grids = []
+    for (model, method, pattern), values in found.items():
+        calibrated, read = (list(dict.fromkeys(key[axis] for key in values)) for axis in (0, 1))
+        if len(calibrated) > 1:
+            rows: list[list[Cell]] = [[name, *(shown(values.get((name, text))) for text in read)] for name in calibrated]
+            caption = f"{model}, {short(method)} at {pattern}: perplexity on each text, by the text it was calibrated on"
+            grids.append(Grid(caption, ["calibrated on:", *read], rows, sortable=True))
+    return grids
 
 
 def ordered(found: Comparison) -> list[ComparisonRow]:
@@ -73,16 +136,6 @@ def best(found: Comparison) -> set[int]:
     return chosen
 
 
-def verdict(found: Comparison) -> str:
-    """Which method has the lowest perplexity, in a sentence."""
-    rows = ordered(found)
-    dense = next((f"dense {number(row.perplexity)}" for row in rows if row.method == DENSE), "")
-    lowest = [f"at {rows[i].pattern} {number(rows[i].perplexity)} by {short(rows[i].method)}" for i in sorted(best(found))]
-    count = len({row.method for row in rows} - {DENSE})
-    said = "; ".join(filter(None, [dense, *lowest]))
-    return f"{count} methods on {short(found.model)}, {measure(found.protocol)}. The lowest perplexities: {said}."
-
-
 def markdown(found: Comparison) -> str:
     """The table and its notes as Markdown."""
     table, bold = grid(found), best(found)
@@ -108,20 +161,21 @@ def latex(found: Comparison) -> str:
 
 
 def _cells(row: ComparisonRow, tasks: list[str], scoped: bool) -> list[Cell]:
-    error = NONE if row.nats_stderr is None else number(row.perplexity * row.nats_stderr)
+    error: Cell = NONE if row.nats_stderr is None else shown(row.perplexity * row.nats_stderr)
     seconds = row.seconds.get("calibrate")
-    time = NONE if seconds is None else f"{'> ' if row.resumed else ''}{seconds:.1f}"
+    time: Cell = NONE if seconds is None else (f"{'> ' if row.resumed else ''}{seconds:.1f}", seconds)
     name = f"{short(row.method)} (updates weights)" if row.updates_weights else short(row.method)
     cells: list[Cell] = [name, row.pattern or NONE, *([row.scope or NONE] if scoped else [])]
-    return [*cells, percent(row.sparsity), number(row.perplexity), error, *(_accuracy(row, name) for name in tasks), time]
+    zeros = percent(row.sparsity), row.sparsity
+    return [*cells, zeros, shown(row.perplexity), error, *(_accuracy(row, name) for name in tasks), time]
 
 
-def _accuracy(row: ComparisonRow, name: str) -> str:
+def _accuracy(row: ComparisonRow, name: str) -> Cell:
     if name not in row.tasks:
         return NONE
     task = row.tasks[name]
     error = "" if task.acc_stderr is None else f" ± {100 * task.acc_stderr:.1f}"
-    return f"{100 * task.acc:.1f}{error}"
+    return f"{100 * task.acc:.1f}{error}", task.acc
 
 
 def _emphasised(table: Grid, bold: set[int], form: str, escape: Callable[[str], str]) -> list[list[str]]:

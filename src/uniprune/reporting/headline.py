@@ -1,15 +1,22 @@
-"""What results say in a few large figures and in sentences."""
+"""What results say in one sentence, in a few large figures, and in sentences.
+
+The verdict is for who reads no further: what was pruned, what it costs, what it saves, whether anything is faster; of clauses,
+each of which says so where nothing was measured.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from uniprune.common.formatting import NOTE, count, number, percent, points, short
-from uniprune.reporting import comparison
-from uniprune.reporting.summary import Subject, Summary, Tradeoff, measure
+from uniprune.common.formatting import NOTE, count, number, percent, points, short, size
+from uniprune.comparison.results import DENSE, UNIFORM, Comparison, ComparisonRow
+from uniprune.reporting.summary import Subject, Summary, Tradeoff, alike, measure
+from uniprune.sparsity.structure import Structure
+from uniprune.speed.results import MARGIN
 
 NEAR = 1.1  # times the dense perplexity, that is hardly worse
+FEW = 3  # sparsities, or tables, that are named one by one
 
 
 @dataclass(frozen=True)
@@ -35,7 +42,6 @@ def sentences(summary: Summary) -> list[str]:
         found.append(f"{len(pruned)} pruned models{between}: {', '.join(subject.label for subject in pruned)}.")
     for tradeoff in summary.tradeoffs:
         found += _traded(tradeoff)
-    found += [comparison.verdict(each) for each in summary.comparisons]
     return [*found, NOTE]
 
 
@@ -111,3 +117,130 @@ def _about(summary: Summary, subject: Subject) -> Iterator[str]:
             f"Next-token distributions are {number(near.kl)} nats per token (KL) from the dense model's; both find the same "
             f"token likeliest at {percent(near.agreement)} of positions."
         )
+
+
+def verdict(summary: Summary) -> str | None:
+    """The sentence; None where nothing of it is known."""
+    if summary.comparisons and len(summary.pruned) != 1:
+        tables = summary.comparisons[:FEW]
+        forms = [row.structure for table in tables for row in table.rows if row.structure]
+        models = [table.model for table in tables]
+        clauses = [*map(_compared, tables), _bytes(summary, models[0], forms), _speed(summary, models, forms)]
+    elif len(summary.pruned) == 1:
+        (one,) = summary.pruned
+        forms = [one.pruning.structure] if one.pruning and one.pruning.structure else []
+        names = [name for name in (one.base, one.label) if name]
+        clauses = [_pruned(summary, one), _bytes(summary, one.base or one.label, forms), _speed(summary, names, forms)]
+    elif summary.tradeoffs:
+        clauses = [_ends(summary.tradeoffs[0])]
+    else:
+        clauses = []
+    said = [clause for clause in clauses if clause]
+    return f"{'; '.join(said)}." if said else None
+
+
+# ------------------------------------------------------------------------------------------------- the verdict: quality
+
+
+def _pruned(summary: Summary, subject: Subject) -> str:
+    """What is left of one model's quality, beside the dense model's and the best baseline's."""
+    what = short(subject.base) or subject.label
+    if subject.sparsity is not None:
+        words = f" ({subject.pruning.pattern_words})" if subject.pruning else ""
+        what += f" without {percent(subject.sparsity)} of its prunable weights{words}"
+    said = []
+    if reading := subject.reading:
+        assert reading.perplexity is not None
+        cost = f"has perplexity {number(reading.perplexity)}"
+        if dense := summary.dense_perplexity(subject):
+            cost += f", {number(reading.perplexity / dense)} times the dense model's {number(dense)},"
+        if baseline := _baseline(summary, subject):
+            cost += f" where the best baseline, {short(baseline.method)}, has {number(baseline.perplexity)},"
+        said.append(f"{cost} on {measure(reading)}")
+    if change := subject.change:
+        said.append(f"{points(change.value, change.error)} points of zero-shot accuracy against it")
+    return f"{what} {' and '.join(said)}" if said else f"{what}: its quality was not measured"
+
+
+def _baseline(summary: Summary, subject: Subject) -> ComparisonRow | None:
+    """The best row of no controller's, at the same sparsity, measured alike."""
+    pruning = subject.pruning
+    groups = bool(pruning and pruning.structure and pruning.structure.nm)
+    rows = [
+        row
+        for table in summary.comparisons
+        if short(table.model) == short(subject.base) and alike(table.protocol, subject.reading)
+        for row in table.rows
+        if row.pattern and row.controller is None and bool(row.structure and row.structure.nm) == groups
+        if subject.sparsity is not None and abs(row.sparsity - subject.sparsity) < UNIFORM
+    ]
+    return min(rows, key=lambda row: row.perplexity, default=None)
+
+
+def _compared(table: Comparison) -> str:
+    """Which method is best at each sparsity, beside the dense model and the next best."""
+    methods = dict.fromkeys(row.method for row in table.rows if row.method != DENSE)
+    dense = next((row.perplexity for row in table.rows if row.method == DENSE), None)
+    patterns = list(dict.fromkeys(row.pattern for row in table.rows if row.pattern))
+    best = [_best([row for row in table.rows if row.pattern == pattern], dense) for pattern in patterns[:FEW]]
+    more = f", and {len(patterns) - FEW} more sparsities" if len(patterns) > FEW else ""
+    by = f"{len(methods)} methods" if len(methods) > 1 else next(iter(methods), "nothing yet")
+    return f"{short(table.model)} pruned by {by}, perplexity on {measure(table.protocol)}: {', '.join(best)}{more}"
+
+
+def _best(rows: Sequence[ComparisonRow], dense: float | None) -> str:
+    first, *others = sorted(rows, key=lambda row: row.perplexity)
+    said = []
+    if dense:
+        said.append(f"{number(first.perplexity / dense)} times the dense {number(dense)}")
+    if others:
+        said.append(f"next best {short(others[0].method)} {number(others[0].perplexity)}")
+    beside = f" ({'; '.join(said)})" if said else ""
+    return f"at {first.pattern} {short(first.method)} has {number(first.perplexity)}{beside}"
+
+
+def _ends(facts: Tradeoff) -> str:
+    points = [point for point in facts.points if point.front] or facts.points
+    first, last = points[0], points[-1]
+    dense = f", dense {number(facts.dense)}" if facts.dense else ""
+    ends = f"from {number(first.perplexity)} at {first.name} to {number(last.perplexity)} at {last.name}"
+    return f"{short(facts.model)} pruned in {len(facts.points)} ways: perplexity on {facts.measure} goes {ends}{dense}"
+
+
+# ----------------------------------------------------------------------------------------- the verdict: bytes and speed
+
+
+def _bytes(summary: Summary, model: str, forms: Iterable[Structure]) -> str:
+    """What pruning saves where it is known: of a folder that was packed to run, of archives that a sweep estimated."""
+    if len(summary.packings) == 1:
+        (packed,) = summary.packings
+        return f"packed to run it takes {size(packed.bytes)}, {percent(packed.ratio)} of the checkpoint"
+    wanted = {form.spelling for form in forms}
+    for facts in summary.tradeoffs:
+        known = [point for point in facts.points if point.bytes and point.name in wanted]
+        if known and facts.dense_bytes and short(facts.model) == short(model):
+            sizes = " or ".join(f"{size(point.bytes)} ({point.name})" for point in known)
+            return f"its archive takes {sizes}, not {size(facts.dense_bytes)}"
+    return "its files are as large as the dense model's until they are packed"
+
+
+def _speed(summary: Summary, models: Sequence[str], forms: Iterable[Structure]) -> str:
+    """Whether the products of masks of these kinds are faster on the machine that ``bench`` ran on."""
+    names = set(map(short, models))
+    speeds = next((each for each in summary.speeds if short(each.model) in names), None)
+    if speeds is None:
+        return "whether it is faster was not measured"
+    faster = []
+    for kind, sparsity in dict.fromkeys((_kind(form), form.sparsity) for form in forms):
+        found = speeds.fastest(kind, sparsity) if kind else None
+        if found and found.low >= 1 + MARGIN:
+            faster.append(f"{kind} {found.speedup:.2f} times as fast ({found.kernel}, {found.dtype}, batch {found.batch})")
+    place = f"on {speeds.device}, {speeds.threads} thread{'s' if speeds.threads > 1 else ''},"
+    if faster:
+        return f"{place} matrix products can be faster: {', '.join(faster)}"
+    return f"{place} nothing is faster"
+
+
+def _kind(form: Structure) -> str | None:
+    """As ``bench`` names masks."""
+    return {"N:M": form.spelling, "unstructured": "unstructured", "tiles": f"{form.height}x{form.width} tiles"}.get(form.kind)

@@ -10,25 +10,25 @@ import base64
 import hashlib
 import importlib.metadata
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
+from urllib.parse import quote
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from uniprune.common.formatting import NOTE
-from uniprune.errors import InputError
-from uniprune.reporting.headline import figures, sentences
-from uniprune.reporting.results import Source
+from uniprune.reporting.headline import figures, sentences, verdict
 from uniprune.reporting.summary import Summary
+from uniprune.reporting.tables import Grid, csv
+
+if TYPE_CHECKING:
+    from uniprune.reporting.sections import Section
+
+LONG = 12  # rows of a table that can be filtered
 
 
-def render(sources: Sequence[Source], summary: Summary) -> str:
+def render(sections: Sequence[Section], summary: Summary) -> str:
     """The page."""
-    try:
-        from uniprune.reporting.sections import sections
-    except ModuleNotFoundError as error:
-        if error.name != "matplotlib":
-            raise
-        raise InputError("a report draws its plots with matplotlib; pip install 'uniprune[report]'") from None
     environment = Environment(
         loader=PackageLoader("uniprune.reporting"),
         autoescape=True,
@@ -39,16 +39,24 @@ def render(sources: Sequence[Source], summary: Summary) -> str:
     style, script = (Markup(_part(environment, name)) for name in ("page.css", "page.js"))
     return environment.get_template("page.html").render(
         summary=summary,
+        verdict=verdict(summary),
         sentences=[sentence for sentence in sentences(summary) if sentence != NOTE],
         figures=figures(summary),
-        sections=sections(sources, summary),
+        sections=sections,
         note=NOTE,
         version=importlib.metadata.version("uniprune"),
         style=style,
         script=script,
         digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         markup=Markup,
+        download=_download,
+        long=LONG,
     )
+
+
+def _download(grid: Grid) -> str:
+    """The address of a table as a CSV file, which is in the address itself."""
+    return f"data:text/csv;charset=utf-8,{quote(csv(grid), errors='replace')}"
 
 
 def _part(environment: Environment, name: str) -> str:

@@ -10,7 +10,7 @@ import io
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,9 +20,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
-from uniprune.artefacts.reports import Pruning
-from uniprune.common.formatting import number, percent
+from uniprune.common.formatting import NONE, number, percent, short
+from uniprune.comparison.results import DENSE, Comparison
 from uniprune.reporting.summary import EVALUATED, Point, Tradeoff
+from uniprune.reporting.tables import Cell, Grid
 from uniprune.saliency.record import ControllerRecord
 
 INK, FAINT, SURFACE = "#010203", "#020304", "#030405"
@@ -57,10 +58,14 @@ STYLE: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Plot:
-    """``svg``: an <svg> element without a size of its own. ``says``: what it shows, in a sentence, for who cannot see it."""
+    """``svg``: an <svg> element without a size of its own. ``says``: what it shows, in a sentence, for who cannot see it.
+
+    ``data``: the numbers that are drawn.
+    """
 
     svg: str
     says: str
+    data: Grid
 
 
 def tradeoff(name: str, facts: Tradeoff, by: str) -> Plot | None:
@@ -81,13 +86,16 @@ def tradeoff(name: str, facts: Tradeoff, by: str) -> Plot | None:
             _scatter(axes, [point for point in seen if point.series == series], series, index % len(SERIES), by, scale)
         if dense is not None:
             axes.axhline(dense, color=INK, lw=1, ls=(0, (4, 3)), label="dense")
-        _log(axes, [point.perplexity for point in seen] + [dense or seen[0].perplexity])
+        _log(axes, "y", [point.perplexity for point in seen] + [dense or seen[0].perplexity])
         axes.margins(x=0.09, y=0.1)
         axes.set(xlabel=unit, ylabel="perplexity")
         _legend(axes)
     told = ", ".join(f"{point.name} {number(point.perplexity)}" for point in seen)
     beside = f"; dense {number(dense)}" if dense is not None else ""
-    return made(f"Perplexity against {by if by == 'sparsity' else 'packed size'}: {told}{beside}.")
+    ends = [("dense", 0.0 if by == "sparsity" else facts.dense_bytes, dense)] if dense is not None else []
+    data = [*ends, *((point.name, getattr(point, by), point.perplexity) for point in seen)]
+    says = f"Perplexity against {by if by == 'sparsity' else 'packed size'}: {told}{beside}."
+    return made(says, ["pattern:", by, "perplexity"], data)
 
 
 def _scatter(axes: Any, points: Sequence[Point], series: str, index: int, by: str, scale: float) -> None:
@@ -101,9 +109,56 @@ def _scatter(axes: Any, points: Sequence[Point], series: str, index: int, by: st
             axes.annotate(_label(text), (at, value), xytext=(6, 5), textcoords="offset points", fontsize=9.5)
 
 
-def heatmap(name: str, pruning: Pruning) -> Plot:
-    """Sparsity of each matrix: a row for each decoder block, a column for each kind of matrix."""
-    grid = pruning.grid
+def methods(name: str, table: Comparison) -> Plot | None:
+    """Perplexities on a logarithmic scale: a line of markers for each sparsity, one for each method, and the dense model's."""
+    rows = [row for row in table.rows if row.pattern and 0 < row.perplexity < math.inf]
+    if not rows:
+        return None
+    dense = next((row.perplexity for row in table.rows if row.method == DENSE and 0 < row.perplexity < math.inf), None)
+    patterns, names = (list(dict.fromkeys(getattr(row, field) for row in rows)) for field in ("pattern", "method"))
+    with _figure(name, 4.8, 1.2 + 0.4 * len(patterns) + 0.18 * (len(names) // 3)) as (figure, made):
+        axes = figure.subplots()
+        for index, method in enumerate(names):
+            mine = [row for row in rows if row.method == method]
+            at = [patterns.index(row.pattern) for row in mine]
+            axes.plot([row.perplexity for row in mine], at, label=_label(short(method)), ls="", ms=7, **_look(index))
+        if dense is not None:
+            axes.axvline(dense, color=INK, lw=1, ls=(0, (4, 3)), label="dense")
+        _log(axes, "x", [row.perplexity for row in rows] + [dense or rows[0].perplexity])
+        axes.set_yticks(range(len(patterns)), list(map(_label, patterns)))
+        axes.set(ylim=(len(patterns) - 0.5, -0.5), xlabel="perplexity")
+        _legend(axes)
+    told = ", ".join(f"{short(row.method)} at {row.pattern} {number(row.perplexity)}" for row in rows)
+    beside = f"; dense {number(dense)}" if dense is not None else ""
+    data = ((row.method, row.pattern or "", row.sparsity, row.perplexity) for row in table.rows)
+    return made(f"Perplexity by method: {told}{beside}.", ["method:", "pattern:", "sparsity", "perplexity"], data)
+
+
+def curves(name: str, table: Comparison) -> Plot | None:
+    """Perplexity, on a logarithmic scale, against sparsity: a curve for each method. None where no method has two fractions."""
+    fractions = [row for row in table.rows if row.structure and row.structure.kind == "unstructured"]
+    seen = [row for row in fractions if 0 < row.perplexity < math.inf]
+    names = [
+        name for name in dict.fromkeys(row.method for row in seen) if len({r.sparsity for r in seen if r.method == name}) > 1
+    ]
+    if not names:
+        return None
+    with _figure(name, 4.8, 3.5) as (figure, made):
+        axes = figure.subplots()
+        for index, method in enumerate(names):
+            mine = sorted((row for row in seen if row.method == method), key=lambda row: row.sparsity)
+            x, y = [100 * row.sparsity for row in mine], [row.perplexity for row in mine]
+            axes.plot(x, y, label=_label(short(method)), ms=5.5, **_look(index))
+        _log(axes, "y", [row.perplexity for row in seen])
+        axes.set(xlabel="removed, % of prunable weights", ylabel="perplexity")
+        _legend(axes)
+    data = [(row.method, row.sparsity, row.perplexity) for row in seen if row.method in names]
+    told = ", ".join(f"{short(method)} {percent(sparsity)} {number(value)}" for method, sparsity, value in data)
+    return made(f"Perplexity against sparsity by method: {told}.", ["method:", "sparsity", "perplexity"], data)
+
+
+def heatmap(name: str, grid: Mapping[tuple[str, str], float]) -> Plot:
+    """Sparsity by decoder block (a row for each) and kind of matrix (a column for each)."""
     blocks, kinds = (list(dict.fromkeys(place[axis] for place in grid)) for axis in (0, 1))
     low, high = min(grid.values()), max(grid.values())
     height = 1.6 + min(0.3, max(0.11, 3.6 / len(blocks)), 10 / len(blocks)) * len(blocks)
@@ -124,7 +179,9 @@ def heatmap(name: str, pruning: Pruning) -> Plot:
     (top, _), (least, _) = max(grid.items(), key=_second), min(grid.items(), key=_second)
     return made(
         f"Sparsity by block and kind of matrix, from {percent(low)} ({least[1]} of block {least[0]}) "
-        f"to {percent(high)} ({top[1]} of block {top[0]})."
+        f"to {percent(high)} ({top[1]} of block {top[0]}).",
+        ["block:", "matrix:", "sparsity"],
+        ((*place, sparsity) for place, sparsity in grid.items()),
     )
 
 
@@ -143,7 +200,10 @@ def descent(name: str, record: ControllerRecord) -> Plot | None:
         _legend(axes)
     told = f"; on held-out samples from {number(held[0])} to {number(min(held, key=_finite_first))} at best" if held else ""
     ends = f"from {number(values[0])} to {number(values[-1])}"
-    return made(f"The controller's {record.objective} over {len(values)} steps, {ends}{told}.")
+    judged = dict(zip(record.judged_at, held, strict=False))
+    rows = [(float(step), dict(enumerate(values, 1)).get(step), judged.get(step)) for step in range(len(values) + 1)]
+    says = f"The controller's {record.objective} over {len(values)} steps, {ends}{told}."
+    return made(says, ["step", record.objective, "on held-out samples"], rows)
 
 
 def flips(name: str, record: ControllerRecord) -> Plot | None:
@@ -157,7 +217,8 @@ def flips(name: str, record: ControllerRecord) -> Plot | None:
         axes.set(xlabel="step", ylabel="masks flipped, %", ylim=(0, None), xlim=(-0.02 * len(shares), None))
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     first, last = percent(record.flips[0]), percent(record.flips[-1])
-    return made(f"Share of masks flipped by each of {len(shares)} steps, {first} at first and {last} at last.")
+    says = f"Share of masks flipped by each of {len(shares)} steps, {first} at first and {last} at last."
+    return made(says, ["step", "share of masks flipped"], ((float(step), share) for step, share in enumerate(record.flips, 1)))
 
 
 @dataclass(frozen=True)
@@ -199,16 +260,20 @@ def accuracies(name: str, bars: Sequence[Marker]) -> Plot | None:
         axes.grid(axis="y", visible=False)
         _legend(axes)
     told = ", ".join(f"{bar.task} {bar.series} {percent(bar.value)}" for bar in bars)
-    return made(f"Zero-shot accuracy with standard errors: {told}.")
+    rows = ((bar.task, bar.series, bar.value, bar.error) for bar in bars)
+    return made(f"Zero-shot accuracy with standard errors: {told}.", ["task:", "model:", "accuracy", "± error"], rows)
 
 
 @contextmanager
-def _figure(name: str, width: float, height: float) -> Iterator[tuple[Any, Callable[[str], Plot]]]:
+def _figure(
+    name: str, width: float, height: float
+) -> Iterator[tuple[Any, Callable[[str, Sequence[str], Iterable[Sequence[Any]]], Plot]]]:
     """A figure of a size in inches, and what makes a Plot of it and a sentence once it is drawn."""
     drawn = io.StringIO()
 
-    def made(says: str) -> Plot:
-        return Plot(_inline(drawn.getvalue(), name), says)
+    def made(says: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Plot:
+        cells = [list(map(_cell, row)) for row in rows]
+        return Plot(_inline(drawn.getvalue(), name), says, Grid(name, list(columns), cells))
 
     settings: Any = dict(matplotlib.rcParamsDefault) | STYLE | {"svg.hashsalt": name}
     with matplotlib.rc_context(settings), warnings.catch_warnings():
@@ -216,6 +281,10 @@ def _figure(name: str, width: float, height: float) -> Iterator[tuple[Any, Calla
         figure = Figure(figsize=(width, height), layout="constrained")
         yield figure, made
         figure.savefig(drawn, format="svg", transparent=True)
+
+
+def _cell(value: str | float | None) -> Cell:
+    return value if isinstance(value, str) else NONE if value is None else (number(value), value)
 
 
 def _inline(drawn: str, name: str) -> str:
@@ -226,10 +295,19 @@ def _inline(drawn: str, name: str) -> str:
     box = re.search(r'viewBox="[^"]+"', head)
     assert box
     rest = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", rest)
+    rest = re.sub(r"font-family: [^;\"]*;? ?", "", rest)
+    rest = re.sub(r'<g id="[^"]*"', "<g", rest)  # nothing refers to a group
+    rest = re.sub(r' (d|x|y|transform)="[^"]*"', _rounded, rest)
+    rest = re.sub(r"(?<=>)\s+(?=<)", "", rest)
     rest = re.sub(r'(\bid="|"#|url\(#)', rf"\g<1>{name}-", rest)
     rest = re.sub(r"#0c0d([0-9a-f]{2})", _shaded, rest)
     rest = re.sub("|".join(VARIABLES), lambda found: VARIABLES[found[0]], rest)
     return f'<svg {box[0]} xmlns:xlink="http://www.w3.org/1999/xlink" aria-hidden="true">{rest}'
+
+
+def _rounded(found: re.Match[str]) -> str:
+    """A place to a hundredth of a pixel."""
+    return re.sub(r"(?<=\d\.\d\d)\d+", "", re.sub(r"\s+", " ", found[0]))
 
 
 def _shade(part: float) -> str:
@@ -259,16 +337,22 @@ def _label(text: str) -> str:
     return f" {text}" if text.startswith("_") else text  # a legend leaves those out
 
 
-def _log(axes: Any, values: Sequence[float]) -> None:
+def _look(index: int) -> dict[str, Any]:
+    """Marker and colour: the first six differ in both, thirty-six in one of them."""
+    return {"marker": MARKERS[(index + index // len(SERIES)) % len(MARKERS)], "color": SERIES[index % len(SERIES)]}
+
+
+def _log(axes: Any, along: str, values: Sequence[float]) -> None:
     """A logarithmic scale with ticks that read as numbers: 1, 2, 5 and their like, as many as are in the range."""
-    axes.set_yscale("log")
+    axes.set(**{f"{along}scale": "log"})
+    axis = getattr(axes, f"{along}axis")
     low, high = math.log10(min(values)), math.log10(max(values))
     steps = (1, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9) if high - low < 0.6 else (1, 2, 5) if high - low < 3 else (1,)
     powers = range(math.floor(low), math.ceil(high) + 1, max(1, math.ceil((high - low) / 8)))
     ticks = [step * 10.0**power for power in powers for step in steps if power < 308]
-    axes.set_yticks([tick for tick in ticks if low - 0.06 <= math.log10(tick) <= high + 0.06])
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}" if 1e-3 < value < 1e6 else f"{value:.0e}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    axis.set_ticks([tick for tick in ticks if low - 0.06 <= math.log10(tick) <= high + 0.06])
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}" if 1e-3 < value < 1e6 else f"{value:.0e}"))
+    axis.set_minor_formatter(NullFormatter())
     axes.minorticks_off()
 
 

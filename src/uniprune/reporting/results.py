@@ -1,4 +1,4 @@
-"""What other commands wrote, read back: output folders of ``prune``, ``apply`` and ``compare``, JSON of the others."""
+"""What other commands wrote, read back: output folders of ``prune``, ``apply``, ``compare``, ``pack``, and JSON files."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ from uniprune.artefacts.reports import Pruning
 from uniprune.comparison.results import COMPARISON, Comparison
 from uniprune.errors import InputError
 from uniprune.evaluation.results import Evaluation, Sweep
+from uniprune.runtime.layout import Packing
+from uniprune.speed.results import Speeds
 from uniprune.storage import strict_json
 from uniprune.storage.files import REPORT
 
-Result = Pruning | Evaluation | Sweep | Comparison
+Result = Pruning | Evaluation | Sweep | Comparison | Speeds | Packing
+KINDS: dict[str, type[Result]] = {kind.kind_name(): kind for kind in (Pruning, Evaluation, Sweep, Comparison, Speeds, Packing)}
 
 MEASURED = ("perplexity", "tasks", "lm_eval", "closeness", "generations")
 
@@ -67,12 +70,11 @@ def read_all(paths: Sequence[Path]) -> list[Source]:
     return list({source.path.resolve(): source for source in map(read, paths)}.values())
 
 
-def _kind(file: Path, data: Mapping[str, Any]) -> type[Pruning] | type[Evaluation] | type[Sweep] | type[Comparison]:
+def _kind(file: Path, data: Mapping[str, Any]) -> type[Result]:
     """What a file says that it is; or if it is from before files said so, what its fields tell."""
-    kinds = {kind.kind_name(): kind for kind in (Pruning, Evaluation, Sweep, Comparison)}
     if "kind" in data:
-        if isinstance(data["kind"], str) and data["kind"] in kinds:
-            return kinds[data["kind"]]
+        if isinstance(data["kind"], str) and data["kind"] in KINDS:
+            return KINDS[data["kind"]]
     elif {"sweep", "rows"} <= data.keys():
         return Sweep
     elif {"model", "pattern", "matrices"} <= data.keys():
@@ -83,4 +85,4 @@ def _kind(file: Path, data: Mapping[str, Any]) -> type[Pruning] | type[Evaluatio
 
 
 def _no_result(file: Path, seen: str) -> InputError:
-    return InputError(f"{file} is no result of prune, apply, evaluate, sweep or compare: it is {seen[:300]}")
+    return InputError(f"{file} is no result of prune, apply, evaluate, sweep, compare, bench or pack: it is {seen[:300]}")

@@ -7,20 +7,21 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 
-from uniprune.artefacts.reports import Pruning
+from uniprune.artefacts.reports import Pruning, by_place
 from uniprune.common.formatting import number, percent, short
 from uniprune.common.significance import standard_error
+from uniprune.comparison.results import UNIFORM
 from uniprune.evaluation.results import Generation
 from uniprune.reporting import capabilities as report_capabilities
 from uniprune.reporting import comparison
 from uniprune.reporting import tables as report_tables
-from uniprune.reporting.plots import Marker, Plot, accuracies, descent, flips, heatmap, tradeoff
+from uniprune.reporting.plots import Marker, Plot, accuracies, curves, descent, flips, heatmap, methods, tradeoff
 from uniprune.reporting.results import Source
 from uniprune.reporting.summary import Subject, Summary
 from uniprune.reporting.tables import Grid
 from uniprune.saliency.record import ControllerRecord
 
-UNIFORM = 0.005  # a smaller difference between matrices is rounding, and no heatmap's matter
+MAPS = 3  # heat maps of a table's rows
 DRAWN = 5  # models in one plot of accuracies; the table has all
 METRIC = "acc"
 WIDE = 6  # columns
@@ -39,7 +40,10 @@ class Dialogue:
 
 @dataclass(frozen=True)
 class Part:
-    """Plots and a table of one model, say, beside each other. ``folded``: tables that are shown on demand."""
+    """Plots and a table of one model, say, beside each other. ``folded``: tables that are shown on demand.
+
+    table_first: tables before the paragraphs, which are notes to them.
+    """
 
     title: str = ""
     paragraphs: list[str] = field(default_factory=list)
@@ -47,6 +51,7 @@ class Part:
     grids: list[Grid] = field(default_factory=list)
     folded: list[Grid] = field(default_factory=list)
     dialogues: list[Dialogue] = field(default_factory=list)
+    table_first: bool = False
 
     @property
     def beside(self) -> bool:
@@ -68,19 +73,26 @@ def sections(sources: Sequence[Source], summary: Summary) -> list[Section]:
         Section("models", "The models", [Part(grids=[models])] if models else []),
         Section("comparison", "Methods compared", list(_comparisons(summary))),
         Section("tradeoff", "Perplexity against sparsity", list(_tradeoffs(summary))),
-        Section("sparsity", "Where the zeros are", list(_zeros(summary))),
+        Section("sparsity", "Where the zeros are", [*_zeros(summary), *_zeros_of_rows(summary)]),
         Section("controller", "The controller's descent", list(_descents(summary))),
+        Section("perplexity", "Perplexity in other units", list(_readings(summary))),
         Section("zero-shot", "Accuracy on tasks", list(_accuracies(summary))),
         Section("closeness", "Closeness to the dense model", list(_closeness(summary))),
         Section("generations", "Generations side by side", list(_generations(summary))),
+        Section("speed", "Speed of sparse products", list(_speeds(summary))),
         Section("protocol", "Protocol", [Part(folded=[report_tables.protocol(source) for source in sources])]),
     ]
     return [section for section in found if section.parts]
 
 
 def _comparisons(summary: Summary) -> Iterator[Part]:
-    for found in summary.comparisons:
-        yield Part(paragraphs=comparison.notes(found), grids=[comparison.grid(found)])
+    for index, found in enumerate(summary.comparisons):
+        drawn = methods(f"methods-{index}", found), curves(f"curves-{index}", found)
+        plots = [plot for plot in drawn if plot]
+        yield Part(grids=[comparison.grid(found)], paragraphs=comparison.notes(found), plots=plots, table_first=True)
+    if grids := comparison.sources(summary.comparisons):
+        says = "What pruning is calibrated on decides what it keeps: the text of the calibration beside that of the evaluation."
+        yield Part("Calibration and evaluation text", [says], grids=grids)
 
 
 def _tradeoffs(summary: Summary) -> Iterator[Part]:
@@ -105,8 +117,18 @@ def _zeros(summary: Summary) -> Iterator[Part]:
             yield Part(title, [says], folded=folded)
         else:
             says = f"The matrices have between {percent(min(sparsities))} and {percent(max(sparsities))}: {pattern}."
-            plot = heatmap(f"sparsity-{index}", pruning)
-            yield Part(title, [says], [plot], [report_tables.kinds(pruning)], folded)
+            plot = heatmap(f"sparsity-{index}", pruning.grid)
+            yield Part(title, [says], [plot], [report_tables.kinds(pruning.grid)], folded)
+
+
+def _zeros_of_rows(summary: Summary) -> Iterator[Part]:
+    """Of the best rows of tables, sparsity by sparsity, whose matrices differ."""
+    for index, found in enumerate(summary.comparisons):
+        best = [row for at, row in enumerate(comparison.ordered(found)) if at in comparison.best(found) and row.matrices]
+        for order, row in enumerate(best[:MAPS]):
+            grid = by_place({name: (sparsity, 1) for name, sparsity in row.matrices.items()})
+            plot = heatmap(f"sparsity-of-{index}-{order}", grid)
+            yield Part(f"{short(row.method)} at {row.pattern}", plots=[plot], grids=[report_tables.kinds(grid)])
 
 
 def _descents(summary: Summary) -> Iterator[Part]:
@@ -115,6 +137,19 @@ def _descents(summary: Summary) -> Iterator[Part]:
         if record and record.loss:
             drawn = descent(f"descent-{index}", record), flips(f"flips-{index}", record)
             yield Part(_title(summary, subject), [_told(record)], [plot for plot in drawn if plot])
+
+
+def _readings(summary: Summary) -> Iterator[Part]:
+    grid = report_tables.readings(summary)
+    grids = [each for each in (grid, *map(comparison.readings, summary.comparisons)) if each and _more(each)]
+    if grids:
+        says = "Per token compares models with one tokenizer, per word and per byte all models."
+        yield Part(paragraphs=[says], grids=grids)
+
+
+def _more(grid: Grid) -> bool:
+    """Whether perplexities are there that other tables do not have."""
+    return any(name.startswith(("per word", "per byte", "after", "published")) for name, _ in grid.heads)
 
 
 def _told(record: ControllerRecord) -> str:
@@ -142,6 +177,12 @@ def _accuracies(summary: Summary) -> Iterator[Part]:
         yield Part("", [says] if plot else [], [plot] if plot else [], [shown for shown in grids if shown], folded)
     if harness:
         yield Part(grids=[harness])
+    for found in summary.comparisons:
+        if flipped := comparison.flips(found):
+            says = (
+                "McNemar's test counts only the answers that one of two models has right; of many, one is below 0.05 by chance."
+            )
+            yield Part(paragraphs=[says], grids=[flipped])
 
 
 def _markers(summary: Summary) -> list[Marker]:
@@ -173,6 +214,15 @@ def _generations(summary: Summary) -> Iterator[Part]:
         if found:
             says = "Greedy continuations of the same prompts. What only one of the models says is marked."
             yield Part(_title(summary, subject), [says], dialogues=found)
+    for table in summary.comparisons:
+        if grids := comparison.written(table):
+            yield Part(paragraphs=["Greedy continuations of the same prompts."], grids=grids)
+
+
+def _speeds(summary: Summary) -> Iterator[Part]:
+    for found in summary.speeds:
+        title = f"{short(found.model)} on {found.device}, {found.threads} thread{'s' if found.threads > 1 else ''}"
+        yield Part(title, [*found.verdicts, *found.notes], grids=[report_tables.speeds(found)])
 
 
 def dialogue(facts: Generation) -> Dialogue:

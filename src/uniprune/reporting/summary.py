@@ -17,7 +17,9 @@ from uniprune.common.significance import paired_error
 from uniprune.comparison.results import Comparison, ComparisonProtocol
 from uniprune.evaluation.results import Closeness, Evaluation, Row, Sweep, SweepProtocol
 from uniprune.reporting.results import Source
+from uniprune.runtime.layout import Packing
 from uniprune.saliency.record import ControllerRecord
+from uniprune.speed.results import Speeds
 from uniprune.storage.record import Facts
 
 Measured = Evaluation | SweepProtocol | ComparisonProtocol  # all say on which windows of which text
@@ -143,6 +145,8 @@ class Summary:
     tradeoffs: list[Tradeoff]
     sweeps: list[Sweep]
     comparisons: list[Comparison] = field(default_factory=list)
+    speeds: list[Speeds] = field(default_factory=list)
+    packings: list[Packing] = field(default_factory=list)
 
     @property
     def pruned(self) -> list[Subject]:
@@ -159,7 +163,11 @@ class Summary:
             return f"{base}: {len(self.pruned)} pruned models" if base else f"{len(self.pruned)} models"
         if self.sweeps:
             return f"{short(self.sweeps[0].model)} at many sparsities"
-        return self.subjects[0].label if self.subjects else f"{short(self.comparisons[0].model)}: methods compared"
+        if self.subjects:
+            return self.subjects[0].label
+        if self.comparisons:
+            return f"{short(self.comparisons[0].model)}: methods compared"
+        return f"{short(self.speeds[0].model)}: speed on {self.speeds[0].device}" if self.speeds else "A packed model"
 
     def dense_perplexity(self, subject: Subject) -> float | None:
         """The dense model's on the same text and windows, if one of the sources has it."""
@@ -193,7 +201,9 @@ def summarise(sources: Sequence[Source]) -> Summary:
         subjects.append(Subject(short(name), None, tuple(each for each in left if each.model == name)))
     subjects.sort(key=lambda subject: subject.dense)
     comparisons = [source.result for source in sources if isinstance(source.result, Comparison)]
-    return Summary(subjects, list(_tradeoffs(subjects, sweeps)), sweeps, comparisons)
+    speeds = [source.result for source in sources if isinstance(source.result, Speeds)]
+    packings = [source.result for source in sources if isinstance(source.result, Packing)]
+    return Summary(subjects, list(_tradeoffs(subjects, sweeps)), sweeps, comparisons, speeds, packings)
 
 
 def _label(source: Source) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,8 @@ from uniprune.common.formatting import NONE, count, number, percent, points, sho
 from uniprune.evaluation.results import Compared, TaskResult
 from uniprune.reporting.results import Source
 from uniprune.reporting.summary import Subject, Summary, Tradeoff, measure
+from uniprune.speed.results import Speeds
+from uniprune.speed.timing import Result
 
 Cell = str | tuple[str, float]
 """Text, or text and the number that it is sorted by."""
@@ -25,17 +28,35 @@ LONGEST = 4  # values of a list that are shown one by one
 
 @dataclass(frozen=True)
 class Grid:
-    """A table. ``columns``: names, those of text with a trailing colon; the first column heads its row."""
+    """A table. ``columns``: names, those of text with a trailing colon; the first column heads its row.
+
+    prose: its text wraps. best: cells (row, column) that stand out.
+    """
 
     caption: str
     columns: list[str]
     rows: list[list[Cell]]
     sortable: bool = False
+    prose: bool = False
+    best: frozenset[tuple[int, int]] = frozenset()
 
     @property
     def heads(self) -> list[tuple[str, bool]]:
         """Each column's name, and whether it holds numbers."""
         return [(column.removesuffix(":"), not column.endswith(":")) for column in self.columns]
+
+
+def csv(grid: Grid) -> str:
+    """A table as CSV (RFC 4180), its numbers as they were measured. A spreadsheet takes no text in it for a formula."""
+    lines: list[list[Cell]] = [[name for name, _ in grid.heads], *grid.rows]
+    return "".join(",".join(map(_field, line)) + "\r\n" for line in lines)
+
+
+def _field(cell: Cell) -> str:
+    if not isinstance(cell, str):
+        return repr(cell[1])
+    text = f"'{cell}" if cell.startswith(("=", "+", "-", "@", "\t", "\r")) else cell
+    return '"' + text.replace('"', '""') + '"' if re.search(r'[",\r\n]', text) else text
 
 
 def models(summary: Summary) -> Grid | None:
@@ -58,24 +79,48 @@ def models(summary: Summary) -> Grid | None:
             ]
         )
     columns = ["model:", "pattern:", "sparsity", "perplexity", "measured on:", "KL", "accuracy, points"]
-    return _without_empty(Grid("Perplexity, divergence from the dense model, and change of accuracy", columns, rows))
+    return without_empty(Grid("Perplexity, divergence from the dense model, and change of accuracy", columns, rows))
+
+
+def readings(summary: Summary) -> Grid | None:
+    """The perplexities of each evaluation per token, word and byte, by position, and what they compare with."""
+    found = [(subject, each) for subject in summary.subjects for each in subject.evaluations if each.perplexity is not None]
+    positions = list(dict.fromkeys(place for _, each in found for place in each.by_position or ()))
+    rows: list[list[Cell]] = []
+    for subject, each in found:
+        error = None if each.nats_stderr is None or each.perplexity is None else each.perplexity * each.nats_stderr
+        values: list[float | None] = [each.perplexity, error, each.word_perplexity, each.byte_perplexity]
+        values += [(each.by_position or {}).get(place) for place in positions]
+        like = "; ".join(one.protocol for one in each.comparable)
+        rows.append([subject.label, measure(each), *map(shown, values), like])
+    places = [f"after {place} tokens" for place in positions]
+    columns = ["model:", "text:", "per token", "±", "per word", "per byte", *places, "published protocol:"]
+    caption = "Perplexity per token, word and byte, and by position in the sample"
+    return without_empty(Grid(caption, columns, rows, sortable=True)) if rows else None
+
+
+def speeds(found: Speeds) -> Grid:
+    """How fast products with sparse masks are beside dense ones."""
+    head, *rows = bench_rows(found.results)
+    columns = [f"{name}:" if index < len(("masks", "type")) else name for index, name in enumerate(head)]
+    caption = f"{short(found.model)}: times as fast as the dense product, by sparsity (?: or not)"
+    return Grid(caption, columns, [list(row) for row in rows], sortable=True)
 
 
 def tradeoff(facts: Tradeoff) -> Grid:
     """One row for each pattern."""
     rows: list[list[Cell]] = []
     if facts.dense is not None:
-        rows.append(["dense", percent(0.0), _shown(facts.dense), _sized(facts.dense_bytes), ""])
+        rows.append(["dense", (percent(0.0), 0.0), shown(facts.dense), _sized(facts.dense_bytes), ""])
     for point in facts.points:
         sparsity, front = (percent(point.sparsity), point.sparsity), "yes" if point.front else ""
-        rows.append([point.name, sparsity, _shown(point.perplexity), _sized(point.bytes), front])
+        rows.append([point.name, sparsity, shown(point.perplexity), _sized(point.bytes), front])
     columns = ["pattern:", "sparsity", "perplexity", "packed", "best for its sparsity:"]
-    return _without_empty(Grid(f"{short(facts.model)}: {facts.measure}", columns, rows, sortable=True))
+    return without_empty(Grid(f"{short(facts.model)}: {facts.measure}", columns, rows, sortable=True))
 
 
-def kinds(pruning: Pruning) -> Grid:
+def kinds(grid: Mapping[tuple[str, str], float]) -> Grid:
     """Sparsity of each kind of matrix, over the blocks."""
-    grid = pruning.grid
     rows: list[list[Cell]] = []
     for name in dict.fromkeys(kind for _, kind in grid):
         values = [value for (_, kind), value in grid.items() if kind == name]
@@ -124,7 +169,7 @@ def accuracies(summary: Summary) -> Grid | None:
     columns = ["task:", "model:", "metric:", "n", "value", "±", "other", "gained", "lost", "p"]  # as narrow as a terminal
     if not rows:
         return None
-    return _without_empty(Grid("Accuracy on n questions ± standard error, and McNemar's test of the difference", columns, rows))
+    return without_empty(Grid("Accuracy on n questions ± standard error, and McNemar's test of the difference", columns, rows))
 
 
 def asked(summary: Summary) -> Iterator[tuple[Subject, str, TaskResult]]:
@@ -148,7 +193,22 @@ def harness(summary: Summary) -> Grid | None:
                         other = _beside(evaluation.lm_eval_against.get(task, {}).get(metric))
                         rows.append([task, subject.label, metric, f"{value:.4f}", shown, *other])
     columns = ["task:", "model:", "metric:", "value", "± error", "other", "gained", "lost", "p"]
-    return _without_empty(Grid("lm-evaluation-harness", columns, rows)) if rows else None
+    return without_empty(Grid("lm-evaluation-harness", columns, rows)) if rows else None
+
+
+def bench_rows(results: Sequence[Result]) -> list[list[str]]:
+    """Speeds as ``bench`` measures them, head first: a row for each kernel, dtype and batch, a column for each sparsity.
+
+    A question mark follows where the rounds' quartiles lie on both sides of 1.
+    """
+    sparsities = sorted({row.sparsity for row in results})
+    rows: dict[tuple[str, str, str], dict[float, str]] = {}
+    for row in results:
+        masks = row.kind if row.dtype == row.against else f"{row.kind}, against {row.against}"
+        cell = f"{row.speedup:.2f}" + ("?" if row.low < 1 < row.high else "")
+        rows.setdefault((masks, row.dtype, str(row.batch)), {})[row.sparsity] = cell
+    body = [[*label, *(cells.get(sparsity, "") for sparsity in sparsities)] for label, cells in rows.items()]
+    return [["masks", "type", "batch", *(f"{100 * sparsity:g}%" for sparsity in sparsities)], *body]
 
 
 def closeness(summary: Summary) -> Grid | None:
@@ -210,15 +270,16 @@ def _beside(other: Compared | None) -> list[Cell]:
     return [percent(other.reference), str(other.gained), str(other.lost), f"{other.p:.2g}"]
 
 
-def _shown(value: float) -> Cell:
-    return number(value), value if math.isfinite(value) else math.inf
+def shown(value: float | None) -> Cell:
+    """A perplexity, sorted by its value; what is no number comes last."""
+    return NONE if value is None else (number(value), value if math.isfinite(value) else math.inf)
 
 
 def _sized(value: int | None) -> Cell:
     return (size(value), float(value)) if value is not None else NONE
 
 
-def _without_empty(grid: Grid) -> Grid:
+def without_empty(grid: Grid) -> Grid:
     """The columns in which something stands."""
     kept = [index for index in range(len(grid.columns)) if any(row[index] not in (NONE, "") for row in grid.rows)]
     rows = [[row[index] for index in kept] for row in grid.rows]
