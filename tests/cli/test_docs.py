@@ -17,6 +17,7 @@ import reference
 import uniprune
 from command import run
 from conftest import VOCABULARY
+from pictures import llava, write_model, write_rows
 from small_models import tiny
 from task_rows import ROWS
 from uniprune import Recipe
@@ -28,6 +29,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 HUB = ("HuggingFaceTB/SmolLM2-135M", "meta-llama/Llama-3.1-70B")
 TABLES = METRICS, CONTROLLERS, text.NAMED  # that examples add to
+SEES = "Qwen/Qwen2.5-VL-3B-Instruct"
 SMALL = {"--windows": "2", "--length": "32"}
 SIZES = {
     **dict.fromkeys(("plan", "calibrate", "prune", "permute", "sweep"), SMALL),
@@ -51,9 +53,10 @@ def blocks(page):
 def furnished(folder, tmp_path_factory):
     """A working directory that has what the documents speak of, and beside it a hub cache with the models that they name."""
     path = tmp_path_factory.mktemp("docs")
-    for name in HUB:
+    write_model(llava, path / "sees")
+    for name in (*HUB, SEES):
         repository = path / "hub" / ("models--" + name.replace("/", "--"))
-        shutil.copytree(folder, repository / "snapshots" / "0")
+        shutil.copytree(path / "sees" if name == SEES else folder, repository / "snapshots" / "0")
         (repository / "refs").mkdir()
         (repository / "refs" / "main").write_text("0")
     work = path / "work"
@@ -64,6 +67,7 @@ def furnished(folder, tmp_path_factory):
     prose = text.read("builtin", "calibration")[:200_000]
     for name in ("corpus.txt", "evaluation.txt"):
         (work / name).write_text(prose)
+    write_rows(work / "pairs.jsonl")
     (work / "my_corpus.jsonl").write_text(json.dumps({"text": prose}))
     for name in ("piqa", "arc_easy", "questions", "my_questions"):
         (work / f"{name}.jsonl").write_text(json.dumps(ROWS["arc" if name == "arc_easy" else "piqa"]) + "\n")

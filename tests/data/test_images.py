@@ -11,17 +11,11 @@ from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
     AutoProcessor,
-    CLIPImageProcessor,
-    Gemma3ImageProcessor,
-    Gemma3Processor,
-    LlavaProcessor,
-    PreTrainedTokenizerFast,
 )
 
 import uniprune
 from command import run
-from conftest import VOCABULARY, train_tokenizer
-from small_models import config_of
+from pictures import gemma3, llava, write_model, write_rows
 from uniprune import Loaded, Recipe
 from uniprune.artefacts.masks import MasksFile
 from uniprune.data.images.windows import Eyes, load
@@ -29,49 +23,20 @@ from uniprune.data.text import Text
 from uniprune.errors import InputError
 
 LENGTH, COUNT = 48, 6
-SIDE = {"height": 28, "width": 28}
-
-
-def llava(tokenizer):
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
-    images = CLIPImageProcessor(size={"shortest_edge": 28}, crop_size=SIDE)
-    return LlavaProcessor(
-        images, tokenizer, patch_size=14, vision_feature_select_strategy="default", num_additional_image_tokens=1
-    )
-
-
-def gemma3(tokenizer):
-    tokens = {"boi_token": "<boi>", "eoi_token": "<eoi>", "image_token": "<image>"}
-    ours = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token="<eos>", extra_special_tokens=tokens)
-    return Gemma3Processor(Gemma3ImageProcessor(size=SIDE), ours, image_seq_length=4)
 
 
 @pytest.fixture(scope="module", params=[llava, gemma3], ids=["llava", "gemma3"])
 def source(request, tmp_path_factory):
-    """A checkpoint with its processor."""
     folder = tmp_path_factory.mktemp(request.param.__name__) / "model"
-    processor = request.param(train_tokenizer())
-    config = config_of(request.param.__name__)
-    config.get_text_config().vocab_size = VOCABULARY + 8
-    config.image_token_id = config.image_token_index = processor.tokenizer.convert_tokens_to_ids("<image>")
-    config.text_config.max_position_embeddings = 256
-    torch.manual_seed(0)
-    AutoModelForImageTextToText.from_config(config).save_pretrained(folder)
-    processor.save_pretrained(folder)
+    write_model(request.param, folder)
     return folder
 
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
-    """Eight images with a text each, in JSON lines."""
-    folder, rng = tmp_path_factory.mktemp("rows"), np.random.default_rng(0)
-    lines = []
-    for number in range(8):
-        Image.fromarray(rng.integers(0, 255, (30, 40, 3), dtype=np.uint8)).save(folder / f"{number}.png")
-        words = " ".join(rng.choice(["red", "house", "the", "on", "green", "hill", "a"], 12 if number else 200))
-        lines.append(json.dumps({"image": f"{number}.png", "text": words}))
-    (folder / "rows.jsonl").write_text("\n".join(lines))
-    return folder / "rows.jsonl"
+    file = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    write_rows(file)
+    return file
 
 
 def image_token(source):
