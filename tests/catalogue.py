@@ -98,6 +98,7 @@ OWN: dict[str, dict[str, Any]] = {  # what types need beside their sizes; that o
     "cohere_compass": {"text_config": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}}},
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
     "chameleon": {
+        "num_hidden_layers": 4,
         "vocabulary_map": {"<image>": 5, "IMGIMGAZ": 6},
         "vq_config": {"base_channels": 32, "latent_channels": 32, "channel_multiplier": [1], "num_res_blocks": 1},
     },

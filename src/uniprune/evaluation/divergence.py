@@ -19,7 +19,7 @@ from uniprune.data.windows import Windows
 from uniprune.errors import InputError
 from uniprune.evaluation.results import Closeness
 from uniprune.models.blocks import device_of, text_alone
-from uniprune.models.output_head import PIECE, Head
+from uniprune.models.output_head import PIECE, Head, output_embeddings
 
 PROBE = 16  # tokens on which a head is tried
 
@@ -31,10 +31,11 @@ class Recording:
     """
 
     def __init__(self, model: nn.Module, windows: Windows) -> None:
-        self._output = model.get_output_embeddings()  # type: ignore[operator]
+        probe = windows.tokens[:1, :PROBE].to(device_of(model))
+        self._output = output_embeddings(model)
         self.hidden: list[Tensor] = []  # of each window, [length, width], on the CPU
         with self, text_alone(model), torch.no_grad():
-            run = model(input_ids=windows.tokens[:1, :PROBE].to(device_of(model)), use_cache=False)
+            run = model(input_ids=probe, use_cache=False)
         self.head = Head(model).fit(model, lambda whole: run, self.hidden.pop()[None].to(device_of(model)))
 
     def __enter__(self) -> Recording:

@@ -16,6 +16,17 @@ from uniprune.models.blocks import after_backbone
 PIECE = 512  # tokens whose logits are in memory at once
 
 
+def output_embeddings(model: nn.Module) -> Any:
+    """The layer whose product is a model's logits. Raises InputError for a model that says of none that it is this."""
+    found = model.get_output_embeddings()  # type: ignore[operator]
+    if getattr(found, "weight", None) is None:
+        raise InputError(
+            f"{type(model).__name__} has no output head by that name (get_output_embeddings): prune it with --controller none, and "
+            "compare it --against another by --tasks alone"
+        )
+    return found
+
+
 class Head:
     """Logits from final hidden states, in float32: what a model's output head makes of them.
 
@@ -23,7 +34,7 @@ class Head:
     """
 
     def __init__(self, model: nn.Module, text: Tensor | None = None, vocabulary: int | None = None) -> None:
-        head = model.get_output_embeddings()  # type: ignore[operator]
+        head = output_embeddings(model)
         config = model.config.get_text_config()  # type: ignore[union-attr,operator]
         self._cap: float | None = getattr(config, "final_logit_softcapping", None)
         self._weight: Tensor = head.weight.detach()
