@@ -21,7 +21,7 @@ def output_embeddings(model: nn.Module) -> Any:
     found = model.get_output_embeddings()  # type: ignore[operator]
     if getattr(found, "weight", None) is None:
         raise InputError(
-            f"{type(model).__name__} has no output head by that name (get_output_embeddings): prune it with --controller none, and "
+            f"{type(model).__name__} names no output head (get_output_embeddings): prune it with --controller none, and "
             "compare it --against another by --tasks alone"
         )
     return found
