@@ -256,6 +256,7 @@ def test_every_section_of_a_full_report(tmp_path):
     assert NOTE in summary
     assert "4:8" in texts["tradeoff"]
     assert "4.9 MB" in texts["tradeoff"]
+    assert "within 10% of the dense 12.50 is 0.4 by model" in texts["tradeoff"]
     assert "model.layers.2.mlp.down_proj" in texts["sparsity"]
     assert "9 steps on 9,216 tokens" in texts["controller"]
     assert "31.50" in texts["perplexity"]

@@ -41,11 +41,12 @@ def sentences(summary: Summary) -> list[str]:
         )
         found.append(f"{len(pruned)} pruned models{between}: {', '.join(subject.label for subject in pruned)}.")
     for tradeoff in summary.tradeoffs:
-        found += _traded(tradeoff)
+        found += traded(tradeoff)
     return [*found, NOTE]
 
 
-def _traded(tradeoff: Tradeoff) -> Iterator[str]:
+def traded(tradeoff: Tradeoff) -> Iterator[str]:
+    """What patterns there are, and the sparsest that costs next to nothing."""
     sparsities = [point.sparsity for point in tradeoff.points]
     if any(point.label is None for point in tradeoff.points):
         yield (

@@ -15,6 +15,7 @@ from uniprune.evaluation.results import Generation
 from uniprune.reporting import capabilities as report_capabilities
 from uniprune.reporting import comparison
 from uniprune.reporting import tables as report_tables
+from uniprune.reporting.headline import traded
 from uniprune.reporting.plots import Marker, Plot, accuracies, curves, descent, flips, heatmap, methods, tradeoff
 from uniprune.reporting.results import Source
 from uniprune.reporting.summary import Subject, Summary
@@ -101,7 +102,7 @@ def _tradeoffs(summary: Summary) -> Iterator[Part]:
         grid = report_tables.tradeoff(facts)
         yield Part(
             title=short(facts.model) if len(summary.tradeoffs) > 1 else "",
-            paragraphs=[f"Measured on {facts.measure}. The scale is logarithmic; lower is better."],
+            paragraphs=[f"Measured on {facts.measure}. The scale is logarithmic; lower is better.", *traded(facts)],
             plots=[plot for plot in drawn if plot],
             grids=[grid],
         )
