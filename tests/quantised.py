@@ -179,10 +179,10 @@ FORMATS = {
 }
 
 
-def save(name: str, folder: Path, shard: str = "40KB") -> None:
+def save(name: str, folder: Path, shard: str = "40KB", **changes: object) -> None:
     """Writes a tiny quantised model as it is published: bfloat16 where it is not quantised, in shards."""
     family, chosen, write, config = FORMATS[name]
-    tiny(family).to(torch.bfloat16).save_pretrained(folder)
+    tiny(family, **changes).to(torch.bfloat16).save_pretrained(folder)
     quantise(folder, chosen, write, config, shard)
 
 

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
+import quantised
 import uniprune
 from command import run
 from conftest import Stopped, Stops
@@ -106,6 +107,20 @@ def test_it_computes_what_the_model_does_without_those_experts(family, tmp_path,
     assert sum(p.numel() for p in small.parameters()) == report.experts.parameters
     check_bits(whole, small, report)
     check_files(source, out)
+
+
+@pytest.mark.parametrize("name", ["fp8", "mxfp4", "fp8, fp4 experts", "compressed-tensors INT4"])
+def test_experts_stored_as_codes_go_with_their_scales(name, tmp_path, tokens):
+    source, out = tmp_path / "model", tmp_path / "out"
+    quantised.save(name, source, "9KB", **GROUPS if quantised.FORMATS[name][0] == "deepseek_v3" else {})
+    report = uniprune.prune(source, recipe(tokens), out)
+    whole, small = (uniprune.load(folder, dtype="float32", device="cpu").model for folder in (source, out))
+    check_bits(whole, small, report)
+    check_files(source, out)
+    assert resolve(out).quantised.tensors.keys() <= resolve(source).quantised.tensors.keys()
+    ids = torch.randint(0, VOCABULARY, (3, 20))
+    with torch.no_grad(), unchosen(whole, report.layers):
+        assert torch.allclose(small(ids).logits, whole(ids).logits, atol=1e-5)
 
 
 def check_bits(whole, small, report):

@@ -156,8 +156,8 @@ class Files(Checkpoint):
     @cached_property
     def tensors(self) -> dict[str, Entry]:
         """The tensors that transformers loads: what is stored as codes counts as the weights that it becomes."""
-        found = {key: entry for key, entry in self.entries.items() if key not in self.quantised.parts}
-        return found | self.quantised.tensors
+        coded = {part for parts in self.quantised.parts.values() for part in parts}
+        return {key: entry for key, entry in self.entries.items() if key not in coded} | self.quantised.tensors
 
     @property
     def size(self) -> int:

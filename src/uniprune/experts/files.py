@@ -73,6 +73,17 @@ def _stored_axis(name: str, piece: Piece, axis: int, shape: Shape) -> int:
     raise InputError(f"{name}: its experts are no axis of {piece.key}; they cannot be taken out of it")
 
 
+def stored(files: Files, tensors: Mapping[str, Taken]) -> dict[str, Taken]:
+    """What these tensors are in the files: of those that are stored as codes, the codes and their scales."""
+    found: dict[str, Taken] = {}
+    for key, taken in tensors.items():
+        layer, new = taken.key.removesuffix("weight"), key.removesuffix("weight")
+        for part in files.quantised.parts.get(taken.key, (taken.key,)):
+            by_expert = files.entries[part].shape[:1] == files.tensors[taken.key].shape[:1]  # not one for all of them
+            found[new + part.removeprefix(layer)] = taken._replace(key=part) if by_expert else Taken(part)
+    return found
+
+
 def write(files: Files, tensors: Mapping[str, Taken], folder: Path) -> None:
     """Writes the files of a checkpoint that has these tensors, each in the file where its key was; and their index."""
     shards: dict[Path, list[str]] = {}

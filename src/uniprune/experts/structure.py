@@ -20,7 +20,7 @@ from uniprune.checkpoints.checkpoint import Files, checkpoint_of
 from uniprune.checkpoints.layout import Located, keys_of, on_load
 from uniprune.errors import InputError, first_line
 from uniprune.experts.criteria import best, layers_of
-from uniprune.experts.files import Taken, selected
+from uniprune.experts.files import Taken, selected, stored
 from uniprune.models.experts import Batched
 from uniprune.models.loading import on_meta
 from uniprune.models.matrices import Matrices
@@ -50,7 +50,11 @@ class Fewer:
 
     def tensors(self, files: Files, located: Located, kept: Mapping[str, Sequence[int]]) -> dict[str, Taken]:
         """The stored tensors that remain. kept: the numbers of the experts, by layer."""
-        shapes = {key: entry.shape for key, entry in files.entries.items() if key not in self.left_out}
+        return stored(files, self.loaded(files, located, kept))
+
+    def loaded(self, files: Files, located: Located, kept: Mapping[str, Sequence[int]]) -> dict[str, Taken]:
+        """The same as transformers loads them: codes and their scales are one tensor."""
+        shapes = {key: entry.shape for key, entry in files.tensors.items() if key not in self.left_out}
         by_name = {name: next(kept[layer] for layer in kept if _is_of(layer, name)) for name in self.axes}
         return selected(shapes, located, self.axes, by_name)
 
@@ -92,8 +96,9 @@ def fewer(fraction: float, model: nn.Module, matrices: Matrices) -> Fewer:
     located = files.layout(model).located
     found = Fewer(tuple(layers), experts, kept, groups, settings, axes, _left_out(files, located, axes))
     numbers = dict.fromkeys(layers, best(torch.zeros(experts), kept, groups))
-    taken = found.tensors(files, located, numbers)
-    _check_loads(name, small, {key: one.shape(files.entries[one.key].shape) for key, one in taken.items()}, axes)
+    taken = found.loaded(files, located, numbers)
+    shapes = {key: one.shape(files.tensors[one.key].shape) for key, one in taken.items()}
+    _check_loads(name, small, files.quantised.turned(on_load(small, shapes)), axes)
     _check_routers(name, model, small, axes, numbers)
     return found
 
@@ -153,7 +158,7 @@ def _left_out(files: Files, located: Located, axes: Mapping[str, int]) -> frozen
     """Stored tensors that the model does not load, of layers that are like those of its experts."""
     used = {key for place in located.values() for key in keys_of(place)}
     alike = {_pattern(key) for name in axes if name in located for key in keys_of(located[name])}
-    others = files.entries.keys() - used
+    others = files.tensors.keys() - used
     layers = {_first_number(key) for key in others if _pattern(key) in alike}
     return frozenset(key for key in others if _first_number(key) in layers)
 
@@ -168,9 +173,9 @@ def _first_number(key: str) -> str:
     return found[0] if found else key
 
 
-def _check_loads(name: str, small: nn.Module, shapes: Mapping[str, tuple[int, ...]], axes: Mapping[str, int]) -> None:
-    """Raises InputError unless transformers finds the parameters of the smaller model in tensors of these shapes."""
-    located, state = on_load(small, shapes), small.state_dict()
+def _check_loads(name: str, small: nn.Module, located: Located, axes: Mapping[str, int]) -> None:
+    """Raises InputError unless transformers finds the parameters of the smaller model where these lie."""
+    state = small.state_dict()
     for key in axes:
         place = located.get(key)
         if not isinstance(place, Outline) or place.shape != tuple(state[key].shape):

@@ -32,12 +32,12 @@ class Quantised:
     """Which tensors of a checkpoint are stored as codes.
 
     method: as config.json has it; None of a model that is not quantised. tensors: by the key that each has as weights; none
-    where the method quantises no layer. parts: keys of what they are made of. refused: why they are not understood.
+    where the method quantises no layer. parts: of each the keys that it is stored under. refused: why they are not understood.
     """
 
     method: str | None = None
     tensors: dict[str, Coded] = field(default_factory=dict)
-    parts: frozenset[str] = frozenset()
+    parts: dict[str, tuple[str, ...]] = field(default_factory=dict)
     refused: str | None = None
 
     @property
@@ -76,7 +76,7 @@ def quantised(folder: Path, entries: Mapping[str, Entry]) -> Quantised:
         return Quantised(method, refused=str(error))
     except (AttributeError, TypeError, ValueError, LookupError, ArithmeticError) as error:  # others than what is expected there
         return Quantised(method, refused=f"what its configuration says of it makes no sense ({first_line(error)})")
-    parts = frozenset(part for one in found for part in one.parts)
+    parts = {one.key: tuple(sorted(part for part in one.parts if part in entries)) for one in found}
     return Quantised(method, {one.key: one.tensor for one in found}, parts)
 
 
