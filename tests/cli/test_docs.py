@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import made_up_tasks
 import reference
 import uniprune
 from command import run
@@ -24,9 +25,11 @@ from uniprune import Recipe
 from uniprune.controller.controllers import CONTROLLERS
 from uniprune.data import text
 from uniprune.saliency.metrics import METRICS
+from uniprune.tasks.catalogue import NAMES
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TASKS = ("getting-started.md", "compare.md", "gpu.md", "scaling.md", "metric.md", "text.md", "tasks.md")
 HUB = ("HuggingFaceTB/SmolLM2-135M", "meta-llama/Llama-3.1-70B")
 TABLES = METRICS, CONTROLLERS, text.NAMED  # that examples add to
 SEES = "Qwen/Qwen2.5-VL-3B-Instruct"
@@ -49,6 +52,13 @@ def blocks(page):
     return re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
 
 
+def made_up_rows(path, what, **options):
+    """Rows of the format of a data set on the hub."""
+    name = next(name for name, listed in NAMES.items() if listed.path == path)
+    make = made_up_tasks.Maker(0)
+    return iter([made_up_tasks.MAKERS["arc" if name.startswith("arc") else name](make) for _ in range(6)])
+
+
 @pytest.fixture(scope="module")
 def furnished(folder, tmp_path_factory):
     """A working directory that has what the documents speak of, and beside it a hub cache with the models that they name."""
@@ -69,8 +79,8 @@ def furnished(folder, tmp_path_factory):
         (work / name).write_text(prose)
     write_rows(work / "pairs.jsonl")
     (work / "my_corpus.jsonl").write_text(json.dumps({"text": prose}))
-    for name in ("piqa", "arc_easy", "questions", "my_questions"):
-        (work / f"{name}.jsonl").write_text(json.dumps(ROWS["arc" if name == "arc_easy" else "piqa"]) + "\n")
+    for name in ("questions", "my_questions"):
+        (work / f"{name}.jsonl").write_text(json.dumps(ROWS["piqa"]) + "\n")
     (work / "recipe.yaml").write_text("sparsity: 2:4\ntuning:\n  batch_tokens: 64\n")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(work)
@@ -88,6 +98,7 @@ def place(furnished, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(furnished / "hub"))
     for name in ("c4", "wikitext2"):
         monkeypatch.setitem(text.NAMED, name, text.NAMED["builtin"])
+    monkeypatch.setattr("uniprune.tasks.loading.read_hub", made_up_rows)
     shutil.copytree(furnished / "work", tmp_path / "work")
     monkeypatch.chdir(tmp_path / "work")
     return tmp_path / "work"
@@ -96,9 +107,6 @@ def place(furnished, tmp_path, monkeypatch):
 def runnable(command):
     """The command's words, small, its output not in the way."""
     words = shlex.split(command)
-    if "--tasks" in words:
-        at = words.index("--tasks") + 1
-        words[at] = ",".join(name if name.endswith(".jsonl") else f"{name}.jsonl" for name in words[at].split(","))
     sizes = SIZES.get(words[0], SMALL if words[0] == "evaluate" and not {"--check", "--lm-eval"} & set(words) else {})
     words += [word for flag, value in sizes.items() if flag not in words for word in (flag, value)]
     for flag in ("-o", "--output"):
@@ -133,6 +141,23 @@ def test_python_blocks(place, page):
         for table, names in zip(TABLES, before, strict=True):
             table.clear()
             table.update(names)
+
+
+def test_the_notebook(place):
+    """Its cells one after the other, as a kernel runs them."""
+    book = json.loads((ROOT / "docs" / "notebook.ipynb").read_text())
+    cells = ["".join(cell["source"]) for cell in book["cells"] if cell["cell_type"] == "code"]
+    assert len(cells) > 5
+    assert not any(cell["outputs"] for cell in book["cells"] if cell["cell_type"] == "code")
+    names = {"__name__": "__main__"}
+    for number, cell in enumerate(cells):
+        exec(compile(cell, f"notebook.ipynb, cell {number}", "exec"), names)
+
+
+def test_pages_by_task_are_short():
+    for name in TASKS:
+        assert len((ROOT / "docs" / name).read_text().splitlines()) < 150, name
+        assert f"(docs/{name})" in (ROOT / "README.md").read_text()
 
 
 def test_links_and_files_exist():

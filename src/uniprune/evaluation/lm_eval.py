@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -42,9 +43,17 @@ class Harness:
         self.notes: list[str] = []  # of the last run: what is to be known beside its numbers
         self.right: Marks = {}
         try:
-            self._manager.load(self._names)
+            loaded = self._manager.load(self._names)
         except Exception as error:  # its own kinds, those of YAML and those of datasets
             raise InputError(f"--lm-eval {','.join(names)}: a task cannot be loaded: {first_line(error)}") from error
+
+        self._refuse_code(loaded["tasks"])
+
+    def _refuse_code(self, tasks: dict[str, Any]) -> None:
+        found = [name for name, task in tasks.items() if getattr(task, "UNSAFE_CODE", False)]
+        if found and os.environ.get("HF_ALLOW_CODE_EVAL") != "1":
+            run = "runs programs that the model writes; where they can do no harm, allow it with HF_ALLOW_CODE_EVAL=1"
+            raise InputError(f"--lm-eval {', '.join(found)} {run}")
 
     @property
     def version(self) -> str:
@@ -64,6 +73,7 @@ class Harness:
             raise InputError(NOT_FINITE)
         model = _watched(loaded)
         asked: dict[str, Any] = {"limit": request.limit, "num_fewshot": request.num_fewshot, "log_samples": True}
+        asked["confirm_run_unsafe_code"] = True  # _refuse_code has asked
         found = simple_evaluate(model, tasks=self._names, task_manager=self._manager, **asked)
         self.notes, self.right = model.notes(), _marks(found["samples"])
         return {task: _numbers(values) for task, values in found["results"].items()}

@@ -63,7 +63,7 @@ class EvaluationRequest(Reading):
         description="Accuracy on piqa, mmlu, gsm8k, ..., or on files or folders of rows, whose fields tell the format.",
     )
     suite: str | None = Field(
-        default=None, description=f"Also the tasks of a published table: {', '.join(SUITES)}; see docs/evaluation.md."
+        default=None, description=f"Also the tasks of a published table: {', '.join(SUITES)}; see docs/tasks.md."
     )
     num_fewshot: Annotated[int | None, Flag(default="0, gsm8k 5, a suite's own")] = Field(
         default=None, description="Solved examples before each question of --tasks, --suite and --lm-eval."
