@@ -43,7 +43,7 @@ CONFIGS = {  # our formats -> the harness's own tasks
     "lambada": "lambada/lambada_openai.yaml",
     "gsm8k": "gsm8k/gsm8k.yaml",
 }
-SHOTS = (0, 1, 5)
+SHOTS = (0, 5)
 CONTEXT = 1024
 
 
@@ -87,6 +87,8 @@ def compare(ours: Answers, samples: list[dict[str, Any]]) -> dict[str, Any]:
         ]
         facts["largest_difference_nats"] = max(abs(a - b) for a, b, _, _ in pairs)
         facts["greedy_that_differ"] = sum(a != b for _, _, a, b in pairs)
+    if ours.written:
+        facts["texts_that_differ"] = sum(a != b["resps"][0][0] for a, b in zip(ours.written, theirs, strict=True))
     right = {metric: (metric, "none") for metric in ours.right}
     if ours.judged:
         right = {"acc": ("exact_match", "strict-match"), "flexible": ("exact_match", "flexible-extract")}

@@ -1,6 +1,8 @@
 """Capabilities by hand: means of the tasks that ask for each, which stand beside them."""
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 
@@ -83,3 +85,15 @@ def test_the_catalogue_is_whole():
     assert capability_of("own.jsonl") is None
     names = [name for tasks in CAPABILITIES.values() for name in tasks]
     assert len(names) == len(set(names))
+
+
+def test_the_page_shows_names_formats_and_suites():
+    page = (Path(__file__).parents[2] / "docs" / "tasks.md").read_text()
+    assert all(f"`{name}`" in page for name in NAMES)
+    rows = {row[0]: row[1:] for row in re.findall(r"^\| ([\w-]+) \| (.*?) \| (.*?) \|", page, re.MULTILINE)}
+    assert rows.keys() >= FORMATS.keys() | SUITES.keys()
+    for name, suite in SUITES.items():
+        tasks = [f"{task} ({suite.fewshot[task]}-shot)" if task in suite.fewshot else task for task in suite.tasks]
+        assert rows[name] == (", ".join(tasks), suite.source)
+    for name, form in FORMATS.items():
+        assert all(f"`{field}`" in rows[name][0] for field in form.fields)

@@ -250,3 +250,27 @@ def test_what_is_cut_is_counted_and_said(local, tokenizer, caplog):
 def test_unknown_tasks_are_refused(loaded):
     with pytest.raises(InputError, match="--lm-eval no_such_task: a task cannot be loaded"):
         uniprune.evaluate(loaded, lm_eval=["no_such_task"])
+
+
+def test_programs_that_a_model_writes_are_run_only_where_that_is_allowed(monkeypatch, tmp_path):
+    """As HumanEval's task says of itself (``unsafe_code``)."""
+    from uniprune.evaluation.lm_eval import Harness
+
+    (tmp_path / "rows.jsonl").write_text('{"question": "2 + 2?", "answer": "4"}\n')
+    settings = {
+        "task": "local_code",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}, "cache_dir": str(tmp_path / "cache")},
+        "test_split": "test",
+        "doc_to_text": "{{question}}",
+        "doc_to_target": "{{answer}}",
+        "output_type": "generate_until",
+        "unsafe_code": True,
+        "metric_list": [{"metric": "exact_match"}],
+    }
+    (tmp_path / "code.yaml").write_text(json.dumps(settings))
+    monkeypatch.delenv("HF_ALLOW_CODE_EVAL", raising=False)
+    with pytest.raises(InputError, match=r"local_code runs programs that the model writes; .* HF_ALLOW_CODE_EVAL=1"):
+        Harness([str(tmp_path / "code.yaml")])
+    monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "1")
+    assert Harness([str(tmp_path / "code.yaml")])

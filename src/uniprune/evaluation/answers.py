@@ -39,6 +39,7 @@ class Answers:
     cut: int = 0  # questions that the model could not read from their beginning
     others: dict[str, list[bool]] | None = None
     judged: str | None = None  # what ``acc`` is, where answers are written
+    written: Sequence[str] = ()
 
     def result(self, reference: Answers | None = None) -> TaskResult:
         """The accuracies with their standard errors, and what was asked. reference: another model's answers."""
@@ -170,7 +171,7 @@ def _judged(task: Task, written: Sequence[str], cut: int) -> Answers:
         for metric, truths in judge(question.expected, text).items():
             found.setdefault(metric, []).extend(truths)
     first, *rest = found
-    return Answers(task, [], {"acc": found[first]}, cut, {metric: found[metric] for metric in rest}, first)
+    return Answers(task, [], {"acc": found[first]}, cut, {metric: found[metric] for metric in rest}, first, written)
 
 
 def _right(question: Question, scores: Sequence[Score]) -> bool:
