@@ -221,7 +221,9 @@ def zeroshot(results: dict[str, Any]) -> str:
         ]
         for row in results["rows"]
     ]
-    ratio = f"lm-eval's time / ours, all four tasks: **{results['harness_seconds'] / results['seconds']:.2f}**"
+    ratio = f"lm-eval's processor time / ours, all four tasks: **{results['harness_seconds'] / results['seconds']:.2f}**"
+    if "wall" in results:
+        ratio += f"; wall time: **{results['harness_wall'] / results['wall']:.2f}**"
     return table(["task", "acc", "acc_norm", "rows that differ", "largest difference, nats"], lines) + f"\n\n{ratio}"
 
 

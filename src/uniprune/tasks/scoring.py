@@ -3,8 +3,8 @@
 The choices of questions are laid out in a row as a trie of tokens: what several begin with is read once, and an attention mask
 lets every token see those before it in its own choice, as if that stood alone. This shares all prefixes that a cache could, in
 one forward pass. Attention costs the square of a row's length, so a batch is several rows, filled to about the same length; the
-tokens whose predictions are asked for stand last in each, so that the output head reads no others. A model that does not heed
-such a mask (a recurrent one, say) reads every choice whole.
+output head reads only those tokens whose predictions are asked for. A model that does not heed such a mask (a recurrent one,
+say) reads every choice whole.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from __future__ import annotations
 import logging
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -203,50 +205,65 @@ class _Trie:
         return found
 
 
-class _Row:
-    """A trie laid out: first what is only read, then the nodes whose predictions are asked for."""
-
-    def __init__(self, questions: Sequence[Sequence[Tokens]]) -> None:
-        self.trie = _Trie()
-        self.paths = [[self.trie.insert(choice.ids[:-1])[-choice.scored :] for choice in question] for question in questions]
-        asked = {node for question in self.paths for path in question for node in path}
-        self.order = [node for node in range(len(self.trie.tokens)) if node not in asked] + sorted(asked)
-        self.asked = len(asked)
-
-    def placed(self, length: int) -> dict[int, int]:
-        """Node -> its place in a row of this length; padding stands before."""
-        return {node: place for place, node in enumerate(self.order, length - len(self.order))}
-
-
 def _as_trie(model: nn.Module, questions: Sequence[Sequence[Tokens]], batch: Batch) -> Scores:
     """The scores of all choices from one pass over the tries of a batch."""
     device, dtype = device_of(model), next(model.parameters()).dtype
-    rows = [_Row([questions[index] for index in indices]) for indices in batch]
-    length, kept = max(len(row.order) for row in rows), max(row.asked for row in rows)
-    tokens, depths = (torch.zeros(len(rows), length, dtype=torch.int64) for _ in range(2))
-    sees = torch.eye(length, dtype=torch.bool).repeat(len(rows), 1, 1)  # padding sees itself: no row of the mask is empty
-    for number, row in enumerate(rows):
-        start = length - len(row.order)
-        tokens[number, start:] = torch.tensor(row.trie.tokens)[row.order]
-        depths[number, start:] = torch.tensor(row.trie.depths)[row.order]
-        sees[number, start:, start:] = torch.from_numpy(row.trie.sees()[np.ix_(row.order, row.order)])
+    tries, paths = zip(*(_laid_out([questions[index] for index in row]) for row in batch), strict=True)
+    length = max(len(trie.tokens) for trie in tries)
+    tokens, depths = (torch.zeros(len(tries), length, dtype=torch.int64) for _ in range(2))
+    sees = torch.eye(length, dtype=torch.bool).repeat(len(tries), 1, 1)  # padding sees itself: no row of the mask is empty
+    for number, trie in enumerate(tries):
+        size = len(trie.tokens)
+        tokens[number, :size], depths[number, :size] = torch.tensor(trie.tokens), torch.tensor(trie.depths)
+        sees[number, :size, :size] = torch.from_numpy(trie.sees())
     mask = torch.zeros(sees.shape, dtype=dtype).masked_fill_(~sees, torch.finfo(dtype).min)
-    logits = model(
-        input_ids=tokens.to(device),
-        position_ids=depths.to(device),
-        attention_mask=mask[:, None].to(device),
-        logits_to_keep=kept,
-        use_cache=False,
-    ).logits
-    if logits.shape[1] != kept:
-        raise ValueError("logits_to_keep is not heeded")
-    found: Scores = {}
-    for indices, row, predicted in zip(batch, rows, logits, strict=True):
-        judge, place = _Judge(predicted[kept - row.asked :]), row.placed(row.asked)
-        for index, paths in zip(indices, row.paths, strict=True):
-            pairs = zip(paths, questions[index], strict=True)
-            found[index] = [judge([place[node] for node in path], choice) for path, choice in pairs]
-    return found
+    places = [number * length + node for number, row in enumerate(paths) for path in row for node in chain(*path)]
+    asked = sorted(set(places))
+    with _predicting(model, torch.tensor(asked, device=device), tokens.shape):
+        logits = model(
+            input_ids=tokens.to(device),
+            position_ids=depths.to(device),
+            attention_mask=mask[:, None].to(device),
+            use_cache=False,
+        ).logits[0]
+    judge, rows = _Judge(logits), {place: row for row, place in enumerate(asked)}
+    return {
+        index: [
+            judge([rows[number * length + node] for node in path], choice)
+            for path, choice in zip(found, questions[index], strict=True)
+        ]
+        for number, (indices, row) in enumerate(zip(batch, paths, strict=True))
+        for index, found in zip(indices, row, strict=True)
+    }
+
+
+def _laid_out(questions: Sequence[Sequence[Tokens]]) -> tuple[_Trie, list[list[list[int]]]]:
+    """The trie of the questions of a row, and for each choice the nodes that predict its scored tokens."""
+    trie = _Trie()
+    # The last token of a choice predicts nothing that is asked.
+    return trie, [[trie.insert(choice.ids[:-1])[-choice.scored :] for choice in question] for question in questions]
+
+
+@contextmanager
+def _predicting(model: nn.Module, places: Tensor, shape: torch.Size) -> Iterator[None]:
+    """Inside ``with``, the output head reads the hidden states of these places alone, of a batch ``[rows, length]``.
+
+    Raises ValueError for a model whose head is not there, or given anything else.
+    """
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    if head is None:
+        raise ValueError("no output head")
+
+    def select(module: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        if not given or given[0].shape[:2] != shape:
+            raise ValueError("the output head is given something else than all hidden states")
+        return given[0].flatten(0, 1)[places][None], *given[1:]
+
+    handle = head.register_forward_pre_hook(select)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _whole(model: nn.Module, questions: Sequence[Sequence[Tokens]], batch: Batch) -> Scores:
