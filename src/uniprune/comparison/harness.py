@@ -30,15 +30,16 @@ def results(found: Comparison, row: ComparisonRow) -> dict[str, Any]:
     """A row as the harness has the results of a model."""
     tasks = dict(_tasks(found, row))
     names = {name: list(values) for name, (values, _) in tasks.items()}
+    shots = {_name(name): task.num_fewshot or 0 for name, task in row.tasks.items()}
     device = found.protocol.machine.device if found.protocol.machine else None
     versions = found.protocol.versions
     model = "-".join([short(found.model), *([] if row.pattern is None else [short(row.method), row.pattern])])
     return {
         "results": {name: _result(name, values, count) for name, (values, count) in tasks.items()},
         "group_subtasks": {name: [] for name in tasks},
-        "configs": {name: _config(name, metrics) for name, metrics in names.items()},
+        "configs": {name: _config(name, metrics, shots.get(name, 0)) for name, metrics in names.items()},
         "versions": dict.fromkeys(tasks, f"uniprune {versions.get('uniprune', 'unknown')}"),
-        "n-shot": dict.fromkeys(tasks, 0),
+        "n-shot": {name: shots.get(name, 0) for name in tasks},
         "higher_is_better": {name: {metric: METRICS[metric] for metric in metrics} for name, metrics in names.items()},
         "n-samples": {name: {"original": count, "effective": count} for name, (_, count) in tasks.items()},
         "config": {
@@ -88,10 +89,10 @@ def _result(name: str, values: dict[str, tuple[float, float | None]], count: int
     return facts
 
 
-def _config(name: str, metrics: list[str]) -> dict[str, Any]:
+def _config(name: str, metrics: list[str], fewshot: int) -> dict[str, Any]:
     kind = "multiple_choice" if "acc" in metrics else "loglikelihood_rolling"
     listed = [{"metric": metric, "aggregation": "mean", "higher_is_better": METRICS[metric]} for metric in metrics]
-    return {"task": name, "output_type": kind, "num_fewshot": 0, "metric_list": listed}
+    return {"task": name, "output_type": kind, "num_fewshot": fewshot, "metric_list": listed}
 
 
 def _folder(model: str) -> str:

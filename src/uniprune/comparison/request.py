@@ -16,6 +16,7 @@ from uniprune.errors import InputError
 from uniprune.evaluation.request import NEW_TOKENS, EvaluationRequest, Name
 from uniprune.job.settings import Calibration, Layers
 from uniprune.sparsity.choices import Scope, Unsupported
+from uniprune.tasks.catalogue import SUITES
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -118,6 +119,10 @@ class Evaluated(Options):
     tasks: Annotated[tuple[str, ...], Flag(metavar="TASK,..."), Commas] = Field(
         default=(), description="Also zero-shot accuracy on piqa, arc_easy, ... or on files of rows, as in evaluate."
     )
+    suite: str | None = Field(default=None, description=f"Also the tasks of a published table: {', '.join(SUITES)}.")
+    num_fewshot: Annotated[int | None, Flag(default="0, gsm8k 5, a suite's own")] = Field(
+        default=None, description="Solved examples before each question of tasks."
+    )
     limit: Annotated[int | None, Flag(default="all")] = Field(
         default=None, description="Use only the first N examples of each task."
     )
@@ -159,7 +164,8 @@ class ComparisonRequest(Layers, Evaluated, Calibration, Calibrated, Table):
         """What of it ``evaluate`` would be asked."""
         names = ("field", "split", "windows", "length", "stride", "bos")
         text = {name: getattr(self, f"eval_{name}") for name in names}
-        return EvaluationRequest.of(text_source=self.eval_text, tasks=self.tasks, limit=self.limit, dtype=self.dtype, **text)
+        tasks = {name: getattr(self, name) for name in ("tasks", "suite", "num_fewshot", "limit")}
+        return EvaluationRequest.of(text_source=self.eval_text, dtype=self.dtype, **tasks, **text)
 
 
 class ComparisonKeywords(TypedDict, total=False):
@@ -188,6 +194,8 @@ class ComparisonKeywords(TypedDict, total=False):
     eval_stride: int | None
     eval_bos: Literal["each", "first", "none"] | None
     tasks: Sequence[str]
+    suite: str | None
+    num_fewshot: int | None
     limit: int | None
     prompts: Sequence[str]
     new_tokens: int | None

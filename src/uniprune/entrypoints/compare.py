@@ -99,7 +99,8 @@ def _questions(request: ComparisonRequest, subject: Subject) -> Questions:
     if request.new_tokens is not None and not request.prompts:
         raise InputError("--new-tokens is the length of what goes on with a prompt; give --prompt, or leave it out")
     windows = subject.windows(request.eval_text, reading)
-    tasks, length = [load_task(name, request.limit) for name in request.tasks], request.new_tokens
+    tasks = [load_task(name, request.limit, fewshot) for name, fewshot in reading.asked.items()]
+    length = request.new_tokens
     found = Questions(windows, tasks, request.prompts, NEW_TOKENS if length is None else length)
     subject.ask(found)
     return found
