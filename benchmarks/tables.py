@@ -227,6 +227,18 @@ def zeroshot(results: dict[str, Any]) -> str:
     return table(["task", "acc", "acc_norm", "rows that differ", "largest difference, nats"], lines) + f"\n\n{ratio}"
 
 
+def tasks(results: dict[str, Any]) -> str:
+    """Every task beside the harness's own, on rows made up in its format."""
+    lines = []
+    for row in results["rows"]:
+        marks = [f"{row[f'{metric}_that_differ']} ({metric})" for metric in ("acc", "acc_norm", "flexible") if metric in row]
+        nats = f"{row['largest_difference_nats']:.0e}" if "largest_difference_nats" in row else ""
+        lines.append([row["task"], row["num_fewshot"], row["requests_that_differ"], ", ".join(marks), nats])
+    judged = ", ".join(f"{one['differ']} of {one['pairs']} {name}" for name, one in results["judged"].items())
+    head = ["format", "examples", "prompts that differ", "rows that differ", "largest difference, nats"]
+    return table(head, lines) + f"\n\nTexts written by hand that are judged otherwise: {judged}."
+
+
 def speed(results: dict[str, Any]) -> str:
     lines = [[f"Wanda's calibration, scores and masks, {p} / forward passes", f"{r:.2f}"] for p, r in results["local"].items()]
     for dtype, ratios in results["step"].items():
@@ -465,7 +477,7 @@ def main() -> None:
         quality = Quality(results["rows"])
         names = ("perplexities", "gaps", "shared", "transfer", "costs", "seeds")
         sections = {name: getattr(quality, name)() for name in names} | {"whole": Quality(results["whole"]).whole()}
-    writers = {"page": page, "ablations": ablations, "peer": peer, "zeroshot": zeroshot, "speed": speed}
+    writers = {"page": page, "ablations": ablations, "peer": peer, "zeroshot": zeroshot, "tasks": tasks, "speed": speed}
     for name, write in writers.items():
         if results := load(name):
             sections[name] = write(results)
