@@ -10,6 +10,7 @@ say) reads every choice whole.
 from __future__ import annotations
 
 import logging
+import math
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -78,7 +79,7 @@ def encode(tokenizer: Any, before: str, after: str, limit: int, known: dict[str,
 def score(model: nn.Module, questions: Sequence[Sequence[Tokens]], progress: Progress = silent) -> list[list[Score]]:
     """The score of every choice of every question. Softmax in float32, whatever the model computes in.
 
-    The longest question is read both ways: the trie is for models that give the same then.
+    The longest choice is read both ways: the trie is for models that give the same then.
     """
     if not questions:
         return []
@@ -159,13 +160,14 @@ Scores = dict[int, list[Score]]
 
 
 def _as_checked_trie(model: nn.Module, questions: Sequence[Sequence[Tokens]], batch: Batch) -> Scores | None:
-    """The scores from a trie, or None if a model does not heed its mask: if the last question has others when read whole."""
+    """The scores from a trie, or None if a model does not heed its mask: if the longest choice has another when read whole."""
     tolerance = 1e-3 if next(model.parameters()).dtype == torch.float32 else 0.05
     last = batch[0][-1]
+    longest = max(range(len(questions[last])), key=lambda number: len(questions[last][number].ids))
     try:
         found = _as_trie(model, questions, batch)
-        trie, whole = ([one.nats for one in scores[last]] for scores in (found, _whole(model, questions, [[last]])))
-        same = torch.allclose(torch.tensor(trie), torch.tensor(whole), rtol=tolerance, atol=tolerance)
+        (whole,) = _whole(model, [[questions[last][longest]]], [[0]])[0]
+        same = math.isclose(found[last][longest].nats, whole.nats, rel_tol=tolerance, abs_tol=tolerance)
     except (TypeError, ValueError, RuntimeError, IndexError) as error:  # its forward pass has no place for the mask
         logger.debug("%s refuses a trie: %s", type(model).__name__, error)
         same = False
