@@ -43,5 +43,8 @@ def lacking(model: str, config: Any, missing: Collection[str]) -> InputError:
     classes = " and ".join(getattr(config, "architectures", None) or ())
     what = f"model {model}: its files lack {len(missing)} tensors, e.g. {min(missing)}"
     if classes and not any(end in classes for end in ("LM", "ConditionalGeneration", "Generator")):
-        return InputError(f"{what}; config.json says {classes}: no model that predicts tokens, which is what can be pruned")
+        return InputError(
+            f"{what}; config.json says {classes}: no model that predicts tokens, which is what can be pruned; give "
+            "the language model that it was made from"
+        )
     return InputError(f"{what}; fetch it again")
