@@ -462,6 +462,50 @@ def same_words(results: dict[str, Any]) -> str:
     )
 
 
+def adapters(results: dict[str, Any]) -> str:
+    """Which adapters keep zeros; those that could not be tried are named below."""
+
+    def share(value: float) -> str:
+        return f"{100 * value:.0f}%"
+
+    tried = [row for row in results["rows"] if "error" not in row]
+    lines = [
+        [row["adapter"], share(row["zeros"]), share(row["lost"]), share(row["lost_masked"])]
+        for row in sorted(tried, key=lambda row: (-round(row["zeros"], 2), round(row["lost"], 2)))
+    ]
+    body = table([f"adapter (PEFT {results['peft']})", "zeros", "lost", "lost, with `KeepZeros`"], lines)
+    failed = ", ".join(f"{row['adapter']} ({row['error']})" for row in results["rows"] if "error" in row)
+    return body + (f"\n\nCould not be tried: {failed}." if failed else "")
+
+
+def masks(results: dict[str, Any]) -> str:
+    """Masks exchanged with other tools: of how many matrices the masks, and the model that the tool makes, are equal."""
+
+    def of(row: dict[str, Any], what: str) -> str:
+        return f"{row[what]} of {row['matrices']}" if what in row else ""
+
+    rows = sorted(results["rows"], key=lambda row: (row["format"], row["tool"], row["direction"] == "export"))
+    ways = {"import": "it wrote, read here", "export": "written here, it read"}
+    lines = [
+        [f"{row['tool']}: `{row['file']}`", ways[row["direction"]], of(row, "masks_equal"), of(row, "models_equal")]
+        for row in rows
+    ]
+    return table(["tool and file", "way", "equal masks", "equal pruned weights"], lines)
+
+
+TUNED = {
+    "dense": "dense",
+    "pruned": "2:4 by Wanda",
+    "tuned": "all kept weights trained",
+    "merged": "LoRA trained and merged",
+}
+
+
+def finetune(results: dict[str, Any]) -> str:
+    lines = [[TUNED[row["model"]], number(row["perplexity"]), f"{row['sparsity']:.1%}"] for row in results["rows"]]
+    return table(["model", "perplexity", "zeros"], lines)
+
+
 def fill(path: Any, sections: dict[str, str]) -> None:
     text = path.read_text()
     for name, body in sections.items():
@@ -496,6 +540,10 @@ def main() -> None:
         sections |= {"sizes": sizes(results), "choice": choice(results)}
     for name in ("results", "experiments"):
         fill(ROOT / "docs" / f"{name}.md", sections)
+    if results := load("peer_masks"):
+        fill(ROOT / "docs" / "masks.md", {"masks": masks(results)})
+    tuning = {"adapters": adapters, "finetune": finetune}
+    fill(ROOT / "docs" / "finetuning.md", {name: write(found) for name, write in tuning.items() if (found := load(name))})
     if results := load("archive"):
         fill(ROOT / "docs" / "archive.md", {"sizes": archives(results)})
     if results := load("comparison"):

@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import made_up
-from uniprune.artefacts import archive, mask_conversion, mask_tools, writer
+from uniprune.artefacts import archive, mask_conversion, mask_formats, mask_tools, writer
 from uniprune.artefacts import masks as masks_file
 from uniprune.artefacts.binding import Binding
 from uniprune.artefacts.scores import ScoresFacts, write_scores
@@ -117,6 +117,12 @@ def readers(folder: Path) -> dict[str, Reader]:
     windows_module.save_windows(windows, made / "t.safetensors")
     archive.pack(model, made / "a.upz")
     np.savez(made / "p.npz", **{f"{name}.weight": mask.numpy() for name, mask in masks.items()})
+    torch.save({f"{name}.weight_mask": mask for name, mask in masks.items()}, made / "p.pt")
+    exported = mask_formats.ExportFacts(base=binding.base, base_name="m", pattern="x")
+    stored_masks = {f"{name}.weight": mask for name, mask in masks.items()}
+    mask_formats.write(
+        made / "b.safetensors", "compressed-tensors", dict.fromkeys(stored_masks, SHAPE), stored_masks.items(), exported
+    )
     with runs.open_run(made / "out", {"seed": 0}) as run:
         store = Store(run, "sweep")
         for name in NAMES:
@@ -208,11 +214,12 @@ def readers(folder: Path) -> dict[str, Reader]:
     def unpack(path: Path) -> None:
         archive.unpack(path, path.parent / "out")
 
-    def plain(path: Path) -> None:
-        for key in mask_conversion._read(path, lambda file: sorted(file.keys())):
-            name = key.removesuffix(".weight")
+    def foreign(path: Path) -> None:
+        given = mask_formats.Foreign(path)
+        for weight in given:
+            name = weight.removesuffix(".weight")
             if name in matrix:
-                mask_conversion._read_mask(path, key, matrix[name])
+                mask_conversion._mask_of(given, weight, matrix[name])
 
     def finished(path: Path) -> None:
         entry_prune._finished(path.parent, Recipe(sparsity="2:4"), "m")
@@ -258,7 +265,9 @@ def readers(folder: Path) -> dict[str, Reader]:
         Reader("scores", "safetensors", (made / "s.safetensors").read_bytes(), cut, "s.safetensors"),
         Reader("tokens", "safetensors", (made / "t.safetensors").read_bytes(), tokens, "t.safetensors"),
         Reader("archive", "archive", (made / "a.upz").read_bytes(), unpack, "a.upz"),
-        Reader("plain", "bytes", (made / "p.npz").read_bytes(), plain, "p.npz"),
+        Reader("plain", "bytes", (made / "p.npz").read_bytes(), foreign, "p.npz"),
+        Reader("pickled", "bytes", (made / "p.pt").read_bytes(), foreign, "p.pt"),
+        Reader("bitmask", "safetensors", (made / "b.safetensors").read_bytes(), foreign, "b.safetensors"),
         Reader("recipe", "yaml", settings.encode(), Recipe.load, "r.yaml"),
         Reader("report", "json", json.dumps(report).encode(), finished, "pruning.json"),
         Reader("result", "json", json.dumps(result).encode(), reproduce.read, "result.json"),

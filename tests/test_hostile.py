@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import tiny_model
-from uniprune.artefacts.mask_conversion import to_plain
+from uniprune.artefacts.mask_conversion import export_masks
 from uniprune.cli import main
 
 SECONDS = 20  # no case takes one; a read that never ends is ended here
@@ -32,7 +32,7 @@ MASK = "mask scores.safetensors -s 2:4 -o out.safetensors"
 VERIFY = "masks verify masks.safetensors"
 APPLY = "apply single masks.safetensors -o out"
 UNPACK = "unpack packed.upz -o out"
-CONVERT = "masks convert plain.npz --model single -o out.safetensors"
+IMPORT = "masks import plain.npz --model single -o out.safetensors"
 RECIPE = f"prune single --config recipe.yaml {SMALL} -o out"
 TOKENS = "prune single -s 2:4 --text tokens.safetensors -o out"
 TEXT = f"prune single -s 2:4 --text text.txt {SMALL} -o out"
@@ -66,7 +66,7 @@ def world(tmp_path_factory, folder):
         ):
             assert call(command) == 0
         shutil.copy("pruned/pruning/masks.safetensors", "masks.safetensors")
-        to_plain(Path("masks.safetensors"), Path("plain.safetensors"))
+        export_masks(Path("masks.safetensors"), Path("plain.safetensors"))
         np.savez("plain.npz", **{key: tensor.numpy() for key, tensor in load_file("plain.safetensors").items()})
     finally:
         os.chdir(here)
@@ -605,13 +605,13 @@ CASES = {
         "masks.safetensors",
     ),
     "masks: compared with nothing": (None, "masks intersect masks.safetensors -o out.safetensors", "two or more"),
-    "plain masks: none": (remove("plain.npz"), CONVERT, "plain.npz"),
-    "plain masks: not an archive": (write("plain.npz", b"PK\3\4" + b"\xff" * 50), CONVERT, "plain.npz"),
-    "plain masks: pickled": (npz(**{f"{MATRIX}.weight": np.array([{}], dtype=object)}), CONVERT, "plain.npz"),
-    "plain masks: 2**60 of them": (lying_npz, CONVERT, "plain.npz"),
-    "plain masks: fractions": (npz(**{f"{MATRIX}.weight": np.full((64, 32), 0.5)}), CONVERT, "plain.npz"),
-    "plain masks: of another shape": (npz(**{f"{MATRIX}.weight": np.ones((3, 3), bool)}), CONVERT, "plain.npz"),
-    "plain masks: of no matrix": (npz(x=np.ones((3, 3), bool)), CONVERT, "plain.npz"),
+    "plain masks: none": (remove("plain.npz"), IMPORT, "plain.npz"),
+    "plain masks: not an archive": (write("plain.npz", b"PK\3\4" + b"\xff" * 50), IMPORT, "plain.npz"),
+    "plain masks: pickled": (npz(**{f"{MATRIX}.weight": np.array([{}], dtype=object)}), IMPORT, "plain.npz"),
+    "plain masks: 2**60 of them": (lying_npz, IMPORT, "plain.npz"),
+    "plain masks: fractions": (npz(**{f"{MATRIX}.weight": np.full((64, 32), 0.5)}), IMPORT, "plain.npz"),
+    "plain masks: of another shape": (npz(**{f"{MATRIX}.weight": np.ones((3, 3), bool)}), IMPORT, "plain.npz"),
+    "plain masks: of no matrix": (npz(x=np.ones((3, 3), bool)), IMPORT, "plain.npz"),
     # scores
     "scores: NaN": (tensors("scores.safetensors", put(MATRIX, lambda t: fill(t, torch.nan))), MASK, MATRIX),
     "scores: infinite": (tensors("scores.safetensors", put(MATRIX, lambda t: fill(t, torch.inf))), MASK, MATRIX),
@@ -799,7 +799,7 @@ def mounted(tmp_path):
 
 @pytest.mark.parametrize("options", ["size=8k", "ro"], ids=["a full disk", "a read-only disk"])
 @pytest.mark.parametrize(
-    "command", [SINGLE, APPLY, MASK, UNPACK, "pack pruned -o out.upz", CONVERT], ids=lambda command: command.split()[0]
+    "command", [SINGLE, APPLY, MASK, UNPACK, "pack pruned -o out.upz", IMPORT], ids=lambda command: command.split()[0]
 )
 def test_disks_that_take_nothing(world, mounted, monkeypatch, capfd, options, command):
     """Exit code 2 where it is seen before the work, 1 where the disk fills meanwhile; nothing is left either way."""

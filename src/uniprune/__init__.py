@@ -38,6 +38,7 @@ _HOME = {
     "saliency.statistics": ("SquaredNorm", "Statistic"),
     "sparsity.patterns": ("NM", "BasePattern", "Pattern", "Tiled", "Unstructured"),
     "speed.semi_structured": ("to_semi_structured",),
+    "training": ("KeepZeros", "merge_adapters"),
 }
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
 
@@ -65,6 +66,7 @@ if TYPE_CHECKING:
     from uniprune.saliency.statistics import SquaredNorm, Statistic
     from uniprune.sparsity.patterns import NM, BasePattern, Pattern, Tiled, Unstructured
     from uniprune.speed.semi_structured import to_semi_structured
+    from uniprune.training import KeepZeros, merge_adapters
 
 __all__ = [
     "NM",
@@ -75,6 +77,7 @@ __all__ = [
     "ControllerRecord",
     "Cost",
     "InputError",
+    "KeepZeros",
     "Loaded",
     "Magnitude",
     "Metric",
@@ -100,6 +103,7 @@ __all__ = [
     "evaluate",
     "load",
     "mask",
+    "merge_adapters",
     "permute",
     "plan",
     "prune",

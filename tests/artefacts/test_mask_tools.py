@@ -511,18 +511,19 @@ def test_dense_models_need_not_be_safetensors(folder, tokenizer, tmp_path):
 def test_plain_masks_come_back(made, tmp_path, given):
     dense, path, _, masks = made
     plain, out = tmp_path / "plain.safetensors", tmp_path / "out.safetensors"
-    assert mask_conversion.to_plain(path, plain, dense if given else None) == {"pattern": "2:4", "matrices": len(masks)}
+    found = mask_conversion.export_masks(path, plain, model=dense if given else None)
+    assert found == {"format": "boolean", "pattern": "2:4", "matrices": len(masks)}
     tensors = load_file(plain)
     weights = {key: value for shard in dense.glob("*.safetensors") for key, value in load_file(shard).items()}
     for key, tensor in tensors.items():
-        assert tensor.dtype == torch.uint8
+        assert tensor.dtype == torch.bool
         assert tensor.shape == weights[key].shape
         mask = masks[key.removesuffix(".weight")]
-        assert torch.equal(tensor.bool(), mask if dense.name == "model" else mask.T)
-    mask_conversion.from_plain(plain, dense, out)
+        assert torch.equal(tensor, mask if dense.name == "model" else mask.T)
+    mask_conversion.from_foreign(plain, dense, out)
     assert same_masks(path, out)
     with pytest.raises(InputError, match="exists"):
-        mask_conversion.to_plain(path, plain)
+        mask_conversion.export_masks(path, plain)
 
 
 def test_keys_are_the_checkpoints(gpt2, tmp_path):
@@ -532,9 +533,9 @@ def test_keys_are_the_checkpoints(gpt2, tmp_path):
     tensors = {key.removeprefix("transformer."): value for key, value in load_file(gpt2 / "model.safetensors").items()}
     save_file(tensors, bare / "model.safetensors", metadata={"format": "pt"})
     cut(bare, NM(2, 4), path)
-    mask_conversion.to_plain(path, plain, bare)
+    mask_conversion.export_masks(path, plain, model=bare)
     assert set(load_file(plain)) <= set(tensors)
-    mask_conversion.from_plain(plain, bare, tmp_path / "out.safetensors")
+    mask_conversion.from_foreign(plain, bare, tmp_path / "out.safetensors")
     assert same_masks(path, tmp_path / "out.safetensors")
 
 
@@ -549,8 +550,8 @@ def test_arrays_by_either_name(made, tmp_path, kind):
     np.savez_compressed(tmp_path / "plain.npz", **arrays)
     save_file({name: torch.from_numpy(array.copy()) for name, array in arrays.items()}, tmp_path / "plain.safetensors")
     for plain in ("plain.npz", "plain.safetensors"):
-        found = mask_conversion.from_plain(tmp_path / plain, dense, tmp_path / "out.safetensors", overwrite=True)
-        assert found["pattern"] == f"masks of {plain}"
+        found = mask_conversion.from_foreign(tmp_path / plain, dense, tmp_path / "out.safetensors", overwrite=True)
+        assert (found["format"], found["pattern"]) == ("boolean", "2:4")
         assert same_masks(path, tmp_path / "out.safetensors")
 
 
@@ -559,7 +560,7 @@ def test_matrices_without_an_array_stay_dense(made, tmp_path):
     names = list(masks)
     arrays = {names[0]: masks[names[0]].numpy(), names[-1]: np.ones(masks[names[-1]].shape, bool)}
     np.savez(tmp_path / "plain.npz", **arrays)
-    found = mask_conversion.from_plain(tmp_path / "plain.npz", dense, tmp_path / "out.safetensors")
+    found = mask_conversion.from_foreign(tmp_path / "plain.npz", dense, tmp_path / "out.safetensors")
     assert found["matrices"] == 2
     assert found["left_dense"] == names[1:-1]
     assert found["sparsity"] == pytest.approx(1 - sum(a.sum() for a in arrays.values()) / sum(a.size for a in arrays.values()))
@@ -571,27 +572,28 @@ def test_arrays_that_are_no_masks_are_refused(folder, tmp_path):
     mask = np.ones((64, 32), bool)
     out = tmp_path / "out.safetensors"
     for arrays, message in (
-        ({}, r"left over: \[\]"),
-        ({"lm_head.weight": mask}, r"left over: \['lm_head\.weight'\]"),
-        ({name: mask, f"{name}.weight": mask}, "left over"),
-        ({name: mask.T}, r"up_proj is bool \[32, 64\], not \[64, 32\]"),
+        ({}, r"no mask of any matrix of .*like \[\]"),
+        ({"lm_head.weight": mask}, r"no mask of any matrix of .*like \['lm_head\.weight'\]"),
+        ({name: mask, "lm_head.weight": mask}, "has a mask of lm_head.weight, which is not among the prunable matrices"),
+        ({name: mask, f"{name}.weight": mask}, "has a mask of model.layers.0.mlp.up_proj, which is not"),
+        ({name: mask.T}, r"up_proj is bool \[32, 64\], no mask .*\[64, 32\]"),
         ({name: np.packbits(mask)}, r"uint8 \[256\]"),
-        ({name: mask.astype(np.float32)}, "float32"),
-        ({name: mask * 2}, "of booleans or 0 and 1"),
-        ({name: -mask.astype(np.int8)}, "of booleans or 0 and 1"),
+        ({name: mask * 0.5}, "float64 .*not all 0 and 1"),
+        ({name: mask * 2}, "not all 0 and 1"),
+        ({name: -mask.astype(np.int8)}, "not all 0 and 1"),
         ({name: mask.astype(object)}, "cannot be read"),
     ):
         np.savez(tmp_path / "plain.npz", **arrays)
         with pytest.raises(InputError, match=message) as error:
-            mask_conversion.from_plain(tmp_path / "plain.npz", folder, out)
+            mask_conversion.from_foreign(tmp_path / "plain.npz", folder, out)
         assert "\n" not in str(error.value)
     for tensors, message in (
-        ({name: torch.ones(64, 32)}, "float32"),
-        ({name: torch.ones(64, 32, dtype=torch.bfloat16)}, "cannot be read"),
+        ({name: torch.full((64, 32), 0.5)}, "float32"),
+        ({name: torch.full((64, 32), 2, dtype=torch.bfloat16)}, "not all 0 and 1"),
     ):
         save_file(tensors, tmp_path / "plain.safetensors")
         with pytest.raises(InputError, match=message):
-            mask_conversion.from_plain(tmp_path / "plain.safetensors", folder, out)
+            mask_conversion.from_foreign(tmp_path / "plain.safetensors", folder, out)
     assert not list(tmp_path.glob("*out*"))
 
 
@@ -614,7 +616,7 @@ def test_files_that_are_no_plain_masks_are_refused(folder, tmp_path):
         if content is not None:
             (tmp_path / file).write_bytes(content)
         with pytest.raises(InputError, match=f"{file} cannot be read") as error:
-            mask_conversion.from_plain(tmp_path / file, folder, out)
+            mask_conversion.from_foreign(tmp_path / file, folder, out)
         assert "\n" not in str(error.value)
     assert not out.exists()
 
@@ -624,10 +626,10 @@ def test_outputs_are_checked_before_the_work(tmp_path):
     for work in (
         lambda out: mask_tools.intersect([missing, missing], out),
         lambda out: mask_conversion.from_checkpoint(missing, missing, out),
-        lambda out: mask_conversion.to_plain(missing, out),
-        lambda out: mask_conversion.from_plain(missing, missing, out),
+        lambda out: mask_conversion.export_masks(missing, out),
+        lambda out: mask_conversion.from_foreign(missing, missing, out),
     ):
-        with pytest.raises(InputError, match=r"end in \.safetensors"):
+        with pytest.raises(InputError, match=r"ends? in \.safetensors"):
             work(tmp_path / "out.npz")
 
 

@@ -147,8 +147,8 @@ def test_any_arrangement_is_pruned_where_it_lies(source, tmp_path, monkeypatch):
     assert same_files(tmp_path / "streamed", out)
     assert mask_tools.verify(file, source, out)["checked"] == ["file", "pattern", "model", "pruned"]
     mask_conversion.from_checkpoint(out, source, tmp_path / "zeros.safetensors")
-    mask_conversion.to_plain(file, tmp_path / "plain.safetensors", source)
-    mask_conversion.from_plain(tmp_path / "plain.safetensors", source, tmp_path / "back.safetensors")
+    mask_conversion.export_masks(file, tmp_path / "plain.safetensors", model=source)
+    mask_conversion.from_foreign(tmp_path / "plain.safetensors", source, tmp_path / "back.safetensors")
     for other in ("zeros", "back"):
         found = masks_file.MasksFile(tmp_path / f"{other}.safetensors")
         assert found.facts.base == masks.facts.base

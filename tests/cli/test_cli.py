@@ -30,8 +30,8 @@ FLAGS = {
     "prune": f"{RECIPE} {CONTROLLER} {TEXT} config device experts json revision max-memory metric output overwrite push-to-hub"
     " refine resume save-tokens seed sequential size",
     "permute": f"{TEXT} device dtype exclude include json revision max-memory metric output overwrite seed sparsity",
-    "evaluate": f"{TEXT} stride rolling against check device dtype json limit lm-eval new-tokens num-fewshot output overwrite "
-    "prompt revision suite tasks",
+    "evaluate": f"{TEXT} stride rolling against check device dtype json limit lm-eval masks new-tokens num-fewshot output"
+    " overwrite prompt revision suite tasks",
     "compare": f"{TEXT} methods sparsity scope rule unsupported misfits metric budget-tokens steps seed include exclude dtype"
     f" {' '.join(f'eval-{name}' for name in f'{TEXT} stride'.split())} tasks limit"
     " suite num-fewshot prompt new-tokens config device json output overwrite resume",
@@ -48,7 +48,8 @@ MASKS_FLAGS = {
     "intersect": "json output overwrite",
     "union": "json output overwrite",
     "stats": "json",
-    "convert": "check-bits dtype json model output overwrite to-plain",
+    "import": "check-bits dtype json model output overwrite",
+    "export": "dtype format json model output overwrite",
 }
 
 

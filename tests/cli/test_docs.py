@@ -22,6 +22,7 @@ from pictures import llava, write_model, write_rows
 from small_models import tiny
 from task_rows import ROWS
 from uniprune import Recipe
+from uniprune.artefacts.mask_conversion import export_masks
 from uniprune.controller.controllers import CONTROLLERS
 from uniprune.data import text
 from uniprune.saliency.metrics import METRICS
@@ -88,6 +89,7 @@ def furnished(folder, tmp_path_factory):
         uniprune.prune("MODEL", Recipe(sparsity="2:4", **small), Path("pruned"))
         uniprune.calibrate("MODEL", Recipe(**small), Path("scores.safetensors"))
         uniprune.mask(Path("scores.safetensors"), "2:4", Path("masks.safetensors"))
+        export_masks(Path("masks.safetensors"), Path("mask_compressed.npz"), "maskllm")
     return path
 
 

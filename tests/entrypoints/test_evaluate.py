@@ -11,11 +11,13 @@ from rich.console import Console
 
 import uniprune
 from command import run
+from conftest import tiny_model
 from task_rows import ROWS
-from uniprune import InputError, Recipe
+from uniprune import InputError, MismatchError, Recipe
 from uniprune.cli import tables
 from uniprune.evaluation.results import Evaluation
 from uniprune.models.loading import dtype_name, fast_dtype
+from uniprune.reporting import model_card
 from uniprune.tasks.catalogue import SUITES
 
 COMPUTED = dtype_name(fast_dtype(torch.bfloat16, torch.device("cpu")))
@@ -53,6 +55,35 @@ def test_perplexity_and_accuracy_at_once(loaded, tasks):
     found = uniprune.evaluate(loaded, text_source="builtin", windows=2, length=32, tasks=tasks)
     assert found.perplexity > 1
     assert found.tasks.keys() == set(tasks)
+
+
+def test_masks_are_measured_without_a_pruned_checkpoint(folder, tokenizer, tmp_path):
+    recipe, out = Recipe(sparsity="2:4", windows=2, length=32, controller="none"), tmp_path / "pruned"
+    uniprune.prune(str(folder), recipe, out)
+    masks, asked = out / "pruning" / "masks.safetensors", {"windows": 2, "length": 32}
+    pruned, found = uniprune.evaluate(str(out), **asked), uniprune.evaluate(str(folder), masks=masks, **asked)
+    assert (found.model, found.masks, found.sparsity) == (str(folder), str(masks), 0.5)
+    assert found.perplexity == pruned.perplexity
+    assert found.protocol.weights_sha256 == pruned.protocol.weights_sha256
+    found.write(tmp_path / "result.json")
+    assert uniprune.check(tmp_path / "result.json").reproduced
+    with pytest.raises(InputError, match=r"is of .*model with masks\.safetensors, not of"):
+        model_card.rewrite(out, [tmp_path / "result.json"])
+    loaded = uniprune.load(folder)  # a caller's own model is dense again afterwards
+    before = {name: weight.clone() for name, weight in loaded.model.state_dict().items()}
+    again = uniprune.evaluate(loaded, masks=masks, against=loaded, **asked)
+    assert again.closeness.kl > 0
+    assert all(torch.equal(weight, before[name]) for name, weight in loaded.model.state_dict().items())
+    other = tmp_path / "other"
+    with torch.no_grad():
+        loaded.model.model.layers[1].mlp.up_proj.weight[0, 0] += 1
+    loaded.model.save_pretrained(other)
+    tokenizer.save_pretrained(other)
+    with pytest.raises(MismatchError, match=r"has other weights in model\.layers\.1\.mlp\.up_proj"):
+        uniprune.evaluate(str(other), masks=masks, **asked)
+    tiny_model(intermediate_size=48).save_pretrained(tmp_path / "narrow")
+    with pytest.raises(MismatchError, match=r"narrow has no matrix \S+ of shape \(64, 32\)"):
+        uniprune.evaluate(str(tmp_path / "narrow"), masks=masks, **asked)
 
 
 def test_the_command_line_shows_tables(capsys, monkeypatch, folder, tasks):

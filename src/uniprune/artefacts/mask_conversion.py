@@ -1,31 +1,32 @@
-"""Masks files made of, and into, what other tools use: pruned checkpoints, arrays, boolean tensors."""
+"""Masks files made of, and into, what other tools use: their masks in their formats, and pruned checkpoints."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
 
-import numpy as np
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
-from uniprune.artefacts.mask_tools import Array, CheckedMasks, Dense, Record, Source, _find_weights
-from uniprune.checkpoints.checkpoint import Checkpoint
-from uniprune.errors import InputError, MismatchError, first_line
+from uniprune.artefacts.mask_formats import FORMATS, ExportFacts, Foreign, marked, write
+from uniprune.artefacts.mask_tools import KERNELS, Array, CheckedMasks, Dense, Record, Source, _find_weights, _kept_per
+from uniprune.checkpoints.checkpoint import Checkpoint, Files
+from uniprune.errors import InputError, MismatchError
 from uniprune.models.matrices import Matrix
-from uniprune.storage import tensor_file
 from uniprune.storage.files import check_disk_space, check_output_file
 
 
-class PlainFacts(tensor_file.Metadata):
-    """The metadata of masks for other tools; for people."""
+def import_masks(
+    source: Path, model: Source, output: Path, *, check_bits: bool = True, dtype: str | None = None, overwrite: bool = False
+) -> Record:
+    """Writes a masks file, bound to a dense model, from another tool's masks or from a pruned checkpoint's zeros.
 
-    kind: Literal["plain masks"] = "plain masks"
-    base: str
-    base_name: str
-    pattern: str
+    source: a file or folder in one of the formats of docs/masks.md, which are told apart by their keys; or the folder of a
+    pruned checkpoint. check_bits: as for :func:`from_checkpoint`. dtype: as for :func:`verify`.
+    """
+    if source.is_dir() and not marked(Files(source).entries):
+        return from_checkpoint(source, model, output, check_bits=check_bits, dtype=dtype, overwrite=overwrite)
+    return from_foreign(source, model, output, dtype=dtype, overwrite=overwrite)
 
 
 def from_checkpoint(
@@ -59,58 +60,83 @@ def _same(pruned: Checkpoint, dense: Checkpoint, name: str, alive: Array) -> boo
     return beside and not (alive & (pruned.words(name) != dense.words(name))).any()
 
 
-def to_plain(
-    masks: Path, output: Path, model: Source | None = None, *, dtype: str | None = None, overwrite: bool = False
-) -> Record:
-    """Writes masks for other tools: a safetensors file with a uint8 tensor of 0 and 1 (keep) for each weight.
+def from_foreign(source: Path, model: Source, output: Path, *, dtype: str | None = None, overwrite: bool = False) -> Record:
+    """Writes a masks file, bound to a model, from another tool's masks; their pattern is N:M if they are that, exactly.
 
-    A tensor has the key and the shape that the checkpoint has the weight by, ``[in, out]`` where that is transposed.
+    A mask is named by the checkpoint's key, and then has the shape of that tensor, or by the matrix, and then is ``[out, in]``.
+    Matrices without a mask stay dense. Masks of other weights may not remove any that is not 0 anyway. dtype: as for
+    :func:`verify`. Raises InputError naming the first mask that cannot be one.
+    """
+    check_output_file(output, overwrite, source, Path(model))
+    given, dense = Foreign(source), Dense(model, dtype)
+    named = {
+        name: spelled
+        for name in dense.matrices
+        for spelled in (name, f"{name}.weight", dense.checkpoint.key(name))
+        if spelled in given
+    }
+    left = sorted({*given} - {*named.values()})
+    if not named:
+        raise InputError(f"{source} has no mask of any matrix of {model}; its keys are like {left[:3]}")
+    for weight in left:
+        _check_harmless(given, weight, dense)
+
+    def masks() -> Iterator[tuple[str, Tensor]]:
+        for name, spelled in named.items():
+            yield name, _mask_of(given, spelled, dense.matrices[name])
+
+    pattern = _pattern(masks()) or f"masks of {source.name}"
+    return {"format": given.name, **dense.write(output, list(named), masks(), pattern)}
+
+
+def _mask_of(given: Foreign, spelled: str, matrix: Matrix) -> Tensor:
+    flip = matrix.stored_transposed and spelled != matrix.name
+    mask = given.mask(spelled, matrix.shape[::-1] if flip else matrix.shape)
+    return mask.T if flip else mask
+
+
+def _pattern(masks: Iterator[tuple[str, Tensor]]) -> str | None:
+    """The N:M that kernels have which every mask is exactly."""
+    possible = {*KERNELS}
+    for _, mask in masks:
+        possible = {nm for nm in possible if not nm.unsupported(*mask.shape) and bool((_kept_per(mask, nm.m) == nm.n).all())}
+    return next((str(nm) for nm in KERNELS if nm in possible), None)
+
+
+def _check_harmless(given: Foreign, weight: str, dense: Dense) -> None:
+    """Raises InputError if a mask of what is no prunable matrix removes a weight that is not 0."""
+    alive = dense.alive(weight)
+    if alive is None or (alive & ~given.mask(weight, alive.shape).numpy()).any():
+        raise InputError(
+            f"{given.path} has a mask of {weight}, which is not among the prunable matrices of {dense.origin}; leave it out"
+        )
+
+
+def export_masks(
+    masks: Path,
+    output: Path,
+    format: str = "boolean",
+    model: Source | None = None,
+    *,
+    dtype: str | None = None,
+    overwrite: bool = False,
+) -> Record:
+    """Writes masks for another tool, in one of the formats of docs/masks.md.
+
+    A mask has the key and the shape that the checkpoint has the weight by, ``[in, out]`` where that is transposed.
     model: the masks must be of it, and the keys are its own; without it they are ``<matrix>.weight``. dtype: as for verify.
     """
-    check_output_file(output, overwrite, masks, *([] if model is None else [Path(model)]))
+    if format not in FORMATS:
+        raise InputError(f"format {format!r:.100} is unknown; use one of {', '.join(FORMATS)}")
+    if output.suffix not in (files := FORMATS[format].files):
+        raise InputError(f"output {output}: masks in format {format} are in a file that ends in {' or '.join(files)}")
+    sources = [masks, *([] if model is None else [Path(model)])]
+    check_output_file(output, overwrite, *sources, suffix=output.suffix)
     file = CheckedMasks(masks)
     dense = None if model is None else Dense(model, dtype).of(file)
     keys = {name: dense.checkpoint.key(name) if dense is not None else f"{name}.weight" for name in file}
-    specs = {keys[name]: (torch.uint8, file.stored(name)) for name in file}
-    check_disk_space(output, file.size)
-    tensors = ((keys[n], (mask.T if n in file.transposed else mask).to(torch.uint8)) for n, mask in file.items())
-    plain = PlainFacts(base=file.facts.base, base_name=file.facts.base_name, pattern=file.facts.pattern)
-    tensor_file.stream_tensors(output, specs, tensors, plain)
-    return {"pattern": file.facts.pattern, "matrices": len(file)}
-
-
-def from_plain(plain: Path, model: Source, output: Path, *, dtype: str | None = None, overwrite: bool = False) -> Record:
-    """Writes a masks file, bound to a model, from other tools' masks: .safetensors or .npz, of booleans or integers 0 and 1.
-
-    An array is named by the checkpoint's key, and then has the shape of that tensor, or by the matrix, and then is
-    ``[out, in]``; packed bits are refused. Matrices without an array stay dense. dtype: as for :func:`verify`.
-    Raises InputError naming the first array that is not a mask.
-    """
-    check_output_file(output, overwrite, plain, Path(model))
-    given = _read(plain, lambda file: set(file.keys()))
-    dense = Dense(model, dtype)
-    named = {name: spelled for name in dense.matrices for spelled in (name, dense.checkpoint.key(name)) if spelled in given}
-    left = sorted(given - {*named.values()})
-    if left or not named:
-        raise InputError(f"{plain} must have an array for each matrix to prune of {model}, and no other; left over: {left[:3]}")
-    masks = ((name, _read_mask(plain, spelled, dense.matrices[name])) for name, spelled in named.items())
-    return dense.write(output, list(named), masks, f"masks of {plain.name}")
-
-
-def _read(path: Path, read: Callable[[Any], Any]) -> Any:
-    """What ``read`` gets from a file of plain masks."""
-    try:
-        with np.load(path, allow_pickle=False) if path.suffix == ".npz" else safe_open(path, "np") as file:
-            return read(file)
-    except Exception as error:  # of damaged files, zipfile, numpy and safetensors raise all kinds
-        raise InputError(f"{path} cannot be read as .npz or .safetensors: {first_line(error)}") from error
-
-
-def _read_mask(path: Path, spelled: str, matrix: Matrix) -> Tensor:
-    array = _read(path, lambda file: np.asarray(file[spelled] if path.suffix == ".npz" else file.get_tensor(spelled)))
-    flip = matrix.stored_transposed and spelled != matrix.name
-    shape = matrix.shape[::-1] if flip else matrix.shape
-    if array.shape != shape or array.dtype.kind not in "bui" or ((array != 0) & (array != 1)).any():
-        raise InputError(f"{path}: {spelled} is {array.dtype} {list(array.shape)}, not {list(shape)} of booleans or 0 and 1")
-    mask = torch.from_numpy(array != 0)
-    return mask.T if flip else mask
+    check_disk_space(output, file.size // (1 if FORMATS[format].order is None else 8))
+    stored = ((keys[name], mask.T if name in file.transposed else mask) for name, mask in file.items())
+    facts = ExportFacts(base=file.facts.base, base_name=file.facts.base_name, pattern=file.facts.pattern)
+    write(output, format, {keys[name]: file.stored(name) for name in file}, stored, facts)
+    return {"format": format, "pattern": file.facts.pattern, "matrices": len(file)}

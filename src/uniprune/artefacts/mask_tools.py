@@ -19,7 +19,7 @@ from torch import Tensor
 from uniprune.artefacts import writer
 from uniprune.artefacts.binding import Binding
 from uniprune.artefacts.masks import MasksFacts, MasksFile, write_masks
-from uniprune.checkpoints.checkpoint import Checkpoint, checkpoint_of
+from uniprune.checkpoints.checkpoint import Checkpoint, Files, checkpoint_of
 from uniprune.checkpoints.origin import resolve
 from uniprune.errors import InputError, MismatchError
 from uniprune.models import loading
@@ -281,6 +281,15 @@ class Dense:
         chosen, cpu = loading.parse_dtype(dtype), torch.device("cpu")
         model = loading.skeleton(origin) if origin.files else loading.load_weights(origin, chosen, cpu)
         self.checkpoint, self.matrices = checkpoint_of(model), find_matrices(model)
+        self._model = model
+
+    def alive(self, key: str) -> Array | None:
+        """Which weights of a tensor of the checkpoint are not 0, in its shape; None if it has no such tensor."""
+        if isinstance(self.checkpoint, Files):
+            tensor = self.checkpoint.tensors.get(key)
+            return None if tensor is None else tensor.alive(tensor.array()).reshape(tensor.shape)
+        weight = self._model.state_dict().get(key)
+        return None if weight is None else (weight != 0).numpy()
 
     def of(self, file: CheckedMasks) -> Dense:
         """This model, if the masks were made for it; else raises MismatchError."""

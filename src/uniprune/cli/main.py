@@ -6,6 +6,7 @@ import errno
 import logging
 import sys
 from importlib import import_module
+from keyword import iskeyword
 from typing import NoReturn
 
 import click
@@ -22,10 +23,8 @@ MASKS = {
     "intersect": ("masks", "Keep the weights that all files keep."),
     "union": ("masks", "Keep the weights that any file keeps."),
     "stats": ("masks", "Show the sparsity of each matrix and block, empty rows and columns, and whether 2:4 holds."),
-    "convert": (
-        "masks",
-        "Turn a pruned checkpoint or another tool's masks into a masks file, or a masks file into plain tensors.",
-    ),
+    "import": ("masks", "Make a masks file of another tool's masks, or of the zeros of a pruned checkpoint."),
+    "export": ("masks", "Write masks as other tools read them."),
 }
 COMMANDS = {
     "plan": (
@@ -79,7 +78,8 @@ class Commands(click.Group):
         from uniprune.cli.options import Command
 
         module, help = self._table[name]
-        return Command(name, help, getattr(import_module(f"uniprune.cli.{module}"), name))
+        function = f"{name}_" if iskeyword(name) else name
+        return Command(name, help, getattr(import_module(f"uniprune.cli.{module}"), function))
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         rows = [(name, help) for name, (_, help) in self._table.items()]
@@ -91,7 +91,7 @@ app = Commands(
     "uniprune",
     "Prunes language models after training: calibrate once, create masks of any sparsity, keep every remaining weight's bits.",
     COMMANDS,
-    Commands("masks", "Verify, compare, combine, count and convert masks files.", MASKS),
+    Commands("masks", "Verify, compare, combine, count, import and export masks files.", MASKS),
 )
 
 

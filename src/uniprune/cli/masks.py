@@ -1,4 +1,4 @@
-"""The commands on masks files: ``uniprune masks verify | diff | intersect | union | stats | convert``."""
+"""The commands on masks files: ``uniprune masks verify | diff | intersect | union | stats | import | export``."""
 
 from __future__ import annotations
 
@@ -36,12 +36,18 @@ class Pruned(Options):
     pruned: str | None = Field(default=None, description="A checkpoint that these masks were applied to.")
 
 
-class Conversion(Options):
+class Foreign(Options):
     source: Annotated[Path, Positional()] = Field(
-        description="A pruned checkpoint, a masks file, or plain masks (.safetensors, .npz)."
+        description="Masks of another tool (.npz, .safetensors, .pt, a folder), or a pruned checkpoint: docs/masks.md."
     )
-    to_plain: bool = Field(default=False, description="Write one boolean tensor for each checkpoint key.")
     check_bits: bool = Field(default=True, description="Refuse a checkpoint whose kept weights changed.")
+
+
+class Export(Options):
+    format: str = Field(
+        default="boolean",
+        description="What reads them: boolean, maskllm, patch, torch-prune, compressed-tensors, modelopt.",
+    )
 
 
 def verify(file: Masks, dense: Dense, checkpoint: Pruned, printed: Printed) -> None:
@@ -75,21 +81,22 @@ def stats(file: Masks, printed: Printed) -> None:
     _tell(stats(file.masks), printed)
 
 
-def convert(file: Conversion, dense: Dense, target: Target, over: Overwrite, printed: Printed) -> None:
+def import_(foreign: Foreign, dense: Dense, target: Target, over: Overwrite, printed: Printed) -> None:
     quiet()
-    from uniprune.artefacts.mask_conversion import from_checkpoint, from_plain, to_plain
+    from uniprune.artefacts.mask_conversion import import_masks
 
-    model = dense.model
-    options: dict[str, Any] = {"dtype": dense.dtype, **over.given()}
-    if file.to_plain:
-        result = to_plain(file.source, target.output, model, **options)
-    elif model is None:
-        raise InputError("masks belong to a dense model; give it with --model, or --to-plain for the other direction")
-    elif file.source.is_dir():
-        result = from_checkpoint(file.source, model, target.output, check_bits=file.check_bits, **options)
-    else:
-        result = from_plain(file.source, model, target.output, **options)
-    _tell(result, printed)
+    if dense.model is None:
+        raise InputError("masks belong to a dense model; give it with --model")
+    given = {"check_bits": foreign.check_bits, "dtype": dense.dtype, **over.given()}
+    _tell(import_masks(foreign.source, dense.model, target.output, **given), printed)
+
+
+def export(file: Masks, wanted: Export, dense: Dense, target: Target, over: Overwrite, printed: Printed) -> None:
+    quiet()
+    from uniprune.artefacts.mask_conversion import export_masks
+
+    given = {"dtype": dense.dtype, **over.given()}
+    _tell(export_masks(file.masks, target.output, wanted.format, dense.model, **given), printed)
 
 
 def _tell(result: dict[str, Any], printed: Printed) -> None:

@@ -45,8 +45,8 @@ def evaluate(
     """Token perplexity or accuracy on tasks of a model or an output folder, and the zeros it really has.
 
     asked: ``text_source`` (by default ``builtin`` if nothing else is asked), ``field``, ``split``, ``windows``, ``length``,
-    ``stride``, ``bos``, ``rolling``; ``tasks``, ``suite``, ``num_fewshot``, ``limit``;
-    ``prompts``, ``new_tokens``; ``lm_eval``; ``dtype``: the fields of :class:`uniprune.evaluation.request.EvaluationRequest`.
+    ``stride``, ``bos``, ``rolling``; ``tasks``, ``suite``, ``num_fewshot``, ``limit``; ``prompts``, ``new_tokens``;
+    ``lm_eval``; ``masks``; ``dtype``: the fields of :class:`uniprune.evaluation.request.EvaluationRequest`.
     against: another model, the dense one say. It answers the same questions: what is gained and lost comes with McNemar's p. It
     reads the same text: the divergence of their predictions, and greedy continuations of prompts.
     The result's ``protocol`` says how it was measured; :func:`check` reproduces it.
@@ -54,7 +54,7 @@ def evaluate(
     """
     request = EvaluationRequest.of(**asked)
     request.check(compared=against is not None)
-    subject, other = Subject(source), None if against is None else Subject(against)
+    subject, other = Subject(source, request.masks), None if against is None else Subject(against)
     questions = _questions(request, subject, other)
     for each in (subject, other) if other else (subject,):
         each.ask(questions)
@@ -63,23 +63,24 @@ def evaluate(
     harness = Harness(request.lm_eval) if request.lm_eval else None
 
     loaded = subject.load(request.dtype, device)
-    ours = subject.measure(loaded, progress, record=other is not None)
-    computed = dtype_name(next(loaded.model.parameters()).dtype)
-    facts: dict[str, Any] = {"model": str(loaded), "dtype": computed, "quantised": loaded.quantised}
-    facts |= vars(ours.perplexity) if ours.perplexity else {}
-    if ours.perplexity:
-        facts["comparable"] = comparable(facts["model"], ours.perplexity)
-    facts |= {"sparsity": _zeros(loaded.model), "versions": versions()}
-    if harness:
-        facts["lm_eval"] = harness.run(loaded, request)
-        right = harness.right
-        facts["versions"]["lm_eval"] = harness.version
-        facts |= {"lm_eval_notes": harness.notes} if harness.notes else {}
-    how: dict[str, Any] = {
-        "request": _recorded(request, questions, computed, compared=other is not None),
-        "weights_sha256": reproduce.weights_sha256(loaded.model),
-        "machine": reproduce.machine(loaded.model),
-    }
+    with subject.pruned(loaded):
+        ours = subject.measure(loaded, progress, record=other is not None)
+        computed = dtype_name(next(loaded.model.parameters()).dtype)
+        facts: dict[str, Any] = {"model": str(loaded), "dtype": computed, "quantised": loaded.quantised, "masks": request.masks}
+        facts |= vars(ours.perplexity) if ours.perplexity else {}
+        if ours.perplexity:
+            facts["comparable"] = comparable(facts["model"], ours.perplexity)
+        facts |= {"sparsity": _zeros(loaded.model), "versions": versions()}
+        if harness:
+            facts["lm_eval"] = harness.run(loaded, request)
+            right = harness.right
+            facts["versions"]["lm_eval"] = harness.version
+            facts |= {"lm_eval_notes": harness.notes} if harness.notes else {}
+        how: dict[str, Any] = {
+            "request": _recorded(request, questions, computed, compared=other is not None),
+            "weights_sha256": reproduce.weights_sha256(loaded.model),
+            "machine": reproduce.machine(loaded.model),
+        }
     theirs = Measured()
     if other:
         del loaded  # its memory is the other's

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
+from uniprune.artefacts.mask_tools import CheckedMasks
 from uniprune.checkpoints.origin import resolve
 from uniprune.common.pictures import showing
 from uniprune.common.progress import Progress
@@ -15,12 +17,13 @@ from uniprune.data.images import windows as images
 from uniprune.data.images.rows import has_images
 from uniprune.data.text import Text
 from uniprune.data.windows import Windows, load_windows, window_length
-from uniprune.errors import InputError
+from uniprune.errors import InputError, MismatchError
 from uniprune.evaluation.answers import Answers, answer, cut_of, tokenise
 from uniprune.evaluation.divergence import Recording
 from uniprune.evaluation.generation import check_prompts, generate
 from uniprune.evaluation.perplexity import Documents, Perplexity, load_documents, perplexity, rolling
 from uniprune.evaluation.request import Reading
+from uniprune.models import masking
 from uniprune.models.loading import (
     UNBOUNDED,
     Loaded,
@@ -39,7 +42,7 @@ from uniprune.models.loading import (
     skeleton,
     warn_of_emulation,
 )
-from uniprune.models.matrices import check_decoder
+from uniprune.models.matrices import Matrices, check_decoder, find_matrices
 from uniprune.tasks.question import Task
 from uniprune.tasks.scoring import Tokens
 
@@ -69,7 +72,8 @@ class Measured:
 class Subject:
     """A model whose weights are loaded when everything that is asked of it was checked."""
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Source, masks: str | None = None) -> None:
+        self._masks = None if masks is None else CheckedMasks(Path(masks))
         self._source = source if isinstance(source, Loaded) else resolve(source)
         if isinstance(self._source, Loaded):
             model, self.tokenizer = self._source.model, self._source.tokenizer
@@ -77,6 +81,8 @@ class Subject:
             model, self.tokenizer = skeleton(self._source), load_tokenizer(self._source)
         self._config = model.config
         check_decoder(model, "what it does with text is measured on the tasks that it was made for")
+        if self._masks is not None:
+            self._check_shapes(self._masks, find_matrices(model))
 
     def __str__(self) -> str:
         return str(self._source)
@@ -147,6 +153,31 @@ class Subject:
         # Loaded in the type that it computes in, never cast afterwards: that would cast its buffers, too.
         dtype_here = chosen or fast_dtype(native_dtype(self._source), target)
         return Loaded(load_weights(self._source, dtype_here, target), self.tokenizer, self._source)
+
+    def _check_shapes(self, masks: CheckedMasks, matrices: Matrices) -> None:
+        for name, shape in masks.shapes.items():
+            if name not in matrices or matrices[name].shape != shape:
+                raise MismatchError(f"{masks.path} was made for another model: {self} has no matrix {name} of shape {shape}")
+
+    @contextmanager
+    def pruned(self, loaded: Loaded) -> Iterator[None]:
+        """Inside ``with``, the model is pruned by the masks, if any; a caller's own gets its weights back afterwards.
+
+        Raises MismatchError if they were made for other weights.
+        """
+        if self._masks is None:
+            yield
+            return
+        for name, digest in loaded.checkpoint.digests(self._masks).items():
+            if digest != self._masks.facts.digests[name]:
+                made_for = self._masks.facts.made_for
+                raise MismatchError(
+                    f"{self._masks.path} was made for another model ({made_for}) than {self}, which has other weights in {name}"
+                )
+        matrices, own = find_matrices(loaded.model), loaded is self._source
+        with masking.preserved(matrices, self._masks if own else ()):
+            masking.apply(matrices, self._masks.items())
+            yield
 
     def measure(self, loaded: Loaded, progress: Progress, record: bool) -> Measured:
         """record: whether predictions are to be compared with another model's."""

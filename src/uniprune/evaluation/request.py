@@ -80,6 +80,9 @@ class EvaluationRequest(Reading):
     new_tokens: Annotated[int | None, Flag(default=f"{NEW_TOKENS}")] = Field(
         default=None, description="With --against: new tokens per prompt, at most; 0 for no generation."
     )
+    masks: Annotated[str | None, Flag(metavar="FILE"), Name] = Field(
+        default=None, description="Measure the model pruned by this masks file, in memory; e.g. one that masks import made."
+    )
     dtype: Annotated[str | None, Flag(default="auto, the model's if that is fast here")] = Field(
         default=None, description="Type to compute in: auto, float32, bfloat16 or float16."
     )
@@ -139,6 +142,7 @@ class EvaluationKeywords(ReadingKeywords, total=False):
     lm_eval: Sequence[str]
     prompts: Sequence[str]
     new_tokens: int | None
+    masks: str | Path | None
     dtype: str | None
 
 

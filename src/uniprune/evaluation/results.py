@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import PurePath
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -134,9 +135,10 @@ class Evaluation(Record):
     perplexity = exp(nats / tokens), of ``windows`` of ``length`` tokens, one every ``stride``; ``nats_stderr``: standard error
     of the mean nats per token, by how windows differ. Per word and per byte: of what is predicted, as lm-evaluation-harness
     counts; by_position: by how many tokens of its window a prediction saw. comparable: published protocols that this follows.
-    sparsity: zeros among the prunable weights; None of a model that cannot be pruned. against: the model that this one is
-    compared with. capabilities: what tasks ask for -> their mean. lm_eval: task -> metric -> value, by lm-evaluation-harness;
-    lm_eval_notes: what is to be known beside them; lm_eval_against: the other model, by task and metric of right and wrong.
+    masks: the file that the model was pruned by, in memory. sparsity: zeros among the prunable weights; None of a model that
+    cannot be pruned. against: the model that this one is compared with. capabilities: what tasks ask for -> their mean.
+    lm_eval: task -> metric -> value, by lm-evaluation-harness; lm_eval_notes: what is to be known beside them;
+    lm_eval_against: the other model, by task and metric of right and wrong.
     """
 
     kind: Literal["evaluation"] = "evaluation"
@@ -157,6 +159,7 @@ class Evaluation(Record):
     bytes: Count | None = None
     by_position: dict[str, float] | None = None
     comparable: list[Comparable] = []
+    masks: str | None = None
     sparsity: float | None = None
     versions: dict[str, str] = {}
     suite: str | None = None
@@ -169,6 +172,11 @@ class Evaluation(Record):
     closeness: Closeness | None = None
     generations: list[Generation] = []
     protocol: Protocol = Protocol()
+
+    @property
+    def name(self) -> str:
+        """What was measured."""
+        return self.model if self.masks is None else f"{self.model} with {PurePath(self.masks).name}"
 
 
 # ----------------------------------------------------------------------------------------------------- evaluate --check

@@ -67,7 +67,11 @@ class Slice(nn.Module):
     @property
     def weight(self) -> Tensor:
         """``[rows, in]``, or ``[in, rows]`` where the module stores it transposed."""
-        matrix = self.whole[self._expert]
+        return self.part(self.whole)
+
+    def part(self, whole: Tensor) -> Tensor:
+        """The part of a tensor of the parameter's shape that lies where the weight does."""
+        matrix = whole[self._expert]
         return matrix[:, self._rows] if self.fused.transposed else matrix[self._rows]
 
     @property

@@ -84,6 +84,11 @@ class Matrix:
         """A view of the parameter as ``[out, in]``."""
         return self.stored.T if self.transposed else self.stored
 
+    def part(self, whole: Tensor) -> Tensor:
+        """The part of a tensor of the shape of ``self.whole`` that lies where the weight does, as ``[out, in]``."""
+        part = self.module.part(whole) if isinstance(self.module, Slice) else whole
+        return part.T if self.transposed else part
+
     @property
     def shape(self) -> tuple[int, int]:
         rows, columns = self.module.shape if isinstance(self.module, Slice) else self.parameter.shape

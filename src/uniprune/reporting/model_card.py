@@ -72,8 +72,8 @@ def rewrite(folder: Path, results: Sequence[Path], *, overwrite: bool = False) -
         raise InputError(f"{path} was written by somebody else; give --overwrite to replace it")
     read = [reproduce.read(result)[0] for result in results]
     for result, file in zip(read, results, strict=True):
-        if "\0" in result.model or Path(result.model).resolve() != folder.resolve():
-            raise InputError(f"result {file} is of {result.model}, not of {folder}")
+        if "\0" in result.model or result.masks or Path(result.model).resolve() != folder.resolve():
+            raise InputError(f"result {file} is of {result.name}, not of {folder}")
     try:
         text = card(report, read, _licence(folder) or _licence(Path(report.model.name)), _sees_images(folder))
     except (ValueError, RecursionError) as error:

@@ -197,8 +197,8 @@ def summarise(sources: Sequence[Source]) -> Summary:
         mine = [each for each in left if _is_of(each, label, source, [name for name, _ in prunings])]
         left = [each for each in left if each not in mine]
         subjects.append(Subject(label, source.result, tuple(mine)))
-    for name in dict.fromkeys(each.model for each in left):
-        subjects.append(Subject(short(name), None, tuple(each for each in left if each.model == name)))
+    for name in dict.fromkeys(each.name for each in left):
+        subjects.append(Subject(short(name), None, tuple(each for each in left if each.name == name)))
     subjects.sort(key=lambda subject: subject.dense)
     comparisons = [source.result for source in sources if isinstance(source.result, Comparison)]
     speeds = [source.result for source in sources if isinstance(source.result, Speeds)]
@@ -216,7 +216,7 @@ def _label(source: Source) -> str:
 def _is_of(evaluation: Evaluation, label: str, source: Source, labels: Sequence[str]) -> bool:
     """Whether an evaluation is of this output folder: by path, by its name where no other has it; and the zeros must agree."""
     assert isinstance(source.result, Pruning)
-    if evaluation.sparsity is not None and abs(evaluation.sparsity - source.result.sparsity) > DENSE:
+    if evaluation.masks or (evaluation.sparsity is not None and abs(evaluation.sparsity - source.result.sparsity) > DENSE):
         return False
     if source.path.is_dir() and abspath(evaluation.model) == abspath(source.path):
         return True

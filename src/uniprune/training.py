@@ -1,0 +1,223 @@
+"""Fine-tuning that keeps zeros. This is a weight update, outside the pruner; docs/finetuning.md.
+
+Of each parameter a mask of *removed* weights is held, in its own shape: of fused experts one for all of them, of a weight that
+several modules share one.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+from transformers import TrainerCallback
+
+from uniprune.artefacts.mask_tools import CheckedMasks
+from uniprune.errors import InputError, MismatchError
+from uniprune.models import masking
+from uniprune.models.matrices import Matrices, find_matrices
+
+logger = logging.getLogger(__name__)
+
+Masks = str | Path | Mapping[str, Tensor]
+
+
+class Removed(NamedTuple):
+    """What a parameter loses: True where a weight is to be 0."""
+
+    parameter: Tensor
+    mask: Tensor
+
+
+class KeepZeros(TrainerCallback):  # type: ignore[misc]
+    """A callback for transformers' Trainer: pruned weights stay exactly 0, with any optimiser.
+
+    masks: a masks file, or matrix names -> boolean masks ``[out, in]`` (True = keep); by default the zeros that the prunable
+    matrices have when training begins. What they remove is zeroed then, and after each step of the optimiser; its gradients are
+    zeroed as they are accumulated, so they are not counted when gradients are clipped.
+    LoRA adapters (PEFT) are trained with masked updates, so that :func:`merge_adapters` does not change what the model
+    computes. Other adapters are not, and a warning says so. A mask takes a byte a weight.
+    When training begins: raises InputError for FSDP and DeepSpeed, or if there are no zeros; MismatchError if masks are not of
+    this model's matrices.
+    """
+
+    def __init__(self, masks: Masks | None = None) -> None:
+        self._masks = masks
+        self._removed: list[Removed] = []
+        self._undo: list[Callable[[], None]] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, *, model: nn.Module, **_: Any) -> None:
+        if args.fsdp or args.deepspeed:
+            raise InputError("KeepZeros needs whole weights in each process; train without FSDP and DeepSpeed, DDP will do")
+        self._release()
+        with without_adapters(model) as (base, adapters):
+            matrices = find_matrices(base)
+            self._removed = _by_parameter(matrices, _masks(self._masks, matrices))
+        self._zero()
+        for parameter, mask in self._removed:
+            if parameter.requires_grad:
+                hook = parameter.register_post_accumulate_grad_hook(partial(_zero_gradient, mask=mask))  # type: ignore[no-untyped-call]
+                self._undo.append(hook.remove)
+        masks_of = {id(parameter): mask for parameter, mask in self._removed}
+        masked = [(one, masks_of[id(weight)]) for one in adapters if id(weight := _adapted(one)) in masks_of]
+        for adapter, mask in masked:
+            if _is_plain_lora(adapter):
+                self._undo.append(_mask_update(adapter, mask))
+        if others := sorted({_kind(one) for one, _ in masked if not _is_plain_lora(one)}):
+            logger.warning("adapters %s are trained without masks; merge_adapters() masks them at the end", ", ".join(others))
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._zero()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._release()
+
+    @torch.no_grad()
+    def _zero(self) -> None:
+        for parameter, mask in self._removed:
+            parameter.masked_fill_(mask, 0)
+
+    def _release(self) -> None:
+        for undo in self._undo:
+            undo()
+        self._removed, self._undo = [], []
+
+
+def merge_adapters(model: Any, masks: Masks | None = None) -> nn.Module:
+    """Merges the adapters of a PEFT model into its weights, with what is pruned exactly 0; returns the model without them.
+
+    masks: as for :class:`KeepZeros`; by default the zeros of the base model, which PEFT's own ``merge_and_unload`` fills with
+    most kinds of adapters (docs/finetuning.md).
+    Before anything is merged: raises InputError if the model has no adapters, or if its zeros are asked for and no adapted
+    layer has any (they were merged already, or rewrite their base, as PiSSA does); MismatchError as KeepZeros.
+    """
+    if not hasattr(model, "merge_and_unload"):
+        raise InputError(f"{type(model).__name__} has no adapters to merge; give the PeftModel")
+    with without_adapters(model) as (base, adapters):
+        matrices = find_matrices(base)
+        kept = _masks(masks, matrices)
+        adapted = {id(_adapted(one)) for one in adapters}
+        if masks is None and not any(id(matrices[name].whole) in adapted for name in kept):
+            raise InputError("no adapted layer of the base model has a zero; give the masks that it was pruned by")
+    merged: nn.Module = model.merge_and_unload()
+    masking.apply(find_matrices(merged), kept.items())
+    return merged
+
+
+@contextmanager
+def without_adapters(model: Any) -> Iterator[tuple[nn.Module, list[Any]]]:
+    """For the length of a ``with`` block a model as it was before PEFT put adapters around its layers; and the adapters.
+
+    A layer that is trained as a copy (``modules_to_save``) is that copy.
+    """
+    base: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model
+    places = [
+        (parent, name, child) for parent in base.modules() for name, child in parent._modules.items() if child is not None
+    ]
+    wrappers = [(parent, name, child, inner) for parent, name, child in places if (inner := _wrapped(child)) is not None]
+    try:
+        for parent, name, _, inner in wrappers:
+            parent._modules[name] = inner
+        yield base, [child for _, _, child, _ in wrappers if "base_layer" in child._modules]
+    finally:
+        for parent, name, child, _ in wrappers:
+            parent._modules[name] = child
+
+
+def _wrapped(module: Any) -> nn.Module | None:
+    """The layer that a module of PEFT's stands for; None for any other module."""
+    inner: nn.Module | None = None
+    if "base_layer" in module._modules:
+        inner = module.get_base_layer()
+    elif "original_module" in module._modules:
+        copies = module._modules.get("modules_to_save", {})
+        active = [name for name in module.active_adapters if name in copies]
+        inner = copies[active[0]] if active else module.original_module
+    return inner
+
+
+def _adapted(adapter: Any) -> Tensor | None:
+    """The parameter that an adapter changes."""
+    weight: Tensor | None = getattr(adapter.get_base_layer(), getattr(adapter, "parameter_name", "weight"), None)
+    return weight
+
+
+def _masks(given: Masks | None, matrices: Matrices) -> Mapping[str, Tensor]:
+    """The masks that are given, or those of the zeros that the matrices have."""
+    if given is None:
+        zeros = {name: matrix.weight != 0 for name, matrix in matrices.items()}
+        if found := {name: mask for name, mask in zeros.items() if not mask.all()}:
+            return found
+        raise InputError("none of the model's prunable matrices has a zero; prune it first, or give masks")
+    masks = CheckedMasks(Path(given)) if isinstance(given, (str, Path)) else given
+    shapes = masks.shapes if isinstance(masks, CheckedMasks) else {name: tuple(mask.shape) for name, mask in masks.items()}
+    for name, shape in shapes.items():
+        if name not in matrices or matrices[name].shape != shape:
+            found_shape = matrices[name].shape if name in matrices else "missing"
+            raise MismatchError(f"the masks are for another model: {name} is {shape} in them, {found_shape} in the model")
+    return masks
+
+
+def _by_parameter(matrices: Matrices, masks: Mapping[str, Tensor]) -> list[Removed]:
+    removed: dict[int, Removed] = {}
+    for name, mask in masks.items():
+        matrix = matrices[name]
+        whole = matrix.whole
+        found = removed.setdefault(id(whole), Removed(whole, torch.zeros_like(whole, dtype=torch.bool)))
+        matrix.part(found.mask).copy_(~mask)
+    return [*removed.values()]
+
+
+def _zero_gradient(parameter: Tensor, *, mask: Tensor) -> None:
+    assert parameter.grad is not None
+    parameter.grad.masked_fill_(mask, 0)
+
+
+def _is_plain_lora(adapter: Any) -> bool:
+    """Whether an adapter adds the product of two matrices to a layer's weight, and does nothing else."""
+    from peft.tuners.lora import Linear
+
+    return type(adapter) is Linear and not adapter.lora_variant
+
+
+def _kind(adapter: Any) -> str:
+    """As ``hira.Linear``: PEFT's classes have the same few names in every tuner."""
+    return ".".join([*type(adapter).__module__.split(".")[:-1], type(adapter).__name__][-2:])
+
+
+def _mask_update(adapter: Any, mask: Tensor) -> Callable[[], None]:
+    """Makes a LoRA layer compute with its update masked, as it will be when merged; returns what ends that.
+
+    The update is as large as the weight. It is computed again for the backward pass instead of being kept for it.
+    """
+    plain = adapter.forward
+
+    def product(x: Tensor, name: str) -> Tensor:
+        update = adapter.get_delta_weight(name).masked_fill(mask, 0)
+        bias = adapter.lora_B[name].bias
+        scaled = None if bias is None else bias * adapter.scaling[name]
+        return functional.linear(x, update.T if adapter.fan_in_fan_out else update, scaled)
+
+    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if adapter.disable_adapters or adapter.merged or kwargs:
+            return plain(x, *args, **kwargs)
+        y: Tensor = adapter.base_layer(x, *args)
+        result = y
+        for name in [name for name in adapter.active_adapters if name in adapter.lora_A]:
+            inputs = adapter.lora_dropout[name](x.to(adapter.lora_A[name].weight.dtype))
+            result = result + checkpoint(product, inputs, name, use_reentrant=False, preserve_rng_state=False)
+        return result.to(y.dtype)
+
+    adapter.forward = forward
+
+    def undo() -> None:
+        del adapter.forward  # the class's own shows again
+
+    return undo
