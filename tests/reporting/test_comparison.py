@@ -1,5 +1,7 @@
 """The table of ``compare`` in the forms that people read."""
 
+import csv
+import io
 import re
 
 import pytest
@@ -8,7 +10,8 @@ import made_up
 from uniprune.common.formatting import NONE
 from uniprune.comparison.results import Comparison
 from uniprune.entrypoints.report import report
-from uniprune.reporting import comparison
+from uniprune.reporting import comparison, plots, tables
+from uniprune.reporting.tables import Grid
 
 
 @pytest.fixture
@@ -44,6 +47,61 @@ def test_flips_by_hand(found):
     assert rows[0].flips(rows[1], "t", "acc") == (2, 1)
     assert rows[2].flips(rows[0], "t", "acc") == (0, 3)
     assert rows[0].flips(rows[1], "t", "acc_norm") is rows[0].flips(rows[1], "u", "acc") is None
+
+
+def test_flips_are_a_table(found):
+    grid = comparison.flips(found)
+    assert grid.rows[0][:4] == ["wanda", "0.5", "arc_easy", "acc"]
+    assert grid.rows[0][4:8] == [("40.0%", 0.4), ("40.0%", 0.4), "0", "3"]  # ff and f1
+    assert len(grid.rows) == 4
+    assert comparison.flips(found.model_copy(update={"rows": found.rows[1:]})) is None  # no dense model
+
+
+def test_perplexities_in_other_units_and_by_position(found):
+    grid = comparison.readings(found)
+    assert [name for name, _ in grid.heads] == ["method", "sparsity", "per token", "per word", "per byte", "after 1-512 tokens"]
+    assert grid.rows[2] == ["feedback", "0.5", ("30.00", 30.0), ("90.00", 90.0), ("1.50", 1.5), ("30.00", 30.0)]
+
+
+def test_continuations_by_prompt(found):
+    (grid,) = comparison.written(found)
+    assert (grid.caption, grid.rows[0]) == ("To be", ["dense", NONE, "dense goes on"])
+    assert comparison.written(found.model_copy(update={"rows": []})) == []
+
+
+def test_calibration_texts_beside_evaluation_texts(found):
+    def table(calibration, text, factor):
+        facts = [made_up.TEXT | {"text": name} for name in (calibration, text)]
+        rows = [row | {"perplexity": factor * row["perplexity"]} for row in made_up.comparison()["rows"]]
+        protocol = made_up.comparison()["protocol"] | {"calibration": facts[0], "text": facts[1]}
+        return Comparison(**made_up.comparison(rows=rows, protocol=protocol))
+
+    grids = comparison.sources([table("c4", "wiki", 1.0), table("code", "wiki", 1.5), table("code", "c4", 2.0)])
+    assert len(grids) == 4
+    assert grids[0].caption == "Toy-1M, wanda at 0.5: perplexity on each text, by the text it was calibrated on"
+    assert grids[0].columns == ["calibrated on:", "wiki", "c4"]
+    assert grids[0].rows == [["c4", ("40.00", 40.0), NONE], ["code", ("60.00", 60.0), ("80.00", 80.0)]]
+    assert comparison.sources([found]) == []
+
+
+def test_plots_of_methods(found):
+    dots = plots.methods("m", found)
+    assert dots.says == (
+        "Perplexity by method: wanda at 0.5 40.00, ria:a=0.5 at 2:4 90.00, sparsegpt at 2:4 60.00, feedback at 0.5 30.00; "
+        "dense 20.00."
+    )
+    assert dots.data.rows[0] == ["dense", "", ("0", 0.0), ("20.00", 20.0)]
+    assert plots.curves("c", found) is None  # no method at two fractions
+    more = [row.model_copy(update={"pattern": "0.6", "sparsity": 0.6, "perplexity": 70.0}) for row in found.rows[1:2]]
+    curve = plots.curves("c", found.model_copy(update={"rows": [*found.rows, *more]}))
+    assert curve.says == "Perplexity against sparsity by method: wanda 50.0% 40.00, wanda 60.0% 70.00."
+    assert plots.methods("m", found.model_copy(update={"rows": found.rows[:1]})) is None
+
+
+def test_saved_tables_are_read_back_by_a_csv_reader():
+    grid = Grid("c", ["a:", "b"], [['x, "y"\nz', ("1.50", 1.5)], ["=1+1", NONE], ["-", ("∞", float("inf"))]])
+    rows = list(csv.reader(io.StringIO(tables.csv(grid), newline="")))
+    assert rows == [["a", "b"], ['x, "y"\nz', "1.5"], ["'=1+1", NONE], ["'-", "inf"]]
 
 
 def test_markdown(found):
