@@ -233,7 +233,7 @@ def tasks(results: dict[str, Any]) -> str:
     for row in results["rows"]:
         marks = [f"{row[f'{metric}_that_differ']} ({metric})" for metric in ("acc", "acc_norm", "flexible") if metric in row]
         nats = f"{row['largest_difference_nats']:.0e}" if "largest_difference_nats" in row else ""
-        lines.append([row["task"], row["num_fewshot"], row["requests_that_differ"], ", ".join(marks), nats])
+        lines.append([row["task"], str(row["num_fewshot"]), str(row["requests_that_differ"]), ", ".join(marks), nats])
     judged = ", ".join(f"{one['differ']} of {one['pairs']} {name}" for name, one in results["judged"].items())
     head = ["format", "examples", "prompts that differ", "rows that differ", "largest difference, nats"]
     return table(head, lines) + f"\n\nTexts written by hand that are judged otherwise: {judged}."

@@ -111,15 +111,16 @@ def small_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>", pad_token="<pad>")
 
 
-def small_model(vocabulary: int) -> torch.nn.Module:
+def small_model(tokenizer: PreTrainedTokenizerFast) -> torch.nn.Module:
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=vocabulary,
+        vocab_size=len(tokenizer),
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=2,
         num_attention_heads=4,
         max_position_embeddings=CONTEXT,
+        eos_token_id=tokenizer.eos_token_id,
         initializer_range=0.3,
     )
     model: torch.nn.Module = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
@@ -170,7 +171,7 @@ def differing(theirs: list[list[bool]], ours: list[list[bool]]) -> dict[str, int
 def main() -> None:
     torch.set_num_threads(1)
     tokenizer = small_tokenizer()
-    model = small_model(len(tokenizer))
+    model = small_model(tokenizer)
     theirs = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8, max_length=CONTEXT)
     rows = []
     with tempfile.TemporaryDirectory() as place:
