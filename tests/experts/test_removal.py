@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
+import processes
 import quantised
 import uniprune
 from command import run
@@ -19,6 +20,7 @@ from uniprune import InputError, Recipe
 from uniprune.artefacts.reports import ExpertRemoval
 from uniprune.checkpoints.origin import resolve
 from uniprune.data.windows import Windows, save_windows
+from uniprune.reporting import model_card
 
 FAMILIES = ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss", "granitemoe", "qwen3_next", "qwen3_5_moe", "deepseek_v3"]
 FUSED = ["mixtral, fused", "qwen3_moe, fused", "deepseek_v3, fused", "qwen3_5_moe, fused"]
@@ -266,6 +268,28 @@ def test_a_model_that_is_streamed(tmp_path, tokens, method):
         assert file.read_bytes() == (tmp_path / "streamed" / file.name).read_bytes()
 
 
+def remove(source, tokens, output, memory):
+    """What each of several processes does; all return the report."""
+    report = uniprune.prune(source, recipe(tokens), output, max_memory=memory)
+    assert report.experts.kept == 2
+
+
+@pytest.mark.parametrize("execution", ["resident", "sharded", "streamed"])
+def test_two_processes_remove_the_same_experts(tmp_path, tokens, execution):
+    source = saved("qwen3_moe", tmp_path / "model")
+    plan = uniprune.plan(source, recipe(tokens))
+    memory = {"resident": None, "sharded": plan.memory_resident - 1, "streamed": plan.memory_streamed}[execution]
+    alone = uniprune.prune(source, recipe(tokens), tmp_path / "alone")
+    for done in processes.together(2, remove, source, tokens, tmp_path / "out", memory):
+        assert done.code == 0, done.err
+    found = ExpertRemoval.read(tmp_path / "out" / "pruning.json")
+    assert [(one.kept, one.tokens) for one in found.layers.values()] == [
+        (one.kept, one.tokens) for one in alone.layers.values()
+    ]
+    for file in (tmp_path / "alone").glob("*.safetensors"):
+        assert file.read_bytes() == (tmp_path / "out" / file.name).read_bytes()
+
+
 @pytest.mark.parametrize("after", [1, 3])
 def test_an_interrupted_run_goes_on(tmp_path, tokens, after):
     source = saved("qwen3_moe", tmp_path / "model")
@@ -289,8 +313,13 @@ def test_the_record_replays_the_run(tmp_path, tokens):
     recorded = json.loads((tmp_path / "a" / "pruning.json").read_bytes())["recipe"]
     again = uniprune.prune(source, Recipe(**recorded), tmp_path / "b")
     assert (again.layers, again.recipe) == (first.layers, first.recipe)
-    card = (tmp_path / "a" / "README.md").read_text()
+    again = uniprune.evaluate(tmp_path / "a", text_source=str(tokens))
+    again.write(tmp_path / "result.json")
+    card = model_card.rewrite(tmp_path / "a", [tmp_path / "result.json"])
+    assert f"| {again.perplexity:.2f} |" in card
     assert "each of 2 layers has 2 of 4 experts" in card
+    with pytest.raises(InputError, match=r"has fewer experts, which a report of sparsity does not show"):
+        uniprune.report([tmp_path / "a"], tmp_path / "report.html")
     assert "experts: 0.5" in card
 
 
