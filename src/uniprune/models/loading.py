@@ -244,18 +244,18 @@ def load_tokenizer(origin: Origin) -> Any:
     except Exception as error:  # transformers and tokenizers raise all kinds for a file that they cannot read
         reason = first_line(error)
         if origin.gguf is None and any(file for kind in TOKENIZERS for file in origin.folder.glob(kind)):
-            raise InputError(f"model {origin}: its tokenizer cannot be read ({reason}); {_remedy(origin)}") from error
+            raise InputError(f"model {origin}: {_what_helps(origin, reason)}") from error
         note = logging.WARNING if origin.gguf else logging.INFO  # which always has one
         logger.log(note, "model %s has no usable tokenizer (%s)", origin, reason)
         return None
 
 
-def _remedy(origin: Origin) -> str:
-    """What helps with a tokenizer that cannot be read."""
-    lacking = not (find_spec("sentencepiece") and find_spec("google"))
-    if lacking and any(origin.folder.glob("*.model")) and not (origin.folder / "tokenizer.json").exists():
-        return "pip install sentencepiece protobuf, which read its .model file"
-    return "fetch it again, or move its files away and give a token file"
+def _what_helps(origin: Origin, reason: str) -> str:
+    """Why a tokenizer cannot be read, and what to do."""
+    models = sorted(file.name for file in origin.folder.glob("*.model"))
+    if models and not (origin.folder / "tokenizer.json").exists() and not (find_spec("sentencepiece") and find_spec("google")):
+        return f"its tokenizer, {models[0]}, needs packages that are not installed; pip install sentencepiece protobuf"
+    return f"its tokenizer cannot be read ({reason}); fetch it again, or move its files away and give a token file"
 
 
 def reads_images(config: Any) -> bool:
