@@ -1,6 +1,6 @@
 """A table of five methods by ``compare``: its time beside that of its parts, and what a kill costs. SmolLM2-135M.
 
-    python benchmarks/comparison.py [--folder /tmp]
+    python benchmarks/comparison.py [--folder /tmp] [--measure go parts kills]
 
 The parts: the model is loaded once, then each row is made for itself by ``prune_in_place`` (SparseGPT by its own function) and
 ``evaluate``, with the same settings; their numbers must be those of the table. Then the command is killed in the middle of a
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import uniprune
-from common import CALIBRATION, DATA, EVALUATION, relative, save, smollm2
+from common import CALIBRATION, DATA, EVALUATION, load, relative, save, smollm2
 from uniprune import Recipe
 from uniprune.comparison.results import COMPARISON, Comparison, ComparisonRow
 from uniprune.comparison.sparsegpt import sparsegpt
@@ -89,7 +89,7 @@ def prune(loaded: Loaded, row: ComparisonRow) -> None:
         windows = load_windows(CALIBRATE["text"], loaded.tokenizer, **options)
         sparsegpt(loaded.model, find_matrices(loaded.model), windows.tokens, spelling.parse(row.pattern))
     elif row.pattern:
-        uniprune.prune_in_place(loaded, Recipe(**row.recipe))
+        uniprune.prune_in_place(loaded, Recipe(**row.recipe | {"text": CALIBRATE["text"]}))
 
 
 def interrupted(output: Path) -> tuple[Comparison, list[int], float]:
@@ -141,24 +141,39 @@ def used_by(process: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=None)
-    with tempfile.TemporaryDirectory(dir=parser.parse_args().folder) as folder:
-        table, whole = in_one_go(Path(folder) / "whole")
-        print(f"in one go: {whole:.0f} s", flush=True)
-        alone, parts = in_parts(table)
-        resumed, kills, seconds = interrupted(Path(folder) / "resumed")
-    values = [row.perplexity for row in table.rows]
-    results = {
-        "seconds": {"in one go": whole, "parts": parts, "killed and resumed": seconds},
-        "ratio": whole / parts,
-        "killed_with_rows": kills[:-1],
-        "perplexities_that_differ": {
-            "by themselves": sum(a != b for a, b in zip(values, alone, strict=True)),
-            "killed and resumed": sum(a != b.perplexity for a, b in zip(values, resumed.rows, strict=True)),
-        },
-        "table": anonymous(table.record()),
-    }
-    save("comparison", results)
-    print({name: value for name, value in results.items() if name != "table"})
+    parser.add_argument("--measure", nargs="*", choices=PARTS, default=PARTS)
+    asked = parser.parse_args()
+    results = load("comparison")
+    with tempfile.TemporaryDirectory(dir=asked.folder) as folder:
+        for name in asked.measure:
+            results |= PARTS[name](Path(folder) / name, results)
+            save("comparison", {key: value for key, value in results.items() if key not in ("versions", "machine")})
+            print({key: value for key, value in results.items() if key != "table"}, flush=True)
+
+
+def measure_go(folder: Path, _: dict[str, Any]) -> dict[str, Any]:
+    table, seconds = in_one_go(folder)
+    return {"seconds": seconds, "table": anonymous(table.record())}
+
+
+def measure_parts(_: Path, results: dict[str, Any]) -> dict[str, Any]:
+    table = Comparison(**results["table"])
+    alone, seconds = in_parts(table)
+    return {"seconds_of_parts": seconds, "differ_alone": differing(table, alone)}
+
+
+def measure_kills(folder: Path, results: dict[str, Any]) -> dict[str, Any]:
+    table, kills, seconds = interrupted(folder)
+    differ = differing(Comparison(**results["table"]), [row.perplexity for row in table.rows])
+    return {"seconds_killed_and_resumed": seconds, "killed_with_rows": kills[:-1], "differ_resumed": differ}
+
+
+PARTS = {"go": measure_go, "parts": measure_parts, "kills": measure_kills}
+
+
+def differing(table: Comparison, values: list[float]) -> int:
+    """How many rows have another perplexity."""
+    return sum(row.perplexity != value for row, value in zip(table.rows, values, strict=True))
 
 
 def anonymous(value: Any) -> Any:

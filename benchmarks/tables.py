@@ -375,15 +375,18 @@ def examples(results: dict[str, Any]) -> str:
 
 def comparison(results: dict[str, Any]) -> str:
     """What ``compare`` takes beside its parts and after kills, and the table."""
-    seconds, kills = results["seconds"], results["killed_with_rows"]
-    names = {"in one go": "in one go", "parts": "its parts", "killed and resumed": f"killed {len(kills)} times and resumed"}
-    lines = [[names[key], f"{value:.0f}", f"{value / seconds['parts']:.2f}"] for key, value in seconds.items()]
-    differ = results["perplexities_that_differ"]
-    said = (
-        f"Rows that stood when it was killed: {' and '.join(map(str, kills))}; none was made again. Perplexities that differ "
-        f"from those of the parts: {differ['by themselves']}; from those of the resumed table: {differ['killed and resumed']}."
-    )
-    return f"{table(['run', 'seconds', 'of its parts'], lines)}\n\n{said}\n\n{markdown(Comparison(**results['table']))}"
+    parts, lines, said = results["seconds_of_parts"], [], []
+    runs = {"in one go": "seconds", "its parts": "seconds_of_parts", "killed and resumed": "seconds_killed_and_resumed"}
+    for name, key in runs.items():
+        if key in results:
+            lines.append([name, f"{results[key]:.0f}", f"{results[key] / parts:.2f}"])
+    said.append(f"Perplexities that differ from those of the parts: {results['differ_alone']}.")
+    if kills := results.get("killed_with_rows"):
+        rows = " and ".join(map(str, kills))
+        said.append(f"It was killed in the middle of a row when {rows} rows stood; none of these was made again.")
+        said.append(f"Perplexities that differ from those of the table in one go: {results['differ_resumed']}.")
+    body = table(["run", "seconds", "of its parts"], lines)
+    return f"{body}\n\n{' '.join(said)}\n\n{markdown(Comparison(**results['table']))}"
 
 
 def report(results: dict[str, Any]) -> str:

@@ -41,6 +41,25 @@ def test_a_report_has_the_table(found, tmp_path):
     assert "it differs between methods" in page
 
 
+def test_the_page_of_ten_rows_is_small(found, tmp_path):
+    """Five methods at two sparsities, 30 blocks of seven matrices, four tasks; every row with sparsities of its own."""
+    kinds = [f"self_attn.{name}_proj" for name in "qkvo"] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
+    matrices = {f"model.layers.{i}.{kind}": (i * 7 + at) / 217 for i in range(30) for at, kind in enumerate(kinds)}
+    (task,) = found.rows[0].tasks.values()
+    names = [f"{name}.jsonl" for name in ("piqa", "arc_easy", "winogrande", "openbookqa")]
+    facts = {"matrices": matrices, "tasks": dict.fromkeys(names, task), "right": dict.fromkeys(names, {"acc": "f" * 250})}
+    rows = [found.rows[0].model_copy(update=facts | {"matrices": {}})]
+    for pattern in ("0.5", "0.6"):
+        for method in ("magnitude", "wanda", "ria", "sparsegpt", "feedback"):
+            rows.append(
+                found.rows[1].model_copy(update=facts | {"method": method, "pattern": pattern, "sparsity": float(pattern)})
+            )
+    (tmp_path / "table").mkdir()
+    found.model_copy(update={"rows": rows}).write(tmp_path / "table" / "comparison.json")
+    report([tmp_path / "table"], tmp_path / "report.html")
+    assert (tmp_path / "report.html").stat().st_size < 300_000
+
+
 def test_flips_by_hand(found):
     rows = [found.rows[0].model_copy(update={"right": {"t": {"acc": bits}}}) for bits in ("b", "6", "0")]  # 1011, 0110, 0000
     assert rows[1].flips(rows[0], "t", "acc") == (1, 2)
