@@ -47,7 +47,7 @@ def test_the_page_of_ten_rows_is_small(found, tmp_path):
     matrices = {f"model.layers.{i}.{kind}": (i * 7 + at) / 217 for i in range(30) for at, kind in enumerate(kinds)}
     (task,) = found.rows[0].tasks.values()
     names = [f"{name}.jsonl" for name in ("piqa", "arc_easy", "winogrande", "openbookqa")]
-    facts = {"matrices": matrices, "tasks": dict.fromkeys(names, task), "right": dict.fromkeys(names, {"acc": "f" * 250})}
+    facts = {"matrices": matrices, "tasks": dict.fromkeys(names, task), "right": {name: {"acc": "f" * 250} for name in names}}
     rows = [found.rows[0].model_copy(update=facts | {"matrices": {}})]
     for pattern in ("0.5", "0.6"):
         for method in ("magnitude", "wanda", "ria", "sparsegpt", "feedback"):
