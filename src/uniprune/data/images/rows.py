@@ -25,10 +25,10 @@ class Pair(NamedTuple):
 
 
 def has_images(text: Text, use: Use) -> bool:
-    """Whether a text's first row has an image beside its text. Who says which field is the text is given that alone."""
+    """Whether the first row of a text's first file has an image, too. Who says which field is the text is given that alone."""
     if text.field is not None or text.source in NAMED or text.source.endswith(".safetensors"):
         return False
-    return any(_is_pair(row) for part in open_text(text, use) for _, row, _ in _first(part))
+    return any(_is_pair(row) for _, row, _ in _first(open_text(text, use)[0]))
 
 
 def pairs(text: Text, use: Use) -> Iterator[Pair]:
