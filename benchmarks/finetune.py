@@ -22,7 +22,7 @@ PARTS = {"tuned": [], "merged": ["--lora"]}
 
 
 def measured(model: str | Path) -> dict[str, Any]:
-    found = uniprune.evaluate(model, text_source=str(EVALUATION), windows=24, length=512, dtype="float32")
+    found = uniprune.evaluate(model, text_source=str(EVALUATION), windows=8, length=512, dtype="float32")
     return {"perplexity": found.perplexity, "sparsity": found.sparsity}
 
 
@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path)
     chosen = parser.parse_args()
     rows = {row["model"]: row for row in load("finetune").get("rows", [])}
-    facts = {"text": relative(CALIBRATION), "evaluation": relative(EVALUATION), "protocol": "24 windows of 512, float32"}
+    facts = {"text": relative(CALIBRATION), "evaluation": relative(EVALUATION), "protocol": "8 windows of 512, float32"}
 
     def add(name: str, model: str | Path) -> None:
         rows[name] = {"model": name, **measured(model)}
