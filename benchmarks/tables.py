@@ -509,6 +509,42 @@ def finetune(results: dict[str, Any]) -> str:
     return table(["model", "perplexity", "zeros"], lines)
 
 
+def share(value: float) -> str:
+    """A share in percent; 0 and 100 only if it is exactly that."""
+    if 0.9995 <= value < 1:
+        return "> 99.9%"
+    return "< 0.1%" if 0 < value < 0.0005 else f"{value:.1%}".replace(".0%", "%")
+
+
+def quantised(results: dict[str, Any]) -> str:
+    """What formats leave of a pruned model's zeros, and what they cost it."""
+    plain = results["unquantised"]
+    lines = [["not quantised", "16", "", "", "", "", *(f"{plain[name]:.1f}" for name in ("dense", "50%", "2of4"))]]
+    for row in sorted(results["rows"], key=lambda row: -min(found["zeros_kept"] for found in row["kept"].values())):
+        half, two = row["kept"]["50%"], row["kept"]["2of4"]
+        facts = [half["zeros_kept"], two["zeros_kept"], two["groups_of_2_in_4"], two["sparsity"]]
+        seen = row["perplexity"]
+        costs = [f"{seen[name]:.1f}" if seen.get(name) else "NaN" if seen else "" for name in ("dense", "50%", "2of4")]
+        library = {"llamacpp": "llama.cpp", "llmcompressor": "LLM Compressor"}.get(row["library"], row["library"])
+        lines.append([f"{library}: {row['format']}", f"{row['bits']:.3g}", *map(share, facts), *costs])
+    head = ["library: format", "bits a weight", "zeros kept, 50%", "zeros kept, 2:4", "groups still 2:4", "zeros in all, 2:4"]
+    return table([*head, "perplexity, dense", "50%", "2:4"], lines)
+
+
+def readers(results: dict[str, Any]) -> str:
+    """Who opens a pruned checkpoint, and whether it computes the same."""
+    lines = []
+    for row in results["rows"].values():
+        if "error" in row:
+            lines.append([row["what"], row.get("versions", ""), f"no: {row['error']}", "", ""])
+            continue
+        versions = ", ".join(f"{name} {version.split('+')[0]}" for name, version in row["versions"].items())
+        tokens = {True: "the same", False: "other"}.get(row.get("same_tokens"), "")  # type: ignore[arg-type]
+        nats = f"{row['nats_more']:+.0e}" if row.get("nats_more") else "0" if "nats_more" in row else ""
+        lines.append([row["what"], versions, tokens, nats, "the same" if row["same_text"] else "other"])
+    return table(["reader", "versions", "tokens of the prompt", "loss more than transformers', nats", "generated text"], lines)
+
+
 def fill(path: Any, sections: dict[str, str]) -> None:
     text = path.read_text()
     for name, body in sections.items():
@@ -560,6 +596,9 @@ def main() -> None:
         parts = {"accelerated": accelerated(results), "dense-types": dense_types(results), "packing": packing(results)}
         parts["words"] = same_words(results)
         fill(ROOT / "docs" / "runtime.md", parts)
+    for name, page_of, write in (("quantise", "quantisation", quantised), ("loads", "runtime", readers)):
+        if results := load(name):
+            fill(ROOT / "docs" / f"{page_of}.md", {name: write(results)})
     fill(ROOT / "README.md", {"results": sections["perplexities"]})
 
 

@@ -94,8 +94,8 @@ def loaded(tokenizer: PreTrainedTokenizerFast) -> Loaded:
     return Loaded(tiny_model(), tokenizer)
 
 
-def write_gguf(model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, path: Path) -> Path:
-    """A llama as a GGUF file, in float32: the other format that models come in."""
+def write_gguf(model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, path: Path, kind: str = "F32") -> Path:
+    """A llama as a GGUF file, the other format of models. kind: of GGUF's types, that of the matrices in the blocks."""
     gguf = pytest.importorskip("gguf")
     config, inner = model.config, json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -122,7 +122,9 @@ def write_gguf(model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, path:
         heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
         if heads:  # GGUF has the halves of rotary pairs next to each other
             tensor = tensor.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
-        writer.add_tensor(names.get_name(name, (".weight",)), tensor.float().contiguous().numpy())
+        stored = gguf.GGMLQuantizationType[kind if ".layers." in name and tensor.dim() == 2 else "F32"]
+        array = gguf.quants.quantize(tensor.float().contiguous().numpy(), stored)
+        writer.add_tensor(names.get_name(name, (".weight",)), array, raw_dtype=stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

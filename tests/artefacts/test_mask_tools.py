@@ -503,8 +503,25 @@ def test_dense_models_need_not_be_safetensors(folder, tokenizer, tmp_path):
     assert "model" in mask_tools.verify(path, gguf, dtype="bfloat16")["checked"]
     mask_conversion.from_checkpoint(pruned, gguf, tmp_path / "out.safetensors", dtype="bfloat16")
     assert same_masks(path, tmp_path / "out.safetensors")
-    with pytest.raises(InputError, match="in safetensors files"):
-        mask_conversion.from_checkpoint(gguf, folder, tmp_path / "none.safetensors")
+
+
+@pytest.mark.parametrize(("kind", "kept"), [("F32", True), ("Q8_0", True), ("Q4_0", True), ("Q4_1", False)])
+def test_a_pruned_model_as_a_gguf_file(folder, tokenizer, tmp_path, kind, kept):
+    """Zeros are looked for in what a quantised type gives back; Q4_1 has none to give."""
+    path, pruned, out = tmp_path / "m.safetensors", tmp_path / "pruned", tmp_path / "out.safetensors"
+    cut(folder, NM(2, 4), path, pruned)
+    gguf = write_gguf(loading.load(pruned).model, tokenizer, tmp_path / "gguf" / "model.gguf", kind)
+    if not kept:
+        with pytest.raises(MismatchError, match=r"model\.gguf was not pruned by .*: \d+ weights that it removes are not 0"):
+            mask_tools.verify(path, pruned=gguf)
+        return
+    assert "pruned" in mask_tools.verify(path, folder, gguf)["checked"]
+    if kind == "F32":
+        mask_conversion.from_checkpoint(gguf, folder, out, dtype="bfloat16")
+        assert same_masks(path, out)
+    else:
+        with pytest.raises(MismatchError, match="other kept weights"):
+            mask_conversion.from_checkpoint(gguf, folder, out, dtype="bfloat16")
 
 
 @pytest.mark.parametrize("given", [True, False])

@@ -1,11 +1,12 @@
 """The pruned checkpoint is the source's bytes with zeros, and belongs to one model."""
 
+import json
 import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import tiny_model
 from uniprune import Loaded
@@ -186,3 +187,24 @@ def test_digests_name_the_matrix_that_is_not_finite(tmp_path, dtype, value):
     save_file(weights, file)
     with pytest.raises(InputError, match=r"^b: the weights contain NaN or infinity"):
         Files(tmp_path).digests(["a", "b"])
+
+
+ROTARY = {
+    "plain": {"rope_type": "default", "rope_theta": 5e5},
+    "scaled": {"rope_type": "linear", "factor": 4.0, "rope_theta": 5e5},
+}
+
+
+@pytest.mark.parametrize("kind", ROTARY)
+def test_what_transformers_5_saves_is_spelled_as_before_too(tmp_path, tokenizer, kind):
+    """By readers that know no ``rope_parameters``, and no ``TokenizersBackend``; it reads the same itself."""
+    model = tiny_model(rope_parameters=ROTARY[kind])
+    writer.write_checkpoint(Loaded(model, tokenizer), None, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["rope_theta"] == 5e5
+    scaling = config.get("rope_scaling")
+    assert scaling == ({"rope_type": "linear", "factor": 4.0} if kind == "scaled" else None)
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
+    ids = torch.arange(40)[None]
+    torch.testing.assert_close(AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits, model(ids).logits)
+    assert AutoTokenizer.from_pretrained(tmp_path)("some words").input_ids == tokenizer("some words").input_ids

@@ -24,7 +24,7 @@ def import_masks(
     source: a file or folder in one of the formats of docs/masks.md, which are told apart by their keys; or the folder of a
     pruned checkpoint. check_bits: as for :func:`from_checkpoint`. dtype: as for :func:`verify`.
     """
-    if source.is_dir() and not marked(Files(source).entries):
+    if source.suffix == ".gguf" or (source.is_dir() and not marked(Files(source).entries)):
         return from_checkpoint(source, model, output, check_bits=check_bits, dtype=dtype, overwrite=overwrite)
     return from_foreign(source, model, output, dtype=dtype, overwrite=overwrite)
 
@@ -41,7 +41,7 @@ def from_checkpoint(
     check_output_file(output, overwrite, Path(pruned), Path(model))
     dense = Dense(model, dtype)
     shapes = {name: dense.checkpoint.region(name).shape for name in dense.matrices}
-    weights = _find_weights(pruned, shapes)
+    weights = _find_weights(pruned, shapes, dtype)
 
     def masks() -> Iterator[tuple[str, Tensor]]:
         for name, shape in shapes.items():

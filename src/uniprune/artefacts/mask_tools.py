@@ -88,12 +88,12 @@ def verify(masks: Path, model: Source | None = None, pruned: Source | None = Non
     exact budgets and rules included. Other claims (of a union, say), and sparsities of six digits, which may have been rounded,
     cannot be checked: ``checked`` then lacks ``pattern``.
     model: the file was made for it: names, shapes, orientation, bits of the weights. dtype: only for sources that are not
-    safetensors. pruned: in this checkpoint, every weight that a mask removes is 0.
+    safetensors. pruned: in this checkpoint, or GGUF file, every weight that a mask removes is 0; quantised or not.
     Raises InputError or MismatchError naming the first matrix at fault.
     """
     file = CheckedMasks(masks)
     cut = _check_pattern(file)
-    weights = None if pruned is None else _find_weights(pruned, {name: file.stored(name) for name in file})
+    weights = None if pruned is None else _find_weights(pruned, {name: file.stored(name) for name in file}, None)
     if model is not None:
         Dense(model, dtype).of(file)
     kept = 0
@@ -149,15 +149,18 @@ def _kept_per(mask: Tensor, run: int) -> Array:
     return counts
 
 
-def _find_weights(folder: Source, shapes: Mapping[str, tuple[int, ...]]) -> Checkpoint:
-    """A pruned checkpoint, if it has these matrices in these shapes, as it stores them."""
-    origin = resolve(folder)
-    files, missing = origin.files, set(loading.find_names(origin, shapes) if origin.files else shapes)
+def _find_weights(source: Source, shapes: Mapping[str, tuple[int, ...]], dtype: str | None) -> Checkpoint:
+    """A pruned checkpoint, if it has these matrices in these shapes: as it stores them, or dequantised from a GGUF file."""
+    origin = resolve(source)
+    if origin.files is None:
+        dense = Dense(source, dtype)
+        checkpoint, missing = dense.checkpoint, shapes.keys() - dense.matrices.keys()
+    else:
+        checkpoint, missing = origin.files, set(loading.find_names(origin, shapes))
     for name, shape in shapes.items():
-        if files is None or name in missing or files.region(name).shape != shape:
-            raise MismatchError(f"{folder} has no matrix {name} of shape {shape} in safetensors files")
-    assert files is not None
-    return files
+        if name in missing or checkpoint.region(name).shape != shape:
+            raise MismatchError(f"{source} has no matrix {name} of shape {shape}")
+    return checkpoint
 
 
 def diff(a: Path, b: Path, *, force: bool = False) -> Record:

@@ -8,6 +8,7 @@ checkpoint that plain transformers, and every runtime that loads those, accepts.
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import os
 import shutil
@@ -79,6 +80,7 @@ def write_checkpoint(
         source.model.save_pretrained(folder)  # type: ignore[operator]
         if source.tokenizer is not None:
             source.tokenizer.save_pretrained(folder)
+        _spell_as_before(folder)
         files = Files(folder)
         files.layout(source.model)
     if masks is not None:
@@ -107,6 +109,24 @@ def write_checkpoint(
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def _spell_as_before(folder: Path) -> None:
+    """Adds to what transformers 5 has saved how version 4 spells it, which other readers look for.
+
+    Without ``rope_theta`` of its own MLX and transformers 4 take 10,000 for it, silently; the tokenizer's class 4 lacks.
+    """
+    config = json.loads((folder / "config.json").read_text())
+    rotary = dict(config.get("rope_parameters") or {})
+    if "rope_theta" in rotary:  # else there are several, by type of layer
+        config.setdefault("rope_theta", rotary.pop("rope_theta"))
+        if rotary.get("rope_type", "default") != "default":
+            config.setdefault("rope_scaling", rotary)
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    tokenizer = folder / "tokenizer_config.json"
+    if tokenizer.exists():
+        text = tokenizer.read_text()
+        tokenizer.write_text(text.replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"'))
 
 
 def _check_shapes(files: Files, masks: MasksFile) -> None:

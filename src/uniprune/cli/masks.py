@@ -33,12 +33,12 @@ class Dense(Options):
 
 
 class Pruned(Options):
-    pruned: str | None = Field(default=None, description="A checkpoint that these masks were applied to.")
+    pruned: str | None = Field(default=None, description="A checkpoint, or a GGUF file, that these masks were applied to.")
 
 
 class Foreign(Options):
     source: Annotated[Path, Positional()] = Field(
-        description="Masks of another tool (.npz, .safetensors, .pt, a folder), or a pruned checkpoint: docs/masks.md."
+        description="Masks of another tool (.npz, .safetensors, .pt, a folder), pruned checkpoint or GGUF file: docs/masks.md."
     )
     check_bits: bool = Field(default=True, description="Refuse a checkpoint whose kept weights changed.")
 
