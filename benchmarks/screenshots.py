@@ -39,7 +39,7 @@ def main(page: Path, folder: Path) -> None:
     if chromium is None:
         raise SystemExit("screenshots need chromium: apt-get install chromium")
     with sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        browser = play.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-dev-shm-usage"])
         for name, (device, scheme, sections) in LOOKS.items():
             taken = screens(browser, page, device, scheme, sections)
             width = sum(one.width for one in taken) + GAP * (len(taken) - 1)

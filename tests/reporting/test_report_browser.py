@@ -55,7 +55,7 @@ def browser():
     if CHROMIUM is None:
         pytest.skip("the browser tests need chromium: apt-get install chromium, or name one in $CHROMIUM")
     with sync_api.sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        browser = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-dev-shm-usage"])
         yield browser
         browser.close()
 

@@ -9,6 +9,7 @@ have what the model does before the first block and after the last one.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -261,8 +262,10 @@ def forked(tokens: Tensor) -> Tensor:
 def warn_unless_causal(model: nn.Module, hidden: Tensor) -> None:
     """Says so if tokens see those after them: final hidden states ``[2, length, width]`` are those of :func:`forked` tokens."""
     one, other = hidden[:, :-1].float()
-    rounding = 1e-3 if hidden.dtype in (torch.float32, torch.float64) else 0.03
-    if not torch.allclose(one, other, rtol=rounding, atol=rounding * float(one.abs().max())):
+    rounding, largest = 1e-3 if hidden.dtype in (torch.float32, torch.float64) else 0.03, float(one.abs().max())
+    if not math.isfinite(largest):
+        return  # an overflow, which is named where it happens
+    if not torch.allclose(one, other, rtol=rounding, atol=rounding * largest):
         logger.warning(
             "tokens of %s see those that follow, as in an encoder: it does not predict the next token, so perplexities and the "
             "controller's scores say little; --controller none needs neither",
