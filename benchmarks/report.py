@@ -22,7 +22,10 @@ from uniprune.comparison.results import COMPARISON
 
 ROUNDS = 5
 WIDTHS = (390, 1200, 1920)
-PAINT = "performance.getEntriesByName('first-contentful-paint')[0].startTime"
+PAINT = """new Promise(done => new PerformanceObserver(list => {
+  const found = list.getEntriesByName("first-contentful-paint")[0];
+  if (found) done(found.startTime);
+}).observe({ type: "paint", buffered: true }))"""
 
 
 def make(page: Path, folder: Path) -> None:
@@ -42,7 +45,6 @@ def first_paints(page: Path, width: int) -> list[float]:
             context = browser.new_context(viewport={"width": width, "height": 900})
             tab = context.new_page()
             tab.goto(page.resolve().as_uri())
-            tab.wait_for_function("performance.getEntriesByName('first-contentful-paint').length")
             found.append(tab.evaluate(PAINT) / 1000)
             context.close()
         browser.close()
