@@ -90,7 +90,7 @@ def compared(found: dict[str, Any], reference: dict[str, Any]) -> dict[str, Any]
     """What of a reader's answer is the reference's: its tokens, its loss, and how much of its text."""
     if "error" in found:
         return found
-    row = {"versions": found["versions"], "same_text": found["text"] == reference["text"]}
+    row = {"versions": found["versions"], "same_text": found["text"].strip() == reference["text"].strip()}
     if "tokens" in found:
         row["same_tokens"] = found["tokens"] == reference["tokens"]
     if "nats" in found:

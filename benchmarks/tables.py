@@ -541,8 +541,12 @@ def readers(results: dict[str, Any]) -> str:
         versions = ", ".join(f"{name} {version.split('+')[0]}" for name, version in row["versions"].items())
         tokens = {True: "the same", False: "other"}.get(row.get("same_tokens"), "")  # type: ignore[arg-type]
         nats = f"{row['nats_more']:+.0e}" if row.get("nats_more") else "0" if "nats_more" in row else ""
-        lines.append([row["what"], versions, tokens, nats, "the same" if row["same_text"] else "other"])
-    return table(["reader", "versions", "tokens of the prompt", "loss more than transformers', nats", "generated text"], lines)
+        text = "" if nats else "the same" if row["same_text"] else "other"
+        lines.append([row["what"], versions, tokens, nats, text])
+    return table(
+        ["reader", "versions", "tokens of the prompt", "loss more than transformers', nats", "generated text, without a loss"],
+        lines,
+    )
 
 
 def fill(path: Any, sections: dict[str, str]) -> None:
