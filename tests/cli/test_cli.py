@@ -123,6 +123,7 @@ def test_tables_for_people(capsys, monkeypatch, folder, tmp_path):
     assert code == 0
     assert "sparsity 0.5000 in 21 matrices" in printed.replace("\n", " ")
     assert "dense with zeros" in printed  # nobody is to find out later that it is no faster
+    assert "On a CPU with" in printed
 
 
 def test_recipe_files_and_flags_over_them(capsys, monkeypatch, folder, tmp_path):

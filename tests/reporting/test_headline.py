@@ -72,6 +72,18 @@ def test_the_speed_of_another_model_is_nobodys(tmp_path):
     assert sentence.endswith("whether it is faster was not measured.")
 
 
+def test_a_kernel_for_any_mask_is_for_every_kind(tmp_path):
+    row = made_up.speeds()["results"][0] | {"kind": "any mask", "kernel": "uniprune.accelerate"}
+    sentence = said(tmp_path, pruned=made_up.pruning(uniform=0.5), bench=made_up.speeds(results=[row]))
+    assert sentence.endswith("can be faster: 2:4 1.50 times as fast (uniprune.accelerate, float32, batch 1).")
+
+
+def test_what_pruning_measured_is_said_where_bench_did_not_run(tmp_path):
+    pruned = made_up.pruning(speed="On a CPU with 2 threads it is no faster than the dense model.")
+    assert said(tmp_path, pruned=pruned).endswith("packed; on a CPU with 2 threads it is no faster than the dense model.")
+    assert "no faster" not in said(tmp_path, pruned=pruned, bench=made_up.speeds())
+
+
 def test_a_packed_folder_says_what_it_saves(tmp_path):
     assert "packed to run it takes 2.6 MB, 55.0% of the checkpoint" in said(
         tmp_path, pruned=made_up.pruning(), packed=made_up.packing()

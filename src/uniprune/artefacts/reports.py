@@ -120,7 +120,8 @@ class Pruning(Realised, Record):
     """``pruning.json`` of ``prune`` and ``apply``.
 
     size: if one was asked for. controller: if one ran. masks_sha256: of the masks file; None for a model that was pruned in
-    place. differs: matrices with other weights than the masks were made for (``apply --force``). seconds: by stage.
+    place. differs: matrices with other weights than the masks were made for (``apply --force``). speed: whether it is
+    faster on the machine that wrote it, in a sentence. seconds: by stage.
     Of ``apply``, which has masks only, neither recipe nor calibration is known.
     """
 
@@ -134,6 +135,7 @@ class Pruning(Realised, Record):
     starved: Starved | None = None
     masks_sha256: str | None = None
     differs: list[str] = []
+    speed: str | None = None
     versions: dict[str, str] = {}
     seconds: dict[str, float] = {}
 

@@ -90,7 +90,7 @@ def pruned_lines(report: Pruning | ExpertRemoval) -> list[str]:
             lines.append(
                 f"Its codes are the source's ({report.model.quantised}), those of pruned weights that of 0; scales stay."
             )
-        return [*lines, NOTE]
+        return [*lines, NOTE, *([f"{report.speed} uniprune bench measures more."] if report.speed else [])]
     kept = report.experts
     lines = [f"{kept.kept} of {kept.of} experts in each of {kept.layers} layers, {kept.parameters / 1e6:.1f}M parameters"]
     if report.unreached:

@@ -14,10 +14,12 @@ from uniprune.artefacts.reports import ModelFacts, Pruning, realised
 from uniprune.checkpoints.origin import Origin, resolve
 from uniprune.common.provenance import Stopwatch, sha256, versions
 from uniprune.errors import MismatchError
+from uniprune.job.prepare import written_dtype
 from uniprune.models.loading import Loaded, find_names, load_tokenizer, load_weights, parse_dtype
 from uniprune.models.matrices import Matrices, find_matrices
 from uniprune.reporting import model_card
 from uniprune.sparsity.structure import claimed
+from uniprune.speed.outlook import with_speed
 from uniprune.storage import files, runs
 
 
@@ -76,6 +78,8 @@ def apply(
             versions=versions(),
             seconds=watch.seconds,
         )
+        with watch("time"):
+            report = with_speed(report, written_dtype(loaded, file.shapes), torch.device("cpu"))
         model_card.write(folder, report, origin)
         report.write(folder / files.REPORT)
     return report

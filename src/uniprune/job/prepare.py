@@ -7,7 +7,7 @@ processes, or block by block from disk, follows from the memory that the forecas
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -334,11 +334,20 @@ def calibration_windows(recipe: Recipe, tokenizer: Any, model: torch.nn.Module) 
     return windows
 
 
-def stored_dtype(origin: Origin, matrices: Matrices) -> torch.dtype | None:
+def stored_dtype(origin: Origin, matrices: Iterable[str]) -> torch.dtype | None:
     """The type of a model's matrices on disk, None of codes; what a GGUF file has quantised is float32 here."""
     if origin.quantised:
         return None
     return PLAIN.get(origin.files.stored(next(iter(matrices))).dtype, torch.float32) if origin.files else torch.float32
+
+
+def written_dtype(source: Loaded | Origin, matrices: Iterable[str]) -> torch.dtype | None:
+    """The type that a model's pruned matrices are written in, None of codes: the stored one, or that in memory."""
+    origin = source if isinstance(source, Origin) else source.origin
+    if origin and (origin.files or origin.quantised):
+        return stored_dtype(origin, matrices)
+    assert isinstance(source, Loaded)
+    return next(source.model.parameters()).dtype
 
 
 def _spelled(origin: Origin, matrices: Matrices) -> str:

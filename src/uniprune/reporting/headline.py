@@ -13,6 +13,7 @@ from uniprune.common.formatting import NOTE, count, number, percent, points, sho
 from uniprune.comparison.results import DENSE, UNIFORM, Comparison, ComparisonRow
 from uniprune.reporting.summary import Subject, Summary, Tradeoff, alike, measure
 from uniprune.sparsity.structure import Structure
+from uniprune.speed.kernels import ANY_MASK
 from uniprune.speed.results import MARGIN
 
 NEAR = 1.1  # times the dense perplexity, that is hardly worse
@@ -230,12 +231,15 @@ def _speed(summary: Summary, models: Sequence[str], forms: Iterable[Structure]) 
     names = set(map(short, models))
     speeds = next((each for each in summary.speeds if short(each.model) in names), None)
     if speeds is None:
-        return "whether it is faster was not measured"
+        said = [subject.pruning.speed for subject in summary.pruned if subject.pruning and subject.pruning.speed]
+        return said[0][0].lower() + said[0][1:].rstrip(".") if len(said) == 1 else "whether it is faster was not measured"
     faster = []
     for kind, sparsity in dict.fromkeys((_kind(form), form.sparsity) for form in forms):
-        found = speeds.fastest(kind, sparsity) if kind else None
+        found = speeds.fastest([ANY_MASK, kind], sparsity)
         if found and found.low >= 1 + MARGIN:
-            faster.append(f"{kind} {found.speedup:.2f} times as fast ({found.kernel}, {found.dtype}, batch {found.batch})")
+            faster.append(
+                f"{kind or ANY_MASK} {found.speedup:.2f} times as fast ({found.kernel}, {found.dtype}, batch {found.batch})"
+            )
     place = f"on {speeds.device}, {speeds.threads} thread{'s' if speeds.threads > 1 else ''},"
     if faster:
         return f"{place} matrix products can be faster: {', '.join(faster)}"

@@ -26,6 +26,7 @@ from uniprune.sparsity.hardware import PROFILES
 from uniprune.sparsity.patterns import NM, Pattern, Shape, Tiled, Unstructured
 
 TWO_OF_FOUR = NM(2, 4)
+ANY_MASK = "any mask"
 SEMI_STRUCTURED_NEEDS = PROFILES["nvidia-semi-structured"]
 
 
@@ -62,7 +63,7 @@ class Bitmask(Kernel):
     """This package's own, as ``uniprune.accelerate`` uses it: any mask; few tokens by the kernel, many by unpacked rows."""
 
     name: str = "uniprune.accelerate"
-    kind: str = "any mask"
+    kind: str = ANY_MASK
 
     def patterns(self, sparsities: Sequence[float]) -> list[Pattern]:
         return [Unstructured(sparsity, "matrix") for sparsity in sparsities]

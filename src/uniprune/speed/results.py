@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 from uniprune.speed.timing import Missing, Result
@@ -29,8 +30,8 @@ class Speeds(Record):
     seconds: float
     versions: dict[str, str]
 
-    def fastest(self, kind: str, sparsity: float) -> Result | None:
-        """The best product with masks of a kind, at the highest sparsity measured that such masks reach; None if none was."""
-        reached = [row for row in self.results if row.kind == kind and row.sparsity <= sparsity + MARGIN / 10]
+    def fastest(self, kinds: Sequence[str | None], sparsity: float) -> Result | None:
+        """The best product with masks of these kinds, at the highest sparsity measured that they reach; None if none was."""
+        reached = [row for row in self.results if row.kind in kinds and row.sparsity <= sparsity + MARGIN / 10]
         highest = max((row.sparsity for row in reached), default=None)
         return max((row for row in reached if row.sparsity == highest), key=lambda row: row.low, default=None)

@@ -1,0 +1,78 @@
+"""Whether a pruned model will be faster on this machine, in a sentence, from a quick measurement of its own shapes.
+
+``bench`` measures thoroughly; this takes seconds: the one shape that most of the weights have, cut to LARGEST of them. Text
+that is generated waits for products of one token; a prompt has many.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+
+from uniprune.artefacts.reports import Pruning, Realised
+from uniprune.models.loading import dtype_name
+from uniprune.sparsity.patterns import Shape
+from uniprune.speed import timing
+from uniprune.speed.kernels import BITMASK, DENSE, SEMI_STRUCTURED, TWO_OF_FOUR
+from uniprune.speed.results import MARGIN
+from uniprune.speed.timing import Conditions, Missing, Result
+
+LARGEST = 1 << 22  # weights of the matrix that is timed
+MATRICES = 32  # of this shape, as a model has: they come from memory
+TOKEN, PROMPT = 1, 64  # tokens at a time
+SPARSER = (0.7, 0.9)  # where it might be faster, if it is not at the model's own sparsity
+DENSE_TYPES = (torch.bfloat16, torch.float32)  # that a dense model could be run in instead
+
+
+def with_speed(report: Pruning, dtype: torch.dtype | None, device: torch.device) -> Pruning:
+    """A report that says it as well, unless nothing was removed. dtype: of the checkpoint; None of codes: not timed."""
+    if dtype is None or not report.sparsity:
+        return report
+    return report.model_copy(update={"speed": outlook(report, dtype, device)})
+
+
+def outlook(pruned: Realised, dtype: torch.dtype, device: torch.device) -> str:
+    """The sentence. pruned: what a run removed. dtype: of the checkpoint."""
+    sizes: Counter[Shape] = Counter()
+    for matrix in pruned.matrices.values():
+        sizes[matrix.shape] += matrix.size
+    (rows, columns), _ = sizes.most_common(1)[0]
+    some = {(min(rows, max(16, LARGEST // columns)), columns): MATRICES}
+    sparsity = pruned.sparsity
+    kernels = [BITMASK, *([SEMI_STRUCTURED] if pruned.pattern == str(TWO_OF_FOUR) else [])]
+    at = Conditions(device, [dtype], (TOKEN, PROMPT), [sparsity], kernels, seconds=0)
+    results, missing = timing.measure(some, at)
+    if any(row.batch == TOKEN and row.low < 1 + MARGIN for row in results):
+        at = Conditions(device, [dtype], (TOKEN,), [more for more in SPARSER if more > sparsity], [BITMASK], seconds=0)
+        results += timing.measure(some, at)[0]
+    others = [other for other in DENSE_TYPES if other != dtype]
+    dense = timing.measure(some, Conditions(device, [dtype, *others], (TOKEN,), [], [], seconds=0))[0]
+    threads = torch.get_num_threads()
+    cpu = f"a CPU with {threads} thread{'s' if threads > 1 else ''}"
+    place = cpu if device.type == "cpu" else torch.cuda.get_device_name(device)
+    return f"On {place} {verdict(results + dense, missing, sparsity, dtype_name(dtype))}"
+
+
+def verdict(results: Sequence[Result], missing: Sequence[Missing], sparsity: float, dtype: str) -> str:
+    """What the measurements say of a model of a sparsity, stored in a type; results: with dense products in other types."""
+    sparse = [row for row in results if row.kind != DENSE.kind]
+    if not sparse:
+        return f"it is no faster than the dense model: no kernel takes its masks in {dtype} ({missing[0].reason.rstrip('.')})."
+    token, prompt = (_best(sparse, batch, sparsity) for batch in (TOKEN, PROMPT))
+    times = f"{token.kernel} multiplies its matrices {token.speedup:.1f} times as fast as dense {dtype} ones for each new token"
+    times += f", {prompt.speedup:.1f} times for a prompt"
+    if token.low < 1 + MARGIN:
+        said = f"it is no faster than the dense model: {times}"
+        more = [row for row in sparse if row.batch == TOKEN and row.sparsity > sparsity and row.low >= 1 + MARGIN]
+        first = min(more, key=lambda row: row.sparsity, default=None)
+        return f"{said}; at {first.sparsity:.0%} sparsity it would be {first.speedup:.1f}." if first else f"{said}."
+    rival = max((row for row in results if row.kind == DENSE.kind), key=lambda row: row.speedup, default=None)
+    but = f" (dense {rival.dtype}: {rival.speedup:.1f})" if rival and rival.speedup > 1 + MARGIN else ""
+    return f"{times}{but}; loaded in any other way it has the dense model's speed."
+
+
+def _best(rows: Sequence[Result], batch: int, sparsity: float) -> Result:
+    """The fastest kernel at a model's own sparsity; what has a pattern of its own is near it."""
+    return max((row for row in rows if row.batch == batch), key=lambda row: (-abs(row.sparsity - sparsity), row.speedup))
