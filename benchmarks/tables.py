@@ -232,6 +232,7 @@ def tasks(results: dict[str, Any]) -> str:
     lines = []
     for row in results["rows"]:
         marks = [f"{row[f'{metric}_that_differ']} ({metric})" for metric in ("acc", "acc_norm", "flexible") if metric in row]
+        marks += [f"{row['texts_that_differ']} (texts)"] if "texts_that_differ" in row else []
         nats = f"{row['largest_difference_nats']:.0e}" if "largest_difference_nats" in row else ""
         lines.append([row["task"], str(row["num_fewshot"]), str(row["requests_that_differ"]), ", ".join(marks), nats])
     judged = ", ".join(f"{one['differ']} of {one['pairs']} {name}" for name, one in results["judged"].items())
