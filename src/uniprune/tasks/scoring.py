@@ -24,12 +24,13 @@ from torch import Tensor, nn
 from uniprune.common.progress import Progress, silent
 from uniprune.errors import InputError
 from uniprune.models.blocks import device_of, text_alone
+from uniprune.models.output_head import PIECE
 
 logger = logging.getLogger(__name__)
 
 BATCH_TOKENS = 1024
 ROW_TOKENS = 192  # rows are at least as long: shorter ones would be padded more
-PIECE = 16  # positions whose log-probabilities are in memory at once
+CACHED = 16  # positions whose log-probabilities stay in a processor's cache
 JOINED_TOKENS = 2048  # questions of one beginning share a row up to this length
 
 
@@ -288,11 +289,12 @@ def _whole(model: nn.Module, questions: Sequence[Sequence[Tokens]], batch: Batch
 
 
 class _Judge:
-    """Scores from logits ``[positions, vocabulary]``, a piece at a time, which stays in the processor's cache."""
+    """Scores from logits ``[positions, vocabulary]``, a piece at a time: log-probabilities of all would take as much again."""
 
     def __init__(self, logits: Tensor) -> None:
         self._logits = logits
-        found = [(piece.float().logsumexp(-1), piece.argmax(-1)) for piece in torch.split(logits, PIECE)]
+        size = CACHED if logits.device.type == "cpu" else PIECE
+        found = [(piece.float().logsumexp(-1), piece.argmax(-1)) for piece in torch.split(logits, size)]
         total, likeliest = zip(*found, strict=True)
         self._total, self._likeliest = torch.cat(total), torch.cat(likeliest).tolist()
 
