@@ -31,6 +31,7 @@ RESULTS = Path(__file__).parent / "results"
 DATA = ROOT.parent / "shared" / "data"
 CALIBRATION = DATA / "c4" / "c4_demo.jsonl"
 EVALUATION = DATA / "wikitext2" / "wiki.test.raw"
+FLAGS = ("avx2", "f16c", "avx512f", "avx512_vbmi2", "avx512_bf16", "amx_bf16", "asimd")
 FAST = fast_dtype(torch.bfloat16, torch.device("cpu"))  # float32 where bfloat16 is only emulated
 
 logging.set_verbosity_error()
@@ -74,6 +75,20 @@ def smollm2_folder(folder: Path, dtype: str = "bfloat16") -> str:
     return str(folder)
 
 
+def processor() -> dict[str, Any]:
+    """The processor, by name and by the instructions that matter."""
+    text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    facts = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
+    facts = {key.strip(): value.strip() for key, value in facts.items()}
+    flags = facts.get("flags", facts.get("Features", "")).split()
+    return {
+        "name": facts.get("model name", platform.processor() or platform.machine()),
+        "family_model": f"{facts.get('cpu family', '')} {facts.get('model', '')}".strip(),
+        "cores": os.cpu_count(),
+        "flags": [flag for flag in FLAGS if flag in flags],
+    }
+
+
 def relative(path: str | Path) -> str:
     """Names of data files without this machine's folders."""
     return Path(path).name
@@ -92,7 +107,7 @@ def load(name: str) -> dict[str, Any]:
 
 def save(name: str, results: dict[str, Any]) -> None:
     """Writes results/<name>.json with the software and hardware they were had on."""
-    machine = {"cpu": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
+    machine = {"cpu": processor(), "threads": torch.get_num_threads()}
     RESULTS.mkdir(exist_ok=True)
     text = json.dumps({"versions": versions(), "machine": machine, **results}, indent=1)
     (RESULTS / f"{name}.json").write_text(text + "\n")

@@ -1,6 +1,6 @@
-"""Every method on SmolLM2-135M: C4 calibration, WikiText-2 raw test, float32, 24 windows of 512 spread over the test text.
+"""Every method on a model: C4 calibration, WikiText-2 raw test, float32, 24 windows of 512 spread over the test text.
 
-    python benchmarks/quality.py METHOD [PATTERN ...] [--seed N] [--full]
+    python benchmarks/quality.py METHOD [PATTERN ...] [--model qwen] [--seed N] [--tokens N] [--full]
 
 METHOD: dense, a local metric (magnitude, wanda, ria, stochria), fisher, owl, sparsegpt, sequential (Wanda's, block after
 block), refine (the same and --refine), paper, feedback (the controller, calibrated for each pattern alone), any (one
@@ -8,8 +8,9 @@ calibration of the controller, all patterns cut from it). A sparsity such as 0.5
 row, but for fisher and the controller, which have one for the model.
 
 Local methods see 64 windows of 512 tokens, the controllers 131,072 tokens in all, counted with repeats, start and judging
-included. Controllers descend in bfloat16, or in float32 on a CPU that only emulates it; a row's dtype says which. Rows
-accumulate in results/quality.json, keyed by method, pattern and seed. At 2:4 and 50 % they have other domains too: encyclopedia
+included; with --tokens another number, whose rows are kept apart (the curve). Controllers descend in bfloat16, or in float32
+on a CPU that only emulates it; a row's dtype says which. Rows accumulate in results/quality.json, those of another model
+than SmolLM2-135M in a file of its own, keyed by method, pattern and seed. At 2:4 and 50 % there are other domains: encyclopedia
 articles, and questions with their right answers. With --full, rows have the whole test text in windows of 2048, too, in that
 type (half an hour each on a slow core); they are kept apart, for they may come from another machine than the others.
 """
@@ -28,7 +29,7 @@ import torch
 
 import baselines
 import uniprune
-from common import CALIBRATION, DATA, EVALUATION, FAST, load, peak_memory, relative, save, smollm2
+from common import CALIBRATION, DATA, EVALUATION, FAST, load, peak_memory, qwen, relative, save, smollm2
 from uniprune.comparison.sparsegpt import sparsegpt
 from uniprune.controller import descent
 from uniprune.controller.mirror_descent import MirrorDescent
@@ -44,6 +45,7 @@ from uniprune.saliency.sequential import refined, sequential
 from uniprune.sparsity import spelling
 from uniprune.sparsity.patterns import Masks, Pattern
 
+MODELS = {"smollm2": smollm2, "qwen": qwen}
 PATTERNS = ("2:4", "0.5", "0.6", "0.7", "4:8")
 MAIN = ("2:4", "0.5")
 BUDGET = 131_072
@@ -55,10 +57,13 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("method")
     parser.add_argument("patterns", nargs="*")
+    parser.add_argument("--model", choices=MODELS, default="smollm2")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--tokens", type=int, default=BUDGET, help="of the controllers")
     parser.add_argument("--full", action="store_true")
     chosen = parser.parse_args()
-    bench = Bench(chosen.seed)
+    bench = Bench(chosen.seed, chosen.model, chosen.tokens)
+    table = "whole" if chosen.full else "rows" if chosen.tokens == BUDGET else "curve"
     method = {"dense": bench.dense, "fisher": bench.fisher, "owl": bench.owl, "sparsegpt": bench.sparsegpt}
     method |= {
         "sequential": bench.sequential,
@@ -76,19 +81,19 @@ def main() -> None:
         removed = sum(int((~mask).sum()) for mask in cut.values())
         row["sparsity"] = removed / sum(matrix.size for matrix in bench.matrices.values())
         row |= bench.evaluate(cut, transfer=spec in ("0", *MAIN))
-        keep(row | (bench.whole(cut) if chosen.full else {}), "whole" if chosen.full else "rows")
+        keep(chosen.model, row | (bench.whole(cut) if chosen.full else {}), table)
         start = time.perf_counter()
 
 
 class Bench:
     """The model, the text, and each method's way from them to masks."""
 
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
+    def __init__(self, seed: int = 0, model: str = "smollm2", budget: int = BUDGET) -> None:
+        self.source, self.seed, self.budget = MODELS[model](), seed, budget
         self.reload()
 
     def reload(self, dtype: torch.dtype = torch.float32) -> None:
-        self.loaded = uniprune.load(smollm2(), dtype=dtype_name(dtype), device="cpu")
+        self.loaded = uniprune.load(self.source, dtype=dtype_name(dtype), device="cpu")
         self.model, self.matrices = self.loaded.model, find_matrices(self.loaded.model)
 
     def text(self, windows: int = WINDOWS, length: int = LENGTH) -> torch.Tensor:
@@ -166,13 +171,13 @@ class Bench:
 
     def paper(self, specs: list[str]) -> Cut:
         """128 windows, each seen once by the local metric and once by a step. stochRIA is the paper's own metric."""
-        tokens = self.text(BUDGET // LENGTH // 2)
+        tokens = self.text(self.budget // LENGTH // 2)
         for spec in specs:
             self.reload(FAST)
             pattern = spelling.parse(spec)
             metric = metrics.StochRIA(seed=self.seed)
             saliency, _ = UniPruning().calibrate(self.calibration(tokens), metric, [pattern], seed=self.seed)
-            yield spec, pattern, dict(pattern(saliency)), BUDGET
+            yield spec, pattern, dict(pattern(saliency)), self.budget
 
     def feedback(self, specs: list[str]) -> Cut:
         for spec in specs:
@@ -186,13 +191,13 @@ class Bench:
             pattern = spelling.parse(spec, default="model")
             yield spec, pattern, dict(pattern(saliency)), tokens
 
-    def descend(self, targets: Any, budget: int = BUDGET, **settings: Any) -> tuple[dict[str, torch.Tensor], int]:
+    def descend(self, targets: Any, budget: int | None = None, **settings: Any) -> tuple[dict[str, torch.Tensor], int]:
         """As many steps as the budget leaves after the start and the judging."""
         self.reload(FAST)
         tuned = MirrorDescent(**settings)
         held_out = max(tuned.held_out, len(targets))
         judged = held_out * LENGTH * (tuned.checks + 1)
-        steps = (budget - descent.START_TOKENS - judged) // tuned.batch_tokens
+        steps = ((budget or self.budget) - descent.START_TOKENS - judged) // tuned.batch_tokens
         windows = self.text(steps * tuned.batch_tokens // LENGTH + held_out)
         saliency, record = tuned.calibrate(self.calibration(windows), metrics.Wanda(), targets, steps, self.seed)
         print(record, flush=True)
@@ -210,12 +215,13 @@ def right_answers() -> Iterator[str]:
         yield f"Question: {row['goal']}\nAnswer: {row['sol2' if row['label'] else 'sol1']}"
 
 
-def keep(row: dict[str, Any], table: str) -> None:
-    results = load("quality")
-    tables = {name: results.get(name, []) for name in ("rows", "whole")}
-    key = ("method", "pattern", "scope", "seed")
+def keep(model: str, row: dict[str, Any], table: str) -> None:
+    file = "quality" if model == "smollm2" else f"quality_{model}"
+    results = load(file)
+    tables = {name: results.get(name, []) for name in ("rows", "whole", "curve")}
+    key = ("method", "pattern", "scope", "seed", *(["tokens"] if table == "curve" else []))
     tables[table] = [other for other in tables[table] if [other[k] for k in key] != [row[k] for k in key]] + [row]
-    save("quality", {"calibration": relative(CALIBRATION), "evaluation": relative(EVALUATION), **tables})
+    save(file, {"calibration": relative(CALIBRATION), "evaluation": relative(EVALUATION), **tables})
     print(row, flush=True)
 
 

@@ -24,7 +24,6 @@ import copy
 import gc
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -41,7 +40,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache
 
 import uniprune
-from common import load, qwen, save, smollm2
+from common import load, processor, qwen, save, smollm2
 from uniprune.models.matrices import find_matrices
 from uniprune.runtime import layout
 from uniprune.runtime.linear import BitmaskLinear, multiply
@@ -52,7 +51,6 @@ MODELS = {"smollm2": smollm2, "qwen": qwen}
 PATTERNS = ("0.5", "2:4", "0.7")
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PROMPT, DECODED, PREFILL = 16, 16, 128
-FLAGS = ("avx2", "f16c", "avx512f", "avx512_vbmi2", "avx512_bf16", "amx_bf16", "asimd")
 PROMPTS = (
     "The capital of France is",
     "def fibonacci(n):",
@@ -256,21 +254,6 @@ def report_resident(kind: str, folder: str) -> None:
     print(psutil.Process().memory_info().rss - before)
 
 
-def machine() -> dict[str, Any]:
-    """The processor, by name and by the instructions that matter."""
-    text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    facts = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
-    facts = {key.strip(): value.strip() for key, value in facts.items()}
-    flags = facts.get("flags", facts.get("Features", "")).split()
-    return {
-        "name": facts.get("model name", platform.processor()),
-        "family_model": f"{facts.get('cpu family', '')} {facts.get('model', '')}".strip(),
-        "cores": os.cpu_count(),
-        "flags": [flag for flag in FLAGS if flag in flags],
-        "path": library().paths[-1],
-    }
-
-
 @torch.inference_mode()
 def dense_types(name: str, threads: Sequence[int], sides: Sides) -> list[dict[str, Any]]:
     """Seconds a token of the dense model in every type: the pruned one has to beat the best of them, too."""
@@ -302,7 +285,10 @@ def main() -> None:
     sides = Sides(chosen.rounds, time.process_time if chosen.cpu_time else time.perf_counter)
     threads = [int(one) for one in chosen.threads.split(",")]
     results = {key: value for key, value in load("runtime").items() if key not in ("versions", "machine")}
-    results |= {"cpu": machine(), "clock": "processor time" if chosen.cpu_time else "wall clock"}
+    results |= {
+        "cpu": processor() | {"path": library().paths[-1]},
+        "clock": "processor time" if chosen.cpu_time else "wall clock",
+    }
     for name in chosen.models:
         for key in ("rows", "packing", "dense"):
             results[key] = [row for row in results.get(key, []) if row["model"] != name]

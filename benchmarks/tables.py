@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import re
 import statistics
+from collections.abc import Sequence
 from typing import Any
 
 from ablations import VARIANTS
@@ -122,6 +123,21 @@ class Quality:
                 cells = (cell for value, share in found for cell in (number(value), number(share, 2)))
                 lines.append([f"{METHODS[method]}, {pattern}", *cells])
         return table(["method", "whole text, samples of 2048", "R", "24 samples of 512", "R"], lines)
+
+    def curve(self, longer: Sequence[dict[str, Any]]) -> str:
+        """Perplexity and R of the controller by tokens; longer: rows with other numbers of tokens than the usual."""
+        found: dict[int, dict[str, str]] = {}
+        for method in ("any", "feedback"):
+            for pattern in ("2:4", "50%"):
+                usual = [row for row in self.rows.get((method, pattern), []) if row["seed"] == 0]
+                spec = pattern if ":" in pattern else "0.5"
+                for row in [*usual, *(one for one in longer if (one["method"], one["pattern"]) == (method, spec))]:
+                    share = self.gap(self.starts(pattern)[0]["perplexity"], row["perplexity"])
+                    thousands = round(row["tokens"] / 1000)
+                    found.setdefault(thousands, {})[f"{METHODS[method]}, {pattern}"] = f"{row['perplexity']:.1f} ({share:.2f})"
+        columns = [f"{METHODS[method]}, {pattern}" for method in ("feedback", "any") for pattern in ("2:4", "50%")]
+        lines = [[f"{tokens}k", *(row.get(column, "") for column in columns)] for tokens, row in sorted(found.items())]
+        return table(["tokens", *columns], lines)
 
     def costs(self) -> str:
         """Medians over calibration seeds of ratios to Wanda's row of the same seed; of the rows in their commonest type."""
@@ -565,6 +581,11 @@ def main() -> None:
         quality = Quality(results["rows"])
         names = ("perplexities", "gaps", "shared", "transfer", "costs", "seeds")
         sections = {name: getattr(quality, name)() for name in names} | {"whole": Quality(results["whole"]).whole()}
+        sections["curve"] = quality.curve(results.get("curve", []))
+    if results := load("quality_qwen"):
+        second = Quality(results["rows"])
+        sections |= {f"qwen-{name}": getattr(second, name)() for name in ("perplexities", "gaps", "costs")}
+        sections["qwen-curve"] = second.curve(results["curve"])
     writers = {"page": page, "ablations": ablations, "peer": peer, "zeroshot": zeroshot, "tasks": tasks, "speed": speed}
     for name, write in writers.items():
         if results := load(name):
