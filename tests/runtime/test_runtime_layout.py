@@ -1,6 +1,8 @@
 """The runtime layout on disk: every bit comes back, of any type and pattern; what is hostile or damaged is refused."""
 
+import errno
 import json
+import os
 import struct
 
 import pytest
@@ -64,6 +66,22 @@ def test_every_bit_comes_back(pruned, tmp_path, spec, dtype):
     assert report.packed == 21
     assert not report.left_dense
     assert (tmp_path / "out" / "config.json").read_bytes() == (folder / "config.json").read_bytes()
+
+
+@pytest.mark.parametrize("copies", [0, 100])
+def test_tensors_are_the_same_where_the_system_does_not_copy_them(pruned, tmp_path, monkeypatch, copies):
+    """From one file system to another it does not, and it may stop in the middle."""
+    folder, copy_range = pruned(), os.copy_file_range
+
+    def some(source, file, size, place, offset):
+        if not copies or size <= copies:
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        return copy_range(source, file, copies, place, offset)
+
+    layout.pack(folder, tmp_path / "out")
+    monkeypatch.setattr(os, "copy_file_range", some)
+    layout.pack(folder, tmp_path / "other")
+    assert (tmp_path / "out" / PACKED).read_bytes() == (tmp_path / "other" / PACKED).read_bytes()
 
 
 def test_half_of_bfloat16_takes_nine_sixteenths(tmp_path):

@@ -265,12 +265,26 @@ def _write(path: Path, tensors: Sequence[ToPack | Kept], facts: RuntimeFacts, pr
         file.flush()
 
         def write(one: ToPack | Kept) -> None:
+            if isinstance(one, Kept) and _copied(one.entry, file.fileno(), starts[one.key]):
+                return
             for key, offset, part in one.parts():
                 _write_all(file.fileno(), part, starts[key] + offset)
 
         for _ in progress(pool.map(write, tensors), "pack", len(tensors)):
             pass
     files.sync(path)
+
+
+def _copied(entry: Entry, file: int, offset: int) -> bool:
+    """Copies a tensor within the system, where that can: several times as fast as through this process."""
+    place, left = entry.start, entry.stop - entry.start
+    try:
+        with entry.file.open("rb") as source:
+            while left and (done := os.copy_file_range(source.fileno(), file, left, place, offset)):
+                place, offset, left = place + done, offset + done, left - done
+    except (AttributeError, OSError):  # other systems than Linux; from one file system to another
+        return False
+    return not left
 
 
 def _write_all(file: int, part: Array, offset: int) -> None:
