@@ -20,7 +20,7 @@ import numpy as np
 
 from uniprune.artefacts import writer
 from uniprune.artefacts.archive_codec import GROUP, WORDS, Array, Chunk, Zstd, decode, encode, xor
-from uniprune.checkpoints import checkpoint
+from uniprune.checkpoints.protocol import keys
 from uniprune.common.progress import Progress, silent
 from uniprune.errors import InputError
 from uniprune.storage import dtypes, safetensors_index, strict_json
@@ -168,7 +168,7 @@ def _chunks(
     for name, entry in tensors.items():
         yield from (Chunk("bytes", "u8", length) for _, length in _cut(entry.start - position, CHUNK))
         position = entry.stop
-        key = next((key for key in checkpoint.keys(name) if key in weights), None)
+        key = next((key for key in keys(name) if key in weights), None)
         if key is not None:
             yield from _mask_chunks(entry.stop - entry.start, *weights[key])
             continue

@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from uniprune.artefacts import archive, archive_codec, writer
-from uniprune.checkpoints.checkpoint import Checkpoint, Files, Stored
+from uniprune.checkpoints.checkpoint import Files
 from uniprune.checkpoints.origin import Origin
+from uniprune.checkpoints.protocol import Checkpoint, Stored
 from uniprune.common.formatting import spell_size
 from uniprune.errors import InputError
 from uniprune.models.loading import Loaded

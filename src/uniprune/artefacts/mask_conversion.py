@@ -10,7 +10,8 @@ from torch import Tensor
 
 from uniprune.artefacts.mask_formats import FORMATS, ExportFacts, Foreign, marked, write
 from uniprune.artefacts.mask_tools import KERNELS, Array, CheckedMasks, Dense, Record, Source, _find_weights, _kept_per
-from uniprune.checkpoints.checkpoint import Checkpoint, Files
+from uniprune.checkpoints.checkpoint import Files
+from uniprune.checkpoints.protocol import Checkpoint
 from uniprune.errors import InputError, MismatchError
 from uniprune.models.matrices import Matrix
 from uniprune.storage.files import check_disk_space, check_output_file

@@ -19,8 +19,9 @@ from torch import Tensor
 from uniprune.artefacts import writer
 from uniprune.artefacts.binding import Binding
 from uniprune.artefacts.masks import MasksFacts, MasksFile, write_masks
-from uniprune.checkpoints.checkpoint import Checkpoint, Files, checkpoint_of
+from uniprune.checkpoints.checkpoint import Files, checkpoint_of
 from uniprune.checkpoints.origin import resolve
+from uniprune.checkpoints.protocol import Checkpoint
 from uniprune.errors import InputError, MismatchError
 from uniprune.models import loading
 from uniprune.models.matrices import find_matrices

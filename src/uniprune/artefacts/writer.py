@@ -23,9 +23,10 @@ import numpy as np
 import torch
 
 from uniprune.artefacts.masks import MasksFile
-from uniprune.checkpoints.checkpoint import Files, spell_digest
+from uniprune.checkpoints.checkpoint import Files
 from uniprune.checkpoints.layout import dequantised
 from uniprune.checkpoints.origin import Origin
+from uniprune.checkpoints.protocol import spell_digest
 from uniprune.checkpoints.quantised.codes import Coded
 from uniprune.errors import UniPruneError
 from uniprune.models.loading import Loaded

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from uniprune.checkpoints.checkpoint import Checkpoint, Files, bind, checkpoint_of
+from uniprune.checkpoints.checkpoint import Files, bind, checkpoint_of
 from uniprune.checkpoints.origin import Origin, resolve
+from uniprune.checkpoints.protocol import Checkpoint
 from uniprune.checkpoints.quantised.formats import plain
 from uniprune.checkpoints.shards import lacking
 from uniprune.errors import InputError, UniPruneError, first_line

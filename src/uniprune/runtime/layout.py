@@ -26,8 +26,9 @@ from torch import Tensor
 
 from uniprune.artefacts import reports, writer
 from uniprune.artefacts.reports import ModelFacts
-from uniprune.checkpoints.checkpoint import PACKED, Files, spell_digest
+from uniprune.checkpoints.checkpoint import PACKED, Files
 from uniprune.checkpoints.origin import Origin, resolve
+from uniprune.checkpoints.protocol import spell_digest
 from uniprune.common.progress import Progress, silent
 from uniprune.common.provenance import Stopwatch, versions
 from uniprune.errors import InputError
