@@ -61,6 +61,10 @@ def hollow_checkpoint(config: PretrainedConfig, folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
+def reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
+
+
 def plan(kind: str, folder: Path) -> dict[str, Any]:
     """What ``plan`` says of a type's default configuration."""
     began = time.process_time()
@@ -71,8 +75,10 @@ def plan(kind: str, folder: Path) -> dict[str, Any]:
         else:
             config.save_pretrained(folder)
             (folder / "model.safetensors").write_bytes(struct.pack("<Q", 2) + b"{}")
-    except Exception as error:  # transformers itself cannot make it: the reason is the row
-        return {"made": f"{type(error).__name__}: {str(error).splitlines()[0]}"[:200]}
+    except Exception as error:
+        if not (folder / "config.json").exists():  # transformers itself cannot make it: the reason is the row
+            return {"made": reason(error)}
+        (folder / "model.safetensors").write_bytes(struct.pack("<Q", 2) + b"{}")  # what is said of its configuration
     made = time.process_time()
     try:
         found = uniprune.plan(folder, uniprune.Recipe(sparsity="2:4"), max_memory=1 << 50)
@@ -96,7 +102,7 @@ def walk(kind: str, folder: Path) -> dict[str, str]:
             return {"made": "an encoder-decoder"}
         saved = catalogue.saved(kind, folder)
     except Exception as error:
-        return {"made": f"{type(error).__name__}: {str(error).splitlines()[0]}"[:200]}
+        return {"made": reason(error)}
     return families.steps(families.Walk(*saved, folder))
 
 

@@ -20,13 +20,13 @@ import torch
 from common import CALIBRATION, DATA, EVALUATION, load, relative, save
 from quality import Bench
 from uniprune.artefacts.scores import ScoresFile
+from uniprune.checkpoints.configuration import context
 from uniprune.comparison.sparsegpt import sparsegpt
 from uniprune.data.windows import Windows, load_windows
 from uniprune.evaluation import reproduce
 from uniprune.evaluation.answers import Answers, answer, tokenise
 from uniprune.evaluation.divergence import Recording, closeness
 from uniprune.evaluation.perplexity import perplexity
-from uniprune.models.loading import context
 from uniprune.models.masking import applied
 from uniprune.saliency import metrics
 from uniprune.saliency.calibration import Calibration, one_shot

@@ -24,8 +24,8 @@ from lm_eval.tasks import TaskManager
 
 import uniprune
 from common import DATA, save, smollm2
+from uniprune.checkpoints.configuration import context
 from uniprune.evaluation.answers import Answers, answer, tokenise
-from uniprune.models.loading import context
 from uniprune.tasks.loading import load_task
 
 CONFIGS = {  # our files -> the harness's own tasks

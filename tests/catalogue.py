@@ -16,7 +16,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
-from small_models import EXCLUDED
+from small_models import EXCLUDED, FAMILIES, kind_of
 
 TYPES = sorted({**MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, **MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES})
 VOCABULARY = 64
@@ -84,6 +84,7 @@ EXPERTS = {"n_group": 1, "topk_group": 1, "num_experts_per_tok": 2}
 SAM = {"global_attn_indexes": [1], "downsample_channels": [32, 32], "output_channels": 32, "mlp_dim": 64, "window_size": 2}
 SAM |= {"image_size": 32, "patch_size": 8, "num_pos_feats": 16, "scale": 16}
 DECODER = {"is_decoder": True}
+CODES = {"base_channels": 32, "latent_channels": 32, "channel_multiplier": [1], "num_res_blocks": 1}
 OWN: dict[str, dict[str, Any]] = {  # what types need beside their sizes; that of a part of them in braces
     **dict.fromkeys(("bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie"), DECODER),
     **dict.fromkeys(("megatron-bert", "rembert", "roberta", "roberta-prelayernorm", "roformer"), DECODER),
@@ -100,7 +101,7 @@ OWN: dict[str, dict[str, Any]] = {  # what types need beside their sizes; that o
     "chameleon": {
         "num_hidden_layers": 4,
         "vocabulary_map": {"<image>": 5, "IMGIMGAZ": 6},
-        "vq_config": {"base_channels": 32, "latent_channels": 32, "channel_multiplier": [1], "num_res_blocks": 1},
+        "vq_config": CODES,
     },
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8}, "ffn_config": {"ffn_hidden_size": 32}},
     "deepseek_ocr2": {
@@ -118,9 +119,12 @@ OWN: dict[str, dict[str, Any]] = {  # what types need beside their sizes; that o
         "compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 8},
     },
     "dots3_note_text": {"per_layer_config": {}, "head_dim": 16, "shared_experts_intermediate_size": 16},
+    "emu3": {"vocabulary_map": {"<|extra_200|>": 5, "<image>": 6, "<|visual token 000000|>": 7}, "vq_config": CODES},
     "ernie4_5_vl_moe": {
         "text_config": {"moe_intermediate_size": [16, 8], "rope_parameters": MROPE["rope_parameters"]},
     },
+    "falcon_mamba": {"hidden_size": 64},
+    "mamba": {"hidden_size": 64},
     "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16},
     "gemma3n_text": {"num_kv_shared_layers": 0, "intermediate_size": 64, "activation_sparsity_pattern": [0.5, 0.0]},
     "gemma4": {"audio_config": None},
@@ -134,8 +138,9 @@ OWN: dict[str, dict[str, Any]] = {  # what types need beside their sizes; that o
         "image_grid_pinpoints": [[28, 28]],
     },
     "hunyuan_vl": {"text_config": {"head_dim": 8, **MROPE}, "vision_config": {"max_image_size": 64, "max_vit_seq_len": 64}},
-    "janus": {"vq_config": {"base_channels": 32, "latent_channels": 32, "channel_multiplier": [1], "num_res_blocks": 1}},
+    "janus": {"vq_config": CODES},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "longcat_flash": {"n_routed_experts": 16, "zero_expert_num": 1},
     "mamba2": {"num_heads": 4, "head_dim": 16},
     "mistral4": {
         "rope_parameters": {
@@ -211,6 +216,11 @@ OWN["gemma4_assistant"] = {
     "backbone_hidden_size": 32,
 }
 OWN["gemma4_unified_assistant"] = {"text_config": {"num_kv_shared_layers": 2}, "backbone_hidden_size": 32, "num_centroids": 8}
+for kind in ("inkling2_text", "inkling_text"):
+    OWN[kind] = {"rel_extent": 8}
+for kind in ("inkling2", "inkling_mm_model"):
+    OWN[kind] = {"text_config": {"rel_extent": 8}}
+OWN["jamba"] = FAMILIES["jamba"]
 OWN["qwen4_exp"] = {"text_config": OWN["qwen4_exp_text"]}
 OWN["diffusion_gemma"] = {"text_config": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 16}}
 
@@ -233,13 +243,12 @@ def _is_part(value: Any) -> bool:
 def saved(kind: str, folder: Path) -> tuple[torch.nn.Module, str | tuple[()]]:
     """Writes a random model of a type as it is published; the model, and what cannot be pruned of it."""
     config = small(kind)
-    causal = type(config) in AutoModelForCausalLM._model_mapping
     images = type(config) in AutoModelForImageTextToText._model_mapping
     torch.manual_seed(0)
     whole = (AutoModelForImageTextToText if images else AutoModelForCausalLM).from_config(config)
     whole.save_pretrained(folder / "model", max_shard_size="100KB")
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config) if causal else whole
+    model = whole if isinstance(whole, kind_of(config)._model_mapping[type(config)]) else kind_of(config).from_config(config)
     return model.eval().requires_grad_(False), EXCLUDED.get(kind, ())
 
 

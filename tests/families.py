@@ -64,7 +64,7 @@ class Walk:
 
     def by_key(self) -> None:
         for output in self.outputs.values():
-            check_pattern(self.source, output)
+            check_pattern(self.source, output, self.model)
 
     def streamed(self) -> None:
         for name, resident in self.outputs.items():
@@ -128,7 +128,7 @@ def check_plan(plan, model):
 
 def routers(blocks):
     """Written down by name here, to tell on what is found by structure."""
-    pattern = r"(?<!input_)(?<!modality_)(gate|router)\.weight$"  # two layers of Gemma are none
+    pattern = r"(?<!input_)(?<!modality_)(gate|router|router\.classifier|gate\.wg)\.weight$"  # two layers of Gemma are none
     return [p for name, p in blocks.named_parameters() if re.search(pattern, name) and p.dim() == 2]
 
 
@@ -142,30 +142,37 @@ def check_reload(source, output, ids):
     assert bool(torch.isfinite(model.eval()(ids[:1]).logits).all())
 
 
-def check_pattern(source, output):
-    """In the output's own files: under each key 2:4 zeros and the kept bits of the source; all else is the source's."""
+def check_pattern(source, output, model=None):
+    """In the output's own files: under each key 2:4 zeros and the kept bits of the source; all else is the source's.
+
+    model: whose layout says of which tensors a matrix is made that has no key of its own.
+    """
     masks = masks_file.MasksFile(output / "pruning" / "masks.safetensors")
     before, after = tensors(source), tensors(output)
     assert before.keys() == after.keys()
-    pruned = set()
+    files, pruned = [Files(source), Files(output)], set()
     for name, mask in masks.items():
-        key, dense = matrix_in(before, name)
         keep = mask.T if name in masks.transposed else mask
         rows, columns = mask.shape
         assert bool((mask.reshape(rows, columns // 4, 4).sum(-1) == 2).all())
-        assert torch.equal(matrix_in(after, name)[1], torch.where(keep, dense, 0))
-        pruned.add(key)
+        keys, dense = matrix_in(before, name, files[0], model)
+        assert torch.equal(matrix_in(after, name, files[1], model)[1], torch.where(keep, dense, 0))
+        pruned |= keys
     assert all(torch.equal(after[key], before[key]) for key in before.keys() - pruned)
 
 
-def matrix_in(found, name):
-    """The key that a matrix lies under, alone or as one of a stack of experts, and the matrix."""
+def matrix_in(found, name, files, model):
+    """The keys that a matrix lies under, alone, as one of a stack of experts, or in pieces, and the matrix."""
     for key in (f"{name}.weight", f"{name.partition('.')[2]}.weight"):
         if key in found:
-            return key, found[key]
+            return {key}, found[key]
     stack, _, number = name.rpartition(".")
     key = stack if stack in found else f"{stack}.weight"
-    return key, found[key][int(number)]
+    if key in found:
+        return {key}, found[key][int(number)]
+    files.layout(model)
+    pieces = files.region(name).pieces
+    return {piece.key for piece in pieces}, files.read_matrix(name, found[pieces[0].key].dtype, torch.device("cpu"))
 
 
 def tensors(folder):

@@ -253,11 +253,14 @@ def config_of(family: str, **changes: object) -> PretrainedConfig:
     )
 
 
+IMAGES = {"emu3"}  # types with a causal class that cannot be loaded from a checkpoint of images and text
+
+
 def kind_of(config: PretrainedConfig) -> type:
     """The class that loads a model."""
     if config.is_encoder_decoder:
         return AutoModelForSeq2SeqLM
-    causal = type(config) in AutoModelForCausalLM._model_mapping
+    causal = type(config) in AutoModelForCausalLM._model_mapping and config.model_type not in IMAGES
     return AutoModelForCausalLM if causal else AutoModelForImageTextToText
 
 

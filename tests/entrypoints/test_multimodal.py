@@ -137,6 +137,15 @@ def test_a_model_in_memory_is_the_same_as_its_files(source, pruned, tokenizer, t
     assert all(torch.equal(tensor, theirs[key]) for key, tensor in ours.items())
 
 
+@pytest.mark.parametrize("family", ["musicgen", "vision-encoder-decoder", "udop"])
+def test_encoder_decoders_of_several_models_are_refused_with_the_reason(family, tmp_path):
+    """MusicGen's configuration does not say which of its two text models is the one."""
+    AutoConfig.for_model(family).save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"\2\0\0\0\0\0\0\0{}")
+    with pytest.raises(InputError, match="is an encoder-decoder"):
+        uniprune.plan(tmp_path, uniprune.Recipe(sparsity="2:4"))
+
+
 def test_encoder_decoders_of_images_are_refused_with_the_reason(tmp_path):
     config = config_of("llava").to_dict() | {"model_type": "florence2", "is_encoder_decoder": True}
     (tmp_path / "config.json").write_text(json.dumps({key: config[key] for key in ("model_type", "is_encoder_decoder")}))

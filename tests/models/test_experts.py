@@ -7,9 +7,10 @@ import torch
 from safetensors import safe_open
 from torch.nn import functional
 
+import catalogue
 import uniprune
 from families import tensors
-from small_models import VOCABULARY, tiny
+from small_models import VOCABULARY, kind_of, tiny
 from uniprune import Loaded, Recipe
 from uniprune.checkpoints.checkpoint import Files, checkpoint_of
 from uniprune.cli.tables import plan_lines
@@ -19,7 +20,7 @@ from uniprune.controller.start import sensitivities
 from uniprune.controller.straight_through import StraightThrough
 from uniprune.data.windows import Windows, save_windows
 from uniprune.errors import InputError, UniPruneError
-from uniprune.models.experts import is_fused, taken_apart
+from uniprune.models.experts import Slice, is_fused, taken_apart
 from uniprune.models.matrices import find_blocks, find_matrices, left_dense
 from uniprune.saliency import statistics as statistics_module
 from uniprune.saliency.calibration import Calibration, LocalSaliency, one_shot
@@ -181,6 +182,26 @@ def starving():
 
     router.forward = forward
     return model
+
+
+@pytest.mark.parametrize("kind", ["step3p7", "longcat_flash"])
+def test_experts_of_another_class_run_one_by_one_as_their_own_code_does(kind):
+    """They take what transformers' conventional ones take; LongCat's router may also choose to pass a token on."""
+    config = catalogue.small(kind)
+    model = kind_of(config).from_config(config).eval().requires_grad_(False)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.normal_(0, 0.2, generator=generator)
+    matrices = find_matrices(model)
+    experts = {name: matrix for name, matrix in matrices.items() if isinstance(matrix.module, Slice)}
+    fused = {id(matrix.module.fused): matrix.module.fused for matrix in experts.values()}
+    assert len(experts) == sum(3 * one.experts for one in fused.values())
+    tokens = torch.randint(3, 60, (4, 24), generator=torch.Generator().manual_seed(0))
+    expected = model(input_ids=tokens).logits
+    with observing(experts, SquaredNorm) as seen:
+        torch.testing.assert_close(model(input_ids=tokens).logits, expected)
+    assert sum(statistic.tokens for statistic in seen.values())
 
 
 @pytest.mark.parametrize("metric", [Wanda(), RIA()])

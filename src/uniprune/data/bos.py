@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from uniprune.checkpoints.configuration import setting
 from uniprune.errors import InputError
 
 Bos = Literal["each", "first", "none"]
@@ -31,7 +32,7 @@ def bos_of(asked: Bos | None, config: Any, tokenizer: Any) -> Bos | None:
 
     Gemma was never trained without BOS: the perplexity of Gemma 3 270M is several times as high in windows without it.
     """
-    model_type = getattr(config.get_text_config(), "model_type", None) or ""
+    model_type = setting(config, "model_type") or ""
     if NEEDED not in model_type:
         return asked
     if asked is not None and asked != "each":

@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 
+from uniprune.checkpoints.configuration import UNBOUNDED, context
 from uniprune.errors import InputError, first_line
 from uniprune.evaluation.perplexity import NOT_FINITE
 from uniprune.evaluation.request import EvaluationRequest
 from uniprune.models.blocks import device_of
-from uniprune.models.loading import UNBOUNDED, Loaded, context
+from uniprune.models.loading import Loaded
 
 BATCH, PROBE = 8, 16  # rows at a time; tokens on which a model is tried
 SECOND_BOS = (

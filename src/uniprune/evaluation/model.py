@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from uniprune.artefacts.mask_tools import CheckedMasks
+from uniprune.checkpoints.configuration import UNBOUNDED, check_context, check_vocabulary, context
 from uniprune.checkpoints.origin import resolve
 from uniprune.common.pictures import showing
 from uniprune.common.progress import Progress
@@ -25,12 +26,8 @@ from uniprune.evaluation.perplexity import Documents, Perplexity, load_documents
 from uniprune.evaluation.request import Reading
 from uniprune.models import masking
 from uniprune.models.loading import (
-    UNBOUNDED,
     Loaded,
     Source,
-    check_context,
-    check_vocabulary,
-    context,
     fast_dtype,
     load_processor,
     load_tokenizer,

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from uniprune.checkpoints.checkpoint import Files, checkpoint_of
+from uniprune.checkpoints.configuration import text_config
 from uniprune.checkpoints.layout import Located, keys_of, on_load
 from uniprune.errors import InputError, first_line
 from uniprune.experts.criteria import best, layers_of
@@ -85,8 +86,10 @@ def fewer(fraction: float, model: nn.Module, matrices: Matrices) -> Fewer:
         raise InputError(f"--experts: the layers of {name} have {sorted(counts)} experts; all must have as many")
     if any(isinstance(fused, Batched) for fused in layers.values()):
         raise InputError(f"--experts: {name} gives every expert all tokens, so its router cannot choose among fewer")
+    if any(hasattr(fused.module, "identity_expert") for fused in layers.values()):
+        raise InputError(f"--experts: the router of {name} also sends tokens to experts that pass them on; none can be removed")
     (experts,) = counts
-    text = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    text = text_config(model.config)
     groups = getattr(text, "n_group", None) or 1
     kept = experts - groups * int(Fraction(str(fraction)) * (experts // groups))
     _check_enough(name, fraction, text, (experts, kept, groups))
@@ -124,7 +127,7 @@ def _smaller(model: nn.Module, settings: Sequence[str], kept: int) -> nn.Module:
     """The model with fewer experts, on the meta device."""
     config: Any = deepcopy(model.config)
     for name in settings:
-        setattr(config.get_text_config(), name, kept)
+        setattr(text_config(config), name, kept)
     try:
         return on_meta(config)
     except Exception as error:  # a configuration that its model does not take

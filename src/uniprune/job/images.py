@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from uniprune.checkpoints.configuration import check_context, context
 from uniprune.checkpoints.origin import Origin
 from uniprune.controller.mirror_descent import MirrorDescent
 from uniprune.data.images import windows as images
@@ -14,7 +15,7 @@ from uniprune.data.text import Text
 from uniprune.data.windows import Windows
 from uniprune.errors import InputError
 from uniprune.job.recipe import WINDOWS, Recipe
-from uniprune.models.loading import check_context, context, load_processor, reads_images
+from uniprune.models.loading import load_processor, reads_images
 
 
 def image_windows(recipe: Recipe, model: torch.nn.Module, origin: Origin | None, tokenizer: Any) -> Windows | None:

@@ -18,6 +18,7 @@ import torch
 from uniprune.artefacts import archive_size, writer
 from uniprune.artefacts.binding import Binding
 from uniprune.artefacts.reports import ModelFacts
+from uniprune.checkpoints.configuration import check_context, check_vocabulary, context
 from uniprune.checkpoints.origin import Origin, resolve
 from uniprune.common import distributed, formatting, pictures
 from uniprune.common.progress import Progress
@@ -34,10 +35,7 @@ from uniprune.models.blocks import resident
 from uniprune.models.loading import (
     Loaded,
     Source,
-    check_context,
     check_one_device,
-    check_vocabulary,
-    context,
     dtype_name,
     fast_dtype,
     load_tokenizer,

@@ -104,7 +104,7 @@ class Fused:
         self.name, self.module = name, module
         self.transposed = is_transposed(module)
         self.first = "gate_up_proj" if "gate_up_proj" in module._parameters else "up_proj"
-        self.experts = len(module._parameters[self.first])
+        self.experts = len(module._parameters["down_proj"])
         self.slices: dict[str, Slice] = {}
         self.outputs: dict[int, Output] = {}  # of experts whose outputs are observed
         self._up: list[list[Slice]] = [[] for _ in range(self.experts)]
@@ -112,6 +112,8 @@ class Fused:
         for parameter, into in ((self.first, self._up), ("down_proj", self._down)):
             for part in parts(f"{name}.{parameter}"):
                 assert part.expert is not None
+                if part.expert >= self.experts:  # of one that passes its tokens on (LongCat), and is never read
+                    continue
                 one = self.slices[part.region.name] = Slice(self, parameter, part)
                 into[part.expert].append(one)
 
@@ -131,10 +133,12 @@ class Fused:
         module = self.module
         output = torch.zeros_like(hidden_states)
         for expert in torch.unique(top_k_index).tolist():
-            if expert >= self.experts:  # a place holder for an expert that is elsewhere
+            passes_on = expert >= self.experts and hasattr(module, "identity_expert")
+            if expert >= self.experts and not passes_on:  # a place holder for an expert that is elsewhere
                 continue
             token, position = torch.where(top_k_index == expert)
-            y = self._expert(call, expert, hidden_states[token], self._gated)
+            mine = hidden_states[token]
+            y = mine if passes_on else self._expert(call, expert, mine, self._gated)
             if getattr(module, "has_post_expert_norm", False):
                 y = module.post_expert_norm(y)
             weighted = y * top_k_weights[token, position, None]
@@ -144,7 +148,14 @@ class Fused:
         return output
 
     def _gated(self, y: Tensor) -> Tensor:
-        gated: Tensor = self.module._apply_gate(y) if self.module.has_gate else self.module.act_fn(y)
+        module = self.module
+        if not getattr(module, "has_gate", self.first == "gate_up_proj"):
+            gated: Tensor = module.act_fn(y)
+        elif hasattr(module, "_apply_gate"):
+            gated = module._apply_gate(y)
+        else:
+            gate, up = y.chunk(2, -1)
+            gated = module.act_fn(gate) * up
         return gated
 
     def _expert(self, call: Call, expert: int, x: Tensor, between: Callable[[Tensor], Tensor]) -> Tensor:
@@ -172,20 +183,27 @@ class Batched(Fused):
 
 def fused_experts(name: str, module: Any, parts: Callable[[str], Iterable[Part]]) -> Fused:
     """A module of fused experts, taken apart."""
-    return (Fused if _conventional(module) else Batched)(name, module, parts)
+    return (Batched if _arguments(module) == 1 else Fused)(name, module, parts)
 
 
 def is_fused(module: nn.Module) -> bool:
-    """Whether a module has fused experts, of the shape that transformers gives them or Llama 4 does."""
+    """Whether a module has fused experts, and is given what transformers' are (three arguments), or Llama 4's (one).
+
+    What they compute is compared with the module's own code when they are first run.
+    """
     first = module._parameters.get("gate_up_proj", module._parameters.get("up_proj"))
     second = module._parameters.get("down_proj")
-    if first is None or second is None or first.dim() != 3 or second.dim() != 3 or len(first) != len(second):
+    if first is None or second is None or first.dim() != 3 or second.dim() != 3 or len(first) < len(second):
         return False
-    return _conventional(module) or (hasattr(module, "act_fn") and len(inspect.signature(module.forward).parameters) == 1)
+    conventional = all(hasattr(module, name) for name in ("is_transposed", "has_gate", "has_bias", "_apply_gate"))
+    return conventional or (hasattr(module, "act_fn") and _arguments(module) in (1, 3))
 
 
-def _conventional(module: nn.Module) -> bool:
-    return all(hasattr(module, name) for name in ("is_transposed", "has_gate", "has_bias", "_apply_gate"))
+def _arguments(module: nn.Module) -> int:
+    """How many a module's own forward takes; of transformers' experts, which are called through another, three."""
+    if hasattr(module, "has_gate"):
+        return 3
+    return len(inspect.signature(type(module).forward).parameters) - 1
 
 
 def is_transposed(module: Any) -> bool:
@@ -217,9 +235,11 @@ def routers(block: nn.Module) -> Iterator[nn.Module]:
         children = list(parent.children())
         counts = {count for child in children if (count := _experts_in(child))}
         for child in children if counts else ():
-            holders = [m for m in child.modules() for p in m.parameters(recurse=False) if p.dim() == 2]
-            weight = getattr(holders[0], "weight", None) if len(holders) == 1 else None
-            if weight is not None and len(weight) in counts | {1}:
+            holders = [module for module in child.modules() if getattr(module._parameters.get("weight"), "ndim", 0) == 2]
+            others = [p for m in child.modules() for name, p in m._parameters.items() if p is not None and name != "weight"]
+            if len(holders) != 1 or any(p.ndim > 1 and len(p) > 1 for p in others):  # a row is a bias for each expert
+                continue
+            if len(holders[0]._parameters["weight"]) in counts | {1}:  # type: ignore[arg-type]
                 yield holders[0]
 
 

@@ -9,11 +9,13 @@ from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
 from uniprune.checkpoints.checkpoint import Files, bind, checkpoint_of
+from uniprune.checkpoints.configuration import setting, text_config
 from uniprune.checkpoints.origin import Origin, resolve
 from uniprune.checkpoints.protocol import Checkpoint
 from uniprune.checkpoints.quantised.formats import plain
@@ -27,7 +29,6 @@ from uniprune.storage.outline import Outline
 logger = logging.getLogger(__name__)
 
 TOKENIZERS = ("tokenizer*", "*.model", "vocab.json", "vocab.txt", "merges.txt")  # files that are, or are of, one
-UNBOUNDED = 1 << 30  # tokens: the context of models that have no limit
 
 
 @dataclass
@@ -146,15 +147,16 @@ def skeleton(origin: Origin) -> nn.Module:
         raise InputError(
             f"model {origin} is an encoder-decoder ({config.model_type}); only decoders (causal models) are supported"
         )
-    model: nn.Module = _guarded(origin, lambda: on_meta(config))
+    model: nn.Module = _guarded(origin, lambda: on_meta(config, origin.files))
     bind(model, origin.files)
     return model
 
 
-def on_meta(config: Any) -> nn.Module:
-    """A model as its configuration says, on the meta device."""
+def on_meta(config: Any, files: Files | None = None) -> nn.Module:
+    """A model as its configuration says, and of two classes that it may have the one of its files, on the meta device."""
+    kind = _kind(config, files)
     with torch.device("meta"):
-        model: nn.Module = _kind(config).from_config(config, trust_remote_code=False)
+        model: nn.Module = kind.from_config(config, trust_remote_code=False)
     return model
 
 
@@ -172,8 +174,9 @@ def hollow(origin: Origin, dtype: torch.dtype) -> nn.Module:
     from transformers.initialization import no_init_weights
 
     config = _config(origin)
+    kind = _guarded(origin, lambda: _kind(config, origin.files))
     with init_empty_weights(include_buffers=False), no_init_weights():
-        model: nn.Module = _guarded(origin, lambda: _kind(config).from_config(config, dtype=dtype, trust_remote_code=False))
+        model: nn.Module = _guarded(origin, lambda: kind.from_config(config, dtype=dtype, trust_remote_code=False))
     for module in model.modules():  # to draw numbers for hollow parameters takes as long as all else
         module._is_hf_initialized = not module._buffers  # type: ignore[assignment]
     model.init_weights()  # type: ignore[operator]
@@ -205,19 +208,43 @@ def _config(origin: Origin) -> Any:
     from transformers import AutoConfig
 
     config = _guarded(origin, lambda: AutoConfig.from_pretrained(origin.folder, **origin.options()))
-    layers = _setting(config, "num_hidden_layers")
+    layers = setting(config, "num_hidden_layers")
     entries = origin.files.entries if origin.files else {}
     if isinstance(layers, int) and entries and layers > len(entries):  # they would all be built
         raise InputError(f"model {origin}: config.json says {layers} layers, its files have fewer tensors; fetch it again")
     return _set_aside(plain(config) if origin.files and origin.files.quantised.understood else config)
 
 
-def _kind(config: Any) -> Any:
-    """transformers' class of models for a configuration: causal models, or, of types without one, models of images and text."""
+def _kind(config: Any, files: Files | None) -> Any:
+    """transformers' class of models for a configuration: causal models, or, of types without one, models of images and text.
+
+    Of a few types with both, the causal one cannot be loaded from a checkpoint of the other (Emu3): there it is the one that
+    the configuration names.
+    """
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-    kinds = (AutoModelForCausalLM, AutoModelForImageTextToText)
-    return next((kind for kind in kinds if type(config) in kind._model_mapping), AutoModelForCausalLM)
+    kinds = [kind for kind in (AutoModelForCausalLM, AutoModelForImageTextToText) if type(config) in kind._model_mapping]
+    if len(kinds) == 2 and files is not None and files.shards:
+        causal, other = (kind._model_mapping[type(config)] for kind in kinds)
+        if causal is not other and other.__name__ in (config.architectures or ()):
+            if files not in _CAUSAL:
+                _CAUSAL[files] = _has_all(files, kinds[0], config)
+            return kinds[0] if _CAUSAL[files] else kinds[1]
+    return kinds[0] if kinds else AutoModelForCausalLM
+
+
+_CAUSAL: WeakKeyDictionary[Files, bool] = WeakKeyDictionary()  # whether a causal class can be loaded from another's files
+
+
+def _has_all(files: Files, kind: Any, config: Any) -> bool:
+    """Whether files have every tensor that a class of models needs."""
+    with torch.device("meta"):
+        model = kind.from_config(config, trust_remote_code=False)
+    try:
+        files.layout(model)
+    except InputError:
+        return False
+    return True
 
 
 def _set_aside(config: Any) -> Any:
@@ -225,7 +252,7 @@ def _set_aside(config: Any) -> Any:
 
     A model whose blocks run one by one has no router logits of all layers to add a loss from, and nobody here asks for one.
     """
-    for part in (config, config.get_text_config()):
+    for part in (config, text_config(config)):
         for flag in ("output_router_logits", "output_hidden_states", "output_attentions"):
             if getattr(part, flag, False):
                 setattr(part, flag, False)
@@ -314,7 +341,10 @@ def load_weights(origin: Origin, dtype: torch.dtype | None, device: torch.device
     else:
         options |= {"dtype": dtype or "auto", "use_safetensors": True, "config": config}
     model: nn.Module
-    model, about = _guarded(origin, lambda: _kind(config).from_pretrained(origin.folder, output_loading_info=True, **options))
+    model, about = _guarded(
+        origin,
+        lambda: _kind(config, origin.files).from_pretrained(origin.folder, output_loading_info=True, **options),
+    )
     if missing := sorted(about["missing_keys"]):  # they were drawn at random
         raise lacking(str(origin), model.config, missing)
     if origin.gguf:
@@ -356,30 +386,3 @@ def _guarded(origin: Origin, load: Callable[[], Any]) -> Any:
 
 
 Source = str | Path | Loaded
-
-
-def _setting(config: Any, name: str) -> Any:
-    """What a configuration says of its text model; None if it has no such setting, or does not give it out (XLNet)."""
-    try:
-        return getattr(config.get_text_config(), name, None)
-    except Exception:  # of the configuration's own, in dozens of kinds
-        return None
-
-
-def context(config: Any) -> int:
-    """The most tokens that a model can read at once."""
-    limit = _setting(config, "max_position_embeddings")
-    return limit if isinstance(limit, int) and limit > 0 else UNBOUNDED
-
-
-def check_context(config: Any, length: int) -> None:
-    """Raises InputError if windows of ``length`` tokens are more than a model can read at once."""
-    if length > context(config):
-        raise InputError(f"samples of {length} tokens do not fit the model's context of {context(config)}; lower --length")
-
-
-def check_vocabulary(config: Any, highest: int, where: object) -> None:
-    """Raises InputError for a token that a model has no embedding of: its tokenizer, or the token file, is another's."""
-    size = _setting(config, "vocab_size")
-    if isinstance(size, int) and highest >= size:
-        raise InputError(f"{where}: token {highest} is beyond the model's vocabulary of {size}; give the tokenizer that it has")

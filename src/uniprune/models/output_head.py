@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from uniprune.checkpoints.configuration import text_config
 from uniprune.common import pictures
 from uniprune.errors import InputError
 from uniprune.models.blocks import after_backbone
@@ -19,6 +20,8 @@ PIECE = 512  # tokens whose logits are in memory at once
 def output_embeddings(model: nn.Module) -> Any:
     """The layer whose product is a model's logits. Raises InputError for a model that says of none that it is this."""
     found = model.get_output_embeddings()  # type: ignore[operator]
+    if found is None and hasattr(model, "get_decoder"):  # that of the language model inside
+        found = getattr(model.get_decoder(), "get_output_embeddings", lambda: None)()  # type: ignore[operator]
     if getattr(found, "weight", None) is None:
         raise InputError(
             f"{type(model).__name__} names no output head (get_output_embeddings): prune it with --controller none, and "
@@ -35,7 +38,7 @@ class Head:
 
     def __init__(self, model: nn.Module, text: Tensor | None = None, vocabulary: int | None = None) -> None:
         head = output_embeddings(model)
-        config = model.config.get_text_config()  # type: ignore[union-attr,operator]
+        config = text_config(model.config)
         self._cap: float | None = getattr(config, "final_logit_softcapping", None)
         self._weight: Tensor = head.weight.detach()
         self._bias: Tensor | None = head.bias.detach() if getattr(head, "bias", None) is not None else None

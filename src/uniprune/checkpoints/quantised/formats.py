@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from uniprune.checkpoints.configuration import text_config
 from uniprune.checkpoints.layout import Located
 from uniprune.checkpoints.quantised import compressed_tensors, fp8, modelopt, mxfp4
 from uniprune.checkpoints.quantised.codes import Coded, Found, Refused
@@ -96,7 +97,7 @@ def _read(folder: Path) -> Config | None:
 
 def plain(config: Any) -> Any:
     """transformers' configuration of a model whose weights are dequantised, in memory."""
-    for part in (config, config.get_text_config()):
+    for part in (config, text_config(config)):
         for name in CONFIGS:
             if hasattr(part, name):
                 delattr(part, name)
