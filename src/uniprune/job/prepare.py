@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -132,6 +132,14 @@ def prepare(
 
     output: an output folder, or None; scores: a scores file instead, whose name its writer checks.
     """
+    with ExitStack() as beside:
+        return _prepare(source, recipe, output, options, scores, beside)
+
+
+def _prepare(
+    source: Source, recipe: Recipe, output: Path | None, options: RunOptions, scores: Path | None, beside: ExitStack
+) -> Job:
+    """beside: what other threads do meanwhile, which ends with it."""
     device, asked, save_tokens = device_of(options), parse_dtype(recipe.dtype), options.save_tokens
     check_execution(recipe, "resident")
     loaded = source if isinstance(source, Loaded) else None
@@ -154,6 +162,9 @@ def prepare(
     target = output or scores
     if target is not None:
         files.check_disk_space(target, disk)
+    digests = None
+    if checkpoint := loaded.checkpoint if loaded else origin.files:  # type: ignore[union-attr]
+        digests = beside.enter_context(checkpoint.digesting(matrices))
     tokenizer = loaded.tokenizer if loaded else load_tokenizer(origin)  # type: ignore[arg-type]
     windows = image_windows(recipe, model, origin, tokenizer) or calibration_windows(recipe, tokenizer, model)
     distributed.check_windows(len(windows.tokens), held_out=int(recipe.corrected and distributed.count() > 1))
@@ -186,11 +197,11 @@ def prepare(
         check_loaded(loaded.model, matrices)
     if recipe.size is not None and aim.budget is None:
         aim = aim_of(recipe, loaded.model, matrices, loaded)
-    return Job(loaded, matrices, windows, _bind(loaded, matrices), aim)
+    return Job(loaded, matrices, windows, _bind(loaded, matrices, digests() if digests else None), aim)
 
 
-def _bind(loaded: Loaded, matrices: Matrices) -> Binding:
-    digests = loaded.checkpoint.digests(matrices)
+def _bind(loaded: Loaded, matrices: Matrices, digests: dict[str, str] | None) -> Binding:
+    digests = digests or loaded.checkpoint.digests(matrices)
     transposed = [name for name, matrix in matrices.items() if matrix.stored_transposed]
     return Binding(base=writer.fingerprint(digests), base_name=str(loaded), digests=digests, transposed=transposed)
 
