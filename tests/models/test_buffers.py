@@ -70,10 +70,10 @@ def test_blocks_compute_what_those_of_the_dense_model_compute(family, tmp_path):
     assert torch.equal(ours.enter(ids), hidden)
     for index in range(len(theirs)):
         with torch.no_grad(), ours.residency(index):
-            expected = theirs.run(index, hidden)
-            assert torch.equal(ours.run(index, hidden), expected), index
+            expected = theirs.run(index, hidden, ids)
+            assert torch.equal(ours.run(index, hidden, ids), expected), index
         hidden = expected
-    assert torch.equal(ours.leave(hidden), theirs.leave(hidden))
+    assert torch.equal(ours.leave(hidden, ids), theirs.leave(hidden, ids))
 
 
 @pytest.mark.parametrize("family", ["deepseek_v3", "axk1"])

@@ -99,6 +99,8 @@ class Resident:
 
     def backward(self, gradient: Tensor) -> None:
         assert self._last is not None, "nothing went forwards"
+        if not self._last.requires_grad:  # reversible layers (Reformer) differentiate in their own way
+            raise InputError(f"no gradient comes through the blocks of {type(self._model).__name__}; use --controller none")
         self._flushed.clear()
         torch.autograd.backward([self._last], [gradient])
         self._last = None
@@ -116,9 +118,9 @@ class Resident:
         return batches(windows, tokens)
 
     def head(self, text: Tensor, vocabulary: int | None = None) -> Head:
-        probe = forked(text[0, :8])
+        probe = text[:1, :8]
         hidden, states = self._dense_states(probe)
-        warn_unless_causal(self._model, hidden)
+        warn_unless_causal(self._model, self._dense(forked(probe[0])))
         for index, state in enumerate((*states, hidden)):
             if not bool(torch.isfinite(state).all()):
                 raise InputError(f"block {index} {OVERFLOW}")
@@ -179,6 +181,7 @@ class Streamed:
     def __init__(self, model: nn.Module, replay: Replay, network: StraightThrough, stash: Stash | None = None) -> None:
         self._model, self._replay, self.network = model, replay, network
         self._stash = stash or Stash()
+        self._ids: list[Tensor] = []  # of the windows of each part
         self._inputs: list[list[Tensor]] = []  # by block, by part
         self._pulls: list[list[Tensor]] = []
         self._last: list[Tensor] = []  # of the last block, by part
@@ -206,14 +209,14 @@ class Streamed:
             self._keep(index, ours)
             with self._replay.residency(index):
                 for part, hidden in enumerate(ours):
-                    ours[part] = self._put("student", part, self._replay.run(index, self._here(hidden)))
+                    ours[part] = self._put("student", part, self._replay.run(index, self._here(hidden), self._ids[part]))
         self._last = ours
         return self._final(ours)
 
     @torch.no_grad()
     def backward(self, gradient: Tensor) -> None:
-        sizes = [len(last) for last in self._last]
-        pieces = [self._pull_back(*pair) for pair in zip(self._last, torch.split(gradient, sizes), strict=True)]
+        gradients = torch.split(gradient, [len(ids) for ids in self._ids])
+        pieces = [self._pull_back(*part) for part in zip(self._last, gradients, self._ids, strict=True)]
         self._last = []
         for index in reversed(range(len(self._replay))):
             with self._replay.residency(index):
@@ -222,7 +225,7 @@ class Streamed:
                         pieces[part] = pieces[part] + self._pulls[index][part]
                     with torch.enable_grad():
                         leaf = self._here(hidden).detach().requires_grad_()
-                        output = self._replay.run(index, leaf)
+                        output = self._replay.run(index, leaf, self._ids[part])
                     torch.autograd.backward([output], [self._here(pieces[part])])
                     assert leaf.grad is not None
                     pieces[part] = self._stash.put(f"gradient-{part}", leaf.grad)
@@ -242,15 +245,14 @@ class Streamed:
 
     def head(self, text: Tensor, vocabulary: int | None = None) -> Head:
         probe = text[:1, :8]
-        with torch.no_grad():
-            hidden = self._replay.leave(self._replay.enter(probe))
+        with self.network.dense():
+            hidden = self._replay.leave(self._replay.enter(probe), probe)
             return Head(self._model, text, vocabulary).fit(self._model, lambda model: self._replay.around(model, probe), hidden)
 
     def _enter(self, batch: Tensor) -> list[Tensor]:
         """The first block's inputs, in parts."""
-        return [
-            self._put("student", part, self._replay.enter(windows)) for part, windows in enumerate(batches(batch, PART_TOKENS))
-        ]
+        self._ids = batches(batch, PART_TOKENS)
+        return [self._put("student", part, self._replay.enter(windows)) for part, windows in enumerate(self._ids)]
 
     def _enter_both(self, batch: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """The first block's inputs for both models."""
@@ -265,23 +267,23 @@ class Streamed:
         """Puts a block's outputs in place of its inputs; gives the gradients of their distance, if there is one."""
         pulls = []
         for part in range(len(ours)):
-            student = self._replay.run(index, self._here(ours[part]))
+            student = self._replay.run(index, self._here(ours[part]), self._ids[part])
             with self.network.dense():
-                target = self._replay.run(index, self._here(theirs[part]))
+                target = self._replay.run(index, self._here(theirs[part]), self._ids[part])
             if between:
                 pulls.append(self._put(f"pull-{index}", part, between(student, target, len(self._replay))))
             theirs[part], ours[part] = self._put("teacher", part, target), self._put("student", part, student)
         return pulls
 
     def _final(self, hidden: list[Tensor]) -> Tensor:
-        final = [self._replay.leave(self._here(part)) for part in hidden]
+        final = [self._replay.leave(self._here(part), ids) for part, ids in zip(hidden, self._ids, strict=True)]
         return torch.cat(final) if final else torch.empty(0, 0, 0)  # a process may have no window, and yet goes along
 
-    def _pull_back(self, last: Tensor, gradient: Tensor) -> Tensor:
+    def _pull_back(self, last: Tensor, gradient: Tensor, ids: Tensor) -> Tensor:
         """From the gradient at the final hidden states to that at the last block's output."""
         with torch.enable_grad():
             leaf = self._here(last).detach().requires_grad_()
-            final = self._replay.leave(leaf)
+            final = self._replay.leave(leaf, ids)
         return torch.autograd.grad(final, leaf, gradient)[0]
 
     def _put(self, name: str, part: int, hidden: Tensor) -> Tensor:

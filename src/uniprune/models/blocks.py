@@ -90,10 +90,16 @@ def text_alone(model: nn.Module) -> Iterator[None]:
 
 
 def _backbone(model: nn.Module) -> nn.Module:
-    """The model without its output head. Some models have no part by the name that they give for it (Llama 4)."""
+    """The model without its output head. Some have no part by the name that they give for it (Llama 4), and some have a whole
+    language model in its place (Kosmos-2.5, Nemotron's omni)."""
     inner: nn.Module = getattr(model, "base_model", model)
+    if inner is not model:
+        return inner
     within = [child for child in model.children() if hasattr(child, "base_model")]
-    return within[0] if inner is model and len(within) == 1 else inner
+    if len(within) == 1:
+        return within[0]
+    decoder: nn.Module = model.get_decoder() if hasattr(model, "get_decoder") else model  # type: ignore[operator]
+    return model if decoder is model else _backbone(decoder)
 
 
 def hidden_of(output: Any) -> Tensor:
@@ -124,13 +130,14 @@ class Replay:
 
     residency: what has a block's weights in memory; whoever runs a block does so inside it.
     Raises UniPruneError, at the first windows, if the blocks do not give what the model itself gives: if their arguments
-    depend on the tokens, or on what other blocks did.
+    depend on what other blocks did.
     """
 
     def __init__(self, model: nn.Module, blocks: nn.ModuleList, residency: Residency = resident) -> None:
         self.blocks, self.residency = blocks, residency
         self._model = model
-        self._calls: dict[torch.Size, list[Call]] = {}
+        self._calls: dict[torch.Size, list[Call]] = {}  # by the shape of the windows
+        self._latest: tuple[Tensor, list[Call]] | None = None  # where they depend on the tokens: the last windows, and theirs
         self._wrap: Callable[[Tensor], Any] | None = None  # a block's hidden states -> what its forward returns
 
     def __len__(self) -> int:
@@ -141,27 +148,41 @@ class Replay:
         return device_of(self._model)
 
     def enter(self, batch: Tensor) -> Tensor:
-        """The first block's input ``[windows, length, width]`` for token ids ``[windows, length]``."""
+        """The first block's input for token ids ``[windows, length]``.
+
+        It is ``[windows, length, width]``, as a rule: XLNet has the axis of tokens first, Gemma 3n one of several streams.
+        """
         if self._wrap is None:
             self._wrap = self._wrapping(batch)
             self._verify(forked(batch[0, :PROBE_TOKENS]))
-        if batch.shape not in self._calls:
-            self._calls[batch.shape] = self._learn(batch)
+        if batch.shape not in self._calls and self._latest is None:
+            self._learn(batch)
         with torch.no_grad():
-            hidden = self._through(batch)[0][0]
-        if hidden.shape[:2] != batch.shape:  # XLNet's have the tokens first
-            kind = type(self.blocks[0]).__name__
-            raise UniPruneError(f"{kind} is not given hidden states window by window; it cannot be run block after block")
-        return hidden
+            inputs, calls, _ = self._through(batch)
+        if self._latest is not None:
+            self._latest = batch, calls
+        return inputs[0]
 
-    def run(self, index: int, hidden: Tensor) -> Tensor:
-        """A block's output for an input ``[windows, length, width]``, with windows of a shape that entered before."""
-        return self._calls[hidden.shape[:2]][index](self.blocks[index], hidden)
+    def run(self, index: int, hidden: Tensor, ids: Tensor) -> Tensor:
+        """A block's output for an input as :meth:`enter` gives it. ids: the windows, which entered before."""
+        return self._calls_of(ids)[index](self.blocks[index], hidden)
 
-    def leave(self, hidden: Tensor) -> Tensor:
-        """What the model makes of the last block's output: its final hidden states."""
-        blank = torch.zeros(hidden.shape[:2], dtype=torch.int64)
-        return self._through(blank, hidden)[2]
+    @torch.no_grad()
+    def _calls_of(self, ids: Tensor) -> list[Call]:
+        """How the blocks are called for windows: as for others of their shape, unless it depends on the tokens.
+
+        Some models give their blocks the tokens (DeepSeek-V4, whose first routers go by them) or embeddings of their own
+        (Gemma 4). Such calls are as large as hidden states, so only the last are kept; a pass over hollow blocks brings others.
+        """
+        if self._latest is None:
+            return self._calls[ids.shape]
+        if not torch.equal(self._latest[0], ids):
+            self._latest = ids, self._through(ids)[1]
+        return self._latest[1]
+
+    def leave(self, hidden: Tensor, ids: Tensor) -> Tensor:
+        """What the model makes of the last block's output: the final hidden states ``[windows, length, width]``."""
+        return self._through(ids, hidden)[2]
 
     def around(self, module: nn.Module, batch: Tensor) -> Any:
         """What ``module``, the model or its backbone, returns when its blocks are hollow."""
@@ -217,19 +238,20 @@ class Replay:
         return lambda hidden: hidden
 
     @torch.no_grad()
-    def _learn(self, batch: Tensor) -> list[Call]:
+    def _learn(self, batch: Tensor) -> None:
+        """How the blocks are called for windows of a shape, and whether that depends on the tokens."""
         _, calls, _ = self._through(batch)
         _, others, _ = self._through(batch.flip(-1))
-        for call, other in zip(calls, others, strict=True):
-            if not _same(call.args, other.args) or not _same(call.kwargs, other.kwargs):
-                kind = type(self.blocks[0]).__name__
-                raise UniPruneError(f"{kind} takes arguments that depend on the tokens; it cannot be run block after block")
-        return calls
+        pairs = zip(calls, others, strict=True)
+        if all(_same(call.args, other.args) and _same(call.kwargs, other.kwargs) for call, other in pairs):
+            self._calls[batch.shape] = calls
+        else:
+            self._latest = batch, calls
 
     @torch.no_grad()
     def _verify(self, probe: Tensor) -> None:
         """A few tokens through the model itself, each block loaded once, and beside it through the blocks alone."""
-        self._calls[probe.shape] = self._learn(probe)
+        self._learn(probe)
         alone = [self._through(probe)[0][0]]
 
         def route(index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -238,7 +260,7 @@ class Replay:
                     output = forward(*args, **kwargs)
                     if not bool(torch.isfinite(hidden_of(output)).all()):
                         raise InputError(f"block {index} {OVERFLOW}")
-                    alone.append(self._calls[probe.shape][index](forward, alone.pop()))
+                    alone.append(self._calls_of(probe)[index](forward, alone.pop()))
                 return output
 
             return both
@@ -246,7 +268,7 @@ class Replay:
         with rerouted(self.blocks, route):
             expected = last_hidden(self._model, probe)
         warn_unless_causal(self._model, expected)
-        found = self.leave(alone.pop())
+        found = self.leave(alone.pop(), probe)
         if not torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max())):
             kind = type(self.blocks[0]).__name__
             raise UniPruneError(f"blocks of {kind} depend on each other beyond their inputs; they cannot be run one by one")
@@ -261,6 +283,8 @@ def forked(tokens: Tensor) -> Tensor:
 
 def warn_unless_causal(model: nn.Module, hidden: Tensor) -> None:
     """Says so if tokens see those after them: final hidden states ``[2, length, width]`` are those of :func:`forked` tokens."""
+    if not bool(torch.isfinite(hidden).all()):  # somebody else says so
+        return
     one, other = hidden[:, :-1].float()
     rounding, largest = 1e-3 if hidden.dtype in (torch.float32, torch.float64) else 0.03, float(one.abs().max())
     if not math.isfinite(largest):
@@ -276,15 +300,15 @@ def warn_unless_causal(model: nn.Module, hidden: Tensor) -> None:
 class Blocks:
     """The decoder blocks of a model over a set of windows, to be run one after the other.
 
-    hidden: the inputs of the next block, one tensor ``[windows, length, width]`` per batch, kept in ``stash``. done: blocks
+    hidden: the inputs of the next block, one tensor per batch (:meth:`Replay.enter`), kept in ``stash``. done: blocks
     that have been run over the same windows before; their outputs are still in the stash.
     """
 
     def __init__(self, replay: Replay, windows: Tensor, stash: Stash | None = None, done: int = 0) -> None:
         self._replay, self._stash, self._done = replay, stash or Stash(), done
-        first = [replay.enter(batch) for batch in batches(windows)]
+        self._batches = batches(windows)
         into = self._stash.take if done else self._stash.put
-        self.hidden = [into(_slot(number, done), hidden) for number, hidden in enumerate(first)]
+        self.hidden = [into(_slot(number, done), replay.enter(batch)) for number, batch in enumerate(self._batches)]
 
     def __len__(self) -> int:
         return len(self._replay)
@@ -299,7 +323,7 @@ class Blocks:
     def run(self, index: int, advance: bool = False) -> None:
         """Runs one block on the current hidden states; with ``advance`` its outputs take their place."""
         for number, hidden in enumerate(self.hidden):
-            output = self._replay.run(index, hidden.to(self._replay.device))
+            output = self._replay.run(index, hidden.to(self._replay.device), self._batches[number])
             if advance:
                 self.hidden[number] = self._stash.put(_slot(number, index + 1), output)
 
