@@ -40,6 +40,8 @@ OPERATIONS = {
     "transpose": lambda a, b, c, d: torch.transpose(a, dim0=1, dim1=2),
     "one expert": lambda a, b, c, d: torch.chunk(a, 4, dim=0)[2].squeeze(0),
     "nothing to squeeze": lambda a, b, c, d: a.squeeze(0),
+    "all axes of one squeezed": lambda a, b, c, d: torch.chunk(a, 4, dim=0)[2].transpose(0, 1).squeeze(),
+    "two axes of one squeezed": lambda a, b, c, d: c.reshape(1, 12, 1, 8).squeeze(),
     "experts fused": lambda a, b, c, d: torch.cat([torch.stack([c, d]), torch.stack([d, c])], dim=1),
     "fused, then split again": lambda a, b, c, d: torch.chunk(
         torch.cat([torch.stack([c, d]), torch.stack([d, c])], 1), 4, dim=1

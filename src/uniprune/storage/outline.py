@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import reduce
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -91,7 +92,10 @@ class Outline:
         pieces = [Piece(p.key, p.offset, turned(p.shape), turned(p.strides), turned(p.start)) for p in self.pieces]
         return Outline(turned(self.shape), pieces)
 
-    def squeeze(self, dim: int) -> Outline:
+    def squeeze(self, dim: int | None = None) -> Outline:
+        if dim is None:  # as transformers 5.17 takes experts out of a stack of them
+            ones = [axis for axis in reversed(range(self.ndim)) if self.shape[axis] == 1]
+            return reduce(Outline.squeeze, ones, self)
         axis = dim % self.ndim
 
         def without(values: Shape) -> Shape:
