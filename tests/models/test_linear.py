@@ -10,7 +10,7 @@ from conftest import tiny_model
 from uniprune import Recipe
 from uniprune.errors import InputError
 from uniprune.models.linear import Probe
-from uniprune.models.matrices import find_matrices, left_dense
+from uniprune.models.matrices import choose_matrices, find_matrices, left_dense
 
 
 class Same(nn.Linear):
@@ -133,7 +133,7 @@ def test_a_small_layer_that_does_not_multiply_plainly_stays_dense():
 
 def test_a_model_that_is_largely_made_of_such_layers_is_refused():
     with pytest.raises(InputError, match=r"under 90%.*mlp\.up_proj\.weight \(64, 32\) \(Scaled does not compute x @ W\.T"):
-        find_matrices(with_layer("mlp.up_proj", lambda: Scaled(32, 64, bias=False)))
+        choose_matrices(with_layer("mlp.up_proj", lambda: Scaled(32, 64, bias=False)))
 
 
 def test_a_weight_that_such_a_layer_shares_with_a_plain_one_stays_dense():

@@ -15,7 +15,7 @@ from uniprune.controller.passes import Resident
 from uniprune.controller.straight_through import StraightThrough
 from uniprune.errors import InputError
 from uniprune.models import masking
-from uniprune.models.matrices import check_finite, find_blocks, find_matrices, left_dense
+from uniprune.models.matrices import check_finite, choose_matrices, find_blocks, find_matrices, left_dense
 from uniprune.saliency.calibration import Calibration
 from uniprune.saliency.metrics import Wanda
 from uniprune.saliency.sequential import sequential
@@ -170,8 +170,9 @@ def test_unknown_weights_in_the_blocks_are_an_error():
     """Weights that are no matrices of a known kind: leaving them dense in silence would be a lie about the sparsity."""
     model = tiny_model()
     model.model.layers[1].mlp.experts = nn.ParameterList([nn.Parameter(torch.zeros(4, 64, 32))])
-    with pytest.raises(InputError, match=r"under 90%.*layers\.1\.mlp\.experts\.0 \(4, 64, 32\)"):
-        find_matrices(model)
+    with pytest.raises(InputError, match=r"under 90%.*layers\.1\.mlp\.experts\.0 \(4, 64, 32\).* --include \.$"):
+        choose_matrices(model)
+    assert choose_matrices(model, include=["."]).keys() == find_matrices(tiny_model()).keys()
 
 
 def test_nan_weights_are_refused_by_name():

@@ -27,7 +27,7 @@ from uniprune.evaluation.request import NEW_TOKENS
 from uniprune.job.options import RunOptions
 from uniprune.job.prepare import Job, prepare
 from uniprune.models.loading import Loaded, Source, dtype_name, skeleton
-from uniprune.models.matrices import find_matrices
+from uniprune.models.matrices import choose_matrices
 from uniprune.reporting.comparison import latex, markdown
 from uniprune.sparsity import bits
 from uniprune.storage import files, runs
@@ -109,7 +109,7 @@ def _questions(request: ComparisonRequest, subject: Subject) -> Questions:
 def _fitted(trials: list[Trial], request: ComparisonRequest, source: Loaded | Origin) -> list[Trial]:
     """The trials, now that it is known which matrices they are for."""
     model = source.model if isinstance(source, Loaded) else skeleton(source)
-    return fitted(trials, model, find_matrices(model, request.include, request.exclude), source)
+    return fitted(trials, model, choose_matrices(model, request.include, request.exclude), source)
 
 
 def _protocol(request: ComparisonRequest, job: Job, questions: Questions) -> ComparisonProtocol:

@@ -25,7 +25,7 @@ from uniprune.job.prepare import Job, device_of, prepare, progress_of
 from uniprune.job.recipe import Recipe
 from uniprune.models.channels import Channels, find_channels, fold, folding, reorder
 from uniprune.models.loading import Loaded, Source, skeleton
-from uniprune.models.matrices import find_matrices
+from uniprune.models.matrices import choose_matrices
 from uniprune.reporting import model_card
 from uniprune.saliency.calibration import one_shot
 from uniprune.sparsity.channel_order import kept, search
@@ -62,7 +62,7 @@ def permute(
             "prune it as it is, or permute the model that it was made from"
         )
     model = source.model if isinstance(source, Loaded) else skeleton(origin)  # type: ignore[arg-type]
-    found = find_channels(model, find_matrices(model, recipe.include, recipe.exclude))
+    found = find_channels(model, choose_matrices(model, recipe.include, recipe.exclude))
     if not found:
         raise InputError(f"{source}: it has no hidden channels that could be proved to go in any order")
     watch = Stopwatch()

@@ -13,7 +13,7 @@ from uniprune.job.options import RunOptions
 from uniprune.job.prepare import aim_of, check_predicts, choose, device_of, stored_dtype
 from uniprune.job.recipe import LENGTH, WINDOWS, Recipe
 from uniprune.models.loading import fast_dtype, load, native_dtype, parse_dtype, skeleton
-from uniprune.models.matrices import find_matrices
+from uniprune.models.matrices import choose_matrices
 
 
 def plan(source: str | Path, recipe: Recipe, *, device: str | None = None, max_memory: int | None = None) -> estimate.Plan:
@@ -24,7 +24,7 @@ def plan(source: str | Path, recipe: Recipe, *, device: str | None = None, max_m
     origin = resolve(source)
     model = skeleton(origin)
     check_predicts(recipe, model)
-    matrices, more = find_matrices(model, recipe.include, recipe.exclude), dict[str, Any]()
+    matrices, more = choose_matrices(model, recipe.include, recipe.exclude), dict[str, Any]()
     if recipe.experts is not None:
         matrices, more["experts"], more["disk"] = removal.planned(recipe.experts, model, matrices)
     stored = stored_dtype(origin, matrices)

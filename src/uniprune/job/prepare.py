@@ -46,7 +46,7 @@ from uniprune.models.loading import (
     skeleton,
     warn_of_emulation,
 )
-from uniprune.models.matrices import Matrices, check_decoder, check_finite, check_loaded, find_matrices
+from uniprune.models.matrices import Matrices, check_decoder, check_finite, check_loaded, choose_matrices, find_matrices
 from uniprune.models.sharding import Sharder, open_sharded
 from uniprune.models.streaming import attached, open_streamed
 from uniprune.saliency.calibration import SWEEP, Calibration
@@ -153,7 +153,7 @@ def _prepare(
         files.check_output_folder(output, options.overwrite, origin.path if origin else None)
     model = loaded.model if loaded else skeleton(origin)  # type: ignore[arg-type]
     check_predicts(recipe, model)
-    matrices = find_matrices(model, recipe.include, recipe.exclude)
+    matrices = choose_matrices(model, recipe.include, recipe.exclude)
     aim = aim_of(recipe, model, matrices, loaded or origin)
     disk = 4 * sum(matrix.size for matrix in matrices.values())  # of scores
     if output is not None:

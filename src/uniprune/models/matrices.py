@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -164,15 +165,35 @@ def find_matrices(model: nn.Module, include: Sequence[str] = (), exclude: Sequen
     """The prunable matrices in the order of the model, by module name; a weight that modules share is listed once.
 
     Where the checkpoint has another name than the module, as of each fused expert, it is that one. include, exclude: regular
-    expressions, searched in the names; ``exclude`` wins. Raises InputError if under 90 % of the blocks' parameters lie in
-    matrices, if an expression matches none, or for a model with adapters.
+    expressions, searched in the names; ``exclude`` wins. Raises InputError if an expression matches none, or for a model with
+    adapters.
     """
-    return _select(*_discover(model), include, exclude)
+    found = _discover(model)
+    return _select(found.matrices, found.left, include, exclude)
+
+
+def choose_matrices(model: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> Matrices:
+    """As :func:`find_matrices`, for a run that is to prune them.
+
+    Raises InputError if under 90 % of the blocks' parameters lie in matrices, unless ``include`` says which are wanted.
+    """
+    found = _discover(model)
+    if found.too_few and not include:
+        raise InputError(f"{found.too_few}; to prune what is in matrices and leave the rest dense, say so: --include .")
+    return _select(found.matrices, found.left, include, exclude)
 
 
 def left_dense(model: nn.Module) -> Left:
     """Matrices in the blocks that are never pruned: shape, and why."""
-    return _discover(model)[1]
+    return _discover(model).left
+
+
+class Found(NamedTuple):
+    """What the blocks of a model hold. too_few: what is to be said if that leaves out too many of their parameters."""
+
+    matrices: Matrices
+    left: Left
+    too_few: str | None
 
 
 @contextmanager
@@ -188,7 +209,7 @@ def _uncollected() -> Iterator[None]:
 
 
 @_uncollected()
-def _discover(model: nn.Module) -> tuple[Matrices, Left]:
+def _discover(model: nn.Module) -> Found:
     _check_unquantised(model)
     prefix, blocks = find_blocks(model)
     inside = [(f"{prefix}.{i}.{name}", i, module) for i, block in enumerate(blocks) for name, module in block.named_modules()]
@@ -229,8 +250,7 @@ def _discover(model: nn.Module) -> tuple[Matrices, Left]:
             names[id(weight)] = name
             group = groups.get(id(module))
             found[name] = Matrix(name, module, index, isinstance(module, Conv1D), part.flipped, group=group)
-    _check_coverage(prefix, blocks, covered, odd)
-    return found, left
+    return Found(found, left, _too_few(prefix, blocks, covered, odd))
 
 
 def _odd(modules: Iterable[nn.Module]) -> dict[int, str]:
@@ -279,17 +299,16 @@ def _in_selectors(blocks: nn.ModuleList) -> Iterator[tuple[nn.Module, str]]:
             yield from ((module, kind) for module in selector.modules() if isinstance(module, (nn.Linear, Conv1D)))
 
 
-def _check_coverage(prefix: str, blocks: nn.ModuleList, covered: set[int], odd: Mapping[int, str]) -> None:
+def _too_few(prefix: str, blocks: nn.ModuleList, covered: set[int], odd: Mapping[int, str]) -> str | None:
     parameters = {id(p): (n, p) for n, p in blocks.named_parameters()}
     total = sum(p.numel() for _, p in parameters.values())
     missed = [(n, p) for key, (n, p) in parameters.items() if key not in covered]
-    if sum(p.numel() for _, p in missed) > (1 - COVERAGE) * total:
-        largest = sorted(missed, key=lambda item: -item[1].numel())[:5]
-        reasons = {id(p): f" ({odd[id(p)]})" if id(p) in odd else "" for _, p in largest}
-        names = ", ".join(f"{prefix}.{n} {tuple(p.shape)}{reasons[id(p)]}" for n, p in largest)
-        raise InputError(
-            f"under {COVERAGE:.0%} of the blocks' parameters are in matrices (Linear, Conv1D, experts); not: {names}"
-        )
+    if sum(p.numel() for _, p in missed) <= (1 - COVERAGE) * total:
+        return None
+    largest = sorted(missed, key=lambda item: -item[1].numel())[:5]
+    reasons = {id(p): f" ({odd[id(p)]})" if id(p) in odd else "" for _, p in largest}
+    names = ", ".join(f"{prefix}.{n} {tuple(p.shape)}{reasons[id(p)]}" for n, p in largest)
+    return f"under {COVERAGE:.0%} of the blocks' parameters are in matrices (Linear, Conv1D, experts); not: {names}"
 
 
 def _select(found: Matrices, left: Left, include: Sequence[str], exclude: Sequence[str]) -> Matrices:
