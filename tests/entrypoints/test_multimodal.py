@@ -162,11 +162,15 @@ def test_a_model_that_reads_no_text_alone_is_refused_with_a_remedy_that_works(to
     config = AutoConfig.for_model("blip-2", text_config=text, vision_config=vision, qformer_config=former)
     AutoModelForImageTextToText.from_config(config).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
+    magnitude = {"sparsity": "2:4", "text": "builtin", "windows": 2, "length": 32, "metric": "magnitude"}
+    model = tmp_path / "model"
     for attempt in (
-        lambda: uniprune.prune(tmp_path / "model", RECIPE, tmp_path / "out"),
-        lambda: uniprune.evaluate(tmp_path / "model", text_source="builtin", windows=2, length=32),
+        lambda: uniprune.prune(model, RECIPE, tmp_path / "out"),
+        lambda: uniprune.prune(model, uniprune.Recipe(controller="feedback", **magnitude), tmp_path / "out"),
+        lambda: uniprune.prune(model, uniprune.Recipe(controller="unipruning", steps=1, **magnitude), tmp_path / "out"),
+        lambda: uniprune.evaluate(model, text_source="builtin", windows=2, length=32),
+        lambda: uniprune.evaluate(model, prompts=["Once"], new_tokens=2, against=model),
     ):
         with pytest.raises(InputError, match=r"Blip2\w+ needs an image with every text .*--metric magnitude --controller none"):
             attempt()
-    recipe = uniprune.Recipe(sparsity="2:4", text="builtin", windows=2, length=32, metric="magnitude", controller="none")
-    assert uniprune.prune(tmp_path / "model", recipe, tmp_path / "out").sparsity == 0.5
+    assert uniprune.prune(model, uniprune.Recipe(controller="none", **magnitude), tmp_path / "out").sparsity == 0.5

@@ -45,7 +45,7 @@ from uniprune.controller.protocol import ControllerRecord, Cost
 from uniprune.controller.prox import prox_nm, soft_threshold
 from uniprune.controller.start import warn_of_stillness
 from uniprune.errors import InputError, UniPruneError
-from uniprune.models.blocks import device_of, rerouted
+from uniprune.models.blocks import device_of, rerouted, text_alone
 from uniprune.models.experts import taken_apart
 from uniprune.models.matrices import Matrices, Matrix
 from uniprune.saliency.calibration import Calibration, one_shot
@@ -198,7 +198,7 @@ class WorkingCopy:
         """One Adam step on the next-token cross-entropy of windows ``[n, length]``; returns it in nats per token."""
         ids = batch.to(device_of(self._model))
         leaves = list(self.weights.values())
-        with torch.enable_grad():
+        with text_alone(self._model), torch.enable_grad():
             logits = self._model(input_ids=ids, use_cache=False).logits[:, :-1]
             # The gradient is that of the sum, and divided in float32: float16 would lose small gradients.
             loss = functional.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")

@@ -13,7 +13,7 @@ from uniprune.common.progress import Progress, silent
 from uniprune.data.windows import Windows
 from uniprune.errors import InputError
 from uniprune.evaluation.results import Generation
-from uniprune.models.blocks import device_of
+from uniprune.models.blocks import device_of, text_alone
 from uniprune.tasks.question import Prompt, Question
 from uniprune.tasks.scoring import Tokens
 
@@ -50,9 +50,13 @@ def generate(
     found = []
     for prompt in progress(prompts, "generating", len(prompts)):
         ids = torch.tensor([tokenizer.encode(prompt)], device=device_of(model))
-        written = model.generate(  # type: ignore[operator]
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, pad_token_id=tokenizer.pad_token_id or 0, **GREEDY
-        )
+        settings = {
+            "attention_mask": torch.ones_like(ids),
+            "max_new_tokens": tokens,
+            "pad_token_id": tokenizer.pad_token_id or 0,
+        }
+        with text_alone(model):
+            written = model.generate(input_ids=ids, **settings, **GREEDY)  # type: ignore[operator]
         found.append(written[0, ids.shape[1] :].tolist())
     return found
 
@@ -98,14 +102,15 @@ def _together(
         texts = tokenizer.batch_decode(written[:, max(length, written.shape[1] - tail) :], skip_special_tokens=False)
         return torch.tensor([any(text in so_far for text in stop) for so_far in texts], device=written.device)
 
-    written = model.generate(  # type: ignore[operator]
-        given,
-        attention_mask=mask,
-        max_new_tokens=first.tokens,
-        pad_token_id=padding,
-        stopping_criteria=StoppingCriteriaList([stopped]),
-        **GREEDY,
-    )
+    with text_alone(model):
+        written = model.generate(  # type: ignore[operator]
+            input_ids=given,
+            attention_mask=mask,
+            max_new_tokens=first.tokens,
+            pad_token_id=padding,
+            stopping_criteria=StoppingCriteriaList([stopped]),
+            **GREEDY,
+        )
     answers = tokenizer.batch_decode(written[:, length:], skip_special_tokens=True)
     return [_before(answer, stop) for answer in answers]
 

@@ -14,7 +14,7 @@ from uniprune.checkpoints.configuration import UNBOUNDED, context
 from uniprune.errors import InputError, first_line
 from uniprune.evaluation.perplexity import NOT_FINITE
 from uniprune.evaluation.request import EvaluationRequest
-from uniprune.models.blocks import device_of
+from uniprune.models.blocks import device_of, text_alone
 from uniprune.models.loading import Loaded
 
 BATCH, PROBE = 8, 16  # rows at a time; tokens on which a model is tried
@@ -68,7 +68,7 @@ class Harness:
         """
         from lm_eval import simple_evaluate
 
-        with torch.no_grad():
+        with text_alone(loaded.model), torch.no_grad():
             logits = loaded.model(input_ids=torch.arange(PROBE, device=device_of(loaded.model))[None], use_cache=False).logits
         if not bool(torch.isfinite(logits).all()):
             raise InputError(NOT_FINITE)

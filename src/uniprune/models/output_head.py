@@ -12,7 +12,7 @@ from torch.nn import functional
 from uniprune.checkpoints.configuration import text_config
 from uniprune.common import pictures
 from uniprune.errors import InputError
-from uniprune.models.blocks import after_backbone
+from uniprune.models.blocks import after_backbone, text_alone
 
 PIECE = 512  # tokens whose logits are in memory at once
 
@@ -66,7 +66,8 @@ class Head:
         run: the model's output for some windows; hidden: the final hidden states it came from.
         Raises InputError for a model whose logits are not its output head's for its final hidden states.
         """
-        logits: Tensor = run(model).logits.float()
+        with text_alone(model):
+            logits: Tensor = run(model).logits.float()
         logits = logits if self._common is None else logits[..., self._common]
         if hidden.shape[-1] == self._weight.shape[1]:
             ours = self(hidden)
