@@ -136,7 +136,9 @@ OWN: dict[str, dict[str, Any]] = {  # what types need beside their sizes; that o
         "downsample_rate": "1/2",
         "spatial_target_layers": [0, 1],
         "image_grid_pinpoints": [[28, 28]],
+        "vision_config": {"hidden_size": 64},
     },
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
     "hunyuan_vl": {"text_config": {"head_dim": 8, **MROPE}, "vision_config": {"max_image_size": 64, "max_vit_seq_len": 64}},
     "janus": {"vq_config": CODES},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
@@ -209,7 +211,11 @@ OWN: dict[str, dict[str, Any]] = {  # what types need beside their sizes; that o
     },
     "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 8},
 }
-OWN["dots3_note"] = {"text_config": OWN["dots3_note_text"], "vision_config": {"adapter_in_dim": 32, "adapter_input_size": 32}}
+OWN["dots3_note"] = {
+    "text_config": OWN["dots3_note_text"],
+    "vision_config": {"adapter_in_dim": 32, "adapter_out_dim": 32},
+    "audio_config": {"adapter_input_size": 32, "adapter_out_dim": 32},
+}
 OWN["qwen3_omni_moe_thinker"] = {"audio_config": {"downsample_hidden_size": 8, "max_source_positions": 16}}
 OWN["gemma4_assistant"] = {
     "text_config": {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 2},

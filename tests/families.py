@@ -128,7 +128,7 @@ def check_plan(plan, model):
 
 def routers(blocks):
     """Written down by name here, to tell on what is found by structure."""
-    pattern = r"(?<!input_)(?<!modality_)(gate|router|router\.classifier|gate\.wg)\.weight$"  # two layers of Gemma are none
+    pattern = r"(^|\.)(gate|shared_expert_gate|router|router\.(classifier|proj)|gate\.wg)\.weight$"
     return [p for name, p in blocks.named_parameters() if re.search(pattern, name) and p.dim() == 2]
 
 
