@@ -34,6 +34,7 @@ import families
 
 PAGE = ROOT / "docs" / "families.md"
 SHARD = 1 << 40  # bytes
+LONGEST = 160  # characters of a reason in the table
 
 
 def hollow_checkpoint(config: PretrainedConfig, folder: Path) -> None:
@@ -106,18 +107,12 @@ def walk(kind: str, folder: Path) -> dict[str, str]:
     return families.steps(families.Walk(*saved, folder))
 
 
-STEPS = tuple(step for step in families.STEPS if step != "plan")
-
-
 def page(known: dict[str, dict[str, Any]]) -> str:
     """docs/families.md: a line for each type."""
     plans, walks = known["plan"], known["walk"]
     planned = [kind for kind, row in plans.items() if "matrices" in row]
     whole = [kind for kind, row in walks.items() if all(row.get(step) == "yes" for step in families.STEPS)]
     tried = [kind for kind, row in walks.items() if "made" not in row]
-    head = f"| type | parameters | prunable | matrices | {' | '.join(STEPS)} | why not, and what stays dense |"
-    rule = f"| --- | ---: | ---: | ---: |{' :-: |' * len(STEPS)} --- |"
-    rows = [_row(kind, plans.get(kind, {}), walks.get(kind, {})) for kind in sorted(plans.keys() | walks.keys())]
     return "\n".join(
         [
             "# Every type of transformers",
@@ -128,11 +123,11 @@ def page(known: dict[str, dict[str, Any]]) -> str:
             "- `plan`, with the controller, on the default configuration, by files of that size without content:",
             f"  {len(planned)} can be pruned, the others are refused with the reason.",
             "- A tiny random model of each that transformers can make here, through the steps of [models.md](models.md):",
-            f"  {len(whole)} of {len(tried)} go through all.",
+            f"  {len(whole)} of {len(tried)} go through all (yes); of others the steps that do not are named, with the reason.",
             "",
-            head,
-            rule,
-            *rows,
+            "| type | parameters | prunable | matrices | tiny model | why not, and what stays dense |",
+            "| --- | ---: | ---: | ---: | --- | --- |",
+            *(_row(kind, plans.get(kind, {}), walks.get(kind, {})) for kind in sorted(plans.keys() | walks.keys())),
             "",
         ]
     )
@@ -140,12 +135,13 @@ def page(known: dict[str, dict[str, Any]]) -> str:
 
 def _row(kind: str, planned: dict[str, Any], walked: dict[str, str]) -> str:
     sizes = [f"{planned[name] / 1e9:.2f} B" if name in planned else "" for name in ("parameters", "prunable")]
-    cells = [{"yes": "yes", None: ""}.get(walked.get(step), "no") for step in STEPS]
+    failed = [step for step in families.STEPS if walked.get(step, "yes") != "yes"]
+    steps = ", ".join(failed) or ("yes" if families.STEPS.keys() <= walked.keys() else "")
     reasons = [planned.get(name) for name in ("made", "refused", "crash")] + [walked.get("made"), walked.get("crash")]
-    reasons += [reason for step, reason in walked.items() if step in families.STEPS and reason != "yes"]
+    reasons += [walked[step] for step in failed]
     reasons += [f"{count} x {why}" for why, count in planned.get("left", {}).items()]
-    why = "; ".join(dict.fromkeys(" ".join(reason.split()).replace("|", "/")[:240] for reason in reasons if reason))
-    return f"| {kind} | {sizes[0]} | {sizes[1]} | {planned.get('matrices', '')} | {' | '.join(cells)} | {why} |"
+    why = "; ".join(dict.fromkeys(" ".join(reason.split()).replace("|", "/")[:LONGEST] for reason in reasons if reason))
+    return f"| {kind} | {sizes[0]} | {sizes[1]} | {planned.get('matrices', '')} | {steps} | {why} |"
 
 
 def main(command: str, wanted: list[str]) -> None:
