@@ -19,6 +19,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+import catalogue
 import local_hub
 from command import run
 from conftest import VOCABULARY, tiny_config, tiny_model, write_gguf
@@ -223,6 +224,16 @@ def an_inner_weight_that_is_read_past_its_layer(world):
     message = yield command
     assert "dt_proj" in message
     yield *command, "--exclude", "dt_proj"
+
+
+def experts_of_a_kind_that_is_not_known(world):
+    """blocks' parameters are in matrices (Linear, Conv1D, experts); not: model.layers.0.mlp.input_linear.weight (4, 128, 32)"""
+    config = catalogue.small("jetmoe", vocab_size=VOCABULARY, max_position_embeddings=128)
+    AutoModelForCausalLM.from_config(config).save_pretrained(world.path / "jetmoe")
+    world.tokenizer.save_pretrained(world.path / "jetmoe")
+    command = ["prune", world.path / "jetmoe", "-s", "2:4", *SMALL, "-o", world.path / "out"]
+    message = yield command
+    yield *command, *message.partition("say so: ")[2].split()
 
 
 def a_pattern_that_does_not_fit(world):
