@@ -74,6 +74,8 @@ bench: $(READY)
 		for method in wanda any sparsegpt; do \
 			HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/quality.py $$method 2:4 0.5 --seed $$seed || exit 1; done; done
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/ablations.py
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/sources.py
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/ties.py
 	HF_HUB_OFFLINE=1 $(BIN)/uniprune calibrate $(MODEL) --text ../shared/data/c4/c4_demo.jsonl --windows 240 \
 		--budget-tokens 131072 -o scores.safetensors --resume
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/page.py --scores scores.safetensors

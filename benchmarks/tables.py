@@ -575,6 +575,45 @@ def fill(path: Any, sections: dict[str, str]) -> None:
     path.write_text(text)
 
 
+def ties(results: dict[str, Any]) -> str:
+    share = results["tied"] / results["groups"]
+    return (
+        f"In {share:.0%} of the groups of 2:4 the second and the third largest weight are exactly equal, for this model was\n"
+        "dequantised from 4 bits (`benchmarks/ties.py`): magnitude cannot tell them apart and keeps the lower index."
+    )
+
+
+SOURCES = {
+    "c4": "C4",
+    "articles": "articles",
+    "code": "code",
+    "instructions": "instructions",
+    "self": "what the model writes",
+    "mixture": "a fifth of each",
+}
+
+
+def sources(results: dict[str, Any]) -> str:
+    """For each method the perplexity on each text by what it was calibrated on, and how far the mixture is from the best."""
+    dense, rows = results["dense"], results.get("rows", [])
+    texts = [name for name in SOURCES if name in dense]
+    lines = [["dense", "", *(number(dense[text]["perplexity"]) for text in texts)]]
+    for method in dict.fromkeys(row["method"] for row in rows):
+        found = {row["calibration"]: row for row in rows if row["method"] == method}
+        values = {name: [row["texts"][text]["perplexity"] for text in texts] for name, row in found.items()}
+        best = [min(column) for column in zip(*(values[name] for name in texts if name in values), strict=True)]
+        for name in (name for name in SOURCES if name in values):
+            pairs = zip(values[name], best, strict=True)
+            cells = [f"**{number(value)}**" if value == least else number(value) for value, least in pairs]
+            tokens = f"{found[name]['tokens']:,} tokens"
+            lines.append([f"{METHODS[method].strip('*')}, {tokens}", SOURCES[name], *cells])
+        if "mixture" in values and values.keys() >= set(texts):
+            lost = (f"{value / least - 1:+.0%}" for value, least in zip(values["mixture"], best, strict=True))
+            lines.append([f"{METHODS[method].strip('*')}", "the mixture against the best", *lost])
+    head = ["2:4", "calibrated on", *(SOURCES[text] for text in texts)]
+    return table(head, lines)
+
+
 def main() -> None:
     sections = {}
     if results := load("quality"):
@@ -586,7 +625,8 @@ def main() -> None:
         second = Quality(results["rows"])
         sections |= {f"qwen-{name}": getattr(second, name)() for name in ("perplexities", "gaps", "costs")}
         sections["qwen-curve"] = second.curve(results["curve"])
-    writers = {"page": page, "ablations": ablations, "peer": peer, "zeroshot": zeroshot, "tasks": tasks, "speed": speed}
+    writers = {"sources": sources, "ties": ties, "page": page, "ablations": ablations, "peer": peer}
+    writers |= {"zeroshot": zeroshot, "tasks": tasks, "speed": speed}
     for name, write in writers.items():
         if results := load(name):
             sections[name] = write(results)

@@ -76,7 +76,7 @@ def furnished(folder, tmp_path_factory):
     moe = {"num_local_experts": 4, "num_experts_per_tok": 2, "max_position_embeddings": 128}
     tiny("mixtral", **moe, vocab_size=VOCABULARY).save_pretrained(work / "MOE")
     prose = text.read("builtin", "calibration")[:200_000]
-    for name in ("corpus.txt", "evaluation.txt"):
+    for name in ("corpus.txt", "evaluation.txt", "code.txt"):
         (work / name).write_text(prose)
     write_rows(work / "pairs.jsonl")
     (work / "my_corpus.jsonl").write_text(json.dumps({"text": prose}))
@@ -96,7 +96,7 @@ def furnished(folder, tmp_path_factory):
 @pytest.fixture
 def place(furnished, tmp_path, monkeypatch):
     """Such a directory, of the test's own; a few windows are enough for what asks for no number."""
-    monkeypatch.setattr("uniprune.job.prepare.WINDOWS", 16)
+    monkeypatch.setattr("uniprune.job.samples.WINDOWS", 16)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(furnished / "hub"))
     for name in ("c4", "wikitext2"):
         monkeypatch.setitem(text.NAMED, name, text.NAMED["builtin"])

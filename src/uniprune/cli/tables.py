@@ -20,7 +20,7 @@ from uniprune.reporting.capabilities import capabilities, parts
 from uniprune.reporting.headline import sentences, verdict
 from uniprune.reporting.results import Source
 from uniprune.reporting.summary import Summary, summarise
-from uniprune.reporting.tables import Grid, accuracies, bench_rows, closeness, harness, models, tradeoff
+from uniprune.reporting.tables import Grid, accuracies, bench_rows, closeness, harness, models, sweep_texts, texts, tradeoff
 from uniprune.speed.results import Speeds
 
 
@@ -126,11 +126,17 @@ def bench_table(speeds: Speeds) -> Table:
     return table
 
 
+def text_tables(result: Evaluation | Sweep) -> list[Table]:
+    """What was measured on each of several texts, as a report shows it."""
+    found = sweep_texts(result) if isinstance(result, Sweep) else texts(summarise([Source(Path(), {}, result)]))
+    return [_grid_table(found)] if found else []
+
+
 def evaluation_tables(result: Evaluation) -> list[Table | str]:
     """One result of ``evaluate`` as tables and sentences: those of what it measured, accuracies as a report shows them."""
     tables: list[Table | str] = []
     if result.perplexity is not None:
-        tables += [evaluation_table({result.model: result}), *perplexity_lines(result)]
+        tables += [evaluation_table({result.model: result}), *text_tables(result), *perplexity_lines(result)]
     else:
         beside = f", against {result.against}" if result.against else ""
         codes = f" (dequantised from {result.quantised})" if result.quantised else ""
@@ -212,7 +218,7 @@ def _plus_minus(error: float | None) -> str:
 
 def report_tables(summary: Summary) -> list[Table]:
     """A report's tables, as far as they fit a terminal."""
-    found = [models(summary), *map(tradeoff, summary.tradeoffs)]
+    found = [models(summary), *map(tradeoff, summary.tradeoffs), texts(summary), *map(sweep_texts, summary.sweeps)]
     found += [
         accuracies(summary),
         parts(summary),

@@ -41,6 +41,8 @@ class Positional(NamedTuple):
 
 Several = BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)
 """For a field with several values: one alone needs no brackets. On the command line the option may be repeated."""
+Alone = BeforeValidator(lambda value: value[0] if isinstance(value, (list, tuple)) and len(value) == 1 else value)
+"""For a field with one value or several: several of which there is one are that one. On the command line it may be repeated."""
 Commas = BeforeValidator(
     lambda value: tuple(filter(None, map(str.strip, value.split(",")))) if isinstance(value, str) else value
 )

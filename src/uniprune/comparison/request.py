@@ -179,7 +179,7 @@ class ComparisonKeywords(TypedDict, total=False):
     metric: str
     budget_tokens: int | None
     steps: int | None
-    text: str
+    text: str | Sequence[str]
     field: str | None
     split: str | None
     bos: Literal["each", "first", "none"] | None

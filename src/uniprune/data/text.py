@@ -54,13 +54,23 @@ class Sample(Facts):
     commit: str | None = None
 
 
+class TextShare(Facts):
+    """One of several texts. share: of the tokens of all, None where texts stand side by side; windows: how many it gave."""
+
+    text: str
+    share: float | None = None
+    windows: Count | None = None
+    available_windows: Count | None = None
+    sample: Sample | None = None
+
+
 class TextFacts(Facts):
     """Which tokens were read. ``text``: the source; ``available_windows``: how many it has; ``sha256``: of the token ids.
 
     join: what stands between two documents. bos: which windows were to begin with BOS; windows_with_bos: how many really do.
     rolling: whether documents were read one by one, in ``pieces``; in_context: whether those are as long as the model's
     context; second_bos: whether a document begins with two, as in lm-evaluation-harness. text_sha256: of those documents.
-    images: windows that have one.
+    images: windows that have one. sources: if they are of several texts, each by its name.
     """
 
     text: str
@@ -78,6 +88,7 @@ class TextFacts(Facts):
     second_bos: bool = False
     text_sha256: str | None = None
     images: Count | None = None
+    sources: dict[str, TextShare] | None = None
     sha256: str | None = None
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +23,7 @@ from uniprune.data.bos import Bos, Encoder
 from uniprune.data.documents import JOIN
 from uniprune.data.mixture import Wanted
 from uniprune.data.parts import File, HubShard, Part
-from uniprune.data.text import Sample, Text, TextFacts, Use, open_text, texts
+from uniprune.data.text import Sample, Text, TextFacts, TextShare, Use, open_text, texts
 from uniprune.errors import InputError
 from uniprune.storage.record import Count
 from uniprune.storage.tensor_file import Metadata, open_tensors, write_tensors
@@ -39,7 +39,9 @@ class Windows:
 
     available: how many there are, about if the text was sampled. bos: which windows were to begin with BOS. stride: tokens from
     one window to the next if they overlap. sample: what was read of the source. words, size: words and
-    bytes of the text that is predicted. pictures: images that go with the windows.
+    bytes of the text that is predicted. pictures: images that go with the windows. sources: if they are of several texts, each
+    by its name (``data.sources``); of: which of them each window is of, int64 ``[windows]``. prompts: by the number
+    of each window that the model is yet to write (``job.samples``), and that is zeros until then, the tokens it goes on from.
     """
 
     tokens: Tensor
@@ -53,6 +55,17 @@ class Windows:
     words: int | None = None
     size: int | None = None
     pictures: Pictures | None = None
+    sources: Mapping[str, TextShare] | None = None
+    of: Tensor | None = None
+    prompts: Mapping[int, Tensor] | None = None
+
+    @property
+    def by_source(self) -> dict[str, Tensor]:
+        """Of each of several texts the numbers of its windows; empty for one text."""
+        if self.sources is None or self.of is None:
+            return {}
+        found = {name: (self.of == index).nonzero().flatten() for index, name in enumerate(self.sources)}
+        return {name: numbers for name, numbers in found.items() if len(numbers)}
 
     @property
     def sha256(self) -> str:
@@ -84,12 +97,22 @@ class Windows:
             windows_with_bos=self.with_bos,
             sample=self.sample,
             images=len(self.pictures.given) if self.pictures else None,
+            sources=self._shares(),
             sha256=self.sha256,
         )
 
+    def _shares(self) -> dict[str, TextShare] | None:
+        """The facts of several texts, with the windows that are here."""
+        counts = {name: len(numbers) for name, numbers in self.by_source.items()}
+        shares = {name: (self.sources or {})[name].model_copy(update={"windows": count}) for name, count in counts.items()}
+        return shares or None
+
 
 class TokenFacts(Metadata):
-    """The metadata of a saved token file. bos: whether some window begins with BOS; which: those that were to."""
+    """The metadata of a saved token file. bos: whether some window begins with BOS; which: those that were to.
+
+    sources: if the windows are of several texts, each by its name; of: which of them each window is of.
+    """
 
     kind: Literal["tokens"] = "tokens"
     source: str
@@ -99,6 +122,8 @@ class TokenFacts(Metadata):
     bos_token: Count | None = None
     join: str = JOIN
     sample: Sample = Sample()
+    sources: dict[str, TextShare] | None = None
+    of: list[str] | None = None
 
 
 def load_windows(
@@ -236,6 +261,8 @@ def save_windows(windows: Windows, path: Path) -> None:
         bos_token=windows.bos_token,
         join=windows.join,
         sample=windows.sample,
+        sources=None if windows.sources is None else dict(windows.sources),
+        of=None if windows.of is None else [list(windows.sources or ())[index] for index in windows.of.tolist()],
     )
     write_tensors(path, {"tokens": windows.tokens.to(torch.int32)}, facts)
 
@@ -252,7 +279,11 @@ def _of_token_file(text: Text, length: int, count: int | None, others: dict[str,
     if count is not None and count > len(tokens):
         raise InputError(f"token file {path} has {len(tokens)} windows, {count} were asked for; lower --windows")
     which = facts.which or ("first" if facts.bos else "none")
-    return Windows(tokens[:count], facts.source, facts.available, which, facts.bos_token, None, facts.join, facts.sample)
+    found = Windows(tokens[:count], facts.source, facts.available, which, facts.bos_token, None, facts.join, facts.sample)
+    if facts.of is None or facts.sources is None:
+        return found
+    names = list(facts.sources)
+    return replace(found, sources=facts.sources, of=torch.tensor([names.index(name) for name in facts.of[:count]]))
 
 
 def _read(path: Path) -> tuple[Tensor, TokenFacts]:
@@ -266,6 +297,8 @@ def _read(path: Path) -> tuple[Tensor, TokenFacts]:
                 raise ValueError(f"its tokens are {tokens.dtype} {list(tokens.shape)}, not int32 [windows, length]")
             if int(tokens.min()) < 0:
                 raise ValueError(f"{int(tokens.min())} is no token")
+            if facts.of is not None and (len(facts.of) != len(tokens) or not set(facts.of) <= (facts.sources or {}).keys()):
+                raise ValueError("it does not say of each window which of its texts it is of")
         except ValueError as error:
             raise TokenFacts.damaged(path, error) from None
     return tokens.to(torch.int64), facts

@@ -48,7 +48,7 @@ def calibrate(
         if asked.resume and (facts := _finished(output, recipe, source)):
             return facts
         files.check_output_file(output, asked.overwrite)
-        job = prepare(source, recipe, None, asked, scores=output)
+        job = prepare(source, recipe, None, asked, scores=output, progress=progress)
         pattern = job.aim.pattern
         targets = [pattern] if pattern else fitting(any_sparsity(), job.shapes)
         with progress_of(output, asked, job.identity(recipe, command="calibrate")) as run:

@@ -71,7 +71,7 @@ def compare(
     files.check_output_folder(output, overwrite or resume, origin.path if origin else None, mark=COMPARISON)
     questions = _questions(wanted, subject)
     trials = _fitted(trials, wanted, source if isinstance(source, Loaded) else origin)  # type: ignore[arg-type]
-    job = _job(source, trials, device)
+    job = _job(source, trials, device, progress)
     protocol = _protocol(wanted, job, questions)
     _check_same(output, earlier, protocol.model_dump(mode="json"))
     found = _merged(wanted, Comparison(model=str(job.loaded), protocol=protocol, rows=[]), earlier)
@@ -131,10 +131,10 @@ def _protocol(request: ComparisonRequest, job: Job, questions: Questions) -> Com
     )
 
 
-def _job(source: Source, trials: Sequence[Trial], device: str | None) -> Job:
+def _job(source: Source, trials: Sequence[Trial], device: str | None, progress: Progress) -> Job:
     """The model and the calibration samples, for the trial that takes most memory."""
     hungriest = max(trials, key=lambda trial: (trial.recipe.cost.memory, trial.recipe.refine))
-    job = prepare(source, hungriest.recipe, None, RunOptions(device=device))
+    job = prepare(source, hungriest.recipe, None, RunOptions(device=device), progress=progress)
     if job.execution != "resident":
         raise InputError(f"compare needs the whole model in memory, and {job.loaded} does not fit; take a smaller model")
     for trial in trials:

@@ -19,10 +19,10 @@ from uniprune.evaluation.divergence import check_same_tokens, closeness
 from uniprune.evaluation.generation import prompts_of, side_by_side
 from uniprune.evaluation.lm_eval import Harness, Marks
 from uniprune.evaluation.model import Measured, Questions, Subject
-from uniprune.evaluation.perplexity import Documents
+from uniprune.evaluation.perplexity import Documents, Perplexity
 from uniprune.evaluation.protocols import comparable
 from uniprune.evaluation.request import NEW_TOKENS, EvaluationRequest
-from uniprune.evaluation.results import Check, Compared, Evaluation, Protocol, Versions
+from uniprune.evaluation.results import Check, Closeness, Compared, Evaluation, Protocol, Versions
 from uniprune.models import masking
 from uniprune.models.loading import Source, dtype_name
 from uniprune.models.matrices import find_matrices
@@ -178,10 +178,19 @@ def _compared(ours: Measured, theirs: Measured, questions: Questions, tokenizer:
     found: dict[str, Any] = {}
     if isinstance(questions.windows, Windows) and ours.recording and theirs.recording and theirs.perplexity:
         near = closeness(ours.recording, theirs.recording, questions.windows)
-        found["closeness"] = near.model_copy(update={"reference_perplexity": theirs.perplexity.perplexity})
+        found["closeness"] = _beside_reference(near, theirs.perplexity)
     if theirs.written:
         found["generations"] = side_by_side(questions.prompts, ours.written, theirs.written, tokenizer)
     return found
+
+
+def _beside_reference(near: Closeness, reference: Perplexity) -> Closeness:
+    """How close a model is, with the reference's perplexity: on all texts, and on each."""
+    more: dict[str, Any] = {"reference_perplexity": reference.perplexity}
+    if near.by_text:
+        dense = {name: {"reference_perplexity": one.perplexity} for name, one in (reference.by_text or {}).items()}
+        more["by_text"] = {name: one.model_copy(update=dense[name]) for name, one in near.by_text.items()}
+    return near.model_copy(update=more)
 
 
 def _beside(ours: Marks, theirs: Marks) -> dict[str, dict[str, Compared]]:

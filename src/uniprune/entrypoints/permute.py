@@ -71,7 +71,7 @@ def permute(
         if distributed.count() > 1:
             raise InputError("permute runs in one process; start it without torchrun")
         with watch("prepare"):
-            job = prepare(source, recipe, output, options)
+            job = prepare(source, recipe, output, options, progress=progress)
         with progress_of(output, options, job.identity(recipe, command="permute")) as run:
             consumers = {channels.consumer: job.matrices[channels.consumer] for channels in found}
             with watch("calibrate"):

@@ -59,7 +59,7 @@ def prune(
         if recipe.experts is not None:
             return _without_experts(source, recipe, output, asked, progress)
         with watch("prepare"):
-            job = prepare(source, recipe, output, asked)
+            job = prepare(source, recipe, output, asked, progress=progress)
         with progress_of(output, asked, job.identity(recipe, command="prune")) as run:
             cut = _cut(job, recipe, job.calibration(progress, run), watch)
             if not distributed.rank():
@@ -89,7 +89,7 @@ def prune_in_place(loaded: Loaded, recipe: Recipe, *, save_tokens: Path | None =
     watch, options = Stopwatch(), RunOptions(save_tokens=save_tokens)
     with distributed.joined(device_of(options)):
         with watch("prepare"):
-            job = prepare(loaded, recipe, None, options)
+            job = prepare(loaded, recipe, None, options, progress=progress)
         cut = _cut(job, recipe, job.calibration(progress), watch)
         with watch("mask"):
             kept = dict(cut.masks)
@@ -132,7 +132,7 @@ def _without_experts(source: Source, recipe: Recipe, output: Path, asked: RunOpt
     """The run of a recipe that removes whole experts."""
     watch = Stopwatch()
     with watch("prepare"):
-        run_of = removal.prepared(source, recipe, output, asked)
+        run_of = removal.prepared(source, recipe, output, asked, progress)
     job = run_of.job
     with progress_of(output, asked, job.identity(recipe, command="prune")) as run:
         with watch("calibrate"):

@@ -5,18 +5,20 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from uniprune.artefacts import archive_size, writer
 from uniprune.artefacts.scores import ScoresFile
 from uniprune.common.progress import Progress, silent
 from uniprune.common.provenance import sha256, sparsity, versions
+from uniprune.data.windows import Windows
 from uniprune.errors import InputError, MismatchError
 from uniprune.evaluation import reproduce
+from uniprune.evaluation.divergence import Recording, closeness
 from uniprune.evaluation.model import Subject
-from uniprune.evaluation.perplexity import perplexity
+from uniprune.evaluation.perplexity import Perplexity, perplexity
 from uniprune.evaluation.request import SweepRequest
-from uniprune.evaluation.results import Costs, Row, ScoresName, Sweep, SweepProtocol, marked
+from uniprune.evaluation.results import Costs, Row, ScoresName, Sweep, SweepProtocol, TextCosts, marked
 from uniprune.models import masking
 from uniprune.models.loading import Loaded, Source, dtype_name
 from uniprune.models.matrices import Matrices, find_matrices
@@ -53,6 +55,7 @@ def sweep(
     ``dtype``, as in ``evaluate``. The file is rewritten after each row; resume: keep the rows that it has, if they were
     measured in the same way, and add those that are missing. A row's ``bytes`` are what ``pack`` would make, estimated from
     samples; None without the zstandard package, and of a quantised model. ``pareto``: no other row is both smaller and better.
+    ``by_text``: of several texts, perplexity on each, and the divergence from the dense model there.
     Raises InputError or MismatchError before the first row if anything asked for cannot be done.
     """
     request, saliency = SweepRequest.of(**asked), ScoresFile(scores)
@@ -79,13 +82,13 @@ def sweep(
         result = _earlier(output, result)
     done = {row.pattern for row in result.rows}
     missing = [*(["0"] if result.dense is None else []), *(spec for spec in chosen if spec not in done)]
-    bytes_of = _Estimate(loaded, matrices)
+    bytes_of, reading = _Estimate(loaded, matrices), _Reading(loaded, windows)
     for spec in progress(missing, "sweeping", len(missing)):
         pattern = chosen.get(spec, DENSE)
         scaled = on_one_scale(saliency, pattern)
         cut = dict(pattern(scaled))
         with masking.applied(matrices, cut):
-            costs = Costs(perplexity=perplexity(loaded.model, windows).perplexity, bytes=bytes_of(pattern, scaled))
+            costs = Costs(**reading(), bytes=bytes_of(pattern, scaled))
         if pattern is DENSE:
             result = result.model_copy(update={"dense": costs})
         else:
@@ -109,9 +112,31 @@ def _parsed(sparsities: Sequence[str], scope: Scope | None, saliency: ScoresFile
 
 def _row(spec: str, pattern: Pattern, removed: float, costs: Costs) -> Row:
     facts = structure(pattern)
-    return Row(
-        pattern=spec, structure=facts, scope=facts.scope, sparsity=removed, perplexity=costs.perplexity, bytes=costs.bytes
-    )
+    return Row(pattern=spec, structure=facts, scope=facts.scope, sparsity=removed, **costs.model_dump(exclude_unset=True))
+
+
+class _Reading:
+    """What a model, as it is now, makes of the windows; of several texts also what it makes of each, beside the dense model."""
+
+    def __init__(self, loaded: Loaded, windows: Windows) -> None:
+        self._model, self._windows = loaded.model, windows
+        self._dense: Recording | None = None
+        if windows.by_source:
+            self._dense, _ = self._read()
+
+    def __call__(self) -> dict[str, Any]:
+        """The perplexity, and by text, of :class:`Costs`."""
+        if self._dense is None:
+            return {"perplexity": perplexity(self._model, self._windows).perplexity}
+        here, found = self._read()
+        near = closeness(here, self._dense, self._windows).by_text or {}
+        each = (found.by_text or {}).items()
+        by_text = {name: TextCosts(perplexity=one.perplexity, kl=near[name].kl) for name, one in each}
+        return {"perplexity": found.perplexity, "by_text": by_text}
+
+    def _read(self) -> tuple[Recording, Perplexity]:
+        with Recording(self._model, self._windows) as here:
+            return here, perplexity(self._model, self._windows)
 
 
 class _Estimate:

@@ -7,7 +7,9 @@ vocabulary / width times the memory, and two models need not be in memory at onc
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from types import TracebackType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -72,7 +74,7 @@ def closeness(ours: Recording, theirs: Recording, windows: Windows) -> Closeness
         raise InputError(
             f"the model has {ours.vocabulary} tokens and the reference {theirs.vocabulary}; they cannot be compared"
         )
-    divergences, agreements, tokens = [], [], 0
+    seen: list[_Seen] = []
     counted = pictures.counted(windows.pictures, windows.tokens)[:, :-1]
     for mine, other, counts in zip(ours.hidden, theirs.hidden, counted, strict=True):
         kl, same, length, number = 0.0, 0, len(mine) - 1, int(counts.sum())
@@ -81,21 +83,31 @@ def closeness(ours: Recording, theirs: Recording, windows: Windows) -> Closeness
             here = counts[start : start + len(a)].to(a.device)
             kl += float((functional.kl_div(a, b, log_target=True, reduction="none").sum(-1) * here).double().sum())
             same += int(((a.argmax(-1) == b.argmax(-1)) & here).sum())
-        divergences.append(kl / number)
-        agreements.append(same / number)
-        tokens += number
-    count, length = windows.tokens.shape
-    kl, agreement = (math.fsum(values) / count for values in (divergences, agreements))
-    return Closeness(
-        kl=kl,
-        kl_stderr=standard_error(divergences),
-        agreement=agreement,
-        agreement_stderr=standard_error(agreements),
-        tokens=tokens,
-        windows=count,
-        length=length,
-        text=windows.describe(),
-    )
+        seen.append(_Seen(kl / number, same / number, number))
+    by_text = {name: Closeness(**_mean([seen[row] for row in rows.tolist()])) for name, rows in windows.by_source.items()}
+    found = Closeness(**_mean(seen), length=windows.tokens.shape[1], text=windows.describe())
+    return found.model_copy(update={"by_text": by_text}) if by_text else found
+
+
+class _Seen(NamedTuple):
+    """What two models predicted for one window, per token, and how many tokens."""
+
+    kl: float
+    agreement: float
+    tokens: int
+
+
+def _mean(seen: Sequence[_Seen]) -> dict[str, Any]:
+    """Of :class:`Closeness` what is measured."""
+    divergences, agreements = [one.kl for one in seen], [one.agreement for one in seen]
+    return {
+        "kl": math.fsum(divergences) / len(seen),
+        "kl_stderr": standard_error(divergences),
+        "agreement": math.fsum(agreements) / len(seen),
+        "agreement_stderr": standard_error(agreements),
+        "tokens": sum(one.tokens for one in seen),
+        "windows": len(seen),
+    }
 
 
 def _logits(ours: Recording, mine: Tensor, theirs: Recording, other: Tensor, start: int, length: int) -> tuple[Tensor, Tensor]:

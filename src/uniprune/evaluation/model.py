@@ -13,6 +13,7 @@ from uniprune.checkpoints.configuration import UNBOUNDED, check_context, check_v
 from uniprune.checkpoints.origin import resolve
 from uniprune.common.pictures import showing
 from uniprune.common.progress import Progress
+from uniprune.data import sources
 from uniprune.data.bos import bos_of
 from uniprune.data.images import windows as images
 from uniprune.data.images.rows import has_images
@@ -94,8 +95,30 @@ class Subject:
                 f"model {self} has no tokenizer, so tasks cannot be asked; put its tokenizer's files into the folder"
             )
 
-    def windows(self, text: str, asked: Reading) -> Windows:
-        """The windows of a text's evaluation part that are asked for, see :func:`uniprune.data.windows.load_windows`."""
+    def windows(self, text: str | Sequence[str], asked: Reading) -> Windows:
+        """The windows of a text's evaluation part that are asked for, see :func:`uniprune.data.windows.load_windows`.
+
+        Of several texts those of one after the other.
+        """
+        several = sources.parse(text)
+        if any(source.text == sources.SELF for source in several):
+            raise InputError(
+                f"text {sources.SELF} is what the dense model writes when it is calibrated; keep it then (--save-tokens FILE), "
+                "and give that file"
+            )
+        if len(several) == 1:
+            return self._windows(several[0].text, asked)
+        length = sources.common_length(several, asked.length, min(2048, self.context))
+
+        def load(source: sources.Source) -> Windows:
+            text = source.reading(asked.field, asked.split, alone=False)
+            own = {"bos": None} if source.tokens else {}
+            given = {"field": text.field, "split": text.split, "length": length, **own}
+            return self._windows(source.text, asked.model_copy(update=given))
+
+        return sources.side_by_side(several, load)
+
+    def _windows(self, text: str, asked: Reading) -> Windows:
         if reads_images(self._config) and has_images(Text(text, asked.field, asked.split), "evaluation"):
             return self._images(text, asked)
         length = window_length(text, asked.length, min(2048, self.context))
@@ -119,13 +142,14 @@ class Subject:
         source = Text(text, asked.field, asked.split)
         return images.load(source, eyes, "evaluation", asked.length, asked.windows, most=self.context)
 
-    def documents(self, text: str, asked: Reading) -> Documents:
+    def documents(self, text: str | Sequence[str], asked: Reading) -> Documents:
         """Documents that are read one by one, pieces of ``length`` tokens: by default the context, as lm-evaluation-harness."""
         most = self.context if self.context < UNBOUNDED else 2048
         length = asked.length or most
         check_context(self._config, length)
-        found = load_documents(Text(text, asked.field, asked.split), self.tokenizer, length, asked.windows, asked.bos)
-        check_vocabulary(self._config, max(max(piece.tokens) for piece in found.pieces), text)
+        (source,) = sources.parse(text)
+        found = load_documents(Text(source.text, asked.field, asked.split), self.tokenizer, length, asked.windows, asked.bos)
+        check_vocabulary(self._config, max(max(piece.tokens) for piece in found.pieces), source.text)
         return replace(found, in_context=length == most)
 
     def ask(self, asked: Questions) -> None:

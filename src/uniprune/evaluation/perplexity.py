@@ -26,6 +26,7 @@ from uniprune.data.documents import JOIN
 from uniprune.data.text import Text, TextFacts, open_text
 from uniprune.data.windows import Windows
 from uniprune.errors import InputError
+from uniprune.evaluation.results import TextPerplexity
 from uniprune.models.blocks import BATCH_TOKENS, batches, called, device_of
 from uniprune.models.loading import dtype_name
 from uniprune.models.output_head import PIECE
@@ -42,7 +43,8 @@ class Perplexity:
     have changed. About the relative error of the perplexity; two models read on the same windows differ by less.
     ``stride``: tokens from one window to the next; fewer than ``length`` if they overlap.
     ``word_perplexity``, ``byte_perplexity``: exp(nats / words), / bytes, of the text that is predicted, if that is known.
-    ``by_position``: the token perplexity by how many tokens of its window a prediction saw.
+    ``by_position``: the token perplexity by how many tokens of its window a prediction saw. ``by_text``: on each of several
+    texts.
     """
 
     perplexity: float
@@ -59,6 +61,7 @@ class Perplexity:
     words: int | None = None
     bytes: int | None = None
     by_position: dict[str, float] | None = None
+    by_text: dict[str, TextPerplexity] | None = None
 
 
 @torch.no_grad()
@@ -87,8 +90,20 @@ def perplexity(model: nn.Module, windows: Windows, progress: Progress = silent) 
     check_finite(nats)
     error = standard_error([loss / number for loss, number in zip(losses, tokens, strict=True)])
     facts = by_unit(nats, windows.words, windows.size) | {"by_position": _by_position(positions, seen)}
+    facts["by_text"] = {name: _of_text(losses, tokens, rows.tolist()) for name, rows in windows.by_source.items()} or None
     dtype, stride = dtype_name(next(model.parameters()).dtype), windows.stride or length
     return Perplexity(exp(nats / total), nats, error, total, count, length, stride, dtype, windows.describe(), **facts)
+
+
+def _of_text(losses: Sequence[float], tokens: Sequence[int], rows: Sequence[int]) -> TextPerplexity:
+    """The perplexity on some of the windows."""
+    count = sum(tokens[row] for row in rows)
+    return TextPerplexity(
+        perplexity=exp(sum(losses[row] for row in rows) / count),
+        nats_stderr=standard_error([losses[row] / tokens[row] for row in rows]),
+        tokens=count,
+        windows=len(rows),
+    )
 
 
 def token_nats(model: nn.Module, batch: Tensor, predicts_last: bool = True) -> list[Tensor]:

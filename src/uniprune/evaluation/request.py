@@ -4,18 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal, TypedDict
+from typing import Annotated, Any, ClassVar, Literal, TypedDict
 
 from pydantic import BeforeValidator, Field
 
-from uniprune.common.options import Commas, Flag, Options, Several
+from uniprune.common.options import Alone, Commas, Flag, Options, Several
 from uniprune.errors import InputError
 from uniprune.sparsity.choices import Scope
 from uniprune.tasks.catalogue import SUITES, Suite
 
 NEW_TOKENS = 40
 
-Name = BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value)
+
+def _spelled(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_spelled(one) for one in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+Name = BeforeValidator(_spelled)
 
 
 class Reading(Options):
@@ -23,10 +30,13 @@ class Reading(Options):
 
     heading: ClassVar[str] = "Evaluation samples"
 
-    text_source: Annotated[str | None, Flag(("--dataset",), name="--text", default="builtin"), Name] = Field(
+    text_source: Annotated[
+        tuple[str, ...] | str | None, Flag(("--dataset",), name="--text", default="builtin"), Alone, Name
+    ] = Field(
         default=None,
         description="Evaluation data: builtin, wikitext2, c4, a file or folder of text, JSON, CSV, Parquet, ..., a Hub dataset "
-        "(owner/name, owner/name:config), or a token file; see docs/text.md.",
+        "(owner/name, owner/name:config), or a token file; several, each by itself as well, e.g. --dataset c4 --dataset "
+        "code=file.txt; see docs/text.md.",
     )
     field: Annotated[str | None, Flag(metavar="NAME", default="text, or a conversation's fields")] = Field(
         default=None, description="Field of a row that is its text."
@@ -35,7 +45,7 @@ class Reading(Options):
         default=None, description="Split of a Hub dataset."
     )
     windows: Annotated[int | None, Flag(("--num-samples",), default="all")] = Field(
-        default=None, description="Number of evaluation samples, evenly spaced over the text."
+        default=None, description="Number of evaluation samples, evenly spaced over the text; of each of several texts."
     )
     length: Annotated[int | None, Flag(("--seq-len",), default="2048, or the model's context if that is shorter")] = Field(
         default=None, description="Sequence length: tokens per evaluation sample."
@@ -99,10 +109,12 @@ class EvaluationRequest(Reading):
             raise InputError("--prompt and --new-tokens are for two models side by side; give --against")
         if self.rolling and (compared or self.stride is not None or self.text is None):
             raise InputError("--rolling reads documents one by one; it goes with --text, and not with --against or --stride")
+        if isinstance(self.text, tuple) and (self.rolling or self.stride is not None):
+            raise InputError("--rolling and --stride are for one text; give one --text at a time")
 
     @property
-    def text(self) -> str | None:
-        """The text to read, if one is: by default ``builtin``, unless something else is asked for."""
+    def text(self) -> str | tuple[str, ...] | None:
+        """The text to read, or several, if any is: by default ``builtin``, unless something else is asked for."""
         nothing_else = not (self.tasks or self.suite or self.lm_eval or self.prompts)
         return self.text_source or ("builtin" if nothing_else else None)
 
@@ -124,7 +136,7 @@ class SweepRequest(Reading):
 class ReadingKeywords(TypedDict, total=False):
     """The fields of :class:`Reading` as keywords of a function, for editors and type checkers; so are the others."""
 
-    text_source: str | Path | None
+    text_source: str | Path | Sequence[str | Path] | None
     field: str | None
     split: str | None
     windows: int | None

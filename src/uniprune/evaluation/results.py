@@ -72,11 +72,21 @@ class Capability(Facts):
     reference: float | None = None
 
 
+class TextPerplexity(Facts):
+    """The perplexity on one of several texts; nats_stderr as in :class:`Evaluation`."""
+
+    perplexity: float
+    nats_stderr: float | None = None
+    tokens: Count | None = None
+    windows: Count | None = None
+
+
 class Closeness(Facts):
     """How close a model's predictions are to a reference's on the same text.
 
     kl: mean KL(reference || model) of the next-token distributions, in nats per token. agreement: fraction of tokens at
     which both find the same next token likeliest. Errors are standard errors over windows: tokens of one window go together.
+    by_text: the same on each of several texts.
     """
 
     kl: float
@@ -88,6 +98,7 @@ class Closeness(Facts):
     length: Count | None = None
     text: TextFacts | None = None
     reference_perplexity: float | None = None
+    by_text: dict[str, Closeness] | None = None
 
 
 class Generation(Facts):
@@ -134,7 +145,8 @@ class Evaluation(Record):
     quantised: how the model's files store weights as codes, if they do; they were dequantised to ``dtype``.
     perplexity = exp(nats / tokens), of ``windows`` of ``length`` tokens, one every ``stride``; ``nats_stderr``: standard error
     of the mean nats per token, by how windows differ. Per word and per byte: of what is predicted, as lm-evaluation-harness
-    counts; by_position: by how many tokens of its window a prediction saw. comparable: published protocols that this follows.
+    counts; by_position: by how many tokens of its window a prediction saw; by_text: on each of several texts. comparable:
+    published protocols that this follows.
     masks: the file that the model was pruned by, in memory. sparsity: zeros among the prunable weights; None of a model that
     cannot be pruned. against: the model that this one is compared with. capabilities: what tasks ask for -> their mean.
     lm_eval: task -> metric -> value, by lm-evaluation-harness; lm_eval_notes: what is to be known beside them;
@@ -158,6 +170,7 @@ class Evaluation(Record):
     words: Count | None = None
     bytes: Count | None = None
     by_position: dict[str, float] | None = None
+    by_text: dict[str, TextPerplexity] | None = None
     comparable: list[Comparable] = []
     masks: str | None = None
     sparsity: float | None = None
@@ -212,11 +225,22 @@ class Check(Record):
 # ------------------------------------------------------------------------------------------------------------- sweep
 
 
+class TextCosts(Facts):
+    """What a pattern costs on one of several texts. kl: mean KL(dense || pruned) in nats per token."""
+
+    perplexity: float
+    kl: float
+
+
 class Costs(Facts):
-    """What a pattern costs in perplexity, and its packed model in bytes (estimated; None without the zstandard package)."""
+    """What a pattern costs in perplexity, and its packed model in bytes (estimated; None without the zstandard package).
+
+    by_text: on each of several texts.
+    """
 
     perplexity: float
     bytes: Count | None = None
+    by_text: dict[str, TextCosts] | None = None
 
 
 class Row(Costs):

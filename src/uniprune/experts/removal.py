@@ -16,7 +16,7 @@ from uniprune.artefacts import writer
 from uniprune.artefacts.reports import ExpertCounts, ExpertLayer
 from uniprune.checkpoints.checkpoint import Files, checkpoint_of
 from uniprune.checkpoints.origin import resolve
-from uniprune.common.progress import Progress
+from uniprune.common.progress import Progress, silent
 from uniprune.experts import files as expert_files
 from uniprune.experts.criteria import best, by_weights, observe, of_experts
 from uniprune.experts.structure import Fewer, fewer
@@ -114,14 +114,14 @@ def planned(fraction: float, model: nn.Module, matrices: Matrices) -> tuple[Matr
     return of_experts(matrices), counts(less, model), size
 
 
-def prepared(source: Source, recipe: Recipe, output: Path, options: RunOptions) -> Removal:
+def prepared(source: Source, recipe: Recipe, output: Path, options: RunOptions, progress: Progress = silent) -> Removal:
     """Checks what is asked for, the cheap things first, and loads what it takes. Raises InputError if it cannot be done."""
     assert recipe.experts is not None
     model = source.model if isinstance(source, Loaded) else skeleton(resolve(source))
     matrices = find_matrices(model)
     less = fewer(recipe.experts, model, matrices)
     inner = recipe.model_copy(update={"include": alike(of_experts(matrices))})
-    return Removal(prepare(source, inner, output, options), recipe, less)
+    return Removal(prepare(source, inner, output, options, progress=progress), recipe, less)
 
 
 def alike(matrices: Matrices) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ import torch
 from uniprune.checkpoints.configuration import check_context, context
 from uniprune.checkpoints.origin import Origin
 from uniprune.controller.mirror_descent import MirrorDescent
+from uniprune.data import sources
 from uniprune.data.images import windows as images
 from uniprune.data.images.rows import has_images
 from uniprune.data.text import Text
@@ -23,8 +24,11 @@ def image_windows(recipe: Recipe, model: torch.nn.Module, origin: Origin | None,
 
     tokenizer: the processor, of a model in memory. Raises InputError for a recipe that cannot show images.
     """
-    source = Text(recipe.text, recipe.field, recipe.split)
-    if not reads_images(model.config) or not has_images(source, "calibration"):
+    asked = sources.parse(recipe.text)
+    if len(asked) > 1 or asked[0].text == sources.SELF or not reads_images(model.config):
+        return None
+    source = Text(asked[0].text, recipe.field, recipe.split)
+    if not has_images(source, "calibration"):
         return None
     controller, instead = recipe.parsed_controller(), "or take the text alone: --field text"
     if recipe.sequential or not (controller is None or isinstance(controller, MirrorDescent)):

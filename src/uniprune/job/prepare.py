@@ -21,16 +21,15 @@ from uniprune.artefacts.reports import ModelFacts
 from uniprune.checkpoints.configuration import check_context, check_vocabulary, context
 from uniprune.checkpoints.origin import Origin, resolve
 from uniprune.common import distributed, formatting, pictures
-from uniprune.common.progress import Progress
+from uniprune.common.progress import Progress, silent
 from uniprune.controller import controllers
-from uniprune.data.bos import bos_of
-from uniprune.data.text import Text
-from uniprune.data.windows import Windows, load_windows, save_windows, window_length
+from uniprune.data.windows import Windows, save_windows
 from uniprune.errors import InputError
 from uniprune.job import estimate
 from uniprune.job.images import image_windows
 from uniprune.job.options import RunOptions
-from uniprune.job.recipe import LENGTH, WINDOWS, Recipe
+from uniprune.job.recipe import Recipe
+from uniprune.job.samples import calibration_windows, check_written, written
 from uniprune.models.blocks import resident
 from uniprune.models.loading import (
     Loaded,
@@ -127,8 +126,9 @@ def prepare(
     output: Path | None,
     options: RunOptions,
     scores: Path | None = None,
+    progress: Progress = silent,
 ) -> Job:
-    """Checks the cheap things first and loads the weights last.
+    """Checks the cheap things first and loads the weights last; samples that the model itself writes come after them.
 
     output: an output folder, or None; scores: a scores file instead, whose name its writer checks.
     """
@@ -168,8 +168,7 @@ def _prepare(
     tokenizer = loaded.tokenizer if loaded else load_tokenizer(origin)  # type: ignore[arg-type]
     windows = image_windows(recipe, model, origin, tokenizer) or calibration_windows(recipe, tokenizer, model)
     distributed.check_windows(len(windows.tokens), held_out=int(recipe.corrected and distributed.count() > 1))
-    if save_tokens is not None and distributed.rank() == 0:
-        save_windows(windows, save_tokens)
+    _keep(windows, save_tokens)
     if loaded:
         warn_of_emulation(loaded.model)
     else:
@@ -180,6 +179,7 @@ def _prepare(
         needs = estimate.needs(work)
         execution = choose(origin, needs, options, device, target)
         check_execution(recipe, execution)
+        check_written(windows, execution == "resident")
         if windows.pictures and execution != "resident":
             raise InputError("images go through the whole model in memory; raise --max-memory, or take the text: --field text")
         if execution == "resident":
@@ -191,6 +191,9 @@ def _prepare(
             open_blocks = open_sharded if execution == "sharded" else open_streamed
             loaded = open_blocks(origin, tokenizer, computed, device)
             matrices = attached(find_matrices(loaded.model, recipe.include, recipe.exclude), loaded.residency)  # type: ignore[arg-type]
+    if windows.prompts is not None:
+        windows = written(windows, loaded, recipe.seed, progress)
+        _keep(windows, save_tokens)
     pictures.show(loaded.model, windows.pictures)
     if loaded.residency is resident:
         check_finite(matrices)  # as they are computed; as they are stored, digests looks
@@ -198,6 +201,12 @@ def _prepare(
     if recipe.size is not None and aim.budget is None:
         aim = aim_of(recipe, loaded.model, matrices, loaded)
     return Job(loaded, matrices, windows, _bind(loaded, matrices, digests() if digests else None), aim)
+
+
+def _keep(windows: Windows, path: Path | None) -> None:
+    """Writes the token file, if one is asked for and no sample is still to be written by the model."""
+    if path is not None and windows.prompts is None and distributed.rank() == 0:
+        save_windows(windows, path)
 
 
 def _bind(loaded: Loaded, matrices: Matrices, digests: dict[str, str] | None) -> Binding:
@@ -328,19 +337,6 @@ def device_of(options: RunOptions) -> torch.device:
         device = torch.device("cuda", distributed.local_rank() if device.index is None else device.index)
         torch.cuda.set_device(device)  # Triton's and cuSPARSELt's kernels use the current one
     return device
-
-
-def calibration_windows(recipe: Recipe, tokenizer: Any, model: torch.nn.Module) -> Windows:
-    """The windows that a recipe asks for."""
-    length = window_length(recipe.text, recipe.length, min(LENGTH, context(model.config)))
-    check_context(model.config, length)
-    count = recipe.windows or (None if recipe.text.endswith(".safetensors") else WINDOWS)
-    source, bos = Text(recipe.text, recipe.field, recipe.split), recipe.bos
-    if not recipe.text.endswith(".safetensors"):
-        bos = bos_of(bos, model.config, tokenizer)
-    windows = load_windows(source, tokenizer, use="calibration", length=length, count=count, seed=recipe.seed, bos=bos)
-    check_vocabulary(model.config, int(windows.tokens.max()), recipe.text)
-    return windows
 
 
 def stored_dtype(origin: Origin, matrices: Iterable[str]) -> torch.dtype | None:

@@ -12,6 +12,7 @@ from uniprune.common.formatting import parse_size
 from uniprune.common.options import fault
 from uniprune.controller import controllers
 from uniprune.controller.protocol import LOCAL, Controller, Cost
+from uniprune.data import sources
 from uniprune.errors import InputError
 from uniprune.job.settings import LENGTH, WINDOWS, Method, Settings
 from uniprune.saliency import metrics
@@ -53,6 +54,7 @@ class Recipe(Settings):
             flag, name = "--refine" if self.refine else "--sequential", controllers.name_of(controller)
             raise InputError(f"{flag} and --controller {name} exclude each other; use one of them")
         parse(self.hardware)
+        sources.parse(self.text)
         self._check_experts()
         if self.size is not None:
             self._check_size()

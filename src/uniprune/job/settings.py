@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
-from uniprune.common.options import Flag, Options, Several
+from uniprune.common.options import Alone, Flag, Options, Several
 from uniprune.sparsity.choices import Scope, Unsupported
 
 if TYPE_CHECKING:
@@ -114,10 +114,11 @@ class Calibration(Options):
 
     heading: ClassVar[str] = "Calibration samples"
 
-    text: Annotated[str, Flag(("--dataset",))] = Field(
+    text: Annotated[tuple[str, ...] | str, Flag(("--dataset",)), Alone] = Field(
         default="builtin",
         description="Calibration data: builtin (English prose that every Python carries), wikitext2, c4, a file or folder of "
-        "text, JSON, CSV, Parquet, ..., a Hub dataset (owner/name, owner/name:config), or a token file; see docs/text.md.",
+        "text, JSON, CSV, Parquet, ..., a Hub dataset (owner/name, owner/name:config), a token file, or self (what the model "
+        "writes); several with shares of the tokens, e.g. --dataset c4 --dataset code=file.txt:0.25; see docs/text.md.",
     )
     field: Annotated[str | None, Flag(metavar="NAME", default="text, or a conversation's fields")] = Field(
         default=None, description="Field of a row that is its text."

@@ -15,6 +15,8 @@ from uniprune.artefacts.reports import ExpertRemoval, Permutation, Pruning, read
 from uniprune.checkpoints.origin import Origin
 from uniprune.common.fields import replays
 from uniprune.common.formatting import NOTE
+from uniprune.data.sources import SELF
+from uniprune.data.text import TextFacts
 from uniprune.errors import InputError, UniPruneError, first_line
 from uniprune.evaluation import reproduce
 from uniprune.evaluation.results import Evaluation
@@ -177,11 +179,21 @@ def _body(report: Report, results: Sequence[Evaluation], source: str, images: bo
         yield f"{how}:\n\n```yaml\n{_yaml(recipe)}```"
     about = [f"{name} {version}" for name, version in report.versions.items()]
     if text := report.calibration:
-        what = f"{text.windows} samples of {text.length} tokens of {Path(text.text).name}"
+        what = f"{text.windows} samples of {text.length} tokens of {_texts(text)}"
         about.insert(0, f"Calibrated on {what} (sha256 {(text.sha256 or 'unknown')[:12]})")
     fingerprint, commit = (report.model.fingerprint or "unknown")[:12], report.model.commit
     revision = f" of {report.model.name} at commit {commit}" if commit else ""
     yield f"{'; '.join(about)}. Model fingerprint {fingerprint}{revision}; all facts are in `{REPORT}`."
+
+
+def _texts(calibration: TextFacts) -> str:
+    """What a model was calibrated on: a text without its folders, or several with their shares."""
+    if not calibration.sources:
+        return Path(calibration.text).name
+    total = sum(one.windows or 0 for one in calibration.sources.values()) or 1
+    shares = ((name, one.text, (one.windows or 0) / total) for name, one in calibration.sources.items())
+    own = {SELF: f"{SELF}, what the dense model writes"}
+    return ", ".join(f"{own.get(text, name)} ({share:.0%})" for name, text, share in shares)
 
 
 def _of_experts(report: ExpertRemoval, source: str) -> Iterator[str]:
@@ -203,6 +215,11 @@ def _rows(results: Sequence[Evaluation]) -> Iterator[tuple[str, str, str, str]]:
             where = f"{_name(result)}, {result.windows} samples of {result.length}"
             other = "" if reference is None else f"{reference:.2f}"
             yield "token perplexity", where, f"{result.perplexity:.2f}", other
+        near = (result.closeness.by_text if result.closeness else None) or {}
+        for name, text in (result.by_text or {}).items():
+            dense = near[name].reference_perplexity if name in near else None
+            where = f"{name}, {text.windows} samples of {result.length}"
+            yield "token perplexity", where, f"{text.perplexity:.2f}", "" if dense is None else f"{dense:.2f}"
         for name, facts in result.tasks.items():
             for metric, label in METRICS.items():
                 value, error = getattr(facts, metric), getattr(facts, f"{metric}_stderr", None)

@@ -76,6 +76,7 @@ def sections(sources: Sequence[Source], summary: Summary) -> list[Section]:
         Section("tradeoff", "Perplexity against sparsity", list(_tradeoffs(summary))),
         Section("sparsity", "Where the zeros are", [*_zeros(summary), *_zeros_of_rows(summary)]),
         Section("controller", "The controller's descent", list(_descents(summary))),
+        Section("texts", "Perplexity by text", list(_texts(summary))),
         Section("perplexity", "Perplexity in other units", list(_readings(summary))),
         Section("zero-shot", "Accuracy on tasks", list(_accuracies(summary))),
         Section("closeness", "Closeness to the dense model", list(_closeness(summary))),
@@ -146,6 +147,12 @@ def _readings(summary: Summary) -> Iterator[Part]:
     if grids:
         says = "Per token compares models with one tokenizer, per word and per byte all models."
         yield Part(paragraphs=[says], grids=grids)
+
+
+def _texts(summary: Summary) -> Iterator[Part]:
+    grids = [report_tables.texts(summary), *map(report_tables.sweep_texts, summary.sweeps)]
+    if found := [grid for grid in grids if grid]:
+        yield Part(paragraphs=["What pruning keeps depends on the text: each was read by itself."], grids=found)
 
 
 def _more(grid: Grid) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 
 from uniprune.artefacts.reports import Pruning
 from uniprune.common.formatting import NONE, count, number, percent, points, short, size
-from uniprune.evaluation.results import Compared, TaskResult
+from uniprune.evaluation.results import Compared, Row, Sweep, TaskResult
 from uniprune.reporting.results import Source
 from uniprune.reporting.summary import Subject, Summary, Tradeoff, measure
 from uniprune.speed.results import Speeds
@@ -21,7 +21,7 @@ Cell = str | tuple[str, float]
 
 METRICS = ("acc", "acc_norm", "perplexity")
 LOSSES = {"nats", "nats_stderr", "tokens"}
-RESULTS = {"matrices", "controller", "tasks", "lm_eval", "closeness", "generations", "rows", "dense"}
+RESULTS = {"matrices", "controller", "tasks", "lm_eval", "closeness", "generations", "rows", "dense", "by_text"}
 IGNORED = LOSSES | RESULTS | {"kind", "format", "structure"}  # no settings
 LONGEST = 4  # values of a list that are shown one by one
 
@@ -97,6 +97,43 @@ def readings(summary: Summary) -> Grid | None:
     columns = ["model:", "text:", "per token", "±", "per word", "per byte", *places, "published protocol:"]
     caption = "Perplexity per token, word and byte, and by position in the sample"
     return without_empty(Grid(caption, columns, rows, sortable=True)) if rows else None
+
+
+def texts(summary: Summary) -> Grid | None:
+    """The perplexity of each model on each of several texts, the reference's, and the divergence between them."""
+    rows: list[list[Cell]] = []
+    for subject in summary.subjects:
+        for each in subject.evaluations:
+            near = (each.closeness.by_text if each.closeness else None) or {}
+            for name, found in (each.by_text or {}).items():
+                error = None if found.nats_stderr is None else found.perplexity * found.nats_stderr
+                other = near.get(name)
+                beside = [shown(other.reference_perplexity), shown(other.kl)] if other else [NONE, NONE]
+                rows.append([subject.label, short(name), shown(found.perplexity), shown(error), *beside])
+    columns = ["model:", "text:", "perplexity", "±", "other's", "KL"]
+    return (
+        without_empty(Grid("Perplexity by text, and KL from the other model", columns, rows, sortable=True)) if rows else None
+    )
+
+
+def sweep_texts(sweep: Sweep) -> Grid | None:
+    """The perplexity of each pattern on each of several texts, and its divergence from the dense model there."""
+    measured = [("dense", sweep.dense), *((_named(row), row) for row in sweep.rows)]
+    found = [(name, costs.by_text) for name, costs in measured if costs and costs.by_text]
+    texts = list(dict.fromkeys(text for _, by_text in found for text in by_text))
+    rows: list[list[Cell]] = []
+    for name, by_text in found:
+        known = [by_text.get(text) for text in texts]
+        rows.append(
+            [name, *(cell for one in known for cell in ((shown(one.perplexity), shown(one.kl)) if one else (NONE, NONE)))]
+        )
+    columns = ["pattern:", *(column for text in texts for column in (short(text), "KL"))]
+    caption = f"{short(sweep.model)}: perplexity by text, and KL from the dense model"
+    return Grid(caption, columns, rows, sortable=True) if rows else None
+
+
+def _named(row: Row) -> str:
+    return f"{row.pattern} by {row.scope}" if row.scope else row.pattern
 
 
 def speeds(found: Speeds) -> Grid:

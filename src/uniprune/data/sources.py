@@ -1,0 +1,175 @@
+"""Several texts at once, each with its share of the tokens; ``self`` is one that the model writes (``job.samples``).
+
+    c4    code=library.txt:0.25    owner/name:config:0.5    self:0.25
+
+A text may have a name before ``=``, under which results show it, and its share after the last ``:``. Shares are of tokens. If
+all texts have one, they are normalised; texts without one have the rest in equal parts.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from uniprune.data.text import NAMED, Text, TextShare
+from uniprune.data.windows import ALL, Windows, token_file_shape
+from uniprune.errors import InputError
+
+SELF = "self"
+SPELLED = re.compile(r"(?:(?P<name>[A-Za-z][\w.-]*)=)?(?P<text>.+)")
+SHARED = re.compile(r"(?P<text>.+):(?P<share>\d+\.?\d*|\.\d+)")
+
+
+@dataclass(frozen=True)
+class Source:
+    """``text``: what is read, as ``data.text`` knows it, or ``self``. share: as it was given, None if it was not."""
+
+    name: str
+    text: str
+    share: float | None = None
+
+    @property
+    def tokens(self) -> bool:
+        """Whether it is a token file."""
+        return self.text.endswith(".safetensors")
+
+    def reading(self, field: str | None, split: str | None, alone: bool) -> Text:
+        """What to read. alone: whether it is the only text; of several, those that have fields and splits of their own take no
+        others."""
+        own = self.text in NAMED or self.tokens
+        return Text(self.text) if own and not alone else Text(self.text, field, split)
+
+
+def parse(texts: str | Sequence[str]) -> list[Source]:
+    """The sources of one text or of several. Raises InputError for shares and names that do not go together.
+
+    One alone has no share: what stands after its last ``:`` is part of its name, as of ``owner/name:config``.
+    """
+    given = (texts,) if isinstance(texts, str) else tuple(texts)
+    found = [_parsed(text, several=len(given) > 1) for text in given]
+    if not found:
+        raise InputError("no text was given; give one, e.g. --text c4")
+    names = [source.name for source in found]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise InputError(f"two texts are called {twice}; give one of them another name, NAME={twice}")
+    shares(found)
+    return found
+
+
+def _parsed(text: str, several: bool) -> Source:
+    share = None
+    if several and not _there(text) and (match := SHARED.fullmatch(text)):
+        text, share = match["text"], float(match["share"])
+        if not 0 < share < math.inf:
+            raise InputError(f"the share of text {text} is not positive; give a part of the tokens, e.g. {text}:0.25")
+    match = None if _there(text) else SPELLED.fullmatch(text)
+    if match and match["name"]:
+        return Source(match["name"], match["text"], share)
+    return Source(Path(text).name or text, text, share)
+
+
+def _there(text: str) -> bool:
+    """Whether a file or folder has this name, whatever its characters could mean otherwise."""
+    return os.path.exists(os.path.expanduser(text))  # pathlib raises for a name that is too long
+
+
+def shares(sources: Sequence[Source]) -> list[float]:
+    """Each source's part of the tokens; they sum to 1. Raises InputError if nothing is left for one."""
+    given = [source.share for source in sources if source.share is not None]
+    without = [source for source in sources if source.share is None]
+    if not without:
+        return [share / sum(given) for share in given]
+    rest = 1 - sum(given)
+    if rest <= 1e-9:
+        raise InputError(
+            f"the shares of texts come to {sum(given):g}, which leaves nothing for {without[0].name}; give it one, too, or "
+            "lower the others"
+        )
+    return [rest / len(without) if source.share is None else source.share for source in sources]
+
+
+def interleaved(parts: Sequence[float], count: int) -> list[int]:
+    """Which of the sources each of ``count`` windows is of, so that any stretch of them has about the parts of all.
+
+    The next window is of the source that lacks most of its part, the first of those that lack as much (as in weighted round
+    robin): the first windows make a controller's start, and the last ones judge it.
+    """
+    taken, found = [0] * len(parts), list[int]()
+    for number in range(1, count + 1):
+        lacking = [round(part * number - had, 9) for part, had in zip(parts, taken, strict=True)]
+        found.append(lacking.index(max(lacking)))
+        taken[found[-1]] += 1
+    return found
+
+
+def mixed(sources: Sequence[Source], count: int, load: Callable[[Source, int], Windows]) -> Windows:
+    """``count`` windows for calibration, in which each source has its share. load: so many windows of a source.
+
+    Raises InputError if a share is less than a window.
+    """
+    parts = shares(sources)
+    order = interleaved(parts, count)
+    for index, source in enumerate(sources):
+        if index not in order:
+            raise InputError(
+                f"text {source.name} has {parts[index]:.2%} of {count} samples, which is less than one; give more samples "
+                "(--num-samples), or a larger share"
+            )
+    return _joined(sources, [load(source, order.count(index)) for index, source in enumerate(sources)], order, parts)
+
+
+def side_by_side(sources: Sequence[Source], load: Callable[[Source], Windows]) -> Windows:
+    """The windows for evaluation, one source after the other. Raises InputError for shares, which are for calibration."""
+    if given := next((source for source in sources if source.share is not None), None):
+        raise InputError(
+            f"text {given.text} has a share ({given.share:g}), which is for calibration; leave it out: each text is evaluated "
+            "by itself"
+        )
+    found = [load(source) for source in sources]
+    return _joined(sources, found, [index for index, one in enumerate(found) for _ in one.tokens], None)
+
+
+def common_length(sources: Sequence[Source], length: int | None, default: int) -> int:
+    """The length of windows: a token file knows its own."""
+    files = [source for source in sources if source.tokens] if length is None else []
+    return token_file_shape(Path(files[0].text))[1] if files else length or default
+
+
+def _joined(
+    sources: Sequence[Source], found: Sequence[Windows], order: Sequence[int], parts: Sequence[float] | None
+) -> Windows:
+    if any(one.pictures for one in found):
+        raise InputError("images with text go with no other text; give one --text, or read the text alone: --field text")
+    first, of = found[0], torch.tensor(order)
+    tokens = first.tokens.new_zeros(len(order), first.tokens.shape[1])
+    for index, one in enumerate(found):
+        tokens[of == index] = one.tokens
+    facts = {
+        source.name: TextShare(
+            text=one.source, share=parts[index] if parts else None, available_windows=one.available, sample=one.sample
+        )
+        for index, (source, one) in enumerate(zip(sources, found, strict=True))
+    }
+    return replace(
+        first,
+        tokens=tokens,
+        source=" + ".join(facts),
+        available=sum(one.available for one in found),
+        sample=ALL,
+        words=_sum([one.words for one in found]),
+        size=_sum([one.size for one in found]),
+        sources=facts,
+        of=of,
+    )
+
+
+def _sum(values: Sequence[int | None]) -> int | None:
+    """The sum, if every value is known."""
+    known = [value for value in values if value is not None]
+    return sum(known) if len(known) == len(values) else None
