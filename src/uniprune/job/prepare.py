@@ -18,7 +18,6 @@ import torch
 from uniprune.artefacts import archive_size, writer
 from uniprune.artefacts.binding import Binding
 from uniprune.artefacts.reports import ModelFacts
-from uniprune.checkpoints.configuration import check_context, check_vocabulary, context
 from uniprune.checkpoints.origin import Origin, resolve
 from uniprune.common import distributed, formatting, pictures
 from uniprune.common.progress import Progress, silent
@@ -133,11 +132,17 @@ def prepare(
     output: an output folder, or None; scores: a scores file instead, whose name its writer checks.
     """
     with ExitStack() as beside:
-        return _prepare(source, recipe, output, options, scores, beside)
+        return _prepare(source, recipe, output, options, scores, progress, beside)
 
 
 def _prepare(
-    source: Source, recipe: Recipe, output: Path | None, options: RunOptions, scores: Path | None, beside: ExitStack
+    source: Source,
+    recipe: Recipe,
+    output: Path | None,
+    options: RunOptions,
+    scores: Path | None,
+    progress: Progress,
+    beside: ExitStack,
 ) -> Job:
     """beside: what other threads do meanwhile, which ends with it."""
     device, asked, save_tokens = device_of(options), parse_dtype(recipe.dtype), options.save_tokens

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LogitsProcessorList
 
+from uniprune.checkpoints.configuration import check_context, check_vocabulary, context
 from uniprune.common import distributed
 from uniprune.common.progress import Progress, silent
 from uniprune.data import sources
@@ -24,7 +25,7 @@ from uniprune.data.windows import Windows, load_windows
 from uniprune.errors import InputError
 from uniprune.job.recipe import LENGTH, WINDOWS, Recipe
 from uniprune.models.blocks import device_of, resident, text_alone
-from uniprune.models.loading import Loaded, check_context, check_vocabulary, context
+from uniprune.models.loading import Loaded
 from uniprune.models.matrices import check_decoder
 
 Draw = Callable[[Tensor, Tensor], Tensor]  # tokens so far, and the next one's scores [windows, vocabulary] -> other scores
