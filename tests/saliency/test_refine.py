@@ -5,6 +5,7 @@ from itertools import combinations
 import pytest
 import torch
 
+import pretend
 from conftest import VOCABULARY, tiny_model
 from uniprune import Recipe
 from uniprune.errors import InputError
@@ -13,7 +14,7 @@ from uniprune.models.blocks import last_hidden
 from uniprune.models.matrices import find_matrices
 from uniprune.saliency.calibration import Calibration
 from uniprune.saliency.metrics import Magnitude, Wanda
-from uniprune.saliency.refine import descend_groups, errors, refine, swap_rows
+from uniprune.saliency.refine import SWEEPS, descend_groups, errors, refine, swap_rows
 from uniprune.saliency.sequential import refined
 from uniprune.saliency.statistics import Gram, SquaredNorm, observing
 from uniprune.sparsity.patterns import NM, Unstructured
@@ -256,3 +257,19 @@ def test_recipes_that_refine(tmp_path):
     ):
         with pytest.raises(InputError, match=message):
             Recipe(**{"refine": True, **conflict})
+
+
+def test_groups_are_refined_without_waiting():
+    """On a GPU the host waits for none of them, but once a sweep."""
+    generator = torch.Generator().manual_seed(0)
+    weight, scores, x = (torch.randn(shape, generator=generator) for shape in ((8, 32), (8, 32), (64, 32)))
+    mask = NM(2, 4).settle({})("a", scores)
+    expected = descend_groups(weight, mask, x.T @ x, NM(2, 4))
+    with pretend.device() as counts:
+        there = [tensor.to(pretend.DEVICE) for tensor in (weight, mask, x.T @ x)]
+        before = counts.snapshot()
+        found = descend_groups(*there, NM(2, 4))
+        done = counts.since(before)
+    assert torch.equal(found.cpu(), expected)
+    assert done["syncs"] <= SWEEPS
+    assert done["launches"] <= 40 * 8 * SWEEPS  # a group is 40 at most

@@ -8,9 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from uniprune.errors import InputError
-from uniprune.sparsity.patterns import NM, Unstructured
+from uniprune.sparsity.patterns import NM, Unstructured, sizes_of
 from uniprune.sparsity.spelling import parse
 from uniprune.sparsity.top import top
+from uniprune.sparsity.views import Comparable, OnOneScale, Scores, View
 
 
 def cut(pattern, **scores):
@@ -108,3 +109,26 @@ def test_nan_scores_are_refused_by_name():
 def test_nm_misfit_names_the_matrix():
     with pytest.raises(InputError, match=r"layer\.3: 6 inputs are not divisible by 4"):
         dict(NM(2, 4)({"layer.3": torch.ones(2, 6)}))
+
+
+def test_sizes_that_a_saliency_knows_cost_no_look():
+    class Known(Scores):
+        def __getitem__(self, name):
+            raise AssertionError("nobody looks")
+
+        def __iter__(self):
+            return iter("ab")
+
+        def __len__(self):
+            return 2
+
+        def size(self, name):
+            return {"a": 6, "b": 8}[name]
+
+    sizes = {"a": 6, "b": 8}
+    assert (
+        sizes_of(Known()) == sizes_of(View(Known())) == sizes_of(Comparable(Known())) == sizes_of(OnOneScale(Known())) == sizes
+    )
+    assert sizes_of({name: torch.ones(2, size // 2) for name, size in sizes.items()}) == sizes
+    halves = View({"a": torch.ones(2, 4)}, lambda name, scores: scores[:1])
+    assert sizes_of(halves) == {"a": 4}

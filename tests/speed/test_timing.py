@@ -7,6 +7,7 @@ from statistics import median, quantiles
 import pytest
 import torch
 
+import pretend
 from uniprune.speed import timing
 from uniprune.speed.kernels import BSR, CSR, DENSE
 
@@ -144,3 +145,18 @@ def test_copies_hold_the_same_weights_elsewhere():
     assert len({copy.values().data_ptr() for copy in copies}) == 3
     assert all(torch.equal(copy.to_dense(), torch.eye(16)) for copy in copies)
     assert len(timing._copies(DENSE, torch.eye(4), 1)) == 1
+
+
+@pytest.mark.parametrize(("copies", "queued"), [(1, 32), (5, 35), (40, 40)])
+def test_a_gpu_is_given_many_products_at_once(copies, queued):
+    given = []
+
+    def timer(kernel, weights, tokens):
+        given.append(len(weights))
+        return 1.0
+
+    with pretend.device():
+        side = timing.Side(DENSE, list(range(copies)), torch.ones(4, 8, device=pretend.DEVICE))
+        assert side.time(0, 2, timer) == 1 / queued
+    assert given == [queued]
+    assert timing.Side(DENSE, list(range(copies)), torch.ones(4, 8)).time(0, 2, timer) == 1

@@ -79,7 +79,7 @@ def write_masks(
     def packed() -> Iterator[tuple[str, Tensor]]:
         for name, mask in cut:
             removed[name] = bits_module.removed(mask)
-            yield name, bits_module.pack(mask)
+            yield name, bits_module.pack(mask).cpu()
 
     specs = {name: (torch.uint8, (-(-rows * columns // 8),)) for name, (rows, columns) in shapes.items()}
     facts = MasksFacts(

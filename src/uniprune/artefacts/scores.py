@@ -55,6 +55,10 @@ class ScoresFile(Scores):
         assert isinstance(scores, Tensor)
         return scores
 
+    def size(self, name: str) -> int:
+        rows, columns = self.shapes[name]
+        return rows * columns
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)
 

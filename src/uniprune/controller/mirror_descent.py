@@ -31,12 +31,14 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from uniprune.common.fused import fused
 from uniprune.controller import descent
 from uniprune.controller.protocol import ControllerRecord, Cost
 from uniprune.errors import InputError
 from uniprune.saliency.calibration import Calibration
 from uniprune.saliency.metrics import Metric
 from uniprune.sparsity.patterns import Pattern
+from uniprune.storage.stash import moved
 
 TINY = 1e-20
 LEAST, MOST = 0.02, 5.0  # signal share of a row or column, and factor of a weight, in confidence()
@@ -52,7 +54,8 @@ class State(NamedTuple):
     steps: int
 
     def to(self, device: torch.device) -> State:
-        return State(self.dual.to(device), self.mean.to(device), self.rms.to(device), self.unit, self.steps)
+        dual, mean, rms = (moved(tensor, device) for tensor in self[:3])
+        return State(dual, mean, rms, self.unit, self.steps)
 
     def rest(self) -> dict[str, Tensor]:
         """All but the dual, for the disk."""
@@ -75,8 +78,9 @@ class MirrorDescent:
     ``states.State`` says.
     """
 
-    # Of memory, float32 dual, two bfloat16 moments, mask; on disk, the last two versions of the states and the best duals.
-    cost: ClassVar[Cost] = Cost(flops=8, memory=9, disk=2 * 8 + 4)
+    # Of memory, float32 dual, two bfloat16 moments; on disk, the last two versions of the states and the best duals. A step
+    # reads the dual to create the mask, and all to move it.
+    cost: ClassVar[Cost] = Cost(flops=8, memory=8, disk=2 * 8 + 4, read=4 + 8, written=8, masks=1)
     in_memory: ClassVar[bool] = False
     one_process: ClassVar[bool] = False
     comparable: ClassVar[bool] = True
@@ -137,20 +141,65 @@ class MirrorDescent:
     def step(self, state: State, gradient: Tensor, size: float, start: Tensor | None = None) -> State:
         """One step against ``gradient`` ``[out, in]``, float32; ``start``: the dual that the anchor pulls to."""
         steps = state.steps + 1
-        mean = torch.lerp(gradient, state.mean.float(), self.mean_decay)
-        rms = torch.lerp(gradient.square(), state.rms.float().square(), self.rms_decay).sqrt_()
-        move = mean / rms.clamp_min(1e-30)
-        move *= math.sqrt(1 - self.rms_decay**steps) / (1 - self.mean_decay**steps)
-        if self.focus and steps > 2:
-            move *= confidence(move, self.mean_decay, steps)
-        move *= state.unit
-        if start is not None:
-            move += self.anchor * (state.dual - start)
-        return State(state.dual - size * move, mean.bfloat16(), rms.bfloat16(), state.unit, steps)
+        dual, mean, rms = updated(
+            gradient,
+            *state[:3],
+            start,
+            step=Step(
+                decays=(self.mean_decay, self.rms_decay),
+                rescale=math.sqrt(1 - self.rms_decay**steps) / (1 - self.mean_decay**steps),
+                noise=_noise(self.mean_decay, steps) if self.focus and steps > 2 else None,
+                unit=state.unit,
+                size=size,
+                anchor=self.anchor,
+            ),
+        )
+        return State(dual, mean, rms, state.unit, steps)
 
     def _still(self, dual: Tensor, unit: float) -> State:
         nothing = torch.zeros_like(dual, dtype=torch.bfloat16)
         return State(dual, nothing, nothing.clone(), unit, 0)
+
+
+class Step(NamedTuple):
+    """What a step is the same for in all of a matrix.
+
+    decays: of mean and RMS. rescale: what their quotient is times, for they begin at 0. noise: of :func:`confidence`; None
+    trusts all alike. unit, size, anchor: of the step.
+    """
+
+    decays: tuple[float, float]
+    rescale: float
+    noise: float | None
+    unit: float
+    size: float
+    anchor: float
+
+    @property
+    def least(self) -> float:
+        """The least signal of a row or column, as a mean square."""
+        return LEAST * (1 - (self.noise or 0))
+
+    @property
+    def most(self) -> float:
+        return MOST
+
+
+@fused(kernels=3, triton="uniprune.common.triton_kernels:updated")
+def updated(
+    gradient: Tensor, dual: Tensor, mean: Tensor, rms: Tensor, start: Tensor | None, *, step: Step
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Dual, mean and RMS after a step, all ``[out, in]``; ``start``: what the anchor pulls to."""
+    mean = torch.lerp(gradient, mean.float(), step.decays[0])
+    rms = torch.lerp(gradient.square(), rms.float().square(), step.decays[1]).sqrt_()
+    move = mean / rms.clamp_min(1e-30)
+    move *= step.rescale
+    if step.noise is not None:
+        move *= _trust(move, step.noise)
+    move *= step.unit
+    if start is not None:
+        move += step.anchor * (dual - start)
+    return dual - step.size * move, mean.bfloat16(), rms.bfloat16()
 
 
 def confidence(move: Tensor, decay: float, steps: int) -> Tensor:
@@ -160,7 +209,15 @@ def confidence(move: Tensor, decay: float, steps: int) -> Tensor:
     the sum of the mean's squared weights; what a row or a column has beyond that is signal. Its share, by row times by column,
     is the factor of a weight (Wiener's, with the signal of a row and of a column estimated from all of it), at most MOST.
     """
-    noise = (1 - decay) / (1 + decay) * (1 + decay**steps) / (1 - decay**steps)
+    return _trust(move, _noise(decay, steps))
+
+
+def _noise(decay: float, steps: int) -> float:
+    """The mean square of a running mean over RMS of pure noise."""
+    return (1 - decay) / (1 + decay) * (1 + decay**steps) / (1 - decay**steps)
+
+
+def _trust(move: Tensor, noise: float) -> Tensor:
     energy = move.square()
     shares = [(energy.mean(axis, keepdim=True) - noise).clamp_min(LEAST * (1 - noise)) for axis in (0, 1)]
     factor = shares[0] * shares[1]

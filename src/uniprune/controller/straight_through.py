@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from uniprune.common.fused import fused
 from uniprune.models.blocks import rerouted
 from uniprune.models.experts import taken_apart
 from uniprune.models.matrices import Matrices, Matrix
@@ -35,8 +36,8 @@ class StraightThrough:
     entry a matrix is dense. sink: receives (name, dL/d(weight * mask)), the sum of all passes since the last time, in the
     model's dtype, or float32 where passes were summed; None for a matrix that saw no token. It is called when :meth:`flush`
     is, in the order of the matrices.
-    weigh: given (name, inputs ``[tokens, in]``, output gradients ``[tokens, out]``), the weight ``[tokens]`` of each token in
-    that gradient; without it all weigh 1. watch: given the same, and no gradient of a weight is computed.
+    weigh: given (name, inputs ``[tokens, in]``, output gradients ``[tokens, out]``), the latter, each token's times its weight;
+    without it all weigh 1. watch: given the same, and no gradient of a weight is computed.
     """
 
     def __init__(
@@ -74,7 +75,7 @@ class StraightThrough:
             self.watch(name, x, gradient)
             return
         if self.weigh:
-            gradient = gradient * self.weigh(name, x, gradient)[:, None]
+            gradient = self.weigh(name, x, gradient)
         product = gradient.T @ x
         earlier = self._gradients.get(name)
         self._gradients[name] = product if earlier is None else earlier.float().add_(product)
@@ -107,20 +108,23 @@ class _MaskedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, grad_anchor: Tensor, matrix: Matrix, network: StraightThrough) -> Tensor:  # type: ignore[override]
         ctx.save_for_backward(x)
-        ctx.matrix, ctx.mask, ctx.network = matrix, network.masks.get(matrix.name), network
-        return functional.linear(x, _masked(matrix.weight, ctx.mask))
+        # The mapping and not the mask: who keeps those of one block at a time makes it again.
+        ctx.matrix, ctx.masks, ctx.network = matrix, network.masks, network
+        return functional.linear(x, _masked(matrix.weight, network.masks.get(matrix.name)))
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         (x,) = ctx.saved_tensors
-        gradient_x = gradient @ _masked(ctx.matrix.weight, ctx.mask) if ctx.needs_input_grad[0] else None
         name, network = ctx.matrix.name, ctx.network
+        gradient_x = gradient @ _masked(ctx.matrix.weight, ctx.masks.get(name)) if ctx.needs_input_grad[0] else None
         network.add(name, x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1]))
         return gradient_x, None, None, None
 
 
 def _masked(weight: Tensor, mask: Tensor | None) -> Tensor:
-    return weight if mask is None else weight * mask.to(weight.dtype)
+    if mask is None:
+        return weight
+    return weight * (mask if mask.dtype == torch.bool else mask.to(weight.dtype))
 
 
 class Evener:
@@ -136,7 +140,13 @@ class Evener:
         self._gradients = {name: rms.clamp_min(TINY).reciprocal() for name, rms in gradients.items()}
 
     def __call__(self, name: str, x: Tensor, gradient: Tensor) -> Tensor:
-        """Weights ``[tokens]`` for inputs ``[tokens, in]`` and output gradients ``[tokens, out]``."""
-        input_power = (x * self._inputs[name]).square().mean(1).clamp_min(TINY)
-        gradient_power = (gradient * self._gradients[name]).square().mean(1).clamp_min(TINY)
-        return (input_power**-0.5 * gradient_power**-0.25).to(gradient.dtype)
+        """Output gradients ``[tokens, out]``, weighed; inputs ``[tokens, in]``."""
+        return evened(x, gradient, self._inputs[name], self._gradients[name])  # type: ignore[no-any-return]
+
+
+@fused(kernels=1, triton="uniprune.common.triton_kernels:evened")
+def evened(x: Tensor, gradient: Tensor, inputs: Tensor, outputs: Tensor) -> Tensor:
+    """The gradient, weighed; inputs ``[in]``, outputs ``[out]``: one through the RMS of their channels."""
+    input_power = (x * inputs).square().mean(1).clamp_min(TINY)
+    gradient_power = (gradient * outputs).square().mean(1).clamp_min(TINY)
+    return gradient * (input_power**-0.5 * gradient_power**-0.25).to(gradient.dtype)[:, None]

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from itertools import combinations
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -64,7 +65,7 @@ def descend_groups(weight: Tensor, mask: Tensor, gram: Tensor, pattern: NM, swee
     if n == m:
         return mask
     exact = math.comb(m, n) <= CHOICES
-    drops = _choices(m, m - n).to(gram) if exact else None
+    choices = _Choices.of(m, m - n, gram.device) if exact else None
     mask, panel = mask.clone(), max(m, PANEL // m * m)
     for _ in range(sweeps):
         before = mask.clone()
@@ -74,10 +75,10 @@ def descend_groups(weight: Tensor, mask: Tensor, gram: Tensor, pattern: NM, swee
             for first in range(0, product.shape[1], m):
                 here, group = slice(first, first + m), slice(start + first, start + first + m)
                 w, kept, block = weight[:, group], mask[:, group], gram[group, group]
-                if drops is None:
+                if choices is None:
                     new = _exchange(w, kept, product[:, here], block, m, m)
                 else:
-                    new = _best_choice(w, kept, product[:, here], block, drops)
+                    new = _best_choice(w, kept, product[:, here], block, choices)
                 product += (w * (kept.float() - new.float())) @ gram[group, inside]
                 mask[:, group] = new
         if torch.equal(mask, before):
@@ -109,24 +110,41 @@ def swap_rows(
     return mask
 
 
-def _choices(m: int, dropped: int) -> Tensor:
-    """All ways to drop ``dropped`` of ``m`` as zeros and ones ``[choices, m]``."""
-    indices = torch.tensor(list(combinations(range(m), dropped)))
-    return torch.zeros(len(indices), m).scatter_(1, indices, 1)
+class _Choices(NamedTuple):
+    """All ways to drop some of M weights, and what of them is the same for every group.
+
+    drops: zeros and ones ``[choices, m]``. first, second: of each pair of weights, and of each weight with itself; own: the
+    places of the latter. twice: ``[pairs]``, 2 for pairs. both: whether a choice drops a pair, ``[choices, pairs]``.
+    """
+
+    drops: Tensor
+    first: Tensor
+    second: Tensor
+    own: Tensor
+    twice: Tensor
+    both: Tensor
+
+    @classmethod
+    def of(cls, m: int, dropped: int, device: torch.device) -> _Choices:
+        indices = torch.tensor(list(combinations(range(m), dropped)))
+        drops = torch.zeros(len(indices), m).scatter_(1, indices, 1)
+        first, second = torch.triu_indices(m, m)
+        own, twice = (first == second).nonzero()[:, 0], torch.where(first == second, 1.0, 2.0)
+        found = (drops, first, second, own, twice, drops[:, first] * drops[:, second])
+        return cls(*(tensor.to(device) for tensor in found))
 
 
-def _best_choice(weight: Tensor, mask: Tensor, product: Tensor, gram: Tensor, drops: Tensor) -> Tensor:
+def _best_choice(weight: Tensor, mask: Tensor, product: Tensor, gram: Tensor, choices: _Choices) -> Tensor:
     """The best mask ``[rows, m]`` of one group, the others given.
 
-    product: ``L A`` ``[rows, m]`` with the present mask; gram: the group's own ``[m, m]``; drops: as :func:`_choices`.
+    product: ``L A`` ``[rows, m]`` with the present mask; gram: the group's own ``[m, m]``.
     """
-    i, j = torch.triu_indices(len(gram), len(gram), device=gram.device)
+    drops, first, second, own, twice, both = choices
     outside = product - (weight * ~mask) @ gram
-    terms = weight[:, i] * weight[:, j] * gram[i, j]  # [rows, pairs]
-    terms[:, i != j] *= 2
-    margin = TOLERANCE * terms[:, i == j].sum(1, keepdim=True)
-    terms[:, i == j] += 2 * weight * outside
-    change = terms @ (drops[:, i] * drops[:, j]).T  # [rows, choices]: E without the constant of the other groups
+    terms = weight[:, first] * weight[:, second] * (gram[first, second] * twice)  # [rows, pairs]
+    margin = TOLERANCE * terms[:, own].sum(1, keepdim=True)
+    terms[:, own] += 2 * weight * outside
+    change = terms @ both.T  # [rows, choices]: E without the constant of the other groups
     present = ((~mask).to(drops) @ drops.T).argmax(1, keepdim=True)
     change.scatter_add_(1, present, -margin.clamp_min(torch.finfo(torch.float32).tiny))
     return drops[change.argmin(1)] == 0

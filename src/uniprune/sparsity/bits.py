@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 Array = np.ndarray[Any, Any]
 
@@ -14,14 +15,26 @@ PIECE = 1 << 17  # bytes of packed bits counted at a time: unpacked, they fit in
 
 
 def pack(mask: Tensor) -> Tensor:
-    """A boolean mask as uint8 ``[ceil(n / 8)]``, row-major, the first weight in the lowest bit."""
-    return torch.from_numpy(np.packbits(mask.flatten().cpu().numpy(), bitorder="little"))
+    """A boolean mask as uint8 ``[ceil(n / 8)]`` on its device, row-major, the first weight in the lowest bit."""
+    flat = mask.flatten()
+    if mask.device.type == "cpu":
+        return torch.from_numpy(np.packbits(flat.numpy(), bitorder="little"))
+    padded = functional.pad(flat.view(torch.uint8), (0, -len(flat) % 8)).reshape(-1, 8)
+    return (padded * _places(mask.device)).sum(1, dtype=torch.uint8)
 
 
 def unpack(packed: Tensor, shape: tuple[int, int]) -> Tensor:
-    """The boolean mask ``[out, in]`` that :func:`pack` packed."""
-    bits = np.unpackbits(packed.numpy(), count=shape[0] * shape[1], bitorder="little")
-    return torch.from_numpy(bits.view(np.bool_)).reshape(shape)
+    """The boolean mask ``[out, in]`` that :func:`pack` packed, on the same device."""
+    size = shape[0] * shape[1]
+    if packed.device.type == "cpu":
+        bits = np.unpackbits(packed.numpy(), count=size, bitorder="little")
+        return torch.from_numpy(bits.view(np.bool_)).reshape(shape)
+    return (packed[:, None] & _places(packed.device)).bool().flatten()[:size].reshape(shape)
+
+
+def _places(device: torch.device) -> Tensor:
+    """The bits of a byte, the lowest first."""
+    return 2 ** torch.arange(8, dtype=torch.uint8, device=device)
 
 
 def removed(mask: Tensor) -> float:

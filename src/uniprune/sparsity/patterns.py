@@ -32,7 +32,7 @@ Shape = tuple[int, int]
 Sizes = Mapping[str, int]
 Spans = Mapping[str, tuple[float, float]]
 Cutter = Callable[[str, Tensor], Tensor]
-"""Given a matrix's name and its scores ``[out, in]``, or some of its rows, its mask."""
+"""Given a matrix's name and its finite scores ``[out, in]``, or some of its rows, its mask."""
 Search = Callable[[Saliency, int, Mapping[str, Bounds], Sizes], Mapping[str, Threshold]]
 """Given scores and how many of them stay, bounds and sizes by matrix, the threshold of each."""
 
@@ -97,7 +97,7 @@ class BasePattern:
     def __call__(self: Pattern, saliency: Saliency) -> Iterator[tuple[str, Tensor]]:
         cut = self.settle(saliency)
         for name, scores in saliency.items():
-            yield name, cut(name, scores)
+            yield name, cut(name, finite(name, scores))
 
 
 class Shared(Pattern, Protocol):
@@ -129,12 +129,16 @@ def grouped(names: Iterable[str], group: Callable[[str], str]) -> list[list[str]
 
 
 def sizes_of(saliency: Saliency) -> dict[str, int]:
-    """How many weights each matrix has. It may cost a look at all scores: once is enough."""
-    return {name: scores.numel() for name, scores in saliency.items()}
+    """How many weights each matrix has. Where the saliency cannot tell, it costs a look at all scores: once is enough."""
+    tell = getattr(saliency, "size", None)
+    return {name: tell(name) if tell else saliency[name].numel() for name in saliency}
 
 
 def sampled_thresholds(sample: Saliency, keep: int, bounds: Mapping[str, Bounds], sizes: Sizes) -> dict[str, Threshold]:
     """As :func:`thresholds`, for scores that the sample stands for: how many of those that tie would stay, it cannot tell."""
+    if not bounds:  # one search among all: on a GPU each one has to wait for it
+        together = torch.cat([scores.flatten() for scores in sample.values()])
+        return dict.fromkeys(sample, Threshold(thresholds({"the sample": together}, keep)["the sample"].key))
     found = thresholds(sample, keep, bounds, sizes)
     return {name: Threshold(one.key) if 0 < one.ties < math.inf else one for name, one in found.items()}
 
@@ -222,8 +226,9 @@ class Unstructured(BasePattern):
         return lambda name, scores: found[name].cut(scores)
 
     def _cut(self, name: str, scores: Tensor) -> Tensor:
-        groups = finite(name, scores) if self.scope == "row" else finite(name, scores).reshape(1, -1)
-        return top(groups, self.keep(groups.shape[1])).reshape(scores.shape)
+        if self.scope == "row":
+            return top(scores, self.keep(scores.shape[1]))
+        return thresholds({name: scores}, self.keep(scores.numel()))[name].cut(scores)
 
 
 @dataclass(frozen=True)
@@ -269,7 +274,7 @@ class NM(BasePattern):
     def _cut(self, name: str, scores: Tensor) -> Tensor:
         if reason := self.unsupported(*scores.shape):
             raise InputError(f"{name}: {reason}, as {self} needs; leave it out with --exclude")
-        return top(finite(name, scores).reshape(-1, self.m), self.n).reshape(scores.shape)
+        return top(scores.reshape(-1, self.m), self.n).reshape(scores.shape)
 
 
 @dataclass(frozen=True)
@@ -351,10 +356,21 @@ class Tiled(BasePattern):
 
 
 def finite(name: str, scores: Tensor) -> Tensor:
-    """The scores, unless they are none."""
-    if not bool(torch.isfinite(scores).all()):
-        raise InputError(f"{name}: the scores contain NaN or infinity; recalibrate, and check the model's weights")
+    """The scores. Raises InputError if some are none."""
+    check_extremes([name], [scores.aminmax()])
     return scores
+
+
+def check_extremes(names: Iterable[str], extremes: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Raises InputError for scores that are none, by the lowest and the highest of each matrix: either is NaN if any score is.
+
+    They are looked at together, because a GPU is waited for each time.
+    """
+    ends = [end for pair in extremes for end in pair]
+    values = torch.stack(ends).tolist() if ends else []
+    for name, low, high in zip(names, values[::2], values[1::2], strict=True):
+        if not (math.isfinite(low) and math.isfinite(high)):
+            raise InputError(f"{name}: the scores contain NaN or infinity; recalibrate, and check the model's weights")
 
 
 def check_fit(shapes: Iterable[tuple[str, tuple[int, int]]], pattern: Any) -> None:

@@ -7,6 +7,7 @@ in on the threshold. One pass a digit, one piece in memory at a time; nothing is
 from __future__ import annotations
 
 import math
+import struct
 import threading
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,7 @@ from uniprune.errors import InputError
 DIGITS = ((21, 11), (10, 11), (0, 10))  # of a key: place and width in bits, highest first
 HALF = 1 << 10  # the first digit is signed
 INFINITE = HALF + 0x3FC  # first digit of infinity; NaN lies above, the negative ones lie as far below
+INFINITY = 0x7F800000  # its key; that of -infinity is as far below -1
 PIECE = 1 << 18  # scores at a time: they stay in the processor's cache
 
 Bounds = tuple[int, int]
@@ -35,6 +37,8 @@ class Threshold:
 
     def cut(self, scores: Tensor) -> Tensor:
         """The boolean mask of scores ``[out, in]``."""
+        if self.ties == math.inf and scores.dtype == torch.float32:
+            return scores >= self._lowest
         keys = ordered(scores)
         if self.ties == math.inf:
             return keys >= self.key
@@ -43,6 +47,15 @@ class Threshold:
             equal = (keys == self.key).flatten()
             mask |= (equal & (equal.cumsum(0) <= self.ties)).reshape(mask.shape)
         return mask
+
+    @property
+    def _lowest(self) -> float:
+        """The score of the key. Keys below that of -infinity, and above that of infinity, would be NaN."""
+        if self.key < -INFINITY - 1:
+            return -math.inf
+        bits = self.key ^ (self.key >> 31 & 0x7FFFFFFF)
+        found: float = struct.unpack("f", struct.pack("i", bits))[0]
+        return found
 
 
 EVERYTHING, NOTHING = Threshold(-(1 << 31)), Threshold((1 << 31) - 1, 0)
@@ -155,8 +168,10 @@ class _Search:
             return torch.bincount(alike.bitwise_and_(bins - 1), minlength=bins)
 
         flat = scores.flatten()
-        pieces = torch.split(flat, PIECE) if flat.device.type == "cpu" else [flat]
-        found = torch.stack(list(pool.map(histogram, pieces))).sum(0).cpu()
+        if flat.device.type == "cpu":
+            found = torch.stack(list(pool.map(histogram, torch.split(flat, PIECE)))).sum(0)
+        else:  # whose own threads are enough
+            found = histogram(flat).cpu()
         if first and int(found[INFINITE:].sum() + found[: bins - INFINITE].sum()):
             raise InputError(f"{self.name}: the scores contain NaN or infinity; recalibrate, and check the model's weights")
         from_top = found.flip(0).cumsum(0).flip(0)
@@ -190,7 +205,7 @@ class _Memory(threading.local):
 
 def _chosen(keys: Tensor, flags: Tensor) -> Tensor:
     """``keys[flags]``, which on a CPU numpy has several times as fast."""
-    return keys[flags] if keys.is_cuda else torch.from_numpy(np.compress(flags.numpy(), keys.numpy()))
+    return torch.from_numpy(np.compress(flags.numpy(), keys.numpy())) if keys.device.type == "cpu" else keys[flags]
 
 
 def _last(flags: Tensor) -> int:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from uniprune.common.fused import fused
+
 SHORT = 16  # longest row that is ranked pair by pair
 PIECE = 1 << 18  # such rows at a time
 
@@ -17,17 +19,30 @@ def top(scores: Tensor, keep: int) -> Tensor:
     if keep <= 0:
         return torch.zeros_like(scores, dtype=torch.bool)
     if size <= SHORT:
-        return torch.cat([_ranks(piece) < keep for piece in torch.split(scores, PIECE)])  # pieces stay in the processor's cache
+        return _among_few(scores, keep=keep)  # type: ignore[no-any-return]
     threshold = scores.kthvalue(size - keep + 1, dim=1, keepdim=True).values
+    if scores.device.type != "cpu":  # where to look for crowded rows is to wait for the device
+        return _first(scores, threshold, keep)
     mask = scores >= threshold
     # Only rows with more ties at the threshold than places left need the (slow) count from the left.
     crowded = (mask.sum(1) > keep).nonzero().squeeze(1)
     if len(crowded):
-        rows, edge = scores[crowded], threshold[crowded]
-        above, ties = rows > edge, rows == edge
-        places = keep - above.sum(1, keepdim=True)
-        mask[crowded] = above | (ties & (ties.cumsum(1) <= places))
+        mask[crowded] = _first(scores[crowded], threshold[crowded], keep)
     return mask
+
+
+def _first(scores: Tensor, threshold: Tensor, keep: int) -> Tensor:
+    """Scores above the threshold of their row, and the first of those equal to it."""
+    above, ties = scores > threshold, scores == threshold
+    places = keep - above.sum(1, keepdim=True)
+    return above | (ties & (ties.cumsum(1, dtype=torch.int32) <= places))
+
+
+@fused(kernels=1, triton="uniprune.common.triton_kernels:among_few")
+def _among_few(scores: Tensor, *, keep: int) -> Tensor:
+    """:func:`top` of short rows. On a CPU in pieces, which stay in the processor's cache."""
+    pieces = torch.split(scores, PIECE) if scores.device.type == "cpu" else [scores]
+    return torch.cat([_ranks(piece) < keep for piece in pieces])
 
 
 def _ranks(scores: Tensor) -> Tensor:
@@ -37,6 +52,6 @@ def _ranks(scores: Tensor) -> Tensor:
     for later in range(1, len(columns)):
         for earlier in range(later):
             first = columns[earlier] >= columns[later]
-            ranks[later] += first
-            ranks[earlier] += ~first
+            ranks[later].add_(first)
+            ranks[earlier].add_(~first)
     return ranks.T

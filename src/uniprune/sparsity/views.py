@@ -13,9 +13,15 @@ if TYPE_CHECKING:
 
 
 class Scores(Mapping[str, Tensor]):
-    """A saliency that says whether it is ``comparable``: whether one budget may compare the scores of different matrices."""
+    """A saliency that says whether it is ``comparable``: whether one budget may compare the scores of different matrices.
+
+    And how many scores a matrix has, if it knows that without computing them.
+    """
 
     comparable = False
+
+    def size(self, name: str) -> int:
+        return self[name].numel()
 
 
 class View(Scores):
@@ -39,6 +45,10 @@ class View(Scores):
         scores = self._saliency[name]
         return self._see(name, scores) if self._see else scores
 
+    def size(self, name: str) -> int:
+        tell = getattr(self._saliency, "size", None)
+        return tell(name) if tell and self._see is None else self[name].numel()
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
 
@@ -61,6 +71,9 @@ class Comparable(OnOneScale):
 
     def __init__(self, saliency: Mapping[str, Tensor]) -> None:
         super().__init__(saliency, _with_mean_one)
+
+    def size(self, name: str) -> int:
+        return View(self._saliency).size(name)
 
 
 def on_one_scale(saliency: Scores, pattern: Pattern) -> Scores:

@@ -51,7 +51,7 @@ def outlook(pruned: Realised, dtype: torch.dtype, device: torch.device) -> str:
     dense = timing.measure(some, Conditions(device, [dtype, *others], (TOKEN,), [], [], seconds=0))[0]
     threads = torch.get_num_threads()
     cpu = f"a CPU with {threads} thread{'s' if threads > 1 else ''}"
-    place = cpu if device.type == "cpu" else torch.cuda.get_device_name(device)
+    place = cpu if device.type == "cpu" else torch.get_device_module(device).get_device_name(device)
     return f"On {place} {verdict(results + dense, missing, sparsity, dtype_name(dtype))}"
 
 

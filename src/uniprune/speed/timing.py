@@ -28,6 +28,7 @@ from uniprune.speed.kernels import DENSE, SPARSE, Kernel, check_product
 from uniprune.storage.record import Facts
 
 CACHE = 256 << 20  # bytes that the dense copies of the matrices exceed together, so that they come from memory
+QUEUED = 32  # products that a GPU is given at once, at least: of one alone, the call and the wait would be measured
 WARM_UP, ROUNDS = 1, 7  # rounds that do not count, and the fewest that do
 
 Timer = Callable[[Kernel, Sequence[Any], Tensor], float]
@@ -110,8 +111,11 @@ class Side:
     tokens: Tensor
 
     def time(self, turn: int, batch: int, timer: Timer) -> float:
-        """Seconds of one product. A GPU goes through all copies at once, so that launches overlap with work as in a model."""
-        weights = self.copies if self.tokens.is_cuda else [self.copies[turn % len(self.copies)]]
+        """Seconds of one product. A GPU is given many at once, so that launches overlap with work as in a model."""
+        if self.tokens.device.type == "cpu":
+            weights = [self.copies[turn % len(self.copies)]]
+        else:
+            weights = self.copies * -(-QUEUED // len(self.copies))
         return timer(self.kernel, weights, self.tokens[:batch]) / len(weights)
 
 

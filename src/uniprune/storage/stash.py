@@ -50,6 +50,13 @@ class Stash:
         return self._kept[name]
 
 
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor on a device. Between a GPU and the host it goes through pinned memory, which is several times as fast."""
+    if tensor.is_cuda and device.type == "cpu":
+        return torch.empty_like(tensor, device=device, pin_memory=True).copy_(tensor)
+    return tensor.to(device, non_blocking=True) if device.type == "cuda" and tensor.is_pinned() else tensor.to(device)
+
+
 def give_back_memory() -> None:
     """Returns freed memory to the system, that of large tensors from now on at once (glibc only).
 

@@ -1,0 +1,86 @@
+"""Functions of tensors that are few kernels on a GPU: in Triton there, and in plain PyTorch everywhere else."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import logging
+from collections.abc import Callable
+from functools import cache, wraps
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+CLOSE = 1e-3  # of the largest value: how far a kernel may be from plain PyTorch, which sums in another order
+
+logger = logging.getLogger(__name__)
+
+
+@cache
+def available() -> bool:
+    """Whether Triton is installed."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def on_gpu(tensor: Tensor) -> bool:
+    return tensor.is_cuda
+
+
+class Fused(Generic[Function]):
+    """A function whose first argument is a tensor, and that gives one or several.
+
+    plain: in PyTorch, what it is. kernels: how many it is on a GPU, at most. triton: the function that launches them, in a
+    module that is imported then, as ``module:name``. The first time that it is used it is held against ``plain``: where it
+    fails, or gives something else, plain is used from then on.
+    """
+
+    def __init__(self, plain: Function, kernels: int, triton: str) -> None:
+        wraps(plain)(self)
+        self.plain, self.kernels, self._triton = plain, kernels, triton
+        self._chosen: Callable[..., Any] | None = None
+
+    @property
+    def launcher(self) -> Callable[..., Any]:
+        """The function in Triton."""
+        module, _, name = self._triton.partition(":")
+        found: Callable[..., Any] = getattr(importlib.import_module(module), name)
+        return found
+
+    def __call__(self, tensor: Tensor, *others: Any, **settings: Any) -> Any:
+        if not (on_gpu(tensor) and available()):
+            return self.plain(tensor, *others, **settings)
+        if self._chosen is None:
+            return self._choose(tensor, *others, **settings)
+        return self._chosen(tensor, *others, **settings)
+
+    def _choose(self, *tensors: Any, **settings: Any) -> Any:
+        expected = self.plain(*tensors, **settings)
+        try:
+            self._chosen = self.launcher
+            problem = "" if agree(self._chosen(*tensors, **settings), expected) else "it gives something else"
+        except Exception as error:  # whatever goes wrong in a compiler, there is another way
+            problem = f"{type(error).__name__}: {error}"
+        if problem:
+            logger.warning("the kernel of %s is not used on this GPU: %s", self.plain.__name__, problem)
+            self._chosen = self.plain
+        return expected
+
+
+def agree(found: Any, expected: Any) -> bool:
+    """Whether two results are the same, numbers but for rounding."""
+    if not isinstance(expected, Tensor):
+        return len(found) == len(expected) and all(map(agree, found, expected))
+    if found.shape != expected.shape or found.dtype != expected.dtype:
+        return False
+    if expected.dtype == torch.bool:
+        return torch.equal(found, expected)
+    most = float(expected.abs().nan_to_num(0, 0).max()) if expected.numel() else 0.0
+    rounding = 2 * torch.finfo(expected.dtype).eps
+    return torch.allclose(found.float(), expected.float(), rtol=rounding, atol=CLOSE * most, equal_nan=True)
+
+
+def fused(kernels: int, triton: str) -> Callable[[Function], Fused[Function]]:
+    """Decorates a plain function, see :class:`Fused`."""
+    return lambda plain: Fused(plain, kernels, triton)

@@ -1,0 +1,193 @@
+"""Work on every weight, score and token, on a GPU in a few kernels (Triton). Tested on a CPU by Triton's interpreter.
+
+What they compute stands in plain PyTorch where they are used (``top``, ``mirror_descent``, ``straight_through``). Only
+``fused`` imports this module, where Triton is.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK = 256  # rows that a program ranks
+ROWS, COLUMNS = 16, 128  # of a tile
+CHANNELS = 1024  # of a token at a time
+
+
+def among_few(scores: Tensor, *, keep: int) -> Tensor:
+    """The ``keep`` highest of each short row of ``scores`` ``[groups, n]`` as a boolean mask; the lower index wins ties."""
+    if scores.dtype == torch.float64:
+        raise TypeError("its scores are float32 at most")
+    groups, size = scores.shape
+    mask = torch.empty(groups, size, dtype=torch.uint8, device=scores.device)
+    room = 1 << (size - 1).bit_length()  # Triton's blocks are powers of two
+    ranked[(-(-groups // BLOCK),)](scores.contiguous(), mask, groups, keep, SIZE=size, ROOM=room, BLOCK=BLOCK)
+    return mask.view(torch.bool)
+
+
+def updated(
+    gradient: Tensor, dual: Tensor, mean: Tensor, rms: Tensor, start: Tensor | None, *, step: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Dual, mean and RMS after a step, as ``mirror_descent.updated`` has them."""
+    rows, columns = dual.shape
+    state = [tensor.contiguous() for tensor in (gradient, mean, rms)]
+    decays, noise = (*step.decays, step.rescale), (step.noise or 0.0, step.least)
+    bands, blocks = -(-rows // ROWS), -(-columns // COLUMNS)
+    tile = {"ROWS": ROWS, "COLUMNS": COLUMNS}
+    # Of the direction's squares: sums of rows and of columns, the latter band by band at first; and shares of signal, summed.
+    by_row, by_column, partly, some, others = (
+        torch.empty(size, device=dual.device) for size in (rows, columns, bands * columns, bands, blocks)
+    )
+    if step.noise is not None:
+        energies[(bands,)](*state, by_row, partly, some, rows, columns, *decays, *noise, **tile)
+        summed[(blocks,)](partly, by_column, others, bands, rows, columns, *noise, COLUMNS=COLUMNS)
+    moved, dual = torch.empty_like(state[0]), dual.contiguous()
+    next_mean, next_rms = torch.empty_like(state[1]), torch.empty_like(state[2])
+    there = start.contiguous() if start is not None else None
+    moving[(bands, blocks)](
+        *state, dual, there, by_row, by_column, some, others, moved, next_mean, next_rms,
+        rows, columns, *decays, *noise, step.most, step.unit, step.size, step.anchor,
+        FOCUS=step.noise is not None, BANDS=_power(bands), BLOCKS=_power(blocks), **tile,
+    )  # fmt: skip
+    return moved, next_mean, next_rms
+
+
+def evened(x: Tensor, gradient: Tensor, inputs: Tensor, outputs: Tensor) -> Tensor:
+    """The gradient, weighed, as ``straight_through.evened`` has it."""
+    x, gradient = x.contiguous(), gradient.contiguous()
+    weighed, sizes = torch.empty_like(gradient), (x.shape[1], gradient.shape[1])
+    weighing[(len(x),)](x, gradient, inputs.contiguous(), outputs.contiguous(), weighed, *sizes, BLOCK=CHANNELS)
+    return weighed
+
+
+def _power(count: int) -> int:
+    """The power of two that a block of so many has."""
+    return 1 << (count - 1).bit_length()
+
+
+# Annotated with nothing but constexpr: Triton evaluates annotations as if they were its own code.
+@triton.jit  # type: ignore[untyped-decorator]
+def lerp(start, end, weight):  # type: ignore[no-untyped-def]
+    return tl.where(weight < 0.5, start + weight * (end - start), end - (end - start) * (1 - weight))
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def direction(gradient, mean, rms, mean_decay, rms_decay, rescale):  # type: ignore[no-untyped-def]
+    """New mean and RMS, and their quotient."""
+    mean = lerp(gradient, mean.to(tl.float32), mean_decay)
+    rms = rms.to(tl.float32)
+    rms = tl.sqrt(lerp(gradient * gradient, rms * rms, rms_decay))
+    return mean, rms, mean / tl.maximum(rms, 1e-30) * rescale
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def share(total, count, noise, least):  # type: ignore[no-untyped-def]
+    return tl.maximum(total / count - noise, least)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def energies(  # type: ignore[no-untyped-def]
+    gradients, means, roots, by_row, partly, some, rows, columns, mean_decay, rms_decay, rescale, noise, least,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Squares of the direction: summed over each row of a band, and over the band in each column."""
+    band = tl.program_id(0)
+    row = band * ROWS + tl.arange(0, ROWS)
+    total = tl.zeros([ROWS], tl.float32)
+    for first in range(0, columns, COLUMNS):
+        column = first + tl.arange(0, COLUMNS)
+        inside = (row[:, None] < rows) & (column[None, :] < columns)
+        there = row[:, None].to(tl.int64) * columns + column[None, :]
+        gradient = tl.load(gradients + there, mask=inside, other=0.0)
+        mean, rms = tl.load(means + there, mask=inside, other=0.0), tl.load(roots + there, mask=inside, other=0.0)
+        _, _, move = direction(gradient, mean, rms, mean_decay, rms_decay, rescale)
+        energy = tl.where(inside, move * move, 0.0)
+        total += tl.sum(energy, 1)
+        tl.store(partly + band.to(tl.int64) * columns + column, tl.sum(energy, 0), mask=column < columns)
+    tl.store(by_row + row, total, mask=row < rows)
+    tl.store(some + band, tl.sum(tl.where(row < rows, share(total, columns, noise, least), 0.0), 0))
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def summed(partly, by_column, others, bands, rows, columns, noise, least, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Sums of columns over all bands."""
+    block = tl.program_id(0)
+    column = block * COLUMNS + tl.arange(0, COLUMNS)
+    total = tl.zeros([COLUMNS], tl.float32)
+    for band in range(0, bands):
+        total += tl.load(partly + tl.cast(band, tl.int64) * columns + column, mask=column < columns, other=0.0)
+    tl.store(by_column + column, total, mask=column < columns)
+    tl.store(others + block, tl.sum(tl.where(column < columns, share(total, rows, noise, least), 0.0), 0))
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def moving(  # type: ignore[no-untyped-def]
+    gradients, means, roots, duals, starts, by_row, by_column, some, others, moved, next_means, next_roots,
+    rows, columns, mean_decay, rms_decay, rescale, noise, least, most, unit, size, anchor,
+    FOCUS: tl.constexpr, BANDS: tl.constexpr, BLOCKS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = (row[:, None] < rows) & (column[None, :] < columns)
+    there = row[:, None].to(tl.int64) * columns + column[None, :]
+    gradient = tl.load(gradients + there, mask=inside, other=0.0)
+    mean, rms = tl.load(means + there, mask=inside, other=0.0), tl.load(roots + there, mask=inside, other=0.0)
+    mean, rms, move = direction(gradient, mean, rms, mean_decay, rms_decay, rescale)
+    if FOCUS:
+        above = share(tl.load(by_row + row, mask=row < rows, other=0.0), columns, noise, least)
+        beside = share(tl.load(by_column + column, mask=column < columns, other=0.0), rows, noise, least)
+        band, block = tl.arange(0, BANDS), tl.arange(0, BLOCKS)
+        rowwise = tl.sum(tl.load(some + band, mask=band < tl.num_programs(0), other=0.0), 0) / rows
+        columnwise = tl.sum(tl.load(others + block, mask=block < tl.num_programs(1), other=0.0), 0) / columns
+        move *= tl.minimum(above[:, None] * beside[None, :] / (rowwise * columnwise), most)
+    move *= unit
+    dual = tl.load(duals + there, mask=inside, other=0.0)
+    if starts is not None:
+        move += anchor * (dual - tl.load(starts + there, mask=inside, other=0.0))
+    tl.store(moved + there, dual - size * move, mask=inside)
+    tl.store(next_means + there, mean.to(tl.bfloat16), mask=inside)
+    tl.store(next_roots + there, rms.to(tl.bfloat16), mask=inside)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def power(values, scales, token, size, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The mean square of a token's channels, each in its own unit."""
+    total = tl.zeros([BLOCK], tl.float32)
+    for first in range(0, size, BLOCK):
+        channel = first + tl.arange(0, BLOCK)
+        inside = channel < size
+        value = tl.load(values + token.to(tl.int64) * size + channel, mask=inside, other=0.0).to(tl.float32)
+        value *= tl.load(scales + channel, mask=inside, other=0.0).to(tl.float32)
+        total += value * value
+    return tl.maximum(tl.sum(total, 0) / size, 1e-20)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def weighing(x, gradients, inputs, outputs, weighed, columns, rows, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    token = tl.program_id(0)
+    entering = power(x, inputs, token, columns, BLOCK)
+    leaving = power(gradients, outputs, token, rows, BLOCK)
+    weight = tl.exp(-0.5 * tl.log(entering) - 0.25 * tl.log(leaving))
+    for first in range(0, rows, BLOCK):
+        channel = first + tl.arange(0, BLOCK)
+        there = token.to(tl.int64) * rows + channel
+        gradient = tl.load(gradients + there, mask=channel < rows, other=0.0).to(tl.float32)
+        tl.store(weighed + there, (gradient * weight).to(weighed.dtype.element_ty), mask=channel < rows)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def ranked(scores, mask, groups, keep, SIZE: tl.constexpr, ROOM: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    place = tl.arange(0, ROOM)
+    inside = (row[:, None] < groups) & (place[None, :] < SIZE)
+    there = row[:, None] * SIZE + place[None, :]
+    score = tl.load(scores + there, mask=inside, other=-float("inf")).to(tl.float32)
+    own, other = score[:, :, None], score[:, None, :]
+    earlier = place[None, None, :] < place[None, :, None]
+    ahead = (other > own) | ((other == own) & earlier)
+    rank = tl.sum(ahead.to(tl.int32), 2)
+    tl.store(mask + there, (rank < keep).to(tl.uint8), mask=inside)

@@ -1,0 +1,111 @@
+"""Kernels in Triton, run by its interpreter on the CPU, against the plain functions beside them; in a process of their own, as
+Triton chooses when it is imported. And what becomes of a kernel that fails."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from uniprune.common import fused as module
+from uniprune.common.fused import Fused, agree, available
+
+CODE = """
+import itertools
+import torch
+from triton.runtime.interpreter import GridExecutor
+from uniprune.common.fused import agree
+from uniprune.controller.mirror_descent import Step, updated
+from uniprune.controller.straight_through import evened
+from uniprune.sparsity.top import _among_few
+
+launches, launch = 0, GridExecutor.__call__
+
+def counted(self, *arguments, **settings):
+    global launches
+    launches += 1
+    return launch(self, *arguments, **settings)
+
+GridExecutor.__call__ = counted
+
+def same(function, *tensors, kernels=None, **settings):
+    global launches
+    launches = 0
+    found, expected = function.launcher(*tensors, **settings), function.plain(*tensors, **settings)
+    assert agree(found, expected), (function.__name__, [t.shape for t in tensors if t is not None], settings)
+    assert launches == (kernels or function.kernels), launches
+
+torch.manual_seed(0)
+for groups, size, keep in ((1, 4, 2), (300, 4, 2), (7, 8, 4), (5, 5, 2), (3, 16, 1), (4, 1, 1)):
+    scores = torch.randn(groups, size)
+    for some in (scores, scores.round(), scores.bfloat16()):
+        same(_among_few, some, keep=keep)
+for rows, columns in ((1, 1), (16, 128), (33, 200), (5, 300)):
+    gradient, dual = torch.randn(rows, columns), torch.rand(rows, columns)
+    mean, rms = (torch.randn(rows, columns) / 9).bfloat16(), torch.rand(rows, columns).bfloat16()
+    step = Step(decays=(0.9, 0.95), rescale=0.7, noise=0.05, unit=0.5, size=0.1, anchor=0.2)
+    for noise, start in itertools.product((None, 0.05), (None, torch.rand(rows, columns))):
+        same(updated, gradient, dual, mean, rms, start, step=step._replace(noise=noise), kernels=None if noise else 1)
+    same(updated, gradient.T.contiguous().T, dual, mean, rms, None, step=step._replace(decays=(0.3, 0.4)))
+for tokens, dtype in itertools.product((1, 5), (torch.float32, torch.bfloat16)):
+    x, gradient = torch.randn(tokens, 1100).to(dtype), torch.randn(tokens, 7).to(dtype)
+    same(evened, x, gradient, torch.rand(1100), torch.rand(7))
+    same(evened, x, torch.zeros_like(gradient), torch.rand(1100), torch.rand(7))
+"""
+
+
+@pytest.mark.skipif(not available(), reason="needs the triton package")
+def test_kernels_in_the_interpreter():
+    done = subprocess.run(
+        [sys.executable, "-c", CODE], env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def plain(a, *, factor):
+    """Docstring."""
+    return a * factor
+
+
+@pytest.mark.parametrize(
+    ("kernel", "reason"),
+    [
+        (lambda a, *, factor: a * factor + 1, "it gives something else"),
+        (lambda a, *, factor: (a * factor).double(), "it gives something else"),
+        (lambda a, *, factor: 1 / 0, "ZeroDivisionError: division by zero"),
+        (None, "ModuleNotFoundError: No module named 'nowhere'"),
+    ],
+)
+def test_a_kernel_that_does_not_do_gives_way(monkeypatch, caplog, kernel, reason):
+    function = Fused(plain, 1, "nowhere:nothing")
+    if kernel:
+        monkeypatch.setattr(Fused, "launcher", staticmethod(kernel))
+    assert (function.__name__, function.__doc__) == ("plain", "Docstring.")
+    a = torch.ones(3)
+    assert function(a, factor=2).tolist() == [2, 2, 2]  # on a CPU nobody asks for the kernel
+    monkeypatch.setattr(module, "available", lambda: True)
+    monkeypatch.setattr(module, "on_gpu", lambda tensor: True)
+    for _ in range(2):
+        assert function(a, factor=2).tolist() == [2, 2, 2]
+    assert [record.getMessage() for record in caplog.records] == [f"the kernel of plain is not used on this GPU: {reason}"]
+
+
+def test_a_kernel_that_does_is_used(monkeypatch):
+    seen = []
+    function = Fused(plain, 1, "nowhere:nothing")
+    monkeypatch.setattr(Fused, "launcher", staticmethod(lambda a, *, factor: seen.append(factor) or a * factor))
+    monkeypatch.setattr(module, "available", lambda: True)
+    monkeypatch.setattr(module, "on_gpu", lambda tensor: True)
+    for factor in (1, 2, 3):
+        assert function(torch.ones(3), factor=factor).tolist() == [factor] * 3
+    assert seen == [1, 2, 3]
+
+
+def test_what_agrees():
+    a = torch.tensor([1.0, 1000.0])
+    assert agree((a, a), (a + 0.1, a))
+    assert not agree((a, a), (a + 10, a))
+    assert not agree(a, torch.full((2,), torch.nan))
+    assert agree(a > 1, a > 1)
+    assert not agree(a > 1, a > 0)
