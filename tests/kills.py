@@ -16,7 +16,14 @@ from processes import Done, Forked, die, touches
 from uniprune import Recipe
 from uniprune.storage import runs
 
-CASES = [("prune", "resident"), ("prune", "streamed"), ("calibrate", "resident"), ("calibrate", "streamed"), ("apply", "")]
+CASES = [
+    ("prune", "resident"),
+    ("prune", "recomputed"),
+    ("prune", "streamed"),
+    ("calibrate", "resident"),
+    ("calibrate", "streamed"),
+    ("apply", ""),
+]
 SMALL = {"windows": 8, "length": 16, "steps": 4, "dtype": "float32"}
 KILLED = -9
 
@@ -38,10 +45,8 @@ class Victim:
             uniprune.prune(str(self.folder), recipe, self.place / "pruned")
             self.words = [self.command, self.folder, self.place / "pruned" / "pruning" / "masks.safetensors", "--overwrite"]
         else:
-            recipe = Recipe(sparsity="2:4", **SMALL)
             flags = [word for flag, value in SMALL.items() for word in (f"--{flag}", value)]
-            if self.execution == "streamed":
-                flags += ["--max-memory", uniprune.plan(str(self.folder), recipe).memory_streamed]
+            flags += ["--execution", self.execution]
             self.words = [self.command, self.folder, "-s", "2:4", *flags, "--resume"]
 
     def run(self, output: Path, moment: int | None = None, seconds: float | None = None) -> Done:

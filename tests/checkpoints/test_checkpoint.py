@@ -181,13 +181,12 @@ def test_a_head_that_differs_beyond_the_type_computed_in_is_tied(tmp_path):
         assert (found.lm_head.weight is found.model.embed_tokens.weight) == same
 
 
-def test_the_controller_fits_the_head_that_the_model_has(tmp_path, recipe, monkeypatch):
+def test_the_controller_fits_the_head_that_the_model_has(tmp_path, recipe):
     own_head(tmp_path / "model")
     controlled = recipe.model_copy(update={"controller": "feedback", "steps": 2, "tuning": {"batch_tokens": 128}})
     reports = {}
     for execution in ("resident", "streamed"):
-        monkeypatch.setattr("uniprune.job.prepare.choose", lambda *_, execution=execution: execution)
-        reports[execution] = uniprune.prune(tmp_path / "model", controlled, tmp_path / execution)
+        reports[execution] = uniprune.prune(tmp_path / "model", controlled, tmp_path / execution, execution=execution)
     kl, again = (reports[name].controller.held_out_loss for name in ("resident", "streamed"))
     assert again == pytest.approx(kl, rel=1e-4)
     assert same_files(tmp_path / "resident", tmp_path / "streamed")

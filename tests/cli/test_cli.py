@@ -22,13 +22,14 @@ SAMPLES = "text dataset windows num-samples length seq-len"
 TEXT = f"{SAMPLES} field split bos"
 CONTROLLER = "controller budget-tokens steps set"
 FLAGS = {
-    "plan": f"{RECIPE} {CONTROLLER} {TEXT} config device experts json revision max-memory metric refine seed sequential size",
-    "calibrate": f"{RECIPE} {CONTROLLER} {TEXT} config device json max-memory metric output overwrite resume"
+    "plan": f"{RECIPE} {CONTROLLER} {TEXT} config device execution experts json revision max-memory metric refine seed"
+    " sequential size",
+    "calibrate": f"{RECIPE} {CONTROLLER} {TEXT} config device execution json max-memory metric output overwrite resume"
     " revision save-tokens seed",
     "mask": "allow hardware unsupported misfits rule json output overwrite scope sparsity sparsity-type",
     "apply": "force dtype json revision output overwrite push-to-hub",
-    "prune": f"{RECIPE} {CONTROLLER} {TEXT} config device experts json revision max-memory metric output overwrite push-to-hub"
-    " refine resume save-tokens seed sequential size",
+    "prune": f"{RECIPE} {CONTROLLER} {TEXT} config device execution experts json revision max-memory metric output overwrite"
+    " push-to-hub refine resume save-tokens seed sequential size",
     "permute": f"{TEXT} device dtype exclude include json revision max-memory metric output overwrite seed sparsity",
     "evaluate": f"{TEXT} stride rolling against check device dtype json limit lm-eval masks new-tokens num-fewshot output"
     " overwrite prompt revision suite tasks",

@@ -12,13 +12,22 @@ import torch
 
 import processes
 import uniprune
+from conftest import VOCABULARY, tiny_model
 from uniprune.artefacts.writer import MASKS
 from uniprune.common import distributed
+from uniprune.controller import descent, states
 from uniprune.controller.descent import _steps
+from uniprune.controller.mirror_descent import MirrorDescent
 from uniprune.data import text
 from uniprune.errors import InputError
 from uniprune.job import prepare as job
+from uniprune.models.matrices import find_matrices
+from uniprune.saliency.calibration import Calibration
+from uniprune.saliency.metrics import Wanda
+from uniprune.sparsity.patterns import NM, Tiled, Unstructured
 from uniprune.storage import runs
+
+CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 4, 7])
@@ -130,3 +139,93 @@ def test_the_others_say_why_they_end(folder, tmp_path):
     first, second = processes.together(2, ended_by, processes.die, 40, tmp_path, *command)
     assert (first.code, second.code) == (1, -9)
     assert re.fullmatch("error: another process has ended.* --resume continues it\n", first.err)
+
+
+def test_work_is_divided_evenly(monkeypatch):
+    monkeypatch.setattr(distributed, "count", lambda: 4)
+    sizes = {f"{block}.{name}": size for block in range(8) for name, size in (("q", 16), ("k", 4), ("v", 4), ("up", 43))}
+    owners = distributed.owners(sizes)
+    assert owners.keys() == sizes.keys()
+    shares = [sum(sizes[name] for name, owner in owners.items() if owner == rank) for rank in range(4)]
+    assert max(shares) <= 1.05 * sum(sizes.values()) / 4
+
+
+def descended(place, targets):
+    """A descent that several processes make together: what each has at the end, and what it held of the states."""
+    with distributed.joined(CPU):
+        model, held = tiny_model(initializer_range=0.3, num_hidden_layers=4), []
+        save = states.InMemory.save
+
+        def saved(self, facts, last):
+            held.append(sum(state.dual.nbytes for state in self.values()))
+            save(self, facts, last)
+
+        states.InMemory.save = saved
+        tokens = torch.randint(0, VOCABULARY, (24, 16), generator=torch.Generator().manual_seed(0))
+        calibration = Calibration(model, find_matrices(model), tokens)
+        duals, record = MirrorDescent(batch_tokens=128, step_size=0.05).calibrate(calibration, Wanda(), targets, 4)
+        torch.save((dict(duals), record, max(held)), place / f"{distributed.rank()}.pt")
+
+
+@pytest.mark.parametrize(
+    "targets", [[NM(2, 4), Unstructured(0.5, "model")], [Tiled(Unstructured(0.5, "model"), 4, 4)]], ids=str
+)
+def test_states_are_divided(tmp_path, targets):
+    """Each of four processes keeps a quarter; all have the same in the end, which is what one process finds."""
+    (tmp_path / "one").mkdir()
+    assert processes.together(1, descended, tmp_path / "one", targets)[0].code == 0
+    duals, record, whole = torch.load(tmp_path / "one" / "0.pt", weights_only=False)
+    done = processes.together(4, descended, tmp_path, targets)
+    assert [one.code for one in done] == [0] * 4, done[0].err
+    for rank in range(4):
+        found, again, held = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
+        assert held < whole / 3.5
+        assert again.held_out_loss == pytest.approx(record.held_out_loss, rel=1e-3)
+        assert again.flips == pytest.approx(record.flips, abs=1e-3)
+        for name, dual in duals.items():
+            differ = (found[name] > found[name].median()) != (dual > dual.median())
+            assert float(differ.float().mean()) < 5e-3, name
+
+
+def test_relaxed_masks_are_one_process_s(monkeypatch):
+    monkeypatch.setattr(distributed, "count", lambda: 2)
+    model = tiny_model()
+    calibration = Calibration(model, find_matrices(model), torch.zeros(8, 16, dtype=torch.int64))
+    with pytest.raises(InputError, match="start one, or leave temperature at 0"):
+        MirrorDescent(temperature=0.5).calibrate(calibration, Wanda(), [NM(2, 4)], 1)
+
+
+class Gate(torch.nn.Module):
+    """No gradient comes through it until it is opened."""
+
+    opened = False
+
+    def forward(self, x):
+        return x if self.opened else x.sign()
+
+
+def reached(place, opens):
+    """A descent in which gradients reach some matrices only in the steps, if at all."""
+    with distributed.joined(CPU):
+        model, gate, step = tiny_model(), Gate(), descent.Descent.step
+        for layer in model.model.layers:
+            layer.mlp.act_fn = gate
+
+        def stepped(self, *arguments):
+            gate.opened = opens
+            return step(self, *arguments)
+
+        descent.Descent.step = stepped
+        tokens = torch.randint(0, VOCABULARY, (10, 16), generator=torch.Generator().manual_seed(0))
+        calibration = Calibration(model, find_matrices(model), tokens)
+        _, record = MirrorDescent(batch_tokens=64).calibrate(calibration, Wanda(), [NM(2, 4)], 2)
+        (place / f"{distributed.rank()}.json").write_text(json.dumps(record.without_gradient))
+
+
+@pytest.mark.parametrize("opens", [False, True])
+def test_gradients_of_all_processes_are_reported(tmp_path, opens):
+    """Each knows of those that its own matrices get."""
+    done = processes.together(2, reached, tmp_path, opens)
+    assert [one.code for one in done] == [0, 0], done[0].err
+    expected = [] if opens else [f"model.layers.{index}.mlp.gate_proj" for index in range(3)]
+    assert [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)] == [expected] * 2

@@ -106,19 +106,18 @@ def test_a_recipe_takes_it_and_its_record_says_it(controller):
 def test_what_it_needs_is_heeded_before_any_weight_is_read(controller, folder, tmp_path, monkeypatch):
     """A model that does not fit, and several processes: run so, or refused with the reason."""
     recipe = Recipe(sparsity="2:4", dtype="float32", controller=controller, **SMALL)
-    memory = uniprune.plan(str(folder), recipe).memory_streamed
     monkeypatch.setattr(job, "load_weights", None)
     monkeypatch.setattr(job, "open_streamed", lambda *arguments: (_ for _ in ()).throw(Stopped))
     if controller.in_memory:
         with pytest.raises(InputError, match=r"needs the whole model in memory; raise --max-memory"):
-            uniprune.prune(str(folder), recipe, tmp_path / "out", max_memory=memory)
+            uniprune.prune(str(folder), recipe, tmp_path / "out", execution="streamed")
     else:
         with pytest.raises(Stopped):
-            uniprune.prune(str(folder), recipe, tmp_path / "out", max_memory=memory)
+            uniprune.prune(str(folder), recipe, tmp_path / "out", execution="streamed")
     monkeypatch.setattr(distributed, "count", lambda: 2)
     if controller.one_process:
         with pytest.raises(InputError, match="runs in one process; start it without torchrun"):
-            uniprune.prune(str(folder), recipe, tmp_path / "out", max_memory=memory)
+            uniprune.prune(str(folder), recipe, tmp_path / "out", execution="streamed")
     else:
         job.check_execution(recipe, "sharded")
 
@@ -136,20 +135,19 @@ def test_block_by_block_it_gives_the_same(controller, tmp_path):
         assert float(differ.float().mean()) < 5e-3, name
 
 
-@pytest.mark.parametrize("streamed", [False, True], ids=["in memory", "by block"])
+@pytest.mark.parametrize("execution", ["resident", "recomputed", "streamed"])
 @pytest.mark.parametrize(
     ("controller", "metric"),
     [(MirrorDescent(batch_tokens=64, checks=1), Correlated()), (Signs(batch_tokens=64, checks=1), Loud())],
     ids=["Correlated", "Signs, Loud"],
 )
-def test_an_interrupted_run_goes_on_to_the_same_masks(folder, tmp_path, monkeypatch, controller, metric, streamed):
+def test_an_interrupted_run_goes_on_to_the_same_masks(folder, tmp_path, monkeypatch, controller, metric, execution):
     """With a statistic and an update rule that the package does not know: both are saved and taken up again."""
     monkeypatch.setattr(runs.Pace, "due", lambda self: True)
     recipe = Recipe(sparsity="2:4", dtype="float32", controller=controller, metric=metric, steps=3, **SMALL)
-    memory = uniprune.plan(str(folder), recipe).memory_streamed if streamed else None
 
     def run(output, **more):
-        return uniprune.prune(str(folder), recipe, tmp_path / output, max_memory=memory, **more).masks_sha256
+        return uniprune.prune(str(folder), recipe, tmp_path / output, execution=execution, **more).masks_sha256
 
     expected = run("whole")
     with pytest.raises(Stopped):
@@ -159,10 +157,11 @@ def test_an_interrupted_run_goes_on_to_the_same_masks(folder, tmp_path, monkeypa
 
 
 def test_the_state_takes_the_memory_that_is_said():
-    """Mirror descent: the state and one byte of mask; the published one: copy, gradient, Adam's two moments, and V."""
+    """Mirror descent: the state, and one byte of mask beside; the published one: copy, gradient, Adam's two moments, and V."""
     state = MirrorDescent().init(torch.ones(64, 128), torch.ones(64))
     held = state.dual.nbytes + sum(part.nbytes for name, part in state.rest().items() if name != "facts")
-    assert held / (64 * 128) + 1 == MirrorDescent.cost.memory
+    assert held / (64 * 128) == MirrorDescent.cost.memory
+    assert NM(2, 4).settle({})("a", state.dual).nbytes / (64 * 128) == MirrorDescent.cost.masks
     assert UniPruning.cost.memory == 4 * torch.float32.itemsize + UniPruning().init(torch.ones(64, 128)).dual.nbytes / (
         64 * 128
     )

@@ -24,7 +24,7 @@ def logits(path):
 def test_the_dense_model_is_the_same_and_the_pattern_keeps_more(folder, tmp_path, streamed):
     out = tmp_path / "out"
     local = RECIPE.model_copy(update={"controller": "none"})
-    memory = uniprune.plan(str(folder), local).memory_streamed if streamed else None
+    memory = uniprune.plan(str(folder), local).executions["streamed"].memory if streamed else None
     report = uniprune.permute(str(folder), RECIPE, out, max_memory=memory)
     assert json.loads((out / "pruning.json").read_text()) == json.loads(json.dumps(report.record()))
     assert set(report.permuted) == {f"model.layers.{index}.mlp.down_proj" for index in range(3)}

@@ -254,7 +254,7 @@ def test_one_budget_under_rules_and_mixed_patterns(folder, tmp_path):
 
 
 def test_unknown_keywords_are_named(folder, tmp_path):
-    known = r"overwite = True: .*; known settings: device, max_memory, save_tokens, resume, overwrite"
+    known = r"overwite = True: .*; known settings: device, max_memory, execution, save_tokens, resume, overwrite"
     with pytest.raises(InputError, match=known):
         uniprune.prune(str(folder), Recipe(sparsity="2:4"), tmp_path / "out", overwite=True)
     with pytest.raises(InputError, match=r"--windows = 'many': "):

@@ -261,26 +261,23 @@ METHODS = {
 def test_a_model_that_is_streamed(tmp_path, tokens, method):
     """The same experts, and the same files."""
     source, asked = saved("qwen3_moe", tmp_path / "model"), recipe(tokens, **METHODS[method])
-    plan = uniprune.plan(source, asked)
     uniprune.prune(source, asked, tmp_path / "whole")
-    uniprune.prune(source, asked, tmp_path / "streamed", max_memory=(plan.memory_streamed + plan.memory_resident) // 2)
+    uniprune.prune(source, asked, tmp_path / "streamed", execution="streamed")
     for file in (tmp_path / "whole").glob("*.safetensors"):
         assert file.read_bytes() == (tmp_path / "streamed" / file.name).read_bytes()
 
 
-def remove(source, tokens, output, memory):
+def remove(source, tokens, output, execution):
     """What each of several processes does; all return the report."""
-    report = uniprune.prune(source, recipe(tokens), output, max_memory=memory)
+    report = uniprune.prune(source, recipe(tokens), output, execution=execution)
     assert report.experts.kept == 2
 
 
 @pytest.mark.parametrize("execution", ["resident", "sharded", "streamed"])
 def test_two_processes_remove_the_same_experts(tmp_path, tokens, execution):
     source = saved("qwen3_moe", tmp_path / "model")
-    plan = uniprune.plan(source, recipe(tokens))
-    memory = {"resident": None, "sharded": plan.memory_resident - 1, "streamed": plan.memory_streamed}[execution]
     alone = uniprune.prune(source, recipe(tokens), tmp_path / "alone")
-    for done in processes.together(2, remove, source, tokens, tmp_path / "out", memory):
+    for done in processes.together(2, remove, source, tokens, tmp_path / "out", execution):
         assert done.code == 0, done.err
     found = ExpertRemoval.read(tmp_path / "out" / "pruning.json")
     assert [(one.kept, one.tokens) for one in found.layers.values()] == [
@@ -294,8 +291,7 @@ def test_two_processes_remove_the_same_experts(tmp_path, tokens, execution):
 def test_an_interrupted_run_goes_on(tmp_path, tokens, after):
     source = saved("qwen3_moe", tmp_path / "model")
     asked = recipe(tokens, metric="wanda", controller="none")
-    plan = uniprune.plan(source, asked)
-    options = {"max_memory": (plan.memory_streamed + plan.memory_resident) // 2}
+    options = {"execution": "streamed"}
     expected = uniprune.prune(source, asked, tmp_path / "expected", **options)
     with pytest.raises(Stopped):
         uniprune.prune(source, asked, tmp_path / "out", progress=Stops(after), **options)

@@ -19,7 +19,7 @@ from uniprune.common import distributed
 from uniprune.controller.loss import Loss
 from uniprune.controller.passes import Streamed
 from uniprune.controller.straight_through import StraightThrough
-from uniprune.job.estimate import Needs
+from uniprune.job.memory import Bytes, Work, needs
 from uniprune.job.options import RunOptions
 from uniprune.job.prepare import choose
 from uniprune.models import loading
@@ -48,17 +48,10 @@ WAYS = {
 LOCAL = [way for way in WAYS if way != "controller"]
 
 
-def memory_of(folder, recipe, execution):
-    """A limit that has the model executed in this way: the whole does not fit, or its parts do not fit either."""
-    plan = uniprune.plan(str(folder), recipe)
-    return {"resident": None, "sharded": plan.memory_resident - 1, "streamed": plan.memory_streamed}[execution]
-
-
 def prune(folders, way, output, execution, **more):
     model, changes = WAYS[way]
     recipe = Recipe(**({"sparsity": "2:4", "dtype": "float32", "windows": WINDOWS, "length": 32} | changes))
-    memory = memory_of(folders / model, recipe, execution)
-    return uniprune.prune(str(folders / model), recipe, output, max_memory=memory, **more)
+    return uniprune.prune(str(folders / model), recipe, output, execution=execution, **more)
 
 
 # ---------------------------------------------------------------------------------------------------- one process of many
@@ -106,13 +99,13 @@ def parts(folder):
 
 
 def interrupted(folders, output):
-    """How a run was executed that was stopped half way; it is then taken up again, without the limit that it had begun with."""
+    """How a run was executed that was stopped half way; it is then taken up again, as it began."""
     try:
         prune(folders, "controller", output, "sharded", progress=Stops(1))
     except Stopped:
         begun = runs.identity_of(output)
         distributed.wait()
-        prune(folders, "controller", output, "resident", resume=True)
+        prune(folders, "controller", output, None, resume=True)
     return begun["execution"]
 
 
@@ -219,25 +212,43 @@ def test_a_process_without_windows_runs_all_blocks(folders):
             assert entered == up
 
 
-CHOICES = [(1000, "resident", "resident"), (999, "streamed", "sharded"), (363, "streamed", "streamed")]
+NEEDS = {"resident": Bytes(1000), "recomputed": Bytes(700), "sharded": Bytes(364), "streamed": Bytes(100)}
+CHOICES = [
+    (1000, "resident", "resident"),
+    (999, "recomputed", "recomputed"),
+    (699, "streamed", "sharded"),
+    (363, "streamed", "streamed"),
+]
 
 
 @pytest.mark.parametrize(("limit", "alone", "together"), CHOICES)
 def test_the_choice(monkeypatch, tmp_path, limit, alone, together):
-    """Needs are whole 1000, by block 100, for two processes that hold half of the blocks each 364."""
-    needs = Needs(resident=1000, streamed=100, scratch=0, blocks=400, block=20)
     origin, options = Origin("m", tmp_path), RunOptions(max_memory=limit)
     monkeypatch.setattr(Origin, "files", True)
-    assert choose(origin, needs, options, CPU) == alone
+    assert choose(origin, {name: one for name, one in NEEDS.items() if name != "sharded"}, options, CPU) == alone
     monkeypatch.setattr(distributed, "count", lambda: 2)
     monkeypatch.setattr(distributed, "total_of", lambda value: 2 * value)
-    assert choose(origin, needs, options, CPU) == together
+    assert choose(origin, NEEDS, options, CPU) == together
 
 
 def test_processes_choose_by_the_one_with_least_memory(monkeypatch, tmp_path):
-    needs = Needs(resident=1000, streamed=100, scratch=0, blocks=400, block=20)
     monkeypatch.setattr(Origin, "files", True)
     monkeypatch.setattr(distributed, "count", lambda: 2)
-    other = iter([False, True])  # the whole model does not fit there, a half does
+    other = iter([False, False, True])  # the whole model does not fit there, a half does
     monkeypatch.setattr(distributed, "total_of", lambda value: value + next(other))
-    assert choose(Origin("m", tmp_path), needs, RunOptions(max_memory=2000), CPU) == "sharded"
+    assert choose(Origin("m", tmp_path), NEEDS, RunOptions(max_memory=2000), CPU) == "sharded"
+
+
+def test_what_two_processes_need(monkeypatch):
+    """Each has half of the states; where the blocks are shared, half of those, the block that runs and the one to come."""
+    model = tiny_model()
+    work = Work(model, find_matrices(model), Recipe(sparsity="2:4"), torch.float32, torch.float32, 32)
+    alone = needs(work)
+    monkeypatch.setattr(distributed, "count", lambda: 2)
+    together = needs(work)
+    assert together["recomputed"].disk == alone["recomputed"].disk // 2
+    assert together["streamed"].written == alone["streamed"].written // 2
+    blocks = [sum(p.nbytes for p in block.parameters()) for block in find_blocks(model)[1]]
+    more = together["sharded"].memory - together["streamed"].memory
+    assert more == pytest.approx(sum(blocks) / 2 + 2 * max(blocks), rel=1e-3)
+    assert alone.keys() == together.keys() - {"sharded"}

@@ -24,7 +24,7 @@ from uniprune.controller.mirror_descent import MirrorDescent
 from uniprune.controller.passes import Resident, Streamed
 from uniprune.controller.straight_through import StraightThrough
 from uniprune.errors import InputError, MismatchError, UniPruneError
-from uniprune.job.estimate import Needs, Work, needs
+from uniprune.job.memory import Bytes, Work, needs
 from uniprune.job.options import RunOptions
 from uniprune.job.prepare import choose, progress_of
 from uniprune.models.blocks import Replay, last_hidden
@@ -161,9 +161,9 @@ def test_the_states_take_the_disk_that_was_forecast(tmp_path, monkeypatch):
 
     monkeypatch.setattr("uniprune.storage.tensor_store.sync", sync)
     monkeypatch.setattr(descent.Descent, "judge", judge)
-    monkeypatch.setattr("uniprune.job.estimate.BATCH_TOKENS", 1)
+    monkeypatch.setattr("uniprune.job.memory.BATCH_TOKENS", 1)
     ids, settings = tokens(32, 32, VOCABULARY), MirrorDescent(batch_tokens=128)
-    expected = needs(Work(loaded.model, hollow, Recipe(controller=settings), torch.float32, torch.float32, 32)).scratch
+    expected = needs(Work(loaded.model, hollow, Recipe(controller=settings), torch.float32, torch.float32, 32))["streamed"].disk
     found, _ = settings.calibrate(Calibration(loaded.model, hollow, ids, loaded.residency, run), Wanda(), [NM(2, 4)], 5)
     assert 0.95 * expected < max(taken) <= expected
     assert found.keys() == hollow.keys()
@@ -177,8 +177,8 @@ def test_the_gram_matrices_of_a_block_are_forecast():
     recipes = Recipe(sequential=True), Recipe(refine=True)
     plain, refined = (needs(Work(model, matrices, recipe, torch.float32, torch.float32, 32)) for recipe in recipes)
     held = sum(Gram(matrix.shape[1], CPU).total.nbytes for matrix in matrices.values() if matrix.block == 0)
-    for before, after in ((plain.resident, refined.resident), (plain.streamed, refined.streamed)):
-        assert held < after - before < 2 * held
+    for execution, before in plain.items():
+        assert held < refined[execution].memory - before.memory < 2 * held
 
 
 @pytest.mark.parametrize("settings", [{"controller": "none"}, {"steps": 3}, {"sequential": True}, {"refine": True}], ids=str)
@@ -195,12 +195,12 @@ def test_a_model_that_does_not_fit_is_streamed(folder, tmp_path, settings):
 
 
 def test_what_fits_nowhere_is_refused(folder, tmp_path):
-    with pytest.raises(InputError, match=r"needs 0\.\d+ GB of memory, or 0\.\d+ GB block by block; 0\.00 GB are there"):
+    with pytest.raises(InputError, match=r"needs 0\.\d+ GB resident, .*, 0\.\d+ GB streamed of memory; 0\.00 GB are there"):
         uniprune.prune(str(folder), Recipe(sparsity="2:4", **SMALL), tmp_path / "out", max_memory=1000)
     assert uniprune.plan(str(folder), Recipe(sparsity="2:4"), max_memory=1000).execution == "none"
     gguf = Origin("m.gguf", tmp_path, "m.gguf")
-    with pytest.raises(InputError, match="only safetensors checkpoints can be read block by block"):
-        choose(gguf, Needs(10**10, 10**9, 0), RunOptions(max_memory=2 * 10**9), CPU)
+    with pytest.raises(InputError, match="convert it: only safetensors files are read block by block"):
+        choose(gguf, {"resident": Bytes(10**10), "streamed": Bytes(10**9)}, RunOptions(max_memory=2 * 10**9), CPU)
     assert not list(tmp_path.iterdir())
 
 
@@ -217,27 +217,27 @@ def test_what_is_no_size(text):
 
 STEPS = {"steps": 4, "tuning": {"checks": 1}}
 WAYS = {
-    "local, streamed": ({"controller": "none"}, True),
-    "sequential": ({"sequential": True}, False),
-    "sequential, streamed": ({"sequential": True}, True),
-    "refine": ({"refine": True}, False),
-    "controller": (STEPS, False),
-    "controller, streamed": (STEPS, True),
-    "controller for any": (STEPS | {"sparsity": None}, False),
+    "local, streamed": ({"controller": "none"}, "streamed"),
+    "sequential": ({"sequential": True}, None),
+    "sequential, streamed": ({"sequential": True}, "streamed"),
+    "refine": ({"refine": True}, None),
+    "controller": (STEPS, None),
+    "controller, recomputed": (STEPS, "recomputed"),
+    "controller, streamed": (STEPS, "streamed"),
+    "controller for any": (STEPS | {"sparsity": None}, None),
 }
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_an_interrupted_run_goes_on_to_the_same_masks(folder, tmp_path, way, monkeypatch):
-    changes, streamed = WAYS[way]
+    changes, execution = WAYS[way]
     monkeypatch.setattr(runs.Pace, "due", lambda self: True)
     recipe = Recipe(**({"sparsity": "2:4", "dtype": "float32"} | SMALL | changes))
-    memory = uniprune.plan(str(folder), recipe).memory_streamed if streamed else None
 
     def start(output, **more):
         if recipe.sparsity:
-            return uniprune.prune(str(folder), recipe, tmp_path / output, max_memory=memory, **more).masks_sha256
-        uniprune.calibrate(str(folder), recipe, tmp_path / f"{output}.safetensors", max_memory=memory, **more)
+            return uniprune.prune(str(folder), recipe, tmp_path / output, execution=execution, **more).masks_sha256
+        uniprune.calibrate(str(folder), recipe, tmp_path / f"{output}.safetensors", execution=execution, **more)
         return (tmp_path / f"{output}.safetensors").read_bytes()
 
     expected = start("whole")
@@ -302,12 +302,6 @@ def test_resume_finishes_what_was_complete_already(folder, tmp_path, monkeypatch
     assert not list(tmp_path.glob(".*"))
 
 
-def memory_of(folder, execution):
-    """Flags that have the tiny model executed in this way."""
-    recipe = Recipe(sparsity="2:4", dtype="float32", steps=3, **SMALL)
-    return ("--max-memory", uniprune.plan(str(folder), recipe).memory_streamed) if execution == "streamed" else ()
-
-
 @pytest.mark.parametrize("case", kills.CASES, ids=" ".join)
 def test_killed_at_any_moment(folder, tmp_path, case):
     """Again and again; what comes out in the end is what an undisturbed run writes. `make soak` kills a thousand times."""
@@ -332,7 +326,7 @@ def test_a_full_disk_loses_nothing(folder, tmp_path, execution, size):
     )
     if mounted.returncode:
         pytest.skip("this machine does not let us mount a small disk")
-    settings = *memory_of(folder, execution), "-s", "2:4", "--windows", 16, "--length", 32, "--steps", 3, "--dtype", "float32"
+    settings = "--execution", execution, "-s", "2:4", "--windows", 16, "--length", 32, "--steps", 3, "--dtype", "float32"
     words = "prune", folder, "-o", disk / "out", *settings, "--resume"
     try:
         failed = Forked(without_looking, *words).wait()
@@ -366,7 +360,7 @@ def by_two(*words):
 )
 def test_two_processes_make_the_masks_of_one(folder, tmp_path, settings, execution):
     common = "prune", folder, "-s", "2:4", "--windows", 16, "--length", 32, "--dtype", "float32", *settings
-    common += memory_of(folder, execution)
+    common += "--execution", execution
     assert Forked(processes.command, *common, "-o", tmp_path / "one").wait().code == 0
     assert json.loads(by_two(*common, "-o", tmp_path / "two", "--json"))["sparsity"] == 0.5
     one, two = (uniprune.artefacts.masks.MasksFile(tmp_path / name / "pruning/masks.safetensors") for name in ("one", "two"))

@@ -42,15 +42,15 @@ class Order(Options):
 def plan(
     source: Source,
     recipe: Annotated[RecipeOptions, PRUNE],
-    run: Annotated[RunOptions, Only("device max_memory")],
+    run: Annotated[RunOptions, Only("device max_memory execution")],
     printed: Printed,
 ) -> None:
     asked = recipe.recipe()
-    from uniprune.cli.tables import plan_lines, plan_table
+    from uniprune.cli.tables import executions_table, plan_lines, plan_table
     from uniprune.entrypoints.plan import plan
 
     found = plan(source.name, asked, **run.given())
-    show(found, printed.as_json, plan_table(found), *plan_lines(found))
+    show(found, printed.as_json, plan_table(found), executions_table(found), *plan_lines(found))
 
 
 def calibrate(

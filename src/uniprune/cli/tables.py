@@ -38,6 +38,19 @@ def plan_table(plan: Plan) -> Table:
     return table
 
 
+def executions_table(plan: Plan) -> Table:
+    """What each way to run a plan would take, in each process; the chosen one is marked."""
+    table = Table(title="how it can be run: forecasts")
+    heads = ("execution", "memory", "host memory", "disk meanwhile", "read", "written", "seconds")
+    for place, head in enumerate(heads):
+        table.add_column(head, justify="right" if place else "left")
+    for name, one in plan.executions.items():
+        sizes = (one.memory, one.host, one.disk, one.read, one.written)
+        cells = [f"{size / 1e9:.1f} GB" if size else "" for size in sizes]
+        table.add_row(f"{name} *" if name == plan.execution else name, *cells, f"{max(one.seconds, 1):.0f}")
+    return table
+
+
 def plan_lines(plan: Plan) -> list[str]:
     """The forecast of a plan, in sentences."""
     lines = []
@@ -57,17 +70,10 @@ def plan_lines(plan: Plan) -> list[str]:
             f"Experts: {kept.kept} of {kept.of} stay in each of {kept.layers} layers{groups}; {kept.parameters / 1e6:.1f}M "
             "parameters are left, and nothing else is changed."
         )
-    how = {
-        "sharded": f"blocks in the memory of all processes, about {plan.memory / 1e9:.1f} GB in each beside its part of them",
-        "resident": f"the whole model in memory, about {plan.memory / 1e9:.1f} GB",
-        "streamed": f"block by block, in about {plan.memory / 1e9:.1f} GB of memory "
-        f"(the whole model would take {plan.memory_resident / 1e9:.1f} GB) and {plan.scratch / 1e9:.1f} GB of disk meanwhile",
-        "none": f"not here: the whole model would take {plan.memory_resident / 1e9:.1f} GB of memory, "
-        f"block by block {plan.memory_streamed / 1e9:.1f} GB",
-    }
+    chosen = plan.execution if plan.execution != "none" else "none of them fits into the memory that is free"
     lines.append(
-        f"Execution: {how[plan.execution]} ({plan.dtype}). About {max(plan.seconds, 1):.0f} s for {plan.tokens} calibration "
-        f"tokens on this machine, {plan.disk / 1e9:.2f} GB of disk for the output."
+        f"Execution: {chosen} ({plan.dtype}). About {max(plan.seconds, 1):.0f} s for {plan.tokens} calibration tokens on this "
+        f"machine, {plan.disk / 1e9:.2f} GB of disk for the output."
     )
     for (kind, why), count in Counter((kind_of(name), why) for name, why in plan.left_dense.items()).items():
         lines.append(f"Left dense: {count} x {kind}, {why}.")

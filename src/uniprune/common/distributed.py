@@ -6,14 +6,17 @@ The processes are ``torchrun``'s and talk through ``torch.distributed``; without
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed
 
 from uniprune.errors import InputError, UniPruneError
+
+Object = TypeVar("Object")
 
 SUMMING = timedelta(minutes=30)  # until a sum is given up: no process computes its share for that long
 WAITING = timedelta(hours=12)  # until waiting is: the first process may be writing a large checkpoint
@@ -79,6 +82,40 @@ def total(tensor: Tensor) -> Tensor:
         with _others():
             distributed.all_reduce(tensor)
     return tensor
+
+
+def owners(sizes: Mapping[str, int]) -> dict[str, int]:
+    """Who of the processes keeps what: of each name the rank, so that all have about as much; the largest first."""
+    taken, found = [0] * count(), dict[str, int]()
+    for name in sorted(sizes, key=lambda name: -sizes[name]):
+        found[name] = taken.index(min(taken))
+        taken[found[name]] += sizes[name]
+    return found
+
+
+def total_at(tensor: Tensor, owner: int) -> Tensor:
+    """The sum over all processes, in place, at one of them; what the others have then is of no use."""
+    if count() > 1:
+        with _others():
+            distributed.reduce(tensor, owner)
+    return tensor
+
+
+def given_by(owner: int, tensor: Tensor) -> Tensor:
+    """A tensor of one process in all of them, in place."""
+    if count() > 1:
+        with _others():
+            distributed.broadcast(tensor, owner)
+    return tensor
+
+
+def gathered(value: Object) -> list[Object]:
+    """A picklable object of each process, in the order of their ranks."""
+    found: list[Any] = [value] * count()
+    if count() > 1:
+        with _others():
+            distributed.all_gather_object(found, value, group=_waiting)
+    return found
 
 
 def total_of(value: float) -> float:

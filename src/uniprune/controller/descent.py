@@ -12,7 +12,7 @@ import logging
 import math
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,7 @@ from uniprune.controller.loss import Loss
 from uniprune.controller.passes import Passes, Resident, Streamed
 from uniprune.controller.protocol import ControllerRecord
 from uniprune.controller.start import sensitivities, warn_of_stillness
-from uniprune.controller.states import Best, InMemory, OnDisk, Rule, State, States
+from uniprune.controller.states import Best, InMemory, OnDisk, PackedMasks, Rule, State, States
 from uniprune.controller.straight_through import Evener, StraightThrough
 from uniprune.errors import InputError
 from uniprune.models.blocks import Replay
@@ -33,7 +33,8 @@ from uniprune.models.matrices import find_blocks
 from uniprune.saliency.calibration import Calibration, LocalSaliency
 from uniprune.saliency.metrics import Metric
 from uniprune.saliency.statistics import starved
-from uniprune.sparsity.patterns import NM, Pattern, Unstructured
+from uniprune.sparsity.patterns import NM, Pattern, Unstructured, check_extremes
+from uniprune.storage import runs
 from uniprune.storage.runs import Pace, Run
 from uniprune.storage.stash import Stash
 from uniprune.storage.tensor_store import Store
@@ -77,11 +78,11 @@ def descend(
     todo = _steps(windows, settings.batch_tokens)
     steps = steps or len(todo)
     with ExitStack() as stack:
-        run = calibration.run or Run(Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="uniprune-"))))
+        run = calibration.run or stack.enter_context(_temporary())
         passes = _passes(calibration, run)
         stack.enter_context(passes.network)
         descent = Descent(settings, passes, replace(calibration, windows=windows), metric, targets, run)
-        best, order = descent.best, _drawn(targets, seed)
+        best, order, descent.repeats = descent.best, _drawn(targets, seed), steps > len(todo)
         history, stale, begin = [], 0, 0
         every = math.ceil(steps / settings.checks)
         if saved := descent.saved():
@@ -121,7 +122,10 @@ def descend(
             best_held_out_loss=best.value,
             **descent.record,
         )
-        return best if calibration.run else dict(best), record
+        if calibration.run:
+            return best, record
+        descent.states.clear()  # their place is the duals'
+        return dict(best), record
 
 
 class Descent:
@@ -129,7 +133,8 @@ class Descent:
 
     calibration: of it, the windows to descend on. run: where states lie that are not in memory; the calibration's own, else a
     temporary one. best: of the states that were judged. record: tokens descended on, KL in nats per token and share of masks
-    that each step flipped, how often it backed off, matrices that no gradient has reached.
+    that each step flipped, how often it backed off, matrices that no gradient has reached. repeats: whether windows will come
+    again.
     """
 
     def __init__(
@@ -143,31 +148,33 @@ class Descent:
     ) -> None:
         self._settings, self._passes, self._matrices = settings, passes, calibration.matrices
         self._rule: Rule = settings
-        windows, store = calibration.windows, Store(run, "descent")
+        windows, store = calibration.windows, Store(run, "descent", shared=True)
+        # Of several processes each keeps, moves and cuts the duals of some matrices; gradients go there, masks come from there.
+        self._owners = distributed.owners({name: matrix.size for name, matrix in self._matrices.items()})
+        self._own = [name for name, owner in self._owners.items() if owner == distributed.rank()]
         head = passes.head(windows, None if settings.labels else settings.vocabulary)
         self._loss = Loss(head, settings.labels, settings.evenness, settings.hidden)
         few = windows[: max(1, START_TOKENS // windows.shape[1])]
         found = sensitivities(passes, few, metric.statistic, calibration.run)
         self._local, self._gradients = LocalSaliency(self._matrices, metric, found.statistics), found.gradients
         self._saved = dict(store.facts)
-        self.states: States = (
-            OnDisk(store, settings)
-            if calibration.streamed
-            else InMemory(store, settings, Pace() if calibration.run else None, passes.device)
-        )
-        self.best = Best(store, self._matrices, passes.device)
+        self.states = _states(settings, store, calibration, run, self._own)
+        self._aside, self._finals = Stash(_aside(run)), dict[str, Tensor]()
+        self.best = Best(store, self._matrices, passes.device, self._own)
         self._every = max(SAMPLE, sum(matrix.size for matrix in self._matrices.values()) // SAMPLED)
         grains = {target.grain for target in targets if not target.local}
         self._samples: dict[int, dict[str, Tensor]] = {grain: {} for grain in grains if grain}
-        self._scale, self._size = 1.0, 0.0
-        self._flipped, self._seen = 0, 0
+        self._scale, self._size, self.repeats = 1.0, 0.0, False
+        self._flips, self._seen, self._reached = list[Tensor](), 0, set[str]()
+        self._extremes: dict[str, tuple[Tensor, Tensor]] = {}  # of duals that are not known to be finite yet
         self.record: dict[str, Any] = {"tokens": 0, "loss": [], "flips": [], "backed_off": 0}
         self.record |= starved(self._matrices, found.norms) | {"without_gradient": found.still}
-        for name in self._matrices:
+        for name in self._own:
             if self._saved:
                 self._sample(name, self.states[name].to(passes.device))
             else:
                 self._put(name, self.start(name))
+        self._check()
         passes.network.sink = self._sink
         passes.network.weigh = Evener(found.norms, self._gradients) if settings.even_tokens else None
 
@@ -181,17 +188,34 @@ class Descent:
         left: the part of the descent that is left, in (0, 1], which the step size and the temperature follow.
         """
         self._size = self._scale * self._settings.step_size * left
-        self._flipped = self._seen = 0
+        self._flips, self._seen = [], 0
         self._aim(target, self._settings.temperature * left)
         mine = distributed.share(batch)
-        student, teacher = self._passes.forward(mine, self._loss.between if self._settings.hidden else None)
+        student, teacher = self._forward(mine)
         kl, gradient = self._loss.gradient(student, teacher, mine)
         self._passes.backward(gradient)
-        kl, flips = distributed.total_of(kl) / batch.numel(), self._flipped / max(1, self._seen)
+        self._check()
+        if self.record["without_gradient"]:
+            reached = set[str]().union(*distributed.gathered(self._reached))
+            self.record["without_gradient"] = [name for name in self.record["without_gradient"] if name not in reached]
+        flipped = distributed.total_of(int(torch.stack(self._flips).sum()) if self._flips else 0)
+        kl, flips = distributed.total_of(kl) / batch.numel(), flipped / max(1, distributed.total_of(self._seen))
         self.record["tokens"] += batch.numel()
         self.record["loss"].append(kl)
         self.record["flips"].append(flips)
         return kl, flips
+
+    def _forward(self, batch: Tensor) -> tuple[Tensor, Tensor]:
+        """Final hidden states of the pruned and of the dense model; the latter's are kept where windows come again."""
+        if self._settings.hidden:
+            return self._passes.forward(batch, self._loss.between)
+        key = f"final-{batch.data_ptr()}"  # of a part of the windows, which stay where they are
+        if key in self._finals:
+            return self._passes.forward_alone(batch), self._finals[key].to(self._passes.device)
+        student, teacher = self._passes.forward(batch)
+        if self.repeats:
+            self._finals[key] = self._aside.put(key, teacher)
+        return student, teacher
 
     def judge(self, targets: Sequence[Pattern], windows: Tensor) -> float:
         """Mean KL in nats per token of hard masks; the targets share the windows, so that many cost no more than one."""
@@ -208,8 +232,9 @@ class Descent:
 
     def back_off(self) -> None:
         """Goes on from the best duals at half the step size, without momentum."""
-        for name, dual in self.best.items():
-            self._put(name, self._rule.restart(self.states[name], dual))
+        for name in self._own:
+            self._put(name, self._rule.restart(self.states[name], self.best[name]))
+        self._check()
         self._scale /= 2
         self.record["backed_off"] += 1
 
@@ -227,33 +252,61 @@ class Descent:
         """The masks of the passes to come."""
         shared: Mapping[str, Tensor] = {}
         if not target.local:
-            shared = self._samples[target.grain] if target.grain else {name: self.states.dual(name) for name in self._matrices}
+            shared = self._everyones(target.grain)
         hard = target.settle_by_sample(shared)
         if temperature:
             units = [self.states[name].unit for name in self._matrices]
             temperature *= sum(units) / len(units)
-        self._masks = self.states.masks(target, hard, self.states.dual, self._matrices, temperature)
+        self._masks = self.states.masks(target, hard, self.states.dual, self._matrices, temperature, self._passes.device)
+        if isinstance(self._masks, PackedMasks) and distributed.count() > 1:
+            self._masks.share(self._owners)
         self._passes.network.masks = self._masks
+
+    def _everyones(self, grain: int) -> Mapping[str, Tensor]:
+        """Samples of all duals, or where none will do the duals, of every process."""
+        if distributed.count() == 1:
+            return self._samples[grain] if grain else {name: self.states.dual(name) for name in self._matrices}
+        found = {}
+        for name, owner in self._owners.items():
+            if owner == distributed.rank():
+                mine = self._samples[grain][name] if grain else self.states.dual(name).to(self._passes.device)
+            else:
+                mine = self._runs(torch.empty(self._matrices[name].shape, device="meta"), grain)
+                mine = torch.empty(mine.shape, device=self._passes.device)
+            found[name] = distributed.given_by(owner, mine)
+        return {name: found[name] for name in self._matrices}
+
+    def _runs(self, dual: Tensor, grain: int) -> Tensor:
+        """A sample of a dual, of runs of ``grain`` inputs; 0 is all of it."""
+        if not grain:
+            return dual
+        runs = dual.reshape(-1, grain) if dual.shape[1] % grain == 0 else dual
+        return runs[:: self._every]
 
     def _put(self, name: str, state: State) -> None:
         self.states[name] = state
+        self._extremes[name] = state.dual.aminmax()
         self._sample(name, state)
+
+    def _check(self) -> None:
+        """Raises InputError for duals that are no longer finite."""
+        check_extremes(self._extremes, self._extremes.values())
+        self._extremes.clear()
 
     def _sample(self, name: str, state: State) -> None:
         for grain, samples in self._samples.items():
-            runs = state.dual.reshape(-1, grain) if state.dual.shape[1] % grain == 0 else state.dual
-            samples[name] = runs[:: self._every].clone()
+            samples[name] = self._runs(state.dual, grain).clone()
 
     def _sink(self, name: str, gradient: Tensor | None) -> None:
-        weight = self._matrices[name].weight
+        weight, owner = self._matrices[name].weight, self._owners[name]
         if distributed.count() > 1:  # all of them must take part, also those whose windows did not reach an expert
-            gradient = distributed.total(
-                torch.zeros(weight.shape, device=weight.device) if gradient is None else gradient.float()
+            gradient = distributed.total_at(
+                torch.zeros(weight.shape, device=weight.device) if gradient is None else gradient.float().contiguous(), owner
             )
-        if gradient is None:
+        if gradient is None or owner != distributed.rank():
             return
         if name in self.record["without_gradient"] and bool(gradient.any()):
-            self.record["without_gradient"].remove(name)
+            self._reached.add(name)
         gradient = (gradient.float() * weight).float()  # weights may be float64
         if self._settings.temperature:
             soft = self._masks[name]
@@ -263,7 +316,7 @@ class Descent:
         moved = self._rule.step(state, gradient, self._size, start)
         rows = max(1, len(moved.dual) // SAMPLE_ROWS // SAMPLE_ROWS) * SAMPLE_ROWS
         before, after = (self._masks.hard(name, each.dual[:rows]) for each in (state, moved))
-        self._flipped += int((before != after).sum())
+        self._flips.append((before != after).sum())
         self._seen += before.numel()
         self._put(name, moved)
 
@@ -275,6 +328,8 @@ def any_sparsity() -> tuple[Pattern, ...]:
 
 def _check_relaxed(targets: Sequence[Pattern], calibration: Calibration) -> None:
     """Raises InputError if masks cannot be relaxed, as a temperature above 0 asks for."""
+    if distributed.count() > 1:
+        raise InputError("relaxed masks are no bits that processes could exchange; start one, or leave temperature at 0")
     if not all(isinstance(target, (Unstructured, NM)) and getattr(target, "scope", "") != "block" for target in targets):
         raise InputError(f"masks of {targets[0]} cannot be relaxed; leave temperature at 0")
     if calibration.streamed and not all(target.local for target in targets):
@@ -294,10 +349,35 @@ def _passes(calibration: Calibration, run: Run) -> Passes:
     model, network = calibration.model, StraightThrough(calibration.matrices)
     _, blocks = find_blocks(model)
     if not calibration.streamed:
-        return Resident(model, blocks, network)
-    stash = run.folder / "stash"
-    stash.mkdir(exist_ok=True)
-    return Streamed(model, Replay(model, blocks, calibration.residency), network, Stash(stash))
+        return Resident(model, blocks, network, calibration.recompute)
+    return Streamed(model, Replay(model, blocks, calibration.residency), network, Stash(_aside(run)))
+
+
+@contextmanager
+def _temporary() -> Iterator[Run]:
+    """A run that leaves nothing behind, in a folder that all processes share."""
+    first = not distributed.rank()
+    with tempfile.TemporaryDirectory(prefix="uniprune-") if first else nullcontext("") as folder:
+        place = Path(distributed.gathered(folder)[0])
+        with nullcontext(Run(place)) if first else runs.beside(place, f"rank-{distributed.rank()}") as run:
+            yield Run(run.folder, durable=False, shared=place)
+        distributed.wait()
+
+
+def _states(rule: Rule, store: Store, calibration: Calibration, run: Run, names: Sequence[str]) -> States:
+    """Where states lie: of a model that is read block by block on disk, else on its device or in host memory."""
+    if calibration.streamed:
+        return OnDisk(store, rule, _aside(run))
+    home = torch.device("cpu") if calibration.offload else calibration.device
+    packed = calibration.recompute or distributed.count() > 1
+    return InMemory(store, rule, Pace() if calibration.run else None, home, packed, names)
+
+
+def _aside(run: Run) -> Path:
+    """The folder for what is put aside between blocks."""
+    folder = run.folder / "stash"
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 def _drawn(targets: Sequence[Pattern], seed: int) -> Iterator[Pattern]:

@@ -1,21 +1,37 @@
 """Passes of the pruned model and of the dense one, forwards and backwards: in one go, or block by block from disk.
 
-Both kinds give the same numbers. Block by block, a pass forwards loads each block once, for all windows and for both models,
-and keeps each block's inputs; a pass backwards loads each block once more, last one first, and runs it again with gradients.
-So a step reads the model twice however many windows it has, and only one block is ever in memory.
+Both kinds give the same numbers. A model in memory may keep the activations of all blocks for the pass backwards, or the inputs
+of the blocks alone and run each again (activation checkpointing): one more forward pass, and the same bits.
+
+Block by block, a pass forwards loads each block once, for all windows and for both models, and keeps each block's inputs; a
+pass backwards loads each block once more, last one first, and runs it again with gradients. So a step reads the model twice
+however many windows it has, and only one block is ever in memory.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from uniprune.controller.straight_through import StraightThrough
 from uniprune.errors import InputError
-from uniprune.models.blocks import OVERFLOW, Replay, batches, device_of, forked, hidden_of, last_hidden, warn_unless_causal
+from uniprune.models.blocks import (
+    OVERFLOW,
+    Replay,
+    batches,
+    device_of,
+    forked,
+    hidden_of,
+    last_hidden,
+    rerouted,
+    warn_unless_causal,
+)
 from uniprune.models.output_head import Head
 from uniprune.storage.stash import Stash
 
@@ -61,10 +77,13 @@ class Passes(Protocol):
 
 
 class Resident:
-    """Passes of a model that is in memory as a whole."""
+    """Passes of a model that is in memory as a whole.
 
-    def __init__(self, model: nn.Module, blocks: nn.ModuleList, network: StraightThrough) -> None:
-        self._model, self._blocks, self.network = model, blocks, network
+    recompute: whether the activations of a block are computed again in the pass backwards instead of being kept.
+    """
+
+    def __init__(self, model: nn.Module, blocks: nn.ModuleList, network: StraightThrough, recompute: bool = False) -> None:
+        self._model, self._blocks, self.network, self._recompute = model, blocks, network, recompute
         self._last: Tensor | None = None
         self._flushed: set[int] = set()
 
@@ -86,15 +105,12 @@ class Resident:
                 handle.remove()
 
     def forward_alone(self, batch: Tensor) -> Tensor:
-        handles = [
-            block.register_forward_pre_hook(self._flush(index), with_kwargs=True) for index, block in enumerate(self._blocks)
-        ]
-        try:
-            with torch.enable_grad():
-                self._last = last_hidden(self._model, batch)
-        finally:
-            for handle in handles:
-                handle.remove()
+        with ExitStack() as stack, torch.enable_grad():
+            for index, block in enumerate(self._blocks):
+                stack.callback(block.register_forward_pre_hook(self._flush(index), with_kwargs=True).remove)
+            if self._recompute:
+                stack.enter_context(rerouted(self._blocks, _checkpointed))
+            self._last = last_hidden(self._model, batch)
         return self._last.detach()
 
     def backward(self, gradient: Tensor) -> None:
@@ -170,6 +186,11 @@ class Resident:
                 hidden.register_hook(lambda gradient: gradient + pull)  # type: ignore[no-untyped-call]
 
         return after
+
+
+def _checkpointed(index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A block's forward that keeps its inputs alone for the pass backwards. In evaluation mode, nothing in it is drawn."""
+    return partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
 
 
 class Streamed:

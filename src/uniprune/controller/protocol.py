@@ -21,13 +21,18 @@ class Cost:
     """What a calibration takes beside the model, for forecasts.
 
     flops: floating-point operations per prunable weight and token; a forward pass takes 2, a backward pass 4. memory: bytes per
-    prunable weight that are held all the time: state, masks, a copy of the weights. disk: bytes per prunable weight that lie on
-    disk instead where the model is read block by block.
+    prunable weight that are held all the time: state, a copy of the weights. disk: bytes per prunable weight that lie on disk,
+    beside the memory or, where the model is read block by block, instead; read, written: of them in each step then. masks:
+    bytes per prunable weight of masks, of all matrices; of a block, and bits of all, where ``calibration.recompute`` is asked
+    for, which only a controller with masks is.
     """
 
     flops: float
     memory: float = 0
     disk: float = 0
+    read: float = 0
+    written: float = 0
+    masks: float = 0
 
 
 LOCAL = Cost(flops=2)  # of the local metric alone

@@ -51,15 +51,16 @@ def sensitivities(passes: Passes, windows: Tensor, wanted: Kind | None, run: Run
     without masks.
     """
     other = beside(SquaredNorm, wanted)
-    store = Store(run, "start") if run else None
+    store = Store(run, "start", shared=True) if run else None
     if store is not None and store.facts:
         return _restored(store, passes, other)
     start = _measured(passes, windows, other)
     if store is not None:
-        store["inputs"] = {name: norm.total for name, norm in start.norms.items()}
-        store["gradients"] = start.gradients
-        if other:
-            store["statistics"] = {name: one.total for name, one in start.statistics.items()}
+        if not distributed.rank():  # all have found the same
+            store["inputs"] = {name: norm.total for name, norm in start.norms.items()}
+            store["gradients"] = start.gradients
+            if other:
+                store["statistics"] = {name: one.total for name, one in start.statistics.items()}
         store.commit({"tokens": {name: norm.tokens for name, norm in start.norms.items()}, "still": start.still})
     return start
 

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from uniprune.common import distributed
 from uniprune.controller.prox import relaxed
 from uniprune.models.matrices import Matrices
+from uniprune.sparsity import bits
 from uniprune.sparsity.patterns import Cutter, Pattern
 from uniprune.storage.runs import Pace
-from uniprune.storage.stash import give_back_memory
+from uniprune.storage.stash import Stash, give_back_memory
 from uniprune.storage.tensor_store import Store
 
 
@@ -50,34 +54,37 @@ class Rule(Protocol):
 
 
 class Masks(Mapping[str, Tensor]):
-    """The masks of every matrix under one target, created when they are asked for.
+    """The masks of every matrix under one target, created when they are asked for, and kept until the target changes.
 
     hard: creates those of a matrix, or of some of its rows. temperature: of relaxed masks, in units of the duals; 0 has hard
-    ones.
+    ones. device: where they are wanted.
     """
 
     def __init__(
-        self, target: Pattern, hard: Cutter, dual: Callable[[str], Tensor], matrices: Matrices, temperature: float
+        self,
+        target: Pattern,
+        hard: Cutter,
+        dual: Callable[[str], Tensor],
+        matrices: Matrices,
+        temperature: float,
+        device: torch.device,
     ) -> None:
         self._target, self.hard, self._dual, self._matrices = target, hard, dual, matrices
-        self._temperature = temperature
+        self._temperature, self._device = temperature, device
         self._kept: dict[str, Tensor] = {}
         if temperature and not target.local:
             self._kept = dict(relaxed(target, {name: dual(name) for name in matrices}, temperature))
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._kept:
-            self._make_room(name)
-            dual = self._dual(name).to(self._matrices[name].device)
-            self._kept[name] = (
-                dict(relaxed(self._target, {name: dual}, self._temperature))[name]
-                if self._temperature
-                else self.hard(name, dual)
-            )
+            self._kept[name] = self._make(name)
         return self._kept[name]
 
-    def _make_room(self, name: str) -> None:
-        """Masks are kept until the target changes."""
+    def _make(self, name: str) -> Tensor:
+        dual = self._dual(name).to(self._device)
+        if self._temperature:
+            return dict(relaxed(self._target, {name: dual}, self._temperature))[name]
+        return self.hard(name, dual)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._matrices)
@@ -86,28 +93,74 @@ class Masks(Mapping[str, Tensor]):
         return len(self._matrices)
 
 
-class MasksOfABlock(Masks):
-    """Masks of which those of one block are kept."""
+class PackedMasks(Masks):
+    """Masks of which those of one block are whole, the others bits in a stash: of the pass backwards, an eighth of a byte each.
 
-    def _make_room(self, name: str) -> None:
-        block = self._matrices[name].block
-        if any(self._matrices[other].block != block for other in self._kept):
+    Relaxed ones are no bits: they are created again, unless a budget for the model had all of them created at once.
+    """
+
+    def __init__(
+        self,
+        target: Pattern,
+        hard: Cutter,
+        dual: Callable[[str], Tensor],
+        matrices: Matrices,
+        temperature: float,
+        device: torch.device,
+        *,
+        stash: Stash,
+    ) -> None:
+        super().__init__(target, hard, dual, matrices, temperature, device)
+        self._stash, self._packed = stash, dict[str, Tensor]()
+
+    def _make(self, name: str) -> Tensor:
+        matrix = self._matrices[name]
+        if any(self._matrices[other].block != matrix.block for other in self._kept):
             self._kept.clear()
+        if name in self._packed:
+            return bits.unpack(self._packed[name].to(self._device), matrix.shape)
+        mask = super()._make(name)
+        if not self._temperature:
+            self._put(name, bits.pack(mask))
+        return mask
+
+    def share(self, owners: Mapping[str, int]) -> None:
+        """Has all processes know all masks: each creates those of its own duals, and is given the others' bits, by block."""
+        blocks: dict[int, dict[int, list[str]]] = {}
+        for name, owner in owners.items():
+            blocks.setdefault(self._matrices[name].block, {}).setdefault(owner, []).append(name)
+        for by_owner in blocks.values():
+            for owner, names in by_owner.items():
+                sizes = [-(-self._matrices[name].size // 8) for name in names]
+                if owner == distributed.rank():
+                    together = torch.cat([bits.pack(super(PackedMasks, self)._make(name)) for name in names])
+                else:
+                    together = torch.empty(sum(sizes), dtype=torch.uint8, device=self._device)
+                for name, packed in zip(names, torch.split(distributed.given_by(owner, together), sizes), strict=True):
+                    self._put(name, packed)
+
+    def _put(self, name: str, packed: Tensor) -> None:
+        self._packed[name] = self._stash.put(f"mask-{name}", packed)
 
 
 class InMemory(dict[str, State]):
     """The states of all matrices in memory, as those of the model in memory are; saved as often as it costs little time.
 
-    store: where they are saved, and where those of an earlier run may lie. pace: how often; None saves nothing.
+    store: where they are saved, and where those of an earlier run may lie. pace: how often; None saves nothing. home: the
+    device that they lie on between steps. packed: whether masks are kept as bits. names: of the matrices.
     """
 
-    masks = Masks
-
-    def __init__(self, store: Store, rule: Rule, pace: Pace | None, device: torch.device) -> None:
+    def __init__(
+        self, store: Store, rule: Rule, pace: Pace | None, home: torch.device, packed: bool, names: Iterable[str]
+    ) -> None:
         super().__init__()
-        self._store, self._saved, self._pace = store, OnDisk(store, rule), pace
+        self._store, self._saved, self._pace, self._home = store, OnDisk(store, rule), pace, home
+        self.masks: Callable[..., Masks] = partial(PackedMasks, stash=Stash()) if packed else Masks
         if store.facts:
-            self.update((name, self._saved[name].to(device)) for name in self._saved.names())
+            self.update((name, self._saved[name].to(home)) for name in names)
+
+    def __setitem__(self, name: str, state: State) -> None:
+        super().__setitem__(name, state.to(self._home))
 
     def dual(self, name: str) -> Tensor:
         return self[name].dual
@@ -117,8 +170,11 @@ class InMemory(dict[str, State]):
         self._store[key] = {"dual": self.dual(name)}
 
     def save(self, facts: Mapping[str, Any], last: bool) -> None:
-        """Keeps the progress, if it is time to or these are the ``last`` facts."""
-        if self._pace is not None and (last or self._pace.due()):
+        """Keeps the progress, if it is time to, as the first process has it, or these are the ``last`` facts."""
+        if self._pace is None:
+            if last and distributed.count() > 1:  # the best duals of all, for all
+                self._saved.save(facts, last)
+        elif last or distributed.gathered(self._pace.due())[0]:
             with self._pace.saving():
                 for name, state in self.items():
                     self._saved[name] = state
@@ -126,15 +182,14 @@ class InMemory(dict[str, State]):
 
 
 class OnDisk:
-    """The states of all matrices on disk; duals in files of their own, which the best state shares."""
+    """The states of all matrices on disk; duals in files of their own, which the best state shares.
 
-    masks = MasksOfABlock
+    folder: where masks lie as bits meanwhile.
+    """
 
-    def __init__(self, store: Store, rule: Rule) -> None:
+    def __init__(self, store: Store, rule: Rule, folder: Path | None = None) -> None:
         self._store, self._rule = store, rule
-
-    def names(self) -> list[str]:
-        return [name.removeprefix("dual/") for name in self._store if name.startswith("dual/")]
+        self.masks: Callable[..., Masks] = partial(PackedMasks, stash=Stash(folder))
 
     def __getitem__(self, name: str) -> State:
         return self._rule.restore(self.dual(name), self._store[f"rest/{name}"])
@@ -154,6 +209,9 @@ class OnDisk:
         """Keeps the progress: what was set is on the disk already."""
         self._store.commit(facts)
 
+    def clear(self) -> None:
+        """Gives memory back, of which these take none."""
+
 
 States = InMemory | OnDisk
 
@@ -161,20 +219,24 @@ States = InMemory | OnDisk
 class Best(Mapping[str, Tensor]):
     """The duals of the best state so far, on disk beside the states: in memory they would cost as much again.
 
-    They are committed with the states, so that a descent that goes on from an earlier commit finds the best of that time.
+    own: the names of those that this process keeps; the others are there after the last commit. They are committed with the
+    states, so that a descent that goes on from an earlier commit finds the best of that time.
     """
 
-    def __init__(self, store: Store, matrices: Matrices, device: torch.device) -> None:
-        self._store, self._matrices, self._device = store, matrices, device
+    def __init__(self, store: Store, matrices: Matrices, device: torch.device, own: Iterable[str]) -> None:
+        self._store, self._matrices, self._device, self._own = store, matrices, device, list(own)
         self.value = math.inf
 
     def keep(self, value: float, states: States) -> None:
         self.value = value
-        for name in self:
+        for name in self._own:
             states.keep_dual(name, f"best/{name}")
 
     def __getitem__(self, name: str) -> Tensor:
         return self._store.tensor(f"best/{name}", "dual").to(self._device)
+
+    def size(self, name: str) -> int:
+        return self._matrices[name].size
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._matrices)

@@ -9,15 +9,23 @@ from uniprune.checkpoints.origin import resolve
 from uniprune.errors import InputError
 from uniprune.experts import removal
 from uniprune.job import estimate
-from uniprune.job.options import RunOptions
+from uniprune.job.memory import Work, needs, warn_of_traffic
+from uniprune.job.options import Execution, RunOptions
 from uniprune.job.prepare import aim_of, check_predicts, choose, device_of, stored_dtype
 from uniprune.job.recipe import LENGTH, WINDOWS, Recipe
 from uniprune.models.loading import fast_dtype, load, native_dtype, parse_dtype, skeleton
 from uniprune.models.matrices import choose_matrices
 
 
-def plan(source: str | Path, recipe: Recipe, *, device: str | None = None, max_memory: int | None = None) -> estimate.Plan:
-    """What pruning this model would touch, cost and yield; writes nothing.
+def plan(
+    source: str | Path,
+    recipe: Recipe,
+    *,
+    device: str | None = None,
+    max_memory: int | str | None = None,
+    execution: Execution | None = None,
+) -> estimate.Plan:
+    """What pruning this model would touch, cost and yield; writes nothing. Options are as in :func:`prune`.
 
     It reads no weights, but samples of them for a size: from safetensors files, while a model in another format is loaded.
     """
@@ -29,25 +37,26 @@ def plan(source: str | Path, recipe: Recipe, *, device: str | None = None, max_m
         matrices, more["experts"], more["disk"] = removal.planned(recipe.experts, model, matrices)
     stored = stored_dtype(origin, matrices)
     length = recipe.length or LENGTH
-    options = RunOptions.of(device=device, max_memory=max_memory)
+    options = RunOptions.of(device=device, max_memory=max_memory, execution=execution)
     target = device_of(options)
     dtype = parse_dtype(recipe.dtype) or fast_dtype(stored or native_dtype(origin), target)
-    work = estimate.Work(model, matrices, recipe, dtype, stored, length)
-    needs = estimate.needs(work)
-    execution: str
+    work = Work(model, matrices, recipe, dtype, stored, length, target)
+    needed = needs(work)
+    chosen: str
     to_load = recipe.size is not None and not origin.files
     try:
-        execution = choose(origin, needs, options, target)
+        chosen = choose(origin, needed, options, target)
+        warn_of_traffic(work, chosen, needed[chosen])
     except InputError:
-        if to_load:
+        if to_load or execution:
             raise
-        execution = "none"
+        chosen = "none"
     weights = load(origin, recipe.dtype, "cpu") if to_load else origin
     if recipe.unsupported == "refuse":  # here they are shown
         recipe = recipe.model_copy(update={"unsupported": "dense"})
     aim = aim_of(recipe, model, matrices, weights)
     tokens = (recipe.windows or WINDOWS) * length
-    found = estimate.make_plan(origin, work, aim.pattern, aim.unsupported, tokens, target, needs, execution)
+    found = estimate.make_plan(origin, work, aim.pattern, aim.unsupported, tokens, needed, chosen)
     if aim.budget:
         more |= {"size": aim.budget.size, "sparsity_for_size": aim.sparsity}
     return found.model_copy(update=more)

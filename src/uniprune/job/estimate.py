@@ -2,77 +2,41 @@
 
 from __future__ import annotations
 
-import os
+import math
 import re
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
 from uniprune.artefacts.reports import ExpertCounts
 from uniprune.checkpoints.origin import Origin
-from uniprune.controller.passes import PART_TOKENS
-from uniprune.job.recipe import Recipe
-from uniprune.models.blocks import BATCH_TOKENS
-from uniprune.models.experts import Slice
+from uniprune.job.memory import Bytes, Needs, Work
+from uniprune.job.options import Execution
 from uniprune.models.loading import dtype_name
-from uniprune.models.matrices import Matrices, find_blocks, left_dense
-from uniprune.saliency.statistics import Gram, Kind, SquaredNorm, beside
+from uniprune.models.matrices import Matrices, left_dense
 from uniprune.sparsity.constraints import spell
 from uniprune.sparsity.patterns import Pattern
 from uniprune.sparsity.structure import Structure, structure
 from uniprune.storage.record import Count, Facts, Record, Shape
 
-PROCESS = 350_000_000  # bytes: the interpreter and its libraries
-SCORING = 20  # bytes per weight of the largest matrix while it is scored and cut, in float32
-STEPPING = 32  # the same while its dual is moved
-RAGGED = 1.1  # what the allocator loses
+FORWARD = 2  # floating-point operations per weight and token of a pass forwards
+# Bytes per second that are taken for granted: to measure them, plan would have to write.
+DISK, BUS = 2e9, 2e10  # of an NVMe disk, of pinned memory to a GPU
 
 
-@dataclass(frozen=True)
-class Needs:
-    """Bytes of memory that a run needs with the whole model in memory, and block by block; and of disk for its state then.
+class Forecast(Facts):
+    """What one execution would take in each process: ``memory`` where it computes, of the ``host`` beside a GPU's, of the
+    ``disk`` beside the output while the run lasts; bytes ``read`` from and ``written`` to the disk in all; ``seconds``."""
 
-    blocks: of the weights of all blocks. block: of the largest one.
-    """
-
-    resident: int
-    streamed: int
-    scratch: int
-    blocks: int = 0
-    block: int = 0
-
-    def sharded(self, processes: int) -> int:
-        """Bytes for each of N processes that hold the blocks together: its part, the block that runs, the one to come."""
-        return self.streamed + int(RAGGED * (self.blocks / processes + 2 * self.block))
-
-
-@dataclass(frozen=True)
-class Work:
-    """What is to be done, as far as memory and time depend on it.
-
-    model: may be on the meta device. dtype: to compute in; stored: as the checkpoint has the weights, None of codes. length: of
-    a window.
-    """
-
-    model: torch.nn.Module
-    matrices: Matrices
-    recipe: Recipe
-    dtype: torch.dtype
-    stored: torch.dtype | None
-    length: int
-
-    @property
-    def prunable(self) -> int:
-        """How many weights are prunable."""
-        return sum(matrix.size for matrix in self.matrices.values())
-
-    @property
-    def parameters(self) -> int:
-        return sum(p.numel() for p in self.model.parameters())
+    memory: Count
+    host: Count
+    disk: Count
+    read: Count
+    written: Count
+    seconds: float
 
 
 class Group(Facts):
@@ -89,9 +53,9 @@ class Group(Facts):
 class Plan(Record):
     """What ``plan`` returns. Sizes are bytes, times seconds; the forecasts are estimates and say so in the table.
 
-    memory: of the execution that would be chosen; ``memory_resident`` and ``memory_streamed``: of either. disk: of the output;
-    scratch: beside it, while the run lasts. size: what the archive may take, if that was asked for; sparsity_for_size: what
-    meets it.
+    execution: the one that would be chosen, ``none`` if none fits; executions: what each would take; memory, scratch (of the
+    disk beside the output, while the run lasts) and seconds: of the chosen one. disk: of the output. size: what the archive may
+    take, if that was asked for; sparsity_for_size: what meets it.
     quantised: how the files store weights as codes, if they do; they are dequantised to ``dtype``.
     experts: what is kept of them, if some are to be removed whole; disk is then the smaller model's.
     left_dense: matrices in the blocks that are never pruned, and why. shared: those that several modules multiply by, and are
@@ -115,6 +79,7 @@ class Plan(Record):
     memory: Count
     memory_resident: Count
     memory_streamed: Count
+    executions: dict[str, Forecast]
     disk: Count
     scratch: Count
     seconds: float
@@ -132,7 +97,6 @@ def make_plan(
     pattern: Pattern | None,
     unsupported: Mapping[str, str],
     tokens: int,
-    device: torch.device,
     needed: Needs,
     execution: str,
 ) -> Plan:
@@ -154,6 +118,8 @@ def make_plan(
         for (name, shape, gets), names in groups.items()
     ]
     removed = _removed(pattern, matrices) if pattern else None
+    executions = _forecasts(work, needed, tokens)
+    chosen = executions.get(execution, executions["resident"])
     return Plan(
         model=str(origin),
         parameters=parameters,
@@ -168,16 +134,48 @@ def make_plan(
         quantised=str(origin.quantised) if origin.quantised else None,
         tokens=tokens,
         execution=execution,
-        memory=needed.streamed if execution == "streamed" else needed.resident,
-        memory_resident=needed.resident,
-        memory_streamed=needed.streamed,
+        memory=chosen.memory,
+        memory_resident=executions["resident"].memory,
+        memory_streamed=executions["streamed"].memory,
+        executions=executions,
         disk=((origin.files.size if origin.files else 0) or parameters * work.dtype.itemsize) + prunable // 8,
-        scratch=needed.scratch if execution == "streamed" else 0,
-        seconds=work.recipe.cost.flops * prunable * tokens / _flops(work.dtype, device),
+        scratch=chosen.disk,
+        seconds=chosen.seconds,
         left_dense={name: why for name, (_, why) in left_dense(work.model).items()},
         shared={name: len(matrix.modules) for name, matrix in matrices.items() if matrix.others or matrix.spans},
         fits=all(row.unsupported is None for row in rows),
     )
+
+
+def _forecasts(work: Work, needed: Needs, tokens: int) -> dict[str, Forecast]:
+    """What each execution would take on ``tokens`` of calibration text."""
+    recipe, step = work.recipe, work.recipe.step_tokens(work.length)
+    steps = recipe.steps_within(work.length) or math.ceil(tokens / step)
+    worked, rate = steps * step if recipe.corrected else tokens, _flops(work.dtype, work.device)
+    return {
+        execution: Forecast(
+            memory=found.memory,
+            host=found.host,
+            disk=found.disk,
+            read=(times := steps if recipe.corrected else 1) * found.read,
+            written=times * found.written,
+            seconds=flop(work, execution) * worked / rate + times * seconds_moving(work, execution, found),
+        )
+        for execution, found in needed.items()
+    }
+
+
+def flop(work: Work, execution: Execution) -> float:
+    """Floating-point operations per token of a calibration."""
+    again = FORWARD if work.recipe.corrected and execution != "resident" else 0
+    return (work.recipe.cost.flops + again) * work.prunable
+
+
+def seconds_moving(work: Work, execution: Execution, found: Bytes) -> float:
+    """Seconds of a step in which bytes come and go: from and to the disk, and a GPU."""
+    moved = found.read + found.written
+    onto = (work.recipe.cost.read + work.recipe.cost.written) * work.prunable if execution == "offloaded" else moved
+    return moved / DISK + (onto / BUS if work.device.type != "cpu" else 0)
 
 
 def kind_of(name: str) -> str:
@@ -190,70 +188,6 @@ def _removed(pattern: Pattern, matrices: Matrices) -> float:
     if pattern.local:
         return sum(pattern.part(name).sparsity * matrix.size for name, matrix in matrices.items())
     return pattern.sparsity * sum(matrix.size for matrix in matrices.values())
-
-
-def needs(work: Work) -> Needs:
-    """What pruning would take, from the shapes alone.
-
-    Streamed, the weights of blocks that are computed with in the type they are stored in are pages of the checkpoint, which the
-    system keeps as long as there is room.
-    """
-    matrices, prunable, parameters = work.matrices, work.prunable, work.parameters
-    recipe, item, cost = work.recipe, work.dtype.itemsize, work.recipe.cost
-    step_tokens, corrected = recipe.step_tokens(work.length), recipe.corrected
-    _, blocks = find_blocks(work.model)
-    inside = sum(p.numel() for p in blocks.parameters())
-    block = max(sum(p.numel() for p in one.parameters()) for one in blocks)
-    largest = max(matrix.size for matrix in matrices.values())
-    widths = sum(sum(matrix.shape) for matrix in matrices.values())  # activations that a backward pass keeps, per token
-    in_block = 2 * _most_of_a_block(matrices, {name: sum(matrix.shape) for name, matrix in matrices.items()})
-    width = max(matrix.shape[1] for matrix in matrices.values())
-    passing = BATCH_TOKENS * 16 * width * item
-    resident = parameters * item + SCORING * largest + passing + int(cost.memory * prunable)
-    observed = _observed(work)
-    resident += observed + corrected * (step_tokens * item * widths + STEPPING * largest)
-    mapped = work.dtype == work.stored and not any(
-        isinstance(m.module, Slice) for m in matrices.values()
-    )  # those are put together
-    stepping = PART_TOKENS * item * in_block + (item + 1) * block + STEPPING * largest
-    streamed = (parameters - inside + (0 if mapped else block)) * item + max(SCORING * largest, passing, corrected * stepping)
-    hidden = max(step_tokens, BATCH_TOKENS) * item * width * (len(blocks) + 4)
-    scratch = int(cost.disk * prunable) + corrected * hidden
-    whole, by_block = PROCESS + int(RAGGED * resident), PROCESS + int(RAGGED * (streamed + observed))
-    return Needs(whole, by_block, scratch, inside * item, block * item)
-
-
-def _observed(work: Work) -> int:
-    """Bytes of the statistics of inputs: of a block's matrices where it is pruned before the next one is run, else of all."""
-    recipe, wanted = work.recipe, work.recipe.parsed_metric().statistic
-    kinds: tuple[Kind | None, ...] = (wanted,)
-    if recipe.refine:
-        kinds = Gram, beside(Gram, wanted)
-    elif recipe.corrected:
-        kinds = SquaredNorm, beside(SquaredNorm, wanted)
-    total = 0
-    for kind in filter(None, kinds):
-        sizes = {name: kind.nbytes(matrix.shape[1]) for name, matrix in work.matrices.items()}
-        held = _most_of_a_block(work.matrices, sizes) if recipe.sequential else sum(sizes.values())
-        total += held + max(sizes.values())  # one more while it is added
-    return total
-
-
-def _most_of_a_block(matrices: Matrices, sizes: Mapping[str, int]) -> int:
-    """The most that the matrices of one block have together."""
-    totals: Counter[int] = Counter()
-    for name, size in sizes.items():
-        totals[matrices[name].block] += size
-    return max(totals.values())
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that a process may take on a device. ``torchrun``'s processes share the memory of their machine."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    import psutil  # type: ignore[import-untyped]
-
-    return int(psutil.virtual_memory().available) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def _flops(dtype: torch.dtype, device: torch.device) -> float:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, ClassVar, TypedDict
+from typing import Annotated, ClassVar, Literal, TypedDict
 
 from pydantic import BeforeValidator, Field
 
 from uniprune.common.formatting import parse_size
 from uniprune.common.options import Flag, Options
 
+Execution = Literal["resident", "recomputed", "offloaded", "sharded", "streamed"]
 Bytes = BeforeValidator(lambda value: parse_size(value) if isinstance(value, str) else value)
 
 
@@ -23,6 +24,12 @@ class RunOptions(Options):
     )
     max_memory: Annotated[int | None, Flag(metavar="SIZE", default="what is free"), Bytes] = Field(
         default=None, description="Memory to use, e.g. 24GB; a model that needs more is run block by block from its files."
+    )
+    execution: Annotated[Execution | None, Flag(default="the fastest that fits")] = Field(
+        default=None,
+        description="How the model is run: resident (in memory), recomputed (so, but each block's activations are computed "
+        "again), offloaded (so, with the controller's state in host memory), sharded (over the processes) or streamed (from "
+        "its files).",
     )
     save_tokens: Path | None = Field(
         default=None,
@@ -39,6 +46,7 @@ class RunKeywords(TypedDict, total=False):
 
     device: str | None
     max_memory: int | str | None
+    execution: Execution | None
     save_tokens: Path | None
     resume: bool
     overwrite: bool

@@ -1,7 +1,8 @@
 """What a run needs before it starts: checked input, a choice of how to execute it, the model, the windows.
 
-The cheap checks come first and the weights last. How the model is executed, whole, block by block from the memory of all
-processes, or block by block from disk, follows from the memory that the forecast asks for and the machine has.
+The cheap checks come first and the weights last. How the model is executed follows from the memory that the forecast asks for
+and the machine has: whole; whole, but with activations that are computed again; block by block from the memory of all
+processes; or block by block from disk.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -24,12 +25,12 @@ from uniprune.common.progress import Progress, silent
 from uniprune.controller import controllers
 from uniprune.data.windows import Windows, save_windows
 from uniprune.errors import InputError
-from uniprune.job import estimate
+from uniprune.job import memory
 from uniprune.job.images import image_windows
-from uniprune.job.options import RunOptions
+from uniprune.job.options import Execution, RunOptions
 from uniprune.job.recipe import Recipe
 from uniprune.job.samples import calibration_windows, check_written, written
-from uniprune.models.blocks import resident
+from uniprune.models import blocks
 from uniprune.models.loading import (
     Loaded,
     Source,
@@ -54,7 +55,12 @@ from uniprune.storage import files, runs
 from uniprune.storage.dtypes import PLAIN
 from uniprune.storage.files import check_output_file
 
-Execution = Literal["resident", "sharded", "streamed"]
+IN_MEMORY: tuple[Execution, ...] = ("resident", "recomputed", "offloaded")
+UNSUITABLE = {
+    "recomputed": "only a controller has activations to compute again",
+    "offloaded": "it is for a controller on a GPU",
+    "sharded": "it takes several processes (torchrun)",
+}
 
 
 @dataclass(frozen=True)
@@ -86,12 +92,7 @@ class Job:
     windows: Windows
     binding: Binding
     aim: Aim
-
-    @property
-    def execution(self) -> Execution:
-        if self.loaded.residency is resident:
-            return "resident"
-        return "sharded" if isinstance(self.loaded.residency, Sharder) else "streamed"
+    execution: Execution
 
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:
@@ -103,7 +104,16 @@ class Job:
 
     def calibration(self, progress: Progress, run: runs.Run | None = None) -> Calibration:
         """What the job calibrates on. run: where its progress is kept."""
-        return Calibration(self.loaded.model, self.matrices, self.windows.tokens, self.loaded.residency, run, progress)
+        return Calibration(
+            self.loaded.model,
+            self.matrices,
+            self.windows.tokens,
+            self.loaded.residency,
+            run,
+            progress,
+            recompute=self.execution in ("recomputed", "offloaded"),
+            offload=self.execution == "offloaded",
+        )
 
     def identity(self, recipe: Recipe, **more: Any) -> dict[str, Any]:
         """What a run must have in common with the interrupted one that it resumes."""
@@ -113,7 +123,7 @@ class Job:
             "recipe": recipe.record(),
             "model": self.binding.base,
             "tokens": tokens,
-            "execution": self.execution,
+            "execution": "resident" if self.execution in IN_MEMORY else self.execution,  # those have the same states
             "dtype": dtype,
         }
         return settings | {"processes": distributed.count()} | more
@@ -148,7 +158,7 @@ def _prepare(
     device, asked, save_tokens = device_of(options), parse_dtype(recipe.dtype), options.save_tokens
     check_execution(recipe, "resident")
     loaded = source if isinstance(source, Loaded) else None
-    if loaded and loaded.residency is resident:
+    if loaded and loaded.residency is blocks.resident:
         check_one_device(loaded.model)
     origin = loaded.origin if loaded else resolve(source)  # type: ignore[arg-type]
     for file in (save_tokens, scores):
@@ -176,23 +186,25 @@ def _prepare(
     _keep(windows, save_tokens)
     if loaded:
         warn_of_emulation(loaded.model)
+        execution = _of_loaded(loaded, recipe, matrices, windows, options)
     else:
         assert origin is not None
         stored = stored_dtype(origin, matrices)
         computed = asked or fast_dtype(stored or native_dtype(origin), device)
-        work = estimate.Work(model, matrices, recipe, computed, stored, windows.tokens.shape[1])
-        needs = estimate.needs(work)
+        work = memory.Work(model, matrices, recipe, computed, stored, windows.tokens.shape[1], device)
+        needs = memory.needs(work)
         execution = choose(origin, needs, options, device, target)
         check_execution(recipe, execution)
-        check_written(windows, execution == "resident")
-        if windows.pictures and execution != "resident":
+        memory.warn_of_traffic(work, execution, needs[execution])
+        check_written(windows, execution in IN_MEMORY)
+        if windows.pictures and execution not in IN_MEMORY:
             raise InputError("images go through the whole model in memory; raise --max-memory, or take the text: --field text")
-        if execution == "resident":
+        if target is not None:
+            files.check_disk_space(target, disk + distributed.count() * needs[execution].disk)  # each process has its own
+        if execution in IN_MEMORY:
             loaded = Loaded(load_weights(origin, computed, device), tokenizer, origin)
             matrices = find_matrices(loaded.model, recipe.include, recipe.exclude)
         else:
-            if target is not None:
-                files.check_disk_space(target, disk + distributed.count() * needs.scratch)  # each process has its own states
             open_blocks = open_sharded if execution == "sharded" else open_streamed
             loaded = open_blocks(origin, tokenizer, computed, device)
             matrices = attached(find_matrices(loaded.model, recipe.include, recipe.exclude), loaded.residency)  # type: ignore[arg-type]
@@ -200,12 +212,25 @@ def _prepare(
         windows = written(windows, loaded, recipe.seed, progress)
         _keep(windows, save_tokens)
     pictures.show(loaded.model, windows.pictures)
-    if loaded.residency is resident:
+    if loaded.residency is blocks.resident:
         check_finite(matrices)  # as they are computed; as they are stored, digests looks
         check_loaded(loaded.model, matrices)
     if recipe.size is not None and aim.budget is None:
         aim = aim_of(recipe, loaded.model, matrices, loaded)
-    return Job(loaded, matrices, windows, _bind(loaded, matrices, digests() if digests else None), aim)
+    return Job(loaded, matrices, windows, _bind(loaded, matrices, digests() if digests else None), aim, execution)
+
+
+def _of_loaded(loaded: Loaded, recipe: Recipe, matrices: Matrices, windows: Windows, options: RunOptions) -> Execution:
+    """How a model that was loaded before is executed."""
+    if loaded.residency is not blocks.resident:
+        return "sharded" if isinstance(loaded.residency, Sharder) else "streamed"
+    dtype, device = next(loaded.model.parameters()).dtype, blocks.device_of(loaded.model)
+    work = memory.Work(loaded.model, matrices, recipe, dtype, dtype, windows.tokens.shape[1], device)
+    limit = options.max_memory or memory.free_memory(device) + memory.PROCESS + work.parameters * dtype.itemsize
+    found = {execution: needed for execution, needed in memory.needs(work).items() if execution in IN_MEMORY}
+    if options.execution is not None and options.execution not in found:
+        raise InputError(f"--execution {options.execution} is not for a model that is in memory; one of {', '.join(found)} is")
+    return options.execution or _fitting(found, limit) or "resident"
 
 
 def _keep(windows: Windows, path: Path | None) -> None:
@@ -257,35 +282,32 @@ def _pattern_of(
 
 
 def choose(
-    origin: Origin, needs: estimate.Needs, options: RunOptions, device: torch.device, output: Path | None = None
+    origin: Origin, needs: memory.Needs, options: RunOptions, device: torch.device, output: Path | None = None
 ) -> Execution:
-    """Whole if that fits into memory, else block by block if that does; an interrupted run goes on as it began.
+    """The one that was asked for, or the fastest that fits; an interrupted run goes on as it began.
 
-    Blocks come from the memory of all processes if there are several and their memory is enough, else from disk. All processes
-    choose the same, by the one that has least memory.
+    All processes choose the same, by the one that has least memory.
     Raises InputError, with the numbers, if nothing fits.
     """
-    processes = distributed.count()
-    if options.resume and output is not None:
-        begun = (runs.identity_of(output) or {}).get("execution")
-        if begun in ("resident", "sharded", "streamed") and (begun != "sharded" or processes > 1):
-            return begun  # type: ignore[no-any-return]
-    limit = options.max_memory or estimate.free_memory(device)
-    if _everywhere(needs.resident <= limit):
-        return "resident"
-    if not origin.files:
-        raise InputError(
-            f"model {origin} needs {gigabytes(needs.resident)} of memory, {gigabytes(limit)} are there, and only safetensors "
-            "checkpoints can be read block by block; convert it, or raise --max-memory"
-        )
-    if processes > 1 and _everywhere(needs.sharded(processes) <= limit):
-        return "sharded"
-    if _everywhere(needs.streamed <= limit):
-        return "streamed"
-    raise InputError(
-        f"model {origin} needs {gigabytes(needs.resident)} of memory, or {gigabytes(needs.streamed)} block by block; "
-        f"{gigabytes(limit)} are there; raise --max-memory, or lower the tokens of a step"
-    )
+    asked, limit = options.execution, options.max_memory or memory.free_memory(device)
+    if asked is not None and asked not in needs:
+        raise InputError(f"--execution {asked} is not to be had here: {UNSUITABLE[asked]}; one of {', '.join(needs)} is")
+    able = {name: needed for name, needed in needs.items() if asked in (None, name) and (origin.files or name in IN_MEMORY)}
+    begun = (runs.identity_of(output) or {}).get("execution") if options.resume and output is not None else None
+    if begun in needs:
+        same = IN_MEMORY if begun == "resident" else (begun,)
+        return _fitting({name: needed for name, needed in able.items() if name in same}, limit) or asked or begun
+    if (found := _fitting(able, limit)) is not None:
+        return found
+    takes = ", ".join(f"{gigabytes(needed.memory)} {name}" for name, needed in needs.items() if asked in (None, name))
+    remedy = "lower the tokens of a step" if origin.files else "convert it: only safetensors files are read block by block"
+    raise InputError(f"model {origin} needs {takes} of memory; {gigabytes(limit)} are there; raise --max-memory, or {remedy}")
+
+
+def _fitting(able: memory.Needs, limit: int) -> Execution | None:
+    """The fastest execution that fits into the memory of every process."""
+    host = memory.free_memory(torch.device("cpu"))
+    return next((name for name, needed in able.items() if _everywhere(needed.memory <= limit and needed.host <= host)), None)
 
 
 def check_execution(recipe: Recipe, execution: Execution) -> None:
@@ -296,7 +318,7 @@ def check_execution(recipe: Recipe, execution: Execution) -> None:
     name, others = controllers.name_of(controller), "use another controller, or --controller none"
     if controller.one_process and distributed.count() > 1:
         raise InputError(f"--controller {name} runs in one process; start it without torchrun, or {others}")
-    if controller.in_memory and execution != "resident":
+    if controller.in_memory and execution not in ("resident", "recomputed"):
         raise InputError(f"--controller {name} needs the whole model in memory; raise --max-memory, or {others}")
 
 
@@ -317,7 +339,7 @@ def gigabytes(size: int) -> str:
 
 @contextmanager
 def progress_of(output: Path, options: RunOptions, identity: dict[str, Any]) -> Iterator[runs.Run]:
-    """The run folder of this process: the first one's is what an interrupted run is resumed from, others take a copy.
+    """The run of this process: all share the first one's folder, which an interrupted run is resumed from.
 
     A sweep shared by several processes begins again: each has the hidden states of its own windows, and they are not copied.
     """
@@ -330,7 +352,7 @@ def progress_of(output: Path, options: RunOptions, identity: dict[str, Any]) -> 
             distributed.wait()
     else:
         distributed.wait()
-        with runs.copied(output, f"rank-{distributed.rank()}") as run:
+        with runs.beside(runs.folder_of(output), f"rank-{distributed.rank()}") as run:
             yield run
         distributed.wait()
 

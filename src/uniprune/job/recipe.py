@@ -151,6 +151,13 @@ class Recipe(Settings):
         controller = self.parsed_controller()
         return max(length, controller.step_tokens(length)) if controller else length
 
+    def steps_within(self, length: int) -> int | None:
+        """How many steps of the controller were asked for, on windows of ``length``; None: each window once."""
+        if self.budget_tokens is None:
+            return self.steps
+        within = max(1, self.budget_tokens // self.step_tokens(length))
+        return min(self.steps or within, within)
+
     def parsed_metric(self) -> Metric:
         return metrics.parse(self.metric, self.seed) if isinstance(self.metric, str) else self.metric
 

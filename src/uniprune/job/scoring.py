@@ -18,10 +18,7 @@ def scored(calibration: Calibration, recipe: Recipe, targets: Sequence[Pattern])
     if controller is None:
         local = one_shot(calibration, metric)
         return local, {name: Starved(**facts) for name, facts in local.starved.items()}
-    steps = recipe.steps
-    if recipe.budget_tokens is not None:
-        within = max(1, recipe.budget_tokens // controller.step_tokens(calibration.windows.shape[1]))
-        steps = min(steps or within, within)
+    steps = recipe.steps_within(calibration.windows.shape[1])
     found, record = controller.calibrate(calibration, metric, targets, steps, recipe.seed)
     saliency = OnOneScale(found) if controller.comparable else View(found)
     aimed = {"targets": [str(target) for target in targets]}

@@ -29,6 +29,7 @@ from uniprune.storage.outline import Outline
 logger = logging.getLogger(__name__)
 
 TOKENIZERS = ("tokenizer*", "*.model", "vocab.json", "vocab.txt", "merges.txt")  # files that are, or are of, one
+KINDS = ("cpu", "cuda")  # of devices
 
 
 @dataclass
@@ -131,7 +132,7 @@ def parse_device(name: str | None) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise InputError(f"device {name!r} is unknown; use cpu, cuda or cuda:N") from None
-    if device.type not in ("cpu", "cuda"):  # Apple's mps has no float64, which sums are in; others were never tried
+    if device.type not in KINDS:  # Apple's mps has no float64, which sums are in; others were never tried
         raise InputError(f"device {name!r} is not supported, only cpu and cuda are; use --device cpu")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InputError(f"device {name!r}: this PyTorch sees no CUDA device; use --device cpu")

@@ -76,7 +76,7 @@ class Matrix:
     def stored(self) -> Tensor:
         """The parameter, read from the checkpoint where it is not in memory as a whole."""
         whole = self.whole.detach()
-        if self.read and (whole.is_meta or type(whole) is not Tensor):
+        if self.read and (whole.is_meta or hasattr(whole, "to_local")):  # of a DTensor, this process has a part
             read = self.read(self.name)
             return read.T if self.flipped else read
         return self.parameter.detach()

@@ -6,7 +6,6 @@ their turn comes. Weights whose type is the one computed in are mapped, not copi
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,6 +20,7 @@ from uniprune.errors import InputError
 from uniprune.models.filling import assign, fill, loaded_dtypes
 from uniprune.models.loading import Loaded, hollow
 from uniprune.models.matrices import Matrices, find_blocks
+from uniprune.storage.files import announce
 from uniprune.storage.outline import Outline
 from uniprune.storage.stash import give_back_memory
 
@@ -41,13 +41,17 @@ class Streamer:
         _check_shared(self._blocks, origin)
         for name, parameter in model.named_parameters():
             self._check(name, tuple(parameter.shape), origin)
-        self._prefix = prefix
+        self._prefix, self._last, self._way = prefix, -1, 1  # the last block whose turn it was, and up or down from there
         self._parts = [dict(block.named_parameters()) for block in self._blocks]  # name inside the block -> parameter on meta
         fill(model, origin.files, self._dtypes, device, without=f"{prefix}.")
 
     @contextmanager
     def __call__(self, index: int) -> Iterator[None]:
-        """Inside ``with``, the block's parameters are in memory."""
+        """Inside ``with``, the block's parameters are in memory; those that a sweep comes to next are read meanwhile."""
+        self._way = index - self._last if abs(index - self._last) == 1 else -self._way if index == self._last else 1
+        self._last = index
+        if 0 <= index + self._way < len(self._parts):
+            self._announce(index + self._way)
         block = self.fill(index)
         try:
             yield
@@ -59,8 +63,6 @@ class Streamer:
     def fill(self, index: int) -> nn.Module:
         """Brings the parameters of a block in, to stay; returns the block."""
         block = self._blocks[index]
-        if index + 1 < len(self._parts):
-            self._announce(index + 1)
         for name in self._parts[index]:
             assign(block, name, nn.Parameter(self.read(f"{self._prefix}.{index}.{name}"), requires_grad=False))
         return block
@@ -83,13 +85,10 @@ class Streamer:
 
     def _announce(self, index: int) -> None:
         """Tells the system which bytes come next, so that it reads them while this block computes."""
-        if not hasattr(os, "posix_fadvise"):
-            return
         for name in self._parts[index]:
             for key in keys_of(self._located[f"{self._prefix}.{index}.{name}"]):
                 entry = self._files.tensors[key]
-                with entry.file.open("rb") as file:
-                    os.posix_fadvise(file.fileno(), entry.start, entry.stop - entry.start, os.POSIX_FADV_WILLNEED)
+                announce(entry.file, entry.start, entry.stop)
 
 
 def _check_shared(blocks: nn.ModuleList, origin: Origin) -> None:

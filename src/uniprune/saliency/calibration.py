@@ -30,7 +30,9 @@ class Calibration:
     """What every way to calibrate works on, and where it works.
 
     matrices: those to score, of ``model``. windows: token ids ``[windows, length]``. residency: of a model whose blocks are in
-    memory one at a time. run: where progress is kept and taken up again; what is returned may lie there.
+    memory one at a time. run: where progress is kept and taken up again; what is returned may lie there. Of a model in memory,
+    recompute: whether passes backwards compute each block's activations again instead of keeping them (activation
+    checkpointing); offload: whether what a controller keeps of each weight lies in host memory.
     """
 
     model: nn.Module
@@ -39,6 +41,8 @@ class Calibration:
     residency: Residency = resident
     run: Run | None = None
     progress: Progress = silent
+    recompute: bool = False
+    offload: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -59,6 +63,9 @@ class LocalSaliency(Scores):
 
     def __getitem__(self, name: str) -> Tensor:
         return self._metric(self._matrices[name].weight, self._statistics.get(name) if self._metric.statistic else None)
+
+    def size(self, name: str) -> int:
+        return self._matrices[name].size
 
     @property
     def starved(self) -> dict[str, Any]:

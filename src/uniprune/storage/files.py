@@ -162,3 +162,10 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def announce(path: Path, start: int = 0, stop: int | None = None) -> None:
+    """Tells the system that bytes of a file will be read, so that it reads them meanwhile, where it can be told."""
+    if hasattr(os, "posix_fadvise"):
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), start, 0 if stop is None else stop - start, os.POSIX_FADV_WILLNEED)

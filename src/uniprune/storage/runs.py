@@ -100,28 +100,26 @@ def discard(output: Path) -> None:
 
 
 @contextmanager
-def copied(output: Path, name: str) -> Iterator[Run]:
-    """A run of another process that goes on from where the run of ``output`` is; deleted afterwards."""
-    source = folder_of(output)
-    folder = source / name
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(mode=0o700)
-    for path in source.glob("*.json"):
-        if path.name != IDENTITY:
-            shutil.copyfile(path, folder / path.name)
-            if (source / path.stem).is_dir():
-                shutil.copytree(source / path.stem, folder / path.stem)
+def beside(folder: Path, name: str) -> Iterator[Run]:
+    """The run of another process of those that share the run in a folder, with room of its own, deleted afterwards."""
+    own = folder / name
+    shutil.rmtree(own, ignore_errors=True)
+    own.mkdir(mode=0o700)
     try:
-        yield Run(folder)
+        yield Run(own, shared=folder)
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(own, ignore_errors=True)
 
 
 class Run:
-    """The folder of a run, as ``open_run`` gives it; a stage is a part of the run that commits by itself, e.g. ``descent``."""
+    """The folder of a run, as ``open_run`` gives it; a stage is a part of the run that commits by itself, e.g. ``descent``.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    durable: whether what it commits is to outlive the machine's failures; what nobody will go on with need not. shared: the
+    folder of the first of several processes, for what they commit together; this one's own by default.
+    """
+
+    def __init__(self, folder: Path, durable: bool = True, shared: Path | None = None) -> None:
+        self.folder, self.durable, self.shared = folder, durable, shared or folder
 
     def facts(self, stage: str) -> dict[str, Any] | None:
         """What was last committed for ``stage``, None if nothing was. Raises InputError if it cannot be read."""

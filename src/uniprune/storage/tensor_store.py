@@ -3,8 +3,9 @@
     <stage>.json                           the last commit: its facts, and the file of each name
     <stage>/<name>.<number>.safetensors    written once, and never changed
 
-Every file that a commit names is on the disk before it. So a process may be killed at any moment: the last commit stands, and
-files that it does not name are removed when the store is opened again.
+Every file that a commit names is on the disk before it: they go there while the process works on, and the commit waits for the
+rest. So a process may be killed at any moment: the last commit stands, and files that it does not name are removed when the
+store is opened again. What is read in the same order again and again, as in the steps of a descent, is read ahead.
 """
 
 from __future__ import annotations
@@ -12,18 +13,25 @@ from __future__ import annotations
 import re
 from collections import ChainMap
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from uniprune.common import distributed
 from uniprune.errors import UniPruneError
 from uniprune.storage import strict_json
-from uniprune.storage.files import sync
+from uniprune.storage.files import announce, sync
 from uniprune.storage.runs import Run, damaged
+from uniprune.storage.stash import moved
 
+HOST = torch.device("cpu")
 NAME = re.compile(r"[\w.~%-]{0,220}\.\d{1,20}\.safetensors")  # quoted, so that none leads out of the folder
 
 
@@ -34,13 +42,25 @@ class Store(Mapping[str, dict[str, Tensor]]):
     share a file (``share``). Opened on a stage that has committed, the store goes on from there. Raises InputError if a file of
     the current version is missing or damaged.
 
+    shared: among all processes (``common.distributed``). Each then sets names that no other sets, and reads those, and what was
+    committed by any; all open it, and commit, together.
     version: the number of commits so far. facts: as last committed, ``{}`` at first.
     """
 
-    def __init__(self, run: Run, stage: str) -> None:
-        self._run, self._stage, self._folder = run, stage, run.folder / stage
-        self._folder.mkdir(mode=0o700, exist_ok=True)
-        self._restore()
+    def __init__(self, run: Run, stage: str, shared: bool = False) -> None:
+        place = run.shared if shared else run.folder
+        self._run, self._stage, self._folder = Run(place, run.durable), stage, place / stage
+        self._processes = distributed.count() if shared else 1
+        self._leads = self._processes == 1 or not distributed.rank()
+        self._disk, self._syncs = ThreadPoolExecutor(1), list[Future[None]]()
+        self._read, self._next = ("", ""), dict[tuple[str, str], str]()  # the names read last; what was read after such two
+        if self._leads:
+            self._folder.mkdir(mode=0o700, exist_ok=True)
+            self._load()
+            self._tidy()
+        if self._processes > 1:
+            distributed.wait()
+            self._load()
         for name in self:
             try:
                 with self._open(name):
@@ -50,11 +70,13 @@ class Store(Mapping[str, dict[str, Tensor]]):
 
     def __getitem__(self, name: str) -> dict[str, Tensor]:
         """The tensors of one matrix; they map the file, privately, and outlive it."""
+        self._read_ahead(name)
         with self._open(name) as file:
             return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
 
     def tensor(self, name: str, key: str) -> Tensor:
         """One of the tensors of a matrix; the others are not read."""
+        self._read_ahead(name)
         with self._open(name) as file:
             if key not in file.keys():  # noqa: SIM118
                 raise KeyError(key)
@@ -68,10 +90,11 @@ class Store(Mapping[str, dict[str, Tensor]]):
         self._written += 1
         path = self._folder / f"{quote(name, safe='')}.{self._written}.safetensors"  # no name leads out of the folder
         try:
-            save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, path)
+            save_file({key: moved(tensor.detach(), HOST).contiguous() for key, tensor in tensors.items()}, path)
         except SafetensorError as error:  # a full disk, for one
             raise UniPruneError(f"{path} could not be written ({error}); what was committed before is kept") from None
-        sync(path)
+        if self._run.durable:
+            self._syncs.append(self._disk.submit(_sync, path))
         self._files[name] = path.name
 
     def share(self, name: str, other: str) -> None:
@@ -81,13 +104,30 @@ class Store(Mapping[str, dict[str, Tensor]]):
         self._files[name] = file
 
     def commit(self, facts: Mapping[str, Any]) -> None:
-        """Makes the next version the current one, and deletes what it replaces. If this fails, what was set is dropped."""
-        sync(self._folder)
-        content = {"version": self.version + 1, "written": self._written, "files": dict(self._files), "facts": facts}
+        """Makes the next version the current one, and deletes what it replaces. If this fails, what was set is dropped.
+
+        Of several processes that share the store all commit at once, each what it has set, and the first one's facts count.
+        """
+        if self._run.durable:
+            self._wait()
+        files, written = dict(self._files), self._written
+        if self._processes > 1:
+            set_by = distributed.gathered((dict(self._files.maps[0]), self._written))
+            files = dict(self._files.maps[1]) | {name: file for new, _ in set_by for name, file in new.items()}
+            written = max(count for _, count in set_by)
         try:
-            self._run.write(self._stage, content)
+            if self._leads:
+                if self._run.durable:
+                    sync(self._folder)
+                content = {"version": self.version + 1, "written": written, "files": files, "facts": facts}
+                self._run.write(self._stage, content)
         finally:
-            self._restore()
+            self._load()
+            if self._leads:
+                self._tidy()
+        if self._processes > 1:
+            distributed.wait()
+            self._load()
 
     def __contains__(self, name: object) -> bool:
         return name in self._files
@@ -98,8 +138,8 @@ class Store(Mapping[str, dict[str, Tensor]]):
     def __len__(self) -> int:
         return len(self._files)
 
-    def _restore(self) -> None:
-        """Takes over what the disk says, and removes the files that are not of it."""
+    def _load(self) -> None:
+        """Takes over what the disk says."""
         first: dict[str, Any] = {"version": 0, "written": 0, "files": {}, "facts": {}}
         content = self._run.read(self._stage) or first
         try:
@@ -112,10 +152,30 @@ class Store(Mapping[str, dict[str, Tensor]]):
         self.facts: dict[str, Any] = content["facts"]
         self._written: int = content["written"]  # files so far: no two have the same name
         self._files: ChainMap[str, str] = ChainMap({}, content["files"])  # set since the last commit, committed
+
+    def _tidy(self) -> None:
+        """Removes files that are not of the current version."""
         current = {*self._files.values()}
         for path in self._folder.iterdir():
             if path.name not in current:
                 path.unlink()
+
+    def _wait(self) -> None:
+        """Until all that was set is on the disk."""
+        try:
+            for done in self._syncs:
+                done.result()
+        except OSError as error:
+            raise UniPruneError(f"{self._folder} could not be written ({error}); what was committed before is kept") from None
+        finally:
+            self._syncs.clear()
+
+    def _read_ahead(self, name: str) -> None:
+        """Tells the system what will be read next, if it is as it was the last time."""
+        self._next[self._read], self._read = name, (self._read[1], name)
+        coming = self._files.get(self._next.get(self._read, ""))
+        if coming is not None:
+            announce(self._folder / coming)
 
     def _unset(self, name: str) -> None:
         """Takes back what was set since the last commit. Tensors read from the file map it still."""
@@ -126,3 +186,8 @@ class Store(Mapping[str, dict[str, Tensor]]):
 
     def _open(self, name: str) -> Any:
         return safe_open(self._folder / self._files[name], framework="pt")
+
+
+def _sync(path: Path) -> None:
+    with suppress(FileNotFoundError):  # it was set again meanwhile
+        sync(path)

@@ -1,0 +1,176 @@
+"""Ways to run a descent on a model in memory: activations computed again give the same bits, in less memory."""
+
+import pytest
+import torch
+
+import uniprune
+from conftest import Stopped, Stops
+from small_models import MATRICES, tiny
+from uniprune import Recipe
+from uniprune.controller import descent
+from uniprune.controller.mirror_descent import MirrorDescent
+from uniprune.controller.states import Masks, PackedMasks
+from uniprune.job.memory import PROCESS, Work, needs
+from uniprune.models.matrices import find_blocks, find_matrices
+from uniprune.saliency.calibration import Calibration
+from uniprune.saliency.metrics import Wanda
+from uniprune.sparsity.patterns import NM, Unstructured
+from uniprune.storage import runs
+from uniprune.storage.stash import Stash
+
+CPU = torch.device("cpu")
+EXPERTS = ["mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3"]
+LOUD = {"step_size": 0.05, "batch_tokens": 64, "checks": 1}
+SMALL = {"windows": 12, "length": 32, "steps": 3, "dtype": "float32"}
+
+
+def tokens(count=12, length=16):
+    return torch.randint(0, 64, (count, length), generator=torch.Generator().manual_seed(0))
+
+
+def descended(family, targets, recompute, **settings):
+    model = tiny(family)
+    calibration = Calibration(model, find_matrices(model), tokens(), recompute=recompute)
+    return MirrorDescent(**LOUD, **settings).calibrate(calibration, Wanda(), targets, 4)
+
+
+@pytest.mark.parametrize("family", [*MATRICES, *EXPERTS, "zamba2"])
+def test_recomputed_activations_give_the_same_bits(family):
+    targets = [NM(2, 4), Unstructured(0.5, "model")]
+    expected, record = descended(family, targets, False, hidden=0.5)
+    found, again = descended(family, targets, True, hidden=0.5)
+    assert again == record
+    assert all(torch.equal(found[name], dual) for name, dual in expected.items())
+    assert len({float(dual.mean()) for dual in found.values()}) > 1
+
+
+@pytest.mark.parametrize("targets", [[NM(2, 4)], [Unstructured(0.5, "model")], [Unstructured(0.5, "matrix")]], ids=str)
+def test_relaxed_masks_too(targets):
+    expected, _ = descended("llama", targets, False, temperature=0.5)
+    found, _ = descended("llama", targets, True, temperature=0.5)
+    assert all(torch.equal(found[name], dual) for name, dual in expected.items())
+
+
+def kept_bytes(recompute):
+    """What the pass forwards of one step leaves for the pass backwards."""
+    model, kept = tiny("llama", num_hidden_layers=6), {}
+    passes = descent._passes(Calibration(model, find_matrices(model), tokens(), recompute=recompute), None)
+
+    def pack(tensor):
+        kept[tensor.data_ptr()] = tensor.nbytes
+        return tensor
+
+    with passes.network, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        passes.forward(tokens())
+    weights = {parameter.data_ptr() for parameter in model.parameters()}
+    return sum(size for place, size in kept.items() if place not in weights)
+
+
+def test_recomputed_activations_are_not_kept():
+    assert kept_bytes(recompute=True) < 0.2 * kept_bytes(recompute=False)
+
+
+def test_masks_are_cut_once_a_step_and_wait_as_bits():
+    model = tiny("llama", num_hidden_layers=3)
+    matrices, cut = find_matrices(model), []
+    duals = {name: torch.rand(matrix.shape) for name, matrix in matrices.items()}
+
+    def hard(name, dual):
+        cut.append(name)
+        return NM(2, 4).settle({})(name, dual)
+
+    masks = PackedMasks(NM(2, 4), hard, duals.__getitem__, matrices, 0.0, CPU, stash=Stash())
+    expected = Masks(NM(2, 4), NM(2, 4).settle({}), duals.__getitem__, matrices, 0.0, CPU)
+    for name in [*matrices, *reversed(matrices)]:
+        assert torch.equal(masks[name], expected[name])
+        assert len({matrices[other].block for other in masks._kept}) == 1
+    assert sorted(cut) == sorted(matrices)
+    assert sum(packed.nbytes for packed in masks._packed.values()) == sum(m.size for m in matrices.values()) // 8
+
+
+def limit_of(folder, recipe, execution):
+    """Memory that is enough for this way and for no faster one."""
+    return uniprune.plan(str(folder), recipe).executions[execution].memory
+
+
+def test_what_fits_is_chosen(folder, tmp_path):
+    recipe = Recipe(sparsity="2:4", **SMALL)
+    plan = uniprune.plan(str(folder), recipe, max_memory=limit_of(folder, recipe, "recomputed"))
+    sizes = {name: one.memory for name, one in plan.executions.items()}
+    assert sizes["resident"] > sizes["recomputed"] > sizes["streamed"]
+    assert plan.execution == "recomputed"
+    assert plan.executions["recomputed"].seconds > plan.executions["resident"].seconds
+    whole = uniprune.prune(str(folder), recipe, tmp_path / "whole")
+    again = uniprune.prune(str(folder), recipe, tmp_path / "again", max_memory=plan.memory)
+    assert again.masks_sha256 == whole.masks_sha256
+
+
+def test_a_model_in_memory_is_recomputed_where_memory_is_short(loaded, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr("uniprune.controller.passes._checkpointed", lambda index, forward: seen.append(index) or forward)
+    recipe = Recipe(sparsity="2:4", **SMALL)
+    matrices = find_matrices(loaded.model)
+    needed = needs(Work(loaded.model, matrices, recipe, torch.float32, torch.float32, 32))
+    there = PROCESS + sum(parameter.nbytes for parameter in loaded.model.parameters())
+    for execution in ("resident", "recomputed"):
+        free = needed[execution].memory - there
+        monkeypatch.setattr("uniprune.job.memory.free_memory", lambda device, free=free: free)
+        uniprune.prune(loaded, recipe, tmp_path / execution)
+        assert bool(seen) == (execution == "recomputed")
+
+
+def test_a_run_goes_on_with_less_memory(folder, tmp_path, monkeypatch):
+    """What was begun with activations kept is resumed where they do not fit, to the same masks."""
+    monkeypatch.setattr(runs.Pace, "due", lambda self: True)
+    recipe = Recipe(sparsity="2:4", **SMALL)
+    expected = uniprune.prune(str(folder), recipe, tmp_path / "whole").masks_sha256
+    with pytest.raises(Stopped):
+        uniprune.prune(str(folder), recipe, tmp_path / "out", execution="resident", progress=Stops(2))
+    limit = limit_of(folder, recipe, "recomputed")
+    assert uniprune.prune(str(folder), recipe, tmp_path / "out", max_memory=limit, resume=True).masks_sha256 == expected
+
+
+@pytest.mark.parametrize(
+    ("execution", "settings", "reason"),
+    [
+        ("recomputed", {"controller": "none"}, "only a controller has activations to compute again"),
+        ("offloaded", {}, "it is for a controller on a GPU"),
+        ("sharded", {}, "it takes several processes"),
+    ],
+)
+def test_an_execution_that_cannot_be(folder, tmp_path, execution, settings, reason):
+    recipe = Recipe(sparsity="2:4", **(SMALL | settings))
+    with pytest.raises(uniprune.InputError, match=rf"--execution {execution} is not to be had here: {reason}"):
+        uniprune.prune(str(folder), recipe, tmp_path / "out", execution=execution)
+
+
+def test_the_model_is_left_as_it_was():
+    model = tiny("llama")
+    calibration = Calibration(model, find_matrices(model), tokens(), recompute=True)
+    MirrorDescent(**LOUD).calibrate(calibration, Wanda(), [NM(2, 4)], 2)
+    assert not any("forward" in vars(block) or block._forward_pre_hooks for block in find_blocks(model)[1])
+
+
+def test_small_steps_from_disk_are_warned_of(folder, monkeypatch, caplog):
+    monkeypatch.setattr("uniprune.job.memory.TRAFFIC", 0)
+
+    def warned(execution, **tuning):
+        caplog.clear()
+        uniprune.plan(str(folder), Recipe(sparsity="2:4", tuning=tuning), execution=execution)
+        return "larger steps are fewer: --set batch_tokens=16384" in caplog.text
+
+    assert warned("streamed")
+    assert not warned("streamed", batch_tokens=16384)
+    assert not warned("recomputed")
+
+
+def test_pinned_memory_is_forecast_in_powers_of_two():
+    model = tiny("llama", intermediate_size=48)
+    matrices, recipe = find_matrices(model), Recipe(sparsity="2:4")
+    needed = needs(Work(model, matrices, recipe, torch.float32, torch.float32, 16, torch.device("cuda")))
+    state = MirrorDescent().init(torch.ones(48, 32), torch.ones(48))
+    taken = sum(1 << (tensor.nbytes - 1).bit_length() for tensor in state[:3])
+    assert any(matrix.size == 48 * 32 for matrix in matrices.values())
+    others = [matrix.size for matrix in matrices.values() if matrix.size != 48 * 32]
+    assert all(size & (size - 1) == 0 for size in others)
+    assert needed["offloaded"].host == 8 * sum(others) + taken * (len(matrices) - len(others))
