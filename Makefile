@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 # A process that may not keep what it compiles spends more on its imports than most tests on their work.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test soak test-lowest test-highest check format bench models reference screenshots findings clean
+.PHONY: demo test gpu soak test-lowest test-highest check format bench models reference screenshots findings clean
 
 # torch first, at the pinned version: a plain `torch` can pull several GB of CUDA packages.
 # --no-compile: Python compiles what is imported, which is little of it.
@@ -26,6 +26,11 @@ demo: $(READY)
 # A file of tests stays in one process: what it sets up for several of its tests is set up once.
 test: $(READY)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 10
+
+# What only a card can tell: masks, kernels, memory and seconds a step. Rewrites benchmarks/results/gpu.json; without a card it
+# says so. About ten minutes.
+gpu: $(READY)
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/gpu.py
 
 # What `make test` does a few times, by the thousand: kills, mutated files, examples. About an hour, by hand. Rewrites
 # benchmarks/results/soak.json; the files that do harm stay in tests/corpus.

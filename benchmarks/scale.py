@@ -7,8 +7,8 @@
 - depth: both on 8, 16 and 32 blocks of one width; memory must not grow with the depth.
 - sweep: SmolLM2 held whole against streamed, time and masks.
 - apply: writing the pruned checkpoint of 3e9 weights against `cp -r`, both until the disk has it.
-- forecast: what uniprune expects of Llama models of 7e9, 70e9 and 405e9 weights, bfloat16; nothing is run.
 - ranks: two processes of one thread each (torchrun) against one of two threads, time and masks.
+- shared: one, two and four processes of one thread each, which divide the controller's state: memory of each, and time.
 
 Every run is a process of its own, looked at every 10 ms: its peak is that of anonymous and shared memory; pages of mapped
 files, which the system may drop, stand beside it. Sides of a ratio alternate, because the machine's speed drifts; the median
@@ -29,13 +29,9 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import shards
 from common import load, save, smollm2_folder
@@ -43,38 +39,18 @@ from uniprune.artefacts.masks import MasksFile
 from uniprune.artefacts.writer import MASKS, checkpoint_bytes
 from uniprune.checkpoints.origin import Origin
 from uniprune.errors import InputError
-from uniprune.job.estimate import needs
-from uniprune.models.matrices import find_matrices
 from uniprune.storage.files import REPORT, check_disk_space, new_folder
 
 UNIPRUNE = ["-m", "uniprune.cli.main"]
-RUNS = {"local": ["--controller", "none"], "step": ["--controller", "feedback", "--steps", "1"]}
-LIMITS = {"local": "1.5GB", "step": "2.5GB"}
-# Less than the smallest of these models takes when it is held whole; `streamed` tells when that is no longer so.
-DEPTH_LIMITS = {"local": "0.9GB", "step": "1.5GB"}
-SWEEP_LIMIT = "1GB"
-BLOCKS = (8, 16, 32)
-STEP_TOKENS = 16_384  # of a step that is worth two readings of a large model
-LLAMAS: dict[str, dict[str, int]] = {
-    "7B": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "vocab_size": 32000},
-    "70B": {
-        "hidden_size": 8192,
-        "intermediate_size": 28672,
-        "num_hidden_layers": 80,
-        "num_attention_heads": 64,
-        "num_key_value_heads": 8,
-        "vocab_size": 128256,
-    },
-    "405B": {
-        "hidden_size": 16384,
-        "intermediate_size": 53248,
-        "num_hidden_layers": 126,
-        "num_attention_heads": 128,
-        "num_key_value_heads": 8,
-        "vocab_size": 128256,
-    },
+STREAMED = ["--execution", "streamed"]
+RUNS = {
+    "local": ["--controller", "none", *STREAMED],
+    "step": ["--controller", "feedback", "--steps", "1", "--set", "batch_tokens=4096", *STREAMED],
 }
-RANKS = 2
+LIMITS = {"local": "1.5GB", "step": "2.5GB"}
+DEPTH_LIMITS = {"local": "0.9GB", "step": "1.5GB"}
+BLOCKS = (8, 16, 32)
+RANKS, PROCESSES = 2, (1, 2, 4)
 INTERVAL = 0.01  # seconds between two looks at a process
 KINDS = ("RssAnon", "RssShmem", "RssFile")
 
@@ -88,13 +64,22 @@ class Failed(Exception):
 
 def memory(process: int) -> dict[str, int]:
     """Bytes that a process has resident, by kind; zeros once it has ended."""
-    lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    try:
+        lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    except OSError:
+        lines = []
     found = dict(line.split(":", 1) for line in lines)
     return {kind: int(found.get(kind, "0").split()[0]) * 1024 for kind in KINDS}
 
 
+def started(process: int) -> list[int]:
+    """The processes that ``torchrun`` has started."""
+    return [int(found) for found in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+
+
 def measured(command: list[str], threads: int | None = None, synced: bool = False) -> Cost:
-    """Wall seconds and peaks of a command; ``synced``: the time ends when the disk has all that it wrote."""
+    """Wall seconds and peaks of a command, of torchrun's the largest process's; ``synced``: the time ends when the disk has all
+    that it wrote."""
     environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
     os.sync()  # what earlier runs wrote is not to slow this one down
     peak = mapped = 0
@@ -103,8 +88,9 @@ def measured(command: list[str], threads: int | None = None, synced: bool = Fals
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors, env=environment)
         try:
             while process.poll() is None:
-                now = memory(process.pid)
-                peak, mapped = max(peak, now["RssAnon"] + now["RssShmem"]), max(mapped, now["RssFile"])
+                for each in started(process.pid) if "torch.distributed.run" in command else [process.pid]:
+                    now = memory(each)
+                    peak, mapped = max(peak, now["RssAnon"] + now["RssShmem"]), max(mapped, now["RssFile"])
                 time.sleep(INTERVAL)
         finally:
             process.terminate()  # only if we are interrupted is it still there; torchrun ends its own processes then
@@ -122,23 +108,12 @@ def verb(*arguments: str) -> Cost:
     return measured([sys.executable, *UNIPRUNE, *arguments])
 
 
+def torchrun(processes: int) -> list[str]:
+    return ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+
+
 def flags(limit: str | None) -> list[str]:
     return ["--max-memory", limit] if limit else []
-
-
-def streamed(model: Path, recipe: Mapping[str, str], limit: str | None) -> None:
-    """Raises Failed if a run would hold the model whole, and so not be what is to be measured."""
-    if limit is None:
-        return
-    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
-        file.writelines(f"{setting}: {value}\n" for setting, value in recipe.items())
-        file.flush()
-        command = [sys.executable, *UNIPRUNE, "plan", str(model), "--config", file.name, *flags(limit), "--json"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise Failed(done.stderr)
-    if json.loads(done.stdout)["execution"] == "resident":
-        raise Failed(f"{model.name} fits whole into {limit}; lower the limit")
 
 
 def alternate(rounds: int, sides: Mapping[str, Callable[[], Cost]]) -> dict[str, list[Cost]]:
@@ -198,31 +173,26 @@ class Bench:
     def sweep(self) -> Iterator[Row]:
         """Seconds of calibration are those that 64 windows take beyond one: start, loading and writing cancel."""
         model = self.smollm2()
-        limits = {"resident": None, "streamed": self.limited(SWEEP_LIMIT)}
-        if not self.tiny:
-            streamed(model, {"controller": "none"}, limits["streamed"])
+        sides = ("resident", "streamed")
 
         def side(folder: Path, name: str) -> Cost:
             def calibrate(windows: int) -> Cost:
-                arguments = [*RUNS["local"], *self.windows(windows), *flags(limits[name])]
-                return verb(
-                    "calibrate", str(model), *arguments, "-o", str(folder / f"scores-{name}.safetensors"), "--overwrite"
-                )
+                arguments = ["--controller", "none", "--execution", name, *self.windows(windows), "--overwrite"]
+                return verb("calibrate", str(model), *arguments, "-o", str(folder / f"scores-{name}.safetensors"))
 
             one, many = calibrate(1), calibrate(64)
             return many | {"calibrate_seconds": many["seconds"] - one["seconds"]}
 
         with self.outputs() as folder:
-            costs = alternate(self.rounds, {name: partial(side, folder, name) for name in limits})
-            masks = {name: folder / f"masks-{name}.safetensors" for name in limits}
-            for name in limits:
+            costs = alternate(self.rounds, {name: partial(side, folder, name) for name in sides})
+            masks = {name: folder / f"masks-{name}.safetensors" for name in sides}
+            for name in sides:
                 verb("mask", str(folder / f"scores-{name}.safetensors"), "-s", "2:4", "-o", str(masks[name]))
             differ = differing(masks["resident"], masks["streamed"])
         yield {
             "part": "sweep",
             "model": model.name,
-            "limit": limits["streamed"],
-            **{name: summary(costs[name]) for name in limits},
+            **{name: summary(costs[name]) for name in sides},
             "ratio": ratio(costs["streamed"], costs["resident"], "calibrate_seconds"),
             "process_ratio": ratio(costs["streamed"], costs["resident"], "seconds"),
             "differing_bits": differ,
@@ -249,12 +219,11 @@ class Bench:
     def ranks(self) -> Iterator[Row]:
         """Seconds of pruning are those of every stage but preparing and writing, as the reports have them."""
         model = self.smollm2()
-        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
         masks = {name: self.scratch / f"masks-{name}.safetensors" for name in ("one", "ranks")}
         for run, settings in {"feedback": ["--steps", "8"], "none": []}.items():
             arguments = ["--controller", run, *settings, *self.windows(64)]
             one = partial(self.prune, model, arguments, masks["one"], threads=RANKS)
-            ranks = partial(self.prune, model, arguments, masks["ranks"], launcher=torchrun, threads=1)
+            ranks = partial(self.prune, model, arguments, masks["ranks"], launcher=torchrun(RANKS), threads=1)
             costs = alternate(self.rounds, {"one": one, "ranks": ranks})
             yield {
                 "part": "ranks",
@@ -266,24 +235,18 @@ class Bench:
                 "differing_bits": differing(masks["one"], masks["ranks"]),
             }
 
-    def forecast(self) -> Iterator[Row]:
-        for name, shape in LLAMAS.items():
-            config = LlamaConfig(**shape, tie_word_embeddings=False)
-            with torch.device("meta"):
-                model = LlamaForCausalLM(config)
-            matrices = find_matrices(model)
-            row: Row = {"part": "forecast", "model": name, "parameters": sum(p.numel() for p in model.parameters())}
-            for run in RUNS:
-                controller = RUNS[run][1]
-                needed = needs(model, matrices, torch.bfloat16, controller, STEP_TOKENS, mapped=True)
-                row |= {f"{run}_{key}": value for key, value in asdict(needed).items()}
-            yield row
+    def shared(self) -> Iterator[Row]:
+        model = "tiny" if self.tiny else "width"
+        blocks = BLOCKS[0]
+        steps = ["--steps", "2", "--set", "batch_tokens=2048", "--set", "checks=1", "--dtype", "bfloat16"]
+        arguments = ["--execution", "resident", *steps, *self.windows(16)]
+        for count in PROCESSES:
+            cost = self.prune(self.shards(model, blocks), arguments, launcher=torchrun(count), threads=1)
+            yield {"part": "shared", "model": model, "blocks": blocks, "processes": count, **cost}
 
     def within(self, run: str, model: Path, masks: Path | None = None, limits: Mapping[str, str] = LIMITS) -> Row:
         """2:4 masks of a model within the memory of a kind of run."""
         limit = self.limited(limits[run])
-        if not self.tiny:
-            streamed(model, {"controller": RUNS[run][1], "dtype": "bfloat16"}, limit)
         arguments = [*RUNS[run], *self.windows(8), "--dtype", "bfloat16", *flags(limit)]
         return {"limit": limit, **self.prune(model, arguments, masks)}
 
@@ -350,7 +313,7 @@ def keep(row: Row) -> None:
     """Puts a row in the place of the one before it, if there is one."""
 
     def key(of: Row) -> tuple[Any, ...]:
-        return tuple(of.get(name) for name in ("part", "model", "blocks", "run"))
+        return tuple(of.get(name) for name in ("part", "model", "blocks", "run", "processes"))
 
     save("scale", {"rows": [other for other in load("scale").get("rows", []) if key(other) != key(row)] + [row]})
 
@@ -364,7 +327,7 @@ def main() -> None:
     parser.add_argument("--max-memory")
     parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)  # does it work at all? Records nothing
     chosen = parser.parse_args()
-    parts = ("forecast", "local", "step", "depth", "sweep", "apply", "ranks")
+    parts = ("local", "step", "depth", "sweep", "apply", "ranks", "shared")
     if unknown := set(chosen.parts) - set(parts):
         raise SystemExit(f"no part {', '.join(unknown)}; they are {', '.join(parts)}")
     failed = []

@@ -1,6 +1,6 @@
 """A checkpoint of random weights, as large as is asked for: what the benchmarks of memory and disk run on.
 
-    python benchmarks/shards.py FOLDER --size {1b,3b,width,tiny} [--blocks N] [--seed N] [--shard-gb X] [--overwrite]
+    python benchmarks/shards.py FOLDER --size {8b,1b,3b,width,tiny} [--blocks N] [--seed N] [--shard-gb X] [--overwrite]
 
 Llama's architecture, bfloat16, several safetensors files with an index; the tokenizer is SmolLM2's. All matrices are stretches
 of one buffer of normal values, each from a place of its own, so 3e9 weights take as long as the disk does, and little memory.
@@ -27,6 +27,7 @@ from uniprune.models.loading import load_tokenizer, skeleton
 from uniprune.storage.files import check_disk_space, new_folder
 
 SIZES = {
+    "8b": {"hidden_size": 4096, "intermediate_size": 14336, "heads": 32, "kv_heads": 8, "blocks": 32},
     "1b": {"hidden_size": 2048, "intermediate_size": 5632, "heads": 32, "kv_heads": 8, "blocks": 22},
     "3b": {"hidden_size": 3072, "intermediate_size": 8192, "heads": 24, "kv_heads": 8, "blocks": 28},
     "width": {"hidden_size": 1024, "intermediate_size": 2816, "heads": 16, "kv_heads": 4, "blocks": 8},

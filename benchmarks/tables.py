@@ -54,6 +54,7 @@ METHODS = {
     "feedback": "**ours, calibrated for each**",
 }
 
+PARTS = ("weights", "states", "masks", "working")  # of memory
 KINDS = {"dense": "dense", "wanda": "2:4 by Wanda", "feedback": "2:4 by the controller, 32,768 tokens"}
 
 
@@ -310,10 +311,82 @@ def forecasts(results: dict[str, Any]) -> str:
     def gb(value: float) -> str:
         return f"{value / 1e9:,.0f} GB" if value >= 1e10 else f"{value / 1e9:.1f} GB"
 
-    names = ("local_resident", "local_streamed", "step_resident", "step_streamed", "step_scratch")
-    rows = [row for row in results["rows"] if row["part"] == "forecast"]
-    head = ["Llama of", "Wanda, whole", "Wanda, streamed", "controller, whole", "controller, streamed", "its disk meanwhile"]
-    return table(head, [[row["model"], *(gb(row[name]) for name in names)] for row in rows])
+    executions = {"local": ("resident", "streamed"), "step": ("resident", "recomputed", "offloaded", "streamed")}
+    runs = {"local": "Wanda", "step": "controller"}
+    head = [f"{runs[run]}, {execution}" for run, names in executions.items() for execution in names]
+    lines = []
+    for row in results["executions"]:
+        found = [row[run][execution] for run, names in executions.items() for execution in names]
+        lines.append([row["model"], *(gb(one["memory"]) for one in found), gb(found[-2]["host"]), gb(found[-1]["disk"])])
+    return table(["Llama of", *head, "offloaded: host", "streamed: disk meanwhile"], lines)
+
+
+def shared(results: dict[str, Any]) -> str:
+    """Processes that divide the controller's state."""
+    lines = []
+    for row in (row for row in results["rows"] if row["part"] == "shared"):
+        lines.append([str(row["processes"]), f"{row['peak_bytes'] / 1e9:.2f} GB", f"{row['pruning_seconds']:.0f} s"])
+    return table(["processes", "peak of each", "calibration and cut"], lines)
+
+
+def launches(results: dict[str, Any]) -> str:
+    """What one step of the controller has a GPU do."""
+    lines = []
+    for row in results["rows"]:
+        before = f"{row['other']['launches']:,}" if "other" in row else ""
+        ratio = f"{row['ratio']:.3f}" if "other" in row else ""
+        blocks = f"{row['blocks']} blocks of an 8B" if row["size"] == "8b" else f"{row['blocks']} tiny blocks"
+        run = f"{blocks}, {row['target']}, {row['execution']}"
+        lines.append([run, f"{row['launches']:,}", before, ratio, f"{row['syncs']:,} ({row['syncs_a_matrix']:.2f} a matrix)"])
+    return table(["one step", "kernels launched", "at 3cca470", "ratio", "waits of the host"], lines)
+
+
+def recomputed(results: dict[str, Any]) -> str:
+    """Activations computed again, against activations kept."""
+    lines = []
+    for row in results["rows"]:
+        kept, again = row["resident"], row["recomputed"]
+        model = f"{row['parameters'] / 1e9:.2g}B weights in {row['blocks']} blocks, {row['tokens']:,} tokens a step"
+        peaks = [f"{side['peak_bytes'] / 1e9:.2f} GB" for side in (kept, again)]
+        forecast = [f"{side['resident_bytes'] / side['forecast_bytes']:.2f}" for side in (kept, again)]
+        same = "yes" if row["same_masks"] else "no"
+        lines.append([model, *peaks, f"{row['memory_ratio']:.2f}", f"{row['time_ratio']:.2f}", same, " / ".join(forecast)])
+    head = ["Llama of random weights, bfloat16, CPU", "kept", "computed again", "ratio", "time, ratio", "same masks"]
+    return table([*head, "peak / forecast, of each"], lines)
+
+
+def cards(results: dict[str, Any]) -> str:
+    """The controller on some GPUs: how it would be run, and what that takes."""
+    lines = []
+    for row in results["cards"]:
+        parts = {name: f"{size / 1e9:.1f}" for name, size in row["parts"].items() if size}
+        steps = {tokens: -(-tokens // row["tokens"]) for tokens in (131_072, 2_000_000)}
+        hours = [f"{row['seconds'] * count / 3600:.2f} h" for count in steps.values()]
+        lines.append(
+            [
+                f"{row['model']}, {row['card']}",
+                row["execution"],
+                f"{row['tokens']:,}",
+                *(f"{row['memory'] / 1e9:.0f} GB", " + ".join(parts.get(name, "0") for name in PARTS)),
+                f"{row['host'] / 1e9:.0f} GB" if row["host"] else "",
+                *(f"{row[way] / 1e9:,.0f} GB" if row[way] else "" for way in ("read", "written")),
+                f"{row['seconds']:,.0f} s" if row["seconds"] >= 10 else f"{row['seconds']:.1f} s",
+                *hours,
+                f"{row['written'] * steps[131_072] / 1e12:.1f} TB" if row["written"] else "",
+            ]
+        )
+    head = [
+        "Llama of, GPU",
+        "execution",
+        "tokens a step",
+        "memory",
+        "parts of it",
+        "host",
+        "read a step",
+        "written a step",
+        "a step",
+    ]
+    return table([*head, "131k tokens", "2M tokens", "written to SSD, 131k tokens"], lines)
 
 
 def constraints(results: dict[str, Any]) -> str:
@@ -656,8 +729,15 @@ def main() -> None:
     if results := load("report"):
         fill(ROOT / "docs" / "report.md", {"report": report(results)})
     if results := load("scale"):
-        parts = {"measured": measured(results), "ratios": ratios(results), "forecasts": forecasts(results)}
-        fill(ROOT / "docs" / "scaling.md", parts)
+        fill(ROOT / "docs" / "scaling.md", {"measured": measured(results), "ratios": ratios(results)})
+        fill(ROOT / "docs" / "devices.md", {"shared": shared(results)})
+    if results := load("forecasts"):
+        fill(ROOT / "docs" / "scaling.md", {"forecasts": forecasts(results)})
+        fill(ROOT / "docs" / "devices.md", {"cards": cards(results)})
+    if results := load("launches"):
+        fill(ROOT / "docs" / "devices.md", {"launches": launches(results)})
+    if results := load("recompute"):
+        fill(ROOT / "docs" / "scaling.md", {"recomputed": recomputed(results)})
     if results := load("runtime"):
         parts = {"accelerated": accelerated(results), "dense-types": dense_types(results), "packing": packing(results)}
         parts["words"] = same_words(results)

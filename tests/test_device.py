@@ -1,0 +1,189 @@
+"""Every command and execution on a device that is not the CPU: nothing is mixed, results are the CPU's, and what a step has a
+GPU do is counted. The device is a pretended one (``pretend``), so that this needs no GPU."""
+
+import pytest
+import torch
+
+import pretend
+import uniprune
+from conftest import VOCABULARY, tiny_model
+from uniprune import Recipe
+from uniprune.artefacts.masks import MasksFile
+from uniprune.checkpoints.origin import resolve
+from uniprune.controller.mirror_descent import MirrorDescent
+from uniprune.models import loading
+from uniprune.models.matrices import find_matrices
+from uniprune.models.streaming import attached, open_streamed
+from uniprune.saliency.calibration import Calibration
+from uniprune.saliency.metrics import Wanda
+from uniprune.sparsity.patterns import NM, Unstructured
+
+SMALL = {"windows": 8, "length": 32, "dtype": "float32"}
+STEPS = {"tuning": {"batch_tokens": 64, "checks": 1}, "steps": 3}
+LOCAL = {
+    "wanda 2:4": {"sparsity": "2:4", "controller": "none"},
+    "by row": {"sparsity": "0.5", "controller": "none"},
+    "by matrix": {"sparsity": "0.5", "scope": "matrix", "controller": "none"},
+    "by model": {"sparsity": "0.5", "scope": "model", "controller": "none"},
+    "tiles": {"sparsity": "0.5@16x16", "controller": "none"},
+    "magnitude": {"sparsity": "0.5", "metric": "magnitude", "controller": "none"},
+    "stochria": {"sparsity": "2:4", "metric": "stochria", "controller": "none"},
+    "rules": {"sparsity": "0.5", "rules": ("down_proj=dense", "q_proj=0.2..0.4"), "scope": "model", "controller": "none"},
+    "allow": {"sparsity": "0.4", "allow": "2:4,dense", "controller": "none"},
+    "sequential": {"sparsity": "2:4", "sequential": True},
+    "refine": {"sparsity": "2:4", "refine": True},
+    "refine by row": {"sparsity": "0.5", "refine": True},
+}
+CORRECTED = {
+    "controller 2:4": {"sparsity": "2:4"},
+    "controller by row": {"sparsity": "0.5", "scope": "row"},
+    "controller by model": {"sparsity": "0.5"},
+    "loud": {"sparsity": "2:4", "tuning": {"batch_tokens": 64, "labels": 0.5, "hidden": 0.1, "anchor": 0.01}},
+    "relaxed": {"sparsity": "2:4", "tuning": {"batch_tokens": 64, "temperature": 0.5}},
+}
+CASES = [
+    *((name, changes, "resident") for name, changes in LOCAL.items()),
+    *((name, LOCAL[name], "streamed") for name in ("wanda 2:4", "by model", "sequential", "refine")),
+    *(
+        (name, STEPS | changes, execution)
+        for name, changes in CORRECTED.items()
+        for execution in ("resident", "recomputed", "offloaded", "streamed")
+    ),
+    ("unipruning", {"sparsity": "2:4", "controller": "unipruning", "steps": 2}, "resident"),
+]
+
+
+@pytest.fixture(autouse=True)
+def known(monkeypatch):
+    """The device is one of those that the package supports."""
+    monkeypatch.setattr(loading, "KINDS", (*loading.KINDS, pretend.NAME))
+
+
+@pytest.fixture(scope="module")
+def on_cpu(folder, tmp_path_factory):
+    """The masks that a CPU makes, of each case once; the executions make the same."""
+    made, place = {}, tmp_path_factory.mktemp("cpu")
+
+    def masks(name, changes):
+        if name not in made:
+            with pretend.attention():
+                uniprune.prune(str(folder), Recipe(**SMALL, **changes), place / str(len(made)), device="cpu")
+            made[name] = MasksFile(place / str(len(made)) / "pruning/masks.safetensors")
+        return made[name]
+
+    return masks
+
+
+@pytest.mark.parametrize(("name", "changes", "execution"), CASES, ids=[f"{name}, {way}" for name, _, way in CASES])
+def test_masks_are_those_of_the_cpu(folder, tmp_path, on_cpu, name, changes, execution):
+    expected = on_cpu(name, changes)
+    with pretend.device() as counts:
+        recipe = Recipe(**SMALL, **changes)
+        uniprune.prune(str(folder), recipe, tmp_path / "out", device="pretend:0", execution=execution)
+    assert counts.launches
+    found = MasksFile(tmp_path / "out" / "pruning/masks.safetensors")
+    differ = sum(int((found[one] != expected[one]).sum()) for one in expected)
+    assert differ <= (0 if execution != "streamed" else 2)  # parts of a step are summed in another order
+
+
+def test_other_commands(folder, tmp_path):
+    """Scores, perplexity, closeness of two models, answers, a curve, a permuted model: as on the CPU."""
+    text = {"windows": 2, "length": 32}
+    recipe = Recipe(sparsity="2:4", controller="none", **SMALL)
+    results = {}
+    for device in ("cpu", "pretend:0"):
+        place = tmp_path / device.partition(":")[0]
+        with pretend.device() if device != "cpu" else pretend.attention():
+            uniprune.calibrate(str(folder), recipe, place / "scores.safetensors", device=device)
+            uniprune.permute(str(folder), recipe, place / "permuted", device=device)
+            result = uniprune.evaluate(str(folder), against=str(folder), device=device, dtype="float32", **text)
+        results[device] = (
+            result.perplexity,
+            (place / "scores.safetensors").read_bytes(),
+            *(file.read_bytes() for file in sorted((place / "permuted").glob("*.safetensors"))),
+        )
+    cpu, device = results.values()
+    assert device[0] == pytest.approx(cpu[0], rel=1e-5)
+    assert device[1:] == cpu[1:]
+
+
+def counted(target, execution, tmp_path, layers=2):
+    """What the last of a few steps has the device do, for each matrix; and the weights of a matrix."""
+    tokens = torch.randint(0, VOCABULARY, (12, 16), generator=torch.Generator().manual_seed(0))
+    model, seen = tiny_model(num_hidden_layers=layers), []
+    with pretend.device() as counts:
+        if execution == "streamed":
+            model.save_pretrained(tmp_path / str(layers))
+            loaded = open_streamed(resolve(tmp_path / str(layers)), None, torch.float32, pretend.DEVICE)
+            matrices = attached(find_matrices(loaded.model), loaded.residency)
+            calibration = Calibration(loaded.model, matrices, tokens, loaded.residency)
+        else:
+            model = model.to(pretend.DEVICE)
+            kept = {"recompute": execution != "resident", "offload": execution == "offloaded"}
+            matrices = find_matrices(model)
+            calibration = Calibration(model, matrices, tokens, **kept)
+
+        class Steps:
+            def __call__(self, items, label, total):
+                for item in items:
+                    self.before = counts.snapshot()
+                    yield item
+
+            def note(self, text, tokens=0):
+                seen.append(counts.since(self.before))
+
+        settings = MirrorDescent(batch_tokens=32, checks=1)
+        settings.calibrate(Calibration(**(vars(calibration) | {"progress": Steps()})), Wanda(), [target], 4)
+    return seen[3], len(matrices), sum(matrix.size for matrix in matrices.values())
+
+
+TARGETS = [NM(2, 4), Unstructured(0.5, "row"), Unstructured(0.5, "model")]
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+@pytest.mark.parametrize("execution", ["resident", "recomputed"])
+def test_a_step_of_a_model_in_memory(target, execution, tmp_path):
+    """A matrix costs a few kernels and no wait; what a whole step waits for does not depend on how many there are."""
+    found, matrices, _ = counted(target, execution, tmp_path)
+    deeper, more, _ = counted(target, execution, tmp_path, layers=3)
+    assert deeper["syncs"] == found["syncs"] <= 16
+    assert (deeper["up"], deeper["down"]) == (found["up"], found["down"])
+    assert found["up"] + found["down"] < 100_000
+    cut, kernels = {"2:4": 3, "0.5 by row": 27, "0.5 by model": 3}[str(target)], (deeper["launches"] - found["launches"])
+    assert kernels / (more - matrices) < (42 if execution == "resident" else 54) + cut
+
+
+def test_a_step_with_states_in_host_memory(tmp_path):
+    """Up: duals for the masks, then all; down: all. Masks wait as bits, on the device."""
+    found, matrices, weights = counted(NM(2, 4), "offloaded", tmp_path)
+    assert found["up"] == pytest.approx(12 * weights, rel=0.01)
+    assert found["down"] == pytest.approx(8 * weights, rel=0.01)
+    assert found["syncs"] < 16 + 3 * matrices  # each state is three copies
+
+
+def test_a_step_of_a_model_on_disk(tmp_path):
+    """Weights twice, states as above, masks as bits down and up; hidden states on top."""
+    found, matrices, weights = counted(NM(2, 4), "streamed", tmp_path)
+    deeper, more, others = counted(NM(2, 4), "streamed", tmp_path, layers=3)
+    up, down = (deeper[way] - found[way] for way in ("up", "down"))
+    hidden = 32 * 32 * 4 * (more - matrices) / 7  # of one block, for each of those that are more
+    assert 20 * (others - weights) < up < 20.3 * (others - weights) + 8 * hidden
+    assert 8 * (others - weights) < down < 8.3 * (others - weights) + 8 * hidden
+
+
+def test_the_script_for_a_card(capsys, monkeypatch):
+    """`make gpu`: skipped with the reason where there is none; and all that it measures can be measured."""
+    import gpu
+
+    if not torch.cuda.is_available():
+        gpu.main([])
+        assert capsys.readouterr().out.startswith("skipped: no card here")
+    monkeypatch.setattr(gpu, "ROUNDS", 1)
+    monkeypatch.setattr(gpu, "save", None)  # only a card's figures are written
+    with pretend.device():
+        for part in gpu.PARTS:
+            gpu.main([part, "--device", "pretend:0", "--size", "tiny"])
+    said = capsys.readouterr().out
+    assert "'run': 'controller, 2:4', 'differing': 0.0, 'repeated': 0.0" in said
+    assert said.count("'kernel': ") == 5
+    assert said.count("'execution': ") == 3
