@@ -25,7 +25,7 @@ from uniprune.evaluation.model import Questions, Subject
 from uniprune.evaluation.protocols import comparable
 from uniprune.evaluation.request import NEW_TOKENS
 from uniprune.job.options import RunOptions
-from uniprune.job.prepare import Job, prepare
+from uniprune.job.prepare import IN_MEMORY, Job, prepare
 from uniprune.models.loading import Loaded, Source, dtype_name, skeleton
 from uniprune.models.matrices import choose_matrices
 from uniprune.reporting.comparison import latex, markdown
@@ -135,7 +135,7 @@ def _job(source: Source, trials: Sequence[Trial], device: str | None, progress: 
     """The model and the calibration samples, for the trial that takes most memory."""
     hungriest = max(trials, key=lambda trial: (trial.recipe.cost.memory, trial.recipe.refine))
     job = prepare(source, hungriest.recipe, None, RunOptions(device=device), progress=progress)
-    if job.execution != "resident":
+    if job.execution not in IN_MEMORY:
         raise InputError(f"compare needs the whole model in memory, and {job.loaded} does not fit; take a smaller model")
     for trial in trials:
         trial.method.check_binding(job.binding)
