@@ -31,6 +31,9 @@ NAME = "pretend"
 class _Module(_DummyBackendModule):
     """What ``torch.pretend`` is."""
 
+    def is_available(self) -> bool:
+        return False  # who is not told to use it does not
+
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         return [torch.bfloat16]  # activation checkpointing asks which types mixed precision would have
 
