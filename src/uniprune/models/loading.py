@@ -330,9 +330,9 @@ def load(source: str | Path | Origin, dtype: str | None = None, device: str | No
 
 
 def load_weights(origin: Origin, dtype: torch.dtype | None, device: torch.device) -> nn.Module:
-    """The model in evaluation mode, without gradients."""
-    if origin.files and origin.files.quantised.understood:
-        return _dequantised(origin, dtype or native_dtype(origin), device)
+    """The model in evaluation mode, without gradients. A GPU is given tensor after tensor: the host never has them all."""
+    if origin.files and (origin.files.quantised.understood or device.type != "cpu"):
+        return _filled(origin, dtype or native_dtype(origin), device)
     options, config = origin.options(), _config(origin)
     if origin.gguf:
         from transformers import GgufConfig
@@ -356,13 +356,17 @@ def load_weights(origin: Origin, dtype: torch.dtype | None, device: torch.device
     return model.eval().to(device)
 
 
-def _dequantised(origin: Origin, dtype: torch.dtype, device: torch.device) -> nn.Module:
+def _filled(origin: Origin, dtype: torch.dtype, device: torch.device) -> nn.Module:
     """A model with plain weights in any type, whatever packages and devices its own format needs."""
+    from transformers import GenerationConfig
+
     assert origin.files is not None
     if origin.quantised:
         logger.info("model %s is quantised (%s); it is dequantised to %s", origin, origin.quantised, dtype_name(dtype))
     model = hollow(origin, dtype)
     fill(model, origin.files, loaded_dtypes(model, dtype), device)
+    if (origin.folder / "generation_config.json").is_file():
+        model.generation_config = _guarded(origin, lambda: GenerationConfig.from_pretrained(origin.folder))
     return model
 
 
