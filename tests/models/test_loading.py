@@ -6,7 +6,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import uniprune
 from conftest import tiny_model, write_gguf
@@ -172,3 +172,12 @@ def test_a_tokenizer_that_needs_packages(folder, tmp_path, monkeypatch):
         with pytest.raises(InputError, match=r"cannot be read \(.*\); fetch it again, or move its files away"):
             monkeypatch.setattr("uniprune.models.loading.find_spec", lambda name: True)
             uniprune.load(tmp_path, device="cpu")
+
+
+@pytest.mark.skipif(find_spec("timm") is not None, reason="it is installed")
+def test_a_model_that_needs_a_package_says_how_to_get_it(tmp_path):
+    """transformers says so on several lines."""
+    AutoConfig.for_model("gemma3n").save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"\2\0\0\0\0\0\0\0{}")
+    with pytest.raises(InputError, match=r"needs a package that is not installed: \w+ requires the timm .*`pip install timm`"):
+        uniprune.plan(tmp_path, Recipe(sparsity="2:4"))

@@ -377,7 +377,8 @@ def _guarded(origin: Origin, load: Callable[[], Any]) -> Any:
     except ImportError as error:
         if origin.gguf:
             raise InputError(f"model {origin}: reading GGUF needs the gguf package; pip install 'uniprune[gguf]'") from error
-        raise InputError(f"model {origin} needs a package that is not installed: {first_line(error)}") from error
+        why = " ".join(str(error).split())[:300]  # its last lines say what to install
+        raise InputError(f"model {origin} needs a package that is not installed: {why}") from error
     except UniPruneError:
         raise
     except Exception as error:  # a configuration or a file that makes no sense fails in many ways, far from where it is read
