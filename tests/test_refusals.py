@@ -236,6 +236,27 @@ def experts_of_a_kind_that_is_not_known(world):
     yield *command, *message.partition("say so: ")[2].split()
 
 
+def layers_that_nothing_goes_through(world):
+    """8 matrices saw no calibration token, e.g. model.decoder.layers.0.encoder_attn.k_proj"""
+    config = catalogue.small("trocr", vocab_size=VOCABULARY, max_position_embeddings=128)
+    AutoModelForCausalLM.from_config(config).save_pretrained(world.path / "trocr")
+    world.tokenizer.save_pretrained(world.path / "trocr")
+    command = ["prune", world.path / "trocr", "-s", "2:4", *SMALL, "-o", world.path / "out"]
+    message = yield command
+    assert "leave them out (--exclude)" in message
+    yield *command, "--exclude", "encoder_attn"
+
+
+def blocks_that_differentiate_in_their_own_way(world):
+    """no gradient comes through the blocks of ReformerModelWithLMHead; use --controller none"""
+    config = catalogue.small("reformer", vocab_size=VOCABULARY, max_position_embeddings=128)
+    AutoModelForCausalLM.from_config(config).save_pretrained(world.path / "reformer")
+    world.tokenizer.save_pretrained(world.path / "reformer")
+    command = ["prune", world.path / "reformer", "-s", "2:4", "--windows", "8", "--length", "32", "-o", world.path / "out"]
+    yield command
+    yield *command, "--controller", "none"
+
+
 def a_pattern_that_does_not_fit(world):
     """--unsupported"""
     yield "prune", world.folder, "-s", "3:5", *SMALL, "-o", world.path / "out"
