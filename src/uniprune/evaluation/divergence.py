@@ -21,7 +21,7 @@ from uniprune.data.windows import Windows
 from uniprune.errors import InputError
 from uniprune.evaluation.results import Closeness
 from uniprune.models.blocks import device_of, text_alone
-from uniprune.models.output_head import PIECE, Head, output_embeddings
+from uniprune.models.output_head import PIECE, Head, log_probabilities, output_embeddings
 
 PROBE = 16  # tokens on which a head is tried
 
@@ -79,7 +79,7 @@ def closeness(ours: Recording, theirs: Recording, windows: Windows) -> Closeness
     for mine, other, counts in zip(ours.hidden, theirs.hidden, counted, strict=True):
         kl, same, length, number = 0.0, 0, len(mine) - 1, int(counts.sum())
         for start in range(0, length, PIECE):
-            a, b = (functional.log_softmax(one, -1) for one in _logits(ours, mine, theirs, other, start, length))
+            a, b = (log_probabilities(one) for one in _logits(ours, mine, theirs, other, start, length))
             here = counts[start : start + len(a)].to(a.device)
             kl += float((functional.kl_div(a, b, log_target=True, reduction="none").sum(-1) * here).double().sum())
             same += int(((a.argmax(-1) == b.argmax(-1)) & here).sum())

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from uniprune.common import pictures
 from uniprune.common.progress import Progress, silent
@@ -29,7 +28,7 @@ from uniprune.errors import InputError
 from uniprune.evaluation.results import TextPerplexity
 from uniprune.models.blocks import BATCH_TOKENS, batches, called, device_of
 from uniprune.models.loading import dtype_name
-from uniprune.models.output_head import PIECE
+from uniprune.models.output_head import PIECE, log_probabilities
 
 NOT_FINITE = "the model's loss is not finite: it overflows, or its weights are broken; try --dtype float32 or bfloat16"
 POSITIONS = {"1-512": 512, "512-2k": 2048, "2k-8k": 8192, "8k-": 1 << 62}  # tokens that a prediction sees, at most
@@ -119,7 +118,7 @@ def token_nats(model: nn.Module, batch: Tensor, predicts_last: bool = True) -> l
 def _losses(logits: Tensor, target: Tensor) -> Tensor:
     """The losses of one window, a piece at a time: logits in float32, over a large vocabulary, are large."""
     pieces = zip(torch.split(logits, PIECE), torch.split(target, PIECE), strict=True)
-    return torch.cat([functional.cross_entropy(one.float(), wanted, reduction="none") for one, wanted in pieces]).double()
+    return -torch.cat([log_probabilities(one, wanted) for one, wanted in pieces]).double()
 
 
 def check_finite(nats: float) -> None:

@@ -28,7 +28,7 @@ from uniprune.models.output_head import PIECE
 
 logger = logging.getLogger(__name__)
 
-BATCH_TOKENS = 512  # tokens in a pass: what comes of more does not stay in the cache
+BATCH_TOKENS = 1024
 ROW_TOKENS = 192  # rows are at least as long: shorter ones would be padded more
 CACHED = 16  # positions whose log-probabilities stay in a processor's cache
 JOINED_TOKENS = 2048  # questions of one beginning share a row up to this length
