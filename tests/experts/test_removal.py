@@ -219,6 +219,30 @@ def test_scores_of_experts_are_those_of_their_weights(tmp_path, tokens):
     assert report.controller is None
 
 
+def test_scores_by_inputs_count_how_often_an_expert_is_chosen(tmp_path, tokens):
+    """Wanda's norm is over all tokens: the root of their number times the root of the mean square."""
+    source = saved("mixtral", tmp_path / "model")
+    report = uniprune.prune(source, recipe(tokens, metric="wanda", controller="none"), tmp_path / "out")
+    assert report.starved is None
+    model, inputs = loaded(source), {}
+    for name in report.layers:
+        keep = lambda module, args, name=name: inputs.__setitem__(name, args)  # noqa: E731
+        model.get_submodule(name).register_forward_pre_hook(keep)
+    with torch.no_grad():
+        model(load_file(tokens)["tokens"].long())
+    for name, layer in report.layers.items():
+        experts, (x, chosen, _) = model.get_submodule(name), inputs[name]
+        sums = torch.zeros(3, 4, dtype=torch.float64)
+        for expert in range(4):
+            mine = x[(chosen == expert).any(1)]
+            gate, up = experts.gate_up_proj[expert].chunk(2)
+            between = experts.act_fn(mine @ gate.T) * (mine @ up.T)
+            for place, (weight, seen) in enumerate(((gate, mine), (up, mine), (experts.down_proj[expert], between))):
+                sums[place, expert] = (weight.abs() * seen.double().square().mean(0).sqrt()).sum()
+        expected = (sums / sums.mean(1, keepdim=True)).sum(0) * torch.tensor(layer.tokens).double().sqrt()
+        assert layer.scores == pytest.approx(expected.tolist(), rel=1e-4)
+
+
 def test_the_controller_scores_experts(tmp_path, tokens):
     source = saved("mixtral", tmp_path / "model")
     asked = recipe(tokens, metric="wanda", tuning={"batch_tokens": 128})
@@ -433,3 +457,13 @@ def test_where_there_are_no_files(tmp_path, tokens):
     assert report.experts.kept == 2
     shutil.rmtree(tmp_path / "model")
     assert config_of("mixtral").num_local_experts == 4 == report.experts.of
+
+
+def test_single_experts_that_are_quantised_by_name(tmp_path, tokens):
+    source = tmp_path / "model"
+    quantised.save("fp8", source, **GROUPS)
+    config = json.loads((source / "config.json").read_bytes())
+    config["quantization_config"]["modules_to_not_convert"] = ["model.layers.1.mlp.experts.3"]
+    (source / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="names single experts to be quantised, whose numbers would change"):
+        uniprune.plan(source, recipe(tokens))

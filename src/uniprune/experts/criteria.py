@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -63,11 +63,13 @@ def _of_layer(seen: Sequence[Statistic]) -> Observed:
     return Observed([one.tokens for one in seen], torch.stack([one.mean.cpu() for one in seen]))
 
 
-def by_weights(saliency: Scores, matrices: Matrices) -> dict[str, Tensor]:
+def by_weights(saliency: Scores, matrices: Matrices, seen: Mapping[str, Observed] | None) -> dict[str, Tensor]:
     """The scores of experts by those of their weights: sums over all weights of an expert, float64 ``[experts]``, by layer.
 
     Scores that are on a scale of their own in each matrix (``comparable``) are divided by their mean over the experts first,
-    so that each of an expert's matrices counts alike.
+    so that each of an expert's matrices counts alike. seen: of scores by inputs, which are those of a token on average; with
+    the root of their number an expert counts by the norm over all of its tokens, as in Wanda's paper, and so by how often it
+    is chosen. None of scores that know no inputs.
     """
     sums: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for name, scores in saliency.items():
@@ -77,7 +79,11 @@ def by_weights(saliency: Scores, matrices: Matrices) -> dict[str, Tensor]:
         if part.place not in places:
             places[part.place] = torch.zeros(part.fused.experts, dtype=torch.float64)
         places[part.place][part.expert] += scores.sum(dtype=torch.float64).cpu()
-    return {layer: sum(_scaled(one, saliency.comparable) for one in places.values()) for layer, places in sums.items()}  # type: ignore[misc]
+    found: dict[str, Tensor] = {}
+    for layer, places in sums.items():
+        each = torch.stack([_scaled(one, saliency.comparable) for one in places.values()]).sum(0)
+        found[layer] = each if seen is None else each * torch.tensor(seen[layer].tokens).double().sqrt()
+    return found
 
 
 def _scaled(sums: Tensor, comparable: bool) -> Tensor:

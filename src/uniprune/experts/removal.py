@@ -66,7 +66,8 @@ class Removal:
         if not isinstance(self.recipe.parsed_metric(), REAP):
             target = Unstructured(fraction, "model" if self.recipe.comparable else "row")
             saliency, record = scored(calibration, self.recipe, [target])
-            scores = by_weights(saliency, calibration.matrices)
+            blind = self.recipe.parsed_metric().statistic is None and not self.recipe.corrected
+            scores = by_weights(saliency, calibration.matrices, None if blind else seen)
         layers = {
             layer: ExpertLayer(
                 kept=best(scores[layer], self.less.kept, self.less.groups),

@@ -25,9 +25,11 @@ from uniprune.experts.files import Taken, selected, stored
 from uniprune.models.experts import Batched
 from uniprune.models.loading import on_meta
 from uniprune.models.matrices import Matrices
+from uniprune.storage import strict_json
 from uniprune.storage.outline import Outline
 
 NUMBER = re.compile(r"(?!.*(per_tok|top|shared|group|layer|capacity|freq|offset)).*experts.*")  # a setting: how many there are
+BY_NUMBER = re.compile(r"experts\.\d")  # the name of an expert
 TOKENS = 64  # that a router is tried on
 FAR = -1e4  # weights of a router for experts that are never chosen, of inputs that are positive
 
@@ -79,6 +81,8 @@ def fewer(fraction: float, model: nn.Module, matrices: Matrices) -> Fewer:
     name, files, layers = type(model).__name__, checkpoint_of(model), layers_of(matrices)
     if not isinstance(files, Files):
         raise InputError(f"--experts: {name} is not in safetensors files; save it (save_pretrained) and give the folder")
+    if BY_NUMBER.search(str(strict_json.parse((files.folder / "config.json").read_bytes()).get("quantization_config"))):
+        raise InputError(f"--experts: config.json of {name} names single experts to be quantised, whose numbers would change")
     if not layers:
         raise InputError(f"--experts: {name} has no experts that transformers holds together; leave --experts out")
     counts = {fused.experts for fused in layers.values()}
