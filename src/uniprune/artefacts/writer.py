@@ -81,7 +81,7 @@ def write_checkpoint(
         source.model.save_pretrained(folder)  # type: ignore[operator]
         if source.tokenizer is not None:
             source.tokenizer.save_pretrained(folder)
-        _spell_as_before(folder)
+        _spell_as_before(folder, source.tokenizer)
         files = Files(folder)
         files.layout(source.model)
     if masks is not None:
@@ -112,10 +112,11 @@ def write_checkpoint(
             raise
 
 
-def _spell_as_before(folder: Path) -> None:
+def _spell_as_before(folder: Path, tokenizer: Any) -> None:
     """Adds to what transformers 5 has saved how version 4 spells it, which other readers look for.
 
-    Without ``rope_theta`` of its own MLX and transformers 4 take 10,000 for it, silently; the tokenizer's class 4 lacks.
+    Without ``rope_theta`` of its own MLX and transformers 4 take 10,000 for it, silently; the tokenizer's class 4 lacks, and
+    the one that it has in its place hands out token types unless it is told, which ``generate`` then refuses.
     """
     config = json.loads((folder / "config.json").read_text())
     rotary = dict(config.get("rope_parameters") or {})
@@ -124,10 +125,13 @@ def _spell_as_before(folder: Path) -> None:
         if rotary.get("rope_type", "default") != "default":
             config.setdefault("rope_scaling", rotary)
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    tokenizer = folder / "tokenizer_config.json"
-    if tokenizer.exists():
-        text = tokenizer.read_text()
-        tokenizer.write_text(text.replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"'))
+    file = folder / "tokenizer_config.json"
+    if file.exists():
+        facts = json.loads(file.read_text())
+        if facts.get("tokenizer_class") == "TokenizersBackend":
+            facts["tokenizer_class"] = "PreTrainedTokenizerFast"
+            facts.setdefault("model_input_names", list(tokenizer.model_input_names))
+            file.write_text(json.dumps(facts, indent=2) + "\n")
 
 
 def _check_shapes(files: Files, masks: MasksFile) -> None:
