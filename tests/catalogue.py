@@ -172,6 +172,7 @@ OWN: dict[str, dict[str, Any]] = {  # what types need beside their sizes; that o
     },
     "reformer": {
         "attn_layers": ["local", "lsh"],
+        "hash_seed": 0,  # else buckets are drawn anew in each pass
         "axial_pos_shape": [8, 8],
         "axial_pos_embds_dim": [8, 24],
         "feed_forward_size": 64,

@@ -79,7 +79,7 @@ class Walk:
         tokens, output = self.folder / "tokens.safetensors", self.outputs.get("local")
         found = uniprune.evaluate(output or self.source, text_source=tokens, windows=2, against=self.source, new_tokens=0)
         assert found.perplexity > 1
-        assert output is None or abs(found.sparsity - 0.5) < 0.1
+        assert output is None or found.sparsity > 0.4  # some are drawn with zeros (xLSTM)
 
 
 STEPS = {
@@ -141,7 +141,7 @@ def check_reload(source, output, ids):
         assert beside == kind.from_pretrained(source, output_loading_info=True)[1]["unexpected_keys"]
     assert not any(info.values()), info
     with text_alone(model):
-        assert bool(torch.isfinite(model.eval()(input_ids=ids[:1]).logits).all())
+        assert bool(torch.isfinite(model.eval()(input_ids=ids[:1], use_cache=False).logits).all())
 
 
 def check_pattern(source, output, model=None):

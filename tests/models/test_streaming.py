@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import catalogue
 import kills
@@ -75,6 +76,12 @@ def test_batches_go_through_the_blocks_as_through_the_model(family):
             hidden = [replay.run(index, state, part) for state, part in zip(hidden, parts, strict=True)]
         for state, part in zip(hidden, parts, strict=True):
             torch.testing.assert_close(replay.leave(state, part), last_hidden(model, part))
+
+
+def test_blocks_that_hand_on_two_streams_are_refused():
+    model = AutoModelForCausalLM.from_config(catalogue.small("reformer")).eval().requires_grad_(False)
+    with pytest.raises(UniPruneError, match="blocks of ReformerLayer hand on two streams"):
+        Replay(model, find_blocks(model)[1]).enter(tokens())
 
 
 def gradients(passes, ids, **settings):

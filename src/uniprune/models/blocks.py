@@ -233,9 +233,12 @@ class Replay:
         except _Reached:
             pass
         (output,) = found
-        if isinstance(output, (tuple, list)):
-            return lambda hidden: type(output)((hidden, *output[1:]))
-        return lambda hidden: hidden
+        if not isinstance(output, (tuple, list)):
+            return lambda hidden: hidden
+        if any(isinstance(other, Tensor) and other.shape == output[0].shape for other in output[1:]):  # Reformer
+            kind = type(self.blocks[0]).__name__
+            raise UniPruneError(f"blocks of {kind} hand on two streams of hidden states; they cannot be run one by one")
+        return lambda hidden: type(output)((hidden, *output[1:]))
 
     @torch.no_grad()
     def _learn(self, batch: Tensor) -> None:
