@@ -155,20 +155,22 @@ def main() -> None:
             row["syncs_a_matrix"] = row["syncs"] / row["matrices"]
             if chosen.other and execution == "resident":
                 row["other"] = counted(chosen.other, chosen, target, execution)
-                row["ratio"] = row["launches"] / row["other"]["launches"]
             print(json.dumps(row), flush=True)
             if chosen.record:
                 keep(row)
 
 
 def keep(row: Row) -> None:
-    """Puts a row in the place of the one before it, if there is one."""
+    """Puts a row in the place of the one before it, if there is one; what another version did, it still did."""
     from common import load, save
 
     def key(of: Row) -> tuple[Any, ...]:
         return tuple(of[name] for name in ("size", "blocks", "target", "execution"))
 
-    save("launches", {"rows": [other for other in load("launches").get("rows", []) if key(other) != key(row)] + [row]})
+    rows = {key(other): other for other in load("launches").get("rows", [])}
+    other = row.get("other") or rows.get(key(row), {}).get("other")
+    rows[key(row)] = row | ({"other": other, "ratio": row["launches"] / other["launches"]} if other else {})
+    save("launches", {"rows": list(rows.values())})
 
 
 if __name__ == "__main__":

@@ -355,13 +355,20 @@ def recomputed(results: dict[str, Any]) -> str:
     return table([*head, "peak / forecast, of each"], lines)
 
 
+def lasting(seconds: float) -> str:
+    for unit, size, enough in (("h", 3600, 7200), ("min", 60, 120)):
+        if seconds >= enough:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.1f} s"
+
+
 def cards(results: dict[str, Any]) -> str:
     """The controller on some GPUs: how it would be run, and what that takes."""
     lines = []
     for row in results["cards"]:
         parts = {name: f"{size / 1e9:.1f}" for name, size in row["parts"].items() if size}
         steps = {tokens: -(-tokens // row["tokens"]) for tokens in (131_072, 2_000_000)}
-        hours = [f"{row['seconds'] * count / 3600:.2f} h" for count in steps.values()]
+        times = [lasting(row["seconds"] * count) for count in (1, *steps.values())]
         lines.append(
             [
                 f"{row['model']}, {row['card']}",
@@ -370,8 +377,7 @@ def cards(results: dict[str, Any]) -> str:
                 *(f"{row['memory'] / 1e9:.0f} GB", " + ".join(parts.get(name, "0") for name in PARTS)),
                 f"{row['host'] / 1e9:.0f} GB" if row["host"] else "",
                 *(f"{row[way] / 1e9:,.0f} GB" if row[way] else "" for way in ("read", "written")),
-                f"{row['seconds']:,.0f} s" if row["seconds"] >= 10 else f"{row['seconds']:.1f} s",
-                *hours,
+                *times,
                 f"{row['written'] * steps[131_072] / 1e12:.1f} TB" if row["written"] else "",
             ]
         )

@@ -9,6 +9,7 @@ from small_models import MATRICES, tiny
 from uniprune import Recipe
 from uniprune.controller import descent
 from uniprune.controller.mirror_descent import MirrorDescent
+from uniprune.controller.passes import Resident
 from uniprune.controller.states import Masks, PackedMasks
 from uniprune.job.memory import PROCESS, Work, needs
 from uniprune.models.matrices import find_blocks, find_matrices
@@ -107,7 +108,7 @@ def test_what_fits_is_chosen(folder, tmp_path):
 
 def test_a_model_in_memory_is_recomputed_where_memory_is_short(loaded, tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr("uniprune.controller.passes._checkpointed", lambda index, forward: seen.append(index) or forward)
+    monkeypatch.setattr(Resident, "_checkpointed", lambda self, index, forward: seen.append(index) or forward)
     recipe = Recipe(sparsity="2:4", **SMALL)
     matrices = find_matrices(loaded.model)
     needed = needs(Work(loaded.model, matrices, recipe, torch.float32, torch.float32, 32))

@@ -315,7 +315,8 @@ class Descent:
         start = self.start(name).dual if self._settings.anchor else None
         moved = self._rule.step(state, gradient, self._size, start)
         rows = max(1, len(moved.dual) // SAMPLE_ROWS // SAMPLE_ROWS) * SAMPLE_ROWS
-        before, after = (self._masks.hard(name, each.dual[:rows]) for each in (state, moved))
+        after = self._masks.hard(name, moved.dual[:rows])
+        before = self._masks.hard(name, state.dual[:rows]) if self._settings.temperature else self._masks[name][:rows]
         self._flips.append((before != after).sum())
         self._seen += before.numel()
         self._put(name, moved)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -33,7 +32,7 @@ from uniprune.models.blocks import (
     warn_unless_causal,
 )
 from uniprune.models.output_head import Head
-from uniprune.storage.stash import Stash
+from uniprune.storage.stash import Stash, give_back_memory
 
 PART_TOKENS = 1024  # that go through a block at once, with gradients
 
@@ -109,7 +108,7 @@ class Resident:
             for index, block in enumerate(self._blocks):
                 stack.callback(block.register_forward_pre_hook(self._flush(index), with_kwargs=True).remove)
             if self._recompute:
-                stack.enter_context(rerouted(self._blocks, _checkpointed))
+                stack.enter_context(rerouted(self._blocks, self._checkpointed))
             self._last = last_hidden(self._model, batch)
         return self._last.detach()
 
@@ -164,12 +163,28 @@ class Resident:
             for handle in handles:
                 handle.remove()
 
+    def _checkpointed(self, index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """A block's forward that keeps its inputs alone for the pass backwards. In evaluation mode, nothing in it is drawn."""
+
+        def block(*args: Any, **kwargs: Any) -> Any:
+            output = checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+            self._tidy()
+            return output
+
+        return block
+
+    def _tidy(self) -> None:
+        """Gives the memory of activations back to the system, before what is kept comes to lie in between."""
+        if self._recompute and self.device.type == "cpu":
+            give_back_memory()
+
     def _flush(self, index: int) -> Any:
         """A block has its gradients when that of its input is complete. The first block's input has none."""
 
         def flush(gradient: Tensor) -> None:
             self._flushed.add(index)
             self.network.flush(index)
+            self._tidy()
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             hidden = args[0] if args else kwargs["hidden_states"]
@@ -186,11 +201,6 @@ class Resident:
                 hidden.register_hook(lambda gradient: gradient + pull)  # type: ignore[no-untyped-call]
 
         return after
-
-
-def _checkpointed(index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
-    """A block's forward that keeps its inputs alone for the pass backwards. In evaluation mode, nothing in it is drawn."""
-    return partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
 
 
 class Streamed:

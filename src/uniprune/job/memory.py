@@ -39,6 +39,7 @@ PROCESS = 350_000_000  # bytes: the interpreter and its libraries
 LOGIT = 5 * 4  # bytes per logit of a piece of a window, of both models, with what becomes of them
 SCORING = 20  # bytes per weight of the largest matrix while it is scored and cut, in float32
 STEPPING = 32  # the same while its dual is moved
+NORMS = 6  # bytes that a block keeps for each token and channel between the blocks, beyond its matrices': norms are in float32
 RAGGED = 1.1  # what the allocator loses
 LARGE_STEP = 16_384  # tokens in which a step computes about as long as its states take from the disk and back
 TRAFFIC = 10_000_000_000  # bytes a step that are worth a warning
@@ -177,9 +178,9 @@ class _Parts:
 
     @cached_property
     def per_token(self) -> int:
-        """What a block keeps of a token: what its matrices are given, what they put out, and what comes of the widest."""
+        """What a block keeps of a token: what its matrices are given, what they put out, what comes of the widest, norms."""
         widths = {name: sum(matrix.shape) for name, matrix in self.work.matrices.items()}
-        return self.item * (_most_of_a_block(self.work.matrices, widths) + self.width)
+        return self.item * (_most_of_a_block(self.work.matrices, widths) + self.width) + NORMS * self.flow
 
     @property
     def gradients(self) -> int:
@@ -206,14 +207,14 @@ class _Parts:
     def kept(self) -> int:
         """The most that a step holds with the activations of all blocks kept: at its loss, or when the last block moves."""
         widths = sum(sum(matrix.shape) for matrix in self.work.matrices.values())
-        activations = self.tokens * self.item * (widths + self.blocks * self.width)
+        activations = self.tokens * (self.item * (widths + self.blocks * self.width) + NORMS * self.blocks * self.flow)
         return activations + max(self.logits, self.gradients + self.moving - self.tokens * self.per_token)
 
     @property
     def again(self) -> int:
-        """The same with the inputs of all blocks kept, and the activations of one."""
+        """The same with the inputs of all blocks kept, and the activations of one and their gradients."""
         inputs = self.tokens * self.item * self.blocks * self.flow
-        return inputs + max(self.tokens * self.per_token + self.gradients, self.gradients + self.moving, self.logits)
+        return inputs + max(2 * self.tokens * self.per_token + self.gradients, self.gradients + self.moving, self.logits)
 
     @property
     def stepping(self) -> int:
