@@ -121,7 +121,7 @@ def page(known: dict[str, dict[str, Any]]) -> str:
             "images and text for; written by `python benchmarks/every_type.py` from benchmarks/results/families.json.",
             "",
             "- `plan`, with the controller, on the default configuration, by files of that size without content:",
-            f"  {len(planned)} can be pruned, the others are refused with the reason; of some transformers itself makes no model.",
+            f"  {len(planned)} can be pruned, the others are refused with the reason; some transformers itself cannot make.",
             "- A tiny random model of each that transformers can make here, through the steps of [models.md](models.md):",
             f"  {len(whole)} of {len(tried)} go through all (yes); of others the steps that do not are named, with the reason.",
             "",
