@@ -87,6 +87,12 @@ finally:
     assert done.stderr.split() == []
 
 
+def test_masks_are_cut_without_transformers():
+    """Importing it takes longer than the cut."""
+    code = "import sys; import uniprune.entrypoints.mask; print('transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout == "False\n"
+
+
 @pytest.mark.parametrize("words", [[], ["masks"]])
 def test_a_command_is_missing(capsys, monkeypatch, words):
     code, printed, errors = run(capsys, monkeypatch, *words)

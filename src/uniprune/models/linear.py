@@ -3,15 +3,34 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers.pytorch_utils import Conv1D
 
 TOKENS = 3
 LARGE = 100.0  # inputs that a clamp would show at
+
+
+@cache
+def conv1d() -> type[nn.Module]:
+    """GPT-2's Linear. Importing transformers takes seconds, which who handles scores and masks alone need not wait for."""
+    from transformers.pytorch_utils import Conv1D
+
+    found: type[nn.Module] = Conv1D
+    return found
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether a layer has its weight as ``[in, out]``."""
+    return isinstance(module, conv1d())
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a layer is a Linear or a Conv1D by its class."""
+    return isinstance(module, nn.Linear) or is_transposed(module)
 
 
 class Probe:
@@ -22,12 +41,13 @@ class Probe:
 
     def __call__(self, module: nn.Module) -> bool:
         """Whether a layer is a Linear or a Conv1D, and multiplies as one."""
-        if not isinstance(module, (nn.Linear, Conv1D)):
+        if not is_linear(module):
             return False
-        if type(module).forward in (nn.Linear.forward, Conv1D.forward):
+        if type(module).forward in (nn.Linear.forward, conv1d().forward):
             return True
         if next(module.children(), None) is not None:
             return _is_plain(module)
+        assert isinstance(module.weight, Tensor)
         key = type(module), tuple(module.weight.shape), _settings(module)
         if key not in self._known:
             self._known[key] = _is_plain(module)
@@ -51,7 +71,7 @@ def _is_plain(module: nn.Module) -> bool:
     tensors = [*module.parameters(), *module.buffers()]
     twin = deepcopy(module, {id(tensor): _random(tensor, generator) for tensor in tensors}).eval()
     vars(twin).pop("forward", None)  # what reroutes a layer for a while is not its own
-    weight = twin.weight.T if isinstance(twin, Conv1D) else twin.weight
+    weight = twin.weight.T if is_transposed(twin) else twin.weight
     assert isinstance(weight, Tensor)
     x = LARGE * torch.randn(1, TOKENS, weight.shape[1], generator=generator)
     expected = functional.linear(x, weight, twin.bias)  # type: ignore[arg-type]

@@ -17,14 +17,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from uniprune.checkpoints.checkpoint import Files, checkpoint_of
 from uniprune.checkpoints.configuration import text_config
 from uniprune.errors import InputError
 from uniprune.models.experts import Fused, Slice, fellows, fused_experts, is_fused, routers
-from uniprune.models.linear import Probe
+from uniprune.models.linear import Probe, is_linear, is_transposed
 
 # Parts of sparse attention that choose the tokens it sees, by no gradient, and sum up those it does not (DeepSeek-V3.2 and V4).
 SELECTORS = re.compile("Indexer|Compressor")
@@ -143,6 +141,8 @@ def _text_decoder(model: nn.Module) -> str:
 
 def _other_senses(model: nn.Module) -> tuple[str, ...]:
     """Where the parts of a model begin that are given images or sound: however large they are, they are no text decoder's."""
+    from transformers import PreTrainedModel  # see models.linear.conv1d
+
     text = {"input_ids", "decoder_input_ids"}
     parts = ((name, part) for name, part in model.named_modules() if name and isinstance(part, PreTrainedModel))
     return tuple(f"{name}." for name, part in parts if part.main_input_name not in text or "text" not in part.input_modalities)
@@ -232,7 +232,7 @@ def _discover(model: nn.Module) -> Found:
             covered |= {id(parameter) for parameter in module.parameters(recurse=False)}
             continue
         weight = getattr(module, "weight", None)
-        if not isinstance(weight, Tensor) or not (id(module) in kept or isinstance(module, (nn.Linear, Conv1D))):
+        if not isinstance(weight, Tensor) or not (id(module) in kept or is_linear(module)):
             continue
         if id(module) in kept or id(weight) not in odd:
             covered.add(id(weight))
@@ -249,14 +249,14 @@ def _discover(model: nn.Module) -> Found:
         else:
             names[id(weight)] = name
             group = groups.get(id(module))
-            found[name] = Matrix(name, module, index, isinstance(module, Conv1D), part.flipped, group=group)
+            found[name] = Matrix(name, module, index, is_transposed(module), part.flipped, group=group)
     return Found(found, left, _too_few(prefix, blocks, covered, odd))
 
 
 def _odd(modules: Iterable[nn.Module]) -> dict[int, str]:
     """Weights that a layer uses which is a Linear or Conv1D by its class alone, and what is wrong with it."""
     plain = Probe()
-    layers = [module for module in modules if isinstance(module, (nn.Linear, Conv1D)) and not plain(module)]
+    layers = [module for module in modules if is_linear(module) and not plain(module)]
     return {id(layer.weight): f"{type(layer).__name__} does not compute x @ W.T + b" for layer in layers}
 
 
@@ -296,7 +296,7 @@ def _in_selectors(blocks: nn.ModuleList) -> Iterator[tuple[nn.Module, str]]:
     """The layers of selectors, with the class of their selector."""
     for selector in blocks.modules():
         if SELECTORS.search(kind := type(selector).__name__):
-            yield from ((module, kind) for module in selector.modules() if isinstance(module, (nn.Linear, Conv1D)))
+            yield from ((module, kind) for module in selector.modules() if is_linear(module))
 
 
 def _too_few(prefix: str, blocks: nn.ModuleList, covered: set[int], odd: Mapping[int, str]) -> str | None:

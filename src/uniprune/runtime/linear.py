@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
-from transformers.pytorch_utils import Conv1D
 
 from uniprune.errors import InputError
+from uniprune.models.linear import conv1d
 from uniprune.models.loading import dtype_name
 from uniprune.models.matrices import Matrix
 from uniprune.runtime import gpu
@@ -148,7 +148,7 @@ def multiply(handle: Handle, x: Tensor, rows: int) -> Tensor:
 
 def unsupported(matrix: Matrix, dtype: torch.dtype | None) -> str | None:
     """Why a matrix cannot be packed, whatever its weights, or None. dtype: of them; None if PyTorch does not have it."""
-    if odd := next((type(module) for module in matrix.modules if type(module) not in (nn.Linear, Conv1D)), None):
+    if odd := next((type(module) for module in matrix.modules if type(module) not in (nn.Linear, conv1d())), None):
         return f"it is in a {odd.__name__}, which need not compute what nn.Linear does"
     return None if dtype in TYPES else f"its weights are of another type than {', '.join(map(dtype_name, TYPES))}"
 
