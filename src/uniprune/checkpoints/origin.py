@@ -5,11 +5,13 @@ from __future__ import annotations
 import shutil
 import tempfile
 import weakref
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
+
+import torch
 
 from uniprune.checkpoints import gguf_files, hub
 from uniprune.checkpoints.checkpoint import INDEX, PACKED, WHOLE, Files
@@ -17,6 +19,7 @@ from uniprune.checkpoints.hub import Address
 from uniprune.checkpoints.quantised.formats import Quantised
 from uniprune.errors import InputError
 from uniprune.storage import strict_json
+from uniprune.storage.dtypes import PLAIN
 
 BESIDE = ("README.md", "*.json", "*.model", "*.txt", "*.jinja")  # what goes with weights: no pickle, no code
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
@@ -240,3 +243,10 @@ def _absent(address: Address, there: Sequence[str]) -> InputError:
     root = address._replace(path="")
     others = f"it has {_listed(str(root), there)}" if there else f"see {address.url}/tree/{address.revision or 'main'}"
     return InputError(f"model {address}: {root} has no {address.path}; {others}")
+
+
+def stored_dtype(origin: Origin, matrices: Iterable[str]) -> torch.dtype | None:
+    """The type of a model's matrices on disk, None of codes; what a GGUF file has quantised is float32 here."""
+    if origin.quantised:
+        return None
+    return PLAIN.get(origin.files.stored(next(iter(matrices))).dtype, torch.float32) if origin.files else torch.float32

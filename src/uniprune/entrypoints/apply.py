@@ -14,7 +14,6 @@ from uniprune.artefacts.reports import ModelFacts, Pruning, realised
 from uniprune.checkpoints.origin import Origin, resolve
 from uniprune.common.provenance import Stopwatch, sha256, versions
 from uniprune.errors import MismatchError
-from uniprune.job.prepare import written_dtype
 from uniprune.models.loading import Loaded, find_names, load_tokenizer, load_weights, parse_dtype
 from uniprune.models.matrices import Matrices, find_matrices
 from uniprune.reporting import model_card
@@ -79,7 +78,7 @@ def apply(
             seconds=watch.seconds,
         )
         with watch("time"):
-            report = with_speed(report, written_dtype(loaded, file.shapes), torch.device("cpu"))
+            report = with_speed(report, loaded, torch.device("cpu"))
         model_card.write(folder, report, origin)
         report.write(folder / files.REPORT)
     return report

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from uniprune.checkpoints.origin import resolve
+from uniprune.checkpoints.origin import resolve, stored_dtype
 from uniprune.errors import InputError
 from uniprune.experts import removal
 from uniprune.job import estimate
 from uniprune.job.memory import Work, needs, warn_of_traffic
 from uniprune.job.options import Execution, RunOptions
-from uniprune.job.prepare import aim_of, check_predicts, choose, device_of, stored_dtype
+from uniprune.job.prepare import aim_of, check_predicts, choose, device_of
 from uniprune.job.recipe import LENGTH, WINDOWS, Recipe
 from uniprune.models.loading import fast_dtype, load, native_dtype, parse_dtype, skeleton
 from uniprune.models.matrices import choose_matrices

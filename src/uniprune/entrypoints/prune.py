@@ -18,7 +18,7 @@ from uniprune.entrypoints.calibrate import same_run
 from uniprune.errors import InputError
 from uniprune.experts import removal
 from uniprune.job.options import RunOptions
-from uniprune.job.prepare import Aim, Job, device_of, prepare, progress_of, written_dtype
+from uniprune.job.prepare import Aim, Job, device_of, prepare, progress_of
 from uniprune.job.recipe import Recipe
 from uniprune.job.scoring import scored
 from uniprune.models import masking
@@ -71,7 +71,7 @@ def prune(
                         writer.write_checkpoint(job.loaded, MasksFile(file), folder)
                     report = _report(recipe, job, cut, removed, watch, masks_sha256=sha256(file))
                     with watch("time"):
-                        report = with_speed(report, written_dtype(job.loaded, job.shapes), device_of(asked))
+                        report = with_speed(report, job.loaded, device_of(asked))
                     model_card.write(folder, report, job.loaded.origin)
                     report.write(folder / files.REPORT)
                     run.commit("done", {})

@@ -8,7 +8,7 @@ processes; or block by block from disk.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +19,7 @@ import torch
 from uniprune.artefacts import archive_size, writer
 from uniprune.artefacts.binding import Binding
 from uniprune.artefacts.reports import ModelFacts
-from uniprune.checkpoints.origin import Origin, resolve
+from uniprune.checkpoints.origin import Origin, resolve, stored_dtype
 from uniprune.common import distributed, formatting, pictures
 from uniprune.common.progress import Progress, silent
 from uniprune.controller import controllers
@@ -364,22 +364,6 @@ def device_of(options: RunOptions) -> torch.device:
         device = torch.device("cuda", distributed.local_rank() if device.index is None else device.index)
         torch.cuda.set_device(device)  # Triton's and cuSPARSELt's kernels use the current one
     return device
-
-
-def stored_dtype(origin: Origin, matrices: Iterable[str]) -> torch.dtype | None:
-    """The type of a model's matrices on disk, None of codes; what a GGUF file has quantised is float32 here."""
-    if origin.quantised:
-        return None
-    return PLAIN.get(origin.files.stored(next(iter(matrices))).dtype, torch.float32) if origin.files else torch.float32
-
-
-def written_dtype(source: Loaded | Origin, matrices: Iterable[str]) -> torch.dtype | None:
-    """The type that a model's pruned matrices are written in, None of codes: the stored one, or that in memory."""
-    origin = source if isinstance(source, Origin) else source.origin
-    if origin and (origin.files or origin.quantised):
-        return stored_dtype(origin, matrices)
-    assert isinstance(source, Loaded)
-    return next(source.model.parameters()).dtype
 
 
 def _spelled(origin: Origin, matrices: Matrices) -> str:

@@ -7,12 +7,13 @@ that is generated waits for products of one token; a prompt has many.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
 from uniprune.artefacts.reports import Pruning, Realised
-from uniprune.models.loading import dtype_name
+from uniprune.checkpoints.origin import Origin, stored_dtype
+from uniprune.models.loading import Loaded, dtype_name
 from uniprune.sparsity.patterns import Shape
 from uniprune.speed import timing
 from uniprune.speed.kernels import BITMASK, DENSE, SEMI_STRUCTURED, TWO_OF_FOUR
@@ -26,8 +27,9 @@ SPARSER = (0.7, 0.9)  # where it might be faster, if it is not at the model's ow
 DENSE_TYPES = (torch.bfloat16, torch.float32)  # that a dense model could be run in instead
 
 
-def with_speed(report: Pruning, dtype: torch.dtype | None, device: torch.device) -> Pruning:
-    """A report that says it as well, unless nothing was removed. dtype: of the checkpoint; None of codes: not timed."""
+def with_speed(report: Pruning, source: Loaded | Origin, device: torch.device) -> Pruning:
+    """A report that says it as well, unless nothing was removed, or what is written are codes. source: of the dense model."""
+    dtype = _written_dtype(source, report.matrices)
     if dtype is None or not report.sparsity:
         return report
     return report.model_copy(update={"speed": outlook(report, dtype, device)})
@@ -76,3 +78,12 @@ def verdict(results: Sequence[Result], missing: Sequence[Missing], sparsity: flo
 def _best(rows: Sequence[Result], batch: int, sparsity: float) -> Result:
     """The fastest kernel at a model's own sparsity; what has a pattern of its own is near it."""
     return max((row for row in rows if row.batch == batch), key=lambda row: (-abs(row.sparsity - sparsity), row.speedup))
+
+
+def _written_dtype(source: Loaded | Origin, matrices: Iterable[str]) -> torch.dtype | None:
+    """The type that a model's pruned matrices are written in, None of codes: the stored one, or that in memory."""
+    origin = source if isinstance(source, Origin) else source.origin
+    if origin and (origin.files or origin.quantised):
+        return stored_dtype(origin, matrices)
+    assert isinstance(source, Loaded)
+    return next(source.model.parameters()).dtype
