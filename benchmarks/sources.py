@@ -8,7 +8,7 @@ mixture, a fifth of the tokens of each. What is evaluated is other documents of 
 another seed: 8 windows of 512 tokens of each. METHOD: wanda (32 windows of 512) or feedback (the controller, 64 windows, each
 once), calibrated for 2:4; both by default. One seed, bfloat16 or float32 on a CPU that only emulates it. Rows accumulate in
 results/sources.json.
-Half an hour of one slow core for Wanda's six rows, two hours for the controller's.
+About an hour of one quiet core for both methods; rows are kept as they come, so parts can be run (`--source code`).
 """
 
 from __future__ import annotations
