@@ -53,7 +53,13 @@ READERS = {
     "openvino": Reader(
         "OpenVINO: `OVModelForCausalLM.from_pretrained(folder, export=True)`",
         [
-            *with_torch("transformers==5.5.4", "nncf==3.4.0", "openvino==2026.4.1", "openvino-tokenizers==2026.4.1.0"),
+            *with_torch(
+                "transformers==5.5.4",
+                "nncf==3.4.0",
+                "openvino==2026.4.1",
+                "openvino-tokenizers==2026.4.1.0",
+                "requests==2.34.2",
+            ),
             ["--no-deps", "optimum-intel==2.2.0", "optimum==2.3.0"],  # with its torchvision come CUDA packages
         ],
     ),
