@@ -238,8 +238,8 @@ class Bench:
     def shared(self) -> Iterator[Row]:
         model = "tiny" if self.tiny else "width"
         blocks = BLOCKS[0]
-        steps = ["--steps", "2", "--set", "batch_tokens=2048", "--set", "checks=1", "--dtype", "bfloat16"]
-        arguments = ["--execution", "resident", *steps, *self.windows(16)]
+        steps = ["--steps", "1", "--set", "batch_tokens=1024", "--set", "checks=1", "--dtype", "bfloat16"]
+        arguments = ["--execution", "resident", *steps, *self.windows(5)]
         for count in PROCESSES:
             cost = self.prune(self.shards(model, blocks), arguments, launcher=torchrun(count), threads=1)
             yield {"part": "shared", "model": model, "blocks": blocks, "processes": count, **cost}

@@ -325,8 +325,8 @@ def shared(results: dict[str, Any]) -> str:
     """Processes that divide the controller's state."""
     lines = []
     for row in (row for row in results["rows"] if row["part"] == "shared"):
-        lines.append([str(row["processes"]), f"{row['peak_bytes'] / 1e9:.2f} GB", f"{row['pruning_seconds']:.0f} s"])
-    return table(["processes", "peak of each", "calibration and cut"], lines)
+        lines.append([str(row["processes"]), f"{row['peak_bytes'] / 1e9:.2f} GB"])
+    return table(["processes", "peak of each"], lines)
 
 
 def launches(results: dict[str, Any]) -> str:
