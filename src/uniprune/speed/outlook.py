@@ -23,6 +23,7 @@ from uniprune.speed.timing import Conditions, Missing, Result
 LARGEST = 1 << 22  # weights of the matrix that is timed
 MATRICES = 32  # of this shape, as a model has: they come from memory
 TOKEN, PROMPT = 1, 64  # tokens at a time
+BUSY = 1.5  # upper quartile / lower of a result, from which on the machine does something else as well
 SPARSER = (0.7, 0.9)  # where it might be faster, if it is not at the model's own sparsity
 DENSE_TYPES = (torch.bfloat16, torch.float32)  # that a dense model could be run in instead
 
@@ -54,7 +55,9 @@ def outlook(pruned: Realised, dtype: torch.dtype, device: torch.device) -> str:
     threads = torch.get_num_threads()
     cpu = f"a CPU with {threads} thread{'s' if threads > 1 else ''}"
     place = cpu if device.type == "cpu" else torch.get_device_module(device).get_device_name(device)
-    return f"On {place} {verdict(results + dense, missing, sparsity, dtype_name(dtype))}"
+    found = f"On {place} {verdict(results + dense, missing, sparsity, dtype_name(dtype))}"
+    busy = any(row.high > BUSY * row.low for row in results)
+    return f"{found[:-1]} (measured on a busy machine, so it says little)." if busy else found
 
 
 def verdict(results: Sequence[Result], missing: Sequence[Missing], sparsity: float, dtype: str) -> str:
