@@ -144,6 +144,12 @@ def _row(kind: str, planned: dict[str, Any], walked: dict[str, str]) -> str:
     return f"| {kind} | {sizes[0]} | {sizes[1]} | {planned.get('matrices', '')} | {steps} | {why} |"
 
 
+def _frames(error: Exception) -> list[str]:
+    """The last lines that an error came through, by the names of their files."""
+    frames = traceback.extract_tb(error.__traceback__)[-3:]
+    return [f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in frames]
+
+
 def main(command: str, wanted: list[str]) -> None:
     warnings.filterwarnings("ignore")
     for kind in wanted or catalogue.TYPES:
@@ -151,7 +157,7 @@ def main(command: str, wanted: list[str]) -> None:
             try:
                 row = {"plan": plan, "walk": walk}[command](kind, Path(folder))
             except Exception as error:
-                row = {"crash": f"{type(error).__name__}: {error}"[:300], "where": traceback.format_exc(limit=-3)}
+                row = {"crash": f"{type(error).__name__}: {error}"[:300], "where": _frames(error)}
         print(kind, row, flush=True)
         known = {name: load("families").get(name, {}) for name in ("plan", "walk")}
         known[command] = dict(sorted((known[command] | {kind: row}).items()))

@@ -52,7 +52,7 @@ INSTALLS |= {
 class Format:
     """bits: stored per weight, scales and offsets included, of a matrix with 1,536 inputs."""
 
-    library: str
+    package: str
     name: str
     bits: float
 
@@ -186,7 +186,7 @@ def kept(weights: Weights, masks: Weights) -> dict[str, float]:
 
 
 def measure(form: Format, ask: Any, models: Models, judge: Judge | None) -> dict[str, Any]:
-    row: dict[str, Any] = {"library": form.library, "format": form.name, "bits": form.bits, "perplexity": {}, "kept": {}}
+    row: dict[str, Any] = {"library": form.package, "format": form.name, "bits": form.bits, "perplexity": {}, "kept": {}}
     for name in models.names:
         with tempfile.TemporaryDirectory() as out:
             row |= ask({"format": form.name, "model": str(models.folder / name), "out": out})
@@ -226,7 +226,7 @@ def main() -> None:
     for library in chosen.libraries:
         python = peers.environment(library, *INSTALLS[library])
         with peers.worker(python, "quantise_with.py", library, models.tokens) as ask:
-            for form in (form for form in FORMATS if form.library == library and form.name not in chosen.skip):
+            for form in (form for form in FORMATS if form.package == library and form.name not in chosen.skip):
                 keep(measure(form, ask, models, judge), facts)
 
 
@@ -237,7 +237,7 @@ def keep(row: dict[str, Any], facts: dict[str, Any]) -> None:
     key = row["library"], row["format"]
     if row["perplexity"] or not rows.get(key, {}).get("perplexity"):
         rows[key] = row
-    ordered = [rows[key] for form in FORMATS if (key := (form.library, form.name)) in rows]
+    ordered = [rows[key] for form in FORMATS if (key := (form.package, form.name)) in rows]
     save("quantise", {**{k: v for k, v in facts.items() if k not in ("versions", "machine")}, "rows": ordered})
 
 

@@ -33,6 +33,12 @@ SHARED = Path(__file__).parents[2] / "shared" / "data"
 VOCABULARY = 512
 
 
+def prose_and_numbers(folder):
+    """Two files of text that differ in every token: prose.txt and numbers.txt."""
+    (folder / "prose.txt").write_text("The quick brown fox jumps over the lazy dog. " * 200)
+    (folder / "numbers.txt").write_text("".join(f"{number * 7919} " for number in range(3000)))
+
+
 def tiny_config(family: str = "llama", **changes: object) -> object:
     """A configuration of a real architecture, small enough to run in milliseconds."""
     if family == "gpt2":

@@ -226,22 +226,24 @@ def an_inner_weight_that_is_read_past_its_layer(world):
     yield *command, "--exclude", "dt_proj"
 
 
+def catalogued(world, family):
+    """The folder of a tiny model of any family that transformers has."""
+    config = catalogue.small(family, vocab_size=VOCABULARY, max_position_embeddings=128)
+    AutoModelForCausalLM.from_config(config).save_pretrained(world.path / family)
+    world.tokenizer.save_pretrained(world.path / family)
+    return world.path / family
+
+
 def experts_of_a_kind_that_is_not_known(world):
     """blocks' parameters are in matrices (Linear, Conv1D, experts); not: model.layers.0.mlp.input_linear.weight (4, 128, 32)"""
-    config = catalogue.small("jetmoe", vocab_size=VOCABULARY, max_position_embeddings=128)
-    AutoModelForCausalLM.from_config(config).save_pretrained(world.path / "jetmoe")
-    world.tokenizer.save_pretrained(world.path / "jetmoe")
-    command = ["prune", world.path / "jetmoe", "-s", "2:4", *SMALL, "-o", world.path / "out"]
+    command = ["prune", catalogued(world, "jetmoe"), "-s", "2:4", *SMALL, "-o", world.path / "out"]
     message = yield command
     yield *command, *message.partition("say so: ")[2].split()
 
 
 def layers_that_nothing_goes_through(world):
     """8 matrices saw no calibration token, e.g. model.decoder.layers.0.encoder_attn.k_proj"""
-    config = catalogue.small("trocr", vocab_size=VOCABULARY, max_position_embeddings=128)
-    AutoModelForCausalLM.from_config(config).save_pretrained(world.path / "trocr")
-    world.tokenizer.save_pretrained(world.path / "trocr")
-    command = ["prune", world.path / "trocr", "-s", "2:4", *SMALL, "-o", world.path / "out"]
+    command = ["prune", catalogued(world, "trocr"), "-s", "2:4", *SMALL, "-o", world.path / "out"]
     message = yield command
     assert "leave them out (--exclude)" in message
     yield *command, "--exclude", "encoder_attn"
@@ -249,10 +251,18 @@ def layers_that_nothing_goes_through(world):
 
 def blocks_that_differentiate_in_their_own_way(world):
     """no gradient comes through the blocks of ReformerModelWithLMHead; use --controller none"""
-    config = catalogue.small("reformer", vocab_size=VOCABULARY, max_position_embeddings=128)
-    AutoModelForCausalLM.from_config(config).save_pretrained(world.path / "reformer")
-    world.tokenizer.save_pretrained(world.path / "reformer")
-    command = ["prune", world.path / "reformer", "-s", "2:4", "--windows", "8", "--length", "32", "-o", world.path / "out"]
+    command = [
+        "prune",
+        catalogued(world, "reformer"),
+        "-s",
+        "2:4",
+        "--windows",
+        "8",
+        "--length",
+        "32",
+        "-o",
+        world.path / "out",
+    ]
     yield command
     yield *command, "--controller", "none"
 
@@ -427,7 +437,10 @@ def an_upload_over_other_files(world):
 CASES = {
     name: case
     for name, case in globals().items()
-    if callable(case) and getattr(case, "__module__", "") == __name__ and case.__doc__ and name not in ("World", "after")
+    if callable(case)
+    and getattr(case, "__module__", "") == __name__
+    and case.__doc__
+    and name not in ("World", "after", "catalogued")
 }
 
 

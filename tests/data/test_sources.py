@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import uniprune
-from conftest import tiny_model
+from conftest import prose_and_numbers, tiny_model
 from uniprune import InputError, Loaded, Recipe
 from uniprune.data.sources import Source, interleaved, parse, shares
 from uniprune.data.windows import load_windows, save_windows
@@ -21,8 +21,7 @@ LENGTH = 16
 def texts(tmp_path_factory):
     """Two files, one of letters and one of digits."""
     folder = tmp_path_factory.mktemp("texts")
-    (folder / "prose.txt").write_text("The quick brown fox jumps over the lazy dog. " * 200)
-    (folder / "numbers.txt").write_text("".join(f"{number * 7919} " for number in range(3000)))
+    prose_and_numbers(folder)
     return folder
 
 

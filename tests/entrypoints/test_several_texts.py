@@ -8,7 +8,7 @@ import yaml
 import processes
 import uniprune
 from command import run
-from conftest import Stopped, Stops
+from conftest import Stopped, Stops, prose_and_numbers
 from uniprune import InputError, Recipe
 from uniprune.artefacts.scores import ScoresFile
 from uniprune.entrypoints.sweep import sweep
@@ -21,8 +21,7 @@ LENGTH = 32
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory):
     folder = tmp_path_factory.mktemp("texts")
-    (folder / "prose.txt").write_text("The quick brown fox jumps over the lazy dog. " * 200)
-    (folder / "numbers.txt").write_text("".join(f"{number * 7919} " for number in range(3000)))
+    prose_and_numbers(folder)
     return str(folder / "prose.txt"), f"digits={folder / 'numbers.txt'}"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -53,6 +54,7 @@ class Rule(Protocol):
     def restore(self, dual: Tensor, rest: Mapping[str, Tensor]) -> State: ...
 
 
+@dataclass(eq=False)
 class Masks(Mapping[str, Tensor]):
     """The masks of every matrix under one target, created when they are asked for, and kept until the target changes.
 
@@ -60,20 +62,17 @@ class Masks(Mapping[str, Tensor]):
     ones. device: where they are wanted.
     """
 
-    def __init__(
-        self,
-        target: Pattern,
-        hard: Cutter,
-        dual: Callable[[str], Tensor],
-        matrices: Matrices,
-        temperature: float,
-        device: torch.device,
-    ) -> None:
-        self._target, self.hard, self._dual, self._matrices = target, hard, dual, matrices
-        self._temperature, self._device = temperature, device
-        self._kept: dict[str, Tensor] = {}
-        if temperature and not target.local:
-            self._kept = dict(relaxed(target, {name: dual(name) for name in matrices}, temperature))
+    target: Pattern
+    hard: Cutter
+    dual: Callable[[str], Tensor]
+    matrices: Matrices
+    temperature: float
+    device: torch.device
+    _kept: dict[str, Tensor] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        if self.temperature and not self.target.local:
+            self._kept = dict(relaxed(self.target, {name: self.dual(name) for name in self.matrices}, self.temperature))
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._kept:
@@ -81,46 +80,36 @@ class Masks(Mapping[str, Tensor]):
         return self._kept[name]
 
     def _make(self, name: str) -> Tensor:
-        dual = self._dual(name).to(self._device)
-        if self._temperature:
-            return dict(relaxed(self._target, {name: dual}, self._temperature))[name]
+        dual = self.dual(name).to(self.device)
+        if self.temperature:
+            return dict(relaxed(self.target, {name: dual}, self.temperature))[name]
         return self.hard(name, dual)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._matrices)
+        return iter(self.matrices)
 
     def __len__(self) -> int:
-        return len(self._matrices)
+        return len(self.matrices)
 
 
+@dataclass(eq=False)
 class PackedMasks(Masks):
     """Masks of which those of one block are whole, the others bits in a stash: of the pass backwards, an eighth of a byte each.
 
     Relaxed ones are no bits: they are created again, unless a budget for the model had all of them created at once.
     """
 
-    def __init__(
-        self,
-        target: Pattern,
-        hard: Cutter,
-        dual: Callable[[str], Tensor],
-        matrices: Matrices,
-        temperature: float,
-        device: torch.device,
-        *,
-        stash: Stash,
-    ) -> None:
-        super().__init__(target, hard, dual, matrices, temperature, device)
-        self._stash, self._packed = stash, dict[str, Tensor]()
+    stash: Stash = field(kw_only=True)
+    _packed: dict[str, Tensor] = field(default_factory=dict, init=False)
 
     def _make(self, name: str) -> Tensor:
-        matrix = self._matrices[name]
-        if any(self._matrices[other].block != matrix.block for other in self._kept):
+        matrix = self.matrices[name]
+        if any(self.matrices[other].block != matrix.block for other in self._kept):
             self._kept.clear()
         if name in self._packed:
-            return bits.unpack(self._packed[name].to(self._device), matrix.shape)
+            return bits.unpack(self._packed[name].to(self.device), matrix.shape)
         mask = super()._make(name)
-        if not self._temperature:
+        if not self.temperature:
             self._put(name, bits.pack(mask))
         return mask
 
@@ -128,19 +117,19 @@ class PackedMasks(Masks):
         """Has all processes know all masks: each creates those of its own duals, and is given the others' bits, by block."""
         blocks: dict[int, dict[int, list[str]]] = {}
         for name, owner in owners.items():
-            blocks.setdefault(self._matrices[name].block, {}).setdefault(owner, []).append(name)
+            blocks.setdefault(self.matrices[name].block, {}).setdefault(owner, []).append(name)
         for by_owner in blocks.values():
             for owner, names in by_owner.items():
-                sizes = [-(-self._matrices[name].size // 8) for name in names]
+                sizes = [-(-self.matrices[name].size // 8) for name in names]
                 if owner == distributed.rank():
                     together = torch.cat([bits.pack(super(PackedMasks, self)._make(name)) for name in names])
                 else:
-                    together = torch.empty(sum(sizes), dtype=torch.uint8, device=self._device)
+                    together = torch.empty(sum(sizes), dtype=torch.uint8, device=self.device)
                 for name, packed in zip(names, torch.split(distributed.given_by(owner, together), sizes), strict=True):
                     self._put(name, packed)
 
     def _put(self, name: str, packed: Tensor) -> None:
-        self._packed[name] = self._stash.put(f"mask-{name}", packed)
+        self._packed[name] = self.stash.put(f"mask-{name}", packed)
 
 
 class InMemory(dict[str, State]):

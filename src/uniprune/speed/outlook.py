@@ -47,16 +47,17 @@ def outlook(pruned: Realised, dtype: torch.dtype, device: torch.device) -> str:
     kernels = [BITMASK, *([SEMI_STRUCTURED] if pruned.pattern == str(TWO_OF_FOUR) else [])]
     at = Conditions(device, [dtype], (TOKEN, PROMPT), [sparsity], kernels, seconds=0)
     results, missing = timing.measure(some, at)
-    if any(row.batch == TOKEN and row.low < 1 + MARGIN for row in results):
+    if results and _best(results, TOKEN, sparsity).low < 1 + MARGIN:
         at = Conditions(device, [dtype], (TOKEN,), [more for more in SPARSER if more > sparsity], [BITMASK], seconds=0)
-        results += timing.measure(some, at)[0]
-    others = [other for other in DENSE_TYPES if other != dtype]
-    dense = timing.measure(some, Conditions(device, [dtype, *others], (TOKEN,), [], [], seconds=0))[0]
+    else:
+        types = [dtype, *(other for other in DENSE_TYPES if other != dtype)]
+        at = Conditions(device, types, (TOKEN,), [], [], seconds=0)
+    beside = timing.measure(some, at)[0]
     threads = torch.get_num_threads()
     cpu = f"a CPU with {threads} thread{'s' if threads > 1 else ''}"
     place = cpu if device.type == "cpu" else torch.get_device_module(device).get_device_name(device)
-    found = f"On {place} {verdict(results + dense, missing, sparsity, dtype_name(dtype))}"
-    busy = any(row.high > BUSY * row.low for row in results)
+    found = f"On {place} {verdict(results + beside, missing, sparsity, dtype_name(dtype))}"
+    busy = any(row.high > BUSY * row.low for row in results + beside)
     return f"{found[:-1]} (measured on a busy machine, so it says little)." if busy else found
 
 
