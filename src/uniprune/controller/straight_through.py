@@ -8,6 +8,7 @@ the dense one: a teacher that takes no memory.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -27,6 +28,7 @@ Weigh = Callable[[str, Tensor, Tensor], Tensor]
 Watch = Callable[[str, Tensor, Tensor], None]
 
 TINY = 1e-20
+INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 
 
 class StraightThrough:
@@ -124,7 +126,10 @@ class _MaskedLinear(torch.autograd.Function):
 def _masked(weight: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None:
         return weight
-    return weight * (mask if mask.dtype == torch.bool else mask.to(weight.dtype))
+    if mask.dtype != torch.bool:
+        return weight * mask.to(weight.dtype)
+    # As integers of the same size: on a CPU several times as fast as weight * mask, for the mask need not become a float.
+    return (weight.view(INTEGERS[weight.element_size()]) * mask).view(weight.dtype)
 
 
 class Evener:
@@ -147,6 +152,11 @@ class Evener:
 @fused(kernels=1, triton="uniprune.common.triton_kernels:evened")
 def evened(x: Tensor, gradient: Tensor, inputs: Tensor, outputs: Tensor) -> Tensor:
     """The gradient, weighed; inputs ``[in]``, outputs ``[out]``: one through the RMS of their channels."""
-    input_power = (x * inputs).square().mean(1).clamp_min(TINY)
-    gradient_power = (gradient * outputs).square().mean(1).clamp_min(TINY)
-    return gradient * (input_power**-0.5 * gradient_power**-0.25).to(gradient.dtype)[:, None]
+    input_size, gradient_size = _rms(x * inputs), _rms(gradient * outputs)
+    return gradient * (input_size * gradient_size.sqrt()).reciprocal().to(gradient.dtype)[:, None]
+
+
+def _rms(tokens: Tensor) -> Tensor:
+    """Of each token ``[tokens, channels]``; not below the root of TINY."""
+    norm: Tensor = torch.linalg.vector_norm(tokens, dim=1)
+    return (norm / math.sqrt(tokens.shape[1])).clamp_min(TINY**0.5)
