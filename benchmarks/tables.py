@@ -5,11 +5,16 @@ python benchmarks/tables.py
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 import statistics
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
 
 from ablations import VARIANTS
 from common import ROOT, load
@@ -38,7 +43,7 @@ def label(pattern: str, scope: str | None) -> str:
     return pattern if scope is None else f"{float(pattern):.0%} by {scope}"
 
 
-PATTERNS = ("50%", "60%", "70%", "2:4", "4:8")
+PATTERNS = ("50%", "60%", "70%", "2:4", "4:8", "8:16", "6:8")
 METHODS = {
     "magnitude": "magnitude",
     "wanda": "Wanda",
@@ -88,23 +93,28 @@ class Quality:
         """Wanda's row of each seed."""
         return {row["seed"]: row for row in self.rows["wanda", pattern]}
 
+    @property
+    def patterns(self) -> list[str]:
+        return [pattern for pattern in PATTERNS if any(key[1] == pattern for key in self.rows)]
+
     def methods(self) -> list[str]:
         return [method for method in METHODS if any(key[0] == method for key in self.rows)]
 
     def perplexities(self) -> str:
-        lines = [["dense", *[number(self.dense["perplexity"])] * len(PATTERNS)]]
-        lines += [[METHODS[m], *(number(self.value(m, p)) for p in PATTERNS)] for m in self.methods()]
-        return table(["method", *PATTERNS], lines)
+        lines = [["dense", *[number(self.dense["perplexity"])] * len(self.patterns)]]
+        lines += [[METHODS[m], *(number(self.value(m, p)) for p in self.patterns)] for m in self.methods()]
+        return table(["method", *self.patterns], lines)
 
     def gaps(self) -> str:
         shown = [m for m in self.methods() if m not in ("magnitude", "wanda")]
-        return table(["R", *PATTERNS], [[METHODS[m], *(number(self.recovered(m, p), 2) for p in PATTERNS)] for m in shown])
+        lines = [[METHODS[m], *(number(self.recovered(m, p), 2) for p in self.patterns)] for m in shown]
+        return table(["R", *self.patterns], lines)
 
     def shared(self) -> str:
         """What one calibration for all costs against one for each."""
-        pairs = [(self.value("any", p), self.value("feedback", p)) for p in PATTERNS]
+        pairs = [(self.value("any", p), self.value("feedback", p)) for p in self.patterns]
         ratios = [f"{both / alone:.3f}" if both and alone else "" for both, alone in pairs]
-        return table(["perplexity", *PATTERNS], [["one calibration for all / one for each", *ratios]])
+        return table(["perplexity", *self.patterns], [["one calibration for all / one for each", *ratios]])
 
     def transfer(self) -> str:
         columns = [(p, c) for p in ("50%", "2:4") for c in ("perplexity", "articles", "answers")]
@@ -118,26 +128,31 @@ class Quality:
         columns = ("full", "perplexity")
         dense = self.rows.get(("dense", "0%"), [])
         lines = [["dense", *(cell for c in columns for cell in (number(row[c]), ""))] for row in dense]
-        for pattern in PATTERNS if dense else ():
+        for pattern in self.patterns if dense else ():
             for method in (m for m in self.methods() if (m, pattern) in self.rows):
                 found = [(self.value(method, pattern, c), self.recovered(method, pattern, c)) for c in columns]
                 cells = (cell for value, share in found for cell in (number(value), number(share, 2)))
                 lines.append([f"{METHODS[method]}, {pattern}", *cells])
         return table(["method", "whole text, samples of 2048", "R", "24 samples of 512", "R"], lines)
 
+    def curves(self, longer: Sequence[dict[str, Any]]) -> dict[str, dict[int, tuple[float, float]]]:
+        """Perplexity and R of the controller by thousands of tokens; longer: rows with other numbers of them than the usual."""
+        found: dict[str, dict[int, tuple[float, float]]] = {}
+        for method, pattern in itertools.product(("feedback", "any"), ("2:4", "50%")):
+            usual = [row for row in self.rows.get((method, pattern), []) if row["seed"] == 0]
+            spec = pattern if ":" in pattern else "0.5"
+            rows = [*usual, *(row for row in longer if (row["method"], row["pattern"], row["seed"]) == (method, spec, 0))]
+            start = self.starts(pattern)[0]["perplexity"]
+            points = {round(row["tokens"] / 1000): (row["perplexity"], self.gap(start, row["perplexity"])) for row in rows}
+            found[f"{METHODS[method]}, {pattern}"] = dict(sorted(points.items()))
+        return found
+
     def curve(self, longer: Sequence[dict[str, Any]]) -> str:
-        """Perplexity and R of the controller by tokens; longer: rows with other numbers of tokens than the usual."""
-        found: dict[int, dict[str, str]] = {}
-        for method in ("any", "feedback"):
-            for pattern in ("2:4", "50%"):
-                usual = [row for row in self.rows.get((method, pattern), []) if row["seed"] == 0]
-                spec = pattern if ":" in pattern else "0.5"
-                for row in [*usual, *(one for one in longer if (one["method"], one["pattern"]) == (method, spec))]:
-                    share = self.gap(self.starts(pattern)[0]["perplexity"], row["perplexity"])
-                    thousands = round(row["tokens"] / 1000)
-                    found.setdefault(thousands, {})[f"{METHODS[method]}, {pattern}"] = f"{row['perplexity']:.1f} ({share:.2f})"
-        columns = [f"{METHODS[method]}, {pattern}" for method in ("feedback", "any") for pattern in ("2:4", "50%")]
-        lines = [[f"{tokens}k", *(row.get(column, "") for column in columns)] for tokens, row in sorted(found.items())]
+        columns = self.curves(longer)
+        lines = []
+        for tokens in sorted(set().union(*columns.values())):
+            cells = (points.get(tokens) for points in columns.values())
+            lines.append([f"{tokens}k", *(f"{cell[0]:.1f} ({cell[1]:.2f})" if cell else "" for cell in cells)])
         return table(["tokens", *columns], lines)
 
     def costs(self) -> str:
@@ -174,6 +189,22 @@ class Quality:
                     [f"{METHODS[method]}, {pattern}", str(len(rows)), *map(number, (mean, min(values), max(values))), spread]
                 )
         return table(["method", "calibration seeds", "geometric mean", "lowest", "highest", "R"], lines)
+
+
+def draw(file: Path, curves: dict[str, dict[int, tuple[float, float]]]) -> None:
+    """R against tokens; the same numbers give the same bytes."""
+    with matplotlib.rc_context({"svg.hashsalt": file.name, "font.size": 9}):
+        figure = Figure(figsize=(5.6, 3.2), layout="constrained")
+        axes = figure.subplots()
+        for name, points in curves.items():
+            axes.plot(list(points), [share for _, share in points.values()], "o-", label=name.replace("*", ""), ms=4)
+        axes.set(xscale="log", xlabel="calibration tokens", ylabel="R, share of the gap recovered")
+        ticks = sorted(set().union(*curves.values()))
+        axes.set_xticks(ticks, [f"{tick}k" for tick in ticks])
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False)
+        figure.savefig(file, metadata={"Date": None})
 
 
 def ablations(results: dict[str, Any]) -> str:
@@ -700,6 +731,7 @@ def main() -> None:
         names = ("perplexities", "gaps", "shared", "transfer", "costs", "seeds")
         sections = {name: getattr(quality, name)() for name in names} | {"whole": Quality(results["whole"]).whole()}
         sections["curve"] = quality.curve(results.get("curve", []))
+        draw(ROOT / "docs" / "curve.svg", quality.curves(results.get("curve", [])))
     if results := load("quality_qwen"):
         second = Quality(results["rows"])
         sections |= {f"qwen-{name}": getattr(second, name)() for name in ("perplexities", "gaps", "costs")}
