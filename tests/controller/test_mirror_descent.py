@@ -1,5 +1,7 @@
 """The controller against plain autograd, torch's Adam, and its own promises."""
 
+from urllib.parse import unquote
+
 import pytest
 import torch
 from torch.nn import functional
@@ -18,7 +20,9 @@ from uniprune.saliency.calibration import Calibration, one_shot
 from uniprune.saliency.metrics import Wanda
 from uniprune.saliency.statistics import SquaredNorm
 from uniprune.sparsity.patterns import NM, Unstructured
+from uniprune.storage import runs
 from uniprune.storage.runs import Run
+from uniprune.storage.tensor_store import Store
 
 
 def tokens(count=8, length=16):
@@ -187,12 +191,16 @@ def test_sampled_thresholds_are_close_to_the_exact_ones(tmp_path):
     model, matrices, ids, metric, settings = setting()
     target = Unstructured(0.7, "model")
     with StraightThrough(matrices) as network:
-        descent = Descent(
-            settings, resident(model, network), Calibration(model, matrices, ids), metric, [target], Run(tmp_path)
-        )
+        descent = opened(settings, model, network, ids, metric, [target], Run(tmp_path))
         descent.judge([target], ids[:1])
         kept = sum(int(mask.sum()) for mask in network.masks.values())
     assert kept == pytest.approx(target.keep(sum(matrix.size for matrix in matrices.values())), rel=0.03)
+
+
+def opened(settings, model, network, ids, metric, targets, run):
+    """A descent before its first step."""
+    calibration = Calibration(model, network.matrices, ids)
+    return Descent(settings, resident(model, network), calibration, metric, targets, run, Store(run, "descent"))
 
 
 def setting(**changes):
@@ -292,11 +300,25 @@ def test_same_seed_same_duals():
     assert record.held_out_loss != other_record.held_out_loss
 
 
+def test_a_descent_that_is_over_is_not_made_again(tmp_path, monkeypatch):
+    """A run that was interrupted between the last step and its output; of what it keeps, the best duals are enough."""
+    monkeypatch.setattr(runs.Pace, "due", lambda self: False)
+    model, matrices, ids, metric, settings = setting()
+    calibration = Calibration(model, matrices, ids, run=Run(tmp_path))
+    found, record = settings.calibrate(calibration, metric, [NM(2, 4)], 2)
+    kept = {unquote(path.name).split("/")[0] for path in (tmp_path / "descent").iterdir()}
+    assert kept == {"best"}
+    monkeypatch.setattr("uniprune.controller.descent.Descent", None)
+    again, same_record = settings.calibrate(calibration, metric, [NM(2, 4)], 2)
+    assert same_record == record
+    assert all(torch.equal(found[name], again[name]) for name in matrices)
+
+
 def test_targets_share_the_windows_that_judge(tmp_path):
     model, matrices, ids, metric, settings = setting()
     targets = [NM(2, 4), Unstructured(0.7, "row")]
     with StraightThrough(matrices) as network:
-        descent = Descent(settings, resident(model, network), Calibration(model, matrices, ids), metric, targets, Run(tmp_path))
+        descent = opened(settings, model, network, ids, metric, targets, Run(tmp_path))
         alone = [descent.judge([target], ids[start:5:2]) for start, target in enumerate(targets)]
         assert descent.judge(targets, ids[:5]) == pytest.approx(sum(alone) / 2)
         assert descent.judge(targets, ids[:1]) == pytest.approx(sum(descent.judge([t], ids[:1]) for t in targets) / 2)

@@ -79,12 +79,14 @@ def descend(
     steps = steps or len(todo)
     with ExitStack() as stack:
         run = calibration.run or stack.enter_context(_temporary())
+        store, every = Store(run, "descent", shared=True), math.ceil(steps / settings.checks)
+        if store.facts.get("step") == steps:  # an earlier run came to the end, and then was interrupted
+            return Best(store, calibration.matrices, calibration.device, ()), _record(steps, every, store.facts)
         passes = _passes(calibration, run)
         stack.enter_context(passes.network)
-        descent = Descent(settings, passes, replace(calibration, windows=windows), metric, targets, run)
+        descent = Descent(settings, passes, replace(calibration, windows=windows), metric, targets, run, store)
         best, order, descent.repeats = descent.best, _drawn(targets, seed), steps > len(todo)
         history, stale, begin = [], 0, 0
-        every = math.ceil(steps / settings.checks)
         if saved := descent.saved():
             history, stale, begin = saved["history"], saved["stale"], saved["step"]
             best.value = saved["best"]
@@ -113,15 +115,7 @@ def descend(
             descent.save(facts, last=after == steps)
             if stale == 2:
                 break
-        warn_of_stillness(descent.record["without_gradient"])
-        record = ControllerRecord(
-            objective="KL",
-            steps=steps,
-            judged_every=every,
-            held_out_loss=history,
-            best_held_out_loss=best.value,
-            **descent.record,
-        )
+        record = _record(steps, every, {"history": history, "best": best.value, "record": descent.record})
         if calibration.run:
             return best, record
         descent.states.clear()  # their place is the duals'
@@ -132,9 +126,9 @@ class Descent:
     """The states of all matrices, and the steps that move them.
 
     calibration: of it, the windows to descend on. run: where states lie that are not in memory; the calibration's own, else a
-    temporary one. best: of the states that were judged. record: tokens descended on, KL in nats per token and share of masks
-    that each step flipped, how often it backed off, matrices that no gradient has reached. repeats: whether windows will come
-    again.
+    temporary one. store: of the run, where they are saved. best: of the states that were judged. record: tokens descended on,
+    KL in nats per token and share of masks that each step flipped, how often it backed off, matrices that no gradient has
+    reached. repeats: whether windows will come again.
     """
 
     def __init__(
@@ -145,10 +139,11 @@ class Descent:
         metric: Metric,
         targets: Sequence[Pattern],
         run: Run,
+        store: Store,
     ) -> None:
         self._settings, self._passes, self._matrices = settings, passes, calibration.matrices
         self._rule: Rule = settings
-        windows, store = calibration.windows, Store(run, "descent", shared=True)
+        windows = calibration.windows
         # Of several processes each keeps, moves and cuts the duals of some matrices; gradients go there, masks come from there.
         self._owners = distributed.owners({name: matrix.size for name, matrix in self._matrices.items()})
         self._own = [name for name, owner in self._owners.items() if owner == distributed.rank()]
@@ -320,6 +315,19 @@ class Descent:
         self._flips.append((before != after).sum())
         self._seen += before.numel()
         self._put(name, moved)
+
+
+def _record(steps: int, every: int, facts: Mapping[str, Any]) -> ControllerRecord:
+    """Of a descent that is over; facts: as they were saved last."""
+    warn_of_stillness(facts["record"]["without_gradient"])
+    return ControllerRecord(
+        objective="KL",
+        steps=steps,
+        judged_every=every,
+        held_out_loss=facts["history"],
+        best_held_out_loss=facts["best"],
+        **facts["record"],
+    )
 
 
 def any_sparsity() -> tuple[Pattern, ...]:

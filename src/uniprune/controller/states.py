@@ -159,11 +159,10 @@ class InMemory(dict[str, State]):
         self._store[key] = {"dual": self.dual(name)}
 
     def save(self, facts: Mapping[str, Any], last: bool) -> None:
-        """Keeps the progress, if it is time to, as the first process has it, or these are the ``last`` facts."""
-        if self._pace is None:
-            if last and distributed.count() > 1:  # the best duals of all, for all
-                self._saved.save(facts, last)
-        elif last or distributed.gathered(self._pace.due())[0]:
+        """Keeps the progress, if it is time to, as the first process has it; with the ``last`` facts, the best duals alone."""
+        if last and (self._pace is not None or distributed.count() > 1):  # of several processes, each needs those of all
+            self._saved.save(facts, last)
+        elif self._pace is not None and distributed.gathered(self._pace.due())[0]:
             with self._pace.saving():
                 for name, state in self.items():
                     self._saved[name] = state
