@@ -1,6 +1,6 @@
 """Every method on a model: C4 calibration, WikiText-2 raw test, float32, 24 windows of 512 spread over the test text.
 
-    python benchmarks/quality.py METHOD [PATTERN ...] [--model qwen] [--seed N] [--tokens N] [--full]
+    python benchmarks/quality.py METHOD [PATTERN ...] [--model qwen] [--seed N] [--tokens N [--fresh N]] [--full]
 
 METHOD: dense, a local metric (magnitude, wanda, ria, stochria), fisher, owl, sparsegpt, sequential (Wanda's, block after
 block), refine (the same and --refine), paper, feedback (the controller, calibrated for each pattern alone), any (one
@@ -8,8 +8,9 @@ calibration of the controller, all patterns cut from it). A sparsity such as 0.5
 row, but for fisher and the controller, which have one for the model.
 
 Local methods see 64 windows of 512 tokens, the controllers 131,072 tokens in all, counted with repeats, start and judging
-included; with --tokens another number, whose rows are kept apart (the curve). Controllers descend in bfloat16, or in float32
-on a CPU that only emulates it; a row's dtype says which. Rows accumulate in results/quality.json, those of another model
+included; with --tokens another number, whose rows are kept apart (the curve). Above 131,072 windows come from both files of
+C4, which have 1,111; when those are used up, or --fresh tokens of them, they come again. Controllers descend in bfloat16, or in
+float32 on a CPU that only emulates it; a row's dtype says which. Rows accumulate in results/quality.json, those of another model
 than SmolLM2-135M in a file of its own, keyed by method, pattern and seed. At 2:4 and 50 % there are other domains: encyclopedia
 articles, and questions with their right answers. With --full, rows have the whole test text in windows of 2048, too, in that
 type (half an hour each on a slow core); they are kept apart, for they may come from another machine than the others.
@@ -22,6 +23,7 @@ import json
 import tempfile
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,10 +62,11 @@ def main() -> None:
     parser.add_argument("--model", choices=MODELS, default="smollm2")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tokens", type=int, default=BUDGET, help="of the controllers")
+    parser.add_argument("--fresh", type=int, help="of these tokens, how many differ; the others are the same again")
     parser.add_argument("--full", action="store_true")
     chosen = parser.parse_args()
-    bench = Bench(chosen.seed, chosen.model, chosen.tokens)
-    table = "whole" if chosen.full else "rows" if chosen.tokens == BUDGET else "curve"
+    bench = Bench(chosen.seed, chosen.model, chosen.tokens, chosen.fresh)
+    table = "whole" if chosen.full else "rows" if (chosen.tokens, chosen.fresh) == (BUDGET, None) else "curve"
     method = {"dense": bench.dense, "fisher": bench.fisher, "owl": bench.owl, "sparsegpt": bench.sparsegpt}
     method |= {
         "sequential": bench.sequential,
@@ -77,6 +80,7 @@ def main() -> None:
     for spec, pattern, cut, tokens in run(chosen.patterns or (MAIN if chosen.full else PATTERNS)):
         row = {"method": chosen.method, "pattern": spec, "scope": getattr(pattern, "scope", None), "seed": chosen.seed}
         row |= {"dtype": dtype_name(bench.model.dtype), "tokens": tokens}
+        row |= {"fresh": bench.windows * LENGTH} if table == "curve" else {}
         row |= {"seconds": time.perf_counter() - start, "peak_bytes": peak_memory()}
         removed = sum(int((~mask).sum()) for mask in cut.values())
         row["sparsity"] = removed / sum(matrix.size for matrix in bench.matrices.values())
@@ -88,8 +92,9 @@ def main() -> None:
 class Bench:
     """The model, the text, and each method's way from them to masks."""
 
-    def __init__(self, seed: int = 0, model: str = "smollm2", budget: int = BUDGET) -> None:
-        self.source, self.seed, self.budget = MODELS[model](), seed, budget
+    def __init__(self, seed: int = 0, model: str = "smollm2", budget: int = BUDGET, fresh: int | None = None) -> None:
+        self.source, self.seed, self.budget, self.fresh = MODELS[model](), seed, budget, fresh
+        self.windows = 0  # that a controller saw last
         self.reload()
 
     def reload(self, dtype: torch.dtype = torch.float32) -> None:
@@ -97,10 +102,11 @@ class Bench:
         self.model, self.matrices = self.loaded.model, find_matrices(self.loaded.model)
 
     def text(self, windows: int = WINDOWS, length: int = LENGTH) -> torch.Tensor:
-        drawn = load_windows(
-            CALIBRATION, self.loaded.tokenizer, use="calibration", length=length, count=windows, seed=self.seed
-        )
-        return drawn.tokens
+        """As many windows as asked, or as there are in C4's larger sample."""
+        text = partial(load_windows, tokenizer=self.loaded.tokenizer, use="calibration", length=length, seed=self.seed)
+        if windows * length <= BUDGET:
+            return text(CALIBRATION, count=windows).tokens
+        return text(CALIBRATION.parent, count=min(windows, text(CALIBRATION.parent).available)).tokens
 
     def evaluate(self, cut: Masks, transfer: bool) -> dict[str, float]:
         """Perplexity of the model that is loaded, under masks, in float32; ``transfer``: on the other domains, too."""
@@ -198,7 +204,9 @@ class Bench:
         held_out = max(tuned.held_out, len(targets))
         judged = held_out * LENGTH * (tuned.checks + 1)
         steps = ((budget or self.budget) - descent.START_TOKENS - judged) // tuned.batch_tokens
-        windows = self.text(steps * tuned.batch_tokens // LENGTH + held_out)
+        wanted = steps * tuned.batch_tokens // LENGTH
+        windows = self.text(min(wanted, (self.fresh or wanted * LENGTH) // LENGTH) + held_out)
+        self.windows = len(windows) - held_out
         saliency, record = tuned.calibrate(self.calibration(windows), metrics.Wanda(), targets, steps, self.seed)
         print(record, flush=True)
         return saliency, record.tokens + descent.START_TOKENS + judged
@@ -219,7 +227,7 @@ def keep(model: str, row: dict[str, Any], table: str) -> None:
     file = "quality" if model == "smollm2" else f"quality_{model}"
     results = load(file)
     tables = {name: results.get(name, []) for name in ("rows", "whole", "curve")}
-    key = ("method", "pattern", "scope", "seed", *(["tokens"] if table == "curve" else []))
+    key = ("method", "pattern", "scope", "seed", *(["tokens", "fresh"] if table == "curve" else []))
     tables[table] = [other for other in tables[table] if [other[k] for k in key] != [row[k] for k in key]] + [row]
     save(file, {"calibration": relative(CALIBRATION), "evaluation": relative(EVALUATION), **tables})
     print(row, flush=True)

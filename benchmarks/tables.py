@@ -43,6 +43,7 @@ def label(pattern: str, scope: str | None) -> str:
     return pattern if scope is None else f"{float(pattern):.0%} by {scope}"
 
 
+FRESH = 0.8  # of a row's tokens: if fewer differ, windows were repeated
 PATTERNS = ("50%", "60%", "70%", "2:4", "4:8", "8:16", "6:8")
 METHODS = {
     "magnitude": "magnitude",
@@ -135,24 +136,25 @@ class Quality:
                 lines.append([f"{METHODS[method]}, {pattern}", *cells])
         return table(["method", "whole text, samples of 2048", "R", "24 samples of 512", "R"], lines)
 
-    def curves(self, longer: Sequence[dict[str, Any]]) -> dict[str, dict[int, tuple[float, float]]]:
-        """Perplexity and R of the controller by thousands of tokens; longer: rows with other numbers of them than the usual."""
-        found: dict[str, dict[int, tuple[float, float]]] = {}
+    def curves(self, longer: Sequence[dict[str, Any]]) -> dict[str, dict[tuple[int, int], tuple[float, float]]]:
+        """Perplexity and R of the controller by tokens and by tokens that differ, in thousands; longer: what is no usual row."""
+        found: dict[str, dict[tuple[int, int], tuple[float, float]]] = {}
         for method, pattern in itertools.product(("feedback", "any"), ("2:4", "50%")):
             usual = [row for row in self.rows.get((method, pattern), []) if row["seed"] == 0]
             spec = pattern if ":" in pattern else "0.5"
-            rows = [*usual, *(row for row in longer if (row["method"], row["pattern"], row["seed"]) == (method, spec, 0))]
-            start = self.starts(pattern)[0]["perplexity"]
-            points = {round(row["tokens"] / 1000): (row["perplexity"], self.gap(start, row["perplexity"])) for row in rows}
-            found[f"{METHODS[method]}, {pattern}"] = dict(sorted(points.items()))
+            points = found[f"{METHODS[method]}, {pattern}"] = {}
+            for row in [*usual, *(row for row in longer if (row["method"], row["pattern"], row["seed"]) == (method, spec, 0))]:
+                tokens = round(row["tokens"] / 1000)
+                fresh = round(row["fresh"] / 1000) if row.get("fresh", row["tokens"]) < FRESH * row["tokens"] else tokens
+                points[tokens, fresh] = row["perplexity"], self.gap(self.starts(pattern)[0]["perplexity"], row["perplexity"])
         return found
 
     def curve(self, longer: Sequence[dict[str, Any]]) -> str:
-        columns = self.curves(longer)
-        lines = []
-        for tokens in sorted(set().union(*columns.values())):
-            cells = (points.get(tokens) for points in columns.values())
-            lines.append([f"{tokens}k", *(f"{cell[0]:.1f} ({cell[1]:.2f})" if cell else "" for cell in cells)])
+        columns, lines = self.curves(longer), []
+        for tokens, fresh in sorted(set().union(*columns.values())):
+            cells = (points.get((tokens, fresh)) for points in columns.values())
+            name = f"{tokens}k" if fresh == tokens else f"{tokens}k, {fresh}k of them different"
+            lines.append([name, *(f"{cell[0]:.1f} ({cell[1]:.2f})" if cell else "" for cell in cells)])
         return table(["tokens", *columns], lines)
 
     def costs(self) -> str:
@@ -191,15 +193,16 @@ class Quality:
         return table(["method", "calibration seeds", "geometric mean", "lowest", "highest", "R"], lines)
 
 
-def draw(file: Path, curves: dict[str, dict[int, tuple[float, float]]]) -> None:
-    """R against tokens; the same numbers give the same bytes."""
+def draw(file: Path, curves: dict[str, dict[tuple[int, int], tuple[float, float]]]) -> None:
+    """R against tokens, of which as many differ as C4's sample has; the same numbers give the same bytes."""
     with matplotlib.rc_context({"svg.hashsalt": file.name, "font.size": 9}):
         figure = Figure(figsize=(5.6, 3.2), layout="constrained")
         axes = figure.subplots()
         for name, points in curves.items():
-            axes.plot(list(points), [share for _, share in points.values()], "o-", label=name.replace("*", ""), ms=4)
+            line = {tokens: points[tokens, fresh][1] for tokens, fresh in sorted(points)}  # the most that differ come last
+            axes.plot(list(line), list(line.values()), "o-", label=name.replace("*", ""), ms=4)
         axes.set(xscale="log", xlabel="calibration tokens", ylabel="R, share of the gap recovered")
-        ticks = sorted(set().union(*curves.values()))
+        ticks = sorted({tokens for points in curves.values() for tokens, _ in points})
         axes.set_xticks(ticks, [f"{tick}k" for tick in ticks])
         axes.minorticks_off()
         axes.grid(alpha=0.3)
