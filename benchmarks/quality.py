@@ -10,8 +10,8 @@ row, but for fisher and the controller, which have one for the model.
 Local methods see 64 windows of 512 tokens, the controllers 131,072 tokens in all, counted with repeats, start and judging
 included; with --tokens another number, whose rows are kept apart (the curve). Above 131,072 windows come from both files of
 C4, which have 1,111; when those are used up, or --fresh tokens of them, they come again. Controllers descend in bfloat16, or in
-float32 on a CPU that only emulates it; a row's dtype says which. Rows accumulate in results/quality.json, those of another model
-than SmolLM2-135M in a file of its own, keyed by method, pattern and seed. At 2:4 and 50 % there are other domains: encyclopedia
+float32 on a CPU that only emulates it; a row's dtype says which. Rows accumulate in results/quality.json, those of another
+model than SmolLM2-135M in a file of its own, keyed by method, pattern and seed. At 2:4 and 50 % there are other domains: encyclopedia
 articles, and questions with their right answers. With --full, rows have the whole test text in windows of 2048, too, in that
 type (half an hour each on a slow core); they are kept apart, for they may come from another machine than the others.
 """
@@ -80,7 +80,7 @@ def main() -> None:
     for spec, pattern, cut, tokens in run(chosen.patterns or (MAIN if chosen.full else PATTERNS)):
         row = {"method": chosen.method, "pattern": spec, "scope": getattr(pattern, "scope", None), "seed": chosen.seed}
         row |= {"dtype": dtype_name(bench.model.dtype), "tokens": tokens}
-        row |= {"fresh": bench.windows * LENGTH} if table == "curve" else {}
+        row |= {"fresh": bench.distinct} if table == "curve" else {}
         row |= {"seconds": time.perf_counter() - start, "peak_bytes": peak_memory()}
         removed = sum(int((~mask).sum()) for mask in cut.values())
         row["sparsity"] = removed / sum(matrix.size for matrix in bench.matrices.values())
@@ -94,7 +94,7 @@ class Bench:
 
     def __init__(self, seed: int = 0, model: str = "smollm2", budget: int = BUDGET, fresh: int | None = None) -> None:
         self.source, self.seed, self.budget, self.fresh = MODELS[model](), seed, budget, fresh
-        self.windows = 0  # that a controller saw last
+        self.distinct: int | None = None  # tokens that a controller descended on, if they came again
         self.reload()
 
     def reload(self, dtype: torch.dtype = torch.float32) -> None:
@@ -206,7 +206,8 @@ class Bench:
         steps = ((budget or self.budget) - descent.START_TOKENS - judged) // tuned.batch_tokens
         wanted = steps * tuned.batch_tokens // LENGTH
         windows = self.text(min(wanted, (self.fresh or wanted * LENGTH) // LENGTH) + held_out)
-        self.windows = len(windows) - held_out
+        distinct = len(windows) - held_out
+        self.distinct = distinct * LENGTH if distinct < wanted else None
         saliency, record = tuned.calibrate(self.calibration(windows), metrics.Wanda(), targets, steps, self.seed)
         print(record, flush=True)
         return saliency, record.tokens + descent.START_TOKENS + judged

@@ -43,7 +43,6 @@ def label(pattern: str, scope: str | None) -> str:
     return pattern if scope is None else f"{float(pattern):.0%} by {scope}"
 
 
-FRESH = 0.8  # of a row's tokens: if fewer differ, windows were repeated
 PATTERNS = ("50%", "60%", "70%", "2:4", "4:8", "8:16", "6:8")
 METHODS = {
     "magnitude": "magnitude",
@@ -137,7 +136,7 @@ class Quality:
         return table(["method", "whole text, samples of 2048", "R", "24 samples of 512", "R"], lines)
 
     def curves(self, longer: Sequence[dict[str, Any]]) -> dict[str, dict[tuple[int, int], tuple[float, float]]]:
-        """Perplexity and R of the controller by tokens and by tokens that differ, in thousands; longer: what is no usual row."""
+        """Perplexity and R of the controller by thousands of tokens, and of those that differ; longer: what is no usual row."""
         found: dict[str, dict[tuple[int, int], tuple[float, float]]] = {}
         for method, pattern in itertools.product(("feedback", "any"), ("2:4", "50%")):
             usual = [row for row in self.rows.get((method, pattern), []) if row["seed"] == 0]
@@ -145,7 +144,7 @@ class Quality:
             points = found[f"{METHODS[method]}, {pattern}"] = {}
             for row in [*usual, *(row for row in longer if (row["method"], row["pattern"], row["seed"]) == (method, spec, 0))]:
                 tokens = round(row["tokens"] / 1000)
-                fresh = round(row["fresh"] / 1000) if row.get("fresh", row["tokens"]) < FRESH * row["tokens"] else tokens
+                fresh = round((row.get("fresh") or row["tokens"]) / 1000)
                 points[tokens, fresh] = row["perplexity"], self.gap(self.starts(pattern)[0]["perplexity"], row["perplexity"])
         return found
 
