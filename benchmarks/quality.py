@@ -13,7 +13,7 @@ C4, which have 1,111; when those are used up, or --fresh tokens of them, they co
 float32 on a CPU that only emulates it; a row's dtype says which. Rows accumulate in results/quality.json, those of another
 model than SmolLM2-135M in a file of its own, keyed by method, pattern and seed. At 2:4 and 50 % there are other domains:
 encyclopedia articles, and questions with their right answers. With --full, rows have the whole test text in windows of 2048,
-too, in that type (half an hour each on a slow core); they are kept apart, for they may come from another machine than the others.
+too, in that type (half an hour each on a slow core); they are kept apart: they may come from another machine than the others.
 """
 
 from __future__ import annotations
