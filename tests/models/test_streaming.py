@@ -23,6 +23,7 @@ from uniprune.controller import descent
 from uniprune.controller.loss import Loss
 from uniprune.controller.mirror_descent import MirrorDescent
 from uniprune.controller.passes import Resident, Streamed
+from uniprune.controller.states import OnDisk
 from uniprune.controller.straight_through import StraightThrough
 from uniprune.errors import InputError, MismatchError, UniPruneError
 from uniprune.job.memory import Bytes, Work, needs
@@ -176,6 +177,20 @@ def test_the_states_take_the_disk_that_was_forecast(tmp_path, monkeypatch):
     assert found.keys() == hollow.keys()
     assert all(torch.equal(dual, judged[2][name]) for name, dual in found.items())
     assert not any(torch.equal(judged[2][name], judged[3][name]) for name in hollow)
+
+
+@pytest.mark.parametrize(("target", "again"), [(NM(2, 4), 0), (Unstructured(0.5, "row"), 0), (Unstructured(0.5, "model"), 2)])
+def test_a_step_reads_the_duals_once(tmp_path, monkeypatch, target, again):
+    """To move them; the masks of the next step are created then. A budget that all share is known only when all have moved."""
+    model = tiny_model(initializer_range=0.3)
+    model.save_pretrained(tmp_path)
+    loaded = open_streamed(resolve(tmp_path), None, torch.float32, CPU)
+    hollow, read = attached(find_matrices(loaded.model), loaded.residency), []
+    monkeypatch.setattr(OnDisk, "dual", lambda self, name, dual=OnDisk.dual: read.append(name) or dual(self, name))
+    settings, steps = MirrorDescent(batch_tokens=32, checks=1), 3
+    settings.calibrate(Calibration(loaded.model, hollow, tokens(8, 16, VOCABULARY), loaded.residency), Wanda(), [target], steps)
+    judged, first = 2, 1
+    assert all(read.count(name) == judged + first + steps + again for name in hollow)
 
 
 def test_the_gram_matrices_of_a_block_are_forecast():

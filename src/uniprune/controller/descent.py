@@ -25,7 +25,7 @@ from uniprune.controller.loss import Loss
 from uniprune.controller.passes import Passes, Resident, Streamed
 from uniprune.controller.protocol import ControllerRecord
 from uniprune.controller.start import sensitivities, warn_of_stillness
-from uniprune.controller.states import Best, InMemory, OnDisk, PackedMasks, Rule, State, States
+from uniprune.controller.states import Best, Cuts, InMemory, OnDisk, Rule, State, States
 from uniprune.controller.straight_through import Evener, StraightThrough
 from uniprune.errors import InputError
 from uniprune.models.blocks import Replay
@@ -45,7 +45,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 START_TOKENS = 8192  # of calibration text, whose statistics make the start
-SAMPLE, SAMPLED = 37, 1 << 22  # every 37th dual, or that many in all, tell what a common budget would be while descending
 JUDGED = 1024  # tokens in one batch of held-out windows
 SAMPLE_ROWS = 16  # one row of 16 tells how many masks a step flipped; as many at a time as tiles may need
 
@@ -95,11 +94,13 @@ def descend(
             history = [best.value]
         for _ in range(begin):
             next(order)
+        target = next(order)
         for index in calibration.progress(range(begin, steps), "descending", steps - begin):
-            target, batch = next(order), todo[index % len(todo)]
-            kl, flips = descent.step(batch, target, 1 - index / steps)
+            batch, following = todo[index % len(todo)], next(order)
+            kl, flips = descent.step(batch, target, 1 - index / steps, following if index + 1 < steps else None)
             calibration.progress.note(f"{target}: KL {kl:.3f}, {flips:.2%} flipped", batch.numel())
             logger.info("step %d: %s KL %.4f", index, target, kl)
+            target = following
             if not (index + 1) % every or index + 1 == steps:
                 history.append(descent.judge(targets, held_out))
                 if history[-1] < best.value:
@@ -156,9 +157,7 @@ class Descent:
         self.states = _states(settings, store, calibration, run, self._own)
         self._aside, self._finals = Stash(_aside(run)), dict[str, Tensor]()
         self.best = Best(store, self._matrices, passes.device, self._own)
-        self._every = max(SAMPLE, sum(matrix.size for matrix in self._matrices.values()) // SAMPLED)
-        grains = {target.grain for target in targets if not target.local}
-        self._samples: dict[int, dict[str, Tensor]] = {grain: {} for grain in grains if grain}
+        self._cuts = Cuts(self.states, self._matrices, self._owners, targets, passes.device)
         self._scale, self._size, self.repeats = 1.0, 0.0, False
         self._flips, self._seen, self._reached = list[Tensor](), 0, set[str]()
         self._extremes: dict[str, tuple[Tensor, Tensor]] = {}  # of duals that are not known to be finite yet
@@ -166,7 +165,7 @@ class Descent:
         self.record |= starved(self._matrices, found.norms) | {"without_gradient": found.still}
         for name in self._own:
             if self._saved:
-                self._sample(name, self.states[name].to(passes.device))
+                self._cuts.follow(name, self.states.dual(name).to(passes.device))
             else:
                 self._put(name, self.start(name))
         self._check()
@@ -177,14 +176,17 @@ class Descent:
         """A matrix's state before the first step."""
         return self._rule.init(self._local[name], self._gradients[name])
 
-    def step(self, batch: Tensor, target: Pattern, left: float) -> tuple[float, float]:
+    def step(self, batch: Tensor, target: Pattern, left: float, following: Pattern | None = None) -> tuple[float, float]:
         """One step on windows ``[n, length]``; its KL in nats per token, and the share of masks that it flipped.
 
-        left: the part of the descent that is left, in (0, 1], which the step size and the temperature follow.
+        left: the part of the descent that is left, in (0, 1], which the step size and the temperature follow. following: the
+        target of the next step, if that is known.
         """
         self._size = self._scale * self._settings.step_size * left
         self._flips, self._seen = [], 0
-        self._aim(target, self._settings.temperature * left)
+        temperature = self._settings.temperature * left
+        self._masks = self._passes.network.masks = self._cuts.masks(target, temperature)
+        self._cuts.ahead(None if temperature else following)
         mine = distributed.share(batch)
         student, teacher = self._forward(mine)
         kl, gradient = self._loss.gradient(student, teacher, mine)
@@ -216,7 +218,7 @@ class Descent:
         """Mean KL in nats per token of hard masks; the targets share the windows, so that many cost no more than one."""
         total = 0.0
         for index, target in enumerate(targets):
-            self._aim(target)
+            self._passes.network.masks = self._cuts.masks(target)
             part = windows[index % len(windows) :: len(targets)]
             mine = part[distributed.rank() :: distributed.count()]
             kl = 0.0
@@ -243,54 +245,15 @@ class Descent:
             self._scale, self.record = self._saved["scale"], self._saved["record"]
         return self._saved
 
-    def _aim(self, target: Pattern, temperature: float = 0.0) -> None:
-        """The masks of the passes to come."""
-        shared: Mapping[str, Tensor] = {}
-        if not target.local:
-            shared = self._everyones(target.grain)
-        hard = target.settle_by_sample(shared)
-        if temperature:
-            units = [self.states[name].unit for name in self._matrices]
-            temperature *= sum(units) / len(units)
-        self._masks = self.states.masks(target, hard, self.states.dual, self._matrices, temperature, self._passes.device)
-        if isinstance(self._masks, PackedMasks) and distributed.count() > 1:
-            self._masks.share(self._owners)
-        self._passes.network.masks = self._masks
-
-    def _everyones(self, grain: int) -> Mapping[str, Tensor]:
-        """Samples of all duals, or where none will do the duals, of every process."""
-        if distributed.count() == 1:
-            return self._samples[grain] if grain else {name: self.states.dual(name) for name in self._matrices}
-        found = {}
-        for name, owner in self._owners.items():
-            if owner == distributed.rank():
-                mine = self._samples[grain][name] if grain else self.states.dual(name).to(self._passes.device)
-            else:
-                mine = self._runs(torch.empty(self._matrices[name].shape, device="meta"), grain)
-                mine = torch.empty(mine.shape, device=self._passes.device)
-            found[name] = distributed.given_by(owner, mine)
-        return {name: found[name] for name in self._matrices}
-
-    def _runs(self, dual: Tensor, grain: int) -> Tensor:
-        """A sample of a dual, of runs of ``grain`` inputs; 0 is all of it."""
-        if not grain:
-            return dual
-        runs = dual.reshape(-1, grain) if dual.shape[1] % grain == 0 else dual
-        return runs[:: self._every]
-
     def _put(self, name: str, state: State) -> None:
         self.states[name] = state
         self._extremes[name] = state.dual.aminmax()
-        self._sample(name, state)
+        self._cuts.follow(name, state.dual)
 
     def _check(self) -> None:
         """Raises InputError for duals that are no longer finite."""
         check_extremes(self._extremes, self._extremes.values())
         self._extremes.clear()
-
-    def _sample(self, name: str, state: State) -> None:
-        for grain, samples in self._samples.items():
-            samples[name] = self._runs(state.dual, grain).clone()
 
     def _sink(self, name: str, gradient: Tensor | None) -> None:
         weight, owner = self._matrices[name].weight, self._owners[name]

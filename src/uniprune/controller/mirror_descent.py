@@ -79,8 +79,8 @@ class MirrorDescent:
     """
 
     # Of memory, float32 dual, two bfloat16 moments; on disk, the last two versions of the states and the best duals. A step
-    # reads the dual to create the mask, and all to move it.
-    cost: ClassVar[Cost] = Cost(flops=8, memory=8, disk=2 * 8 + 4, read=4 + 8, written=8, masks=1)
+    # reads all to move it, and the dual to create a mask that could not be created before all duals had moved.
+    cost: ClassVar[Cost] = Cost(flops=8, memory=8, disk=2 * 8 + 4, read=8, written=8, shared=4, masks=1)
     in_memory: ClassVar[bool] = False
     one_process: ClassVar[bool] = False
     comparable: ClassVar[bool] = True

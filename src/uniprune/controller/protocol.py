@@ -22,9 +22,9 @@ class Cost:
 
     flops: floating-point operations per prunable weight and token; a forward pass takes 2, a backward pass 4. memory: bytes per
     prunable weight that are held all the time: state, a copy of the weights. disk: bytes per prunable weight that lie on disk,
-    beside the memory or, where the model is read block by block, instead; read, written: of them in each step then. masks:
-    bytes per prunable weight of masks, of all matrices; of a block, and bits of all, where ``calibration.recompute`` is asked
-    for, which only a controller with masks is.
+    beside the memory or, where the model is read block by block, instead; read, written: of them in each step then, and shared:
+    how many more are read where matrices share a budget. masks: bytes per prunable weight of masks, of all matrices; of a
+    block, and bits of all, where ``calibration.recompute`` is asked for, which only a controller with masks is.
     """
 
     flops: float
@@ -32,6 +32,7 @@ class Cost:
     disk: float = 0
     read: float = 0
     written: float = 0
+    shared: float = 0
     masks: float = 0
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,6 +20,8 @@ from uniprune.sparsity.patterns import Cutter, Pattern
 from uniprune.storage.runs import Pace
 from uniprune.storage.stash import Stash, give_back_memory
 from uniprune.storage.tensor_store import Store
+
+SAMPLE, SAMPLED = 37, 1 << 22  # every 37th dual, or that many in all, tell what a common budget would be while descending
 
 
 class State(Protocol):
@@ -97,9 +99,11 @@ class PackedMasks(Masks):
     """Masks of which those of one block are whole, the others bits in a stash: of the pass backwards, an eighth of a byte each.
 
     Relaxed ones are no bits: they are created again, unless a budget for the model had all of them created at once.
+    label: what masks are called in the stash, where those of two steps may lie side by side.
     """
 
     stash: Stash = field(kw_only=True)
+    label: str = field(default="mask", kw_only=True)
     _packed: dict[str, Tensor] = field(default_factory=dict, init=False)
 
     def _make(self, name: str) -> Tensor:
@@ -112,6 +116,11 @@ class PackedMasks(Masks):
         if not self.temperature:
             self._put(name, bits.pack(mask))
         return mask
+
+    def create(self, name: str, dual: Tensor) -> None:
+        """Creates a mask ahead of the passes, from a dual that is at hand."""
+        self._kept.pop(name, None)
+        self._put(name, bits.pack(self.hard(name, dual)))
 
     def share(self, owners: Mapping[str, int]) -> None:
         """Has all processes know all masks: each creates those of its own duals, and is given the others' bits, by block."""
@@ -129,7 +138,7 @@ class PackedMasks(Masks):
                     self._put(name, packed)
 
     def _put(self, name: str, packed: Tensor) -> None:
-        self._packed[name] = self.stash.put(f"mask-{name}", packed)
+        self._packed[name] = self.stash.put(f"{self.label}-{name}", packed)
 
 
 class InMemory(dict[str, State]):
@@ -202,6 +211,79 @@ class OnDisk:
 
 
 States = InMemory | OnDisk
+
+
+class Cuts:
+    """The masks of all matrices under one target after another.
+
+    Budgets that matrices share are settled by samples of the duals. Where masks are kept as bits, those of the next step are
+    created as the duals move, so that no dual is read for them again.
+
+    owners: of each matrix, which process has its state. targets: those that there will be. device: where masks are wanted.
+    """
+
+    def __init__(
+        self, states: States, matrices: Matrices, owners: Mapping[str, int], targets: Sequence[Pattern], device: torch.device
+    ) -> None:
+        self._states, self._matrices, self._owners, self._device = states, matrices, owners, device
+        self._every = max(SAMPLE, sum(matrix.size for matrix in matrices.values()) // SAMPLED)
+        grains = {target.grain for target in targets if not target.local}
+        self._samples: dict[int, dict[str, Tensor]] = {grain: {} for grain in grains if grain}
+        self._coming: PackedMasks | None = None
+        self._turn = 0
+
+    def follow(self, name: str, dual: Tensor) -> None:
+        """Takes note of a dual that has moved."""
+        for grain, samples in self._samples.items():
+            samples[name] = self._runs(dual, grain).clone()
+        if self._coming is not None:
+            self._coming.create(name, dual)
+
+    def ahead(self, target: Pattern | None) -> None:
+        """From now on duals move towards a step under this target; None: what comes is not known."""
+        self._coming = None
+        if target is not None and target.local and distributed.count() == 1:
+            masks = self._create(target, target.settle_by_sample({}))
+            if isinstance(masks, PackedMasks):
+                self._turn = 1 - self._turn
+                self._coming = replace(masks, label=f"mask-{self._turn}")
+
+    def masks(self, target: Pattern, temperature: float = 0.0) -> Masks:
+        """Those of the duals as they are; temperature: of relaxed ones, in units of the duals."""
+        if self._coming is not None and self._coming.target == target and not temperature:
+            return self._coming
+        hard = target.settle_by_sample({} if target.local else self._everyones(target.grain))
+        if temperature:
+            units = [self._states[name].unit for name in self._matrices]
+            temperature *= sum(units) / len(units)
+        masks = self._create(target, hard, temperature)
+        if isinstance(masks, PackedMasks) and distributed.count() > 1:
+            masks.share(self._owners)
+        return masks
+
+    def _create(self, target: Pattern, hard: Cutter, temperature: float = 0.0) -> Masks:
+        return self._states.masks(target, hard, self._states.dual, self._matrices, temperature, self._device)
+
+    def _everyones(self, grain: int) -> Mapping[str, Tensor]:
+        """Samples of all duals, or where none will do the duals, of every process."""
+        if distributed.count() == 1:
+            return self._samples[grain] if grain else {name: self._states.dual(name) for name in self._matrices}
+        found = {}
+        for name, owner in self._owners.items():
+            if owner == distributed.rank():
+                mine = self._samples[grain][name] if grain else self._states.dual(name).to(self._device)
+            else:
+                mine = self._runs(torch.empty(self._matrices[name].shape, device="meta"), grain)
+                mine = torch.empty(mine.shape, device=self._device)
+            found[name] = distributed.given_by(owner, mine)
+        return {name: found[name] for name in self._matrices}
+
+    def _runs(self, dual: Tensor, grain: int) -> Tensor:
+        """A sample of a dual, of runs of ``grain`` inputs; 0 is all of it."""
+        if not grain:
+            return dual
+        runs = dual.reshape(-1, grain) if dual.shape[1] % grain == 0 else dual
+        return runs[:: self._every]
 
 
 class Best(Mapping[str, Tensor]):

@@ -102,7 +102,8 @@ def needs(work: Work) -> Needs:
     parts, corrected, cost, processes = _Parts(work), work.recipe.corrected, work.recipe.cost, distributed.count()
     states, saved = int(cost.memory * work.prunable / processes), int(cost.disk * work.prunable / processes)
     masks = int(cost.masks * work.prunable)
-    packed = masks // 8 + int(cost.masks * parts.block)
+    bits = masks // 8 * (2 if processes == 1 else 1)  # this step's, and one process creates the next one's meanwhile
+    packed = bits + int(cost.masks * parts.block)
     held = {"weights": parts.weights, "statistics": parts.observed, "states": states}
     held["masks"] = masks if processes == 1 else packed
     found: Needs = {"resident": Bytes.of(held | {"working": max(parts.working, parts.kept if corrected else 0)}, disk=saved)}
@@ -130,10 +131,12 @@ def _streamed(parts: _Parts) -> Bytes:
     held = {"weights": weights, "statistics": parts.observed}
     if not work.recipe.corrected:
         return Bytes.of(held | {"working": parts.working}, disk=parts.hidden, read=2 * parts.on_disk)
-    states = {name: int(getattr(cost, name) * work.prunable / processes) for name in ("disk", "read", "written")}
+    shares = work.recipe.sparsity is None or not work.recipe.pattern().local
+    asked = {"disk": cost.disk, "read": cost.read + cost.shared * shares, "written": cost.written}
+    states = {name: int(bytes_per_weight * work.prunable / processes) for name, bytes_per_weight in asked.items()}
     return Bytes.of(
         held | {"masks": int(cost.masks * parts.block), "working": max(parts.working, parts.stepping)},
-        disk=states["disk"] + int(cost.masks * work.prunable) // 8 + parts.hidden,
+        disk=states["disk"] + 2 * (int(cost.masks * work.prunable) // 8) + parts.hidden,
         read=2 * parts.on_disk + states["read"],
         written=states["written"],
     )
