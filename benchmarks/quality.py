@@ -1,6 +1,7 @@
 """Every method on a model: C4 calibration, WikiText-2 raw test, float32, 24 windows of 512 spread over the test text.
 
     python benchmarks/quality.py METHOD [PATTERN ...] [--model qwen] [--seed N] [--tokens N [--fresh N]] [--full]
+        [--scratch FOLDER]
 
 METHOD: dense, a local metric (magnitude, wanda, ria, stochria), fisher, owl, sparsegpt, sequential (Wanda's, block after
 block), refine (the same and --refine), paper, feedback (the controller, calibrated for each pattern alone), any (one
@@ -9,7 +10,8 @@ row, but for fisher and the controller, which have one for the model.
 
 Local methods see 64 windows of 512 tokens, the controllers 131,072 tokens in all, counted with repeats, start and judging
 included; with --tokens another number, whose rows are kept apart (the curve). Above 131,072 windows come from both files of
-C4, which have 1,111; when those are used up, or --fresh tokens of them, they come again. Controllers descend in bfloat16, or in
+C4, which have 1,111; when those are used up, or --fresh tokens of them, they come again. With --scratch a controller's progress
+is kept there, and the same command goes on where it was interrupted; its seconds are then those of the last go. Controllers descend in bfloat16, or in
 float32 on a CPU that only emulates it; a row's dtype says which. Rows accumulate in results/quality.json, those of another
 model than SmolLM2-135M in a file of its own, keyed by method, pattern and seed. At 2:4 and 50 % there are other domains:
 encyclopedia articles, and questions with their right answers. With --full, rows have the whole test text in windows of 2048,
@@ -19,10 +21,13 @@ too, in that type (half an hour each on a slow core); they are kept apart: they 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,6 +51,7 @@ from uniprune.saliency.calibration import Calibration, one_shot
 from uniprune.saliency.sequential import refined, sequential
 from uniprune.sparsity import spelling
 from uniprune.sparsity.patterns import Masks, Pattern
+from uniprune.storage.runs import Run, open_run
 
 MODELS = {"smollm2": smollm2, "qwen": qwen}
 PATTERNS = ("2:4", "0.5", "0.6", "0.7", "4:8")
@@ -63,9 +69,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tokens", type=int, default=BUDGET, help="of the controllers")
     parser.add_argument("--fresh", type=int, help="of these tokens, how many differ; the others are the same again")
+    parser.add_argument("--scratch", type=Path, help="keeps the progress of controllers here")
     parser.add_argument("--full", action="store_true")
     chosen = parser.parse_args()
-    bench = Bench(chosen.seed, chosen.model, chosen.tokens, chosen.fresh)
+    bench = Bench(chosen.seed, chosen.model, chosen.tokens, chosen.fresh, chosen.scratch)
     table = "whole" if chosen.full else "rows" if (chosen.tokens, chosen.fresh) == (BUDGET, None) else "curve"
     method = {"dense": bench.dense, "fisher": bench.fisher, "owl": bench.owl, "sparsegpt": bench.sparsegpt}
     method |= {
@@ -92,8 +99,15 @@ def main() -> None:
 class Bench:
     """The model, the text, and each method's way from them to masks."""
 
-    def __init__(self, seed: int = 0, model: str = "smollm2", budget: int = BUDGET, fresh: int | None = None) -> None:
-        self.source, self.seed, self.budget, self.fresh = MODELS[model](), seed, budget, fresh
+    def __init__(
+        self,
+        seed: int = 0,
+        model: str = "smollm2",
+        budget: int = BUDGET,
+        fresh: int | None = None,
+        scratch: Path | None = None,
+    ) -> None:
+        self.source, self.seed, self.budget, self.fresh, self.scratch = MODELS[model](), seed, budget, fresh, scratch
         self.distinct: int | None = None  # tokens that a controller descended on, if they came again
         self.reload()
 
@@ -208,9 +222,25 @@ class Bench:
         windows = self.text(min(wanted, (self.fresh or wanted * LENGTH) // LENGTH) + held_out)
         distinct = len(windows) - held_out
         self.distinct = distinct * LENGTH if distinct < wanted else None
-        saliency, record = tuned.calibrate(self.calibration(windows), metrics.Wanda(), targets, steps, self.seed)
+        with self.kept(targets, windows, settings) as run:
+            calibration = replace(self.calibration(windows), run=run)
+            found, record = tuned.calibrate(calibration, metrics.Wanda(), targets, steps, self.seed)
+            saliency = {name: dual.clone() for name, dual in found.items()}
         print(record, flush=True)
         return saliency, record.tokens + descent.START_TOKENS + judged
+
+    @contextmanager
+    def kept(self, targets: Any, windows: torch.Tensor, settings: dict[str, Any]) -> Iterator[Run | None]:
+        """The run of a descent, in a folder of its own, if its progress is to be kept."""
+        if self.scratch is None:
+            yield None
+            return
+        what = {"model": Path(self.source).name, "targets": list(map(str, targets)), "seed": self.seed, "settings": settings}
+        what |= {"budget": self.budget, "windows": hashlib.sha256(windows.numpy().tobytes()).hexdigest()}
+        self.scratch.mkdir(parents=True, exist_ok=True)
+        name = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
+        with open_run(self.scratch / name, what, resume=True) as run:
+            yield run
 
 
 def right_answers() -> Iterator[str]:
