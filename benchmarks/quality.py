@@ -10,12 +10,13 @@ row, but for fisher and the controller, which have one for the model.
 
 Local methods see 64 windows of 512 tokens, the controllers 131,072 tokens in all, counted with repeats, start and judging
 included; with --tokens another number, whose rows are kept apart (the curve). Above 131,072 windows come from both files of
-C4, which have 1,111; when those are used up, or --fresh tokens of them, they come again. With --scratch a controller's progress
-is kept there, and the same command goes on where it was interrupted; its seconds are then those of the last go. Controllers descend in bfloat16, or in
-float32 on a CPU that only emulates it; a row's dtype says which. Rows accumulate in results/quality.json, those of another
-model than SmolLM2-135M in a file of its own, keyed by method, pattern and seed. At 2:4 and 50 % there are other domains:
-encyclopedia articles, and questions with their right answers. With --full, rows have the whole test text in windows of 2048,
-too, in that type (half an hour each on a slow core); they are kept apart: they may come from another machine than the others.
+C4, which have 1,111; when those are used up, or --fresh tokens of them, they come again. With --scratch a controller's
+progress is kept there, and the same command goes on where it was interrupted; its seconds are then those of the last go.
+Controllers descend in bfloat16, or in float32 on a CPU that only emulates it; a row's dtype says which. Rows accumulate in
+results/quality.json, those of another model than SmolLM2-135M in a file of its own, keyed by method, pattern and seed. At 2:4
+and 50 % there are other domains: encyclopedia articles, and questions with their right answers. With --full, rows have the
+whole test text in windows of 2048, too, in that type (half an hour each on a slow core); they are kept apart: they may come
+from another machine than the others.
 """
 
 from __future__ import annotations
