@@ -83,6 +83,8 @@ class Forked:
     def __init__(self, work: Callable[..., Any], *arguments: Any, folder: Path | None = None, **environment: str):
         self.written = tempfile.TemporaryDirectory()
         where = Path(self.written.name), folder or Path.cwd()
+        for name in ("out", "err"):  # there also if it is killed before it has begun
+            (where[0] / name).touch()
         self.process = context.Process(target=_begin, args=(*where, environment, work, arguments), daemon=True)
         self.process.start()
 
