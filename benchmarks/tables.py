@@ -785,7 +785,8 @@ def main() -> None:
     for name, page_of, write in (("quantise", "quantisation", quantised), ("loads", "runtime", readers)):
         if results := load(name):
             fill(ROOT / "docs" / f"{page_of}.md", {name: write(results)})
-    fill(ROOT / "README.md", {"results": sections["perplexities"]})
+    readme = {"results": sections["perplexities"], "qwen-perplexities": sections.get("qwen-perplexities", "Not run yet.")}
+    fill(ROOT / "README.md", readme)
 
 
 if __name__ == "__main__":
