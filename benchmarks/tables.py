@@ -59,6 +59,9 @@ METHODS = {
     "feedback": "**ours, calibrated for each**",
 }
 
+Curves = dict[str, dict[tuple[int, int], tuple[float, float]]]
+"""By method and pattern, and by tokens in thousands and how many of them differ: perplexity and R."""
+
 PARTS = ("weights", "states", "masks", "working")  # of memory
 KINDS = {"dense": "dense", "wanda": "2:4 by Wanda", "feedback": "2:4 by the controller, 32,768 tokens"}
 
@@ -135,9 +138,9 @@ class Quality:
                 lines.append([f"{METHODS[method]}, {pattern}", *cells])
         return table(["method", "whole text, samples of 2048", "R", "24 samples of 512", "R"], lines)
 
-    def curves(self, longer: Sequence[dict[str, Any]]) -> dict[str, dict[tuple[int, int], tuple[float, float]]]:
+    def curves(self, longer: Sequence[dict[str, Any]]) -> Curves:
         """Perplexity and R of the controller by thousands of tokens, and of those that differ; longer: what is no usual row."""
-        found: dict[str, dict[tuple[int, int], tuple[float, float]]] = {}
+        found: Curves = {}
         for method, pattern in itertools.product(("feedback", "any"), ("2:4", "50%")):
             usual = [row for row in self.rows.get((method, pattern), []) if row["seed"] == 0]
             spec = pattern if ":" in pattern else "0.5"
@@ -147,14 +150,6 @@ class Quality:
                 fresh = round((row.get("fresh") or row["tokens"]) / 1000)
                 points[tokens, fresh] = row["perplexity"], self.gap(self.starts(pattern)[0]["perplexity"], row["perplexity"])
         return found
-
-    def curve(self, longer: Sequence[dict[str, Any]]) -> str:
-        columns, lines = self.curves(longer), []
-        for tokens, fresh in sorted(set().union(*columns.values())):
-            cells = (points.get((tokens, fresh)) for points in columns.values())
-            name = f"{tokens}k" if fresh == tokens else f"{tokens}k, {fresh}k of them different"
-            lines.append([name, *(f"{cell[0]:.1f} ({cell[1]:.2f})" if cell else "" for cell in cells)])
-        return table(["tokens", *columns], lines)
 
     def costs(self) -> str:
         """Medians over calibration seeds of ratios to Wanda's row of the same seed; of the rows in their commonest type."""
@@ -192,7 +187,16 @@ class Quality:
         return table(["method", "calibration seeds", "geometric mean", "lowest", "highest", "R"], lines)
 
 
-def draw(file: Path, curves: dict[str, dict[tuple[int, int], tuple[float, float]]]) -> None:
+def curve(columns: Curves) -> str:
+    lines = []
+    for tokens, fresh in sorted(set().union(*columns.values())):
+        cells = (points.get((tokens, fresh)) for points in columns.values())
+        name = f"{tokens}k" if fresh == tokens else f"{tokens}k, {fresh}k of them different"
+        lines.append([name, *(f"{cell[0]:.1f} ({cell[1]:.2f})" if cell else "" for cell in cells)])
+    return table(["tokens", *columns], lines)
+
+
+def draw(file: Path, curves: Curves) -> None:
     """R against tokens, of which as many differ as C4's sample has; the same numbers give the same bytes."""
     with matplotlib.rc_context({"svg.hashsalt": file.name, "font.size": 9}):
         figure = Figure(figsize=(5.6, 3.2), layout="constrained")
@@ -732,12 +736,13 @@ def main() -> None:
         quality = Quality(results["rows"])
         names = ("perplexities", "gaps", "shared", "transfer", "costs", "seeds")
         sections = {name: getattr(quality, name)() for name in names} | {"whole": Quality(results["whole"]).whole()}
-        sections["curve"] = quality.curve(results.get("curve", []))
-        draw(ROOT / "docs" / "curve.svg", quality.curves(results.get("curve", [])))
+        curves = quality.curves(results["curve"])
+        sections["curve"] = curve(curves)
+        draw(ROOT / "docs" / "curve.svg", curves)
     if results := load("quality_qwen"):
         second = Quality(results["rows"])
         sections |= {f"qwen-{name}": getattr(second, name)() for name in ("perplexities", "gaps", "costs")}
-        sections["qwen-curve"] = second.curve(results["curve"])
+        sections["qwen-curve"] = curve(second.curves(results["curve"]))
     writers = {"sources": sources, "ties": ties, "page": page, "ablations": ablations, "peer": peer}
     writers |= {"zeroshot": zeroshot, "tasks": tasks, "speed": speed}
     for name, write in writers.items():
@@ -785,8 +790,7 @@ def main() -> None:
     for name, page_of, write in (("quantise", "quantisation", quantised), ("loads", "runtime", readers)):
         if results := load(name):
             fill(ROOT / "docs" / f"{page_of}.md", {name: write(results)})
-    readme = {"results": sections["perplexities"], "qwen-perplexities": sections.get("qwen-perplexities", "Not run yet.")}
-    fill(ROOT / "README.md", readme)
+    fill(ROOT / "README.md", sections | {"results": sections["perplexities"]})
 
 
 if __name__ == "__main__":

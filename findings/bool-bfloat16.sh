@@ -1,24 +1,13 @@
 #!/usr/bin/env bash
 # torch 2.13.0, CPU: a boolean mask becomes bfloat16 many times slower than the same bytes as uint8 do, and `weight * mask` waits for it.
 # Guess: the two are the same bytes, so they take the same time, that of reading and writing them.
-# Seen 2026-11-29: mask.bfloat16() takes about 15 times as long as mask.view(torch.uint8).bfloat16(), and weight * mask about 10 times
+# Seen 2026-11-29: mask.bfloat16() takes about 8 times as long as mask.view(torch.uint8).bfloat16(), and weight * mask about 10 times
 #   as long as (weight.view(torch.int16) * mask).view(torch.bfloat16), which has the same values.
 source "$(dirname "$0")/environment"
 packages torch==2.13.0 numpy==2.4.6
 check <<'PY'
-import time
-
 import torch
-
-
-def seconds(function):
-    times = []
-    for _ in range(30):
-        start = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - start)
-    return min(times)
-
+from timing import seconds
 
 torch.set_num_threads(1)
 torch.manual_seed(0)

@@ -5,20 +5,9 @@
 source "$(dirname "$0")/environment"
 packages torch==2.13.0 numpy==2.4.6
 check <<'PY'
-import time
-
 import torch
+from timing import seconds
 from torch.nn.functional import scaled_dot_product_attention
-
-
-def seconds(function):
-    times = []
-    for _ in range(20):
-        start = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - start)
-    return min(times)
-
 
 torch.set_num_threads(1)
 torch.manual_seed(0)

@@ -4,6 +4,7 @@ A case is a function that makes something wrong in a folder, and gives the words
 error, does what that says, and yields the words that work. What the error must say stands in its docstring.
 """
 
+import inspect
 import json
 import re
 import shutil
@@ -251,18 +252,8 @@ def layers_that_nothing_goes_through(world):
 
 def blocks_that_differentiate_in_their_own_way(world):
     """no gradient comes through the blocks of ReformerModelWithLMHead; use --controller none"""
-    command = [
-        "prune",
-        catalogued(world, "reformer"),
-        "-s",
-        "2:4",
-        "--windows",
-        "8",
-        "--length",
-        "32",
-        "-o",
-        world.path / "out",
-    ]
+    size = ["--windows", "8", "--length", "32"]
+    command = ["prune", catalogued(world, "reformer"), "-s", "2:4", *size, "-o", world.path / "out"]
     yield command
     yield *command, "--controller", "none"
 
@@ -437,10 +428,7 @@ def an_upload_over_other_files(world):
 CASES = {
     name: case
     for name, case in globals().items()
-    if callable(case)
-    and getattr(case, "__module__", "") == __name__
-    and case.__doc__
-    and name not in ("World", "after", "catalogued")
+    if inspect.isgeneratorfunction(case) and case.__module__ == __name__ and case.__doc__
 }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -131,11 +131,16 @@ class PackedMasks(Masks):
             for owner, names in by_owner.items():
                 sizes = [-(-self.matrices[name].size // 8) for name in names]
                 if owner == distributed.rank():
-                    together = torch.cat([bits.pack(super(PackedMasks, self)._make(name)) for name in names])
+                    together = torch.cat([self._bits(name) for name in names])
                 else:
                     together = torch.empty(sum(sizes), dtype=torch.uint8, device=self.device)
                 for name, packed in zip(names, torch.split(distributed.given_by(owner, together), sizes), strict=True):
                     self._put(name, packed)
+
+    def _bits(self, name: str) -> Tensor:
+        if name in self._packed:
+            return self._packed[name].to(self.device)
+        return bits.pack(super()._make(name))
 
     def _put(self, name: str, packed: Tensor) -> None:
         self._packed[name] = self.stash.put(f"{self.label}-{name}", packed)
@@ -242,26 +247,28 @@ class Cuts:
     def ahead(self, target: Pattern | None) -> None:
         """From now on duals move towards a step under this target; None: what comes is not known."""
         self._coming = None
-        if target is not None and target.local and distributed.count() == 1:
-            masks = self._create(target, target.settle_by_sample({}))
+        if target is not None and target.local:
+            masks = self._create(target)
             if isinstance(masks, PackedMasks):
                 self._turn = 1 - self._turn
-                self._coming = replace(masks, label=f"mask-{self._turn}")
+                self._coming, masks.label = masks, f"mask-{self._turn}"
 
     def masks(self, target: Pattern, temperature: float = 0.0) -> Masks:
         """Those of the duals as they are; temperature: of relaxed ones, in units of the duals."""
+        masks: Masks
         if self._coming is not None and self._coming.target == target and not temperature:
-            return self._coming
-        hard = target.settle_by_sample({} if target.local else self._everyones(target.grain))
-        if temperature:
-            units = [self._states[name].unit for name in self._matrices]
-            temperature *= sum(units) / len(units)
-        masks = self._create(target, hard, temperature)
+            masks = self._coming
+        else:
+            masks = self._create(target, temperature)
         if isinstance(masks, PackedMasks) and distributed.count() > 1:
             masks.share(self._owners)
         return masks
 
-    def _create(self, target: Pattern, hard: Cutter, temperature: float = 0.0) -> Masks:
+    def _create(self, target: Pattern, temperature: float = 0.0) -> Masks:
+        hard = target.settle_by_sample({} if target.local else self._everyones(target.grain))
+        if temperature:
+            units = [self._states[name].unit for name in self._matrices]
+            temperature *= sum(units) / len(units)
         return self._states.masks(target, hard, self._states.dual, self._matrices, temperature, self._device)
 
     def _everyones(self, grain: int) -> Mapping[str, Tensor]:

@@ -174,7 +174,7 @@ def flop(work: Work, execution: Execution) -> float:
 def seconds_moving(work: Work, execution: Execution, found: Bytes) -> float:
     """Seconds of a step in which bytes come and go: from and to the disk, and a GPU."""
     moved = found.read + found.written
-    onto = (work.recipe.cost.read + work.recipe.cost.written) * work.prunable if execution == "offloaded" else moved
+    onto = (work.recipe.read + work.recipe.cost.written) * work.prunable if execution == "offloaded" else moved
     return moved / DISK + (onto / BUS if work.device.type != "cpu" else 0)
 
 

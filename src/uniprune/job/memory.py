@@ -101,9 +101,7 @@ def needs(work: Work) -> Needs:
     """What pruning would take."""
     parts, corrected, cost, processes = _Parts(work), work.recipe.corrected, work.recipe.cost, distributed.count()
     states, saved = int(cost.memory * work.prunable / processes), int(cost.disk * work.prunable / processes)
-    masks = int(cost.masks * work.prunable)
-    bits = masks // 8 * (2 if processes == 1 else 1)  # this step's, and one process creates the next one's meanwhile
-    packed = bits + int(cost.masks * parts.block)
+    masks, packed = int(cost.masks * work.prunable), parts.bits + int(cost.masks * parts.block)
     held = {"weights": parts.weights, "statistics": parts.observed, "states": states}
     held["masks"] = masks if processes == 1 else packed
     found: Needs = {"resident": Bytes.of(held | {"working": max(parts.working, parts.kept if corrected else 0)}, disk=saved)}
@@ -131,14 +129,12 @@ def _streamed(parts: _Parts) -> Bytes:
     held = {"weights": weights, "statistics": parts.observed}
     if not work.recipe.corrected:
         return Bytes.of(held | {"working": parts.working}, disk=parts.hidden, read=2 * parts.on_disk)
-    shares = work.recipe.sparsity is None or not work.recipe.pattern().local
-    asked = {"disk": cost.disk, "read": cost.read + cost.shared * shares, "written": cost.written}
-    states = {name: int(bytes_per_weight * work.prunable / processes) for name, bytes_per_weight in asked.items()}
+    states, read, written = (int(size * work.prunable / processes) for size in (cost.disk, work.recipe.read, cost.written))
     return Bytes.of(
         held | {"masks": int(cost.masks * parts.block), "working": max(parts.working, parts.stepping)},
-        disk=states["disk"] + 2 * (int(cost.masks * work.prunable) // 8) + parts.hidden,
-        read=2 * parts.on_disk + states["read"],
-        written=states["written"],
+        disk=states + parts.bits + parts.hidden,
+        read=2 * parts.on_disk + read,
+        written=written,
     )
 
 
@@ -172,6 +168,12 @@ class _Parts:
         work = self.work
         together = any(isinstance(matrix.module, Slice) for matrix in work.matrices.values())  # those are put together
         return work.device.type == "cpu" and work.dtype == work.stored and not together
+
+    @property
+    def bits(self) -> int:
+        """Masks of a step, and of those of the next one what a process creates meanwhile."""
+        packed = int(self.work.recipe.cost.masks * self.work.prunable) // 8
+        return packed + packed // distributed.count()
 
     @property
     def working(self) -> int:
