@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 import torch
@@ -185,6 +186,26 @@ def test_states_are_divided(tmp_path, targets):
         for name, dual in duals.items():
             differ = (found[name] > found[name].median()) != (dual > dual.median())
             assert float(differ.float().mean()) < 5e-3, name
+
+
+def created(place):
+    """A descent that two processes make together; the matrices whose masks each created because they were asked for."""
+    with distributed.joined(CPU):
+        model, asked, make = tiny_model(), [], states.Masks._make
+        states.Masks._make = lambda self, name: asked.append(name) or make(self, name)
+        tokens = torch.randint(0, VOCABULARY, (24, 16), generator=torch.Generator().manual_seed(0))
+        calibration = Calibration(model, find_matrices(model), tokens)
+        MirrorDescent(batch_tokens=64, checks=1).calibrate(calibration, Wanda(), [NM(2, 4)], 4)
+        (place / f"{distributed.rank()}.json").write_text(json.dumps(asked))
+
+
+def test_masks_are_created_as_the_duals_move(tmp_path):
+    """By the owner alone: asked for they are before and in the first step, and at the end; each step creates the next one's."""
+    done = processes.together(2, created, tmp_path)
+    assert [one.code for one in done] == [0, 0], done[0].err
+    asked = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    assert not set(asked[0]) & set(asked[1])
+    assert Counter(asked[0]) + Counter(asked[1]) == dict.fromkeys(find_matrices(tiny_model()), 3)
 
 
 def test_relaxed_masks_are_one_process_s(monkeypatch):
