@@ -265,7 +265,7 @@ class Descent:
             return
         if name in self.record["without_gradient"] and bool(gradient.any()):
             self._reached.add(name)
-        gradient = (gradient.float() * weight).float()  # weights may be float64
+        gradient = gradient.float() * weight.float()
         if self._settings.temperature:
             soft = self._masks[name]
             gradient *= soft * (1 - soft)

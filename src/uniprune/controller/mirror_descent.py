@@ -190,16 +190,18 @@ def updated(
     gradient: Tensor, dual: Tensor, mean: Tensor, rms: Tensor, start: Tensor | None, *, step: Step
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Dual, mean and RMS after a step, all ``[out, in]``; ``start``: what the anchor pulls to."""
-    mean = torch.lerp(gradient, mean.float(), step.decays[0])
-    rms = torch.lerp(gradient.square(), rms.float().square(), step.decays[1]).sqrt_()
-    move = mean / rms.clamp_min(1e-30)
-    move *= step.rescale
+    # In place: on a CPU, new memory for each intermediate result takes longer than the arithmetic.
+    decay, rms_decay = step.decays
+    mean = mean.float().mul_(decay).add_(gradient, alpha=1 - decay)
+    rms = rms.float().square_().mul_(rms_decay).addcmul_(gradient, gradient, value=1 - rms_decay).sqrt_()
+    kept = mean.bfloat16(), rms.bfloat16()
+    move = mean.div_(rms.clamp_min_(1e-30)).mul_(step.rescale)
     if step.noise is not None:
         move *= _trust(move, step.noise)
     move *= step.unit
     if start is not None:
         move += step.anchor * (dual - start)
-    return dual - step.size * move, mean.bfloat16(), rms.bfloat16()
+    return dual - move.mul_(step.size), *kept
 
 
 def confidence(move: Tensor, decay: float, steps: int) -> Tensor:
@@ -219,6 +221,6 @@ def _noise(decay: float, steps: int) -> float:
 
 def _trust(move: Tensor, noise: float) -> Tensor:
     energy = move.square()
-    shares = [(energy.mean(axis, keepdim=True) - noise).clamp_min(LEAST * (1 - noise)) for axis in (0, 1)]
-    factor = shares[0] * shares[1]
-    return (factor / factor.mean()).clamp_max_(MOST)
+    shares = ((energy.mean(axis) - noise).clamp_min_(LEAST * (1 - noise)) for axis in (0, 1))
+    columns, rows = (share.div_(share.mean()) for share in shares)
+    return torch.outer(rows, columns).clamp_max_(MOST)

@@ -152,11 +152,13 @@ class Evener:
 @fused(kernels=1, triton="uniprune.common.triton_kernels:evened")
 def evened(x: Tensor, gradient: Tensor, inputs: Tensor, outputs: Tensor) -> Tensor:
     """The gradient, weighed; inputs ``[in]``, outputs ``[out]``: one through the RMS of their channels."""
-    input_size, gradient_size = _rms(x * inputs), _rms(gradient * outputs)
+    input_size, gradient_size = _rms(x, inputs), _rms(gradient, outputs)
     return gradient * (input_size * gradient_size.sqrt()).reciprocal().to(gradient.dtype)[:, None]
 
 
-def _rms(tokens: Tensor) -> Tensor:
-    """Of each token ``[tokens, channels]``; not below the root of TINY."""
-    norm: Tensor = torch.linalg.vector_norm(tokens, dim=1)
+def _rms(tokens: Tensor, units: Tensor) -> Tensor:
+    """Of each token ``[tokens, channels]``, each channel times its unit; not below the root of TINY."""
+    if tokens.dtype == torch.bfloat16:  # which has the range: on a CPU four times as fast as in float32
+        units = units.bfloat16()
+    norm: Tensor = torch.linalg.vector_norm(tokens * units, dim=1).float()
     return (norm / math.sqrt(tokens.shape[1])).clamp_min(TINY**0.5)

@@ -41,13 +41,14 @@ def _first(scores: Tensor, threshold: Tensor, keep: int) -> Tensor:
 @fused(kernels=1, triton="uniprune.common.triton_kernels:among_few")
 def _among_few(scores: Tensor, *, keep: int) -> Tensor:
     """:func:`top` of short rows. On a CPU in pieces, which stay in the processor's cache."""
-    pieces = torch.split(scores, PIECE) if scores.device.type == "cpu" else [scores]
-    return torch.cat([_ranks(piece) < keep for piece in pieces])
+    if scores.device.type != "cpu" or len(scores) <= PIECE:
+        return _ranks(scores) < keep
+    return torch.cat([_ranks(piece) < keep for piece in torch.split(scores, PIECE)])
 
 
 def _ranks(scores: Tensor) -> Tensor:
     """How many others of its row ``[groups, n]`` go before each score. All pairs: in short rows no sort is as fast."""
-    columns = scores.T.contiguous()
+    columns = torch.stack(scores.unbind(1))  # scores.T.contiguous(), twice as fast
     ranks = torch.zeros_like(columns, dtype=torch.uint8)
     for later in range(1, len(columns)):
         for earlier in range(later):
