@@ -11,10 +11,11 @@ from small_models import MATRICES, tiny
 from uniprune.controller.descent import Descent, any_sparsity
 from uniprune.controller.loss import Loss
 from uniprune.controller.mirror_descent import MirrorDescent, confidence
-from uniprune.controller.passes import Resident
+from uniprune.controller.passes import Resident, Streamed
 from uniprune.controller.start import sensitivities
 from uniprune.controller.straight_through import Evener, StraightThrough
 from uniprune.errors import InputError
+from uniprune.models.blocks import Replay
 from uniprune.models.matrices import find_blocks, find_matrices
 from uniprune.saliency.calibration import Calibration, one_shot
 from uniprune.saliency.metrics import Wanda
@@ -322,6 +323,25 @@ def test_targets_share_the_windows_that_judge(tmp_path):
         alone = [descent.judge([target], ids[start:5:2]) for start, target in enumerate(targets)]
         assert descent.judge(targets, ids[:5]) == pytest.approx(sum(alone) / 2)
         assert descent.judge(targets, ids[:1]) == pytest.approx(sum(descent.judge([t], ids[:1]) for t in targets) / 2)
+
+
+@pytest.mark.parametrize("execution", ["in memory", "block by block"])
+def test_windows_that_judge_see_the_dense_model_once(execution, tmp_path, monkeypatch):
+    model, matrices, ids, metric, settings = setting()
+    targets = [NM(2, 4), Unstructured(0.7, "row")]
+    passes, looks = {"in memory": Resident, "block by block": Streamed}[execution], []
+    with StraightThrough(matrices) as network:
+        run, blocks = Run(tmp_path), find_blocks(model)[1]
+        ways = Resident(model, blocks, network) if passes is Resident else Streamed(model, Replay(model, blocks), network)
+        descent = Descent(settings, ways, Calibration(model, matrices, ids), metric, targets, run, Store(run, "descent"))
+        look = passes.look
+        monkeypatch.setattr(passes, "look", lambda self, batch: looks.append(len(batch)) or look(self, batch))
+        first = descent.judge(targets, ids[:6])
+        assert sum(looks) == 6
+        assert descent.judge(targets, ids[:6]) == first
+        assert sum(looks) == 6
+        assert descent.judge(targets, ids[:4]) != first  # other windows from the same place
+        assert sum(looks) == 10
 
 
 def test_too_few_windows_are_refused():

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import math
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -203,14 +203,21 @@ class Descent:
         return kl, flips
 
     def _forward(self, batch: Tensor) -> tuple[Tensor, Tensor]:
-        """Final hidden states of the pruned and of the dense model; the latter's are kept where windows come again."""
+        """Final hidden states of the pruned and of the dense model."""
         if self._settings.hidden:
             return self._passes.forward(batch, self._loss.between)
-        key = f"final-{batch.data_ptr()}"  # of a part of the windows, which stay where they are
+        return self._beside(batch, self._passes.forward, self._passes.forward_alone, self.repeats)
+
+    def _beside(
+        self, batch: Tensor, both: Callable[[Tensor], tuple[Tensor, Tensor]], alone: Callable[[Tensor], Tensor], again: bool
+    ) -> tuple[Tensor, Tensor]:
+        """What a pass of both models gives; if the windows come ``again``, the dense model's hidden states are kept."""
+        # Of windows, which stay where they are: the first one's place, how many, and how far apart.
+        key = f"final-{batch.data_ptr()}-{len(batch)}-{batch.stride(0)}"
         if key in self._finals:
-            return self._passes.forward_alone(batch), self._finals[key].to(self._passes.device)
-        student, teacher = self._passes.forward(batch)
-        if self.repeats:
+            return alone(batch), self._finals[key].to(self._passes.device)
+        student, teacher = both(batch)
+        if again:
             self._finals[key] = self._aside.put(key, teacher)
         return student, teacher
 
@@ -223,7 +230,7 @@ class Descent:
             mine = part[distributed.rank() :: distributed.count()]
             kl = 0.0
             for batch in self._passes.portions(mine, JUDGED):
-                kl += self._loss.kl(*self._passes.look(batch), batch)
+                kl += self._loss.kl(*self._beside(batch, self._passes.look, self._passes.look_alone, again=True), batch)
             total += distributed.total_of(kl) / part.numel()
         return total / len(targets)
 

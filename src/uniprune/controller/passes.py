@@ -66,6 +66,10 @@ class Passes(Protocol):
         """As :meth:`forward`, without gradients."""
         ...
 
+    def look_alone(self, batch: Tensor) -> Tensor:
+        """As :meth:`look`, of the pruned model only."""
+        ...
+
     def portions(self, windows: Tensor, tokens: int) -> list[Tensor]:
         """Windows in batches that are best run at once; ``tokens`` is how many the memory is meant for."""
         ...
@@ -127,7 +131,11 @@ class Resident:
 
     @torch.no_grad()
     def look(self, batch: Tensor) -> tuple[Tensor, Tensor]:
-        return last_hidden(self._model, batch), self._dense(batch)
+        return self.look_alone(batch), self._dense(batch)
+
+    @torch.no_grad()
+    def look_alone(self, batch: Tensor) -> Tensor:
+        return last_hidden(self._model, batch)
 
     def portions(self, windows: Tensor, tokens: int) -> list[Tensor]:
         return batches(windows, tokens)
@@ -238,9 +246,7 @@ class Streamed:
         self._inputs, self._pulls = [], [[] for _ in range(len(self._replay))]
         for index in range(len(self._replay)):
             self._keep(index, ours)
-            with self._replay.residency(index):
-                for part, hidden in enumerate(ours):
-                    ours[part] = self._put("student", part, self._replay.run(index, self._here(hidden), self._ids[part]))
+            self._run(index, ours)
         self._last = ours
         return self._final(ours)
 
@@ -271,6 +277,14 @@ class Streamed:
         self._last = []
         return self._final(ours), self._final(theirs)
 
+    @torch.no_grad()
+    def look_alone(self, batch: Tensor) -> Tensor:
+        ours = self._enter(batch)
+        for index in range(len(self._replay)):
+            self._run(index, ours)
+        self._last = []
+        return self._final(ours)
+
     def portions(self, windows: Tensor, tokens: int) -> list[Tensor]:
         return [windows]
 
@@ -293,6 +307,12 @@ class Streamed:
     def _keep(self, index: int, ours: list[Tensor]) -> None:
         """Keeps a block's inputs for the pass backwards."""
         self._inputs.append([self._put(f"input-{index}", part, hidden) for part, hidden in enumerate(ours)])
+
+    def _run(self, index: int, ours: list[Tensor]) -> None:
+        """Puts a block's outputs in place of its inputs."""
+        with self._replay.residency(index):
+            for part, hidden in enumerate(ours):
+                ours[part] = self._put("student", part, self._replay.run(index, self._here(hidden), self._ids[part]))
 
     def _run_both(self, index: int, ours: list[Tensor], theirs: list[Tensor], between: Between | None = None) -> list[Tensor]:
         """Puts a block's outputs in place of its inputs; gives the gradients of their distance, if there is one."""
