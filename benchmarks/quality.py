@@ -3,10 +3,10 @@
     python benchmarks/quality.py METHOD [PATTERN ...] [--model qwen] [--seed N] [--tokens N [--fresh N]] [--full]
         [--scratch FOLDER]
 
-METHOD: dense, a local metric (magnitude, wanda, ria, stochria), fisher, owl, sparsegpt, sequential (Wanda's, block after
-block), refine (the same and --refine), paper, feedback (the controller, calibrated for each pattern alone), any (one
-calibration of the controller, all patterns cut from it). A sparsity such as 0.5 is cut with the method's own kind of budget: by
-row, but for fisher and the controller, which have one for the model.
+METHOD: dense, a local metric (magnitude, wanda, ria, stochria), fisher, fwanda (`--controller fisher`), owl, sparsegpt,
+sequential (Wanda's, block after block), refine (the same and --refine), paper, feedback (the controller, calibrated for each
+pattern alone), any (one calibration of the controller, all patterns cut from it). A sparsity such as 0.5 is cut with the
+method's own kind of budget: by row, but for fisher, fwanda and the controllers, which have one for the model.
 
 Local methods see 64 windows of 512 tokens, the controllers 131,072 tokens in all, counted with repeats, start and judging
 included; with --tokens another number, whose rows are kept apart (the curve). Above 131,072 windows come from both files of
@@ -42,6 +42,7 @@ from uniprune.comparison.sparsegpt import sparsegpt
 from uniprune.controller import descent
 from uniprune.controller.mirror_descent import MirrorDescent
 from uniprune.controller.published import UniPruning
+from uniprune.controller.start import Fisher
 from uniprune.data.windows import load_windows
 from uniprune.evaluation import perplexity as perplexity_module
 from uniprune.models import masking
@@ -77,6 +78,7 @@ def main() -> None:
     table = "whole" if chosen.full else "rows" if (chosen.tokens, chosen.fresh) == (BUDGET, None) else "curve"
     method = {"dense": bench.dense, "fisher": bench.fisher, "owl": bench.owl, "sparsegpt": bench.sparsegpt}
     method |= {
+        "fwanda": bench.fwanda,
         "sequential": bench.sequential,
         "refine": bench.refine,
         "paper": bench.paper,
@@ -162,6 +164,13 @@ class Bench:
     def fisher(self, specs: list[str]) -> Cut:
         tokens = self.text()
         saliency = baselines.fisher(self.model, self.matrices, tokens)
+        for spec in specs:
+            pattern = spelling.parse(spec, default="model")
+            yield spec, pattern, dict(pattern(saliency)), tokens.numel()
+
+    def fwanda(self, specs: list[str]) -> Cut:
+        tokens = self.text()
+        saliency, _ = Fisher().calibrate(self.calibration(tokens), metrics.Wanda(), [])
         for spec in specs:
             pattern = spelling.parse(spec, default="model")
             yield spec, pattern, dict(pattern(saliency)), tokens.numel()

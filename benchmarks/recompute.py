@@ -30,6 +30,7 @@ from shards import SIZES, STD
 from uniprune import Recipe
 from uniprune.controller import descent
 from uniprune.controller.mirror_descent import MirrorDescent
+from uniprune.controller.passes import opened
 from uniprune.job.memory import Work, needs
 from uniprune.models.matrices import find_matrices
 from uniprune.saliency.calibration import Calibration
@@ -37,6 +38,7 @@ from uniprune.saliency.metrics import Wanda
 from uniprune.sparsity.patterns import NM
 from uniprune.storage.runs import Run
 from uniprune.storage.stash import give_back_memory
+from uniprune.storage.tensor_store import Store
 
 SIDES = ("resident", "recomputed")
 LENGTH, VOCABULARY = 512, 32_000
@@ -98,9 +100,10 @@ def side(name: str, size: str, blocks: int | None, tokens: int, steps: int) -> R
     calibration = Calibration(model, matrices, windows, recompute=name == "recomputed")
     with tempfile.TemporaryDirectory() as folder:
         run = Run(Path(folder))
-        passes = descent._passes(calibration, run)
+        passes = opened(calibration, run)
         with passes.network:
-            moving = descent.Descent(settings, passes, replace(calibration, windows=windows[:1]), Wanda(), [target], run)
+            few, store = replace(calibration, windows=windows[:1]), Store(run, "descent")
+            moving = descent.Descent(settings, passes, few, Wanda(), [target], run, store)
             found = [peak_of(lambda: moving.step(windows, target, 1.0)) for _ in range(steps)]
         digest, cut = sha256(), target.settle({})
         for matrix in matrices:

@@ -50,6 +50,7 @@ METHODS = {
     "ria": "RIA",
     "stochria": "stochRIA",
     "fisher": "Fisher, one budget for the model",
+    "fwanda": "Wanda and `--controller fisher`",
     "owl": "OWL",
     "sparsegpt": "SparseGPT (updates weights)",
     "sequential": "Wanda, `--sequential`",
@@ -301,6 +302,17 @@ def speed(results: dict[str, Any]) -> str:
     lines.append(["bytes per weight that the controller keeps between steps", f"{results['state_bytes_per_weight']:.0f}"])
     lines += [[f"masks of {p} from a scores file, seconds", f"{s:.1f}"] for p, s in results["again_seconds"].items()]
     return table(["what", ""], lines)
+
+
+def versions(results: dict[str, Any]) -> str:
+    """A descent of this version beside the same of another."""
+    lines = []
+    for row in results["rows"]:
+        this, other = row["this"], row["other"]
+        quality = [f"{side[what]:{form}}" for what, form in (("kl", ".3f"), ("perplexity", ".1f")) for side in (this, other)]
+        what = f"{row['pattern']}, {row['budget']:,} tokens, seed {row['seed']}"
+        lines.append([what, row["other_version"], f"{row['seconds_ratio']:.2f}", *quality])
+    return table(["descent", "other version", "seconds, this / other", "KL, this", "other", "perplexity, this", "other"], lines)
 
 
 def sizes(results: dict[str, Any]) -> str:
@@ -744,7 +756,7 @@ def main() -> None:
         sections |= {f"qwen-{name}": getattr(second, name)() for name in ("perplexities", "gaps", "costs")}
         sections["qwen-curve"] = curve(second.curves(results["curve"]))
     writers = {"sources": sources, "ties": ties, "page": page, "ablations": ablations, "peer": peer}
-    writers |= {"zeroshot": zeroshot, "tasks": tasks, "speed": speed}
+    writers |= {"zeroshot": zeroshot, "tasks": tasks, "speed": speed, "versions": versions}
     for name, write in writers.items():
         if results := load(name):
             sections[name] = write(results)

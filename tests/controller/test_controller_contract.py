@@ -191,7 +191,7 @@ def test_names_and_aliases():
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"controller": "magic"}, r"controller = 'magic': it is unknown; use one of none, feedback, unipruning"),
+        ({"controller": "magic"}, r"controller = 'magic': it is unknown; use one of none, feedback, fisher, unipruning"),
         ({"controller": MirrorDescent}, r"MirrorDescent is a class; give an object of it"),
         ({"controller": Wanda()}, r"it has no cost, in_memory, one_process, comparable, step_tokens, calibrate"),
         ({"controller": Signs(), "tuning": {"step_size": 1}}, r"tuning \(--set\) is for a controller that is given by name"),

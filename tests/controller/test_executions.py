@@ -7,9 +7,8 @@ import uniprune
 from conftest import Stopped, Stops
 from small_models import MATRICES, tiny
 from uniprune import Recipe
-from uniprune.controller import descent
 from uniprune.controller.mirror_descent import MirrorDescent
-from uniprune.controller.passes import Resident
+from uniprune.controller.passes import Resident, opened
 from uniprune.controller.states import Masks, PackedMasks
 from uniprune.job.memory import PROCESS, Work, needs
 from uniprune.models.matrices import find_blocks, find_matrices
@@ -55,7 +54,7 @@ def test_relaxed_masks_too(targets):
 def kept_bytes(recompute):
     """What the pass forwards of one step leaves for the pass backwards."""
     model, kept = tiny("llama", num_hidden_layers=6), {}
-    passes = descent._passes(Calibration(model, find_matrices(model), tokens(), recompute=recompute), None)
+    passes = opened(Calibration(model, find_matrices(model), tokens(), recompute=recompute), None)
 
     def pack(tensor):
         kept[tensor.data_ptr()] = tensor.nbytes

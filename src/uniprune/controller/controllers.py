@@ -9,10 +9,12 @@ from uniprune.common import fields
 from uniprune.controller.mirror_descent import MirrorDescent
 from uniprune.controller.protocol import Controller
 from uniprune.controller.published import UniPruning
+from uniprune.controller.start import Fisher
 from uniprune.errors import InputError
 
 CONTROLLERS: dict[str, type[Controller]] = {
     "feedback": MirrorDescent,
+    "fisher": Fisher,
     "unipruning": UniPruning,
 }
 ALIASES = {"paper": "unipruning"}

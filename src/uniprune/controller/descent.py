@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import logging
 import math
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,14 +20,12 @@ from torch import Tensor
 
 from uniprune.common import distributed
 from uniprune.controller.loss import Loss
-from uniprune.controller.passes import Passes, Resident, Streamed
+from uniprune.controller.passes import Passes, opened
 from uniprune.controller.protocol import ControllerRecord
 from uniprune.controller.start import sensitivities, warn_of_stillness
 from uniprune.controller.states import Best, Cuts, InMemory, OnDisk, Rule, State, States
-from uniprune.controller.straight_through import Evener, StraightThrough
+from uniprune.controller.straight_through import Evener
 from uniprune.errors import InputError
-from uniprune.models.blocks import Replay
-from uniprune.models.matrices import find_blocks
 from uniprune.saliency.calibration import Calibration, LocalSaliency
 from uniprune.saliency.metrics import Metric
 from uniprune.saliency.statistics import starved
@@ -77,11 +73,11 @@ def descend(
     todo = _steps(windows, settings.batch_tokens)
     steps = steps or len(todo)
     with ExitStack() as stack:
-        run = calibration.run or stack.enter_context(_temporary())
+        run = calibration.run or stack.enter_context(runs.temporary())
         store, every = Store(run, "descent", shared=True), math.ceil(steps / settings.checks)
         if store.facts.get("step") == steps:  # an earlier run came to the end, and then was interrupted
             return Best(store, calibration.matrices, calibration.device, ()), _record(steps, every, store.facts)
-        passes = _passes(calibration, run)
+        passes = opened(calibration, run)
         stack.enter_context(passes.network)
         descent = Descent(settings, passes, replace(calibration, windows=windows), metric, targets, run, store)
         best, order, descent.repeats = descent.best, _drawn(targets, seed), steps > len(todo)
@@ -155,7 +151,7 @@ class Descent:
         self._local, self._gradients = LocalSaliency(self._matrices, metric, found.statistics), found.gradients
         self._saved = dict(store.facts)
         self.states = _states(settings, store, calibration, run, self._own)
-        self._aside, self._finals = Stash(_aside(run)), dict[str, Tensor]()
+        self._aside, self._finals = Stash(run.aside), dict[str, Tensor]()
         self.best = Best(store, self._matrices, passes.device, self._own)
         self._cuts = Cuts(self.states, self._matrices, self._owners, targets, passes.device)
         self._scale, self._size, self.repeats = 1.0, 0.0, False
@@ -324,39 +320,13 @@ def _steps(windows: Tensor, tokens: int) -> list[Tensor]:
     return todo
 
 
-def _passes(calibration: Calibration, run: Run) -> Passes:
-    model, network = calibration.model, StraightThrough(calibration.matrices)
-    _, blocks = find_blocks(model)
-    if not calibration.streamed:
-        return Resident(model, blocks, network, calibration.recompute)
-    return Streamed(model, Replay(model, blocks, calibration.residency), network, Stash(_aside(run)))
-
-
-@contextmanager
-def _temporary() -> Iterator[Run]:
-    """A run that leaves nothing behind, in a folder that all processes share."""
-    first = not distributed.rank()
-    with tempfile.TemporaryDirectory(prefix="uniprune-") if first else nullcontext("") as folder:
-        place = Path(distributed.gathered(folder)[0])
-        with nullcontext(Run(place)) if first else runs.beside(place, f"rank-{distributed.rank()}") as run:
-            yield Run(run.folder, durable=False, shared=place)
-        distributed.wait()
-
-
 def _states(rule: Rule, store: Store, calibration: Calibration, run: Run, names: Sequence[str]) -> States:
     """Where states lie: of a model that is read block by block on disk, else on its device or in host memory."""
     if calibration.streamed:
-        return OnDisk(store, rule, _aside(run))
+        return OnDisk(store, rule, run.aside)
     home = torch.device("cpu") if calibration.offload else calibration.device
     packed = calibration.recompute or distributed.count() > 1
     return InMemory(store, rule, Pace() if calibration.run else None, home, packed, names)
-
-
-def _aside(run: Run) -> Path:
-    """The folder for what is put aside between blocks."""
-    folder = run.folder / "stash"
-    folder.mkdir(exist_ok=True)
-    return folder
 
 
 def _drawn(targets: Sequence[Pattern], seed: int) -> Iterator[Pattern]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -31,8 +31,13 @@ from uniprune.models.blocks import (
     rerouted,
     warn_unless_causal,
 )
+from uniprune.models.matrices import find_blocks
 from uniprune.models.output_head import Head
 from uniprune.storage.stash import Stash, give_back_memory
+
+if TYPE_CHECKING:
+    from uniprune.saliency.calibration import Calibration
+    from uniprune.storage.runs import Run
 
 PART_TOKENS = 1024  # that go through a block at once, with gradients
 
@@ -77,6 +82,15 @@ class Passes(Protocol):
     def head(self, text: Tensor, vocabulary: int | None = None) -> Head:
         """The model's output head; ``text`` ``[windows, length]`` is as in Head."""
         ...
+
+
+def opened(calibration: Calibration, run: Run) -> Passes:
+    """The passes of a calibration's model, routed through a network that has no masks yet."""
+    network, (_, blocks) = StraightThrough(calibration.matrices), find_blocks(calibration.model)
+    if not calibration.streamed:
+        return Resident(calibration.model, blocks, network, calibration.recompute)
+    replay = Replay(calibration.model, blocks, calibration.residency)
+    return Streamed(calibration.model, replay, network, Stash(run.aside))
 
 
 class Resident:

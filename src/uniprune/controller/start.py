@@ -1,17 +1,23 @@
-"""What a descent starts from: one pass of the dense model, forwards and backwards, over a little of the text."""
+"""One pass of the dense model, forwards and backwards: what a descent starts from, and the controller that stops there."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from statistics import median
-from typing import NamedTuple, TypeVar
+from typing import ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from uniprune.common import distributed
-from uniprune.controller.passes import Passes
+from uniprune.common.progress import Progress, silent
+from uniprune.controller.passes import Passes, opened
+from uniprune.controller.protocol import ControllerRecord, Cost
+from uniprune.saliency.calibration import Calibration, LocalSaliency
+from uniprune.saliency.metrics import Metric
 from uniprune.saliency.statistics import (
     Kind,
     SquaredNorm,
@@ -22,7 +28,10 @@ from uniprune.saliency.statistics import (
     check_seen,
     feed,
     observing,
+    starved,
 )
+from uniprune.sparsity.patterns import Pattern
+from uniprune.storage import runs
 from uniprune.storage.runs import Run
 from uniprune.storage.tensor_store import Store
 
@@ -44,7 +53,67 @@ class Start(NamedTuple):
     still: list[str]
 
 
-def sensitivities(passes: Passes, windows: Tensor, wanted: Kind | None, run: Run | None = None) -> Start:
+@dataclass(frozen=True)
+class Fisher:
+    """The local score times the RMS of the loss's gradient at a weight's output; no descent, and no settings.
+
+    Where the local score is Wanda's, its square is the weight's square times the diagonal of the Fisher information, inputs and
+    output gradients taken to be independent (as in K-FAC, arXiv 1503.05671). Within a row nothing changes: N:M and budgets by
+    row are the metric's own. A budget for a matrix or the model gives each row what its output is worth to the loss, the idea
+    of F-Wanda (arXiv 2608.00481).
+    """
+
+    cost: ClassVar[Cost] = Cost(flops=4)
+    in_memory: ClassVar[bool] = False
+    one_process: ClassVar[bool] = False
+    comparable: ClassVar[bool] = True
+
+    def step_tokens(self, length: int) -> int:
+        """Tokens of a step, which is a sample."""
+        return length
+
+    def calibrate(
+        self,
+        calibration: Calibration,
+        metric: Metric,
+        targets: Sequence[Pattern],
+        steps: int | None = None,
+        seed: int = 0,
+    ) -> tuple[Mapping[str, Tensor], ControllerRecord]:
+        """The scores, made when they are asked for, and the record; steps: windows, at most."""
+        windows = calibration.windows[:steps]
+        with ExitStack() as stack:
+            passes = opened(calibration, calibration.run or stack.enter_context(runs.temporary()))
+            stack.enter_context(passes.network)
+            found = sensitivities(passes, windows, metric.statistic, calibration.run, calibration.progress)
+        warn_of_stillness(found.still)
+        facts = starved(calibration.matrices, found.norms) | {"without_gradient": found.still}
+        record = ControllerRecord(objective="cross-entropy", steps=len(windows), tokens=windows.numel(), **facts)
+        return _Weighted(LocalSaliency(calibration.matrices, metric, found.statistics), found.gradients), record
+
+
+class _Weighted(Mapping[str, Tensor]):
+    """Local scores, each row times a factor ``[out]``."""
+
+    def __init__(self, local: LocalSaliency, factors: Mapping[str, Tensor]) -> None:
+        self._local, self._factors = local, factors
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._local[name].float() * self._factors[name].float()[:, None]
+
+    def size(self, name: str) -> int:
+        return self._local.size(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._local)
+
+    def __len__(self) -> int:
+        return len(self._local)
+
+
+def sensitivities(
+    passes: Passes, windows: Tensor, wanted: Kind | None, run: Run | None = None, progress: Progress = silent
+) -> Start:
     """The start of a descent, or what an earlier run found it to be.
 
     windows: token ids ``[windows, length]``. wanted: the statistic of the local metric. The network of ``passes`` is left
@@ -54,7 +123,7 @@ def sensitivities(passes: Passes, windows: Tensor, wanted: Kind | None, run: Run
     store = Store(run, "start", shared=True) if run else None
     if store is not None and store.facts:
         return _restored(store, passes, other)
-    start = _measured(passes, windows, other)
+    start = _measured(passes, windows, other, progress)
     if store is not None:
         if not distributed.rank():  # all have found the same
             store["inputs"] = {name: norm.total for name, norm in start.norms.items()}
@@ -65,7 +134,7 @@ def sensitivities(passes: Passes, windows: Tensor, wanted: Kind | None, run: Run
     return start
 
 
-def _measured(passes: Passes, windows: Tensor, other: Kind | None) -> Start:
+def _measured(passes: Passes, windows: Tensor, other: Kind | None, progress: Progress) -> Start:
     network = passes.network
     columns = {name: matrix.shape[1] for name, matrix in network.matrices.items()}
     norms = {name: SquaredNorm(count, passes.device) for name, count in columns.items()}
@@ -81,7 +150,7 @@ def _measured(passes: Passes, windows: Tensor, other: Kind | None) -> Start:
     network.masks, network.watch = {}, watch
     head = passes.head(windows)
     portions = passes.portions(windows[distributed.rank() :: distributed.count()], windows.shape[1])
-    for batch in portions:
+    for batch in progress(portions, "finding what each output is worth", len(portions)):
         passes.backward(head.next_token(passes.forward_alone(batch), batch))
     network.watch = None
     for total in totals.values():

@@ -87,7 +87,8 @@ class Method(Options):
         Field(
             default=None,
             description="Corrects the metric's scores by the loss of the whole pruned model: feedback (mirror descent), "
-            "unipruning (the published objective, for comparison) or none (the metric alone).",
+            "fisher (what each output is worth to it: one pass, no descent), unipruning (the published objective, for "
+            "comparison) or none (the metric alone).",
         )
     )
     budget_tokens: Annotated[int | None, Flag(default="each calibration sample once")] = Field(

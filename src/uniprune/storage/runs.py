@@ -18,14 +18,16 @@ import os
 import re
 import shutil
 import stat
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
+from uniprune.common import distributed
 from uniprune.errors import InputError, MismatchError
 from uniprune.storage import strict_json
 from uniprune.storage.files import replacing, sync
@@ -111,6 +113,17 @@ def beside(folder: Path, name: str) -> Iterator[Run]:
         shutil.rmtree(own, ignore_errors=True)
 
 
+@contextmanager
+def temporary() -> Iterator[Run]:
+    """A run that leaves nothing behind, in a folder that all processes share."""
+    first = not distributed.rank()
+    with tempfile.TemporaryDirectory(prefix="uniprune-") if first else nullcontext("") as folder:
+        place = Path(distributed.gathered(folder)[0])
+        with nullcontext(Run(place)) if first else beside(place, f"rank-{distributed.rank()}") as run:
+            yield Run(run.folder, durable=False, shared=place)
+        distributed.wait()
+
+
 class Run:
     """The folder of a run, as ``open_run`` gives it; a stage is a part of the run that commits by itself, e.g. ``descent``.
 
@@ -120,6 +133,13 @@ class Run:
 
     def __init__(self, folder: Path, durable: bool = True, shared: Path | None = None) -> None:
         self.folder, self.durable, self.shared = folder, durable, shared or folder
+
+    @property
+    def aside(self) -> Path:
+        """The folder for what is put aside between blocks."""
+        folder = self.folder / "stash"
+        folder.mkdir(exist_ok=True)
+        return folder
 
     def facts(self, stage: str) -> dict[str, Any] | None:
         """What was last committed for ``stage``, None if nothing was. Raises InputError if it cannot be read."""

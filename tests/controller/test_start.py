@@ -1,0 +1,55 @@
+"""The controller that stops at the start: local scores times what each output is worth to the loss."""
+
+import pytest
+import torch
+from torch.nn import functional
+
+from conftest import VOCABULARY, tiny_model
+from uniprune.controller.start import Fisher
+from uniprune.models.matrices import find_matrices
+from uniprune.saliency.calibration import Calibration, one_shot
+from uniprune.saliency.metrics import RIA, Wanda
+from uniprune.sparsity.patterns import NM, Unstructured
+from uniprune.sparsity.views import OnOneScale
+
+
+def calibration(windows=6, length=16):
+    model = tiny_model(initializer_range=0.3)
+    ids = torch.randint(0, VOCABULARY, (windows, length), generator=torch.Generator().manual_seed(0))
+    return Calibration(model, find_matrices(model), ids)
+
+
+def test_scores_by_hand():
+    """Wanda's, times the root of the mean squared gradient that the next-token loss has at an output."""
+    given = calibration()
+    found, record = Fisher().calibrate(given, Wanda(), [], steps=4)
+    windows, outputs = given.windows[:4], {name: [] for name in given.matrices}
+    hooks = [
+        matrix.module.register_forward_hook(lambda module, args, output, name=name: outputs[name].append(output))
+        for name, matrix in given.matrices.items()
+    ]
+    with torch.enable_grad():
+        leaf = given.model.get_input_embeddings()(windows).detach().requires_grad_()
+        logits = given.model(inputs_embeds=leaf).logits[:, :-1]
+        loss = functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten(), reduction="sum")
+        gradients = torch.autograd.grad(loss, [output for (output,) in outputs.values()])
+    for hook in hooks:
+        hook.remove()
+    local = one_shot(Calibration(given.model, given.matrices, windows), Wanda())
+    for name, gradient in zip(outputs, gradients, strict=True):
+        worth = gradient.flatten(0, -2).square().mean(0).sqrt()
+        torch.testing.assert_close(found[name], local[name] * worth[:, None], rtol=1e-4, atol=1e-7)
+    assert (record.steps, record.tokens) == (4, 4 * 16)
+
+
+@pytest.mark.parametrize("metric", [Wanda(), RIA()], ids=lambda one: type(one).__name__)
+def test_within_a_row_the_metric_decides_and_across_rows_the_loss(metric):
+    given = calibration()
+    found, _ = Fisher().calibrate(given, metric, [])
+    local = one_shot(given, metric)
+    for pattern in (NM(2, 4), Unstructured(0.5, "row")):
+        masks = dict(pattern(found))
+        assert all(torch.equal(mask, masks[name]) for name, mask in pattern(local))
+    masks = dict(Unstructured(0.5, "model")(OnOneScale(found)))
+    kept = torch.stack([mask.float().mean() for mask in masks.values()])
+    assert float(kept.std()) > 0.05
