@@ -43,9 +43,12 @@ def test_scores_by_hand():
 
 
 @pytest.mark.parametrize("metric", [Wanda(), RIA()], ids=lambda one: type(one).__name__)
-def test_within_a_row_the_metric_decides_and_across_rows_the_loss(metric):
+def test_within_a_row_the_metric_decides_and_across_rows_the_loss(metric, caplog):
     given = calibration()
-    found, _ = Fisher().calibrate(given, metric, [])
+    found, _ = Fisher().calibrate(given, metric, [Unstructured(0.5, "model")])
+    assert not caplog.records
+    Fisher().calibrate(given, metric, [NM(2, 4)], steps=1)
+    assert "changes nothing at 2:4" in caplog.text
     local = one_shot(given, metric)
     for pattern in (NM(2, 4), Unstructured(0.5, "row")):
         masks = dict(pattern(found))

@@ -56,9 +56,9 @@ class Table(Options):
         tuple[str, ...], Flag(("-m",), metavar="METHOD,..."), BeforeValidator(_rejoined), Commas, BeforeValidator(_texts)
     ] = Field(
         default=("magnitude", "wanda", "ria", "sparsegpt", "feedback"),
-        description="Metrics (wanda, ria:a=0.5), controllers (feedback, fisher, unipruning; feedback:step_size=0.006), any (feedback, "
-        "calibrated once for all sparsities), sequential, refine, sparsegpt (updates weights, in memory only), scores or masks "
-        "files.",
+        description="Metrics (wanda, ria:a=0.5), controllers (feedback, fisher, unipruning; feedback:step_size=0.006), any "
+        "(feedback, calibrated once for all sparsities), sequential, refine, sparsegpt (updates weights, in memory only), scores "
+        "or masks files.",
     )
     sparsities: Annotated[
         tuple[str, ...], Flag(("-s",), name="--sparsity", metavar="SPARSITY,..."), Commas, BeforeValidator(_texts)

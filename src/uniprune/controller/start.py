@@ -30,7 +30,7 @@ from uniprune.saliency.statistics import (
     observing,
     starved,
 )
-from uniprune.sparsity.patterns import Pattern
+from uniprune.sparsity.patterns import NM, Pattern
 from uniprune.storage import runs
 from uniprune.storage.runs import Run
 from uniprune.storage.tensor_store import Store
@@ -81,6 +81,10 @@ class Fisher:
         seed: int = 0,
     ) -> tuple[Mapping[str, Tensor], ControllerRecord]:
         """The scores, made when they are asked for, and the record; steps: windows, at most."""
+        if targets and all(isinstance(one, NM) or getattr(one, "scope", None) == "row" for one in targets):
+            logger.warning(
+                "--controller fisher changes nothing at %s, which is decided within rows: none is faster", targets[0]
+            )
         windows = calibration.windows[:steps]
         with ExitStack() as stack:
             passes = opened(calibration, calibration.run or stack.enter_context(runs.temporary()))
