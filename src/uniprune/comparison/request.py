@@ -57,8 +57,8 @@ class Table(Options):
     ] = Field(
         default=("magnitude", "wanda", "ria", "sparsegpt", "feedback"),
         description="Metrics (wanda, ria:a=0.5), controllers (feedback, fisher, unipruning; feedback:step_size=0.006), any "
-        "(feedback, calibrated once for all sparsities), sequential, refine, sparsegpt (updates weights, in memory only), scores "
-        "or masks files.",
+        "(feedback, calibrated once for all sparsities), sequential, refine, sparsegpt (updates weights, in memory only), "
+        "scores or masks files.",
     )
     sparsities: Annotated[
         tuple[str, ...], Flag(("-s",), name="--sparsity", metavar="SPARSITY,..."), Commas, BeforeValidator(_texts)
