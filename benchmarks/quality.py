@@ -37,7 +37,7 @@ import torch
 
 import baselines
 import uniprune
-from common import CALIBRATION, DATA, EVALUATION, FAST, load, peak_memory, qwen, relative, save, smollm2
+from common import CALIBRATION, DATA, EVALUATION, FAST, load, peak_memory, processor, qwen, relative, save, smollm2
 from uniprune.comparison.sparsegpt import sparsegpt
 from uniprune.controller import descent
 from uniprune.controller.mirror_descent import MirrorDescent
@@ -89,7 +89,7 @@ def main() -> None:
     start = time.perf_counter()
     for spec, pattern, cut, tokens in run(chosen.patterns or (MAIN if chosen.full else PATTERNS)):
         row = {"method": chosen.method, "pattern": spec, "scope": getattr(pattern, "scope", None), "seed": chosen.seed}
-        row |= {"dtype": dtype_name(bench.model.dtype), "tokens": tokens}
+        row |= {"dtype": dtype_name(bench.model.dtype), "cpu": processor()["name"], "tokens": tokens}
         row |= {"fresh": bench.distinct} if table == "curve" else {}
         row |= {"seconds": time.perf_counter() - start, "peak_bytes": peak_memory()}
         removed = sum(int((~mask).sum()) for mask in cut.values())

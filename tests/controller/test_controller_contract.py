@@ -27,7 +27,11 @@ from uniprune.sparsity.patterns import NM, Unstructured
 from uniprune.sparsity.views import OnOneScale, View, on_one_scale
 from uniprune.storage import runs
 
-OTHERS = {"feedback": {"step_size": 0.05, "batch_tokens": 32, "focus": False}, "unipruning": {"learning_rate": 1e-3}}
+OTHERS = {
+    "feedback": {"step_size": 0.05, "batch_tokens": 32, "focus": False},
+    "fisher": {"batch_tokens": 32},
+    "unipruning": {"learning_rate": 1e-3},
+}
 OWN = [Signs(step_size=0.05, batch_tokens=32), Halved(share=0.25)]
 ALL_CONTROLLERS = [*(kind(**OTHERS.get(name, {})) for name, kind in CONTROLLERS.items()), *OWN]
 TARGETS = [NM(2, 4), Unstructured(0.5, "row")]

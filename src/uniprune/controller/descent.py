@@ -22,7 +22,7 @@ from uniprune.common import distributed
 from uniprune.controller.loss import Loss
 from uniprune.controller.passes import Passes, opened
 from uniprune.controller.protocol import ControllerRecord
-from uniprune.controller.start import sensitivities, warn_of_stillness
+from uniprune.controller.start import in_steps, sensitivities, warn_of_stillness
 from uniprune.controller.states import Best, Cuts, InMemory, OnDisk, Rule, State, States
 from uniprune.controller.straight_through import Evener
 from uniprune.errors import InputError
@@ -70,7 +70,7 @@ def descend(
     judges = max(1, min(max(settings.held_out, len(targets)), len(windows) // 8, len(windows) - distributed.count()))
     distributed.check_windows(len(windows), judges)
     held_out, windows = windows[-judges:], windows[:-judges]
-    todo = _steps(windows, settings.batch_tokens)
+    todo = in_steps(windows, settings.batch_tokens)
     steps = steps or len(todo)
     with ExitStack() as stack:
         run = calibration.run or stack.enter_context(runs.temporary())
@@ -309,15 +309,6 @@ def _check_relaxed(targets: Sequence[Pattern], calibration: Calibration) -> None
         raise InputError(f"masks of {targets[0]} cannot be relaxed; leave temperature at 0")
     if calibration.streamed and not all(target.local for target in targets):
         raise InputError("relaxed masks with one budget for the model need all of it in memory; leave temperature at 0")
-
-
-def _steps(windows: Tensor, tokens: int) -> list[Tensor]:
-    """The windows ``[n, length]`` of each step: about so many tokens, and a window for every process at least."""
-    processes = distributed.count()
-    todo = list(torch.split(windows, max(processes, tokens // windows.shape[1])))
-    if len(todo[-1]) < processes:
-        todo[-2:] = [torch.cat(todo[-2:])]
-    return todo
 
 
 def _states(rule: Rule, store: Store, calibration: Calibration, run: Run, names: Sequence[str]) -> States:

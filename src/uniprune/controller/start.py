@@ -16,6 +16,7 @@ from uniprune.common import distributed
 from uniprune.common.progress import Progress, silent
 from uniprune.controller.passes import Passes, opened
 from uniprune.controller.protocol import ControllerRecord, Cost
+from uniprune.errors import InputError
 from uniprune.saliency.calibration import Calibration, LocalSaliency
 from uniprune.saliency.metrics import Metric
 from uniprune.saliency.statistics import (
@@ -55,12 +56,15 @@ class Start(NamedTuple):
 
 @dataclass(frozen=True)
 class Fisher:
-    """The local score times the RMS of the loss's gradient at a weight's output; no descent, and no settings.
+    """The local score times the RMS of the loss's gradient at a weight's output, and no descent.
 
     Where the local score is Wanda's, its square is the weight's square times the diagonal of the Fisher information, inputs and
     output gradients taken to be independent (as in K-FAC, arXiv 1503.05671). Within a row nothing changes: N:M and budgets by
     row are the metric's own. A budget for a matrix or the model gives each row what its output is worth to the loss, the idea
     of F-Wanda (arXiv 2608.00481).
+
+    batch_tokens: that go through the model at once; what is found is the same. More take more memory, but of a model that is
+    read block by block fewer readings.
     """
 
     cost: ClassVar[Cost] = Cost(flops=4)
@@ -68,9 +72,15 @@ class Fisher:
     one_process: ClassVar[bool] = False
     comparable: ClassVar[bool] = True
 
+    batch_tokens: int = 1024
+
+    def __post_init__(self) -> None:
+        if self.batch_tokens < 1:
+            raise InputError("fisher: batch_tokens must be above 0")
+
     def step_tokens(self, length: int) -> int:
-        """Tokens of a step, which is a sample."""
-        return length
+        """Tokens of a step on windows of ``length``: of one batch."""
+        return self.batch_tokens
 
     def calibrate(
         self,
@@ -80,19 +90,20 @@ class Fisher:
         steps: int | None = None,
         seed: int = 0,
     ) -> tuple[Mapping[str, Tensor], ControllerRecord]:
-        """The scores, made when they are asked for, and the record; steps: windows, at most."""
+        """The scores, made when they are asked for, and the record; steps: batches, at most."""
         if targets and all(isinstance(one, NM) or getattr(one, "scope", None) == "row" for one in targets):
             logger.warning(
                 "--controller fisher changes nothing at %s, which is decided within rows: none is faster", targets[0]
             )
-        windows = calibration.windows[:steps]
+        batches = in_steps(calibration.windows, self.batch_tokens)[:steps]
+        windows = torch.cat(batches)
         with ExitStack() as stack:
             passes = opened(calibration, calibration.run or stack.enter_context(runs.temporary()))
             stack.enter_context(passes.network)
-            found = sensitivities(passes, windows, metric.statistic, calibration.run, calibration.progress)
+            found = sensitivities(passes, windows, metric.statistic, calibration.run, self.batch_tokens, calibration.progress)
         warn_of_stillness(found.still)
         facts = starved(calibration.matrices, found.norms) | {"without_gradient": found.still}
-        record = ControllerRecord(objective="cross-entropy", steps=len(windows), tokens=windows.numel(), **facts)
+        record = ControllerRecord(objective="cross-entropy", steps=len(batches), tokens=windows.numel(), **facts)
         return _Weighted(LocalSaliency(calibration.matrices, metric, found.statistics), found.gradients), record
 
 
@@ -115,19 +126,34 @@ class _Weighted(Mapping[str, Tensor]):
         return len(self._local)
 
 
+def in_steps(windows: Tensor, tokens: int) -> list[Tensor]:
+    """The windows ``[n, length]`` of each step: about so many tokens, and a window for every process at least."""
+    processes = distributed.count()
+    todo = list(torch.split(windows, max(processes, tokens // windows.shape[1])))
+    if len(todo[-1]) < processes:
+        todo[-2:] = [torch.cat(todo[-2:])]
+    return todo
+
+
 def sensitivities(
-    passes: Passes, windows: Tensor, wanted: Kind | None, run: Run | None = None, progress: Progress = silent
+    passes: Passes,
+    windows: Tensor,
+    wanted: Kind | None,
+    run: Run | None = None,
+    batch_tokens: int | None = None,
+    progress: Progress = silent,
 ) -> Start:
     """The start of a descent, or what an earlier run found it to be.
 
-    windows: token ids ``[windows, length]``. wanted: the statistic of the local metric. The network of ``passes`` is left
+    windows: token ids ``[windows, length]``. wanted: the statistic of the local metric. batch_tokens: that go through the model
+    at once; by default a window, or, where blocks are read one at a time, all. The network of ``passes`` is left
     without masks.
     """
     other = beside(SquaredNorm, wanted)
     store = Store(run, "start", shared=True) if run else None
     if store is not None and store.facts:
         return _restored(store, passes, other)
-    start = _measured(passes, windows, other, progress)
+    start = _measured(passes, windows, other, batch_tokens, progress)
     if store is not None:
         if not distributed.rank():  # all have found the same
             store["inputs"] = {name: norm.total for name, norm in start.norms.items()}
@@ -138,7 +164,7 @@ def sensitivities(
     return start
 
 
-def _measured(passes: Passes, windows: Tensor, other: Kind | None, progress: Progress) -> Start:
+def _measured(passes: Passes, windows: Tensor, other: Kind | None, batch_tokens: int | None, progress: Progress) -> Start:
     network = passes.network
     columns = {name: matrix.shape[1] for name, matrix in network.matrices.items()}
     norms = {name: SquaredNorm(count, passes.device) for name, count in columns.items()}
@@ -153,7 +179,11 @@ def _measured(passes: Passes, windows: Tensor, other: Kind | None, progress: Pro
 
     network.masks, network.watch = {}, watch
     head = passes.head(windows)
-    portions = passes.portions(windows[distributed.rank() :: distributed.count()], windows.shape[1])
+    portions = [
+        portion
+        for batch in in_steps(windows, batch_tokens or windows.numel())
+        for portion in passes.portions(batch[distributed.rank() :: distributed.count()], batch_tokens or windows.shape[1])
+    ]
     for batch in progress(portions, "finding what each output is worth", len(portions)):
         passes.backward(head.next_token(passes.forward_alone(batch), batch))
     network.watch = None
