@@ -17,8 +17,8 @@ from conftest import VOCABULARY, tiny_model
 from uniprune.artefacts.writer import MASKS
 from uniprune.common import distributed
 from uniprune.controller import descent, states
-from uniprune.controller.descent import _steps
 from uniprune.controller.mirror_descent import MirrorDescent
+from uniprune.controller.start import in_steps
 from uniprune.data import text
 from uniprune.errors import InputError
 from uniprune.job import prepare as job
@@ -37,7 +37,7 @@ def test_every_step_has_a_window_for_each_process(monkeypatch, processes, tokens
     monkeypatch.setattr(distributed, "count", lambda: processes)
     for count in range(processes, 30):
         windows = torch.arange(8 * count).reshape(count, 8)
-        steps = _steps(windows, tokens)
+        steps = in_steps(windows, tokens)
         assert torch.equal(torch.cat(steps), windows)
         assert min(map(len, steps)) >= processes
         assert max(map(len, steps)) < max(2 * processes, tokens // 8 + processes, 2)
