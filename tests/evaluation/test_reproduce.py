@@ -37,6 +37,18 @@ def test_a_result_is_reproduced_to_the_last_bit(capsys, monkeypatch, result):
     assert found["differences"] == []
 
 
+def test_another_processor_is_a_machine_of_another_kind(capsys, monkeypatch, result):
+    """Seen: two makers' processors with AVX-512, and perplexities that differ in the eighth digit."""
+    recorded = json.loads(result.read_text())
+    recorded["perplexity"] *= 1 + 1e-8
+    result.write_text(json.dumps(recorded))
+    assert run(capsys, monkeypatch, "evaluate", "--check", result)[0] != 0
+    monkeypatch.setattr("uniprune.evaluation.reproduce._processor", lambda: "another of the same capability")
+    code, printed, _ = run(capsys, monkeypatch, "evaluate", "--check", result)
+    assert code == 0
+    assert "on a machine of another kind" in printed
+
+
 def test_a_changed_value_is_named(capsys, monkeypatch, result):
     recorded = json.loads(result.read_text())
     recorded["closeness"]["kl"] *= 1 + 1e-12

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import platform
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +37,19 @@ def weights_sha256(model: nn.Module) -> str:
 def machine(model: nn.Module) -> Machine:
     """The machine that a model computes on."""
     device = device_of(model)
-    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     return Machine(device=device.type, kind=kind, threads=torch.get_num_threads())
+
+
+def _processor() -> str:
+    """What PyTorch uses of the processor, and which it is: its libraries add in another order on another maker's or model's."""
+    facts = platform.processor() or platform.machine()
+    with suppress(OSError):
+        pairs = (line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line)
+        found = {key.strip(): value.strip() for key, value in pairs}
+        if "model name" in found:
+            facts = f"{found['model name']}, family {found.get('cpu family')}, model {found.get('model')}"
+    return f"{torch.backends.cpu.get_cpu_capability()}, {facts}"
 
 
 def differences(recorded: Mapping[str, Any], found: Mapping[str, Any]) -> list[Difference]:
