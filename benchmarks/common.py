@@ -22,7 +22,7 @@ import torch
 from transformers.utils import logging
 
 import uniprune
-from uniprune.common.provenance import versions
+from uniprune.common import provenance
 from uniprune.models.loading import fast_dtype
 from uniprune.storage.files import replacing
 
@@ -77,9 +77,7 @@ def smollm2_folder(folder: Path, dtype: str = "bfloat16") -> str:
 
 def processor() -> dict[str, Any]:
     """The processor, by name and by the instructions that matter."""
-    text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    facts = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
-    facts = {key.strip(): value.strip() for key, value in facts.items()}
+    facts = provenance.processor()
     flags = facts.get("flags", facts.get("Features", "")).split()
     return {
         "name": facts.get("model name", platform.processor() or platform.machine()),
@@ -109,5 +107,5 @@ def save(name: str, results: dict[str, Any]) -> None:
     """Writes results/<name>.json with the software and hardware they were had on."""
     machine = {"cpu": processor(), "threads": torch.get_num_threads()}
     RESULTS.mkdir(exist_ok=True)
-    text = json.dumps({"versions": versions(), "machine": machine, **results}, indent=1)
+    text = json.dumps({"versions": provenance.versions(), "machine": machine, **results}, indent=1)
     (RESULTS / f"{name}.json").write_text(text + "\n")

@@ -52,7 +52,7 @@ from uniprune.saliency import metrics
 from uniprune.saliency.calibration import Calibration, one_shot
 from uniprune.saliency.sequential import refined, sequential
 from uniprune.sparsity import spelling
-from uniprune.sparsity.patterns import Masks, Pattern
+from uniprune.sparsity.patterns import Masks, Pattern, Saliency, Scope
 from uniprune.storage.runs import Run, open_run
 
 MODELS = {"smollm2": smollm2, "qwen": qwen}
@@ -157,23 +157,17 @@ class Bench:
     def local(self, method: str, specs: list[str]) -> Cut:
         tokens = self.text()
         saliency = one_shot(self.calibration(tokens), metrics.parse(method, self.seed))
-        for spec in specs:
-            pattern = spelling.parse(spec)
-            yield spec, pattern, dict(pattern(saliency)), tokens.numel()
+        return cut_from(saliency, specs, tokens.numel(), "row")
 
     def fisher(self, specs: list[str]) -> Cut:
         tokens = self.text()
         saliency = baselines.fisher(self.model, self.matrices, tokens)
-        for spec in specs:
-            pattern = spelling.parse(spec, default="model")
-            yield spec, pattern, dict(pattern(saliency)), tokens.numel()
+        return cut_from(saliency, specs, tokens.numel(), "model")
 
     def fwanda(self, specs: list[str]) -> Cut:
         tokens = self.text()
         saliency, _ = Fisher().calibrate(self.calibration(tokens), metrics.Wanda(), [])
-        for spec in specs:
-            pattern = spelling.parse(spec, default="model")
-            yield spec, pattern, dict(pattern(saliency)), tokens.numel()
+        return cut_from(saliency, specs, tokens.numel(), "model")
 
     def owl(self, specs: list[str]) -> Cut:
         tokens = self.text()
@@ -217,9 +211,7 @@ class Bench:
 
     def any(self, specs: list[str]) -> Cut:
         saliency, tokens = self.descend(descent.any_sparsity())
-        for spec in specs:
-            pattern = spelling.parse(spec, default="model")
-            yield spec, pattern, dict(pattern(saliency)), tokens
+        return cut_from(saliency, specs, tokens, "model")
 
     def descend(self, targets: Any, budget: int | None = None, **settings: Any) -> tuple[dict[str, torch.Tensor], int]:
         """As many steps as the budget leaves after the start and the judging."""
@@ -251,6 +243,13 @@ class Bench:
         name = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
         with open_run(self.scratch / name, what, resume=True) as run:
             yield run
+
+
+def cut_from(saliency: Saliency, specs: list[str], tokens: int, scope: Scope) -> Cut:
+    """All patterns from one saliency; scope: of sparsities."""
+    for spec in specs:
+        pattern = spelling.parse(spec, default=scope)
+        yield spec, pattern, dict(pattern(saliency)), tokens
 
 
 def right_answers() -> Iterator[str]:

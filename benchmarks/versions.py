@@ -13,17 +13,17 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
 import uniprune
 from common import DATA, FAST, ROOT, load, save, smollm2
+from scale import Cost, Row, alternate, ratio
 from uniprune.data.windows import load_windows
 from uniprune.evaluation.divergence import Recording, closeness
 from uniprune.evaluation.perplexity import perplexity
@@ -49,8 +49,6 @@ torch.save(dict(pattern(saliency)), masks)
 print(json.dumps({"seconds": seconds, "tokens": counted}))
 """
 
-Row = dict[str, Any]
-
 
 def main() -> None:
     parser = argparse.ArgumentParser()
@@ -66,27 +64,24 @@ def main() -> None:
     sides = {"this": ROOT, "other": chosen.other.resolve()}
     judge = Judge()
     for spec in chosen.pattern:
-        rows: dict[str, list[Row]] = {side: [] for side in sides}
-        for turn in range(chosen.rounds):
-            for side in list(sides)[:: -1 if turn % 2 else 1]:
-                masks, facts = descended(sides[side], spec, chosen.tokens, chosen.seed)
-                rows[side].append(facts | (judge(masks) if not turn else {}))
-                print(side, rows[side][-1], flush=True)
-        pairs = zip(rows["this"], rows["other"], strict=True)
-        found = {side: some[0] | {"seconds": [row["seconds"] for row in some]} for side, some in rows.items()}
-        ratio = statistics.median(one["seconds"] / other["seconds"] for one, other in pairs)
+        costs = alternate(
+            chosen.rounds,
+            {side: partial(descended, root, spec, chosen.tokens, chosen.seed, judge) for side, root in sides.items()},
+        )
+        found = {side: some[0] | {"seconds": [cost["seconds"] for cost in some]} for side, some in costs.items()}
         key = {"other_version": commit.stdout.strip(), "pattern": spec, "budget": chosen.tokens, "seed": chosen.seed}
-        keep(key | {"dtype": dtype_name(FAST), "seconds_ratio": ratio, **found})
+        facts = {"dtype": dtype_name(FAST), "seconds_ratio": ratio(costs["this"], costs["other"], "seconds")}
+        keep(key | facts | found)
 
 
-def descended(root: Path, spec: str, tokens: int, seed: int) -> tuple[Masks, Row]:
-    """The masks of a version's controller, and what they took."""
+def descended(root: Path, spec: str, tokens: int, seed: int, judge: Judge) -> Cost:
+    """What a version's controller took, and how good its masks are."""
     places = os.pathsep.join(str(root / part) for part in ("src", "benchmarks"))
     with tempfile.TemporaryDirectory() as scratch:
         masks = Path(scratch) / "masks.pt"
         words = [sys.executable, "-c", SIDE, spec, str(tokens), str(seed), str(masks)]
         done = subprocess.run(words, env=os.environ | {"PYTHONPATH": places}, stdout=subprocess.PIPE, text=True, check=True)
-        return torch.load(masks), json.loads(done.stdout.splitlines()[-1])
+        return json.loads(done.stdout.splitlines()[-1]) | judge(torch.load(masks))  # type: ignore[no-any-return]
 
 
 class Judge:
@@ -99,7 +94,7 @@ class Judge:
         with Recording(self._model, self._windows) as self._dense:
             perplexity(self._model, self._windows)
 
-    def __call__(self, masks: Masks) -> Row:
+    def __call__(self, masks: Masks) -> Cost:
         with masking.applied(self._matrices, masks), Recording(self._model, self._windows) as here:
             found = perplexity(self._model, self._windows).perplexity
         return {"kl": closeness(here, self._dense, self._windows).kl, "perplexity": found}

@@ -23,6 +23,13 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in names}
 
 
+def processor() -> dict[str, str]:
+    """What the system says of its processor, in its own words: ``model name``, ``flags``; nothing where it does not say it."""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.exists() else []
+    return {key.strip(): value.strip() for key, value in (line.split(":", 1) for line in lines if ":" in line)}
+
+
 class Stopwatch:
     """Wall-clock seconds per stage."""
 

@@ -151,7 +151,7 @@ class Descent:
         self._local, self._gradients = LocalSaliency(self._matrices, metric, found.statistics), found.gradients
         self._saved = dict(store.facts)
         self.states = _states(settings, store, calibration, run, self._own)
-        self._aside, self._finals = Stash(run.aside), dict[str, Tensor]()
+        self._aside, self._finals = Stash(run.aside()), dict[str, Tensor]()
         self.best = Best(store, self._matrices, passes.device, self._own)
         self._cuts = Cuts(self.states, self._matrices, self._owners, targets, passes.device)
         self._scale, self._size, self.repeats = 1.0, 0.0, False
@@ -314,7 +314,7 @@ def _check_relaxed(targets: Sequence[Pattern], calibration: Calibration) -> None
 def _states(rule: Rule, store: Store, calibration: Calibration, run: Run, names: Sequence[str]) -> States:
     """Where states lie: of a model that is read block by block on disk, else on its device or in host memory."""
     if calibration.streamed:
-        return OnDisk(store, rule, run.aside)
+        return OnDisk(store, rule, run.aside())
     home = torch.device("cpu") if calibration.offload else calibration.device
     packed = calibration.recompute or distributed.count() > 1
     return InMemory(store, rule, Pace() if calibration.run else None, home, packed, names)

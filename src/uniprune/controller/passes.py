@@ -90,7 +90,7 @@ def opened(calibration: Calibration, run: Run) -> Passes:
     if not calibration.streamed:
         return Resident(calibration.model, blocks, network, calibration.recompute)
     replay = Replay(calibration.model, blocks, calibration.residency)
-    return Streamed(calibration.model, replay, network, Stash(run.aside))
+    return Streamed(calibration.model, replay, network, Stash(run.aside()))
 
 
 class Resident:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from statistics import median
@@ -17,6 +17,7 @@ from uniprune.common.progress import Progress, silent
 from uniprune.controller.passes import Passes, opened
 from uniprune.controller.protocol import ControllerRecord, Cost
 from uniprune.errors import InputError
+from uniprune.models.matrices import Matrices
 from uniprune.saliency.calibration import Calibration, LocalSaliency
 from uniprune.saliency.metrics import Metric
 from uniprune.saliency.statistics import (
@@ -31,7 +32,7 @@ from uniprune.saliency.statistics import (
     observing,
     starved,
 )
-from uniprune.sparsity.patterns import NM, Pattern
+from uniprune.sparsity.patterns import Pattern, by_row
 from uniprune.storage import runs
 from uniprune.storage.runs import Run
 from uniprune.storage.tensor_store import Store
@@ -91,7 +92,7 @@ class Fisher:
         seed: int = 0,
     ) -> tuple[Mapping[str, Tensor], ControllerRecord]:
         """The scores, made when they are asked for, and the record; steps: batches, at most."""
-        if targets and all(isinstance(one, NM) or getattr(one, "scope", None) == "row" for one in targets):
+        if targets and all(map(by_row, targets)):
             logger.warning(
                 "--controller fisher changes nothing at %s, which is decided within rows: none is faster", targets[0]
             )
@@ -104,26 +105,18 @@ class Fisher:
         warn_of_stillness(found.still)
         facts = starved(calibration.matrices, found.norms) | {"without_gradient": found.still}
         record = ControllerRecord(objective="cross-entropy", steps=len(batches), tokens=windows.numel(), **facts)
-        return _Weighted(LocalSaliency(calibration.matrices, metric, found.statistics), found.gradients), record
+        return _Weighted(calibration.matrices, metric, found.statistics, found.gradients), record
 
 
-class _Weighted(Mapping[str, Tensor]):
+class _Weighted(LocalSaliency):
     """Local scores, each row times a factor ``[out]``."""
 
-    def __init__(self, local: LocalSaliency, factors: Mapping[str, Tensor]) -> None:
-        self._local, self._factors = local, factors
+    def __init__(self, matrices: Matrices, metric: Metric, statistics: Statistics, factors: Mapping[str, Tensor]) -> None:
+        super().__init__(matrices, metric, statistics)
+        self._factors = factors
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._local[name].float() * self._factors[name].float()[:, None]
-
-    def size(self, name: str) -> int:
-        return self._local.size(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._local)
-
-    def __len__(self) -> int:
-        return len(self._local)
+        return super().__getitem__(name).float() * self._factors[name].float()[:, None]
 
 
 def in_steps(windows: Tensor, tokens: int) -> list[Tensor]:

@@ -7,13 +7,13 @@ import json
 import math
 import platform
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from uniprune.common.provenance import processor
 from uniprune.errors import InputError
 from uniprune.evaluation.request import EvaluationRequest
 from uniprune.evaluation.results import Difference, Evaluation, Machine
@@ -43,13 +43,9 @@ def machine(model: nn.Module) -> Machine:
 
 def _processor() -> str:
     """What PyTorch uses of the processor, and which it is: its libraries add in another order on another maker's or model's."""
-    facts = platform.processor() or platform.machine()
-    with suppress(OSError):
-        pairs = (line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line)
-        found = {key.strip(): value.strip() for key, value in pairs}
-        if "model name" in found:
-            facts = f"{found['model name']}, family {found.get('cpu family')}, model {found.get('model')}"
-    return f"{torch.backends.cpu.get_cpu_capability()}, {facts}"
+    facts = processor()
+    named = [facts[key] for key in ("model name", "cpu family", "model") if key in facts]
+    return ", ".join([torch.backends.cpu.get_cpu_capability(), *(named or [platform.processor() or platform.machine()])])
 
 
 def differences(recorded: Mapping[str, Any], found: Mapping[str, Any]) -> list[Difference]:

@@ -132,6 +132,5 @@ def open_sweep(calibration: Calibration, stage: str = SWEEP) -> tuple[Store | No
     mine = distributed.share(calibration.windows)
     if calibration.run is None:
         return None, Blocks(replay, mine)
-    store, stash = Store(calibration.run, stage), calibration.run.folder / f"{stage}-stash"
-    stash.mkdir(exist_ok=True)
-    return store, Blocks(replay, mine, Stash(stash), done=store.facts.get("done", 0))
+    store, stash = Store(calibration.run, stage), Stash(calibration.run.aside(f"{stage}-stash"))
+    return store, Blocks(replay, mine, stash, done=store.facts.get("done", 0))

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from uniprune.errors import InputError
-from uniprune.sparsity.patterns import NM, Pattern, Unstructured
+from uniprune.sparsity.patterns import NM, Pattern, by_row
 
 CHOICES = 128  # masks of a group that are all tried; 4:8 has 70, 8:16 would have 12870
 PANEL = 128  # columns whose products are kept current while their groups change; a fresh product then ends rounding drift
@@ -32,7 +32,7 @@ TOLERANCE = 1e-6  # of a weight's own error: what a change must gain beyond roun
 
 def check(pattern: Pattern) -> None:
     """Raises InputError unless the pattern fixes what each row keeps: N:M, or a sparsity by row."""
-    if not (isinstance(pattern, NM) or (isinstance(pattern, Unstructured) and pattern.scope == "row")):
+    if not by_row(pattern):
         raise InputError(f"--refine exchanges weights within a row, but {pattern} has no budget by row; use --scope row or N:M")
 
 

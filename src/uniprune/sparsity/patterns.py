@@ -277,6 +277,11 @@ class NM(BasePattern):
         return top(scores.reshape(-1, self.m), self.n).reshape(scores.shape)
 
 
+def by_row(pattern: Pattern) -> bool:
+    """Whether a pattern fixes what each row keeps: N:M, or a sparsity by row."""
+    return isinstance(pattern, NM) or (isinstance(pattern, Unstructured) and pattern.scope == "row")
+
+
 @dataclass(frozen=True)
 class Tiled(BasePattern):
     """Removes whole tiles of ``height`` rows and ``width`` inputs, those with the lowest sums of scores.

@@ -134,10 +134,9 @@ class Run:
     def __init__(self, folder: Path, durable: bool = True, shared: Path | None = None) -> None:
         self.folder, self.durable, self.shared = folder, durable, shared or folder
 
-    @property
-    def aside(self) -> Path:
-        """The folder for what is put aside between blocks."""
-        folder = self.folder / "stash"
+    def aside(self, name: str = "stash") -> Path:
+        """A folder for what is put aside between blocks."""
+        folder = self.folder / name
         folder.mkdir(exist_ok=True)
         return folder
 
