@@ -43,6 +43,16 @@ def test_every_step_has_a_window_for_each_process(monkeypatch, processes, tokens
         assert max(map(len, steps)) < max(2 * processes, tokens // 8 + processes, 2)
 
 
+@pytest.mark.parametrize("processes", [1, 8])
+@pytest.mark.parametrize("length", [512, 700, 2048])
+def test_a_budget_is_of_the_tokens_that_steps_really_have(monkeypatch, processes, length):
+    monkeypatch.setattr(distributed, "count", lambda: processes)
+    recipe = uniprune.Recipe(budget_tokens=65_536)
+    step = len(in_steps(torch.zeros(64, length), recipe.parsed_controller().batch_tokens)[0]) * length
+    assert recipe.step_tokens(length) == step
+    assert 65_536 - step < recipe.steps_within(length) * step <= 65_536
+
+
 @pytest.mark.parametrize(("settings", "windows"), [({"controller": "none"}, 2), ({}, 3)])
 def test_too_few_windows_for_the_processes_are_refused_before_weights_are_read(
     folder, tmp_path, monkeypatch, settings, windows

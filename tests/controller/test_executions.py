@@ -88,6 +88,18 @@ def test_masks_are_cut_once_a_step_and_wait_as_bits():
     assert sum(packed.nbytes for packed in masks._packed.values()) == sum(m.size for m in matrices.values()) // 8
 
 
+def test_masks_that_another_process_sends_again_take_the_place_of_the_old(monkeypatch):
+    model = tiny("llama", num_hidden_layers=1)
+    matrices = find_matrices(model)
+    owners, sent = dict.fromkeys(matrices, 1), []
+    monkeypatch.setattr("uniprune.common.distributed.given_by", lambda owner, ours: torch.full_like(ours, sent[-1]))
+    masks = PackedMasks(NM(2, 4), NM(2, 4).settle({}), {}.__getitem__, matrices, 0.0, CPU, stash=Stash())
+    for byte, kept in ((255, True), (0, False)):
+        sent.append(byte)
+        masks.share(owners)
+        assert all(bool((masks[name] == kept).all()) for name in matrices)
+
+
 def limit_of(folder, recipe, execution):
     """Memory that is enough for this way and for no faster one."""
     return uniprune.plan(str(folder), recipe).executions[execution].memory

@@ -5,6 +5,7 @@ import torch
 from torch.nn import functional
 
 from conftest import VOCABULARY, tiny_model
+from small_models import tiny
 from uniprune.controller.start import Fisher
 from uniprune.models.matrices import find_matrices
 from uniprune.saliency.calibration import Calibration, one_shot
@@ -40,6 +41,17 @@ def test_scores_by_hand():
         worth = gradient.flatten(0, -2).square().mean(0).sqrt()
         torch.testing.assert_close(found[name], local[name] * worth[:, None], rtol=1e-4, atol=1e-7)
     assert (record.steps, record.tokens) == (2, 4 * 16)
+
+
+def test_rows_that_no_gradient_reaches_keep_the_metrics_order():
+    """Units of a ReLU that no token switches on."""
+    model = tiny("opt")
+    for block in model.model.decoder.layers:
+        block.fc1.bias[:8] = -1e3
+    given = Calibration(model, find_matrices(model), torch.randint(0, 64, (6, 16), generator=torch.Generator().manual_seed(0)))
+    found, _ = Fisher().calibrate(given, Wanda(), [])
+    expected = dict(NM(2, 4)(one_shot(given, Wanda())))
+    assert all(torch.equal(mask, expected[name]) for name, mask in NM(2, 4)(found))
 
 
 @pytest.mark.parametrize("metric", [Wanda(), RIA()], ids=lambda one: type(one).__name__)

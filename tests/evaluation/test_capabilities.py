@@ -52,6 +52,20 @@ def test_a_reference_or_an_error_that_is_not_known_of_all_is_none_of_the_mean():
     assert found["reasoning"] == Capability(tasks=["piqa", "winogrande"], acc=0.5)
 
 
+@pytest.mark.parametrize(
+    ("rows", "counted"),
+    [
+        (["arc_easy", "mmlu", "mmlu_stem", "mmlu_social_sciences", "mmlu_anatomy"], ["arc_easy", "mmlu"]),
+        (["mmlu_stem", "mmlu_anatomy", "mmlu_virology"], ["mmlu_anatomy", "mmlu_virology"]),
+        (["mmlu_stem", "mmlu_humanities"], ["mmlu_stem", "mmlu_humanities"]),
+        (["mmlu", "mmlu_pro"], ["mmlu", "mmlu_pro"]),
+    ],
+)
+def test_what_the_harness_has_means_of_counts_once(rows, counted):
+    found = capabilities({}, {name: {"acc": 0.5} for name in rows}, {})
+    assert found["knowledge"].tasks == counted
+
+
 def test_tables_show_the_parts():
     groups = {
         "STEM": {"value": 0.5, "n": 4},

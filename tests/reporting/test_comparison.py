@@ -166,6 +166,12 @@ def test_scopes_that_are_the_same_are_said_once(found):
     assert "A fraction is the same share of every row." in text
 
 
+def test_of_scopes_that_are_equally_common_the_first_comes_first(found):
+    for scopes in (["row", "model", "block"], ["block", "model", "row"]):
+        rows = [found.rows[1].model_copy(update={"scope": scope}) for scope in scopes]
+        assert found.model_copy(update={"rows": rows}).scopes == scopes
+
+
 def test_names_that_would_be_markup(found):
     row = found.rows[1].model_copy(
         update={"method": r"a|b_{c}\d~^<&%$#.safetensors", "perplexity": float("inf"), "resumed": True}

@@ -15,8 +15,9 @@ from uniprune.models.matrices import find_matrices
 from uniprune.saliency.calibration import Calibration
 from uniprune.saliency.metrics import Magnitude, Wanda
 from uniprune.saliency.refine import SWEEPS, descend_groups, errors, refine, swap_rows
-from uniprune.saliency.sequential import refined
+from uniprune.saliency.sequential import refined, sequential
 from uniprune.saliency.statistics import Gram, SquaredNorm, observing
+from uniprune.sparsity.constraints import Rule, Ruled
 from uniprune.sparsity.patterns import NM, Unstructured
 
 PATTERNS = [NM(2, 4), NM(1, 4), NM(3, 4), NM(4, 8), NM(8, 16), Unstructured(0.5), Unstructured(0.7)]
@@ -273,3 +274,18 @@ def test_groups_are_refined_without_waiting():
     assert torch.equal(found.cpu(), expected)
     assert done["syncs"] <= SWEEPS
     assert done["launches"] <= 40 * 8 * SWEEPS  # a group is 40 at most
+
+
+def test_matrices_of_a_rule_are_refined_as_it_says():
+    """Dense ones stay dense, N:M ones are refined, and a budget for the matrix, which swaps in rows could not keep, is left."""
+    model = tiny_model(initializer_range=0.3)
+    given = Calibration(model, find_matrices(model), tokens())
+    rules = Rule("q_proj", "dense"), Rule("k_proj", "4:8"), Rule("v_proj", "0.3")
+    pattern = Ruled(NM(2, 4), rules)
+    assert Recipe(sparsity="2:4", refine=True, rules=[f"{rule}" for rule in rules]).pattern() == pattern
+    masks, plain = refined(given, Wanda(), pattern), sequential(given, Wanda(), pattern)
+    first = {name: mask for name, mask in masks.items() if given.matrices[name].block == 0}
+    for name, mask in first.items():
+        part = pattern.part(name)
+        assert int((~mask).sum()) == int(part.sparsity * mask.numel())
+        assert torch.equal(mask, plain[name]) == ("q_proj" in name or "v_proj" in name)

@@ -62,6 +62,13 @@ def test_rules_come_after_misfits_and_stay():
     assert [pattern.part(name) for name in SHAPES] == [NM(2, 4), DENSE, DENSE]
 
 
+def test_a_rule_that_only_misfits_obeyed_goes():
+    rules = Rule("q", "dense"), Rule("q|k", "2:4")
+    pattern, reasons = fitted(Ruled(NM(2, 4), rules), SHAPES, "bfloat16", NVIDIA, "dense")
+    assert list(reasons) == ["layers.0.k", "layers.0.down"]
+    assert all(pattern.part(name) == DENSE for name in SHAPES)
+
+
 def test_mixed_patterns_and_tiles_fit_where_their_parts_do():
     shapes = {"a": (64, 128), "b": (32, 64)}
     assert fitted(Mixed(0.3, (NM(2, 4), DENSE)), shapes, "float16", NVIDIA)[1] == {}

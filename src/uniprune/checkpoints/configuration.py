@@ -34,7 +34,7 @@ def context(config: Any) -> int:
 def check_context(config: Any, length: int) -> None:
     """Raises InputError if windows of ``length`` tokens are more than a model can read at once."""
     if length > context(config):
-        raise InputError(f"samples of {length} tokens do not fit the model's context of {context(config)}; lower --length")
+        raise InputError(f"samples of {length} tokens do not fit the model's context of {context(config)}; take shorter ones")
 
 
 def check_vocabulary(config: Any, highest: int, where: object) -> None:

@@ -67,9 +67,11 @@ def share(windows: Tensor) -> Tensor:
 
 
 def check_windows(found: int, held_out: int = 0) -> None:
-    """Raises InputError if N windows, without those held out, leave a process without one."""
+    """Raises InputError if the windows found, without those held out, leave a process without one."""
     if found - held_out < count():
         others = f", with {held_out} held out," if held_out else ""
+        if count() == 1:
+            raise InputError(f"{found} calibration samples{others} leave none; give more samples (--num-samples)")
         raise InputError(
             f"{found} calibration samples{others} cannot be split over {count()} processes; start fewer, or give more samples "
             "(--num-samples)"

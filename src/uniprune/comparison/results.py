@@ -128,4 +128,4 @@ class Comparison(Record):
     def scopes(self) -> list[str]:
         """The budget groups of fractions, the commonest first: one if all methods have the same."""
         found = [row.scope for row in self.rows if row.scope]
-        return sorted(set(found), key=lambda scope: -found.count(scope))
+        return sorted(dict.fromkeys(found), key=lambda scope: -found.count(scope))

@@ -22,11 +22,13 @@ NONE = "none"  # the local metric alone
 
 
 def parse(name: str, tuning: Mapping[str, Any]) -> Controller | None:
-    """The controller of a name, with some of its settings; None for ``none``, which has no settings.
+    """The controller of a name, with some of its settings; None for ``none``, which has none.
 
     Raises InputError for an unknown name or setting, and for a value that the setting cannot have.
     """
     if name == NONE:
+        if tuning:
+            raise InputError("tuning (--set) is of a controller, and none runs; leave it out")
         return None
     kind = CONTROLLERS.get(ALIASES.get(name, name))
     if kind is None:

@@ -34,6 +34,7 @@ from torch import Tensor
 from uniprune.common.fused import fused
 from uniprune.controller import descent
 from uniprune.controller.protocol import ControllerRecord, Cost
+from uniprune.controller.start import step_windows
 from uniprune.errors import InputError
 from uniprune.saliency.calibration import Calibration
 from uniprune.saliency.metrics import Metric
@@ -67,12 +68,12 @@ class MirrorDescent:
     """Settings of the controller, its pure ``init`` / ``step`` on one matrix, and :meth:`calibrate`, which descends on all.
 
     step_size: of the dual, in units of the matrix's mean dual, falling linearly to 0. mean_decay, rms_decay: of the running
-    mean and RMS of the gradients, in (0, 1). power: of the saliency that the dual is, > 0. anchor: pull towards the start, per
-    unit of step size. temperature: of relaxed masks (``prox.relaxed``), in units of the mean dual, falling linearly to 0; 0
-    has hard masks throughout. labels, evenness, hidden, vocabulary: of the loss, see ``loss.Loss``. even_tokens: whether each
-    matrix's gradient down-weights outlier tokens. focus: whether rows and columns move by how far their gradients
-    agree from step to step (:func:`confidence`). batch_tokens: per step. held_out: windows that judge and are never descended
-    on, one for each target at least and an eighth at most. checks: how often they do, at most.
+    mean and RMS of the gradients, in [0, 1). power: of the saliency that the dual is, > 0. anchor: pull towards the start, per
+    unit of step size. temperature: of relaxed masks (``prox.relaxed``), in units of the mean dual, falling linearly to 0; 0 has
+    hard masks throughout. labels, evenness, hidden, vocabulary: of the loss, see ``loss.Loss``. even_tokens: whether each
+    matrix's gradient down-weights outlier tokens. focus: whether rows and columns move by how far their gradients agree from
+    step to step (:func:`confidence`). batch_tokens: per step. held_out: windows that judge and are never descended on, one for
+    each target at least and an eighth at most. checks: how often they do, at most.
 
     A variant is a subclass with an ``init`` or ``step`` of its own; the loop (``descent``) knows of a state what
     ``states.State`` says.
@@ -102,16 +103,18 @@ class MirrorDescent:
     checks: int = 4
 
     def __post_init__(self) -> None:
-        below_one = ("mean_decay", "rms_decay", "labels")
+        ranges = {"mean_decay": "in [0, 1)", "rms_decay": "in [0, 1)", "labels": "in [0, 1]"}
         for name, value in asdict(self).items():
-            if not (0 <= value < math.inf) or (name in below_one and value > 1):
-                raise InputError(f"controller: {name} = {value} is not {'in [0, 1]' if name in below_one else 'a number >= 0'}")
+            allowed = ranges.get(name, "a number >= 0")
+            below = {"in [0, 1)": value < 1, "in [0, 1]": value <= 1}.get(allowed, value < math.inf)
+            if not (value >= 0 and below):
+                raise InputError(f"controller: {name} = {value} is not {allowed}")
         if self.power == 0 or min(self.batch_tokens, self.held_out, self.checks, self.vocabulary) < 1:
             raise InputError("controller: power, batch_tokens, held_out, checks and vocabulary must be above 0")
 
     def step_tokens(self, length: int) -> int:
         """Tokens of a step on windows of ``length``."""
-        return self.batch_tokens
+        return step_windows(self.batch_tokens, length) * length
 
     def calibrate(
         self,
@@ -148,7 +151,7 @@ class MirrorDescent:
             step=Step(
                 decays=(self.mean_decay, self.rms_decay),
                 rescale=math.sqrt(1 - self.rms_decay**steps) / (1 - self.mean_decay**steps),
-                noise=_noise(self.mean_decay, steps) if self.focus and steps > 2 else None,
+                noise=noise_of(self.mean_decay, steps) if self.focus and steps > 2 else None,
                 unit=state.unit,
                 size=size,
                 anchor=self.anchor,
@@ -197,29 +200,25 @@ def updated(
     kept = mean.bfloat16(), rms.bfloat16()
     move = mean.div_(rms.clamp_min_(1e-30)).mul_(step.rescale)
     if step.noise is not None:
-        move *= _trust(move, step.noise)
+        move *= confidence(move, step.noise)
     move *= step.unit
     if start is not None:
         move += step.anchor * (dual - start)
     return dual - move.mul_(step.size), *kept
 
 
-def confidence(move: Tensor, decay: float, steps: int) -> Tensor:
-    """Factors ``[out, in]`` with mean 1 that trust rows and columns as far as their gradients agree from step to step.
-
-    move: running mean over RMS of the gradients after ``steps`` steps, ``decay`` that of the mean. In pure noise its square is
-    the sum of the mean's squared weights; what a row or a column has beyond that is signal. Its share, by row times by column,
-    is the factor of a weight (Wiener's, with the signal of a row and of a column estimated from all of it), at most MOST.
-    """
-    return _trust(move, _noise(decay, steps))
-
-
-def _noise(decay: float, steps: int) -> float:
-    """The mean square of a running mean over RMS of pure noise."""
+def noise_of(decay: float, steps: int) -> float:
+    """The mean square of a running mean over RMS of pure noise after ``steps``: the sum of the mean's squared weights."""
     return (1 - decay) / (1 + decay) * (1 + decay**steps) / (1 - decay**steps)
 
 
-def _trust(move: Tensor, noise: float) -> Tensor:
+def confidence(move: Tensor, noise: float) -> Tensor:
+    """Factors ``[out, in]`` with mean 1 that trust rows and columns as far as their gradients agree from step to step.
+
+    move: running mean over RMS of the gradients; noise: what :func:`noise_of` says its mean square would be without a signal.
+    What a row or a column has beyond that is signal. Its share, by row times by column, is the factor of a weight (Wiener's,
+    with the signal of a row and of a column estimated from all of it), at most MOST.
+    """
     energy = move.square()
     shares = ((energy.mean(axis) - noise).clamp_min_(LEAST * (1 - noise)) for axis in (0, 1))
     columns, rows = (share.div_(share.mean()) for share in shares)

@@ -39,6 +39,7 @@ from uniprune.storage.tensor_store import Store
 
 logger = logging.getLogger(__name__)
 S = TypeVar("S", bound=Statistic)
+FAINT = 1e-6  # of the largest in its matrix: what an output that no gradient reached is worth, so that its row keeps its order
 
 
 class Start(NamedTuple):
@@ -81,7 +82,7 @@ class Fisher:
 
     def step_tokens(self, length: int) -> int:
         """Tokens of a step on windows of ``length``: of one batch."""
-        return self.batch_tokens
+        return step_windows(self.batch_tokens, length) * length
 
     def calibrate(
         self,
@@ -92,7 +93,7 @@ class Fisher:
         seed: int = 0,
     ) -> tuple[Mapping[str, Tensor], ControllerRecord]:
         """The scores, made when they are asked for, and the record; steps: batches, at most."""
-        if targets and all(map(by_row, targets)):
+        if targets and all(by_row(target.part(name)) for target in targets for name in calibration.matrices):
             logger.warning(
                 "--controller fisher changes nothing at %s, which is decided within rows: none is faster", targets[0]
             )
@@ -119,10 +120,15 @@ class _Weighted(LocalSaliency):
         return super().__getitem__(name).float() * self._factors[name].float()[:, None]
 
 
+def step_windows(tokens: int, length: int) -> int:
+    """Windows of ``length`` in a step of so many tokens: as many as fit, and one for every process at least."""
+    return max(distributed.count(), tokens // length)
+
+
 def in_steps(windows: Tensor, tokens: int) -> list[Tensor]:
-    """The windows ``[n, length]`` of each step: about so many tokens, and a window for every process at least."""
+    """The windows ``[n, length]`` of each step, as many as :func:`step_windows` says; the last may have fewer."""
     processes = distributed.count()
-    todo = list(torch.split(windows, max(processes, tokens // windows.shape[1])))
+    todo = list(torch.split(windows, step_windows(tokens, windows.shape[1])))
     if len(todo[-1]) < processes:
         todo[-2:] = [torch.cat(todo[-2:])]
     return todo
@@ -194,6 +200,8 @@ def _measured(passes: Passes, windows: Tensor, other: Kind | None, batch_tokens:
     gradients = {name: (total / windows.numel()).sqrt() for name, total in totals.items()}
     still = [name for name, gradient in gradients.items() if not bool(gradient.any())]
     _stand_in(gradients, still)
+    for gradient in gradients.values():
+        gradient.clamp_min_(FAINT * gradient.max())
     return Start(norms, gradients, own or norms, still)
 
 

@@ -60,8 +60,8 @@ class Rule(Protocol):
 class Masks(Mapping[str, Tensor]):
     """The masks of every matrix under one target, created when they are asked for, and kept until the target changes.
 
-    hard: creates those of a matrix, or of some of its rows. temperature: of relaxed masks, in units of the duals; 0 has hard
-    ones. device: where they are wanted.
+    hard: creates those of a matrix. temperature: of relaxed masks, in units of the duals; 0 has hard ones. device: where they
+    are wanted.
     """
 
     target: Pattern
@@ -119,7 +119,6 @@ class PackedMasks(Masks):
 
     def create(self, name: str, dual: Tensor) -> None:
         """Creates a mask ahead of the passes, from a dual that is at hand."""
-        self._kept.pop(name, None)
         self._put(name, bits.pack(self.hard(name, dual)))
 
     def share(self, owners: Mapping[str, int]) -> None:
@@ -143,6 +142,7 @@ class PackedMasks(Masks):
         return bits.pack(super()._make(name))
 
     def _put(self, name: str, packed: Tensor) -> None:
+        self._kept.pop(name, None)
         self._packed[name] = self.stash.put(f"{self.label}-{name}", packed)
 
 

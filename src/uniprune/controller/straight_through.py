@@ -153,7 +153,10 @@ class Evener:
 def evened(x: Tensor, gradient: Tensor, inputs: Tensor, outputs: Tensor) -> Tensor:
     """The gradient, weighed; inputs ``[in]``, outputs ``[out]``: one through the RMS of their channels."""
     input_size, gradient_size = _rms(x, inputs), _rms(gradient, outputs)
-    return gradient * (input_size * gradient_size.sqrt()).reciprocal().to(gradient.dtype)[:, None]
+    factors = (input_size * gradient_size.sqrt()).reciprocal()
+    if gradient.dtype == torch.float16:  # has no room for the factor of a token whose gradient is 0
+        return (gradient * factors[:, None]).half()
+    return gradient * factors.to(gradient.dtype)[:, None]
 
 
 def _rms(tokens: Tensor, units: Tensor) -> Tensor:

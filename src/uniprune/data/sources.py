@@ -62,6 +62,13 @@ def parse(texts: str | Sequence[str]) -> list[Source]:
     return found
 
 
+def files_of(texts: str | Path | Sequence[str | Path] | None) -> list[Path]:
+    """The files and folders among texts: inputs, which no output may replace."""
+    given = () if texts is None else (texts,) if isinstance(texts, (str, Path)) else texts
+    found = [Path(_parsed(str(text), several=len(given) > 1).text).expanduser() for text in given]
+    return [path for path in found if _there(str(path))]
+
+
 def _parsed(text: str, several: bool) -> Source:
     share = None
     if several and not _there(text) and (match := SHARED.fullmatch(text)):

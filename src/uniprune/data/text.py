@@ -137,15 +137,27 @@ def open_text(text: Text, use: Use, tokenizer: Any = None) -> list[Part]:
         if text.split is not None:
             return _shards(text, use, tokenizer, str(path), {})
         return [File(file, Reader(text.field, tokenizer)) for file in _files(path)]
-    found = HUB.fullmatch(text.source)
-    if found is None or suffix_of(path) in SUFFIXES or path.suffix in COMPRESSED:
-        raise InputError(
-            f"text {text.source!r} is neither one of {', '.join(NAMED)} nor an existing file or folder, "
-            "nor the name of a Hub dataset, owner/name or owner/name:config"
-        )
+    found = _hub_name(text.source)
     commit = commit_of(found["name"], "text", found["revision"])
     options = {"name": found["config"], "revision": commit or found["revision"]}
     return _shards(text, use, tokenizer, found["name"], {key: value for key, value in options.items() if value}, commit)
+
+
+def check_there(source: str) -> None:
+    """Raises InputError for a text that cannot be there; nothing is fetched."""
+    if source not in NAMED and not Path(source).expanduser().exists():
+        _hub_name(source)
+
+
+def _hub_name(source: str) -> re.Match[str]:
+    """The parts of a Hub dataset's name, of what is no file."""
+    found, path = HUB.fullmatch(source), Path(source)
+    if found is None or suffix_of(path) in SUFFIXES or path.suffix in COMPRESSED:
+        raise InputError(
+            f"text {source!r} is neither one of {', '.join(NAMED)} nor an existing file or folder, "
+            "nor the name of a Hub dataset, owner/name or owner/name:config"
+        )
+    return found
 
 
 # -------------------------------------------------------------------------------------------------------------- folders

@@ -100,7 +100,7 @@ class Work:
 def needs(work: Work) -> Needs:
     """What pruning would take."""
     parts, corrected, cost, processes = _Parts(work), work.recipe.corrected, work.recipe.cost, distributed.count()
-    states, saved = int(cost.memory * work.prunable / processes), int(cost.disk * work.prunable / processes)
+    states, saved = int(cost.memory * work.prunable / processes), int(cost.disk * work.prunable / processes) + parts.finals
     masks, packed = int(cost.masks * work.prunable), parts.bits + int(cost.masks * parts.block)
     held = {"weights": parts.weights, "statistics": parts.observed, "states": states}
     held["masks"] = masks if processes == 1 else packed
@@ -132,7 +132,7 @@ def _streamed(parts: _Parts) -> Bytes:
     states, read, written = (int(size * work.prunable / processes) for size in (cost.disk, work.recipe.read, cost.written))
     return Bytes.of(
         held | {"masks": int(cost.masks * parts.block), "working": max(parts.working, parts.stepping)},
-        disk=states + parts.bits + parts.hidden,
+        disk=states + parts.bits + parts.hidden + parts.finals,
         read=2 * parts.on_disk + read,
         written=written,
     )
@@ -235,9 +235,20 @@ class _Parts:
     def hidden(self) -> int:
         """Of the disk: hidden states between the blocks, of a step those that go into each block."""
         if not self.work.recipe.corrected:
-            tokens = (self.work.recipe.windows or WINDOWS) * self.work.length
-            return 2 * tokens * self.item * self.flow
+            return 2 * self.windows * self.item * self.flow
         return max(self.tokens, BATCH_TOKENS) * self.item * self.width * (self.blocks + 4)
+
+    @property
+    def finals(self) -> int:
+        """Of the disk: the dense model's final hidden states, of windows that a controller sees again."""
+        recipe, length = self.work.recipe, self.work.length
+        again = (recipe.steps_within(length) or 0) * recipe.step_tokens(length) > self.windows
+        return self.windows * self.item * self.flow if recipe.corrected and again else 0
+
+    @property
+    def windows(self) -> int:
+        """Tokens of the calibration text."""
+        return (self.work.recipe.windows or WINDOWS) * self.work.length
 
     @cached_property
     def observed(self) -> int:

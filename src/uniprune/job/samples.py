@@ -21,6 +21,7 @@ from uniprune.common.progress import Progress, silent
 from uniprune.data import sources
 from uniprune.data.bos import Encoder, bos_of
 from uniprune.data.sources import SELF, Source
+from uniprune.data.text import check_there
 from uniprune.data.windows import Windows, load_windows
 from uniprune.errors import InputError
 from uniprune.job.recipe import LENGTH, WINDOWS, Recipe
@@ -37,8 +38,7 @@ PLAIN = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, 
 def calibration_windows(recipe: Recipe, tokenizer: Any, model: nn.Module) -> Windows:
     """The windows that a recipe asks for; those that the model is to write itself are zeros until :func:`written`."""
     asked, config = sources.parse(recipe.text), model.config
-    length = sources.common_length(asked, recipe.length, min(LENGTH, context(config)))  # type: ignore[arg-type]
-    check_context(config, length)
+    length = window_length(recipe, config)
     alone, own = len(asked) == 1, any(source.text == SELF for source in asked)
 
     def load(source: Source, count: int | None) -> Windows:
@@ -64,6 +64,20 @@ def calibration_windows(recipe: Recipe, tokenizer: Any, model: nn.Module) -> Win
         return windows
     rows = torch.cat([windows.by_source[source.name] for source in asked if source.text == SELF])
     return replace(windows, prompts=_prompts(windows, rows, tokenizer, context(config), recipe.seed))
+
+
+def window_length(recipe: Recipe, config: Any) -> int:
+    """Tokens of a window, before any text is read.
+
+    Raises InputError if it is more than the model takes, and for texts that cannot be there.
+    """
+    asked = sources.parse(recipe.text)
+    for source in asked:
+        if source.text != SELF and not source.tokens:
+            check_there(source.text)
+    length = sources.common_length(asked, recipe.length, min(LENGTH, context(config)))
+    check_context(config, length)
+    return length
 
 
 def check_written(windows: Windows, in_memory: bool) -> None:

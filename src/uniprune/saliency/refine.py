@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from uniprune.errors import InputError
+from uniprune.sparsity.constraints import Ruled
 from uniprune.sparsity.patterns import NM, Pattern, by_row
 
 CHOICES = 128  # masks of a group that are all tried; 4:8 has 70, 8:16 would have 12870
@@ -31,8 +32,8 @@ TOLERANCE = 1e-6  # of a weight's own error: what a change must gain beyond roun
 
 
 def check(pattern: Pattern) -> None:
-    """Raises InputError unless the pattern fixes what each row keeps: N:M, or a sparsity by row."""
-    if not by_row(pattern):
+    """Raises InputError unless the pattern, rules aside, fixes what each row keeps: N:M, or a sparsity by row."""
+    if not by_row(pattern.base if isinstance(pattern, Ruled) else pattern):
         raise InputError(f"--refine exchanges weights within a row, but {pattern} has no budget by row; use --scope row or N:M")
 
 

@@ -14,7 +14,7 @@ from uniprune.saliency.metrics import Metric
 from uniprune.saliency.refine import check, refine
 from uniprune.saliency.statistics import Gram, beside, observing, pool, starved
 from uniprune.sparsity import bits
-from uniprune.sparsity.patterns import Masks, Pattern
+from uniprune.sparsity.patterns import Masks, Pattern, by_row
 from uniprune.storage.tensor_store import Store
 
 Run = Callable[[], None]
@@ -45,8 +45,9 @@ def sequential(calibration: Calibration, metric: Metric, pattern: Pattern) -> Ma
 def refined(calibration: Calibration, metric: Metric, pattern: Pattern) -> Masks:
     """As :func:`sequential`; then each matrix's reconstruction error is lowered (saliency.refine) before its block runs on.
 
-    That takes a Gram matrix of the inputs of each matrix of one block, in float32; a metric that wants squared norms is given
-    those, and one that wants another statistic its own, collected in the same pass.
+    One that a rule gives another pattern, without a budget by row, keeps the metric's mask. Refining takes a Gram matrix of the
+    inputs of each matrix of one block, in float32; a metric that wants squared norms is given those, and one that wants another
+    statistic its own, collected in the same pass.
     Raises InputError, too, if the pattern has no budget by row.
     """
     check(pattern)
@@ -59,7 +60,10 @@ def refined(calibration: Calibration, metric: Metric, pattern: Pattern) -> Masks
         pool(here, own)
         starved(here, grams)
         masks = pattern(LocalSaliency(here, metric, own if wanted else grams))
-        return {name: refine(here[name].weight, m, grams[name].mean, pattern) for name, m in masks}
+        return {
+            name: refine(here[name].weight, mask, grams[name].mean, part) if by_row(part := pattern.part(name)) else mask
+            for name, mask in masks
+        }
 
     return _by_block(calibration, pattern, create)
 

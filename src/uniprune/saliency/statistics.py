@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from uniprune.common import distributed
-from uniprune.errors import InputError, UniPruneError, first_line
+from uniprune.errors import InputError, first_line
 from uniprune.models.experts import taken_apart
 from uniprune.models.matrices import Matrices
 
@@ -248,10 +248,10 @@ def add_up(statistics: Statistics) -> None:
 
 
 def check_seen(statistics: Statistics) -> None:
-    """Raises UniPruneError if a matrix saw no token, or if its sums overflowed."""
+    """Raises InputError if a matrix saw no token, or if its sums overflowed."""
     blind = [name for name, statistic in statistics.items() if statistic.tokens == 0]
     if blind:
-        raise UniPruneError(
+        raise InputError(
             f"{len(blind)} matrices saw no calibration token, e.g. {blind[0]}: their layers are passed by, or they are experts "
             "that nothing was sent to; leave them out (--exclude), or use more text"
         )

@@ -83,12 +83,13 @@ def fitted(
         place = "" if hardware == "any" else f" on {hardware} hardware"
         raise InputError(
             f"{len(reasons)} of {len(shapes)} matrices cannot be {pattern}{place}, e.g. {name}: {reason}; "
-            "say what they are to be, with --unsupported or a --rule, or leave them out with --exclude"
+            "say what they are to be, with --unsupported or a --rule, or calibrate without them (--exclude)"
         )
     base, rules = (pattern.base, pattern.rules) if isinstance(pattern, Ruled) else (pattern, ())
     what = "dense" if unsupported == "dense" else f"{pattern.sparsity:g}"
     spared = tuple(Rule(match, what) for match in _matches(reasons.keys(), shapes.keys()))
-    left = tuple(rule for rule in rules if any(re.search(rule.match, name) for name in shapes.keys() - reasons.keys()))
+    used = {pattern.rule(name) for name in shapes.keys() - reasons.keys()} if isinstance(pattern, Ruled) else set()
+    left = tuple(rule for rule in rules if rule in used)
     fits = Ruled(base, spared + left)
     fits.check(shapes)
     return fits, reasons

@@ -32,7 +32,7 @@ Shape = tuple[int, int]
 Sizes = Mapping[str, int]
 Spans = Mapping[str, tuple[float, float]]
 Cutter = Callable[[str, Tensor], Tensor]
-"""Given a matrix's name and its finite scores ``[out, in]``, or some of its rows, its mask."""
+"""Given a matrix's name and its finite scores ``[out, in]``, its mask."""
 Search = Callable[[Saliency, int, Mapping[str, Bounds], Sizes], Mapping[str, Threshold]]
 """Given scores and how many of them stay, bounds and sizes by matrix, the threshold of each."""
 
@@ -384,5 +384,5 @@ def check_fit(shapes: Iterable[tuple[str, tuple[int, int]]], pattern: Any) -> No
     if unsupported:
         name, reason = unsupported[0]
         raise InputError(
-            f"{len(unsupported)} matrices cannot be {pattern}, e.g. {name}: {reason}; leave them out with --exclude"
+            f"{len(unsupported)} matrices cannot be {pattern}, e.g. {name}: {reason}; calibrate without them (--exclude)"
         )
