@@ -735,6 +735,55 @@ CASES = {
     "output: a device": (None, MASK.replace("out.safetensors", "/dev/null"), "/dev/null"),
     "output: archive over a folder": (None, "pack pruned -o model", "model"),
     "output: archive inside its folder": (None, "pack pruned -o pruned/p.upz", "lies in the folder"),
+    "output: the evaluation that is checked": (
+        write("e.json", "{}"),
+        "evaluate --check e.json -o e.json --overwrite",
+        "the input e.json",
+    ),
+    "output: a report over its source": (
+        write("e.json", "{}"),
+        "report e.json -o e.json --format json --overwrite",
+        "the input e.json",
+    ),
+    "output: a sweep over its text": (
+        write("t.json", '[{"text": "To be, or not to be"}]'),
+        "sweep single scores.safetensors -s 0.5 --text t.json -o t.json --overwrite",
+        "the input t.json",
+    ),
+    "output: masks over their parts": (
+        None,
+        "masks union masks.safetensors masks.safetensors -o masks.safetensors --overwrite",
+        "the input masks.safetensors",
+    ),
+    "output: scores over the tokens": (
+        None,
+        "calibrate single --text tokens.safetensors --controller none -o tokens.safetensors --overwrite",
+        "the input tokens.safetensors",
+    ),
+    "output: tokens over themselves": (
+        None,
+        f"{TOKENS} --save-tokens tokens.safetensors --overwrite",
+        "the input tokens.safetensors",
+    ),
+    "output: scores and tokens in one file": (
+        None,
+        f"calibrate single {SMALL} -o both.safetensors --save-tokens both.safetensors",
+        "both scores and tokens",
+    ),
+    "output: around the masks": (
+        None,
+        "apply single pruned/pruning/masks.safetensors -o pruned --overwrite",
+        "the input pruned/pruning/masks.safetensors",
+    ),
+    # options that nothing would come of
+    "option: a type for weights that keep theirs": (None, f"{APPLY} --dtype bfloat16", "leave --dtype out"),
+    "option: a type for no model": (
+        None,
+        "masks export masks.safetensors --dtype float16 -o out.safetensors",
+        "give it with --model",
+    ),
+    "option: settings of no controller": (None, f"{SINGLE} --controller none --set step_size=1", "tuning (--set)"),
+    "option: no sparsity for masks": (None, MASK.replace("-s 2:4 ", ""), "use --sparsity 0.5 or --sparsity 2:4"),
 }
 
 

@@ -142,7 +142,7 @@ def test_output_folders_are_checked_first(folder, tmp_path):
 
 def test_full_disks_are_noticed_first(tmp_path, monkeypatch):
     files.check_disk_space(tmp_path / "a" / "b", 1)
-    with pytest.raises(InputError, match=r"needs 1000000000\.00 GB of disk"):
+    with pytest.raises(InputError, match=r"needs 1,000,000,000,000 MB of disk"):
         files.check_disk_space(tmp_path / "a" / "b", 10**18)
 
 

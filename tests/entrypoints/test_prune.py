@@ -1,6 +1,7 @@
 """The commands end to end, on a tiny model in a folder."""
 
 import json
+from functools import partial
 
 import huggingface_hub
 import pytest
@@ -84,13 +85,29 @@ def test_the_three_steps_are_prune(folder, tmp_path, sparsity, scope, controller
     assert json.loads((tmp_path / "steps" / "pruning.json").read_text())["sparsity"] == report.sparsity
 
 
-def test_one_calibration_serves_every_sparsity(folder, tmp_path):
+def test_one_calibration_serves_every_sparsity(folder, tmp_path, caplog):
     scores = tmp_path / "scores.safetensors"
     facts = uniprune.calibrate(str(folder), Recipe(**SMALL), scores)
     assert facts.controller.targets == ["0.5 by model", "0.6 by model", "0.7 by model", "2:4", "4:8", "2:4"]
     for sparsity, expected in {"0.31": 0.31, "0.8": 0.8, "1:4": 0.75, "7:8": 0.125}.items():
         cut = uniprune.mask(scores, sparsity, tmp_path / "masks.safetensors", overwrite=True)
         assert cut.sparsity == pytest.approx(expected, abs=1e-4)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("controller", ["feedback", "fisher"])
+def test_scores_for_one_sparsity_say_so_at_others(folder, tmp_path, caplog, controller):
+    scores, out = tmp_path / "scores.safetensors", tmp_path / "masks.safetensors"
+    uniprune.calibrate(str(folder), Recipe(sparsity="0.5", controller=controller, scope="model", **SMALL), scores)
+    uniprune.mask(scores, "0.5", out, scope="model")
+    uniprune.mask(scores, "0.5", out, scope="model", rules="down_proj=dense", overwrite=True)
+    assert not caplog.records
+    uniprune.mask(scores, "2:4", out, overwrite=True)
+    found = [record.getMessage() for record in caplog.records]
+    assert found == [
+        f"{scores} was calibrated for 0.5 by model alone; masks of 2:4 would be better from scores for any "
+        "sparsity, calibrated without --sparsity"
+    ] * (controller == "feedback")
 
 
 def test_a_report_replays_its_run(folder, tmp_path):
@@ -230,6 +247,7 @@ def test_plan_reads_no_weight(folder, tmp_path):
     assert plan.dtype == dtype_name(fast_dtype(torch.bfloat16, torch.device("cpu")))
     assert plan.fits
     assert not uniprune.plan(str(tmp_path), Recipe(sparsity="2:5")).fits
+    assert uniprune.plan(str(tmp_path), Recipe(sparsity="2:5", unsupported="dense")).fits  # as prune will have it
 
 
 def test_one_budget_under_rules_and_mixed_patterns(folder, tmp_path):
@@ -273,8 +291,15 @@ def test_the_controller_descends_on_budgets_with_rules(folder, tmp_path):
 def test_calibration_refuses_what_it_cannot_do(folder, tmp_path):
     with pytest.raises(InputError, match=r"3:7, e\.g"):
         uniprune.prune(str(folder), Recipe(sparsity="3:7", **SMALL), tmp_path / "out")
-    with pytest.raises(InputError, match="context of 128"):
-        uniprune.prune(str(folder), Recipe(sparsity="2:4", windows=1, length=129), tmp_path / "out")
+    for settings, complaint in {
+        "length=129": "context of 128; take shorter ones",
+        "text=nope.txt": "nor an existing file or folder",
+    }.items():
+        name, value = settings.split("=")
+        recipe = Recipe(sparsity="2:4", **{name: int(value) if value.isdigit() else value})
+        for verb in (uniprune.plan, partial(uniprune.prune, output=tmp_path / "out")):
+            with pytest.raises(InputError, match=complaint):
+                verb(str(folder), recipe)
     with pytest.raises(InputError, match="no sparsity"):
         uniprune.prune(str(folder), Recipe(**SMALL), tmp_path / "out")
     with pytest.raises(InputError, match="use it with prune"):

@@ -71,6 +71,17 @@ def test_resume_and_overwrite_decide_about_an_interrupted_run(tmp_path):
         assert {path.name for path in folder.iterdir()} == {"lock", "identity.json"}
 
 
+def test_what_another_command_began_that_command_goes_on_with(tmp_path):
+    with pytest.raises(KeyboardInterrupt), runs.open_run(tmp_path / "out", {"command": "prune"}) as run:
+        run.commit("sweep", {})
+        raise KeyboardInterrupt
+    with (
+        pytest.raises(InputError, match=r"uniprune prune --resume continues it; or give another output$"),
+        runs.open_run(tmp_path / "out", {"command": "apply"}),
+    ):
+        pass
+
+
 def test_another_identity_is_refused_with_what_differs(tmp_path):
     folder = interrupt(tmp_path / "out")
     other = {"recipe": {"sparsity": 0.6, "targets": ["0.5", "4:8"]}, "model": "b" * 64, "format": 1, "seed": None}

@@ -131,6 +131,8 @@ def export_masks(
         raise InputError(f"format {format!r:.100} is unknown; use one of {', '.join(FORMATS)}")
     if output.suffix not in (files := FORMATS[format].files):
         raise InputError(f"output {output}: masks in format {format} are in a file that ends in {' or '.join(files)}")
+    if model is None and dtype is not None:
+        raise InputError("--dtype is what the model is read in; give it with --model, or leave it out")
     sources = [masks, *([] if model is None else [Path(model)])]
     check_output_file(output, overwrite, *sources, suffix=output.suffix)
     file = CheckedMasks(masks)

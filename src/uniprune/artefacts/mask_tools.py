@@ -204,7 +204,7 @@ def union(files: Sequence[Path], output: Path, *, overwrite: bool = False) -> Re
 
 
 def _combine(kind: str, operation: Callable[..., Array], paths: Sequence[Path], output: Path, overwrite: bool) -> Record:
-    check_output_file(output, overwrite)
+    check_output_file(output, overwrite, *paths)
     if len(paths) < 2:
         raise InputError(f"{kind} of {len(paths)} masks files: give two or more")
     files = [CheckedMasks(path) for path in paths]

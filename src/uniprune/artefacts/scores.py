@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -13,9 +14,12 @@ from torch import Tensor
 from uniprune.artefacts.binding import Binding
 from uniprune.data.text import TextFacts
 from uniprune.saliency.record import ControllerRecord, Starved
+from uniprune.sparsity.patterns import Pattern
 from uniprune.sparsity.views import Scores
 from uniprune.storage import safetensors_index
 from uniprune.storage.tensor_file import Metadata, open_tensors, stream_tensors
+
+logger = logging.getLogger(__name__)
 
 
 class ScoresFacts(Binding, Metadata):
@@ -48,6 +52,19 @@ class ScoresFile(Scores):
             raise ScoresFacts.damaged(path, error) from None
         self.comparable = self.facts.comparable
         self.shapes = {name: (found[name].shape[0], found[name].shape[1]) for name in self.facts.matrices}
+
+    def warn_unless_for(self, patterns: Iterable[Pattern]) -> None:
+        """Warns of patterns that the scores were not made for, if a controller made them for one alone."""
+        record = self.facts.controller
+        if record is None or not record.loss or len(set(record.targets)) != 1:
+            return
+        target, _, _ = record.targets[0].partition(";")  # rules aside
+        if others := [str(pattern) for pattern in patterns if str(pattern).partition(";")[0] != target]:
+            logger.warning(
+                "%s was calibrated for %s alone; masks of %s would be better from scores for any sparsity, calibrated without "
+                "--sparsity",
+                *(self._path, target, ", ".join(others)),
+            )
 
     def __getitem__(self, name: str) -> Tensor:
         with safe_open(self._path, framework="pt") as file:

@@ -28,7 +28,7 @@ from uniprune.checkpoints.layout import dequantised
 from uniprune.checkpoints.origin import Origin
 from uniprune.checkpoints.protocol import spell_digest
 from uniprune.checkpoints.quantised.codes import Coded
-from uniprune.errors import UniPruneError
+from uniprune.errors import InputError
 from uniprune.models.loading import Loaded
 from uniprune.sparsity.bits import Array, apply_to_array, apply_to_codes, pack
 from uniprune.storage.files import REPORT, sync
@@ -138,7 +138,9 @@ def _check_shapes(files: Files, masks: MasksFile) -> None:
     for name in masks:
         shape, stored = masks.stored(name), files.region(name).shape
         if shape != stored:
-            raise UniPruneError(f"{name}: the mask is {shape}, the checkpoint's tensor {stored}")
+            raise InputError(
+                f"{name}: the mask is {shape}, the checkpoint's tensor {stored}; give the model that it was made for"
+            )
 
 
 def _pieces(files: Files, names: Iterable[str]) -> Iterator[tuple[Path, int, int, Entry | None, Views]]:

@@ -76,6 +76,7 @@ def evaluate(
 ) -> None:
     quiet()
     from uniprune.cli import tables
+    from uniprune.data.sources import files_of
     from uniprune.entrypoints.evaluate import check, evaluate
     from uniprune.storage.files import check_output_file
 
@@ -88,7 +89,8 @@ def evaluate(
     if name is None and not result_file:
         raise InputError("the argument MODEL is missing; it can be left out with --check only, whose RESULT names it")
     if target.output:
-        check_output_file(target.output, run.overwrite, suffix=".json")
+        inputs = [result_file] if result_file else files_of(request.text_source)
+        check_output_file(target.output, run.overwrite, *inputs, suffix=".json")
     models: dict[str, Any] = {"against": comparison.against, "device": run.device}
     if result_file:
         with Bars() as progress:

@@ -70,7 +70,7 @@ def plan_lines(plan: Plan) -> list[str]:
             f"Experts: {kept.kept} of {kept.of} stay in each of {kept.layers} layers{groups}; {kept.parameters / 1e6:.1f}M "
             "parameters are left, and nothing else is changed."
         )
-    chosen = plan.execution if plan.execution != "none" else "none of them fits into the memory that is free"
+    chosen = plan.execution if plan.execution != "none" else "none of them fits into the memory"
     lines.append(
         f"Execution: {chosen} ({plan.dtype}). About {max(plan.seconds, 1):.0f} s for {plan.tokens} calibration tokens on this "
         f"machine, {plan.disk / 1e9:.2f} GB of disk for the output."

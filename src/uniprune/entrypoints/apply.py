@@ -13,7 +13,7 @@ from uniprune.artefacts.masks import MasksFile
 from uniprune.artefacts.reports import ModelFacts, Pruning, realised
 from uniprune.checkpoints.origin import Origin, resolve
 from uniprune.common.provenance import Stopwatch, sha256, versions
-from uniprune.errors import MismatchError
+from uniprune.errors import InputError, MismatchError
 from uniprune.models.loading import Loaded, find_names, load_tokenizer, load_weights, parse_dtype
 from uniprune.models.matrices import Matrices, find_matrices
 from uniprune.reporting import model_card
@@ -37,15 +37,17 @@ def apply(
     Raises MismatchError if the masks were made for another model. force: apply them all the same, if its matrices have the
     shapes; the report then names those whose weights differ.
     """
-    watch = Stopwatch()
+    watch, asked = Stopwatch(), parse_dtype(dtype)
     origin = resolve(source)
-    files.check_output_folder(output, overwrite, origin.path)
+    if origin.files and asked:
+        raise InputError(f"weights of {origin} keep their type; leave --dtype out, which is for a GGUF file")
+    files.check_output_folder(output, overwrite, origin.path, inputs=[masks])
     file = CheckedMasks(masks)
     with watch("prepare"):
         loaded: Loaded | Origin = origin
         matrices: Matrices | None = None
         if not origin.files:
-            weights = load_weights(origin, parse_dtype(dtype), torch.device("cpu"))
+            weights = load_weights(origin, asked, torch.device("cpu"))
             loaded = Loaded(weights, load_tokenizer(origin), origin)
             matrices = find_matrices(weights)
         _check_names(origin, file, matrices, masks)

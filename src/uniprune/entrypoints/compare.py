@@ -18,6 +18,7 @@ from uniprune.comparison.methods import Trial
 from uniprune.comparison.request import ComparisonRequest
 from uniprune.comparison.results import COMPARISON, DENSE, UNIFORM, Comparison, ComparisonProtocol, ComparisonRow
 from uniprune.comparison.trials import asked, fitted, naming
+from uniprune.data.sources import files_of
 from uniprune.data.windows import Windows
 from uniprune.errors import InputError
 from uniprune.evaluation import reproduce
@@ -63,7 +64,8 @@ def compare(
     """
     wanted = ComparisonRequest.of(**request)
     trials = asked(wanted)
-    files.check_output_folder(output, overwrite or resume, mark=COMPARISON)  # before anything is fetched
+    inputs = [*files_of(wanted.text), *files_of(wanted.eval_text)]
+    files.check_output_folder(output, overwrite or resume, inputs=inputs, mark=COMPARISON)  # before anything is fetched
     earlier = _earlier(output, resume)
     _check_same(output, earlier, {"settings": wanted.protocol})
     subject = Subject(source)

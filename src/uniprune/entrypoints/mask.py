@@ -8,6 +8,7 @@ from typing import Any
 from uniprune.artefacts.masks import write_masks
 from uniprune.artefacts.reports import Masked, realised
 from uniprune.artefacts.scores import ScoresFile
+from uniprune.errors import InputError
 from uniprune.job.recipe import Recipe
 from uniprune.models.loading import dtype_name
 from uniprune.sparsity.choices import Scope
@@ -33,12 +34,15 @@ def mask(
     budget: ``sparsity_type``, ``allow``, ``rules``, ``hardware`` and ``unsupported``, as in :class:`Recipe`.
     """
     files.check_output_file(output, overwrite, scores)
+    if sparsity is None:
+        raise InputError("no sparsity given; use --sparsity 0.5 or --sparsity 2:4")
     saliency = ScoresFile(scores)
     controller = "feedback" if saliency.comparable else "none"  # of the same default scope
     recipe = Recipe(sparsity=sparsity, scope=scope, controller=controller, **budget)
     stored = next(iter(saliency.facts.digests.values())).split()[0]
     dtype = dtype_name(PLAIN.get(stored, stored))
     pattern, unsupported = fitted(recipe.pattern(), saliency.shapes, dtype, recipe.hardware, recipe.unsupported)
+    saliency.warn_unless_for([recipe.pattern()])
     cut = pattern(on_one_scale(saliency, pattern))
     removed = write_masks(output, cut, saliency.shapes, saliency.facts, str(pattern))
     return Masked(

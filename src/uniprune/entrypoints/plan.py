@@ -12,7 +12,8 @@ from uniprune.job import estimate
 from uniprune.job.memory import Work, needs, warn_of_traffic
 from uniprune.job.options import Execution, RunOptions
 from uniprune.job.prepare import aim_of, check_predicts, choose, device_of
-from uniprune.job.recipe import LENGTH, WINDOWS, Recipe
+from uniprune.job.recipe import WINDOWS, Recipe
+from uniprune.job.samples import window_length
 from uniprune.models.loading import fast_dtype, load, native_dtype, parse_dtype, skeleton
 from uniprune.models.matrices import choose_matrices
 
@@ -36,7 +37,7 @@ def plan(
     if recipe.experts is not None:
         matrices, more["experts"], more["disk"] = removal.planned(recipe.experts, model, matrices)
     stored = stored_dtype(origin, matrices)
-    length = recipe.length or LENGTH
+    length = window_length(recipe, model.config)
     options = RunOptions.of(device=device, max_memory=max_memory, execution=execution)
     target = device_of(options)
     dtype = parse_dtype(recipe.dtype) or fast_dtype(stored or native_dtype(origin), target)
@@ -52,11 +53,12 @@ def plan(
             raise
         chosen = "none"
     weights = load(origin, recipe.dtype, "cpu") if to_load else origin
-    if recipe.unsupported == "refuse":  # here they are shown
+    refused = recipe.unsupported == "refuse"
+    if refused:  # here they are shown
         recipe = recipe.model_copy(update={"unsupported": "dense"})
     aim = aim_of(recipe, model, matrices, weights)
     tokens = (recipe.windows or WINDOWS) * length
-    found = estimate.make_plan(origin, work, aim.pattern, aim.unsupported, tokens, needed, chosen)
+    found = estimate.make_plan(origin, work, aim.pattern, aim.unsupported, tokens, needed, chosen, refused)
     if aim.budget:
         more |= {"size": aim.budget.size, "sparsity_for_size": aim.sparsity}
     return found.model_copy(update=more)

@@ -70,7 +70,7 @@ def write(
     paths: Sequence[Path], output: Path, *, format: Format = "html", overwrite: bool = False
 ) -> tuple[list[Source], Summary]:
     """As :func:`report`; returns what it read, and that put together."""
-    check_output_file(output, overwrite, suffix=f".{format}")
+    check_output_file(output, overwrite, *filter(Path.is_file, paths), suffix=f".{format}")
     sources = read_all(paths)
     summary = summarise(sources)
     content = _content(sources, summary, format)

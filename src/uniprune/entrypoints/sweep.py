@@ -11,6 +11,7 @@ from uniprune.artefacts import archive_size, writer
 from uniprune.artefacts.scores import ScoresFile
 from uniprune.common.progress import Progress, silent
 from uniprune.common.provenance import sha256, sparsity, versions
+from uniprune.data.sources import files_of
 from uniprune.data.windows import Windows
 from uniprune.errors import InputError, MismatchError
 from uniprune.evaluation import reproduce
@@ -60,12 +61,13 @@ def sweep(
     """
     request, saliency = SweepRequest.of(**asked), ScoresFile(scores)
     chosen = _parsed(sparsities, request.scope, saliency)
-    check_output_file(output, overwrite or resume, suffix=".json")
+    check_output_file(output, overwrite or resume, scores, *files_of(request.text_source), suffix=".json")
     subject = Subject(source)
     windows = subject.windows(request.text_source or "builtin", request)
     loaded = subject.load(request.dtype, device)
     matrices = {name: matrix for name, matrix in find_matrices(loaded.model).items() if name in saliency}
     _check_model(loaded, matrices, saliency, scores)
+    saliency.warn_unless_for(chosen.values())
     protocol = SweepProtocol(
         text=windows.describe(),
         windows=len(windows.tokens),

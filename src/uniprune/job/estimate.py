@@ -59,7 +59,7 @@ class Plan(Record):
     quantised: how the files store weights as codes, if they do; they are dequantised to ``dtype``.
     experts: what is kept of them, if some are to be removed whole; disk is then the smaller model's.
     left_dense: matrices in the blocks that are never pruned, and why. shared: those that several modules multiply by, and are
-    pruned once, and how many modules. fits: whether every matrix can have the pattern.
+    pruned once, and how many modules. fits: whether every matrix can have the pattern, or the recipe says what it gets instead.
     """
 
     kind: Literal["plan"] = "plan"
@@ -99,8 +99,12 @@ def make_plan(
     tokens: int,
     needed: Needs,
     execution: str,
+    refused: bool,
 ) -> Plan:
-    """The plan of a run on ``tokens`` of calibration text; unsupported: matrices that cannot have the pattern, and why."""
+    """The plan of a run on ``tokens`` of calibration text; unsupported: matrices that cannot have the pattern, and why.
+
+    refused: whether the recipe does not say what those get instead.
+    """
     matrices, prunable, parameters = work.matrices, work.prunable, work.parameters
     groups: dict[tuple[str, tuple[int, int], str | None], list[str]] = defaultdict(list)
     for name, matrix in matrices.items():
@@ -143,7 +147,7 @@ def make_plan(
         seconds=chosen.seconds,
         left_dense={name: why for name, (_, why) in left_dense(work.model).items()},
         shared={name: len(matrix.modules) for name, matrix in matrices.items() if matrix.others or matrix.spans},
-        fits=all(row.unsupported is None for row in rows),
+        fits=not (refused and unsupported),
     )
 
 

@@ -8,6 +8,7 @@ processes; or block by block from disk.
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -23,6 +24,7 @@ from uniprune.checkpoints.origin import Origin, resolve, stored_dtype
 from uniprune.common import distributed, formatting, pictures
 from uniprune.common.progress import Progress, silent
 from uniprune.controller import controllers
+from uniprune.data.sources import files_of
 from uniprune.data.windows import Windows, save_windows
 from uniprune.errors import InputError
 from uniprune.job import memory
@@ -61,6 +63,9 @@ UNSUITABLE = {
     "offloaded": "it is for a controller on a GPU",
     "sharded": "it takes several processes (torchrun)",
 }
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -161,13 +166,17 @@ def _prepare(
     if loaded and loaded.residency is blocks.resident:
         check_one_device(loaded.model)
     origin = loaded.origin if loaded else resolve(source)  # type: ignore[arg-type]
+    texts = files_of(recipe.text)
+    if save_tokens is not None and scores is not None and save_tokens.resolve() == scores.resolve():
+        raise InputError(f"output {scores} cannot hold both scores and tokens; give --save-tokens another name")
     for file in (save_tokens, scores):
         if file is not None:
-            check_output_file(file, options.overwrite or file is scores, *([origin.path] if origin else []))
+            check_output_file(file, options.overwrite or file is scores, *texts, *([origin.path] if origin else []))
     if output is not None:
-        files.check_output_folder(output, options.overwrite, origin.path if origin else None)
+        files.check_output_folder(output, options.overwrite, origin.path if origin else None, texts)
     model = loaded.model if loaded else skeleton(origin)  # type: ignore[arg-type]
     check_predicts(recipe, model)
+    warn_of_idle(recipe)
     matrices = choose_matrices(model, recipe.include, recipe.exclude)
     aim = aim_of(recipe, model, matrices, loaded or origin)
     disk = 4 * sum(matrix.size for matrix in matrices.values())  # of scores
@@ -182,7 +191,8 @@ def _prepare(
         digests = beside.enter_context(checkpoint.digesting(matrices))
     tokenizer = loaded.tokenizer if loaded else load_tokenizer(origin)  # type: ignore[arg-type]
     windows = image_windows(recipe, model, origin, tokenizer) or calibration_windows(recipe, tokenizer, model)
-    distributed.check_windows(len(windows.tokens), held_out=int(recipe.corrected and distributed.count() > 1))
+    holds_out = bool(getattr(recipe.parsed_controller(), "held_out", 0))
+    distributed.check_windows(len(windows.tokens), held_out=int(holds_out))
     _keep(windows, save_tokens)
     if loaded:
         warn_of_emulation(loaded.model)
@@ -320,6 +330,12 @@ def check_execution(recipe: Recipe, execution: Execution) -> None:
         raise InputError(f"--controller {name} runs in one process; start it without torchrun, or {others}")
     if controller.in_memory and execution not in ("resident", "recomputed"):
         raise InputError(f"--controller {name} needs the whole model in memory; raise --max-memory, or {others}")
+
+
+def warn_of_idle(recipe: Recipe) -> None:
+    """Says so if steps were asked for that nothing takes."""
+    if not recipe.corrected and (recipe.steps or recipe.budget_tokens):
+        logger.warning("--steps and --budget-tokens change nothing: they are of a controller, and none runs")
 
 
 def check_predicts(recipe: Recipe, model: torch.nn.Module) -> None:

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -94,16 +94,21 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
         temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def check_output_folder(path: Path, overwrite: bool, source: Path | None = None, mark: str = REPORT) -> None:
+def check_output_folder(
+    path: Path, overwrite: bool, source: Path | None = None, inputs: Iterable[Path] = (), mark: str = REPORT
+) -> None:
     """Raises InputError if ``path`` may not become an output folder, before any work is done.
 
-    Only folders that this package wrote (or empty ones) are ever replaced, however the flags are set. mark: the file that
-    tells that it wrote one.
+    Only folders that this package wrote (or empty ones) are ever replaced, however the flags are set. source: the model;
+    inputs: other files and folders that are read. mark: the file that tells that it wrote one.
     """
     if source is not None:
         here, there = path.resolve(), source.resolve()
         if here == there or there in here.parents or here in there.parents:
             raise InputError(f"output {path} and model {source} overlap; give another output folder")
+    for place in inputs:
+        if path.resolve() in (place.resolve(), *place.resolve().parents):
+            raise InputError(f"output {path} would take the place of the input {place}; give another output folder")
     if path.is_symlink():
         raise InputError(f"output {path} is a link, which is not followed; give the folder itself")
     if path.exists() and not path.is_dir():
@@ -123,7 +128,7 @@ def check_disk_space(path: Path, needed: int) -> None:
         parent = parent.parent
     free = shutil.disk_usage(parent).free
     if free < needed:
-        raise InputError(f"output {path} needs {needed / 1e9:.2f} GB of disk, {free / 1e9:.2f} GB are free; make room")
+        raise InputError(f"output {path} needs {-(-needed // 10**6):,} MB of disk, {free // 10**6:,} MB are free; make room")
 
 
 @contextmanager

@@ -23,7 +23,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from filelock import FileLock, Timeout
 
@@ -69,7 +69,7 @@ def open_run(output: Path, identity: Mapping[str, Any], *, resume: bool = False,
             _write(folder / IDENTITY, {KEY: "run", "identity": identity})
             sync(folder.parent)
         elif not resume:
-            raise InputError(f"unfinished run of {output} found in {folder}: --resume continues it, --overwrite restarts")
+            _refuse(output, folder, identity)
         else:
             _check_identity(folder, identity)
         try:
@@ -79,6 +79,16 @@ def open_run(output: Path, identity: Mapping[str, Any], *, resume: bool = False,
                 _delete(folder)
             raise
         _delete(folder)
+
+
+def _refuse(output: Path, folder: Path, identity: Mapping[str, Any]) -> NoReturn:
+    """Raises InputError that says how to go on with what was interrupted: as what it began."""
+    begun = _read(folder / IDENTITY).get("identity", {}).get("command")
+    if begun not in (None, identity.get("command")):
+        raise InputError(
+            f"unfinished run of {output} found in {folder}: uniprune {begun} --resume continues it; or give another output"
+        )
+    raise InputError(f"unfinished run of {output} found in {folder}: --resume continues it, --overwrite restarts")
 
 
 def identity_of(output: Path) -> dict[str, Any] | None:
