@@ -63,6 +63,7 @@ METHODS = {
 Curves = dict[str, dict[tuple[int, int], tuple[float, float]]]
 """By method and pattern, and by tokens in thousands and how many of them differ: perplexity and R."""
 
+MODELS = {"smollm2": "SmolLM2-135M", "qwen": "Qwen2.5-Coder-0.5B"}
 PARTS = ("weights", "states", "masks", "working")  # of memory
 KINDS = {"dense": "dense", "wanda": "2:4 by Wanda", "feedback": "2:4 by the controller, 32,768 tokens"}
 
@@ -313,6 +314,16 @@ def versions(results: dict[str, Any]) -> str:
         what = f"{row['pattern']}, {row['budget']:,} tokens, seed {row['seed']}"
         lines.append([what, row["other_version"], f"{row['seconds_ratio']:.2f}", *quality])
     return table(["descent", "other version", "seconds, this / other", "KL, this", "other", "perplexity, this", "other"], lines)
+
+
+def defaults(results: dict[str, Any]) -> str:
+    lines = []
+    for row in results["rows"]:
+        start, best = row["held_out_loss"][0], row["best_held_out_loss"]
+        takes = [lasting(row["seconds"]), f"{row['peak_bytes'] / 1e9:.1f} GB"]
+        lines.append([MODELS[row["model"]], f"{row['prunable'] / 1e6:.0f}M", f"{row['tokens']:,}", *takes])
+        lines[-1].append(f"{start:.2f} to {best:.2f}")
+    return table(["model", "prunable weights", "tokens descended on", "time, all in all", "peak memory", "held-out KL"], lines)
 
 
 def sizes(results: dict[str, Any]) -> str:
@@ -756,7 +767,7 @@ def main() -> None:
         sections |= {f"qwen-{name}": getattr(second, name)() for name in ("perplexities", "gaps", "costs")}
         sections["qwen-curve"] = curve(second.curves(results["curve"]))
     writers = {"sources": sources, "ties": ties, "page": page, "ablations": ablations, "peer": peer}
-    writers |= {"zeroshot": zeroshot, "tasks": tasks, "speed": speed, "versions": versions}
+    writers |= {"zeroshot": zeroshot, "tasks": tasks, "speed": speed, "versions": versions, "defaults": defaults}
     for name, write in writers.items():
         if results := load(name):
             sections[name] = write(results)
