@@ -267,7 +267,8 @@ class Descent:
             return
         if name in self.record["without_gradient"] and bool(gradient.any()):
             self._reached.add(name)
-        gradient = gradient.float() * weight.float()
+        # Mixed types are one kernel less on a GPU, and slow on a CPU.
+        gradient = gradient.float() * (weight.float() if weight.device.type == "cpu" else weight)
         if self._settings.temperature:
             soft = self._masks[name]
             gradient *= soft * (1 - soft)
