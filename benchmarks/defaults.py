@@ -3,8 +3,8 @@
     python benchmarks/defaults.py [smollm2] [qwen] [--scratch FOLDER]
 
 Each run is a process of its own, on all cores, looked at every 10 ms (scale.measured). Qwen2.5-Coder-0.5B is downloaded the
-first time; its output takes 2 GB for a while. Rows accumulate in results/defaults.json, keyed by model. On two cores a
-minute or two for the smaller model, half an hour for the larger.
+first time; its output takes 2 GB for a while. Rows accumulate in results/defaults.json, keyed by model. Twelve minutes
+for the smaller model on two cores; the larger takes several times that.
 """
 
 from __future__ import annotations

@@ -103,11 +103,13 @@ class MirrorDescent:
     checks: int = 4
 
     def __post_init__(self) -> None:
-        ranges = {"mean_decay": "in [0, 1)", "rms_decay": "in [0, 1)", "labels": "in [0, 1]"}
         for name, value in asdict(self).items():
-            allowed = ranges.get(name, "a number >= 0")
-            below = {"in [0, 1)": value < 1, "in [0, 1]": value <= 1}.get(allowed, value < math.inf)
-            if not (value >= 0 and below):
+            fits, allowed = value < math.inf, "a number >= 0"
+            if name == "labels":
+                fits, allowed = value <= 1, "in [0, 1]"
+            elif name.endswith("_decay"):
+                fits, allowed = value < 1, "in [0, 1)"
+            if not (value >= 0 and fits):
                 raise InputError(f"controller: {name} = {value} is not {allowed}")
         if self.power == 0 or min(self.batch_tokens, self.held_out, self.checks, self.vocabulary) < 1:
             raise InputError("controller: power, batch_tokens, held_out, checks and vocabulary must be above 0")

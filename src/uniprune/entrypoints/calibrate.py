@@ -13,7 +13,6 @@ from uniprune.common import distributed
 from uniprune.common.progress import Progress, silent
 from uniprune.common.provenance import versions
 from uniprune.controller.descent import any_sparsity
-from uniprune.data.sources import files_of
 from uniprune.errors import InputError
 from uniprune.job.options import RunOptions
 from uniprune.job.prepare import device_of, prepare, progress_of
@@ -48,7 +47,7 @@ def calibrate(
     with distributed.joined(device_of(asked)):
         if asked.resume and (facts := _finished(output, recipe, source)):
             return facts
-        files.check_output_file(output, asked.overwrite, *files_of(recipe.text))
+        files.check_output_file(output, asked.overwrite)
         job = prepare(source, recipe, None, asked, scores=output, progress=progress)
         pattern = job.aim.pattern
         targets = [pattern] if pattern else fitting(any_sparsity(), job.shapes)

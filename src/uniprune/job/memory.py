@@ -235,18 +235,18 @@ class _Parts:
     def hidden(self) -> int:
         """Of the disk: hidden states between the blocks, of a step those that go into each block."""
         if not self.work.recipe.corrected:
-            return 2 * self.windows * self.item * self.flow
+            return 2 * self.text * self.item * self.flow
         return max(self.tokens, BATCH_TOKENS) * self.item * self.width * (self.blocks + 4)
 
     @property
     def finals(self) -> int:
         """Of the disk: the dense model's final hidden states, of windows that a controller sees again."""
         recipe, length = self.work.recipe, self.work.length
-        again = (recipe.steps_within(length) or 0) * recipe.step_tokens(length) > self.windows
-        return self.windows * self.item * self.flow if recipe.corrected and again else 0
+        again = (recipe.steps_within(length) or 0) * recipe.step_tokens(length) > self.text
+        return self.text * self.item * self.flow if recipe.corrected and again else 0
 
     @property
-    def windows(self) -> int:
+    def text(self) -> int:
         """Tokens of the calibration text."""
         return (self.work.recipe.windows or WINDOWS) * self.work.length
 

@@ -85,12 +85,11 @@ def fitted(
             f"{len(reasons)} of {len(shapes)} matrices cannot be {pattern}{place}, e.g. {name}: {reason}; "
             "say what they are to be, with --unsupported or a --rule, or calibrate without them (--exclude)"
         )
-    base, rules = (pattern.base, pattern.rules) if isinstance(pattern, Ruled) else (pattern, ())
+    ruled = pattern if isinstance(pattern, Ruled) else Ruled(pattern, ())
     what = "dense" if unsupported == "dense" else f"{pattern.sparsity:g}"
     spared = tuple(Rule(match, what) for match in _matches(reasons.keys(), shapes.keys()))
-    used = {pattern.rule(name) for name in shapes.keys() - reasons.keys()} if isinstance(pattern, Ruled) else set()
-    left = tuple(rule for rule in rules if rule in used)
-    fits = Ruled(base, spared + left)
+    used = {ruled.rule(name) for name in shapes.keys() - reasons.keys()}
+    fits = Ruled(ruled.base, spared + tuple(rule for rule in ruled.rules if rule in used))
     fits.check(shapes)
     return fits, reasons
 

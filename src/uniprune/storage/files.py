@@ -72,7 +72,7 @@ def check_output_file(path: Path, overwrite: bool, *sources: Path, suffix: str =
     if path.is_dir():
         raise InputError(f"output {path} is a folder; give a file name")
     for source in sources:
-        if source.resolve() in (path.resolve(), *path.resolve().parents):
+        if path.resolve().is_relative_to(source.resolve()):
             raise InputError(f"output {path} is, or lies in, the input {source}; give another place")
     if path.exists() and not overwrite:
         raise InputError(f"output {path} exists; give another name, or --overwrite")
@@ -104,10 +104,10 @@ def check_output_folder(
     """
     if source is not None:
         here, there = path.resolve(), source.resolve()
-        if here == there or there in here.parents or here in there.parents:
+        if here.is_relative_to(there) or there.is_relative_to(here):
             raise InputError(f"output {path} and model {source} overlap; give another output folder")
     for place in inputs:
-        if path.resolve() in (place.resolve(), *place.resolve().parents):
+        if place.resolve().is_relative_to(path.resolve()):
             raise InputError(f"output {path} would take the place of the input {place}; give another output folder")
     if path.is_symlink():
         raise InputError(f"output {path} is a link, which is not followed; give the folder itself")

@@ -69,7 +69,7 @@ def open_run(output: Path, identity: Mapping[str, Any], *, resume: bool = False,
             _write(folder / IDENTITY, {KEY: "run", "identity": identity})
             sync(folder.parent)
         elif not resume:
-            _refuse(output, folder, identity)
+            _refuse(output, identity)
         else:
             _check_identity(folder, identity)
         try:
@@ -81,14 +81,12 @@ def open_run(output: Path, identity: Mapping[str, Any], *, resume: bool = False,
         _delete(folder)
 
 
-def _refuse(output: Path, folder: Path, identity: Mapping[str, Any]) -> NoReturn:
+def _refuse(output: Path, identity: Mapping[str, Any]) -> NoReturn:
     """Raises InputError that says how to go on with what was interrupted: as what it began."""
-    begun = _read(folder / IDENTITY).get("identity", {}).get("command")
+    begun, ways = (identity_of(output) or {}).get("command"), "--resume continues it, --overwrite restarts"
     if begun not in (None, identity.get("command")):
-        raise InputError(
-            f"unfinished run of {output} found in {folder}: uniprune {begun} --resume continues it; or give another output"
-        )
-    raise InputError(f"unfinished run of {output} found in {folder}: --resume continues it, --overwrite restarts")
+        ways = f"uniprune {begun} --resume continues it; or give another output"
+    raise InputError(f"unfinished run of {output} found in {folder_of(output)}: {ways}")
 
 
 def identity_of(output: Path) -> dict[str, Any] | None:
