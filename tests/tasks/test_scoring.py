@@ -4,7 +4,7 @@ import logging
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, MambaConfig, MistralConfig
+from transformers import AutoModelForCausalLM, GPTNeoConfig, MambaConfig, MistralConfig, MptConfig
 
 from conftest import VOCABULARY, tiny_model
 from uniprune.errors import InputError
@@ -59,7 +59,7 @@ def check(model, asked):
 def test_the_trie_is_every_choice_alone(monkeypatch, family, tokens):
     monkeypatch.setattr(scoring, "BATCH_TOKENS", tokens)
     model = tiny_model(family)
-    assert scoring._as_checked_trie(model, questions(), scoring._batches(questions())[0])
+    assert scoring._heeds_masks(model, questions(), scoring._batches(questions())[0].rows)
     check(model, questions())
 
 
@@ -69,26 +69,24 @@ def test_batches_begin_with_the_longest_question_last_in_its_batch(monkeypatch):
     monkeypatch.setattr(scoring, "ROW_TOKENS", 1)
     lengths = [4, 30, 9, 12, 3, 5, 2]  # each question has one choice, and none begins like another
     batches = scoring._batches([[Tokens([length] * (length + 1), 1)] for length in lengths])
-    assert [[[lengths[index] for index in row] for row in batch] for batch in batches] == [
+    assert [[[lengths[index] for index in row] for row in batch.rows] for batch in batches] == [
         [[2, 30]],
         [[12], [3, 9]],
         [[5], [4]],
     ]
 
 
-def test_questions_that_begin_alike_share_a_row(monkeypatch):
+def test_questions_that_begin_alike_share_a_row():
     """Few-shot: those of one subject have the same examples."""
-    monkeypatch.setattr(scoring, "JOINED_TOKENS", 30)
     first, second = list(range(100, 120)), list(range(200, 220))
     asked = [[Tokens([*begin, *range(tail, tail + 4)], 1)] for tail in (1, 5, 9) for begin in (first, second)]
-    units = [(unit.questions, unit.size) for unit in scoring._units(asked)]
+    units = [(unit.questions, unit.size) for unit in scoring._units(asked, 30)]
     assert units == [([0, 2, 4], 29), ([1, 3, 5], 29)]
-    monkeypatch.setattr(scoring, "JOINED_TOKENS", 28)
-    assert [unit.questions for unit in scoring._units(asked)] == [[0, 2], [4], [1, 3], [5]]
+    assert [unit.questions for unit in scoring._units(asked, 28)] == [[0, 2], [4], [1, 3], [5]]
     short = [[Tokens([7, tail, tail, tail, tail], 1)] for tail in (1, 2)]
-    assert [unit.questions for unit in scoring._units(short)] == [[0], [1]]  # too little in common
+    assert [unit.questions for unit in scoring._units(short, 28)] == [[0], [1]]  # too little in common
     model = tiny_model()
-    assert scoring._as_checked_trie(model, asked, scoring._batches(asked)[0])
+    assert scoring._heeds_masks(model, asked, scoring._batches(asked)[0].rows)
     check(model, asked)
 
 
@@ -128,6 +126,48 @@ def short_sighted():
         initializer_range=0.5,
     )
     return AutoModelForCausalLM.from_config(config)
+
+
+def near_sighted():
+    """Every other layer sees the last eight places of a row, whatever the positions say."""
+    shape = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "initializer_range": 0.5}
+    return AutoModelForCausalLM.from_config(GPTNeoConfig(**shape, attention_types=[[["global", "local"], 1]], window_size=8))
+
+
+def counting():
+    """Its bias grows with the distance along the row (ALiBi)."""
+    model = AutoModelForCausalLM.from_config(MptConfig(d_model=32, n_heads=4, n_layers=2, vocab_size=VOCABULARY))
+    for weight in model.parameters():
+        weight.data.mul_(10)
+    return model
+
+
+def far_apart():
+    """Short questions with many choices, which fit any window together, and long ones; the longest choice comes first."""
+    draw = torch.Generator().manual_seed(1)
+    words = torch.randint(0, VOCABULARY, (5, 7), generator=draw).tolist()
+    short = [[Tokens(ids[:5], 2), Tokens(ids[:3] + ids[5:], 2)] for ids in words]
+    long = [sorted(question, key=lambda choice: -len(choice.ids)) for question in questions()]
+    return short + long
+
+
+@pytest.mark.parametrize("build", [short_sighted, near_sighted, counting])
+def test_what_a_model_does_not_see_is_not_shared(build):
+    """Whatever else is asked; and those questions that its layers see all of are read as tries."""
+    torch.manual_seed(0)
+    model = build().eval().requires_grad_(False)
+    for asked in (far_apart(), far_apart()[:5], far_apart()[5:]):
+        check(model, asked)
+
+
+@pytest.mark.parametrize("build", [short_sighted, near_sighted])
+def test_questions_within_the_window_are_read_as_tries(monkeypatch, build):
+    torch.manual_seed(0)
+    model, read, as_trie = build().eval().requires_grad_(False), [], scoring._as_trie
+    monkeypatch.setattr(scoring, "ROW_TOKENS", 8)
+    monkeypatch.setattr(scoring, "_as_trie", lambda *asked: (read.append(asked[2]), as_trie(*asked))[1])
+    score(model, far_apart())
+    assert {index for batch in read for row in batch for index in row} >= set(range(4))
 
 
 @pytest.mark.parametrize("build", [mamba, short_sighted])

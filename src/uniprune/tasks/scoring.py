@@ -4,7 +4,7 @@ The choices of questions are laid out in a row as a trie of tokens: what several
 lets every token see those before it in its own choice, as if that stood alone. This shares all prefixes that a cache could, in
 one forward pass. Attention costs the square of a row's length, so a batch is several rows, filled to about the same length; the
 output head reads only those tokens whose predictions are asked for. A model that does not heed such a mask (a recurrent one,
-say) reads every choice whole.
+say) reads every choice whole, and one whose layers see the last few tokens alone does where there are more of them.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from uniprune.checkpoints.configuration import UNBOUNDED, setting
 from uniprune.common.progress import Progress, silent
 from uniprune.errors import InputError
 from uniprune.models.blocks import device_of, text_alone
@@ -32,6 +33,8 @@ BATCH_TOKENS = 1024
 ROW_TOKENS = 192  # rows are at least as long: shorter ones would be padded more
 CACHED = 16  # positions whose log-probabilities stay in a processor's cache
 JOINED_TOKENS = 2048  # questions of one beginning share a row up to this length
+ROUNDING = {True: 1e-3, False: 0.35}  # nats a token in float32, and in bfloat16, where half of that was seen
+WINDOWS = ("sliding_window", "attention_chunk_size", "window_size")  # what configurations call how far some layers see
 
 
 class Tokens(NamedTuple):
@@ -80,23 +83,32 @@ def encode(tokenizer: Any, before: str, after: str, limit: int, known: dict[str,
 def score(model: nn.Module, questions: Sequence[Sequence[Tokens]], progress: Progress = silent) -> list[list[Score]]:
     """The score of every choice of every question. Softmax in float32, whatever the model computes in.
 
-    The longest choice is read both ways: the trie is for models that give the same then.
+    The longest questions are read both ways: the trie is for models that give the same then.
     """
     if not questions:
         return []
-    first, *rest = _batches(questions)
-    found = _as_checked_trie(model, questions, first)
-    read = _as_trie if found else _whole
-    scores = found or _whole(model, questions, first)
-    for batch in progress(rest, "answering", len(rest)):
-        scores |= read(model, questions, batch)
+    batches = _batches(questions, _reach(model))
+    shared = next((batch.rows for batch in batches if batch.fits), None)
+    heeds = shared is not None and _heeds_masks(model, questions, shared)
+    if not heeds:
+        logger.info("%s does not heed masks: every choice is read whole", type(model).__name__)
+    scores: Scores = {}
+    for batch in progress(batches, "answering", len(batches)):
+        scores |= (_as_trie if heeds and batch.fits else _whole)(model, questions, batch.rows)
     return [scores[index] for index in range(len(questions))]
 
 
 # -------------------------------------------------------------------------------------------------------------- batches
 
-Batch = list[list[int]]
+Rows = list[list[int]]
 """The questions (their indices) of each row."""
+
+
+class _Batch(NamedTuple):
+    """Rows that are read together, and whether the model sees all of each."""
+
+    rows: Rows
+    fits: bool
 
 
 class _Unit(NamedTuple):
@@ -106,36 +118,42 @@ class _Unit(NamedTuple):
     size: int
 
 
-def _batches(questions: Sequence[Sequence[Tokens]]) -> list[Batch]:
+def _batches(questions: Sequence[Sequence[Tokens]], reach: int = UNBOUNDED) -> list[_Batch]:
     """Rows of about one length, ``BATCH_TOKENS`` tokens a batch, but one row at least.
 
     The longest question comes in the first batch, at the end of a row with another: it would see that one but for the mask.
+    reach: how many tokens of a row a model sees; questions that are longer come before all others, each in a batch of its own.
     """
-    left = sorted(_units(questions), key=lambda unit: unit.size)
-    sizes = [unit.size for unit in left]
-    batches: list[Batch] = []
+    units = sorted(_units(questions, min(JOINED_TOKENS, reach)), key=lambda unit: unit.size)
+    batches = [_Batch([unit.questions], fits=False) for unit in units if unit.size > reach]
+    left = [unit for unit in units if unit.size <= reach]
+    sizes, begun = [unit.size for unit in left], False
     while left:
-        length = max(ROW_TOKENS, sizes[-1] + (sizes[0] if not batches and len(sizes) > 1 else 0))
-        batch: Batch = []
-        while left and (not batch or (len(batch) + 1) * length <= BATCH_TOKENS):
-            batch.append([])
+        length = min(reach, max(ROW_TOKENS, sizes[-1] + (sizes[0] if not begun and len(sizes) > 1 else 0)))
+        rows: Rows = []
+        while left and (not rows or (len(rows) + 1) * length <= BATCH_TOKENS):
+            rows.append([])
             room = length
             while place := bisect_right(sizes, room):  # the largest that fits
                 room -= sizes.pop(place - 1)
-                batch[-1][:0] = left.pop(place - 1).questions
-        batches.append(batch)
+                rows[-1][:0] = left.pop(place - 1).questions
+        batches.append(_Batch(rows, fits=True))
+        begun = True
     return batches
 
 
-def _units(questions: Sequence[Sequence[Tokens]]) -> Iterator[_Unit]:
-    """Questions in the order of their tokens, those together of which each shares half of it with the one before (few-shot)."""
+def _units(questions: Sequence[Sequence[Tokens]], most: int) -> Iterator[_Unit]:
+    """Questions in the order of their tokens, those together of which each shares half of it with the one before (few-shot).
+
+    most: tokens of several that stand together.
+    """
     found: list[int] = []
     last, size = None, 0
     for index in sorted(range(len(questions)), key=lambda index: questions[index][0].ids):
         ids = questions[index][0].ids
         whole = _size(questions[index])
         shared = _common(last, ids) if last is not None else 0
-        if found and (2 * shared < whole or size + whole - shared > JOINED_TOKENS):
+        if found and (2 * shared < whole or size + whole - shared > most):
             yield _Unit(found, size)
             found, size, shared = [], 0, 0
         found.append(index)
@@ -144,11 +162,8 @@ def _units(questions: Sequence[Sequence[Tokens]]) -> Iterator[_Unit]:
 
 
 def _size(question: Sequence[Tokens]) -> int:
-    """How many tokens of a question are read; the last one of each choice predicts nothing that is asked."""
-    trie = _Trie()
-    for choice in question:
-        trie.insert(choice.ids[:-1])
-    return len(trie.tokens)
+    """How many tokens of a question are read."""
+    return len(_laid_out([question])[0].tokens)
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:
@@ -160,22 +175,34 @@ def _common(one: Sequence[int], other: Sequence[int]) -> int:
 Scores = dict[int, list[Score]]
 
 
-def _as_checked_trie(model: nn.Module, questions: Sequence[Sequence[Tokens]], batch: Batch) -> Scores | None:
-    """The scores from a trie, or None if a model does not heed its mask: if the longest choice has another when read whole."""
-    tolerance = 1e-3 if next(model.parameters()).dtype == torch.float32 else 0.05
-    last = batch[0][-1]
-    longest = max(range(len(questions[last])), key=lambda number: len(questions[last][number].ids))
+def _heeds_masks(model: nn.Module, questions: Sequence[Sequence[Tokens]], batch: Rows) -> bool:
+    """Whether every choice of the first row, and of the question with the longest choice, is the same when read whole.
+
+    Every choice: one that stands in its row without a gap is right even where positions are counted along the row (ALiBi).
+    """
+    deepest = max(chain(*batch), key=lambda index: max(len(choice.ids) for choice in questions[index]))
+    rows = [batch[0], *([] if deepest in batch[0] else [[deepest]])]
     try:
-        found = _as_trie(model, questions, batch)
-        (whole,) = _whole(model, [[questions[last][longest]]], [[0]])[0]
-        same = math.isclose(found[last][longest].nats, whole.nats, rel_tol=tolerance, abs_tol=tolerance)
+        found = _as_trie(model, questions, rows)
     except (TypeError, ValueError, RuntimeError, IndexError) as error:  # its forward pass has no place for the mask
         logger.debug("%s refuses a trie: %s", type(model).__name__, error)
-        same = False
-    if same:
-        return found
-    logger.info("%s does not heed masks: every choice is read whole", type(model).__name__)
-    return None
+        return False
+    whole = _whole(model, questions, rows)
+    return all(
+        _agree(model, *three) for index in found for three in zip(found[index], whole[index], questions[index], strict=True)
+    )
+
+
+def _agree(model: nn.Module, one: Score, other: Score, choice: Tokens) -> bool:
+    """Whether two log-likelihoods differ by no more than rounding makes them, which tokens do independently."""
+    tolerance = ROUNDING[next(model.parameters()).dtype == torch.float32] * math.sqrt(choice.scored)
+    return one.nats == other.nats or abs(one.nats - other.nats) <= tolerance
+
+
+def _reach(model: nn.Module) -> int:
+    """How long a row of tries may be: layers that see the last few tokens alone count them along the row, or not at all."""
+    found = [setting(model.config, name) for name in WINDOWS]
+    return min([UNBOUNDED, *(size for size in found if isinstance(size, int) and size > 0)])
 
 
 class _Trie:
@@ -208,7 +235,7 @@ class _Trie:
         return found
 
 
-def _as_trie(model: nn.Module, questions: Sequence[Sequence[Tokens]], batch: Batch) -> Scores:
+def _as_trie(model: nn.Module, questions: Sequence[Sequence[Tokens]], batch: Rows) -> Scores:
     """The scores of all choices from one pass over the tries of a batch."""
     device, dtype = device_of(model), next(model.parameters()).dtype
     tries, paths = zip(*(_laid_out([questions[index] for index in row]) for row in batch), strict=True)
@@ -269,7 +296,7 @@ def _predicting(model: nn.Module, places: Tensor, shape: torch.Size) -> Iterator
         handle.remove()
 
 
-def _whole(model: nn.Module, questions: Sequence[Sequence[Tokens]], batch: Batch) -> Scores:
+def _whole(model: nn.Module, questions: Sequence[Sequence[Tokens]], batch: Rows) -> Scores:
     """The same, every choice in a row of its own. Padding stands on the right, where no other token sees it."""
     device = device_of(model)
     choices = [(index, number) for row in batch for index in row for number in range(len(questions[index]))]
