@@ -99,3 +99,5 @@ def test_a_broken_model_has_no_accuracy(monkeypatch):
     task = Task("t", "piqa", (choices("yes", "no", gold=0),))
     with pytest.raises(InputError, match="not finite"):
         asked(monkeypatch, task, [[math.nan, math.nan]])
+    with pytest.raises(InputError, match="not finite"):  # the head overflows for a token that no choice has
+        asked(monkeypatch, task, [[-math.inf, -math.inf]])

@@ -67,9 +67,8 @@ def test_of_overlapping_windows_each_token_is_predicted_once():
     assert result.word_perplexity == pytest.approx(math.exp(expected / 3), rel=1e-6)
     assert result.byte_perplexity == pytest.approx(math.exp(expected / 9), rel=1e-6)
     per_window = [[table[0][0], table[0][1], table[1][1]], [table[1][0], table[0][1]], [table[1][0], table[0][0]]]
-    means = [-sum(map(math.log, window)) / len(window) for window in per_window]
-    spread = torch.tensor(means).std() / math.sqrt(3)
-    assert result.nats_stderr == pytest.approx(float(spread), rel=1e-5)
+    beyond = [-sum(map(math.log, window)) - expected / 7 * len(window) for window in per_window]  # what the mean does not tell
+    assert result.nats_stderr == pytest.approx(math.sqrt(3 / 2 * sum(loss**2 for loss in beyond)) / 7, rel=1e-5)
 
 
 def test_perplexity_by_position(monkeypatch):

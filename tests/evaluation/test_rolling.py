@@ -9,7 +9,7 @@ from conftest import tiny_model
 from uniprune import InputError, Loaded, evaluate
 from uniprune.data.text import Text
 from uniprune.evaluation import perplexity
-from uniprune.evaluation.perplexity import Piece, load_documents
+from uniprune.evaluation.perplexity import load_documents
 
 
 class Letters:
@@ -56,7 +56,9 @@ def test_perplexity_against_the_definition(tokenizer, tmp_path):
     (tmp_path / "d.jsonl").write_text("".join(f'{{"text": "{text}"}}\n' for text in texts))
     model, length = tiny_model(), 16
     nats = tokens = 0
+    parts = []
     for text in texts:
+        before = nats, tokens
         ids = [tokenizer.eos_token_id, *tokenizer.encode(text)]
         for start in range(1, len(ids), length):
             end = min(start + length, len(ids))
@@ -65,11 +67,14 @@ def test_perplexity_against_the_definition(tokenizer, tmp_path):
             rows = range(seen.shape[1] - 1 - (end - start), seen.shape[1] - 1)
             nats -= sum(float(predicted[row, seen[0, row + 1]]) for row in rows)
             tokens += end - start
+        parts.append((nats - before[0], tokens - before[1]))
+    error = math.sqrt(3 / 2 * sum((loss - nats / tokens * count) ** 2 for loss, count in parts)) / tokens
     for source in (Loaded(model, tokenizer),):
         found = evaluate(source, text_source=str(tmp_path / "d.jsonl"), rolling=True, length=length)
         assert found.tokens == tokens
         assert found.nats == pytest.approx(nats, rel=1e-6)
         assert found.perplexity == pytest.approx(math.exp(nats / tokens), rel=1e-6)
+        assert found.nats_stderr == pytest.approx(error, rel=1e-5)
         words = sum(len(text.split(" ")) for text in texts)
         assert found.word_perplexity == pytest.approx(math.exp(nats / words), rel=1e-6)
 
@@ -80,7 +85,3 @@ def test_batches_hold_what_fits():
     assert sorted(index for batch in batches for index in batch) == list(range(6))
     assert batches[0] == [1]
     assert all(len(batch) * lengths[batch[0]] <= 2048 for batch in batches[1:])
-
-
-def test_pieces_are_tokens_and_a_number():
-    assert Piece([1, 2], 1) == ([1, 2], 1)

@@ -15,6 +15,20 @@ def standard_error(values: Sequence[float]) -> float | None:
     return math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (count - 1) / count)
 
 
+def ratio_error(totals: Sequence[float], sizes: Sequence[int]) -> float | None:
+    """Of sum(totals) / sum(sizes), by how the parts differ; None for a single one.
+
+    The ratio estimator (Cochran, Sampling Techniques, chapter 6): a large part tells more than a small one. Where all are of one
+    size this is the standard error of the mean.
+    """
+    if len(totals) < 2:
+        return None
+    whole, count = sum(sizes), len(totals)
+    ratio = math.fsum(totals) / whole
+    squares = math.fsum((total - ratio * size) ** 2 for total, size in zip(totals, sizes, strict=True))
+    return math.sqrt(squares * count / (count - 1)) / whole
+
+
 def paired_error(gained: int, lost: int, questions: int) -> float | None:
     """Standard error of the difference (gained - lost) / questions of two accuracies on the same questions; None for one.
 

@@ -14,7 +14,7 @@ from uniprune.common.progress import Progress, silent
 from uniprune.common.significance import mcnemar, standard_error
 from uniprune.errors import InputError
 from uniprune.evaluation.generation import write
-from uniprune.evaluation.perplexity import NOT_FINITE
+from uniprune.evaluation.perplexity import NOT_FINITE, exp
 from uniprune.evaluation.results import Accuracy, Compared, TaskResult
 from uniprune.tasks.catalogue import FIELDS, capability_of
 from uniprune.tasks.formats import FORMATS
@@ -60,7 +60,7 @@ class Answers:
         if self.scores and all(
             len(choices) == 1 for choices in self.scores
         ):  # cloze: perplexity of the answers, each as a whole
-            facts["perplexity"] = math.exp(-sum(only.nats for (only,) in self.scores) / len(self.scores))
+            facts["perplexity"] = exp(-sum(only.nats for (only,) in self.scores) / len(self.scores))
         if reference is not None:
             facts["against"] = self.against(reference)
         return TaskResult(**facts)
@@ -132,13 +132,13 @@ def answer(
     """What a model answers to the questions of several tasks, given as :func:`tokenise` makes them for it, task by task.
 
     tokenizer: reads what is written; needed for tasks whose answers are.
-    Raises InputError if a log-likelihood is not a number: the first choice would count as the best, and where it is the right
+    Raises InputError if a log-likelihood is not finite: the first choice would count as the best, and where it is the right
     one a broken model would be perfect.
     """
     judged = [FORMATS[task.format].judge is not None for task in tasks]
     scored = [list(questions) for questions, written in zip(tokens, judged, strict=True) if not written]
     found = score(model, [question for questions in scored for question in questions], progress)
-    if any(math.isnan(choice.nats) for choices in found for choice in choices):
+    if not all(math.isfinite(choice.nats) for choices in found for choice in choices):
         raise InputError(NOT_FINITE)
     scores = iter(found)
     return [

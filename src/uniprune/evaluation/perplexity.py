@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from uniprune.common import pictures
 from uniprune.common.progress import Progress, silent
-from uniprune.common.significance import standard_error
+from uniprune.common.significance import ratio_error
 from uniprune.data.bos import Bos
 from uniprune.data.documents import JOIN
 from uniprune.data.text import Text, TextFacts, open_text
@@ -38,8 +38,8 @@ POSITIONS = {"1-512": 512, "512-2k": 2048, "2k-8k": 8192, "8k-": 1 << 62}  # tok
 class Perplexity:
     """``perplexity`` = exp(total nats / predicted tokens); everything that is needed to get the number again.
 
-    ``nats_stderr``: standard error of the mean nats per token, by how windows differ: what other windows of such text would
-    have changed. About the relative error of the perplexity; two models read on the same windows differ by less.
+    ``nats_stderr``: standard error of the mean nats per token, by how windows (or documents) differ: what others of such text
+    would have changed. About the relative error of the perplexity; two models read on the same windows differ by less.
     ``stride``: tokens from one window to the next; fewer than ``length`` if they overlap.
     ``word_perplexity``, ``byte_perplexity``: exp(nats / words), / bytes, of the text that is predicted, if that is known.
     ``by_position``: the token perplexity by how many tokens of its window a prediction saw. ``by_text``: on each of several
@@ -87,7 +87,7 @@ def perplexity(model: nn.Module, windows: Windows, progress: Progress = silent) 
             done += 1
     nats, total = sum(losses), sum(tokens)
     check_finite(nats)
-    error = standard_error([loss / number for loss, number in zip(losses, tokens, strict=True)])
+    error = ratio_error(losses, tokens)
     facts = by_unit(nats, windows.words, windows.size) | {"by_position": _by_position(positions, seen)}
     facts["by_text"] = {name: _of_text(losses, tokens, rows.tolist()) for name, rows in windows.by_source.items()} or None
     dtype, stride = dtype_name(next(model.parameters()).dtype), windows.stride or length
@@ -99,7 +99,7 @@ def _of_text(losses: Sequence[float], tokens: Sequence[int], rows: Sequence[int]
     count = sum(tokens[row] for row in rows)
     return TextPerplexity(
         perplexity=exp(sum(losses[row] for row in rows) / count),
-        nats_stderr=standard_error([losses[row] / tokens[row] for row in rows]),
+        nats_stderr=ratio_error([losses[row] for row in rows], [tokens[row] for row in rows]),
         tokens=count,
         windows=len(rows),
     )
@@ -152,10 +152,11 @@ def _by_position(nats: Tensor, seen: Tensor) -> dict[str, float]:
 
 
 class Piece(NamedTuple):
-    """Tokens that are read at once, of which the last ``scored`` are predicted."""
+    """Tokens that are read at once, of which the last ``scored`` are predicted; ``document``: which one they are of."""
 
     tokens: list[int]
     scored: int
+    document: int
 
 
 @dataclass(frozen=True)
@@ -180,9 +181,17 @@ class Documents:
     def lengths(self) -> list[int]:
         return [len(piece.tokens) for piece in self.pieces]
 
+    def summed(self, losses: Sequence[float]) -> tuple[list[float], list[int]]:
+        """By document, the losses of its pieces and its predicted tokens."""
+        totals, tokens = [0.0] * self.documents, [0] * self.documents
+        for loss, piece in zip(losses, self.pieces, strict=True):
+            totals[piece.document] += loss
+            tokens[piece.document] += piece.scored
+        return totals, tokens
+
     def describe(self) -> TextFacts:
         """The provenance that goes into results."""
-        digest = hashlib.sha256(repr([tuple(piece) for piece in self.pieces]).encode()).hexdigest()
+        digest = hashlib.sha256(repr([(piece.tokens, piece.scored) for piece in self.pieces]).encode()).hexdigest()
         return TextFacts(
             text=self.source,
             length=self.length,
@@ -223,7 +232,7 @@ def load_documents(text: Text, tokenizer: Any, length: int, count: int | None = 
             ids = tokenizer.encode(read, add_special_tokens=bos is None)
             second |= ids[:1] == [first]
             content.update(((JOIN if documents else "") + counted).encode())
-            pieces += _pieces(first, ids, length)
+            pieces += _pieces(first, ids, length, documents)
             documents, words = documents + 1, words + len(re.split(r"\s+", counted))
             size += len(counted.encode())
     if not pieces:
@@ -231,12 +240,12 @@ def load_documents(text: Text, tokenizer: Any, length: int, count: int | None = 
     return Documents(pieces, documents, words, size, text.source, length, second, content.hexdigest())
 
 
-def _pieces(first: int, ids: list[int], length: int) -> list[Piece]:
+def _pieces(first: int, ids: list[int], length: int, document: int) -> list[Piece]:
     """Every token once; what comes before a piece in the document fills it up."""
     found, every = [], [first, *ids]
     for start in range(0, len(ids), length):
         end = min(start + length, len(ids))
-        found.append(Piece(every[max(0, end - length) : end + 1], end - start))
+        found.append(Piece(every[max(0, end - length) : end + 1], end - start, document))
     return found
 
 
@@ -254,7 +263,7 @@ def rolling(model: nn.Module, documents: Documents, progress: Progress = silent)
             losses[index] = float(row[end - documents.pieces[index].scored : end].sum())
     nats, tokens = math.fsum(losses), sum(piece.scored for piece in documents.pieces)
     check_finite(nats)
-    error = standard_error([loss / piece.scored for loss, piece in zip(losses, documents.pieces, strict=True)])
+    error = ratio_error(*documents.summed(losses))
     dtype, count = dtype_name(next(model.parameters()).dtype), len(documents.pieces)
     facts = by_unit(nats, documents.words, documents.bytes)
     length = documents.length
