@@ -13,7 +13,7 @@ import uniprune
 from command import run
 from conftest import tiny_model
 from task_rows import ROWS
-from uniprune import InputError, MismatchError, Recipe
+from uniprune import InputError, Loaded, MismatchError, Recipe
 from uniprune.cli import tables
 from uniprune.evaluation.results import Evaluation
 from uniprune.models.loading import dtype_name, fast_dtype
@@ -55,6 +55,32 @@ def test_perplexity_and_accuracy_at_once(loaded, tasks):
     found = uniprune.evaluate(loaded, text_source="builtin", windows=2, length=32, tasks=tasks)
     assert found.perplexity > 1
     assert found.tasks.keys() == set(tasks)
+
+
+def test_a_model_as_a_training_loop_leaves_it_has_no_dropout(tokenizer, tasks):
+    """``Trainer`` leaves a model in training mode; it is in the same mode afterwards, module by module."""
+    model = tiny_model("gpt2", resid_pdrop=0.5)
+    asked = {"text_source": "builtin", "windows": 2, "length": 32, "tasks": tasks, "limit": 4}
+    wanted = uniprune.evaluate(Loaded(model, tokenizer), **asked)
+    model.train()
+    model.transformer.h[0].eval()
+    modes = {name: module.training for name, module in model.named_modules()}
+    found = uniprune.evaluate(Loaded(model, tokenizer), against=Loaded(model, tokenizer), **asked)
+    assert found.perplexity == wanted.perplexity
+    assert found.closeness.kl == 0
+    assert {name: module.training for name, module in model.named_modules()} == modes
+    report = uniprune.prune_in_place(
+        Loaded(model, tokenizer), Recipe(sparsity="2:4", windows=2, length=32, controller="feedback")
+    )
+    assert report.sparsity == 0.5
+    assert {name: module.training for name, module in model.named_modules()} == modes
+
+
+def test_a_model_in_memory_is_not_moved_or_converted(loaded):
+    with pytest.raises(InputError, match=r"the model is in memory, torch\.float32 on cpu: convert it there"):
+        uniprune.evaluate(loaded, text_source="builtin", windows=2, length=32, dtype="bfloat16")
+    with pytest.raises(InputError, match="convert it there, or give its folder"):
+        uniprune.prune_in_place(loaded, Recipe(sparsity="2:4", windows=2, length=32, dtype="float16"))
 
 
 def test_masks_are_measured_without_a_pruned_checkpoint(folder, tokenizer, tmp_path):

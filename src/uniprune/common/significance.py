@@ -18,8 +18,8 @@ def standard_error(values: Sequence[float]) -> float | None:
 def ratio_error(totals: Sequence[float], sizes: Sequence[int]) -> float | None:
     """Of sum(totals) / sum(sizes), by how the parts differ; None for a single one.
 
-    The ratio estimator (Cochran, Sampling Techniques, chapter 6): a large part tells more than a small one. Where all are of one
-    size this is the standard error of the mean.
+    The ratio estimator (Cochran, Sampling Techniques, chapter 6): a large part tells more than a small one. Where all are of
+    one size this is the standard error of the mean.
     """
     if len(totals) < 2:
         return None

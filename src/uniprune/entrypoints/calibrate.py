@@ -14,6 +14,7 @@ from uniprune.common.progress import Progress, silent
 from uniprune.common.provenance import versions
 from uniprune.controller.descent import any_sparsity
 from uniprune.errors import InputError
+from uniprune.job.inference import inferring
 from uniprune.job.options import RunOptions
 from uniprune.job.prepare import device_of, prepare, progress_of
 from uniprune.job.recipe import Recipe
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from uniprune.job.options import RunKeywords
 
 
+@inferring
 def calibrate(
     source: Source, recipe: Recipe, output: Path, *, progress: Progress = silent, **options: Unpack[RunKeywords]
 ) -> ScoresFacts:

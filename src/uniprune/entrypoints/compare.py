@@ -25,6 +25,7 @@ from uniprune.evaluation import reproduce
 from uniprune.evaluation.model import Questions, Subject
 from uniprune.evaluation.protocols import comparable
 from uniprune.evaluation.request import NEW_TOKENS
+from uniprune.job.inference import inferring
 from uniprune.job.options import RunOptions
 from uniprune.job.prepare import IN_MEMORY, Job, prepare
 from uniprune.models.loading import Loaded, Source, dtype_name, skeleton
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 UNCOMPARED = {"versions", "machine"}  # of the protocol: a table may go on with others
 
 
+@inferring
 def compare(
     source: Source,
     output: Path,

@@ -23,6 +23,7 @@ from uniprune.evaluation.perplexity import Documents, Perplexity
 from uniprune.evaluation.protocols import comparable
 from uniprune.evaluation.request import NEW_TOKENS, EvaluationRequest
 from uniprune.evaluation.results import Check, Closeness, Compared, Evaluation, Protocol, Versions
+from uniprune.job.inference import inferring
 from uniprune.models import masking
 from uniprune.models.loading import Source, dtype_name
 from uniprune.models.matrices import find_matrices
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from uniprune.evaluation.request import EvaluationKeywords
 
 
+@inferring
 def evaluate(
     source: Source,
     *,

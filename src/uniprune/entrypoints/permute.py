@@ -20,6 +20,7 @@ from uniprune.common import distributed
 from uniprune.common.progress import Progress, silent
 from uniprune.common.provenance import Stopwatch, versions
 from uniprune.errors import InputError
+from uniprune.job.inference import inferring
 from uniprune.job.options import RunOptions
 from uniprune.job.prepare import Job, device_of, prepare, progress_of
 from uniprune.job.recipe import Recipe
@@ -34,6 +35,7 @@ from uniprune.sparsity.structure import structure
 from uniprune.storage import files
 
 
+@inferring
 def permute(
     source: Source,
     recipe: Recipe,

@@ -17,6 +17,7 @@ from uniprune.common.provenance import Stopwatch, sha256, versions
 from uniprune.entrypoints.calibrate import same_run
 from uniprune.errors import InputError
 from uniprune.experts import removal
+from uniprune.job.inference import inferring
 from uniprune.job.options import RunOptions
 from uniprune.job.prepare import Aim, Job, device_of, prepare, progress_of
 from uniprune.job.recipe import Recipe
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from uniprune.job.options import RunKeywords
 
 
+@inferring
 def prune(
     source: Source, recipe: Recipe, output: Path, *, progress: Progress = silent, **options: Unpack[RunKeywords]
 ) -> Pruning | ExpertRemoval:
@@ -78,6 +80,7 @@ def prune(
         return Pruning.read(output / files.REPORT)
 
 
+@inferring
 def prune_in_place(loaded: Loaded, recipe: Recipe, *, save_tokens: Path | None = None, progress: Progress = silent) -> Pruning:
     """Prunes a model in memory and writes nothing (but ``save_tokens``); returns the report.
 

@@ -20,6 +20,7 @@ from uniprune.evaluation.model import Subject
 from uniprune.evaluation.perplexity import Perplexity, perplexity
 from uniprune.evaluation.request import SweepRequest
 from uniprune.evaluation.results import Costs, Row, ScoresName, Sweep, SweepProtocol, TextCosts, marked
+from uniprune.job.inference import inferring
 from uniprune.models import masking
 from uniprune.models.loading import Loaded, Source, dtype_name
 from uniprune.models.matrices import Matrices, find_matrices
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 DENSE = spelling.parse("0")
 
 
+@inferring
 def sweep(
     source: Source,
     scores: Path,

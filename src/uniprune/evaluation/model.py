@@ -168,6 +168,7 @@ class Subject:
 
     def load(self, dtype: str | None, device: str | None) -> Loaded:
         if isinstance(self._source, Loaded):
+            self._source.check(dtype, device)
             warn_of_emulation(self._source.model)
             return self._source
         chosen, target = parse_dtype(dtype), parse_device(device)

@@ -165,6 +165,7 @@ def _prepare(
     loaded = source if isinstance(source, Loaded) else None
     if loaded and loaded.residency is blocks.resident:
         check_one_device(loaded.model)
+        loaded.check(recipe.dtype, options.device)
     origin = loaded.origin if loaded else resolve(source)  # type: ignore[arg-type]
     texts = files_of(recipe.text)
     if save_tokens is not None and scores is not None and save_tokens.resolve() == scores.resolve():

@@ -29,7 +29,6 @@ from uniprune.storage.outline import Outline
 logger = logging.getLogger(__name__)
 
 TOKENIZERS = ("tokenizer*", "*.model", "vocab.json", "vocab.txt", "merges.txt")  # files that are, or are of, one
-KINDS = ("cpu", "cuda")  # of devices
 
 
 @dataclass
@@ -50,6 +49,13 @@ class Loaded:
 
     def __str__(self) -> str:
         return str(self.origin) if self.origin else type(self.model).__name__
+
+    def check(self, dtype: str | None, device: str | None) -> None:
+        """Raises InputError if it is to compute in another type, or elsewhere, than the caller has put it."""
+        here, wanted = next(self.model.parameters()), parse_dtype(dtype)
+        place = None if device in (None, "auto") else parse_device(device).type
+        if wanted not in (None, here.dtype) or place not in (None, here.device.type):
+            raise InputError(f"the model is in memory, {here.dtype} on {here.device}: convert it there, or give its folder")
 
     @property
     def quantised(self) -> str | None:
@@ -132,7 +138,7 @@ def parse_device(name: str | None) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise InputError(f"device {name!r} is unknown; use cpu, cuda or cuda:N") from None
-    if device.type not in KINDS:  # Apple's mps has no float64, which sums are in; others were never tried
+    if device.type not in ("cpu", "cuda"):  # Apple's mps has no float64, which sums are in; others were never tried
         raise InputError(f"device {name!r} is not supported, only cpu and cuda are; use --device cpu")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InputError(f"device {name!r}: this PyTorch sees no CUDA device; use --device cpu")
