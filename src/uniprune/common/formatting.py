@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 
 from uniprune.errors import InputError
 
@@ -20,6 +21,17 @@ def short(name: str | None) -> str:
     if name.startswith(("/", "~")) or name.endswith(".jsonl") or re.match(r"[A-Za-z]:[\\/]", name):
         name = re.split(r"[\\/]", name.rstrip("\\/"))[-1] or name
     return name.removesuffix(".jsonl").removesuffix(".gguf")
+
+
+def apart(names: Iterable[str]) -> dict[str, str]:
+    """Short names; of those that would be the same, the folders that they are in, as many as tell them apart."""
+    found = {name: short(name) for name in names}
+    for one in {label for label in found.values() if list(found.values()).count(label) > 1}:
+        alike = [name for name, label in found.items() if label == one]
+        parts = {name: [*re.split(r"[\\/]", name.rstrip("\\/"))[:-1], one] for name in alike}
+        ends = (["/".join(parts[name][-depth:]) for name in alike] for depth in range(2, 1 + max(map(len, parts.values()))))
+        found |= zip(alike, next((end for end in ends if len(set(end)) == len(end)), alike), strict=True)
+    return found
 
 
 def number(value: float | None) -> str:

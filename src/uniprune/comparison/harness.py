@@ -7,11 +7,11 @@ so (``model_source``, the version of each task).
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import datetime
 from typing import Any
 
-from uniprune.common.formatting import short
+from uniprune.common.formatting import apart, short
 from uniprune.comparison.results import Comparison, ComparisonRow
 from uniprune.evaluation.results import TaskResult
 
@@ -28,12 +28,14 @@ def files(found: Comparison) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def results(found: Comparison, row: ComparisonRow) -> dict[str, Any]:
     """A row as the harness has the results of a model."""
-    tasks = dict(_tasks(found, row))
+    labels = apart(row.tasks)
+    tasks = dict(_tasks(found, row, labels))
     names = {name: list(values) for name, (values, _) in tasks.items()}
-    shots = {_name(name): task.num_fewshot or 0 for name, task in row.tasks.items()}
+    shots = {_name(labels[name]): task.num_fewshot or 0 for name, task in row.tasks.items()}
     device = found.protocol.machine.device if found.protocol.machine else None
     versions = found.protocol.versions
-    model = "-".join([short(found.model), *([] if row.pattern is None else [short(row.method), row.pattern])])
+    methods = apart(dict.fromkeys(row.method for row in found.rows))
+    model = "-".join([short(found.model), *([] if row.pattern is None else [methods[row.method], row.pattern])])
     return {
         "results": {name: _result(name, values, count) for name, (values, count) in tasks.items()},
         "group_subtasks": {name: [] for name in tasks},
@@ -63,7 +65,9 @@ def results(found: Comparison, row: ComparisonRow) -> dict[str, Any]:
     }
 
 
-def _tasks(found: Comparison, row: ComparisonRow) -> Iterator[tuple[str, tuple[dict[str, tuple[float, float | None]], int]]]:
+def _tasks(
+    found: Comparison, row: ComparisonRow, labels: Mapping[str, str]
+) -> Iterator[tuple[str, tuple[dict[str, tuple[float, float | None]], int]]]:
     """By task, metric -> value and standard error, and the number of examples. A text is a task, too."""
     text = found.protocol.text.text if found.protocol.text else "text"
     error = None if row.nats_stderr is None else row.perplexity * row.nats_stderr
@@ -73,7 +77,7 @@ def _tasks(found: Comparison, row: ComparisonRow) -> Iterator[tuple[str, tuple[d
             read[name] = value, None
     yield f"{_name(text)}_perplexity", (read, found.protocol.windows or 0)
     for name, task in row.tasks.items():
-        yield _name(name), (dict(_metrics(task)), task.questions)
+        yield _name(labels[name]), (dict(_metrics(task)), task.questions)
 
 
 def _metrics(task: TaskResult) -> Iterator[tuple[str, tuple[float, float | None]]]:

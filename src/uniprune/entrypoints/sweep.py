@@ -85,10 +85,9 @@ def sweep(
     if resume and output.exists():
         result = _earlier(output, result)
     done = {row.pattern for row in result.rows}
-    missing = [*(["0"] if result.dense is None else []), *(spec for spec in chosen if spec not in done)]
+    missing = [*([("0", DENSE)] if result.dense is None else []), *(pair for pair in chosen.items() if pair[0] not in done)]
     bytes_of, reading = _Estimate(loaded, matrices), _Reading(loaded, windows)
-    for spec in progress(missing, "sweeping", len(missing)):
-        pattern = chosen.get(spec, DENSE)
+    for spec, pattern in progress(missing, "sweeping", len(missing)):
         scaled = on_one_scale(saliency, pattern)
         cut = dict(pattern(scaled))
         with masking.applied(matrices, cut):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from uniprune.common.formatting import MINUS, NONE, percent, short
+from uniprune.common.formatting import MINUS, NONE, apart, percent, short
 from uniprune.common.significance import mcnemar
 from uniprune.comparison.results import DENSE, Comparison, ComparisonRow
 from uniprune.evaluation.protocols import sentence
@@ -32,7 +32,7 @@ def grid(found: Comparison) -> Grid:
     tasks = list(dict.fromkeys(name for row in found.rows for name in row.tasks))
     scoped = len(found.scopes) > 1
     columns = ["method:", "sparsity:", *(["scope:"] if scoped else []), "zeros", PERPLEXITY, "±"]
-    columns += [*(short(task) for task in tasks), "seconds"]
+    columns += [*apart(tasks).values(), "seconds"]
     rows = [_cells(row, tasks, scoped) for row in ordered(found)]
     marked = frozenset((index, columns.index(PERPLEXITY)) for index in best(found))
     return Grid(f"{short(found.model)}: {measure(found.protocol)}", columns, rows, sortable=True, best=marked)
@@ -54,19 +54,20 @@ def readings(found: Comparison) -> Grid:
 def flips(found: Comparison) -> Grid | None:
     """Answers that each row gained and lost against the dense model; None where it is not known which are right."""
     dense = next((row for row in found.rows if row.method == DENSE), None)
-    rows = [cells for row in ordered(found) for cells in _flips(row, dense)] if dense else []
+    labels = apart(dict.fromkeys(name for row in found.rows for name in row.tasks))
+    rows = [cells for row in ordered(found) for cells in _flips(row, dense, labels)] if dense else []
     columns = ["method:", "sparsity:", "task:", "metric:", "accuracy", "dense", "gained", "lost", "McNemar's p"]
     return Grid("Answers gained and lost against the dense model", columns, rows, sortable=True) if rows else None
 
 
-def _flips(row: ComparisonRow, dense: ComparisonRow) -> Iterator[list[Cell]]:
+def _flips(row: ComparisonRow, dense: ComparisonRow, labels: Mapping[str, str]) -> Iterator[list[Cell]]:
     for task, metrics in row.right.items() if row is not dense else ():
         for metric in metrics:
             changed, asked = row.flips(dense, task, metric), (row.tasks.get(task), dense.tasks.get(task))
             values = [value for each in asked if isinstance(value := getattr(each, metric, None), float)]
             if changed and len(values) == len(asked):
                 p = mcnemar(*changed)
-                cells: list[Cell] = [short(row.method), row.pattern or NONE, short(task), metric]
+                cells: list[Cell] = [short(row.method), row.pattern or NONE, labels.get(task, short(task)), metric]
                 yield [*cells, *((percent(value), value) for value in values), *map(str, changed), (f"{p:.2g}", p)]
 
 
@@ -82,15 +83,21 @@ def written(found: Comparison) -> list[Grid]:
 
 
 def sources(tables: Sequence[Comparison]) -> list[Grid]:
-    """For each method and sparsity that tables of several calibration texts have: the perplexity on each text, after each."""
-    found: dict[tuple[str, str, str], dict[tuple[str, str], float]] = {}
+    """For each method and sparsity that tables of several calibration texts have: the perplexity on each text, after each.
+
+    Samples of one number and length: others stand in a table of their own.
+    """
+    found: dict[tuple[str, str, str, int | None, int | None], dict[tuple[str, str], float]] = {}
     for table in tables:
+        samples = table.protocol.windows, table.protocol.length
         texts = [short(facts.text) if facts else NONE for facts in (table.protocol.calibration, table.protocol.text)]
         for row in table.rows:
             if row.pattern:
-                found.setdefault((short(table.model), row.method, row.pattern), {})[texts[0], texts[1]] = row.perplexity
+                found.setdefault((short(table.model), row.method, row.pattern, *samples), {})[texts[0], texts[1]] = (
+                    row.perplexity
+                )
     grids = []
-    for (model, method, pattern), values in found.items():
+    for (model, method, pattern, *_), values in found.items():
         calibrated, read = (list(dict.fromkeys(key[axis] for key in values)) for axis in (0, 1))
         if len(calibrated) > 1:
             rows: list[list[Cell]] = [[name, *(shown(values.get((name, text))) for text in read)] for name in calibrated]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from uniprune.common.formatting import NOTE, count, number, percent, points, short, size
 from uniprune.comparison.results import DENSE, UNIFORM, Comparison, ComparisonRow
-from uniprune.reporting.summary import Subject, Summary, Tradeoff, alike, measure
+from uniprune.reporting.summary import Subject, Summary, Tradeoff, alike, measure, same_model
 from uniprune.sparsity.structure import Structure
 from uniprune.speed.kernels import ANY_MASK
 from uniprune.speed.results import MARGIN
@@ -165,15 +165,18 @@ def _pruned(summary: Summary, subject: Subject) -> str:
 
 
 def _baseline(summary: Summary, subject: Subject) -> ComparisonRow | None:
-    """The best row of no controller's, at the same sparsity, measured alike."""
+    """The best row of no controller's at the same sparsity, measured alike; whose a file is, is not known."""
     pruning = subject.pruning
     groups = bool(pruning and pruning.structure and pruning.structure.nm)
     rows = [
         row
         for table in summary.comparisons
-        if short(table.model) == short(subject.base) and alike(table.protocol, subject.reading)
+        if same_model(table.model, subject.base) and alike(table.protocol, subject.reading)
         for row in table.rows
-        if row.pattern and row.controller is None and bool(row.structure and row.structure.nm) == groups
+        if row.pattern
+        and row.controller is None
+        and row.file_sha256 is None
+        and bool(row.structure and row.structure.nm) == groups
         if subject.sparsity is not None and abs(row.sparsity - subject.sparsity) < UNIFORM
     ]
     return min(rows, key=lambda row: row.perplexity, default=None)
@@ -220,7 +223,7 @@ def _bytes(summary: Summary, model: str, forms: Iterable[Structure]) -> str:
     wanted = {form.spelling for form in forms}
     for facts in summary.tradeoffs:
         known = [point for point in facts.points if point.bytes and point.name in wanted]
-        if known and facts.dense_bytes and short(facts.model) == short(model):
+        if known and facts.dense_bytes and same_model(facts.model, model):
             sizes = " or ".join(f"{size(point.bytes)} ({point.name})" for point in known)
             return f"its archive takes {sizes}, not {size(facts.dense_bytes)}"
     return "its files are as large as the dense model's until they are packed"
@@ -228,8 +231,8 @@ def _bytes(summary: Summary, model: str, forms: Iterable[Structure]) -> str:
 
 def _speed(summary: Summary, models: Sequence[str], forms: Iterable[Structure]) -> str:
     """Whether the products of masks of these kinds are faster on the machine that ``bench`` ran on."""
-    names = set(map(short, models))
-    speeds = next((each for each in summary.speeds if short(each.model) in names), None)
+    measured = (each for each in summary.speeds if any(same_model(each.model, model) for model in models))
+    speeds = next(measured, None)
     if speeds is None:
         said = [subject.pruning.speed for subject in summary.pruned if subject.pruning and subject.pruning.speed]
         return said[0][0].lower() + said[0][1:].rstrip(".") if len(said) == 1 else "whether it is faster was not measured"

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from itertools import takewhile
 
 from uniprune.artefacts.reports import Pruning, by_place
-from uniprune.common.formatting import number, percent, short
+from uniprune.common.formatting import apart, number, percent, short
 from uniprune.common.significance import standard_error
 from uniprune.comparison.results import UNIFORM
 from uniprune.evaluation.results import Generation
@@ -196,14 +196,15 @@ def _accuracies(summary: Summary) -> Iterator[Part]:
 def _markers(summary: Summary) -> list[Marker]:
     """Accuracies by model; what a model is compared with counts as one."""
     labels = list(dict.fromkeys(subject.label for subject, _, _ in report_tables.asked(summary)))[:DRAWN]
+    names = apart(name for _, name, _ in report_tables.asked(summary))
     found, dense = [], {}
     for subject, name, task in report_tables.asked(summary):
         if subject.label in labels:
-            found.append(Marker(short(name), subject.label, task.acc, task.acc_stderr))
+            found.append(Marker(names[name], subject.label, task.acc, task.acc_stderr))
         if other := task.against.get(METRIC):
             right = round(other.reference * task.questions)
             error = standard_error([index < right for index in range(task.questions)])
-            dense[short(name)] = Marker(short(name), "dense", other.reference, error)
+            dense[name] = Marker(names[name], "dense", other.reference, error)
     return [*dense.values(), *found]
 
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from os.path import abspath
+from os.path import abspath, expanduser, normpath
 from pathlib import PurePath
 
 from uniprune.artefacts.reports import Pruning
 from uniprune.common.formatting import percent, short
 from uniprune.common.significance import paired_error
+from uniprune.comparison.results import DENSE as METHOD_DENSE
 from uniprune.comparison.results import Comparison, ComparisonProtocol
 from uniprune.evaluation.results import Closeness, Evaluation, Row, Sweep, SweepProtocol
 from uniprune.reporting.results import Source
@@ -171,19 +172,31 @@ class Summary:
 
     def dense_perplexity(self, subject: Subject) -> float | None:
         """The dense model's on the same text and windows, if one of the sources has it."""
-        base, reading = short(subject.base), subject.reading
+        base, reading = subject.base, subject.reading
         if subject.dense or not base or not reading:
             return None
-        if reading.closeness and reading.closeness.reference_perplexity and short(reading.against) == base:
+        if reading.closeness and reading.closeness.reference_perplexity and same_model(reading.against, base):
             return reading.closeness.reference_perplexity
-        for other in self.subjects:
-            for each in other.evaluations if other.dense else ():
-                if each.perplexity is not None and alike(each, reading) and short(each.model) == base:
-                    return each.perplexity
+        known = (
+            perplexity
+            for model, measured, perplexity in self._dense_readings()
+            if same_model(model, base) and alike(measured, reading)
+        )
+        return next(known, None)
+
+    def _dense_readings(self) -> Iterator[tuple[str, Measured, float]]:
+        """Models, how they were measured, and the dense perplexity."""
+        for subject in self.subjects:
+            for each in subject.evaluations if subject.dense else ():
+                if each.perplexity is not None:
+                    yield each.model, each, each.perplexity
         for sweep in self.sweeps:
-            if sweep.dense and alike(sweep.protocol, reading) and short(sweep.model) == base:
-                return sweep.dense.perplexity
-        return None
+            if sweep.dense:
+                yield sweep.model, sweep.protocol, sweep.dense.perplexity
+        for table in self.comparisons:
+            for row in table.rows:
+                if row.method == METHOD_DENSE:
+                    yield table.model, table.protocol, row.perplexity
 
 
 def summarise(sources: Sequence[Source]) -> Summary:
@@ -227,7 +240,7 @@ def _tradeoffs(subjects: Sequence[Subject], sweeps: Sequence[Sweep]) -> Iterator
     """Of each sweep, with the models that were evaluated as it was; and of evaluations that are alike."""
     left = [each for each in subjects if each.base and each.reading and each.sparsity is not None and not each.dense]
     for sweep in sweeps:
-        mine = [each for each in left if alike(sweep.protocol, each.reading) and short(each.base) == short(sweep.model)]
+        mine = [each for each in left if alike(sweep.protocol, each.reading) and same_model(each.base, sweep.model)]
         left = [each for each in left if each not in mine]
         points = [_point_of_row(row) for row in sweep.rows]
         yield Tradeoff(
@@ -289,6 +302,22 @@ def _front(points: list[Point]) -> list[Point]:
 
 
 # ----------------------------------------------------------------------------------------------------------- measures
+
+
+def same_model(one: str | None, other: str | None) -> bool:
+    """Whether two names are of one model: hub names, or paths, of which a relative one may be from another working folder.
+
+    The last folder's name does not tell: ``a/model`` is not ``b/model``.
+    """
+    if not one or not other or one == other:
+        return bool(one) and one == other
+    paths = [PurePath(normpath(expanduser(name))) for name in (one, other)]
+    if all(path.is_absolute() for path in paths):
+        return paths[0] == paths[1]
+    if abspath(paths[0]) == abspath(paths[1]):
+        return True
+    ends = [tuple(part for part in path.parts if part != "..")[::-1] for path in paths]
+    return all(a == b for a, b in zip(*ends, strict=False)) and paths[0].is_absolute() != paths[1].is_absolute()
 
 
 def alike(one: Measured | None, other: Measured | None) -> bool:

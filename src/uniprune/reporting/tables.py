@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from uniprune.artefacts.reports import Pruning
-from uniprune.common.formatting import NONE, count, number, percent, points, short, size
+from uniprune.common.formatting import NONE, apart, count, number, percent, points, short, size
 from uniprune.evaluation.results import Compared, Row, Sweep, TaskResult
 from uniprune.reporting.results import Source
 from uniprune.reporting.summary import Subject, Summary, Tradeoff, measure
@@ -186,13 +186,14 @@ def accuracies(summary: Summary) -> Grid | None:
     """One row for each model, task and metric; beside a reference the answers gained and lost, and McNemar's p."""
     rows: list[list[Cell]] = []
     several = len({subject.label for subject, _, _ in asked(summary)}) > 1
+    labels = apart(name for _, name, _ in asked(summary))
     for subject, name, task in asked(summary):
         for metric in METRICS:
             value = getattr(task, metric, None)
             if isinstance(value, (int, float)):
                 rows.append(
                     [
-                        short(name),
+                        labels[name],
                         subject.label if several else "",
                         task.metric if metric == "acc" and task.metric else metric,
                         str(task.questions),
@@ -201,7 +202,7 @@ def accuracies(summary: Summary) -> Grid | None:
                 )
         for metric, found in task.others.items():
             error = NONE if found.stderr is None else percent(found.stderr)
-            shown = [short(name), subject.label if several else "", metric, str(found.n), percent(found.value), error]
+            shown = [labels[name], subject.label if several else "", metric, str(found.n), percent(found.value), error]
             rows.append([*shown, NONE, NONE, NONE, NONE])
     columns = ["task:", "model:", "metric:", "n", "value", "±", "other", "gained", "lost", "p"]  # as narrow as a terminal
     if not rows:
