@@ -109,7 +109,8 @@ def place(furnished, tmp_path, monkeypatch):
 def runnable(command):
     """The command's words, small, its output not in the way."""
     words = shlex.split(command)
-    sizes = SIZES.get(words[0], SMALL if words[0] == "evaluate" and not {"--check", "--lm-eval"} & set(words) else {})
+    reads = "--text" in words or not {"--check", "--lm-eval", "--tasks", "--suite", "--prompt"} & set(words)
+    sizes = SIZES.get(words[0], SMALL if words[0] == "evaluate" and reads else {})
     words += [word for flag, value in sizes.items() if flag not in words for word in (flag, value)]
     for flag in ("-o", "--output"):
         if flag in words and (output := Path(words[words.index(flag) + 1])).exists() and "--resume" not in words:

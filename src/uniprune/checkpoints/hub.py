@@ -15,6 +15,7 @@ from typing import NamedTuple
 from urllib.parse import quote, unquote, urlsplit
 
 from uniprune.errors import InputError, first_line
+from uniprune.storage.files import path_of
 
 FORMS = "owner/name, owner/name@revision, owner/name/folder or owner/name/file.gguf"
 NAME = r"\w[\w.-]*"
@@ -67,7 +68,7 @@ def at_revision(name: str, revision: str | None) -> str:
     """A model's name with a revision, which it must not have yet. Raises InputError for what is no model of the Hub."""
     if revision is None:
         return name
-    address = None if Path(name).expanduser().exists() else parse(name)
+    address = None if path_of(name).exists() else parse(name)
     if address is None:
         raise InputError(f"--revision {revision!r} is of a model on the Hub, and {name[:200]!r} is a path here; leave it out")
     if address.revision not in (None, revision):

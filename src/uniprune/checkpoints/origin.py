@@ -20,6 +20,7 @@ from uniprune.checkpoints.quantised.formats import Quantised
 from uniprune.errors import InputError
 from uniprune.storage import strict_json
 from uniprune.storage.dtypes import PLAIN
+from uniprune.storage.files import path_of
 
 BESIDE = ("README.md", "*.json", "*.model", "*.txt", "*.jinja")  # what goes with weights: no pickle, no code
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
@@ -68,7 +69,7 @@ def resolve(source: str | Path) -> Origin:
 
     Raises InputError that says what was tried.
     """
-    path = Path(source).expanduser()
+    path = path_of(source)
     if path.is_file():
         return _of_gguf(Origin(str(source), path.parent, path.name))
     if path.is_dir():
@@ -85,7 +86,7 @@ def resolve(source: str | Path) -> Origin:
 def spelled(source: object) -> str:
     """The name that a model's origin has, whichever way it is given, without a look at the Hub."""
     text = str(source)
-    address = None if Path(text).expanduser().exists() else hub.parse(text)
+    address = None if path_of(text).exists() else hub.parse(text)
     return text if address is None else str(address)
 
 

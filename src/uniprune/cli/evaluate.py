@@ -78,7 +78,8 @@ def evaluate(
     from uniprune.cli import tables
     from uniprune.data.sources import files_of
     from uniprune.entrypoints.evaluate import check, evaluate
-    from uniprune.storage.files import check_output_file
+    from uniprune.evaluation.results import Check, Evaluation
+    from uniprune.storage.files import check_beside, check_output_file, path_of
 
     result_file = comparison.check
     if result_file and request.given():
@@ -89,8 +90,11 @@ def evaluate(
     if name is None and not result_file:
         raise InputError("the argument MODEL is missing; it can be left out with --check only, whose RESULT names it")
     if target.output:
-        inputs = [result_file] if result_file else files_of(request.text_source)
+        others = [path_of(each) for each in (*request.tasks, request.masks) if each]
+        inputs = [result_file] if result_file else [*files_of(request.text_source), *filter(Path.exists, others)]
         check_output_file(target.output, run.overwrite, *inputs, suffix=".json")
+        folders = [path_of(each) for each in (name, comparison.against) if each]
+        check_beside(target.output, folders, (Check if result_file else Evaluation).kind_name())
     models: dict[str, Any] = {"against": comparison.against, "device": run.device}
     if result_file:
         with Bars() as progress:

@@ -105,13 +105,13 @@ class Evaluated(Options):
         default=None, description="Split of a Hub dataset."
     )
     eval_windows: Annotated[int | None, Flag(("--eval-num-samples",), default="all")] = Field(
-        default=None, description="Number of evaluation samples, evenly spaced over the text."
+        default=None, ge=1, description="Number of evaluation samples, evenly spaced over the text."
     )
     eval_length: Annotated[int | None, Flag(("--eval-seq-len",), default="2048, or the model's context if that is shorter")] = (
-        Field(default=None, description="Sequence length: tokens per evaluation sample.")
+        Field(default=None, ge=2, description="Sequence length: tokens per evaluation sample.")
     )
     eval_stride: Annotated[int | None, Flag(default="as --eval-length")] = Field(
-        default=None, description="Tokens from one evaluation sample to the next, for samples that overlap."
+        default=None, ge=1, description="Tokens from one evaluation sample to the next, for samples that overlap."
     )
     eval_bos: Annotated[
         Literal["each", "first", "none"] | None, Flag(default="each for Gemma, else as the tokenizer does once")

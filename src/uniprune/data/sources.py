@@ -20,6 +20,7 @@ import torch
 from uniprune.data.text import NAMED, Text, TextShare
 from uniprune.data.windows import ALL, Windows, token_file_shape
 from uniprune.errors import InputError
+from uniprune.storage.files import path_of
 
 SELF = "self"
 SPELLED = re.compile(r"(?:(?P<name>[A-Za-z][\w.-]*)=)?(?P<text>.+)")
@@ -52,9 +53,9 @@ def parse(texts: str | Sequence[str]) -> list[Source]:
     One alone has no share: what stands after its last ``:`` is part of its name, as of ``owner/name:config``.
     """
     given = (texts,) if isinstance(texts, str) else tuple(texts)
+    if not given or not all(text.strip() for text in given):
+        raise InputError("no text was given, or an empty one (a variable that is not set?); give one, e.g. --text c4")
     found = [_parsed(text, several=len(given) > 1) for text in given]
-    if not found:
-        raise InputError("no text was given; give one, e.g. --text c4")
     names = [source.name for source in found]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise InputError(f"two texts are called {twice}; give one of them another name, NAME={twice}")
@@ -65,7 +66,7 @@ def parse(texts: str | Sequence[str]) -> list[Source]:
 def files_of(texts: str | Path | Sequence[str | Path] | None) -> list[Path]:
     """The files and folders among texts: inputs, which no output may replace."""
     given = () if texts is None else (texts,) if isinstance(texts, (str, Path)) else texts
-    found = [Path(_parsed(str(text), several=len(given) > 1).text).expanduser() for text in given]
+    found = [path_of(_parsed(str(text), several=len(given) > 1).text) for text in given]
     return [path for path in found if _there(str(path))]
 
 
@@ -83,7 +84,7 @@ def _parsed(text: str, several: bool) -> Source:
 
 def _there(text: str) -> bool:
     """Whether a file or folder has this name, whatever its characters could mean otherwise."""
-    return os.path.exists(os.path.expanduser(text))  # pathlib raises for a name that is too long
+    return os.path.exists(path_of(text))  # pathlib raises for a name that is too long
 
 
 def shares(sources: Sequence[Source]) -> list[float]:

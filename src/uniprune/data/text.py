@@ -22,6 +22,7 @@ from uniprune.data.formats import COMPRESSED, READABLE, SUFFIXES, recognise, suf
 from uniprune.data.parts import File, HubShard, Listed, Part
 from uniprune.data.rows import commit_of, load_hub, reachable, read_hub
 from uniprune.errors import InputError
+from uniprune.storage.files import path_of
 from uniprune.storage.record import Count, Facts
 
 Use = Literal["calibration", "evaluation"]
@@ -123,7 +124,7 @@ def open_text(text: Text, use: Use, tokenizer: Any = None) -> list[Part]:
 
     Raises InputError if the source is missing, or of a kind that cannot be read.
     """
-    path = Path(text.source).expanduser()
+    path = path_of(text.source)
     if text.source in NAMED:
         return [_named(text, use)]
     if path.is_file():
@@ -145,7 +146,7 @@ def open_text(text: Text, use: Use, tokenizer: Any = None) -> list[Part]:
 
 def check_there(source: str) -> None:
     """Raises InputError for a text that cannot be there; nothing is fetched."""
-    if source not in NAMED and not Path(source).expanduser().exists():
+    if source not in NAMED and not path_of(source).exists():
         _hub_name(source)
 
 

@@ -14,6 +14,7 @@ from uniprune.sparsity.choices import Scope
 from uniprune.tasks.catalogue import SUITES, Suite
 
 NEW_TOKENS = 40
+READS = {name: f"--{name}" for name in ("field", "split", "windows", "length", "stride", "bos")}
 
 
 def _spelled(value: Any) -> Any:
@@ -45,13 +46,13 @@ class Reading(Options):
         default=None, description="Split of a Hub dataset."
     )
     windows: Annotated[int | None, Flag(("--num-samples",), default="all")] = Field(
-        default=None, description="Number of evaluation samples, evenly spaced over the text; of each of several texts."
+        default=None, ge=1, description="Number of evaluation samples, evenly spaced over the text; of each of several texts."
     )
     length: Annotated[int | None, Flag(("--seq-len",), default="2048, or the model's context if that is shorter")] = Field(
-        default=None, description="Sequence length: tokens per evaluation sample."
+        default=None, ge=2, description="Sequence length: tokens per evaluation sample."
     )
     stride: Annotated[int | None, Flag(default="as --length")] = Field(
-        default=None, description="Tokens from one evaluation sample to the next, for samples that overlap."
+        default=None, ge=1, description="Tokens from one evaluation sample to the next, for samples that overlap."
     )
     bos: Annotated[Literal["each", "first", "none"] | None, Flag(default="each for Gemma, else as the tokenizer does once")] = (
         Field(default=None, description="Which evaluation samples begin with the BOS token.")
@@ -105,6 +106,9 @@ class EvaluationRequest(Reading):
                 raise InputError(f"{flag}; give --tasks, --suite or --lm-eval")
         if self.suite is not None and self.suite not in SUITES:
             raise InputError(f"suite {self.suite!r} is none of {', '.join(SUITES)}; --tasks takes any list of tasks")
+        for name, flag in READS.items():
+            if getattr(self, name) is not None and self.text is None:
+                raise InputError(f"{flag} is for a text, and only tasks or prompts were asked for; give --text, too")
         if not compared and (self.prompts or self.new_tokens is not None):
             raise InputError("--prompt and --new-tokens are for two models side by side; give --against")
         if self.rolling and (compared or self.stride is not None or self.text is None):
@@ -116,7 +120,7 @@ class EvaluationRequest(Reading):
     def text(self) -> str | tuple[str, ...] | None:
         """The text to read, or several, if any is: by default ``builtin``, unless something else is asked for."""
         nothing_else = not (self.tasks or self.suite or self.lm_eval or self.prompts)
-        return self.text_source or ("builtin" if nothing_else else None)
+        return self.text_source if self.text_source not in (None, ()) else "builtin" if nothing_else else None
 
     @property
     def asked(self) -> dict[str, int | None]:

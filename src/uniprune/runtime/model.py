@@ -21,6 +21,7 @@ from uniprune.runtime.layout import RuntimeOrigin
 from uniprune.runtime.linear import BitmaskLinear, KernelLinear, nothing_to_pack, too_dense, unsupported
 from uniprune.runtime.native import library
 from uniprune.runtime.packed import Packed, bits_of, count, pack, unpack
+from uniprune.storage.files import path_of
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ def accelerate(source: str | Path | nn.Module | Loaded, dtype: str | None = None
     Raises InputError if the source cannot be read, if no matrix is sparse, or if a model in memory is given another type.
     """
     chosen, compiled = parse_dtype(dtype), _compiled()
-    if not isinstance(source, (nn.Module, Loaded)) and (folder := Path(source).expanduser() / PACKED).is_file():
+    if not isinstance(source, (nn.Module, Loaded)) and (folder := path_of(source) / PACKED).is_file():
         model = _opened(RuntimeOrigin(str(source), folder.parent), chosen, compiled)
     else:
         model = _in_memory(source, chosen)

@@ -16,6 +16,11 @@ from uniprune.errors import InputError
 REPORT = "pruning.json"  # written last: a folder without it is incomplete
 
 
+def path_of(name: str | Path) -> Path:
+    """A path as it was given, ``~`` being the home folder; as in a shell, that of nobody is an ordinary name."""
+    return Path(os.path.expanduser(name))  # pathlib raises RuntimeError for a user that is not known
+
+
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Inside ``with``, a write that fails (a full disk) says where: the system does not."""
@@ -77,6 +82,25 @@ def check_output_file(path: Path, overwrite: bool, *sources: Path, suffix: str =
     if path.exists() and not overwrite:
         raise InputError(f"output {path} exists; give another name, or --overwrite")
     check_place(path)
+
+
+def check_beside(path: Path, folders: Iterable[Path], kind: str) -> None:
+    """Raises InputError if a result would replace a file of the folders that are read, but for an earlier result of its kind.
+
+    Results may lie in a model's folder; its ``config.json`` is not to become one.
+    """
+    for folder in folders:
+        if path.exists() and path.resolve().is_relative_to(folder.resolve()) and _kind(path) != kind:
+            raise InputError(f"output {path} is a file of the input {folder}; give another name")
+
+
+def _kind(path: Path) -> Any:
+    """What a JSON file of this package says that it is; None for any other file."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    return content.get("kind") if isinstance(content, dict) else None
 
 
 def check_place(path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from uniprune.data.rows import read_cells, read_hub, read_rows
 from uniprune.errors import InputError
+from uniprune.storage.files import path_of
 from uniprune.tasks.catalogue import NAMES, listed
 from uniprune.tasks.examples import Examples
 from uniprune.tasks.formats import FORMATS, prepared, question_of, recognise, solved
@@ -99,7 +100,7 @@ def _located(source: str) -> Source:
             lambda: _hub(source, data.path, split=data.examples, **data.options),
             data.fewshot,
         )
-    path = Path(source).expanduser()
+    path = path_of(source)
     if path.is_dir():
         return _splits(path)
     if not path.is_file():
