@@ -21,6 +21,7 @@ from uniprune.comparison.results import Comparison
 from uniprune.comparison.sparsegpt import sparsegpt
 from uniprune.data.windows import load_windows
 from uniprune.entrypoints.compare import compare
+from uniprune.errors import UniPruneError
 from uniprune.evaluation import reproduce
 from uniprune.models.matrices import find_matrices
 from uniprune.sparsity.patterns import NM, Unstructured
@@ -291,6 +292,47 @@ def test_prompts_are_gone_on_with_by_every_model(folder, tmp_path):
     assert found.protocol.prompts == ["to be", "or not"]
     assert found.rows[0].written == [each.against for each in beside.generations]
     assert found.rows[1].written == [each.model for each in beside.generations]
+    asked["new_tokens"] = 0
+    found = compare(str(folder), tmp_path / "none", methods=("magnitude",), sparsities=("0.5",), **asked, **SMALL)
+    assert [row.written for row in found.rows] == [[], []]
+
+
+def test_a_method_that_cannot_prune_the_model_stops_no_other(tokenizer, tmp_path, caplog):
+    """SparseGPT needs tokens at every matrix, which rare experts lack; the table says so and goes on, also when resumed."""
+    model = tiny_model()
+    model.model.layers[0].mlp.forward = lambda x: x
+    asked = {"methods": ("sparsegpt", "magnitude"), "sparsities": ("0.5", "2:4"), **SMALL}
+    for options in ({}, {"resume": True}):
+        with pytest.raises(
+            UniPruneError, match=r"2 of \d rows could not be made.*method sparsegpt at 0\.5: .*saw no calibration"
+        ):
+            compare(Loaded(model, tokenizer), tmp_path / "table", **asked, **options)
+        found = Comparison.read(tmp_path / "table" / "comparison.json")
+        assert [(row.method, row.pattern) for row in found.rows] == [
+            ("dense", None),
+            ("magnitude", "0.5"),
+            ("magnitude", "2:4"),
+        ]
+    assert "method sparsegpt at 2:4: " in caplog.text
+
+
+def test_tasks_and_methods_of_one_file_name_are_told_apart(folder, tmp_path, ours):
+    names = [tmp_path / place / "test.jsonl" for place in ("a", "b")]
+    for number, path in enumerate(names):
+        path.parent.mkdir()
+        path.write_text("".join(json.dumps(ROWS["arc"]) + "\n" for _ in range(1 + number)))
+    scores = [tmp_path / place / "s.safetensors" for place in ("a", "b")]
+    for path in scores:
+        uniprune.calibrate(str(folder), Recipe(metric="magnitude", controller="none", windows=2, length=32), path)
+    methods = tuple(map(str, scores))
+    found = compare(str(folder), tmp_path / "t", methods=methods, sparsities=("2:4",), tasks=tuple(map(str, names)), **SMALL)
+    written = [json.loads(path.read_text()) for path in (tmp_path / "t").rglob("results_*.json")]
+    assert len(written) == len(found.rows) == 3
+    for each in written:
+        counts = {name: samples["effective"] for name, samples in each["n-samples"].items() if "perplexity" not in name}
+        assert counts == {"a_test": 1, "b_test": 2}
+    table = (tmp_path / "t" / "comparison.md").read_text()
+    assert "| a/test | b/test |" in table
 
 
 # ------------------------------------------------------------------------------------------------------- the command line

@@ -4,6 +4,7 @@ import io
 import json
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -81,6 +82,47 @@ def test_a_model_in_memory_is_not_moved_or_converted(loaded):
         uniprune.evaluate(loaded, text_source="builtin", windows=2, length=32, dtype="bfloat16")
     with pytest.raises(InputError, match="convert it there, or give its folder"):
         uniprune.prune_in_place(loaded, Recipe(sparsity="2:4", windows=2, length=32, dtype="float16"))
+
+
+def test_small_contexts_have_shorter_prompts_of_the_texts_own(tokenizer):
+    small = Loaded(tiny_model(max_position_embeddings=48), tokenizer)
+    found = uniprune.evaluate(small, against=small, text_source="builtin", windows=3, length=32)
+    assert len(found.generations) == 3
+    with pytest.raises(InputError, match="do not fit the model's context of 48"):
+        uniprune.evaluate(small, against=small, prompts=["to be"], new_tokens=48)
+
+
+@pytest.mark.parametrize("target", ["rows.jsonl", "model/config.json", "model/pruning.json", "model/tasks.json"])
+def test_no_result_takes_the_place_of_what_is_read(capsys, monkeypatch, folder, tasks, tmp_path, target):
+    uniprune.prune(str(folder), Recipe(sparsity="2:4", windows=2, length=32, controller="none"), tmp_path / "model")
+    mine = tmp_path / "model" / "tasks.json"
+    mine.write_text(Path(tasks[0]).read_text())
+    output = (tmp_path / target).with_suffix(".json")
+    (tmp_path / "rows.json").write_text(json.dumps([ROWS["arc"]]))
+    before = output.read_text()
+    words = ["evaluate", tmp_path / "model", "--tasks", f"{tmp_path / 'rows.json'},{mine}", "--overwrite"]
+    code, _, errors = run(capsys, monkeypatch, *map(str, words), "-o", str(output))
+    assert (code, output.read_text()) == (2, before)
+    assert "the input" in errors
+
+
+def test_a_result_may_lie_in_the_models_folder_and_be_replaced(capsys, monkeypatch, folder, tmp_path):
+    uniprune.prune(str(folder), Recipe(sparsity="2:4", windows=2, length=32, controller="none"), tmp_path / "model")
+    words = ["evaluate", tmp_path / "model", "--windows", "2", "--length", "32", "-o", tmp_path / "model" / "e.json"]
+    for more in ([], ["--overwrite"]):
+        assert run(capsys, monkeypatch, *map(str, words), *more)[0] == 0
+
+
+@pytest.mark.parametrize("text", ["", " ", ("builtin", "")])
+def test_an_empty_text_is_nothing_to_read(loaded, text):
+    with pytest.raises(InputError, match="no text was given, or an empty one"):
+        uniprune.evaluate(loaded, text_source=text, windows=2, length=32)
+
+
+@pytest.mark.parametrize("asked", [{"windows": 0}, {"length": 1}, {"stride": 0}, {"windows": -1, "rolling": True}])
+def test_numbers_that_nothing_can_have(loaded, asked):
+    with pytest.raises(InputError, match=next(iter(asked))):
+        uniprune.evaluate(loaded, text_source="builtin", **asked)
 
 
 def test_masks_are_measured_without_a_pruned_checkpoint(folder, tokenizer, tmp_path):

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 import uniprune
 from conftest import tiny_model
@@ -30,6 +31,28 @@ def test_answers_written_together_are_those_of_each_alone(tokenizer, family):
     alone = [tokenizer.decode(ids, skip_special_tokens=True) for ids in generate(model, tokenizer, texts, 12)]
     assert written(model, tokenizer, prompts(*texts)) == alone
     assert len(set(alone)) > 1
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"no_repeat_ngram_size": 1},
+        {"suppress_tokens": list(range(100, 400))},
+        {"min_new_tokens": 3, "repetition_penalty": 2.0},
+        {"num_beams": 2, "num_return_sequences": 2},
+        {"stop_strings": ["e"]},
+        {"max_time": 1e-9},
+        {"do_sample": True, "temperature": 3.0},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_greedy_is_greedy_whatever_the_model_was_published_with(tokenizer, settings):
+    model = tiny_model()
+    wanted = generate(model, tokenizer, ["A tale of"], 12)
+    own = model.generation_config = GenerationConfig(**settings)
+    assert generate(model, tokenizer, ["A tale of"], 12) == wanted
+    assert written(model, tokenizer, prompts("A tale of")) == [tokenizer.decode(wanted[0], skip_special_tokens=True)]
+    assert model.generation_config is own
 
 
 def test_answers_end_before_a_stop_text(tokenizer):

@@ -18,7 +18,7 @@ from uniprune.common import fields
 from uniprune.comparison.methods import ByBlock, Corrected, ForAny, FromFile, Local, Method, SparseGPT, Trial
 from uniprune.comparison.request import ComparisonRequest
 from uniprune.controller.controllers import ALIASES, CONTROLLERS
-from uniprune.errors import InputError, MismatchError
+from uniprune.errors import InputError, UniPruneError
 from uniprune.job.prepare import aim_of
 from uniprune.job.recipe import Recipe
 from uniprune.job.settings import Settings, Sparsity
@@ -113,5 +113,5 @@ def naming(method: str, sparsity: str) -> Iterator[None]:
     """An error inside ``with`` says of which method at which sparsity it is."""
     try:
         yield
-    except (InputError, MismatchError) as error:
+    except UniPruneError as error:
         raise type(error)(f"method {method} at {sparsity}: {error}") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
@@ -20,7 +21,7 @@ from uniprune.comparison.results import COMPARISON, DENSE, UNIFORM, Comparison, 
 from uniprune.comparison.trials import asked, fitted, naming
 from uniprune.data.sources import files_of
 from uniprune.data.windows import Windows
-from uniprune.errors import InputError
+from uniprune.errors import InputError, UniPruneError
 from uniprune.evaluation import reproduce
 from uniprune.evaluation.model import Questions, Subject
 from uniprune.evaluation.protocols import comparable
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
 
 UNCOMPARED = {"versions", "machine"}  # of the protocol: a table may go on with others
 
+logger = logging.getLogger(__name__)
+
 
 @inferring
 def compare(
@@ -62,7 +65,8 @@ def compare(
     and LaTeX, ``recipe.yaml``, which asks for the same, and a results file of lm-evaluation-harness for each row. resume: keep
     the rows that are there, if they were made in the same way, and add those that are missing.
     The model must fit into memory as a whole, and once more its prunable weights, which each row changes and gives back.
-    Raises InputError or MismatchError before the first row if anything asked for cannot be done.
+    Raises InputError or MismatchError before the first row if anything asked for cannot be done, and UniPruneError after the
+    last one if there are rows that could not be made.
     """
     wanted = ComparisonRequest.of(**request)
     trials = asked(wanted)
@@ -82,14 +86,20 @@ def compare(
     identity = {"command": "compare", **protocol.model_dump(mode="json", exclude=UNCOMPARED)}
     with runs.open_run(output, identity, resume=resume, overwrite=overwrite) as run:
         table, bench = _Table(output, run, found, _named(source, wanted)), Bench(job, run, progress)
-        missing = table.missing(trials)
+        missing, failed = table.missing(trials), list[UniPruneError]()
         for trial in progress(missing, "comparing", len(missing)):
             if trial is None:
                 table.add(_row(subject, bench, {"method": DENSE, "sparsity": 0.0}, {}))
-            else:
+                continue
+            try:
                 table.add(_pruned(trial, subject, bench))
-                trial.method.forget(bench, trial)
+            except UniPruneError as error:  # one method's trouble with this model is not the others'
+                logger.warning("no row: %s", error)
+                failed.append(error)
+            trial.method.forget(bench, trial)
         table.write()
+    if failed:
+        raise UniPruneError(f"{len(failed)} of {len(missing)} rows could not be made; the others are in {output}: {failed[0]}")
     return table.found
 
 
@@ -105,7 +115,8 @@ def _questions(request: ComparisonRequest, subject: Subject) -> Questions:
     windows = subject.windows(request.eval_text, reading)
     tasks = [load_task(name, request.limit, fewshot) for name, fewshot in reading.asked.items()]
     length = request.new_tokens
-    found = Questions(windows, tasks, request.prompts, NEW_TOKENS if length is None else length)
+    length = NEW_TOKENS if length is None else length
+    found = Questions(windows, tasks, request.prompts if length else (), length)
     subject.ask(found)
     return found
 

@@ -148,9 +148,11 @@ def check(
 def _questions(request: EvaluationRequest, subject: Subject, other: Subject | None) -> Questions:
     """What both models are measured on. Raises InputError if they do not read the text alike, or it cannot be read."""
     prompts, new_tokens = request.prompts, request.new_tokens
+    context = min(each.context for each in (subject, other) if each)
     windows: Windows | Documents | None = None
     if new_tokens is None:
-        new_tokens = NEW_TOKENS if other is not None and subject.tokenizer is not None else 0
+        room = NEW_TOKENS if prompts else min(NEW_TOKENS, context // 2)
+        new_tokens = room if other is not None and subject.tokenizer is not None else 0
     if request.text is not None:
         if request.rolling:
             windows = subject.documents(request.text, request)
@@ -159,7 +161,7 @@ def _questions(request: EvaluationRequest, subject: Subject, other: Subject | No
             if other is not None:
                 check_same_tokens(windows, other.windows(request.text, request), str(other))
                 if new_tokens and not prompts and windows.pictures is None:
-                    prompts = tuple(prompts_of(windows, subject.tokenizer))
+                    prompts = tuple(prompts_of(windows, subject.tokenizer, context))
     tasks = [load_task(name, request.limit, fewshot) for name, fewshot in request.asked.items()]
     return Questions(windows, tasks, prompts if new_tokens else (), new_tokens)
 

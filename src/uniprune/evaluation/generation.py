@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import StoppingCriteriaList
+from transformers import GenerationConfig, StoppingCriteriaList
 
 from uniprune.common.progress import Progress, silent
 from uniprune.data.windows import Windows
@@ -19,14 +20,13 @@ from uniprune.tasks.scoring import Tokens
 
 COUNT, BEGIN = 3, 24  # prompts from a text, and tokens in each
 BATCH = 8  # answers that are written together
-GREEDY = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, "num_beams": 1, "repetition_penalty": None}
 
 
-def prompts_of(windows: Windows, tokenizer: Any) -> list[str]:
-    """Prompts from a text: the beginnings of windows spread over it, decoded."""
+def prompts_of(windows: Windows, tokenizer: Any, context: int) -> list[str]:
+    """Prompts from a text: the beginnings of windows spread over it, decoded; a quarter of the context at most."""
     count = min(COUNT, len(windows.tokens))
     rows = torch.arange(count) * (len(windows.tokens) - 1) // max(count - 1, 1)
-    decoded = (tokenizer.decode(row, skip_special_tokens=True) for row in windows.tokens[rows, :BEGIN])
+    decoded = (tokenizer.decode(row, skip_special_tokens=True) for row in windows.tokens[rows, : min(BEGIN, context // 4)])
     return [prompt for prompt in decoded if prompt.strip()]
 
 
@@ -42,6 +42,21 @@ def check_prompts(prompts: Sequence[str], tokenizer: Any, tokens: int, context: 
             raise InputError(f"a prompt of {length} tokens and {tokens} more do not fit the model's context of {context}")
 
 
+@contextmanager
+def greedy(model: nn.Module) -> Iterator[None]:
+    """Inside ``with``, of the model's own generation settings count only the tokens that end a text.
+
+    Published ones sample, search with beams, forbid words and repetitions, or stop after a time; and what ``generate`` is not
+    told, it takes from there.
+    """
+    own = model.generation_config
+    model.generation_config = GenerationConfig(do_sample=False, eos_token_id=getattr(own, "eos_token_id", None))  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
 @torch.no_grad()
 def generate(
     model: nn.Module, tokenizer: Any, prompts: Sequence[str], tokens: int, progress: Progress = silent
@@ -55,8 +70,8 @@ def generate(
             "max_new_tokens": tokens,
             "pad_token_id": tokenizer.pad_token_id or 0,
         }
-        with text_alone(model):
-            written = model.generate(input_ids=ids, **settings, **GREEDY)  # type: ignore[operator]
+        with text_alone(model), greedy(model):
+            written = model.generate(input_ids=ids, **settings)  # type: ignore[operator]
         found.append(written[0, ids.shape[1] :].tolist())
     return found
 
@@ -102,14 +117,13 @@ def _together(
         texts = tokenizer.batch_decode(written[:, max(length, written.shape[1] - tail) :], skip_special_tokens=False)
         return torch.tensor([any(text in so_far for text in stop) for so_far in texts], device=written.device)
 
-    with text_alone(model):
+    with text_alone(model), greedy(model):
         written = model.generate(  # type: ignore[operator]
             input_ids=given,
             attention_mask=mask,
             max_new_tokens=first.tokens,
             pad_token_id=padding,
             stopping_criteria=StoppingCriteriaList([stopped]),
-            **GREEDY,
         )
     answers = tokenizer.batch_decode(written[:, length:], skip_special_tokens=True)
     return [_before(answer, stop) for answer in answers]
