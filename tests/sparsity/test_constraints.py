@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from uniprune.errors import InputError
 from uniprune.sparsity.constraints import DENSE, Mixed, Rule, Ruled
-from uniprune.sparsity.patterns import NM, Tiled, Unstructured
+from uniprune.sparsity.patterns import NM, Tiled, Unstructured, lost
+from uniprune.sparsity.spelling import parse
 
 SHAPES = {
     "layers.0.q_proj": (8, 16),
@@ -70,6 +71,22 @@ def test_others_make_up_for_what_rules_spare():
     assert count["layers.1.q_proj"] == 32
     assert bool((masks["layers.1.down_proj"].reshape(-1, 4).sum(1) == 1).all())
     assert [str(pattern.part(name)) for name in SHAPES][2:] == ["0.25 by matrix", "1:4", "0.5 by model"]
+
+
+@pytest.mark.parametrize("what", ["0.5@4x4", "0.3@4x4", "0.3333", "2:4", "dense"])
+@pytest.mark.parametrize("scope", ["model", "block"])
+def test_the_total_is_exact_whatever_a_fixed_part_can_lose(what, scope):
+    """A quarter of 36 x 36 weights in tiles is not a quarter: whole tiles go, and the others make up for the rest."""
+    scores = {f"{block}.{kind}": torch.rand(36, 36) for block in range(2) for kind in ("q", "k")}
+    masks = dict(Ruled(Unstructured(0.5, scope), (Rule("q", what),))(scores))
+    parts = [sum(int((~masks[f"{block}.{kind}"]).sum()) for kind in ("q", "k")) for block in range(2)]
+    assert parts == [36 * 36] * 2 if scope == "block" else sum(parts) == 2 * 36 * 36
+
+
+@pytest.mark.parametrize("pattern", [NM(2, 4), Unstructured(0.33), Unstructured(0.33, "matrix"), parse("0.3@4x4")], ids=str)
+def test_what_is_lost_is_what_masks_remove(pattern):
+    (mask,) = dict(pattern({"a": torch.rand(12, 20)})).values()
+    assert lost(pattern, (12, 20)) == int((~mask).sum())
 
 
 def test_local_patterns_have_exceptions_only():

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from uniprune.errors import InputError
-from uniprune.sparsity.constraints import DENSE, Mixed, Rule, Ruled
+from uniprune.sparsity.constraints import DENSE, Mixed, Rule, Ruled, reach
 from uniprune.sparsity.hardware import PROFILES, fitted, parse
 from uniprune.sparsity.patterns import NM, Tiled, Unstructured
 
@@ -96,3 +96,15 @@ def test_experts_that_cannot_have_it_share_a_rule():
 
 def fitting(shapes):
     return {name for name, shape in shapes.items() if shape == (8, 8)}
+
+
+def test_choices_that_shapes_keep_from_the_sparsity_are_refused():
+    """A matrix of 126 inputs cannot be 2:4: it stays dense, and the others cannot lose more than half."""
+    shapes = {"q": (60, 60), "down": (60, 126)}
+    with pytest.raises(
+        InputError, match=r"sparsity 0\.45 is out of reach: with these shapes it is between 0\.0000 and 0\.1613"
+    ):
+        fitted(Mixed(0.45, (NM(2, 4), DENSE)), shapes, "float32")
+    assert reach(Mixed(0.1, (NM(2, 4), DENSE)), shapes) == (0.0, pytest.approx(0.1613, abs=1e-4))
+    with pytest.raises(InputError, match=r"between 0\.\d+ and 0\.5"):  # 60 inputs are no groups of eight
+        fitted(Mixed(0.375, (NM(5, 8), NM(2, 4))), {"q": (60, 60), "down": (60, 128)}, "float32")

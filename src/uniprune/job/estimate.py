@@ -18,7 +18,7 @@ from uniprune.job.options import Execution
 from uniprune.models.loading import dtype_name
 from uniprune.models.matrices import Matrices, left_dense
 from uniprune.sparsity.constraints import spell
-from uniprune.sparsity.patterns import Pattern
+from uniprune.sparsity.patterns import Pattern, lost
 from uniprune.sparsity.structure import Structure, structure
 from uniprune.storage.record import Count, Facts, Record, Shape
 
@@ -190,7 +190,7 @@ def kind_of(name: str) -> str:
 def _removed(pattern: Pattern, matrices: Matrices) -> float:
     """How many weights a pattern will remove: of a common budget its sparsity, of others what each matrix loses."""
     if pattern.local:
-        return sum(pattern.part(name).sparsity * matrix.size for name, matrix in matrices.items())
+        return sum(lost(pattern.part(name), matrix.shape) for name, matrix in matrices.items())
     return pattern.sparsity * sum(matrix.size for matrix in matrices.values())
 
 

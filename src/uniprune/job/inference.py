@@ -1,4 +1,4 @@
-"""Models that a caller has loaded compute as those that verbs load themselves: in evaluation mode."""
+"""Models that a caller has loaded compute as those that verbs load themselves: in evaluation mode, without gradients."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ T = TypeVar("T")
 
 
 def inferring(verb: Callable[P, T]) -> Callable[P, T]:
-    """A verb while which models that are passed to it loaded have no dropout; afterwards they are in the mode they were in.
+    """A verb while which models that are passed to it loaded have no dropout and no gradients; afterwards they are as before.
 
-    ``Trainer`` leaves a model in training mode: its losses would be those of a thinned model, and others with every call.
+    ``Trainer`` leaves a model in training mode: its losses would be those of a thinned model, and others with every call. And
+    what a controller's pass backwards left in ``.grad``, the caller's next step would move the weights by.
     """
 
     @wraps(verb)
@@ -34,11 +35,14 @@ def inferring(verb: Callable[P, T]) -> Callable[P, T]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Inside ``with``, the model is in evaluation mode."""
+    """Inside ``with``, the model is in evaluation mode, and no parameter requires a gradient."""
     training = [module for module in model.modules() if module.training]
-    model.eval()
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.eval().requires_grad_(False)
     try:
         yield
     finally:
+        for parameter in learning:
+            parameter.requires_grad_()
         for module in training:
             module.training = True

@@ -29,6 +29,7 @@ from uniprune.sparsity.patterns import (
     Sizes,
     Spans,
     grouped,
+    lost,
     removed,
     sampled_thresholds,
     sizes_of,
@@ -99,10 +100,10 @@ def choice(spec: str) -> NM:
 
 
 def reach(pattern: Pattern, shapes: Mapping[str, Shape]) -> tuple[float, float]:
-    """The lowest and the highest sparsity that a pattern could have instead of its own, beside its rules."""
-    if isinstance(pattern, Ruled):
-        return pattern.reach(shapes)
-    return (pattern.allow[0].sparsity, pattern.allow[-1].sparsity) if isinstance(pattern, Mixed) else (0.0, 1.0)
+    """The lowest and the highest sparsity that a pattern could have instead of its own, for its rules and for the shapes."""
+    if isinstance(pattern, Mixed):
+        return Ruled(pattern, ()).reach(shapes)
+    return pattern.reach(shapes) if isinstance(pattern, Ruled) else (0.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -213,14 +214,17 @@ class Ruled(BasePattern):
         for names in grouped(shapes, self.shared.group):
             least, most, total = self._bounds({name: shapes[name] for name in names})
             if not least <= removed(self.sparsity, total) <= most:
+                why, what = ("rules", "the rules") if self.rules else ("shapes", "what is allowed")
                 raise InputError(
-                    f"sparsity {self.sparsity:g} is out of reach: with these rules it is between {least / total:.4f} and "
-                    f"{most / total:.4f}; change it, or the rules"
+                    f"sparsity {self.sparsity:g} is out of reach: with these {why} it is between {least / total:.4f} and "
+                    f"{most / total:.4f}; change it, or {what}"
                 )
 
     def reach(self, shapes: Mapping[str, Shape]) -> tuple[float, float]:
         """As :func:`reach`."""
-        low, high = reach(self.base, shapes)
+        low, high = (0.0, 1.0)
+        if isinstance(self.base, Mixed):
+            low, high = self.base.allow[0].sparsity, self.base.allow[-1].sparsity
         for names in [] if self.local else grouped(shapes, self.shared.group):
             least, most, total = self._bounds({name: shapes[name] for name in names})
             low, high = max(low, least / total), min(high, most / total)
@@ -242,7 +246,8 @@ class Ruled(BasePattern):
             free = View(saliency, names=(name for name in names if name not in fixed))
             if free:
                 sizes = sizes_of(View(saliency, names=names))
-                goes = self._goes(sizes, fixed)
+                shapes = {} if search is sampled_thresholds else {name: saliency[name].shape for name in fixed}
+                goes = self._goes(sizes, fixed, shapes)
                 cutters |= dict.fromkeys(free, self.shared.share(free, sizes, goes, spans, search))
         return lambda name, scores: cutters[name](name, scores)
 
@@ -256,13 +261,15 @@ class Ruled(BasePattern):
         """The fewest and the most weights that matrices of one budget can lose together, and how many they have."""
         fixed, spans = self._split(shapes)
         limits = [self.shared.span(shapes[name], *spans.get(name, (0.0, 1.0))) for name in shapes if name not in fixed]
-        gone = sum(round(math.prod(shapes[name]) * part.sparsity) for name, part in fixed.items())
+        gone = sum(lost(part, shapes[name]) for name, part in fixed.items())
         least, most = (gone + sum(limit[side] for limit in limits) for side in (0, 1))
         return least, most, sum(map(math.prod, shapes.values()))
 
-    def _goes(self, sizes: Sizes, fixed: Mapping[str, Pattern]) -> int:
-        """How many weights of the others are to go, so that the budget of all is met."""
-        gone = sum(round(sizes[name] * part.sparsity) for name, part in fixed.items())
+    def _goes(self, sizes: Sizes, fixed: Mapping[str, Pattern], shapes: Mapping[str, Iterable[int]]) -> int:
+        """How many weights of the others are to go, so that the budget of all is met; shapes: of those that are not samples."""
+        gone = sum(
+            lost(part, shapes[name]) if name in shapes else round(sizes[name] * part.sparsity) for name, part in fixed.items()
+        )
         return removed(self.sparsity, sum(sizes.values())) - gone
 
 

@@ -67,7 +67,7 @@ def fitted(
     """The pattern with a rule for every matrix that cannot have it as the hardware wants it, and the reasons by matrix.
 
     unsupported: what such matrices get: ``dense``, or ``unstructured``, the same sparsity by matrix; with ``refuse`` InputError
-    is raised that names them. Raises InputError, too, for rules that cannot hold (see ``budget.Ruled``).
+    is raised that names them. Raises InputError, too, for rules and choices that leave the sparsity out of reach.
     """
     if isinstance(pattern, Ruled):
         pattern.check(shapes)
@@ -77,6 +77,8 @@ def fitted(
         if reason := part.unsupported(*shape) or profile.unsupported(part, shape, dtype):
             reasons[name] = reason
     if not reasons:
+        if isinstance(pattern, Mixed):
+            Ruled(pattern, ()).check(shapes)
         return pattern, {}
     if unsupported == "refuse":
         name, reason = next(iter(reasons.items()))

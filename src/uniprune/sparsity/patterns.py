@@ -360,6 +360,18 @@ class Tiled(BasePattern):
         return tiles
 
 
+def lost(pattern: Pattern, shape: Iterable[int]) -> int:
+    """How many weights a matrix loses under a pattern of its own: whole rows' shares, whole groups, whole tiles."""
+    rows, columns = shape
+    if isinstance(pattern, NM):
+        return rows * columns // pattern.m * (pattern.m - pattern.n)
+    if isinstance(pattern, Tiled):
+        tiles = rows // pattern.height, columns // pattern.width
+        return lost(pattern.of, tiles) * pattern.height * pattern.width
+    groups, size = (rows, columns) if getattr(pattern, "scope", None) == "row" else (1, rows * columns)
+    return groups * removed(pattern.sparsity, size)
+
+
 def finite(name: str, scores: Tensor) -> Tensor:
     """The scores. Raises InputError if some are none."""
     check_extremes([name], [scores.aminmax()])
