@@ -270,7 +270,7 @@ class Ruled(BasePattern):
         gone = sum(
             lost(part, shapes[name]) if name in shapes else round(sizes[name] * part.sparsity) for name, part in fixed.items()
         )
-        return removed(self.sparsity, sum(sizes.values())) - gone
+        return max(0, removed(self.sparsity, sum(sizes.values())) - gone)  # of a sample, rounding may leave less than nothing
 
 
 @dataclass(frozen=True)
