@@ -265,10 +265,16 @@ def test_a_run_on_too_little_text_says_so_in_its_report(tmp_path):
     tiny("qwen3_moe").save_pretrained(tmp_path / "model")
     few = ids(2, 16)
     save_windows(Windows(few, "random", 2, "none"), tmp_path / "t.safetensors")
-    recipe = Recipe(sparsity="2:4", text=str(tmp_path / "t.safetensors"), controller="none")
-    report = uniprune.prune(tmp_path / "model", recipe, tmp_path / "out")
+    text = str(tmp_path / "t.safetensors")
+    report = uniprune.prune(tmp_path / "model", Recipe(sparsity="2:4", text=text, controller="none"), tmp_path / "out")
     assert report.starved.matrices
     assert report.starved.tokens_under == FEW
+    for number, how in enumerate(({"sequential": True}, {"refine": True}, {"controller": "unipruning"})):
+        recipe = Recipe(sparsity="2:4", text=text, **{"controller": "none"} | how)
+        other = uniprune.prune(tmp_path / "model", recipe, tmp_path / f"out{number}")
+        found = (other.controller or other).starved
+        assert found.of == report.starved.of
+        assert set(found.matrices) & set(report.starved.matrices)  # later blocks see what pruned ones put out
 
 
 # ----------------------------------------------------------------------------------------------------------- in memory

@@ -19,6 +19,7 @@ from uniprune.errors import InputError, MismatchError
 from uniprune.job.recipe import Recipe
 from uniprune.models import masking
 from uniprune.models.matrices import Matrices
+from uniprune.saliency.record import Starved
 from uniprune.saliency.sequential import refined, sequential
 from uniprune.sparsity.patterns import Masks, Pattern
 from uniprune.sparsity.structure import Structure, claimed, structure
@@ -145,8 +146,8 @@ class ByBlock(Method):
         assert trial.pattern is not None
         by_block, watch = refined if trial.recipe.refine else sequential, Stopwatch()
         with watch("calibrate"):
-            masks = dict(by_block(bench.calibration(self.calibration(trial)), trial.recipe.parsed_metric(), trial.pattern))
-        return Cut(masks, watch.seconds)
+            found = by_block(bench.calibration(self.calibration(trial)), trial.recipe.parsed_metric(), trial.pattern)
+        return Cut(dict(found), watch.seconds, {name: Starved(**facts) for name, facts in found.record.items()})
 
 
 @dataclass(frozen=True)

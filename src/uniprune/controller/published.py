@@ -166,7 +166,12 @@ class UniPruning:
                 logger.info("step %d: %s loss %.4f", index, target, loss)
         warn_of_stillness(copy.still)
         record = ControllerRecord(
-            objective="cross-entropy", steps=steps, tokens=tokens, loss=losses, without_gradient=list(copy.still)
+            objective="cross-entropy",
+            steps=steps,
+            tokens=tokens,
+            loss=losses,
+            without_gradient=list(copy.still),
+            **local.starved,
         )
         return {name: self.gamma(state) for name, state in states.items()}, record
 

@@ -26,6 +26,7 @@ from uniprune.models import masking
 from uniprune.models.loading import Loaded, Source
 from uniprune.reporting import model_card
 from uniprune.saliency.calibration import Calibration
+from uniprune.saliency.record import Starved
 from uniprune.saliency.sequential import refined, sequential
 from uniprune.sparsity import bits
 from uniprune.sparsity.structure import structure
@@ -123,7 +124,8 @@ def _cut(job: Job, recipe: Recipe, calibration: Calibration, watch: Stopwatch) -
     with watch("calibrate"):
         if recipe.sequential:
             by_block = refined if recipe.refine else sequential
-            return _Cut(by_block(calibration, recipe.parsed_metric(), pattern).items(), aim, {})
+            found = by_block(calibration, recipe.parsed_metric(), pattern)
+            return _Cut(found.items(), aim, {name: Starved(**facts) for name, facts in found.record.items()})
         saliency, record = scored(calibration, recipe, [pattern])
         scaled = on_one_scale(saliency, pattern)
         aim = aim.with_scores(scaled)

@@ -37,6 +37,7 @@ class ControllerRecord(Facts):
     flips: list[float] = []
     targets: list[str] = []
     without_gradient: list[str] = []
+    starved: Starved | None = None
 
     @property
     def judged_at(self) -> list[float]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -14,15 +16,15 @@ from uniprune.saliency.metrics import Metric
 from uniprune.saliency.refine import check, refine
 from uniprune.saliency.statistics import Gram, beside, observing, pool, starved
 from uniprune.sparsity import bits
-from uniprune.sparsity.patterns import Masks, Pattern, by_row
+from uniprune.sparsity.patterns import Pattern, by_row
 from uniprune.storage.tensor_store import Store
 
 Run = Callable[[], None]
-Create = Callable[[Matrices, Run], dict[str, Tensor]]
-"""Given the matrices of one block, and what runs it over the windows, their masks."""
+Create = Callable[[Matrices, Run], tuple[dict[str, Tensor], dict[str, Any]]]
+"""Given the matrices of one block, and what runs it over the windows, their masks, and the starved among them."""
 
 
-def sequential(calibration: Calibration, metric: Metric, pattern: Pattern) -> Masks:
+def sequential(calibration: Calibration, metric: Metric, pattern: Pattern) -> SequentialMasks:
     """Masks created block after block, each block scored on what the pruned blocks before it put out (as Wanda's code does).
 
     The masks of finished blocks are kept in the run, and those returned may lie there. The model's weights are the same
@@ -30,19 +32,18 @@ def sequential(calibration: Calibration, metric: Metric, pattern: Pattern) -> Ma
     Raises InputError if the pattern needs all scores at once (scope ``model``).
     """
 
-    def create(here: Matrices, run: Run) -> dict[str, Tensor]:
+    def create(here: Matrices, run: Run) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if metric.statistic is None:
-            return dict(pattern(LocalSaliency(here, metric, {})))
+            return dict(pattern(LocalSaliency(here, metric, {}))), {}
         with observing(here, metric.statistic, calibration.device) as statistics:
             run()
         pool(here, statistics)
-        starved(here, statistics)
-        return dict(pattern(LocalSaliency(here, metric, statistics)))
+        return dict(pattern(LocalSaliency(here, metric, statistics))), starved(here, statistics)
 
     return _by_block(calibration, pattern, create)
 
 
-def refined(calibration: Calibration, metric: Metric, pattern: Pattern) -> Masks:
+def refined(calibration: Calibration, metric: Metric, pattern: Pattern) -> SequentialMasks:
     """As :func:`sequential`; then each matrix's reconstruction error is lowered (saliency.refine) before its block runs on.
 
     One that a rule gives another pattern, without a budget by row, keeps the metric's mask. Refining takes a Gram matrix of the
@@ -53,22 +54,22 @@ def refined(calibration: Calibration, metric: Metric, pattern: Pattern) -> Masks
     check(pattern)
     wanted = beside(Gram, metric.statistic)
 
-    def create(here: Matrices, run: Run) -> dict[str, Tensor]:
+    def create(here: Matrices, run: Run) -> tuple[dict[str, Tensor], dict[str, Any]]:
         with observing(here, Gram, calibration.device) as grams, observing(here, wanted, calibration.device) as own:
             run()
         pool(here, grams)
         pool(here, own)
-        starved(here, grams)
         masks = pattern(LocalSaliency(here, metric, own if wanted else grams))
-        return {
+        better = {
             name: refine(here[name].weight, mask, grams[name].mean, part) if by_row(part := pattern.part(name)) else mask
             for name, mask in masks
         }
+        return better, starved(here, grams)
 
     return _by_block(calibration, pattern, create)
 
 
-def _by_block(calibration: Calibration, pattern: Pattern, create: Create) -> Masks:
+def _by_block(calibration: Calibration, pattern: Pattern, create: Create) -> SequentialMasks:
     matrices = calibration.matrices
     if any(matrix.spans for matrix in matrices.values()):
         raise InputError("--sequential cuts block after block, but blocks of this model share weights; leave it out")
@@ -76,9 +77,11 @@ def _by_block(calibration: Calibration, pattern: Pattern, create: Create) -> Mas
         raise InputError(f"--sequential cuts block after block, but {pattern} needs all scores; use --scope row or matrix")
     store, runner = open_sweep(calibration)
     masks: dict[str, Tensor] = {}
+    record = dict(store.facts.get("record", {})) if store else {}
     for index in calibration.progress(runner, "pruning block by block", len(runner)):
         here = {name: matrix for name, matrix in matrices.items() if matrix.block == index}
-        found = create(here, lambda index=index: runner.run(index))  # type: ignore[misc]
+        found, poor = create(here, lambda index=index: runner.run(index))  # type: ignore[misc]
+        record = _added(record, poor)
         with masking.applied(here, found):
             runner.run(index, advance=True)
         if store is None:
@@ -86,8 +89,34 @@ def _by_block(calibration: Calibration, pattern: Pattern, create: Create) -> Mas
         else:
             for name, mask in found.items():
                 store[name] = {"mask": bits.pack(mask)}
-            store.commit({"done": index + 1})
-    return masks if store is None else StoredMasks(store, matrices)
+            store.commit({"done": index + 1, "record": record})
+    return SequentialMasks(masks if store is None else StoredMasks(store, matrices), record)
+
+
+def _added(record: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+    """What is to be reported of some blocks, with what is of one more."""
+    if not record or not more:
+        return record or more
+    one, other = record["starved"], more["starved"]
+    together = {"matrices": [*one["matrices"], *other["matrices"]], "of": one["of"] + other["of"]}
+    return {"starved": one | together}
+
+
+@dataclass(frozen=True, eq=False)
+class SequentialMasks(Mapping[str, Tensor]):
+    """Masks by matrix name. record: for the report, as :func:`uniprune.saliency.statistics.starved` has it of all blocks."""
+
+    masks: Mapping[str, Tensor]
+    record: Mapping[str, Any]
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.masks[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.masks)
+
+    def __len__(self) -> int:
+        return len(self.masks)
 
 
 class StoredMasks(Mapping[str, Tensor]):
