@@ -60,7 +60,7 @@ def test_perplexity_and_accuracy_at_once(loaded, tasks):
 
 def test_a_model_as_a_training_loop_leaves_it_has_no_dropout(tokenizer, tasks):
     """``Trainer`` leaves a model in training mode; it is in the same mode afterwards, module by module."""
-    model = tiny_model("gpt2", resid_pdrop=0.5)
+    model = tiny_model("gpt2")  # dropouts of 0.1
     asked = {"text_source": "builtin", "windows": 2, "length": 32, "tasks": tasks, "limit": 4}
     wanted = uniprune.evaluate(Loaded(model, tokenizer), **asked)
     model.train()

@@ -7,13 +7,13 @@ import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, RwkvConfig
 
 import uniprune
-from conftest import shared, tiny_model, write_gguf
+from conftest import VOCABULARY, shared, tiny_model, write_gguf
 from processes import Forked
-from uniprune import Recipe
-from uniprune.errors import InputError, MismatchError
+from uniprune import Loaded, Recipe
+from uniprune.errors import InputError, MismatchError, UniPruneError
 from uniprune.models.loading import dtype_name, fast_dtype
 from uniprune.models.matrices import find_matrices
 
@@ -354,3 +354,16 @@ def test_a_loaded_model_of_an_emulated_type_is_warned_of(monkeypatch, folder, ca
         uniprune.prune_in_place(loaded, Recipe(sparsity="2:4", metric="magnitude", controller="none", **SMALL))
     assert caplog.text.count("load the model with dtype='float32'") == 2 * warned
     assert all(p.dtype == getattr(torch, dtype) for p in loaded.model.parameters())
+
+
+def test_a_model_that_changes_its_weights_as_it_computes_is_refused_in_memory(tokenizer, tmp_path):
+    """RWKV halves those of every sixth block in place; what would be written is not what was scored. From its folder it is."""
+    shape = {"hidden_size": 32, "attention_hidden_size": 32, "intermediate_size": 64, "context_length": 64}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(RwkvConfig(vocab_size=VOCABULARY, num_hidden_layers=8, **shape)).eval()
+    recipe = Recipe(sparsity="2:4", controller="none", windows=2, length=32)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    with pytest.raises(UniPruneError, match=r"changes them as it computes .*give the folder"):
+        uniprune.prune(Loaded(model, tokenizer), recipe, tmp_path / "out")
+    uniprune.prune(tmp_path / "model", recipe, tmp_path / "out")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,7 +15,7 @@ from uniprune.common import distributed
 from uniprune.common.progress import Progress, silent
 from uniprune.common.provenance import Stopwatch, sha256, versions
 from uniprune.entrypoints.calibrate import same_run
-from uniprune.errors import InputError
+from uniprune.errors import InputError, UniPruneError
 from uniprune.experts import removal
 from uniprune.job.inference import inferring
 from uniprune.job.options import RunOptions
@@ -71,7 +71,7 @@ def prune(
                     with watch("mask"):
                         removed = write_masks(file, cut.masks, job.shapes, job.binding, str(cut.aim.pattern))
                     with watch("write"):
-                        writer.write_checkpoint(job.loaded, MasksFile(file), folder)
+                        writer.write_checkpoint(job.loaded, MasksFile(file), folder, _unchanged(job))
                     report = _report(recipe, job, cut, removed, watch, masks_sha256=sha256(file))
                     with watch("time"):
                         report = with_speed(report, job.loaded, device_of(asked))
@@ -108,6 +108,22 @@ def _check_budget(recipe: Recipe) -> None:
     """Raises InputError unless a recipe says how much is to go."""
     if recipe.size is None and recipe.experts is None:
         recipe.pattern()
+
+
+def _unchanged(job: Job) -> Callable[[str, str], None] | None:
+    """Of a model that is in memory only: raises UniPruneError for a matrix that is no longer what it was when the run began."""
+    origin, digests = job.loaded.origin, job.binding.digests
+    if origin is not None and origin.files:
+        return None
+
+    def check(name: str, digest: str) -> None:
+        if digest != digests[name]:
+            raise UniPruneError(
+                f"{name} has other weights than when the run began: the model changes them as it computes (RWKV does); "
+                "give the folder that it is saved in instead"
+            )
+
+    return check
 
 
 class _Cut(NamedTuple):
