@@ -23,7 +23,9 @@ class RunOptions(Options):
         default=None, description="Where to compute: cpu, cuda or cuda:N."
     )
     max_memory: Annotated[int | None, Flag(metavar="SIZE", default="what is free"), Bytes] = Field(
-        default=None, description="Memory to use, e.g. 24GB; a model that needs more is run block by block from its files."
+        default=None,
+        ge=1,
+        description="Memory to use, e.g. 24GB; a model that needs more is run block by block from its files.",
     )
     execution: Annotated[Execution | None, Flag(default="the fastest that fits")] = Field(
         default=None,

@@ -59,7 +59,7 @@ from uniprune.storage.files import check_output_file
 
 IN_MEMORY: tuple[Execution, ...] = ("resident", "recomputed", "offloaded")
 UNSUITABLE = {
-    "recomputed": "only a controller has activations to compute again",
+    "recomputed": "only --controller feedback has activations to compute again",
     "offloaded": "it is for a controller on a GPU",
     "sharded": "it takes several processes (torchrun)",
 }
