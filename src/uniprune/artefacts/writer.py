@@ -31,7 +31,7 @@ from uniprune.checkpoints.quantised.codes import Coded
 from uniprune.errors import InputError
 from uniprune.models.loading import Loaded
 from uniprune.sparsity.bits import Array, apply_to_array, apply_to_codes, pack
-from uniprune.storage.files import REPORT, sync
+from uniprune.storage.files import FILE, REPORT, sync
 from uniprune.storage.outline import Piece
 from uniprune.storage.safetensors_index import Entry
 
@@ -238,8 +238,8 @@ def _copy_beside(files: Files, folder: Path) -> None:
     """The files beside the weights as they are, and empty files as large as the shards."""
     for file in beside(files):
         shutil.copyfile(file, folder / file.name)
-        (folder / file.name).chmod(0o644)
+        (folder / file.name).chmod(FILE)
     for file in files.shards:
         (folder / file.name).touch()
         os.truncate(folder / file.name, file.stat().st_size)
-        (folder / file.name).chmod(0o644)
+        (folder / file.name).chmod(FILE)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
+import signal
 import sys
 from importlib import import_module
 from keyword import iskeyword
@@ -98,6 +100,8 @@ app = Commands(
 def main() -> NoReturn:
     """Runs the command line: exit code 0 done, 2 bad input (one line on stderr), 1 anything else."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    if "RANK" not in os.environ:  # torchrun's way to end a process that waits for others must not wait for Python
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # what is half written is removed
     try:
         code = app.main(prog_name="uniprune", standalone_mode=False)
     except (click.Abort, KeyboardInterrupt):

@@ -270,7 +270,7 @@ class _Table:
         if not self._new:
             self._fill(self._output)
             return
-        with files.new_folder(self._output, self._run.folder) as folder:
+        with files.new_folder(self._output, self._run.folder, COMPARISON) as folder:
             self._fill(folder)
         self._new = False
 

@@ -29,6 +29,7 @@ from uniprune.models.matrices import Matrices, find_matrices
 from uniprune.saliency.metrics import REAP
 from uniprune.sparsity.patterns import Unstructured
 from uniprune.storage import strict_json
+from uniprune.storage.files import FILE
 from uniprune.storage.runs import Run
 
 Layers = Mapping[str, ExpertLayer]
@@ -85,7 +86,7 @@ class Removal:
         kept = {layer: one.kept for layer, one in layers.items()}
         for file in writer.beside(self.files):
             shutil.copyfile(file, folder / file.name)
-            (folder / file.name).chmod(0o644)
+            (folder / file.name).chmod(FILE)
         expert_files.write(self.files, self.less.tensors(self.files, located, kept), folder)
         config = folder / "config.json"
         settings = self.less.configure(strict_json.parse(config.read_bytes()))

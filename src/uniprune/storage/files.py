@@ -16,6 +16,16 @@ from uniprune.errors import InputError
 REPORT = "pruning.json"  # written last: a folder without it is incomplete
 
 
+def _umask() -> int:
+    """The permissions that new files are not to have; the system tells only who sets others."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
+
+
+FILE, FOLDER = 0o666 & ~_umask(), 0o777 & ~_umask()  # permissions of what is made to be read
+
+
 def path_of(name: str | Path) -> Path:
     """A path as it was given, ``~`` being the home folder; as in a shell, that of nobody is an ordinary name."""
     return Path(os.path.expanduser(name))  # pathlib raises RuntimeError for a user that is not known
@@ -50,7 +60,7 @@ def replacing(path: Path, temporary: Path | None = None) -> Iterator[Path]:
     try:
         with writing(path):
             yield temporary
-            move(temporary, path, 0o644 if public else None)
+            move(temporary, path, FILE if public else None)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -137,12 +147,21 @@ def check_output_folder(
         raise InputError(f"output {path} is a link, which is not followed; give the folder itself")
     if path.exists() and not path.is_dir():
         raise InputError(f"output {path} is a file; give the name of a folder")
-    if path.is_dir() and any(path.iterdir()):
-        if not (path / mark).is_file():
-            raise InputError(f"output folder {path} exists and was not written by uniprune; give another name")
-        if not overwrite:
-            raise InputError(f"output folder {path} exists; give another name, or --overwrite")
+    if path.is_dir() and (path.is_mount() or Path.cwd().is_relative_to(path.resolve())):
+        what = "a mount point" if path.is_mount() else "the working folder, or above it"
+        raise InputError(
+            f"output {path} is {what}, whose place no other folder can take; give a new folder, {path / 'out'} say"
+        )
+    _check_replaceable(path, mark)
+    if path.is_dir() and any(path.iterdir()) and not overwrite:
+        raise InputError(f"output folder {path} exists; give another name, or --overwrite")
     check_place(path)
+
+
+def _check_replaceable(path: Path, mark: str) -> None:
+    """Raises InputError for a folder that this package did not write, unless it is empty."""
+    if path.is_dir() and any(path.iterdir()) and not (path / mark).is_file():
+        raise InputError(f"output folder {path} exists and was not written by uniprune; give another name")
 
 
 def check_disk_space(path: Path, needed: int) -> None:
@@ -156,10 +175,11 @@ def check_disk_space(path: Path, needed: int) -> None:
 
 
 @contextmanager
-def new_folder(path: Path, inside: Path | None = None) -> Iterator[Path]:
+def new_folder(path: Path, inside: Path | None = None, mark: str = REPORT) -> Iterator[Path]:
     """A temporary folder that takes the place of ``path`` when the ``with`` block ends well, and vanishes otherwise.
 
-    inside: where it lies, on the same disk: the folder of a run, so that who goes on with a killed run removes it.
+    inside: where it lies, on the same disk: the folder of a run, so that who goes on with a killed run removes it. mark: as in
+    :func:`check_output_folder`. Raises InputError if somebody has put other files at ``path`` meanwhile.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     for left in inside.glob("output-*") if inside else ():
@@ -171,7 +191,8 @@ def new_folder(path: Path, inside: Path | None = None) -> Iterator[Path]:
     try:
         with writing(path):
             yield temporary
-        temporary.chmod(0o755)
+        temporary.chmod(FOLDER)
+        _check_replaceable(path, mark)
         if path.exists():
             retired = Path(tempfile.mkdtemp(**where))
             os.replace(path, retired)

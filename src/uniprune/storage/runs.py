@@ -46,6 +46,7 @@ _absent = object()
 
 def folder_of(output: Path) -> Path:
     """Where the progress of the run that makes ``output`` lies: beside it, and always the same."""
+    output = output if output.name not in ("", "..") else output.resolve()
     return output.parent / f".run-{output.name}"
 
 

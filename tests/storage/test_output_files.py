@@ -1,0 +1,80 @@
+"""Where outputs may be made, and what becomes of them when something is in their way."""
+
+import os
+import signal
+import stat
+import subprocess
+import sys
+
+import pytest
+
+import uniprune
+from command import run
+from uniprune import InputError, Recipe
+from uniprune.storage import files
+
+SMALL = ("-s", "2:4", "--metric", "magnitude", "--controller", "none", "--windows", "2", "--length", "32")
+
+
+@pytest.mark.parametrize("output", [".", "..", "../here", "sub/.."])
+def test_the_working_folder_is_no_output(capsys, monkeypatch, folder, tmp_path, output):
+    """No other folder can take its place; and that would be known after all the work."""
+    here = tmp_path / "here"
+    (here / "sub").mkdir(parents=True)
+    monkeypatch.chdir(here)
+    code, _, errors = run(capsys, monkeypatch, "prune", str(folder), *SMALL, "-o", output)
+    assert code == 2
+    assert "the working folder, or above it" in errors or "not written by uniprune" in errors
+    assert sorted(os.listdir(tmp_path)) == ["here"]
+
+
+def test_a_mount_point_is_no_output(monkeypatch, tmp_path):
+    monkeypatch.setattr("os.path.ismount", lambda path: path == tmp_path / "out")
+    (tmp_path / "out").mkdir()
+    with pytest.raises(InputError, match="is a mount point, whose place no other folder can take"):
+        files.check_output_folder(tmp_path / "out", overwrite=False)
+    files.check_output_folder(tmp_path / "out" / "pruned", overwrite=False)
+
+
+def test_what_somebody_puts_there_meanwhile_stays(folder, tmp_path, monkeypatch):
+    """A folder that was not there when the run began is not ours to replace; what was calibrated is kept."""
+    write = uniprune.entrypoints.prune.writer.write_checkpoint
+
+    def slowly(*given):
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "notes.txt").write_text("mine")
+        write(*given)
+
+    monkeypatch.setattr("uniprune.artefacts.writer.write_checkpoint", slowly)
+    recipe = Recipe(sparsity="2:4", metric="wanda", controller="none", windows=2, length=32)
+    with pytest.raises(InputError, match="was not written by uniprune"):
+        uniprune.prune(str(folder), recipe, tmp_path / "out")
+    assert os.listdir(tmp_path / "out") == ["notes.txt"]
+
+
+@pytest.mark.parametrize("mask", ["077", "022"])
+def test_outputs_have_the_permissions_that_new_files_have(folder, tmp_path, mask):
+    command = f"umask {mask}; exec {sys.executable} -m uniprune prune {folder} {' '.join(SMALL)} -o {tmp_path / 'out'}"
+    subprocess.run(["sh", "-c", command], check=True, capture_output=True)
+    for path in (tmp_path / "out").rglob("*"):
+        forbidden = stat.S_IMODE(path.stat().st_mode) & int(mask, 8)
+        assert not forbidden, path
+    weights = next((tmp_path / "out").glob("*.safetensors"))
+    assert stat.S_IMODE(weights.stat().st_mode) == 0o666 & ~int(mask, 8)
+    assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o777 & ~int(mask, 8)
+
+
+def test_a_terminated_command_leaves_nothing_half_written(tmp_path):
+    """SIGTERM is what schedulers and ``timeout`` send."""
+    code = (
+        "from pathlib import Path; import time; from uniprune.cli import main as it; from uniprune.storage.files import *\n"
+        "def slow(**_):\n"
+        f"    with new_folder(Path({str(tmp_path / 'out')!r})) as folder:\n"
+        "        (folder / 'half').write_text('x'); print('here', flush=True); time.sleep(60)\n"
+        "it.app.main = slow; it.main()"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "here\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 128 + signal.SIGTERM
+    assert os.listdir(tmp_path) == []
