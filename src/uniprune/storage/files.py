@@ -147,11 +147,10 @@ def check_output_folder(
         raise InputError(f"output {path} is a link, which is not followed; give the folder itself")
     if path.exists() and not path.is_dir():
         raise InputError(f"output {path} is a file; give the name of a folder")
-    if path.is_dir() and (path.is_mount() or Path.cwd().is_relative_to(path.resolve())):
-        what = "a mount point" if path.is_mount() else "the working folder, or above it"
-        raise InputError(
-            f"output {path} is {what}, whose place no other folder can take; give a new folder, {path / 'out'} say"
-        )
+    mounted = os.path.ismount(path.resolve())
+    if mounted or Path.cwd().is_relative_to(path.resolve()):
+        what = "a mount point" if mounted else "the working folder, or above it"
+        raise InputError(f"output {path} is {what}, whose place no other folder can take; give a new one, {path / 'out'} say")
     _check_replaceable(path, mark)
     if path.is_dir() and any(path.iterdir()) and not overwrite:
         raise InputError(f"output folder {path} exists; give another name, or --overwrite")
