@@ -156,6 +156,12 @@ CORPORA = {
     "a field in a field": file(
         "a.jsonl", lines({"m": {"t": ONE}}, {"m": {"t": TWO}}), refused="only m; say .*--field", remedy="m.t"
     ),
+    "a field whose name has a dot": file("a.csv", f'm.t,n\n"{ONE}",1\n"{TWO}",2\n'.encode(), field="m.t"),
+    "a dot in a name of JSON lines": file("a.jsonl", lines({"m.t": ONE}, {"m.t": TWO}), field="m.t"),
+    "no such field in a field": file(
+        "a.jsonl", lines({"m": {"t": ONE}}, {"m": {"t": TWO}}), field="m.u", refused='no field "m.u", only m', remedy="m.t"
+    ),
+    "a field in what is null at first": file("a.jsonl", lines({"m": None}, {"m": {"t": ONE}}, {"m": {"t": TWO}}), field="m.t"),
     "a field that is a number": file(
         "a.jsonl", lines({"text": 7, "body": ONE}), ONE, refused=r"it is a number; .*--field.*body \(text\)", remedy="body"
     ),

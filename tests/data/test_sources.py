@@ -1,5 +1,6 @@
 """Several texts and their shares, and samples that the model writes itself."""
 
+import json
 from collections import Counter
 
 import pytest
@@ -159,6 +160,13 @@ def test_what_was_written_before_is_not_written_again(loaded, tmp_path):
     windows = windows_of(loaded, (f"earlier={tmp_path / 'own.safetensors'}", "self"), windows=4, length=None, seed=1)
     assert torch.equal(windows.tokens[windows.by_source["earlier"]], earlier.tokens)
     assert windows.tokens[windows.by_source["self"]].any(1).all()
+
+
+def test_a_field_is_for_those_texts_that_have_fields(loaded, tmp_path):
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"body": f"Row {n}. " * 40}) + "\n" for n in range(9)))
+    (tmp_path / "plain.txt").write_text("Plain text. " * 400)
+    windows = windows_of(loaded, [str(tmp_path / "rows.jsonl"), str(tmp_path / "plain.txt")], windows=4, field="body")
+    assert windows.describe().sources.keys() == {"rows.jsonl", "plain.txt"}
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,12 @@ def test_every_token_once_with_as_much_before_it_as_fits(documents):
     assert load_documents(documents, Letters(), length=9, count=1).documents == 1
 
 
+def test_rows_without_text_are_counted(tmp_path, caplog):
+    (tmp_path / "d.jsonl").write_text('{"text": "abc"}\n{"text": null}\n{"text": null}\n')
+    assert load_documents(Text(str(tmp_path / "d.jsonl")), Letters(), length=9).documents == 1
+    assert "2 rows have no text (null) and are left out" in caplog.text
+
+
 def test_bad_requests(documents, tmp_path, loaded):
     with pytest.raises(InputError, match="--bos first: with --rolling every document begins with BOS"):
         load_documents(documents, Letters(), length=9, bos="first")

@@ -185,3 +185,27 @@ def test_names_that_would_be_markup(found):
     )
     assert r" & $\infty$ & " in line
     assert line.endswith(r"$>$ 12.3 \\")
+
+
+def test_shots_are_said(found):
+    """Accuracies after solved examples are not called zero-shot."""
+    few = [
+        row.model_copy(update={"tasks": {name: task.model_copy(update={"num_fewshot": 5}) for name, task in row.tasks.items()}})
+        for row in found.rows
+    ]
+    assert "Tasks: zero-shot accuracy ± standard error." in comparison.notes(found)
+    assert "Tasks: 5-shot accuracy ± standard error." in comparison.notes(found.model_copy(update={"rows": few}))
+    mixed = found.model_copy(update={"rows": [found.rows[0], *few[1:]]})
+    assert "Tasks: 0- and 5-shot accuracy ± standard error." in comparison.notes(mixed)
+
+
+def test_tables_of_other_samples_are_no_row_of_one(found):
+    """Perplexities on few short samples do not stand beside those of many long ones."""
+
+    def table(text, count, length):
+        calibration = found.protocol.calibration.model_copy(update={"text": text})
+        protocol = found.protocol.model_copy(update={"calibration": calibration, "windows": count, "length": length})
+        return found.model_copy(update={"protocol": protocol})
+
+    assert comparison.sources([table("a.txt", 4, 64), table("b.txt", 2, 128)]) == []
+    assert comparison.sources([table("a.txt", 4, 64), table("b.txt", 4, 64)])

@@ -42,7 +42,7 @@ def test_all_that_is_known_of_one_model(tmp_path):
     assert sentence == (
         "Toy-1M without 51.2% of its prunable weights (one budget for the whole model) has perplexity 18.25, 1.46 times the "
         "dense model's 12.50, where the best baseline, wanda, has 40.00, on toy.txt, 4 samples of 64 tokens "
-        "and \N{MINUS SIGN}5.5 ± 2.5 points of zero-shot accuracy against it; its archive takes 2.7 MB (0.5 by model), not "
+        "and \N{MINUS SIGN}5.5 ± 2.5 points of accuracy on tasks against it; its archive takes 2.7 MB (0.5 by model), not "
         "4.9 MB; on CPU, 2 threads, matrix products can be faster: unstructured 1.50 times as fast (CSR, float32, batch 1)."
     )
 

@@ -19,7 +19,7 @@ from uniprune.reporting import plots
 from uniprune.reporting.headline import figures, sentences
 from uniprune.reporting.results import read, read_all
 from uniprune.reporting.sections import dialogue
-from uniprune.reporting.summary import summarise
+from uniprune.reporting.summary import same_model, summarise
 from uniprune.saliency.record import ControllerRecord
 
 HOSTILE = "</title></style><script>alert(1)</script><img src=x onerror=alert(2)>\"'--><!-- "
@@ -251,7 +251,7 @@ def test_every_section_of_a_full_report(tmp_path):
     summary = texts["summary"]
     assert "12.50 \N{RIGHTWARDS ARROW} 18.25" in summary
     assert "18.25, 1.46 times the dense model's 12.50" in summary
-    assert "\N{MINUS SIGN}5.5 ± 2.5 points of zero-shot accuracy" in summary
+    assert "\N{MINUS SIGN}5.5 ± 2.5 points of accuracy on tasks" in summary
     assert "unstructured 1.50 times as fast" in summary
     assert NOTE in summary
     assert "4:8" in texts["tradeoff"]
@@ -526,3 +526,30 @@ def test_plots_take_their_colours_from_the_page():
     assert "currentColor" in plot.svg
     assert "from 20.0%" in plot.says
     assert "to 80.0%" in plot.says
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("/a/m/model", "/b/m/model", False),
+        ("/a/m/model", "/a/x/../m/model", True),
+        ("../m/model", "/a/m/model", True),
+        ("../n/model", "/a/m/model", False),
+        ("org/name", "org/name", True),
+        ("org/name", "other/name", False),
+        ("name", "org/name", False),
+        (None, "org/name", False),
+    ],
+)
+def test_a_model_is_its_path(one, other, same):
+    assert same_model(one, other) == same_model(other, one) == same
+
+
+def test_an_axis_between_two_steps_has_numbers():
+    pytest.importorskip("matplotlib")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots()
+    plots._log(axes, "y", [11.8, 12.2, 12.9])
+    assert [round(float(tick), 3) for tick in axes.get_yticks()] == [11.8, 12.9]
+    plt.close(figure)

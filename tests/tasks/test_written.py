@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 import made_up_tasks
+from uniprune.errors import InputError
 from uniprune.tasks.instructions import CHECKS, revised
 from uniprune.tasks.loading import load_task
 
@@ -18,6 +19,20 @@ def folder(tmp_path_factory):
     for name in made_up_tasks.MAKERS:
         made_up_tasks.write(name, place)
     return place
+
+
+def test_an_answer_that_is_no_number_cannot_be_judged_as_one(tmp_path):
+    """Words for answers would always be wrong, and nobody told."""
+    (tmp_path / "capitals.jsonl").write_text('{"question": "Of France?", "answer": "Paris"}\n')
+    with pytest.raises(InputError, match=r"the answer 'Paris' has no number: .*give choices instead"):
+        load_task(str(tmp_path / "capitals.jsonl"))
+
+
+def test_hidden_files_are_no_rows(tmp_path):
+    (tmp_path / "t" / "test").mkdir(parents=True)
+    (tmp_path / "t" / "test" / ".DS_Store").write_bytes(b"\0\1")
+    (tmp_path / "t" / "test" / "a.jsonl").write_text('{"question": "1 + 1?", "answer": "#### 2"}\n')
+    assert len(load_task(str(tmp_path / "t")).questions) == 1
 
 
 @pytest.mark.parametrize("row", HARNESS["rows"], ids=lambda row: f"{row['task']}-{row['num_fewshot']}")

@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from uniprune.artefacts.reports import ExpertRemoval, Pruning
-from uniprune.common.formatting import NOTE
+from uniprune.common.formatting import NOTE, number
 from uniprune.comparison.results import Comparison
 from uniprune.evaluation.protocols import sentence
 from uniprune.evaluation.results import Check, Evaluation, Row, Sweep
@@ -160,7 +160,7 @@ def perplexity_lines(result: Evaluation) -> list[str]:
     if result.quantised is not None:
         lines.append(f"Quantised ({result.quantised}): dequantised to {result.dtype}.")
     if result.word_perplexity is not None:
-        lines.append(f"Per word {result.word_perplexity:.2f}, per byte {result.byte_perplexity:.4f}.")
+        lines.append(f"Per word {number(result.word_perplexity)}, per byte {result.byte_perplexity:.4f}.")
     if len(found := result.by_position or {}) > 1:
         lines.append(f"By position: {', '.join(f'{name} {value:.2f}' for name, value in found.items())}.")
     if text and text.rolling:
@@ -177,7 +177,7 @@ def closeness_lines(result: Evaluation) -> list[str]:
         lines.append(
             f"Beside {result.against} (perplexity {found.reference_perplexity:.2f}): KL {found.kl:.4f} nats per token"
             f"{_plus_minus(found.kl_stderr)}, the same likeliest token at {found.agreement:.1%} of {found.tokens} "
-            f"tokens{_plus_minus(found.agreement_stderr)}."
+            f"tokens{_plus_minus(found.agreement_stderr and 100 * found.agreement_stderr, 'points')}."
         )
     for row in result.generations:
         lines += [f"> {row.prompt!r}", f"  model:   {row.model!r}", f"  against: {row.against!r}"]
@@ -218,8 +218,8 @@ def comparison_table(found: Comparison) -> list[Table | str]:
     return [_grid_table(comparison.grid(found)), *map(_inert, comparison.notes(found))]
 
 
-def _plus_minus(error: float | None) -> str:
-    return "" if error is None else f" ± {error:.2g}"
+def _plus_minus(error: float | None, unit: str = "") -> str:
+    return "" if error is None else f" ± {error:.2g} {unit}".rstrip()
 
 
 def report_tables(summary: Summary) -> list[Table]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from uniprune.errors import InputError
 
@@ -53,6 +53,11 @@ def points(value: float, error: float | None = None) -> str:
     """A difference of accuracies in percentage points, signed, with its standard error."""
     text = f"{100 * value:+.1f}".replace("-", MINUS)
     return text if error is None else f"{text} ± {100 * error:.1f}"
+
+
+def shots_words(shots: Sequence[int]) -> str:
+    """How many solved examples came before questions: ``zero-shot``, ``5-shot``, ``0- and 5-shot``."""
+    return "zero-shot" if not any(shots) else " and ".join(f"{count}-" for count in shots) + "shot"
 
 
 def size(value: int | None) -> str:

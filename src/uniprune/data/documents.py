@@ -60,7 +60,7 @@ class Reader:
     def choose(self, names: Sequence[str]) -> list[str]:
         """The columns that are read, of all there are."""
         form = self._form(names, "it")
-        wanted = {key.partition(".")[0] for key in (*form.fields, *form.optional)}
+        wanted = {key if key in names else key.partition(".")[0] for key in (*form.fields, *form.optional)}
         self.others = [name for name in names if name not in wanted]
         return [name for name in names if name in wanted]
 
@@ -80,6 +80,8 @@ class Reader:
         if not isinstance(row, dict):
             raise InputError(f"{where}: a row is an object with a field of text, or a string, not {_kind(row)}")
         form = self.form or self._form(list(row), where)
+        if self.form is None and self.wanted is not None and not _has(row, self.wanted):
+            raise self._missing(row, where)
         values = [_at(row, name) for name in form.fields]
         if values[0] is None:
             return None
@@ -91,7 +93,7 @@ class Reader:
 
     def _form(self, names: Sequence[str], where: str) -> Form:
         if self.wanted is not None:
-            if self.wanted.partition(".")[0] not in names:
+            if not {self.wanted, self.wanted.partition(".")[0]} & set(names):
                 raise self._missing(names, where)
             chat = self.wanted in ("messages", "conversations", "conversation")
             return Form("chat" if chat else "text", (self.wanted,))
@@ -148,6 +150,14 @@ def _at(row: Any, name: str) -> Any:
         return row[name]
     first, _, rest = name.partition(".")
     return _at(row[first], rest) if rest and isinstance(row, dict) and first in row else None
+
+
+def _has(row: Any, name: str) -> bool:
+    """Whether there is such a field, or what it would be in is null."""
+    if row is None or not isinstance(row, dict) or name in row:
+        return row is None or isinstance(row, dict)
+    first, _, rest = name.partition(".")
+    return bool(rest) and first in row and _has(row[first], rest)
 
 
 def _messages(value: Any, where: str) -> list[Message]:

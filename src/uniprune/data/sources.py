@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from uniprune.data.formats import recognise
 from uniprune.data.text import NAMED, Text, TextShare
 from uniprune.data.windows import ALL, Windows, token_file_shape
 from uniprune.errors import InputError
@@ -41,10 +42,15 @@ class Source:
         return self.text.endswith(".safetensors")
 
     def reading(self, field: str | None, split: str | None, alone: bool) -> Text:
-        """What to read. alone: whether it is the only text; of several, those that have fields and splits of their own take no
-        others."""
-        own = self.text in NAMED or self.tokens
-        return Text(self.text) if own and not alone else Text(self.text, field, split)
+        """What to read. alone: whether it is the only text; of several, field and split are for those that have such."""
+        if alone:
+            return Text(self.text, field, split)
+        if self.text in NAMED or self.tokens:
+            return Text(self.text)
+        if (path := path_of(self.text)).is_file():
+            plain = recognise(path, "text").kind in ("plain", "wikitext")
+            return Text(self.text, None if plain else field)
+        return Text(self.text, field, split)
 
 
 def parse(texts: str | Sequence[str]) -> list[Source]:

@@ -222,6 +222,12 @@ def _units(windows: Windows, tokenizer: Any) -> tuple[int, int]:
     return words, size
 
 
+def warn_of_skipped(text: Text, parts: Sequence[Part]) -> None:
+    """Says how many rows that were read have no text."""
+    if skipped := sum(part.reader.skipped for part in parts if isinstance(part, File | HubShard)):
+        logger.warning("text %s: %d rows have no text (null) and are left out", text, skipped)
+
+
 def _say(text: Text, parts: Sequence[Part], encoder: Encoder, count: int, sample: Sample) -> None:
     """Warns of a text that was sampled, rows without text, and windows without BOS."""
     if not sample.whole:
@@ -234,8 +240,7 @@ def _say(text: Text, parts: Sequence[Part], encoder: Encoder, count: int, sample
             sample.passages,
             sample.characters,
         )
-    if skipped := sum(part.reader.skipped for part in parts if isinstance(part, File | HubShard)):
-        logger.warning("text %s: %d rows have no text (null) and are left out", text, skipped)
+    warn_of_skipped(text, parts)
     if encoder.added and encoder.bos == "first" and count > 1:
         logger.warning(
             "the tokenizer begins a text with BOS: as in papers, at most one window of text %s has it (--bos each: all have)",

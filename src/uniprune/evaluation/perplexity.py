@@ -23,7 +23,7 @@ from uniprune.common.significance import ratio_error
 from uniprune.data.bos import Bos
 from uniprune.data.documents import JOIN
 from uniprune.data.text import Text, TextFacts, open_text
-from uniprune.data.windows import Windows
+from uniprune.data.windows import Windows, warn_of_skipped
 from uniprune.errors import InputError
 from uniprune.evaluation.results import TextPerplexity
 from uniprune.models.blocks import BATCH_TOKENS, batches, called, device_of
@@ -225,7 +225,8 @@ def load_documents(text: Text, tokenizer: Any, length: int, count: int | None = 
     pieces: list[Piece] = []
     documents = words = size = 0
     second, content = False, hashlib.sha256()
-    for part in open_text(text, "evaluation", tokenizer):
+    parts = open_text(text, "evaluation", tokenizer)
+    for part in parts:
         for read, counted in part.pages():
             if count is not None and documents == count:
                 break
@@ -237,6 +238,7 @@ def load_documents(text: Text, tokenizer: Any, length: int, count: int | None = 
             size += len(counted.encode())
     if not pieces:
         raise InputError(f"text {text} is empty")
+    warn_of_skipped(text, parts)
     return Documents(pieces, documents, words, size, text.source, length, second, content.hexdigest())
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from uniprune.common.formatting import MINUS, NONE, apart, percent, short
+from uniprune.common.formatting import MINUS, NONE, apart, percent, short, shots_words
 from uniprune.common.significance import mcnemar
 from uniprune.comparison.results import DENSE, Comparison, ComparisonRow
 from uniprune.evaluation.protocols import sentence
@@ -126,10 +126,11 @@ def notes(found: Comparison) -> list[str]:
     if updating:
         said.append(f"{', '.join(updating)} updates the weights that remain; all others leave them as they are.")
     if any(row.tasks for row in found.rows):
-        said.append("Tasks: zero-shot accuracy ± standard error.")
+        shots = sorted({task.num_fewshot or 0 for row in found.rows for task in row.tasks.values()})
+        said.append(f"Tasks: {shots_words(shots)} accuracy ± standard error.")
     said.append("Seconds: of calibration, without masks and evaluation; rows that share a calibration all have its time.")
     if any(row.resumed for row in found.rows):
-        said.append(">: of a calibration that was interrupted, the time since.")
+        said.append("Seconds after a >: of a calibration that was interrupted, the time since.")
     return [*said, sentence(found.reading)]
 
 

@@ -111,7 +111,7 @@ def _about(summary: Summary, subject: Subject) -> Iterator[str]:
         verdict = "more" if beyond else "no more"
         error = "" if change.error is None else f"; that is {verdict} than twice its standard error"
         yield (
-            f"Zero-shot accuracy, {f'the mean of {tasks} tasks' if tasks > 1 else subject.changes[0].task}, changes by "
+            f"Accuracy, {f'the mean of {tasks} tasks' if tasks > 1 else subject.changes[0].task}, changes by "
             f"{points(change.value, change.error)} points against the dense model{error}."
         )
     if near := subject.closeness:
@@ -160,7 +160,7 @@ def _pruned(summary: Summary, subject: Subject) -> str:
             cost += f" where the best baseline, {short(baseline.method)}, has {number(baseline.perplexity)},"
         said.append(f"{cost} on {measure(reading)}")
     if change := subject.change:
-        said.append(f"{points(change.value, change.error)} points of zero-shot accuracy against it")
+        said.append(f"{points(change.value, change.error)} points of accuracy on tasks against it")
     return f"{what} {' and '.join(said)}" if said else f"{what}: its quality was not measured"
 
 

@@ -261,7 +261,7 @@ def accuracies(name: str, bars: Sequence[Marker]) -> Plot | None:
         _legend(axes)
     told = ", ".join(f"{bar.task} {bar.series} {percent(bar.value)}" for bar in bars)
     rows = ((bar.task, bar.series, bar.value, bar.error) for bar in bars)
-    return made(f"Zero-shot accuracy with standard errors: {told}.", ["task:", "model:", "accuracy", "± error"], rows)
+    return made(f"Accuracy on tasks with standard errors: {told}.", ["task:", "model:", "accuracy", "± error"], rows)
 
 
 @contextmanager
@@ -350,7 +350,8 @@ def _log(axes: Any, along: str, values: Sequence[float]) -> None:
     steps = (1, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9) if high - low < 0.6 else (1, 2, 5) if high - low < 3 else (1,)
     powers = range(math.floor(low), math.ceil(high) + 1, max(1, math.ceil((high - low) / 8)))
     ticks = [step * 10.0**power for power in powers for step in steps if power < 308]
-    axis.set_ticks([tick for tick in ticks if low - 0.06 <= math.log10(tick) <= high + 0.06])
+    near = [tick for tick in ticks if low - 0.06 <= math.log10(tick) <= high + 0.06]
+    axis.set_ticks(near if len(near) > 1 else [float(f"{end:.3g}") for end in sorted({min(values), max(values)})])
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}" if 1e-3 < value < 1e6 else f"{value:.0e}"))
     axis.set_minor_formatter(NullFormatter())
     axes.minorticks_off()

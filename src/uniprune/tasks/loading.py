@@ -124,7 +124,7 @@ def _splits(folder: Path) -> Source:
     splits: dict[str, list[Path]] = {}
     for path in sorted(folder.iterdir()):
         if named := re.match(rf"({'|'.join(SPLITS)})(?![a-z])", path.name):
-            inside = sorted(path.rglob("*")) if path.is_dir() else [path]
+            inside = sorted(path.rglob("[!.]*")) if path.is_dir() else [path]
             splits.setdefault(SPLITS[named.group(1)], []).extend(file for file in inside if file.is_file())
     wanted = ["test", "validation"]
     if not any(splits.get(name) for name in wanted):

@@ -9,6 +9,7 @@ import inspect
 import re
 from typing import Any
 
+from uniprune.errors import InputError
 from uniprune.tasks.instructions import CHECKS, ELSEWHERE, follows, revised
 from uniprune.tasks.question import Format, Prompt, Row
 
@@ -20,6 +21,11 @@ TOKENS = {"gsm8k": 256, "ifeval": 1280}  # that are written at most
 
 
 def _gsm8k(row: Row) -> Prompt:
+    if not re.search(r"\d", _bare(str(row["answer"]))):
+        raise InputError(
+            f"the answer {row['answer']!r:.60} has no number: rows of a question and an answer are judged by theirs (gsm8k); "
+            "give choices instead, or answers that are numbers"
+        )
     return Prompt(f"Question: {row['question']}\nAnswer:", str(row["answer"]), ("Question:", *ENDS), TOKENS["gsm8k"])
 
 
