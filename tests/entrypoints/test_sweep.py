@@ -1,6 +1,7 @@
 """Many sparsities of one calibration: each row is what pruning at that sparsity gives."""
 
 import json
+import shutil
 
 import pytest
 
@@ -35,6 +36,21 @@ def test_rows_are_what_pruning_gives(folder, scores, tmp_path):
         packed = archive.pack(tmp_path / "pruned", tmp_path / "a.upz", overwrite=True)["archive_bytes"]
         assert row.bytes == pytest.approx(packed, rel=0.1)
     assert found.rows[0].bytes < found.dense.bytes
+
+
+def test_a_sparsity_of_none_is_not_the_dense_model(folder, scores, tmp_path):
+    """Both have rows, however often it is resumed."""
+    found = sweep(str(folder), scores, tmp_path / "s.json", ["0", "0.5"], **TEXT)
+    assert [row.pattern for row in found.rows] == ["0", "0.5"]
+    assert found.dense.perplexity == found.rows[0].perplexity
+    again = sweep(str(folder), scores, tmp_path / "s.json", ["0", "0.5"], resume=True, **TEXT)
+    assert again.record() == found.record()
+
+
+def test_the_model_is_not_replaced(folder, scores, tmp_path):
+    shutil.copytree(folder, tmp_path / "model")
+    with pytest.raises(InputError, match="is a file of the input"):
+        sweep(str(tmp_path / "model"), scores, tmp_path / "model" / "config.json", ["0.5"], overwrite=True, **TEXT)
 
 
 def test_an_interrupted_sweep_goes_on(folder, scores, tmp_path):

@@ -466,6 +466,18 @@ def test_outputs_are_kept_and_whole(tmp_path, monkeypatch):
     assert output.read_text().startswith("<!DOCTYPE html>")
 
 
+@pytest.mark.parametrize(("name", "form"), [("pruning.json", "json"), ("README.md", "md")])
+def test_what_a_report_is_of_is_not_replaced(tmp_path, name, form):
+    made_up.write(tmp_path / "pruned" / "pruning.json", made_up.pruning())
+    (tmp_path / "pruned" / "README.md").write_text("card")
+    before = (tmp_path / "pruned" / name).read_text()
+    with pytest.raises(InputError, match="the input"):
+        uniprune.report([tmp_path / "pruned"], tmp_path / "pruned" / name, format=form, overwrite=True)
+    assert (tmp_path / "pruned" / name).read_text() == before
+    for _ in range(2):
+        uniprune.report([tmp_path / "pruned"], tmp_path / "pruned" / f"report.{form}", format=form, overwrite=True)
+
+
 def test_without_matplotlib_the_extra_is_named(tmp_path, monkeypatch):
     import sys
 
