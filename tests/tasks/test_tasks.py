@@ -130,6 +130,8 @@ def test_names_go_through_datasets(monkeypatch):
         ([{key: ROWS["rte"][key] for key in ("sentence1", "sentence2")}], "rte .no field 'label'"),
         ([ROWS["arc"] | {"answerKey": "9"}], "not a labelled row of the format arc"),
         ([ROWS["winogrande"] | {"sentence": "No gap."}], 'no "_" in the sentence'),
+        ([ROWS["mmlu"] | {"choices": ["a", None, "c", "d"]}], "a choice is null"),
+        ([ROWS["mmlu"] | {"choices": [str(number) for number in range(12)]}], "12 choices, more than the 10 letters"),
         ([ROWS["winogrande"] | {"answer": "0"}], "label -1 is none of 2 choices"),
         ([[1]], "line 1: not a JSON object"),
     ],

@@ -14,6 +14,8 @@ from uniprune.tasks.question import Format, Question, Row
 
 def _asked(context: str, answers: Sequence[str], gold: int) -> Question:
     """One context, and answers that follow it after a space."""
+    if any(answer is None for answer in answers):
+        raise ValueError("a choice is null")
     return Question(tuple((context, f" {answer}") for answer in answers), gold)
 
 
@@ -89,6 +91,8 @@ LETTERS = "ABCDEFGHIJ"
 def _mmlu(row: Row) -> Question:
     """The letters compete. The answer is an index, as the Hub's data set has it, or a letter."""
     letters = LETTERS[: len(row["choices"])]
+    if len(letters) < len(row["choices"]):
+        raise ValueError(f"{len(row['choices'])} choices, more than the {len(LETTERS)} letters")
     choices = "\n".join(f"{letter}. {choice}" for letter, choice in zip(letters, row["choices"], strict=True))
     answer = row["answer"]
     gold = letters.index(answer) if isinstance(answer, str) and answer in letters else int(answer)
