@@ -93,6 +93,8 @@ def _mmlu(row: Row) -> Question:
     letters = LETTERS[: len(row["choices"])]
     if len(letters) < len(row["choices"]):
         raise ValueError(f"{len(row['choices'])} choices, more than the {len(LETTERS)} letters")
+    if None in row["choices"]:
+        raise ValueError("a choice is null")
     choices = "\n".join(f"{letter}. {choice}" for letter, choice in zip(letters, row["choices"], strict=True))
     answer = row["answer"]
     gold = letters.index(answer) if isinstance(answer, str) and answer in letters else int(answer)
