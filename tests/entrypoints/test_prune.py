@@ -367,3 +367,13 @@ def test_a_model_that_changes_its_weights_as_it_computes_is_refused_in_memory(to
     with pytest.raises(UniPruneError, match=r"changes them as it computes .*give the folder"):
         uniprune.prune(Loaded(model, tokenizer), recipe, tmp_path / "out")
     uniprune.prune(tmp_path / "model", recipe, tmp_path / "out")
+
+
+def test_inference_mode_is_no_hindrance_unless_the_model_was_made_in_it(tokenizer):
+    recipe = Recipe(sparsity="2:4", controller="feedback", steps=2, windows=8, length=32)
+    model = tiny_model()
+    with torch.inference_mode():
+        assert uniprune.prune_in_place(Loaded(model, tokenizer), recipe).sparsity == 0.5
+        made_in_it = tiny_model()
+    with pytest.raises(InputError, match=r"made in torch\.inference_mode and cannot be differentiated"):
+        uniprune.prune_in_place(Loaded(made_in_it, tokenizer), recipe)

@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from functools import wraps
 from typing import ParamSpec, TypeVar
 
+import torch
 from torch import nn
 
 from uniprune.models.loading import Loaded
@@ -24,7 +25,8 @@ def inferring(verb: Callable[P, T]) -> Callable[P, T]:
 
     @wraps(verb)
     def quietly(*args: P.args, **kwargs: P.kwargs) -> T:
-        with ExitStack() as stack:
+        # Tensors that are made in inference mode take no part in a pass backwards, and controllers make some.
+        with torch.inference_mode(False), ExitStack() as stack:
             for given in (*args, *kwargs.values()):
                 if isinstance(given, Loaded):
                     stack.enter_context(evaluating(given.model))

@@ -166,6 +166,10 @@ def _prepare(
     if loaded and loaded.residency is blocks.resident:
         check_one_device(loaded.model)
         loaded.check(recipe.dtype, options.device)
+        if recipe.parsed_controller() is not None and next(loaded.model.parameters()).is_inference():
+            raise InputError(
+                "the model was made in torch.inference_mode and cannot be differentiated; make it outside, or give its folder"
+            )
     origin = loaded.origin if loaded else resolve(source)  # type: ignore[arg-type]
     texts = files_of(recipe.text)
     if save_tokens is not None and scores is not None and save_tokens.resolve() == scores.resolve():
