@@ -280,3 +280,20 @@ def test_errors(tmp_path, folder):
         KeepZeros().on_train_begin(SimpleNamespace(fsdp="full_shard", deepspeed=None), None, None, model=dense)
     with pytest.raises(InputError, match="LlamaForCausalLM has no adapters to merge"):
         merge_adapters(dense)
+
+
+@pytest.mark.parametrize("kind", ["PromptTuning", "PrefixTuning"])
+def test_what_is_learned_beside_the_weights_is_not_merged(kind):
+    model, _ = pruned(tiny_model(vocab_size=VOCABULARY))
+    settings = getattr(peft, f"{kind}Config")(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    with pytest.raises(
+        InputError, match=f"PeftModelForCausalLM is tuned by {kind}, .* nothing can be merged into them; save it"
+    ):
+        merge_adapters(peft.get_peft_model(model, settings))
+
+
+def test_adapters_that_transformers_put_in_are_loaded_as_a_peft_model_first():
+    model, _ = pruned(tiny_model(vocab_size=VOCABULARY))
+    model.add_adapter(peft.LoraConfig(r=4, target_modules=["up_proj"]))
+    with pytest.raises(InputError, match=r"adapters of its own; .*PeftModel.from_pretrained"):
+        merge_adapters(model)

@@ -97,11 +97,11 @@ def merge_adapters(model: Any, masks: Masks | None = None) -> nn.Module:
 
     masks: as for :class:`KeepZeros`; by default the zeros of the base model, which PEFT's own ``merge_and_unload`` fills with
     most kinds of adapters (docs/finetuning.md).
-    Before anything is merged: raises InputError if the model has no adapters, or if its zeros are asked for and no
+    Before anything is merged: raises InputError if the model has no adapters that can be, or if its zeros are asked for and no
     adapted layer has any (they were merged already, or rewrite their base, as PiSSA does); MismatchError as KeepZeros.
     """
     if not hasattr(model, "merge_and_unload"):
-        raise InputError(f"{type(model).__name__} has no adapters to merge; give the PeftModel")
+        raise _nothing_to_merge(model)
     with without_adapters(model) as (base, adapters):
         matrices = find_matrices(base)
         kept = _masks(masks, matrices)
@@ -111,6 +111,21 @@ def merge_adapters(model: Any, masks: Masks | None = None) -> nn.Module:
     merged: nn.Module = model.merge_and_unload()
     masking.apply(find_matrices(merged), kept.items())
     return merged
+
+
+def _nothing_to_merge(model: Any) -> InputError:
+    """Why PEFT has no way to merge what a model has learned."""
+    kind, settings = type(model).__name__, getattr(model, "active_peft_config", None)
+    if settings is not None:
+        how = type(settings).__name__.removesuffix("Config")
+        return InputError(
+            f"{kind} is tuned by {how}, which learns beside the weights: nothing can be merged into them; save it as it is"
+        )
+    if any(_wrapped(module) is not None for module in model.modules()):
+        return InputError(
+            f"{kind} has adapters of its own; save them, and load them around the base model: PeftModel.from_pretrained"
+        )
+    return InputError(f"{kind} has no adapters to merge; give the PeftModel")
 
 
 @contextmanager
