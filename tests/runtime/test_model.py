@@ -17,7 +17,7 @@ from uniprune.errors import InputError
 from uniprune.models.matrices import find_matrices
 from uniprune.runtime import layout, native
 from uniprune.runtime.linear import BitmaskLinear, KernelLinear
-from uniprune.runtime.packed import Packed
+from uniprune.runtime.packed import Packed, pack
 
 pytestmark = pytest.mark.usefixtures("compiled")
 
@@ -98,6 +98,23 @@ def test_biases_and_single_vectors():
     close(layer(x), dense(x))
     assert layer(torch.empty(0, 32)).shape == (0, 64)
     assert layer(torch.empty(2, 0, 32)).shape == (2, 0, 64)
+
+
+@pytest.mark.parametrize("dtype", EPSILON, ids=str)
+def test_inputs_of_another_width_are_errors_as_of_a_dense_layer(dtype):
+    """Also where their weights are as many as those of tokens of the right width."""
+    dense = torch.nn.Linear(128, 16, bias=False, dtype=dtype)
+    kernel = copy.deepcopy(dense)
+    kernel.__class__ = KernelLinear
+    for layer in (BitmaskLinear(pack(dense.weight)), BitmaskLinear(pack(dense.weight), torch.zeros(16, dtype=dtype)), kernel):
+        for shape in ((), (1, 64), (64,), (3, 256), (24, 64), (24, 256), (2, 3, 64), (0, 64)):
+            x = torch.ones(shape, dtype=dtype)
+            for mode in (torch.no_grad, torch.enable_grad):
+                with mode(), pytest.raises(RuntimeError) as found:
+                    layer(x.requires_grad_(mode is torch.enable_grad))
+                with mode(), pytest.raises(RuntimeError) as expected:
+                    torch.nn.functional.linear(x, dense.weight, layer.bias)
+                assert str(found.value) == str(expected.value)
 
 
 def test_opening_unpacks_nothing(tmp_path, monkeypatch):

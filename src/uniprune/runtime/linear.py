@@ -51,7 +51,8 @@ class BitmaskLinear(nn.Module):
                 return multiply(self._handle, x, self.out_features)
             if x.is_cuda and gpu.available():
                 return gpu.multiply(self.packed, x.reshape(-1, self.in_features), self.bias).reshape(*x.shape[:-1], -1)
-        if not x.is_cpu or x.dtype is not self.values.dtype or (x.requires_grad and torch.is_grad_enabled()):
+        odd = x.shape[-1:] != (self.in_features,)  # let PyTorch say so
+        if odd or not x.is_cpu or x.dtype is not self.values.dtype or (x.requires_grad and torch.is_grad_enabled()):
             return linear(x, self.packed.dense(), self.bias)
         return self._many(x)
 
@@ -135,7 +136,7 @@ def few(x: Tensor, columns: int, weight: Tensor) -> bool:
     """Whether tokens are so few, and of such a kind, that the kernel is to multiply them."""
     if x.dtype is not weight.dtype or x.device != weight.device or (x.requires_grad and torch.is_grad_enabled()):
         return False
-    return 0 < x.numel() <= LARGEST_BATCH * columns and x.shape[-1] == columns
+    return 0 < x.numel() <= LARGEST_BATCH * columns and x.shape[-1:] == (columns,)
 
 
 def multiply(handle: Handle, x: Tensor, rows: int) -> Tensor:
