@@ -277,6 +277,34 @@ def test_large_layers_that_are_not_pruned_use_the_kernel_and_stay_what_they_are(
     same_logits(copy.deepcopy(found).bfloat16(), expected.bfloat16())
 
 
+def test_compiled_before_its_first_call():
+    weight = prune(tiny_model(), "0.5").model.layers[0].mlp.up_proj.weight
+    first, second = BitmaskLinear(pack(weight)), torch.nn.Linear(64, 16, bias=False)
+    expected = copy.deepcopy(second)
+    second.__class__ = KernelLinear
+    model = torch.compile(torch.nn.Sequential(first, torch.nn.ReLU(), second), backend="eager")
+    with torch.no_grad():
+        for x in (torch.randn(2, 32), torch.randn(20, 32)):
+            close(model(x), expected((x @ weight.T).relu()))
+
+
+@torch.no_grad()
+def test_a_graph_without_the_kernel_is_refused():
+    """torch.jit.trace would record room for the product, and not the product."""
+    weight, x = prune(tiny_model(), "0.5").model.layers[0].mlp.up_proj.weight, torch.ones(2, 32)
+    kernel = torch.nn.Linear(64, 16, bias=False)
+    kernel.__class__ = KernelLinear
+    for layer, inputs in (
+        (BitmaskLinear(pack(weight)), x),
+        (BitmaskLinear(pack(weight)), x.repeat(9, 1)),
+        (kernel, x.repeat(1, 2)),
+    ):
+        with pytest.raises(InputError, match="cannot be traced or exported; take the pruned checkpoint"):
+            torch.jit.trace(layer, inputs)
+        with pytest.raises(InputError, match="cannot be traced or exported"):
+            torch.export.export(layer, (inputs,), strict=False)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family not in ("t5", "falcon")])
 def test_families_in_the_runtime_layout(family, tmp_path):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -44,6 +44,9 @@ class BitmaskLinear(nn.Module):
         self._handle: Handle | None = None
 
     def forward(self, x: Tensor) -> Tensor:
+        return untraced(self._product, x)
+
+    def _product(self, x: Tensor) -> Tensor:
         if few(x, self.in_features, self.values):
             if x.is_cpu:
                 if self._handle is None:
@@ -116,6 +119,9 @@ class KernelLinear(nn.Linear):
                 module.__class__ = KernelLinear
 
     def forward(self, x: Tensor) -> Tensor:
+        return untraced(self._product, x)
+
+    def _product(self, x: Tensor) -> Tensor:
         weight = self.weight
         if not x.is_cpu or weight.dtype not in BY_KERNEL or not weight.is_contiguous() or not few(x, self.in_features, weight):
             return super().forward(x)
@@ -130,6 +136,16 @@ class KernelLinear(nn.Linear):
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_handle": None}
+
+
+def untraced(product: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """A layer's product, also in a model that is compiled. Raises InputError where it is traced or exported."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        from uniprune.runtime.untraced import run
+
+        found: Tensor = run(product, x)
+        return found
+    return product(x)
 
 
 def few(x: Tensor, columns: int, weight: Tensor) -> bool:
