@@ -251,6 +251,15 @@ def test_moved_to_another_type_it_computes_in_that():
     same_logits(model.to(torch.bfloat16), expected.to(torch.bfloat16))
 
 
+def test_moved_to_a_type_without_a_kernel_it_says_so():
+    expected = prune(tiny_model(), "0.5")
+    model = accelerate(copy.deepcopy(expected)).to(torch.float64)
+    for tokens in (TOKENS[:1, :1], TOKENS):
+        with pytest.raises(InputError, match="compute in float32, bfloat16, float16, not in float64; convert this one"):
+            model(input_ids=tokens)
+    same_logits(model.to(torch.float32), expected)
+
+
 def test_gradients_reach_the_inputs():
     model = prune(tiny_model(), "0.5")
     dense = copy.deepcopy(model.model.layers[0].mlp.up_proj)

@@ -76,6 +76,11 @@ class BitmaskLinear(nn.Module):
     @property
     def packed(self) -> Packed:
         if self._packed is None:
+            if self.values.dtype not in TYPES:
+                types, found = ", ".join(map(dtype_name, TYPES)), dtype_name(self.values.dtype)
+                raise InputError(
+                    f"accelerated models compute in {types}, not in {found}; convert this one: model.to(torch.float32)"
+                )
             self._packed = Packed(self.values, self.bits, (self.out_features, self.in_features))
         return self._packed
 
