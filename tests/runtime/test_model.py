@@ -3,6 +3,7 @@
 import copy
 import pickle
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -258,6 +259,31 @@ def test_moved_to_a_type_without_a_kernel_it_says_so():
         with pytest.raises(InputError, match="compute in float32, bfloat16, float16, not in float64; convert this one"):
             model(input_ids=tokens)
     same_logits(model.to(torch.float32), expected)
+
+
+def test_an_accelerated_model_is_not_pruned_or_accelerated_again(loaded):
+    prune(loaded.model, "0.5")
+    accelerate(loaded)
+    match = (
+        r"LlamaForCausalLM is accelerated .*: model.layers.0.self_attn.q_proj is a BitmaskLinear.*; give the pruned checkpoint"
+    )
+    for include in ((), (".",)):
+        recipe = uniprune.Recipe(sparsity=0.5, controller="none", metric="magnitude", windows=2, length=8, include=include)
+        with pytest.raises(InputError, match=match):
+            uniprune.prune_in_place(loaded, recipe)
+    with pytest.raises(InputError, match=match):
+        accelerate(loaded)
+    with pytest.raises(InputError, match=match):
+        uniprune.to_semi_structured(loaded.model)
+    with pytest.raises(InputError, match=match):
+        uniprune.KeepZeros().on_train_begin(SimpleNamespace(fsdp=None, deepspeed=None), None, None, model=loaded.model)
+
+
+def test_a_layer_that_only_multiplies_by_the_kernel_is_refused_too():
+    model = tiny_model(hidden_size=64, vocab_size=1 << 15)
+    KernelLinear.convert(model)
+    with pytest.raises(InputError, match="lm_head is a KernelLinear"):
+        find_matrices(model)
 
 
 def test_gradients_reach_the_inputs():

@@ -30,6 +30,7 @@ class BitmaskLinear(nn.Module):
     has the values, the bits and the bias; ``weight`` is unpacked whenever it is asked for.
     """
 
+    accelerated = True  # models.matrices looks for it
     values: Tensor
     bits: Tensor
 
@@ -112,6 +113,7 @@ class KernelLinear(nn.Linear):
     For what is not pruned, the output head above all: PyTorch's product of one token in bfloat16 takes twice as long.
     """
 
+    accelerated = True
     _handle: Handle | None = None
 
     @staticmethod
