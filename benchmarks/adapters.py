@@ -105,18 +105,8 @@ def logits(model: Any) -> Tensor:
     return found
 
 
-class Trained(TrainerCallback):
-    """The logits at the end of training, while what later callbacks did to the model still holds."""
-
-    logits: Tensor
-
-    def on_train_end(self, args: Any, state: Any, control: Any, *, model: nn.Module, **_: Any) -> None:
-        self.logits = logits(model)
-
-
 def train(model: Any, *callbacks: TrainerCallback) -> Tensor:
     """Trains in place; returns the logits at the end."""
-    trained = Trained()
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             folder,
@@ -129,10 +119,10 @@ def train(model: Any, *callbacks: TrainerCallback) -> Tensor:
             logging_strategy="no",
             disable_tqdm=True,
         )
-        trainer = Trainer(model, arguments, train_dataset=ROWS, callbacks=[trained, *callbacks])
+        trainer = Trainer(model, arguments, train_dataset=ROWS, callbacks=[*callbacks])
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-    return trained.logits
+    return logits(model)
 
 
 def zeros(model: nn.Module, masks: dict[str, Tensor]) -> float:

@@ -1,6 +1,8 @@
 """Fine-tuning that keeps zeros, against a model that multiplies by its masks in plain autograd."""
 
+import copy
 import logging
+import pickle
 from types import SimpleNamespace
 
 import peft
@@ -24,6 +26,8 @@ ROWS = [
     {"input_ids": row, "labels": row}
     for row in torch.randint(0, VOCABULARY, (24, 16), generator=torch.Generator().manual_seed(0))
 ]
+
+BEGINNING = SimpleNamespace(fsdp=None, deepspeed=None)
 
 
 def pruned(model, pattern="0.5"):
@@ -146,8 +150,8 @@ def test_merging_lora_changes_nothing_and_keeps_zeros(tmp_path, settings):
     model, masks = pruned(tiny_model(vocab_size=VOCABULARY))
     model, zeros = adapted(model, **settings), KeepZeros()
     before = logits(model)
-    zeros.on_train_end = lambda *_, **__: None  # the masked updates stay, to be compared
     train(model, tmp_path, zeros, max_steps=10)
+    assert not any(parameter._post_accumulate_grad_hooks for parameter in model.parameters())
     trained = logits(model)
     merged = merge_adapters(model)
     assert same(alive(merged), masks)
@@ -160,7 +164,6 @@ def test_merging_lora_of_transposed_weights(tmp_path):
     model, masks = pruned(tiny("gpt2"))
     model, zeros = adapted(model, fan_in_fan_out=True, target_modules=["c_attn", "c_fc"]), KeepZeros()
     assert any(isinstance(module, Conv1D) for module in model.modules())
-    zeros.on_train_end = lambda *_, **__: None
     trained = logits(train(model, tmp_path, zeros, max_steps=10))
     merged = merge_adapters(model)
     assert same(alive(merged), masks)
@@ -175,7 +178,7 @@ def test_gradients_of_a_masked_update_are_those_of_the_masked_product():
     A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     torch.nn.init.normal_(B)
     zeros = KeepZeros()
-    zeros.on_train_begin(SimpleNamespace(fsdp=None, deepspeed=None), None, None, model=model)
+    zeros.on_train_begin(BEGINNING, None, None, model=model)
     x = torch.randn(3, 32)
     layer(x).square().sum().backward()
     found = A.grad.clone(), B.grad.clone()
@@ -183,7 +186,39 @@ def test_gradients_of_a_masked_update_are_those_of_the_masked_product():
     expected = torch.autograd.grad((x @ weight.T).square().sum(), (A, B))
     assert all(torch.allclose(one, other, rtol=1e-4) for one, other in zip(found, expected, strict=True))
     zeros.on_train_end(None, None, None)
-    assert "forward" not in vars(layer)
+    assert torch.allclose(layer(x), x @ weight.T, atol=1e-5)
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"])
+def test_a_copy_of_a_model_with_masked_updates_computes_by_itself(again):
+    model, masks = pruned(tiny_model(vocab_size=VOCABULARY))
+    model, zeros = adapted(model, target_modules=["up_proj"]), KeepZeros()
+    zeros.on_train_begin(BEGINNING, None, None, model=model)
+    before, copied = logits(model), again(model)
+    for layer in copied.base_model.model.model.layers:
+        torch.nn.init.normal_(layer.mlp.up_proj.lora_B["default"].weight)
+    found = logits(copied)
+    assert not torch.allclose(found, before, atol=1e-2)
+    assert torch.equal(logits(model), before)
+    merged = merge_adapters(copied)
+    assert same(alive(merged), masks)
+    assert torch.allclose(logits(merged), found, atol=1e-5)
+
+
+def test_a_further_training_has_its_own_masks():
+    model, masks = pruned(tiny_model(vocab_size=VOCABULARY))
+    names = [f"model.layers.{i}.mlp.up_proj" for i in range(3)]
+    model = adapted(model, target_modules=["up_proj"])
+    for name in names:
+        torch.nn.init.normal_(model.base_model.model.get_submodule(name).lora_B["default"].weight)
+    KeepZeros().on_train_begin(BEGINNING, None, None, model=model)
+    KeepZeros({names[0]: masks[names[0]]}).on_train_begin(BEGINNING, None, None, model=model)
+    x = torch.randn(3, 32)
+    for name in names:
+        layer = model.base_model.model.get_submodule(name)
+        update = layer.get_delta_weight("default")
+        weight = layer.base_layer.weight + (masks[name] * update if name == names[0] else update)
+        assert torch.allclose(layer(x), x @ weight.T, atol=1e-4)
 
 
 def test_merging_without_masks_fills_zeros(tmp_path):
@@ -223,7 +258,7 @@ def test_an_adapter_that_rewrites_its_base_needs_the_masks(tmp_path):
     with pytest.raises(InputError, match="no adapted layer of the base model has a zero; give the masks"):
         merge_adapters(model)
     zeros = KeepZeros(masks)
-    zeros.on_train_begin(SimpleNamespace(fsdp=None, deepspeed=None), None, None, model=model)
+    zeros.on_train_begin(BEGINNING, None, None, model=model)
     assert torch.allclose(logits(model), start, atol=1e-5)
     zeros.on_train_end(None, None, None)
     assert same(alive(merge_adapters(model, masks)), masks)
@@ -245,3 +280,20 @@ def test_errors(tmp_path, folder):
         KeepZeros().on_train_begin(SimpleNamespace(fsdp="full_shard", deepspeed=None), None, None, model=dense)
     with pytest.raises(InputError, match="LlamaForCausalLM has no adapters to merge"):
         merge_adapters(dense)
+
+
+@pytest.mark.parametrize("kind", ["PromptTuning", "PrefixTuning"])
+def test_what_is_learned_beside_the_weights_is_not_merged(kind):
+    model, _ = pruned(tiny_model(vocab_size=VOCABULARY))
+    settings = getattr(peft, f"{kind}Config")(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    with pytest.raises(
+        InputError, match=f"PeftModelForCausalLM is tuned by {kind}, .* nothing can be merged into them; save it"
+    ):
+        merge_adapters(peft.get_peft_model(model, settings))
+
+
+def test_adapters_that_transformers_put_in_are_loaded_as_a_peft_model_first():
+    model, _ = pruned(tiny_model(vocab_size=VOCABULARY))
+    model.add_adapter(peft.LoraConfig(r=4, target_modules=["up_proj"]))
+    with pytest.raises(InputError, match=r"adapters of its own; .*PeftModel.from_pretrained"):
+        merge_adapters(model)

@@ -42,8 +42,8 @@ class KeepZeros(TrainerCallback):  # type: ignore[misc]
     masks: a masks file, or matrix names -> boolean masks ``[out, in]`` (True = keep); by default the zeros that the prunable
     matrices have when training begins. What they remove is zeroed then, and after each step of the optimiser; its gradients are
     zeroed as they are accumulated, so they are not counted when gradients are clipped.
-    LoRA adapters (PEFT) are trained with masked updates, so that :func:`merge_adapters` does not change what the model
-    computes. Other adapters are not, and a warning says so. A mask takes a byte a weight.
+    LoRA adapters (PEFT) compute with masked updates from then on, also when training has ended, so that :func:`merge_adapters`
+    does not change what the model computes. Other adapters do not, and a warning says so. A mask takes a byte a weight.
     When training begins: raises InputError for FSDP and DeepSpeed, or if there are no zeros; MismatchError if masks are not of
     this model's matrices.
     """
@@ -60,6 +60,8 @@ class KeepZeros(TrainerCallback):  # type: ignore[misc]
         with without_adapters(model) as (base, adapters):
             matrices = find_matrices(base)
             self._removed = _by_parameter(matrices, _masks(self._masks, matrices))
+        for adapter in adapters:
+            _unmask(adapter)
         self._zero()
         for parameter, mask in self._removed:
             if parameter.requires_grad:
@@ -69,7 +71,7 @@ class KeepZeros(TrainerCallback):  # type: ignore[misc]
         masked = [(one, masks_of[id(weight)]) for one in adapters if id(weight := _adapted(one)) in masks_of]
         for adapter, mask in masked:
             if _is_plain_lora(adapter):
-                self._undo.append(_mask_update(adapter, mask))
+                adapter.forward = MaskedUpdate(adapter, mask)
         if others := sorted({_kind(one) for one, _ in masked if not _is_plain_lora(one)}):
             logger.warning("adapters %s are trained without masks; merge_adapters() masks them at the end", ", ".join(others))
 
@@ -95,11 +97,11 @@ def merge_adapters(model: Any, masks: Masks | None = None) -> nn.Module:
 
     masks: as for :class:`KeepZeros`; by default the zeros of the base model, which PEFT's own ``merge_and_unload`` fills with
     most kinds of adapters (docs/finetuning.md).
-    Before anything is merged: raises InputError if the model has no adapters, or if its zeros are asked for and no adapted
-    layer has any (they were merged already, or rewrite their base, as PiSSA does); MismatchError as KeepZeros.
+    Before anything is merged: raises InputError if the model has no adapters that can be, or if its zeros are asked for and no
+    adapted layer has any (they were merged already, or rewrite their base, as PiSSA does); MismatchError as KeepZeros.
     """
     if not hasattr(model, "merge_and_unload"):
-        raise InputError(f"{type(model).__name__} has no adapters to merge; give the PeftModel")
+        raise _nothing_to_merge(model)
     with without_adapters(model) as (base, adapters):
         matrices = find_matrices(base)
         kept = _masks(masks, matrices)
@@ -109,6 +111,21 @@ def merge_adapters(model: Any, masks: Masks | None = None) -> nn.Module:
     merged: nn.Module = model.merge_and_unload()
     masking.apply(find_matrices(merged), kept.items())
     return merged
+
+
+def _nothing_to_merge(model: Any) -> InputError:
+    """Why PEFT has no way to merge what a model has learned."""
+    kind, settings = type(model).__name__, getattr(model, "active_peft_config", None)
+    if settings is not None:
+        how = type(settings).__name__.removesuffix("Config")
+        return InputError(
+            f"{kind} is tuned by {how}, which learns beside the weights: nothing can be merged into them; save it as it is"
+        )
+    if any(_wrapped(module) is not None for module in model.modules()):
+        return InputError(
+            f"{kind} has adapters of its own; save them, and load them around the base model: PeftModel.from_pretrained"
+        )
+    return InputError(f"{kind} has no adapters to merge; give the PeftModel")
 
 
 @contextmanager
@@ -192,32 +209,38 @@ def _kind(adapter: Any) -> str:
     return ".".join([*type(adapter).__module__.split(".")[:-1], type(adapter).__name__][-2:])
 
 
-def _mask_update(adapter: Any, mask: Tensor) -> Callable[[], None]:
-    """Makes a LoRA layer compute with its update masked, as it will be when merged; returns what ends that.
+class MaskedUpdate:
+    """Stands in for the ``forward`` of a LoRA layer: it computes with its update masked, as it will be when merged.
 
-    The update is as large as the weight. It is computed again for the backward pass instead of being kept for it.
+    adapter: that layer; removed: a mask of its weight's shape, True where that is to be 0. Copied or pickled with the layer, it
+    computes with the copy's weights. The update is as large as the weight. It is computed again for the backward pass instead
+    of being kept for it.
     """
-    plain = adapter.forward
 
-    def product(x: Tensor, name: str) -> Tensor:
-        update = adapter.get_delta_weight(name).masked_fill(mask, 0)
-        bias = adapter.lora_B[name].bias
-        scaled = None if bias is None else bias * adapter.scaling[name]
-        return functional.linear(x, update.T if adapter.fan_in_fan_out else update, scaled)
+    def __init__(self, adapter: Any, removed: Tensor) -> None:
+        self._adapter, self._removed = adapter, removed
 
-    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if adapter.disable_adapters or adapter.merged or kwargs:
-            return plain(x, *args, **kwargs)
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        adapter = self._adapter
+        if adapter.disable_adapters or adapter.merged or adapter.lora_variant or kwargs:
+            return type(adapter).forward(adapter, x, *args, **kwargs)
         y: Tensor = adapter.base_layer(x, *args)
         result = y
         for name in [name for name in adapter.active_adapters if name in adapter.lora_A]:
             inputs = adapter.lora_dropout[name](x.to(adapter.lora_A[name].weight.dtype))
-            result = result + checkpoint(product, inputs, name, use_reentrant=False, preserve_rng_state=False)
+            result = result + checkpoint(self._product, inputs, name, use_reentrant=False, preserve_rng_state=False)
         return result.to(y.dtype)
 
-    adapter.forward = forward
+    def _product(self, x: Tensor, name: str) -> Tensor:
+        adapter = self._adapter
+        plain = adapter.get_delta_weight(name)
+        self._removed = self._removed.to(plain.device)  # the model may have been moved since training
+        update, bias = plain.masked_fill(self._removed, 0), adapter.lora_B[name].bias
+        scaled = None if bias is None else bias * adapter.scaling[name]
+        return functional.linear(x, update.T if adapter.fan_in_fan_out else update, scaled)
 
-    def undo() -> None:
+
+def _unmask(adapter: Any) -> None:
+    """Ends what an earlier training made of an adapter."""
+    if isinstance(vars(adapter).get("forward"), MaskedUpdate):
         del adapter.forward  # the class's own shows again
-
-    return undo

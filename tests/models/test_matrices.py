@@ -175,6 +175,16 @@ def test_unknown_weights_in_the_blocks_are_an_error():
     assert choose_matrices(model, include=["."]).keys() == find_matrices(tiny_model()).keys()
 
 
+def test_a_model_without_matrices_is_refused():
+    model = tiny_model()
+    model.model.layers = nn.ModuleList(nn.LayerNorm(1 << 20) for _ in range(3))
+    for include in ((), (".",)):
+        with pytest.raises(InputError, match=r"blocks have no matrix that can be pruned \(Linear, Conv1D, experts\)$"):
+            find_matrices(model, include)
+    with pytest.raises(InputError, match="have no matrix that can be pruned"):
+        choose_matrices(model, (".",))
+
+
 def test_nan_weights_are_refused_by_name():
     model = tiny_model()
     matrices = find_matrices(model)

@@ -3,6 +3,7 @@
 import copy
 import pickle
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from uniprune.errors import InputError
 from uniprune.models.matrices import find_matrices
 from uniprune.runtime import layout, native
 from uniprune.runtime.linear import BitmaskLinear, KernelLinear
-from uniprune.runtime.packed import Packed
+from uniprune.runtime.packed import Packed, pack
 
 pytestmark = pytest.mark.usefixtures("compiled")
 
@@ -98,6 +99,23 @@ def test_biases_and_single_vectors():
     close(layer(x), dense(x))
     assert layer(torch.empty(0, 32)).shape == (0, 64)
     assert layer(torch.empty(2, 0, 32)).shape == (2, 0, 64)
+
+
+@pytest.mark.parametrize("dtype", EPSILON, ids=str)
+def test_inputs_of_another_width_are_errors_as_of_a_dense_layer(dtype):
+    """Also where their weights are as many as those of tokens of the right width."""
+    dense = torch.nn.Linear(128, 16, bias=False, dtype=dtype)
+    kernel = copy.deepcopy(dense)
+    kernel.__class__ = KernelLinear
+    for layer in (BitmaskLinear(pack(dense.weight)), BitmaskLinear(pack(dense.weight), torch.zeros(16, dtype=dtype)), kernel):
+        for shape in ((), (1, 64), (64,), (3, 256), (24, 64), (24, 256), (2, 3, 64), (0, 64)):
+            x = torch.ones(shape, dtype=dtype)
+            for mode in (torch.no_grad, torch.enable_grad):
+                with mode(), pytest.raises(RuntimeError) as found:
+                    layer(x.requires_grad_(mode is torch.enable_grad))
+                with mode(), pytest.raises(RuntimeError) as expected:
+                    torch.nn.functional.linear(x, dense.weight, layer.bias)
+                assert str(found.value) == str(expected.value)
 
 
 def test_opening_unpacks_nothing(tmp_path, monkeypatch):
@@ -234,6 +252,40 @@ def test_moved_to_another_type_it_computes_in_that():
     same_logits(model.to(torch.bfloat16), expected.to(torch.bfloat16))
 
 
+def test_moved_to_a_type_without_a_kernel_it_says_so():
+    expected = prune(tiny_model(), "0.5")
+    model = accelerate(copy.deepcopy(expected)).to(torch.float64)
+    for tokens in (TOKENS[:1, :1], TOKENS):
+        with pytest.raises(InputError, match="compute in float32, bfloat16, float16, not in float64; convert this one"):
+            model(input_ids=tokens)
+    same_logits(model.to(torch.float32), expected)
+
+
+def test_an_accelerated_model_is_not_pruned_or_accelerated_again(loaded):
+    prune(loaded.model, "0.5")
+    accelerate(loaded)
+    match = (
+        r"LlamaForCausalLM is accelerated .*: model.layers.0.self_attn.q_proj is a BitmaskLinear.*; give the pruned checkpoint"
+    )
+    for include in ((), (".",)):
+        recipe = uniprune.Recipe(sparsity=0.5, controller="none", metric="magnitude", windows=2, length=8, include=include)
+        with pytest.raises(InputError, match=match):
+            uniprune.prune_in_place(loaded, recipe)
+    with pytest.raises(InputError, match=match):
+        accelerate(loaded)
+    with pytest.raises(InputError, match=match):
+        uniprune.to_semi_structured(loaded.model)
+    with pytest.raises(InputError, match=match):
+        uniprune.KeepZeros().on_train_begin(SimpleNamespace(fsdp=None, deepspeed=None), None, None, model=loaded.model)
+
+
+def test_a_layer_that_only_multiplies_by_the_kernel_is_refused_too():
+    model = tiny_model(hidden_size=64, vocab_size=1 << 15)
+    KernelLinear.convert(model)
+    with pytest.raises(InputError, match="lm_head is a KernelLinear"):
+        find_matrices(model)
+
+
 def test_gradients_reach_the_inputs():
     model = prune(tiny_model(), "0.5")
     dense = copy.deepcopy(model.model.layers[0].mlp.up_proj)
@@ -258,6 +310,34 @@ def test_large_layers_that_are_not_pruned_use_the_kernel_and_stay_what_they_are(
     expected.lm_head.weight.data.mul_(2)
     same_logits(found, expected)
     same_logits(copy.deepcopy(found).bfloat16(), expected.bfloat16())
+
+
+def test_compiled_before_its_first_call():
+    weight = prune(tiny_model(), "0.5").model.layers[0].mlp.up_proj.weight
+    first, second = BitmaskLinear(pack(weight)), torch.nn.Linear(64, 16, bias=False)
+    expected = copy.deepcopy(second)
+    second.__class__ = KernelLinear
+    model = torch.compile(torch.nn.Sequential(first, torch.nn.ReLU(), second), backend="eager")
+    with torch.no_grad():
+        for x in (torch.randn(2, 32), torch.randn(20, 32)):
+            close(model(x), expected((x @ weight.T).relu()))
+
+
+@torch.no_grad()
+def test_a_graph_without_the_kernel_is_refused():
+    """torch.jit.trace would record room for the product, and not the product."""
+    weight, x = prune(tiny_model(), "0.5").model.layers[0].mlp.up_proj.weight, torch.ones(2, 32)
+    kernel = torch.nn.Linear(64, 16, bias=False)
+    kernel.__class__ = KernelLinear
+    for layer, inputs in (
+        (BitmaskLinear(pack(weight)), x),
+        (BitmaskLinear(pack(weight)), x.repeat(9, 1)),
+        (kernel, x.repeat(1, 2)),
+    ):
+        with pytest.raises(InputError, match="cannot be traced or exported; take the pruned checkpoint"):
+            torch.jit.trace(layer, inputs)
+        with pytest.raises(InputError, match="cannot be traced or exported"):
+            torch.export.export(layer, (inputs,), strict=False)
 
 
 @pytest.mark.slow

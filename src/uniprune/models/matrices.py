@@ -211,6 +211,7 @@ def _uncollected() -> Iterator[None]:
 @_uncollected()
 def _discover(model: nn.Module) -> Found:
     _check_unquantised(model)
+    _check_not_accelerated(model)
     prefix, blocks = find_blocks(model)
     inside = [(f"{prefix}.{i}.{name}", i, module) for i, block in enumerate(blocks) for name, module in block.named_modules()]
     parameters = model.named_parameters(remove_duplicate=False)
@@ -278,6 +279,16 @@ def _check_unquantised(model: nn.Module) -> None:
             )
 
 
+def _check_not_accelerated(model: nn.Module) -> None:
+    """Layers of ``uniprune.runtime`` say so themselves, as models know nothing of it."""
+    for name, module in model.named_modules():
+        if getattr(type(module), "accelerated", False):
+            raise InputError(
+                f"{type(model).__name__} is accelerated (uniprune.accelerate), for inference alone: {name} is a "
+                f"{type(module).__name__}; give the pruned checkpoint, or a model loaded from it"
+            )
+
+
 def _used_by(matrix: Matrix, module: nn.Module, block: int) -> Matrix:
     known = any(module is one for one in matrix.modules)
     others = matrix.others if known else (*matrix.others, module)
@@ -325,6 +336,9 @@ def _select(found: Matrices, left: Left, include: Sequence[str], exclude: Sequen
             raise InputError(f"--{option} {pattern!r} matches none of the {len(found)} matrices, e.g. {example}")
         return names
 
+    if not found:
+        dense = f"; what stays dense: {', '.join(f'{name} ({why})' for name, (_, why) in [*left.items()][:5])}" if left else ""
+        raise InputError(f"the model's blocks have no matrix that can be pruned (Linear, Conv1D, experts){dense}")
     kept = set.union(*(matches(p, "include") for p in include)) if include else set(found)
     for pattern in exclude:
         kept -= matches(pattern, "exclude")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ class BitmaskLinear(nn.Module):
     has the values, the bits and the bias; ``weight`` is unpacked whenever it is asked for.
     """
 
+    accelerated = True  # models.matrices looks for it
     values: Tensor
     bits: Tensor
 
@@ -44,6 +45,9 @@ class BitmaskLinear(nn.Module):
         self._handle: Handle | None = None
 
     def forward(self, x: Tensor) -> Tensor:
+        return untraced(self._product, x)
+
+    def _product(self, x: Tensor) -> Tensor:
         if few(x, self.in_features, self.values):
             if x.is_cpu:
                 if self._handle is None:
@@ -51,7 +55,8 @@ class BitmaskLinear(nn.Module):
                 return multiply(self._handle, x, self.out_features)
             if x.is_cuda and gpu.available():
                 return gpu.multiply(self.packed, x.reshape(-1, self.in_features), self.bias).reshape(*x.shape[:-1], -1)
-        if not x.is_cpu or x.dtype is not self.values.dtype or (x.requires_grad and torch.is_grad_enabled()):
+        odd = x.shape[-1:] != (self.in_features,)  # let PyTorch say so
+        if odd or not x.is_cpu or x.dtype is not self.values.dtype or (x.requires_grad and torch.is_grad_enabled()):
             return linear(x, self.packed.dense(), self.bias)
         return self._many(x)
 
@@ -72,6 +77,11 @@ class BitmaskLinear(nn.Module):
     @property
     def packed(self) -> Packed:
         if self._packed is None:
+            if self.values.dtype not in TYPES:
+                types, found = ", ".join(map(dtype_name, TYPES)), dtype_name(self.values.dtype)
+                raise InputError(
+                    f"accelerated models compute in {types}, not in {found}; convert this one: model.to(torch.float32)"
+                )
             self._packed = Packed(self.values, self.bits, (self.out_features, self.in_features))
         return self._packed
 
@@ -103,6 +113,7 @@ class KernelLinear(nn.Linear):
     For what is not pruned, the output head above all: PyTorch's product of one token in bfloat16 takes twice as long.
     """
 
+    accelerated = True
     _handle: Handle | None = None
 
     @staticmethod
@@ -115,6 +126,9 @@ class KernelLinear(nn.Linear):
                 module.__class__ = KernelLinear
 
     def forward(self, x: Tensor) -> Tensor:
+        return untraced(self._product, x)
+
+    def _product(self, x: Tensor) -> Tensor:
         weight = self.weight
         if not x.is_cpu or weight.dtype not in BY_KERNEL or not weight.is_contiguous() or not few(x, self.in_features, weight):
             return super().forward(x)
@@ -131,11 +145,21 @@ class KernelLinear(nn.Linear):
         return self.__dict__ | {"_handle": None}
 
 
+def untraced(product: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """A layer's product, also in a model that is compiled. Raises InputError where it is traced or exported."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        from uniprune.runtime.untraced import run
+
+        found: Tensor = run(product, x)
+        return found
+    return product(x)
+
+
 def few(x: Tensor, columns: int, weight: Tensor) -> bool:
     """Whether tokens are so few, and of such a kind, that the kernel is to multiply them."""
     if x.dtype is not weight.dtype or x.device != weight.device or (x.requires_grad and torch.is_grad_enabled()):
         return False
-    return 0 < x.numel() <= LARGEST_BATCH * columns and x.shape[-1] == columns
+    return 0 < x.numel() <= LARGEST_BATCH * columns and x.shape[-1:] == (columns,)
 
 
 def multiply(handle: Handle, x: Tensor, rows: int) -> Tensor:
