@@ -86,7 +86,7 @@ class Removal:
         for file in writer.beside(self.files):
             shutil.copyfile(file, folder / file.name)
             (folder / file.name).chmod(0o644)
-        expert_files.write(self.files, self.less.tensors(self.files, located, kept), folder)
+        expert_files.write(self.files, self.less.tensors(self.files, located, kept), folder, self.counts.parameters)
         config = folder / "config.json"
         settings = self.less.configure(strict_json.parse(config.read_bytes()))
         config.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
