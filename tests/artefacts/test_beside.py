@@ -11,6 +11,8 @@ import uniprune
 from small_models import tiny
 from uniprune import Recipe
 from uniprune.artefacts import archive
+from uniprune.artefacts.beside import copy_beside
+from uniprune.checkpoints.checkpoint import Files
 from uniprune.checkpoints.origin import resolve
 from uniprune.data.windows import Windows, save_windows
 from uniprune.runtime import layout
@@ -68,3 +70,15 @@ def test_chat_templates_with_names_are_downloaded(source, real_hub):
     assert local_hub.files_of(resolve("owner/chat").folder) == files
     real_hub.add("owner/steps", {f"last/{name}": data for name, data in files.items()})
     assert templates(resolve("owner/steps/last").folder) == NAMED
+
+
+def test_only_the_index_of_the_models_weights_goes(source, tmp_path):
+    others = ["pytorch_model.bin.index.json", "model.safetensors.index.fp16.json", "flax_model.msgpack.index.json"]
+    for name in (*others, "pytorch_model-00001-of-00002.bin"):
+        (source / name).write_text("{}")
+    files = Files(source)
+    copy_beside(files, tmp_path)
+    there = {file.name for file in tmp_path.glob("*")}
+    assert files.weights.name == "model.safetensors.index.json"
+    assert files.weights.name in there
+    assert not there & {*others, "pytorch_model-00001-of-00002.bin"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -10,17 +11,18 @@ from uniprune.checkpoints.origin import TEMPLATES
 from uniprune.storage.files import REPORT
 
 WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ot"}
+INDEX = re.compile(r".*\.index(\.[^.]+)?\.json")  # of weights; between its endings may be a variant (fp16)
 LEFT = {REPORT, "README.md", ".gitattributes"}  # not true of the pruned model
 
 
 def beside(files: Files) -> list[Path]:
     """The files of a checkpoint folder that go with the weights into a pruned one: config, tokenizer and the like.
 
-    An index of weights that are not those of the model would be one of files that are not there.
+    An index of weights that are not those of the model would be one of files that are not there, whatever their format.
     """
 
     def goes(file: Path) -> bool:
-        index = file.name.endswith(".safetensors.index.json") and file != files.weights
+        index = INDEX.fullmatch(file.name) and file != files.weights
         return file.is_file() and file.name not in LEFT and file.suffix not in WEIGHTS and not index
 
     there = [*files.folder.iterdir(), *files.folder.glob(TEMPLATES)]
