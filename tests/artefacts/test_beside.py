@@ -1,10 +1,11 @@
 """What goes with the weights into every kind of output, of a folder here and of a repository on the Hub."""
 
+import json
 import shutil
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 import local_hub
 import uniprune
@@ -82,3 +83,48 @@ def test_only_the_index_of_the_models_weights_goes(source, tmp_path):
     assert files.weights.name == "model.safetensors.index.json"
     assert files.weights.name in there
     assert not there & {*others, "pytorch_model-00001-of-00002.bin"}
+
+
+TERMS = ["LICENSE", "LICENSE-MODEL", "LICENCE.txt", "NOTICE", "Notice", "COPYING", "USE_POLICY.md"]
+
+
+def test_licences_and_notices_are_downloaded(source, real_hub, tmp_path):
+    terms = {name: name.encode() for name in TERMS}
+    real_hub.add("owner/name", local_hub.files_of(source) | terms | {"LICENSES/a.txt": b"", "tensorboard": b""})
+    (tmp_path / "out").mkdir()
+    copy_beside(resolve("owner/name").files, tmp_path / "out")
+    assert {name: (tmp_path / "out" / name).read_bytes() for name in TERMS} == terms
+    assert not {"LICENSES", "tensorboard"} & {path.name for path in resolve("owner/name").folder.iterdir()}
+
+
+def change(file, **settings):
+    file.write_text(json.dumps(json.loads(file.read_bytes()) | settings))
+
+
+def test_outputs_name_no_code_that_is_not_there(source, real_hub, tmp_path):
+    """transformers would take a model's own class where it is told to trust its code, and not find it."""
+    named = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model", "AutoModel": "owner/code--own.Model"}
+    change(source / "config.json", auto_map=named)
+    change(source / "tokenizer_config.json", auto_map={"AutoTokenizer": ["own.Tokenizer", None]}, é=1e-5)
+    (source / "own.py").write_text("raise SystemExit")
+    real_hub.add("owner/name", source)
+    outs = {"here": Files(source), "hub": resolve("owner/name").files}
+    for name, files in outs.items():
+        (tmp_path / name).mkdir()
+        copy_beside(files, tmp_path / name)
+    for file in ("config.json", "tokenizer_config.json", "own.py"):
+        assert (tmp_path / "here" / file).read_bytes() == (source / file).read_bytes()
+    names = ("config.json", "tokenizer_config.json")
+    config, tokenizer = (json.loads((tmp_path / "hub" / name).read_bytes()) for name in names)
+    before = json.loads((source / "tokenizer_config.json").read_bytes())
+    assert config["auto_map"] == {"AutoModel": "owner/code--own.Model"}
+    assert type(AutoConfig.from_pretrained(tmp_path / "hub", trust_remote_code=True)).__name__ == "LlamaConfig"
+    assert tokenizer == {name: value for name, value in before.items() if name != "auto_map"}
+
+
+@pytest.mark.parametrize("text", ['{"auto_map": {"A": 1, "B": [null]}}', '{"auto_map": []}', "[]", "{", '{"a":1}'])
+def test_settings_that_name_no_code_are_as_they_were(source, tmp_path, text):
+    (source / "processor_config.json").write_text(text)
+    (tmp_path / "out").mkdir()
+    copy_beside(Files(source), tmp_path / "out")
+    assert (tmp_path / "out" / "processor_config.json").read_text() == text

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 from uniprune.checkpoints.checkpoint import Files
 from uniprune.checkpoints.origin import TEMPLATES
+from uniprune.storage import strict_json
 from uniprune.storage.files import REPORT
 
 WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ot"}
@@ -30,10 +33,45 @@ def beside(files: Files) -> list[Path]:
 
 
 def copy_beside(files: Files, folder: Path, index: bool = True) -> None:
-    """Copies these files into an existing folder; index: also that of the weights, if there is one."""
+    """Copies these files into an existing folder; index: also that of the weights, if there is one.
+
+    They are as they were, but for settings that name code which is not among them.
+    """
     for file in beside(files):
         if index or file != files.weights:
             target = folder / file.relative_to(files.folder)
             target.parent.mkdir(exist_ok=True)
             shutil.copyfile(file, target)
             target.chmod(0o644)
+    for file in folder.glob("*config.json"):
+        _drop_absent_code(file)
+
+
+def _drop_absent_code(file: Path) -> None:
+    """Takes out of settings the classes whose code is not beside them: told to trust it, transformers would not find it.
+
+    Of a model on the Hub no code is downloaded. Code that lies in a repository (``owner/name--file.Class``) stays named.
+    """
+    try:
+        settings = strict_json.parse(file.read_bytes())
+    except ValueError:  # whoever needs them says what is wrong with them
+        return
+    named = settings.get("auto_map")
+    if not isinstance(named, dict):
+        return
+    there = {kind: classes for kind, classes in named.items() if all(_is_there(file.parent, one) for one in _listed(classes))}
+    if there != named:
+        settings |= {"auto_map": there}
+        if not there:
+            del settings["auto_map"]
+        file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def _listed(classes: Any) -> list[Any]:
+    """A class, or those of a slow and a fast tokenizer."""
+    return classes if isinstance(classes, list) else [classes]
+
+
+def _is_there(folder: Path, name: Any) -> bool:
+    """Whether there may be code of a class; a tokenizer has None in the place of one that it has not."""
+    return not isinstance(name, str) or "--" in name or (folder / f"{name.partition('.')[0]}.py").is_file()

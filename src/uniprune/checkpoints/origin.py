@@ -22,7 +22,8 @@ from uniprune.storage import strict_json
 from uniprune.storage.dtypes import PLAIN
 from uniprune.storage.files import path_of
 
-BESIDE = ("README.md", "*.json", "*.model", "*.txt", "*.jinja")  # what goes with weights: no pickle, no code
+# What goes with weights: no pickle, no code. Licences may ask that they do, and terms of use (*.md).
+BESIDE = ("*.json", "*.model", "*.tiktoken", "*.txt", "*.jinja", "*.md", "LICEN[CS]E*", "NOTICE*", "Notice*", "COPYING*")
 TEMPLATES = "additional_chat_templates/*.jinja"  # chat templates with a name, in a folder of their own
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 SHOWN = 5  # names in a message
