@@ -545,6 +545,18 @@ def test_plain_masks_come_back(made, tmp_path, given):
         mask_conversion.export_masks(path, plain)
 
 
+def test_folders_are_no_masks_files(made):
+    _, path, pruned, _ = made
+    (pruned / "pruning").mkdir(exist_ok=True)
+    inside = pruned / "pruning" / "masks.safetensors"
+    inside.unlink(missing_ok=True)
+    with pytest.raises(InputError, match=f"masks file {pruned} is a folder; give a file"):
+        mask_tools.stats(pruned)
+    shutil.copyfile(path, inside)
+    with pytest.raises(InputError, match=f"masks file {pruned} is a folder; give {inside}"):
+        mask_tools.verify(pruned)
+
+
 def test_keys_are_the_checkpoints(gpt2, tmp_path):
     """The hub's GPT-2 stores its keys without their first part."""
     bare, path, plain = tmp_path / "bare", tmp_path / "m.safetensors", tmp_path / "plain.safetensors"
