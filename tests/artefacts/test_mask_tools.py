@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import uniprune
 from conftest import tiny_model, write_gguf
 from uniprune.artefacts import mask_conversion, mask_tools, writer
 from uniprune.artefacts import masks as masks_file
@@ -503,6 +504,11 @@ def test_dense_models_need_not_be_safetensors(folder, tokenizer, tmp_path):
     cut(folder, NM(2, 4), path, pruned)
     gguf = write_gguf(loading.load(folder).model, tokenizer, tmp_path / "gguf" / "model.gguf")
     assert "model" in mask_tools.verify(path, gguf, dtype="bfloat16")["checked"]
+    other = r"was made with weights in bfloat16, .*model.gguf was read in float32; give --dtype bfloat16"
+    with pytest.raises(MismatchError, match=other):
+        mask_tools.verify(path, gguf, dtype="float32")
+    with pytest.raises(MismatchError, match=other):
+        uniprune.apply(gguf, path, tmp_path / "applied")
     mask_conversion.from_checkpoint(pruned, gguf, tmp_path / "out.safetensors", dtype="bfloat16")
     assert same_masks(path, tmp_path / "out.safetensors")
 
