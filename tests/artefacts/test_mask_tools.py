@@ -509,6 +509,9 @@ def test_dense_models_need_not_be_safetensors(folder, tokenizer, tmp_path):
         mask_tools.verify(path, gguf, dtype="float32")
     with pytest.raises(MismatchError, match=other):
         uniprune.apply(gguf, path, tmp_path / "applied")
+    with pytest.raises(MismatchError, match="other kept weights"):
+        mask_conversion.import_masks(gguf.rename(gguf.with_suffix(".GGUF")), folder, tmp_path / "imported.safetensors")
+    gguf.with_suffix(".GGUF").rename(gguf)
     mask_conversion.from_checkpoint(pruned, gguf, tmp_path / "out.safetensors", dtype="bfloat16")
     assert same_masks(path, tmp_path / "out.safetensors")
 
@@ -549,6 +552,16 @@ def test_plain_masks_come_back(made, tmp_path, given):
     assert same_masks(path, out)
     with pytest.raises(InputError, match="exists"):
         mask_conversion.export_masks(path, plain)
+
+
+def test_a_pruned_checkpoint_of_the_hub_is_taken(folder, tmp_path, real_hub):
+    path, pruned, out = tmp_path / "m.safetensors", tmp_path / "pruned", tmp_path / "out.safetensors"
+    cut(folder, NM(2, 4), path, pruned)
+    real_hub.add("owner/pruned", pruned)
+    assert mask_conversion.import_masks("owner/pruned", folder, out)["pattern"] == "zeros of owner/pruned"
+    assert same_masks(path, out)
+    with pytest.raises(InputError, match="there is no such file"):
+        mask_conversion.import_masks("masks/missing.npz", folder, tmp_path / "other.safetensors")
 
 
 def test_folders_are_no_masks_files(made):

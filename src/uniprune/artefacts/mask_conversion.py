@@ -10,24 +10,31 @@ from torch import Tensor
 
 from uniprune.artefacts.mask_formats import FORMATS, ExportFacts, Foreign, marked, write
 from uniprune.artefacts.mask_tools import KERNELS, Array, CheckedMasks, Dense, Record, Source, _find_weights, _kept_per
+from uniprune.checkpoints import hub
 from uniprune.checkpoints.checkpoint import Files
+from uniprune.checkpoints.origin import resolve
 from uniprune.checkpoints.protocol import Checkpoint
 from uniprune.errors import InputError, MismatchError
 from uniprune.models.matrices import Matrix
-from uniprune.storage.files import check_disk_space, check_output_file
+from uniprune.storage.files import check_disk_space, check_output_file, path_of
+
+ENDINGS = {end for format in FORMATS.values() for end in format.files}  # of masks in a file, which are no name on the Hub
 
 
 def import_masks(
-    source: Path, model: Source, output: Path, *, check_bits: bool = True, dtype: str | None = None, overwrite: bool = False
+    source: Source, model: Source, output: Path, *, check_bits: bool = True, dtype: str | None = None, overwrite: bool = False
 ) -> Record:
     """Writes a masks file, bound to a dense model, from another tool's masks or from a pruned checkpoint's zeros.
 
-    source: a file or folder in one of the formats of docs/masks.md, which are told apart by their keys; or the folder of a
-    pruned checkpoint. check_bits: as for :func:`from_checkpoint`. dtype: as for :func:`verify`.
+    source: a file or folder in one of the formats of docs/masks.md, which are told apart by their keys; or a pruned checkpoint:
+    a folder, a GGUF file or one on the Hub. check_bits: as for :func:`from_checkpoint`. dtype: as for :func:`verify`.
     """
-    if source.suffix == ".gguf" or (source.is_dir() and not marked(Files(source).entries)):
+    path = path_of(source)
+    if not path.exists() and path.suffix.lower() not in ENDINGS and hub.parse(str(source)) is not None:
+        path = resolve(source).path
+    if path.suffix.lower() == ".gguf" or (path.is_dir() and not marked(Files(path).entries)):
         return from_checkpoint(source, model, output, check_bits=check_bits, dtype=dtype, overwrite=overwrite)
-    return from_foreign(source, model, output, dtype=dtype, overwrite=overwrite)
+    return from_foreign(path, model, output, dtype=dtype, overwrite=overwrite)
 
 
 def from_checkpoint(
@@ -39,7 +46,7 @@ def from_checkpoint(
     bitwise the dense model's; turn it off for one that was tuned after pruning. dtype: as for :func:`verify`.
     Raises InputError, or MismatchError naming the first matrix that is not the model's.
     """
-    check_output_file(output, overwrite, Path(pruned), Path(model))
+    check_output_file(output, overwrite, path_of(pruned), Path(model))
     dense = Dense(model, dtype)
     shapes = {name: dense.checkpoint.region(name).shape for name in dense.matrices}
     weights = _find_weights(pruned, shapes, dtype)
