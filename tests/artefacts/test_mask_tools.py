@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import uniprune
 from conftest import tiny_model, write_gguf
+from small_models import tiny
 from uniprune.artefacts import mask_conversion, mask_tools, writer
 from uniprune.artefacts import masks as masks_file
 from uniprune.artefacts.binding import Binding
@@ -552,6 +553,27 @@ def test_plain_masks_come_back(made, tmp_path, given):
     assert same_masks(path, out)
     with pytest.raises(InputError, match="exists"):
         mask_conversion.export_masks(path, plain)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_a_stack_of_experts_has_one_mask(tmp_path, family):
+    """Under its own key, in its own shape; gpt-oss stores each matrix transposed."""
+    dense, path, plain = tmp_path / "model", tmp_path / "m.safetensors", tmp_path / "plain.safetensors"
+    tiny(family).save_pretrained(dense, save_original_format=False)
+    cut(dense, NM(2, 4), path, tmp_path / "pruned")
+    before, after = (load_file(folder / "model.safetensors") for folder in (dense, tmp_path / "pruned"))
+    masks = {key: after[key] != 0 for key, weight in before.items() if not torch.equal(weight, after[key])}
+    assert any(mask.ndim == 3 for mask in masks.values())
+    save_file(masks, plain)
+    assert mask_conversion.import_masks(plain, dense, tmp_path / "out.safetensors")["pattern"] == "2:4"
+    assert same_masks(path, tmp_path / "out.safetensors")
+    stack = next(key for key, mask in masks.items() if mask.ndim == 3)
+    save_file({stack: masks[stack], f"{stack}.1.weight": torch.ones(masks[stack].shape[1:])}, plain)
+    with pytest.raises(InputError, match=f"a mask of {stack}, which removes weights"):
+        mask_conversion.import_masks(plain, dense, tmp_path / "other.safetensors")
+    save_file({stack: masks[stack][:, :1].contiguous()}, plain)
+    with pytest.raises(InputError, match="the weight is"):
+        mask_conversion.import_masks(plain, dense, tmp_path / "other.safetensors")
 
 
 def test_a_pruned_checkpoint_of_the_hub_is_taken(folder, tmp_path, real_hub):

@@ -298,6 +298,14 @@ class Dense:
         self.checkpoint, self.matrices = checkpoint_of(model), find_matrices(model)
         self._model = model
 
+    def shape(self, key: str) -> tuple[int, ...] | None:
+        """The shape of a tensor of the checkpoint; None if it has no such tensor."""
+        if isinstance(self.checkpoint, Files):
+            tensor = self.checkpoint.tensors.get(key)
+            return None if tensor is None else tensor.shape
+        weight = self._model.state_dict().get(key)
+        return None if weight is None else tuple(weight.shape)
+
     def alive(self, key: str) -> Array | None:
         """Which weights of a tensor of the checkpoint are not 0, in its shape; None if it has no such tensor."""
         if isinstance(self.checkpoint, Files):
