@@ -303,6 +303,13 @@ def test_pickles_make_tensors_and_nothing_else(folder, tmp_path):
     assert not sign.exists()
 
 
+def test_masks_in_the_old_format_of_torch_are_read(folder, tmp_path):
+    mask = random_mask()
+    torch.save({f"{KEY}_mask": torch.from_numpy(mask)}, tmp_path / "m.pt", _use_new_zipfile_serialization=False)
+    taken(tmp_path / "m.pt", folder, tmp_path)
+    assert np.array_equal(as_stored(tmp_path / "out.safetensors", folder)[KEY], mask)
+
+
 def test_files_that_hold_something_else_are_refused(folder, tmp_path):
     mask = torch.from_numpy(random_mask())
     sparse = {f"{KEY}_mask": mask.float().to_sparse()}

@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import uniprune
 from conftest import tiny_model, write_gguf
+from small_models import tiny
 from uniprune.artefacts import mask_conversion, mask_tools, writer
 from uniprune.artefacts import masks as masks_file
 from uniprune.artefacts.binding import Binding
@@ -503,6 +505,14 @@ def test_dense_models_need_not_be_safetensors(folder, tokenizer, tmp_path):
     cut(folder, NM(2, 4), path, pruned)
     gguf = write_gguf(loading.load(folder).model, tokenizer, tmp_path / "gguf" / "model.gguf")
     assert "model" in mask_tools.verify(path, gguf, dtype="bfloat16")["checked"]
+    other = r"was made with weights in bfloat16, .*model.gguf was read in float32; give --dtype bfloat16"
+    with pytest.raises(MismatchError, match=other):
+        mask_tools.verify(path, gguf, dtype="float32")
+    with pytest.raises(MismatchError, match=other):
+        uniprune.apply(gguf, path, tmp_path / "applied")
+    with pytest.raises(MismatchError, match="other kept weights"):
+        mask_conversion.import_masks(gguf.rename(gguf.with_suffix(".GGUF")), folder, tmp_path / "imported.safetensors")
+    gguf.with_suffix(".GGUF").rename(gguf)
     mask_conversion.from_checkpoint(pruned, gguf, tmp_path / "out.safetensors", dtype="bfloat16")
     assert same_masks(path, tmp_path / "out.safetensors")
 
@@ -543,6 +553,49 @@ def test_plain_masks_come_back(made, tmp_path, given):
     assert same_masks(path, out)
     with pytest.raises(InputError, match="exists"):
         mask_conversion.export_masks(path, plain)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_a_stack_of_experts_has_one_mask(tmp_path, family):
+    """Under its own key, in its own shape; gpt-oss stores each matrix transposed."""
+    dense, path, plain = tmp_path / "model", tmp_path / "m.safetensors", tmp_path / "plain.safetensors"
+    tiny(family).save_pretrained(dense, save_original_format=False)
+    cut(dense, NM(2, 4), path, tmp_path / "pruned")
+    before, after = (load_file(folder / "model.safetensors") for folder in (dense, tmp_path / "pruned"))
+    masks = {key: after[key] != 0 for key, weight in before.items() if not torch.equal(weight, after[key])}
+    assert any(mask.ndim == 3 for mask in masks.values())
+    save_file(masks, plain)
+    assert mask_conversion.import_masks(plain, dense, tmp_path / "out.safetensors")["pattern"] == "2:4"
+    assert same_masks(path, tmp_path / "out.safetensors")
+    stack = next(key for key, mask in masks.items() if mask.ndim == 3)
+    save_file({stack: masks[stack], f"{stack}.1.weight": torch.ones(masks[stack].shape[1:])}, plain)
+    with pytest.raises(InputError, match=f"a mask of {stack}, which removes weights"):
+        mask_conversion.import_masks(plain, dense, tmp_path / "other.safetensors")
+    save_file({stack: masks[stack][:, :1].contiguous()}, plain)
+    with pytest.raises(InputError, match="the weight is"):
+        mask_conversion.import_masks(plain, dense, tmp_path / "other.safetensors")
+
+
+def test_a_pruned_checkpoint_of_the_hub_is_taken(folder, tmp_path, real_hub):
+    path, pruned, out = tmp_path / "m.safetensors", tmp_path / "pruned", tmp_path / "out.safetensors"
+    cut(folder, NM(2, 4), path, pruned)
+    real_hub.add("owner/pruned", pruned)
+    assert mask_conversion.import_masks("owner/pruned", folder, out)["pattern"] == "zeros of owner/pruned"
+    assert same_masks(path, out)
+    with pytest.raises(InputError, match="there is no such file"):
+        mask_conversion.import_masks("masks/missing.npz", folder, tmp_path / "other.safetensors")
+
+
+def test_folders_are_no_masks_files(made):
+    _, path, pruned, _ = made
+    (pruned / "pruning").mkdir(exist_ok=True)
+    inside = pruned / "pruning" / "masks.safetensors"
+    inside.unlink(missing_ok=True)
+    with pytest.raises(InputError, match=f"masks file {pruned} is a folder; give a file"):
+        mask_tools.stats(pruned)
+    shutil.copyfile(path, inside)
+    with pytest.raises(InputError, match=f"masks file {pruned} is a folder; give {inside}"):
+        mask_tools.verify(pruned)
 
 
 def test_keys_are_the_checkpoints(gpt2, tmp_path):

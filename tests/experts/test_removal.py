@@ -17,7 +17,7 @@ from command import run
 from conftest import Stopped, Stops
 from small_models import VOCABULARY, config_of, kind_of, save, tiny
 from uniprune import InputError, Recipe
-from uniprune.artefacts.reports import ExpertRemoval
+from uniprune.artefacts.reports import ExpertRemoval, read_report
 from uniprune.checkpoints.origin import resolve
 from uniprune.data.windows import Windows, save_windows
 from uniprune.reporting import model_card
@@ -149,6 +149,9 @@ def check_files(source, out):
     index = json.loads((out / "model.safetensors.index.json").read_bytes())
     assert index["weight_map"].keys() == keys
     assert index["metadata"]["total_size"] == sum(e.stop - e.start for e in origin.files.entries.values())
+    parameters = index["metadata"].get("total_parameters")
+    before = json.loads((source / "model.safetensors.index.json").read_bytes())["metadata"].get("total_parameters")
+    assert parameters == (before and read_report(out / "pruning.json").experts.parameters)
     config = json.loads((out / "config.json").read_bytes())
     before = json.loads((source / "config.json").read_bytes())
     differing = {key for key in before if config[key] != before[key]}
@@ -467,3 +470,16 @@ def test_single_experts_that_are_quantised_by_name(tmp_path, tokens):
     (source / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match="names single experts to be quantised, whose numbers would change"):
         uniprune.plan(source, recipe(tokens))
+
+
+def test_tensors_whose_elements_share_a_byte_stay_whole(tmp_path, tokens):
+    source, out = tmp_path / "model", tmp_path / "out"
+    tiny("mixtral").save_pretrained(source)
+    codes = torch.arange(36, dtype=torch.uint8).reshape(4, 9)[:, :8].contiguous()
+    extra = {"codes": codes.view(torch.float4_e2m1fn_x2), "bytes": codes[0, :3].clone(), "wide": torch.ones(3)}
+    save_file(load_file(source / "model.safetensors") | extra, source / "model.safetensors", {"format": "pt"})
+    plan = uniprune.plan(source, recipe(tokens))
+    uniprune.prune(source, recipe(tokens), out)
+    after = load_file(out / "model.safetensors")
+    assert all(torch.equal(after[key].view(torch.uint8), tensor.view(torch.uint8)) for key, tensor in extra.items())
+    assert plan.disk == sum(tensor.nbytes for tensor in after.values())

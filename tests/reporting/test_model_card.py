@@ -11,7 +11,8 @@ import made_up
 import uniprune
 from command import run
 from uniprune import Recipe
-from uniprune.artefacts.reports import Pruning
+from uniprune.artefacts.reports import ModelFacts, Pruning
+from uniprune.checkpoints.origin import resolve
 from uniprune.reporting import model_card
 
 ASKED = ("--text", "builtin", "--windows", 2, "--length", 32)
@@ -37,6 +38,15 @@ def test_every_output_folder_has_a_card(pruned):
     assert "dense with zeros" in written.text
     recipe = written.text.partition("```yaml\n")[2].partition("```")[0]
     assert Recipe(**yaml.safe_load(recipe)).record() == json.loads((pruned / "pruning.json").read_text())["recipe"]
+
+
+@pytest.mark.parametrize("name", [".", "./", "..", "sub/.."])
+def test_a_folder_that_is_named_by_where_one_stands(folder, tmp_path, monkeypatch, name):
+    shutil.copytree(folder, tmp_path / "model")
+    (tmp_path / "model" / "sub").mkdir()
+    monkeypatch.chdir(tmp_path / "model" / ("sub" if name == ".." else ""))
+    facts = ModelFacts.of(resolve(name), "0" * 64)
+    assert (facts.name, facts.title) == ("model", "model")
 
 
 def test_a_hub_name_is_the_base_model():

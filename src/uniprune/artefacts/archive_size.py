@@ -21,7 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from uniprune.artefacts import archive, archive_codec, writer
+from uniprune.artefacts import archive, archive_codec
+from uniprune.artefacts.beside import beside
 from uniprune.checkpoints.checkpoint import Files
 from uniprune.checkpoints.origin import Origin
 from uniprune.checkpoints.protocol import Checkpoint, Stored
@@ -218,14 +219,14 @@ def _beside(source: Loaded | Origin) -> Iterator[bytes]:
     """The files beside the weights of the checkpoint that pruning a model writes."""
     origin = source if isinstance(source, Origin) else source.origin
     if origin is not None and origin.files:
-        yield from (file.read_bytes() for file in writer.beside(origin.files))
+        yield from (file.read_bytes() for file in beside(origin.files))
         return
     assert isinstance(source, Loaded)
     with tempfile.TemporaryDirectory() as name:
         for part in (source.model.config, source.tokenizer):
             if part is not None:
                 part.save_pretrained(name)  # type: ignore[operator, union-attr]
-        yield from (file.read_bytes() for file in writer.beside(Files(Path(name))))
+        yield from (file.read_bytes() for file in beside(Files(Path(name))))
 
 
 def lowest(pattern: Pattern, shapes: Mapping[str, Shape]) -> float:

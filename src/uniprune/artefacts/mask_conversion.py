@@ -2,32 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from uniprune.artefacts.mask_formats import FORMATS, ExportFacts, Foreign, marked, write
 from uniprune.artefacts.mask_tools import KERNELS, Array, CheckedMasks, Dense, Record, Source, _find_weights, _kept_per
+from uniprune.checkpoints import hub
 from uniprune.checkpoints.checkpoint import Files
+from uniprune.checkpoints.layout import Region
+from uniprune.checkpoints.origin import resolve
 from uniprune.checkpoints.protocol import Checkpoint
 from uniprune.errors import InputError, MismatchError
 from uniprune.models.matrices import Matrix
-from uniprune.storage.files import check_disk_space, check_output_file
+from uniprune.storage.files import check_disk_space, check_output_file, path_of
+
+ENDINGS = {end for format in FORMATS.values() for end in format.files}  # of masks in a file, which are no name on the Hub
 
 
 def import_masks(
-    source: Path, model: Source, output: Path, *, check_bits: bool = True, dtype: str | None = None, overwrite: bool = False
+    source: Source, model: Source, output: Path, *, check_bits: bool = True, dtype: str | None = None, overwrite: bool = False
 ) -> Record:
     """Writes a masks file, bound to a dense model, from another tool's masks or from a pruned checkpoint's zeros.
 
-    source: a file or folder in one of the formats of docs/masks.md, which are told apart by their keys; or the folder of a
-    pruned checkpoint. check_bits: as for :func:`from_checkpoint`. dtype: as for :func:`verify`.
+    source: a file or folder in one of the formats of docs/masks.md, which are told apart by their keys; or a pruned checkpoint:
+    a folder, a GGUF file or one on the Hub. check_bits: as for :func:`from_checkpoint`. dtype: as for :func:`verify`.
     """
-    if source.suffix == ".gguf" or (source.is_dir() and not marked(Files(source).entries)):
+    path = path_of(source)
+    if not path.exists() and path.suffix.lower() not in ENDINGS and hub.parse(str(source)) is not None:
+        path = resolve(source).path
+    if path.suffix.lower() == ".gguf" or (path.is_dir() and not marked(Files(path).entries)):
         return from_checkpoint(source, model, output, check_bits=check_bits, dtype=dtype, overwrite=overwrite)
-    return from_foreign(source, model, output, dtype=dtype, overwrite=overwrite)
+    return from_foreign(path, model, output, dtype=dtype, overwrite=overwrite)
 
 
 def from_checkpoint(
@@ -39,7 +49,7 @@ def from_checkpoint(
     bitwise the dense model's; turn it off for one that was tuned after pruning. dtype: as for :func:`verify`.
     Raises InputError, or MismatchError naming the first matrix that is not the model's.
     """
-    check_output_file(output, overwrite, Path(pruned), Path(model))
+    check_output_file(output, overwrite, path_of(pruned), Path(model))
     dense = Dense(model, dtype)
     shapes = {name: dense.checkpoint.region(name).shape for name in dense.matrices}
     weights = _find_weights(pruned, shapes, dtype)
@@ -64,9 +74,10 @@ def _same(pruned: Checkpoint, dense: Checkpoint, name: str, alive: Array) -> boo
 def from_foreign(source: Path, model: Source, output: Path, *, dtype: str | None = None, overwrite: bool = False) -> Record:
     """Writes a masks file, bound to a model, from another tool's masks; their pattern is N:M if they are that, exactly.
 
-    A mask is named by the checkpoint's key, and then has the shape of that tensor, or by the matrix, and then is ``[out, in]``.
-    Matrices without a mask stay dense. Masks of other weights may not remove any that is not 0 anyway. dtype: as for
-    :func:`verify`. Raises InputError naming the first mask that cannot be one.
+    A mask is named by the checkpoint's key, and then has the shape of that tensor, also of one that several matrices are parts
+    of (a stack of experts); or by the matrix, and then is ``[out, in]``. Matrices without a mask stay dense. Masks of other
+    weights may not remove any that is not 0 anyway. dtype: as for :func:`verify`. Raises InputError naming the first mask that
+    cannot be one.
     """
     check_output_file(output, overwrite, source, Path(model))
     given, dense = Foreign(source), Dense(model, dtype)
@@ -76,18 +87,20 @@ def from_foreign(source: Path, model: Source, output: Path, *, dtype: str | None
         for spelled in (name, f"{name}.weight", dense.checkpoint.key(name))
         if spelled in given
     }
+    whole = Wholes(given, dense, named)
+    names = [name for name in dense.matrices if name in named or name in whole]
     left = sorted({*given} - {*named.values()})
-    if not named:
+    if not names:
         raise InputError(f"{source} has no mask of any matrix of {model}; its keys are like {left[:3]}")
     for weight in left:
-        _check_harmless(given, weight, dense)
+        _check_harmless(given, weight, dense, whole)
 
     def masks() -> Iterator[tuple[str, Tensor]]:
-        for name, spelled in named.items():
-            yield name, _mask_of(given, spelled, dense.matrices[name])
+        for name in names:
+            yield name, _mask_of(given, named[name], dense.matrices[name]) if name in named else whole.mask(name)
 
     pattern = _pattern(masks()) or f"masks of {source.name}"
-    return {"format": given.name, **dense.write(output, list(named), masks(), pattern)}
+    return {"format": given.name, **dense.write(output, names, masks(), pattern)}
 
 
 def _mask_of(given: Foreign, spelled: str, matrix: Matrix) -> Tensor:
@@ -104,13 +117,59 @@ def _pattern(masks: Iterator[tuple[str, Tensor]]) -> str | None:
     return next((str(nm) for nm in KERNELS if nm in possible), None)
 
 
-def _check_harmless(given: Foreign, weight: str, dense: Dense) -> None:
-    """Raises InputError if a mask of what is no prunable matrix removes a weight that is not 0."""
-    alive = dense.alive(weight)
-    if alive is None or (alive & ~given.mask(weight, alive.shape).numpy()).any():
-        raise InputError(
-            f"{given.path} has a mask of {weight}, which is not among the prunable matrices of {dense.origin}; leave it out"
-        )
+class Wholes:
+    """Masks of stored tensors that prunable matrices are parts of: stacks of experts, projections stored as one.
+
+    alone: the matrices that have a mask of their own, and its key. keys: of these masks -> those of the tensors.
+    """
+
+    def __init__(self, given: Foreign, dense: Dense, alone: Mapping[str, str]) -> None:
+        self._given, self._dense, taken = given, dense, {*alone.values()}
+        self._regions: dict[str, Region] = {name: dense.checkpoint.region(name) for name in dense.matrices if name not in alone}
+        keys = {piece.key for region in self._regions.values() for piece in region.pieces}
+        spelled = {key: next((one for one in (key, f"{key}.weight") if one in given), None) for key in keys}
+        self._spelled = {key: one for key, one in spelled.items() if one and one not in taken and dense.shape(key)}
+        self.keys = {one: key for key, one in self._spelled.items()}
+        self._read = lru_cache(2)(self._mask)  # of a stack all matrices are asked for, one after the other
+
+    def __contains__(self, name: str) -> bool:
+        """Whether a matrix without a mask of its own is, at least in part, in a tensor that has one."""
+        return any(piece.key in self._spelled for piece in self._regions[name].pieces)
+
+    def mask(self, name: str) -> Tensor:
+        """The mask ``[out, in]`` of a matrix; what lies in a tensor without one is kept."""
+        region = self._regions[name]
+        keep = np.ones(region.shape, np.bool_)
+        for piece in region.pieces:
+            if piece.key in self._spelled:
+                keep[piece.box] = piece.of(self._read(piece.key))
+        mask = torch.from_numpy(keep)
+        return mask.T if self._dense.matrices[name].stored_transposed else mask
+
+    def outside(self, weight: str, shape: tuple[int, ...]) -> Array:
+        """Which elements of the tensor that a mask's key stands for, in its shape, are in no matrix that is masked by it."""
+        outside = np.ones(shape, np.bool_)
+        for region in self._regions.values():
+            for piece in region.pieces:
+                if self._spelled.get(piece.key) == weight:
+                    piece.of(outside.reshape(-1))[...] = False
+        return outside
+
+    def _mask(self, key: str) -> Array:
+        """The mask of a stored tensor, flat."""
+        mask: Array = self._given.mask(self._spelled[key], self._dense.shape(key) or ()).numpy().reshape(-1)
+        return mask
+
+
+def _check_harmless(given: Foreign, weight: str, dense: Dense, whole: Wholes) -> None:
+    """Raises InputError if a mask removes a weight that is not 0, but of the matrices that take theirs from it."""
+    key = whole.keys.get(weight)
+    alive = dense.alive(key or weight)
+    if alive is None or (alive & ~given.mask(weight, alive.shape).numpy() & whole.outside(weight, alive.shape)).any():
+        what = f"{given.path} has a mask of {weight}, which"
+        if key:
+            raise InputError(f"{what} removes weights that are not prunable, or have another mask; correct it")
+        raise InputError(f"{what} is not among the prunable matrices of {dense.origin}; leave it out")
 
 
 def export_masks(

@@ -197,8 +197,11 @@ def _itself(tensor: Tensor) -> Tensor:
 
 
 def _state(path: Path) -> dict[str, Tensor]:
-    """The tensors of a state dict that torch saved, mapped from the file; of nothing else than tensors objects are made."""
-    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    """The tensors of a state dict that torch saved; of nothing else than tensors objects are made.
+
+    They are mapped from the file, but for one in torch's old format, which has no places to map.
+    """
+    state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     while isinstance(state, dict) and (inner := next((key for key in NESTED if isinstance(state.get(key), dict)), None)):
         state = state[inner]
     if not isinstance(state, dict):

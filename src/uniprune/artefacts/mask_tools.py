@@ -20,7 +20,7 @@ from uniprune.artefacts import writer
 from uniprune.artefacts.binding import Binding
 from uniprune.artefacts.masks import MasksFacts, MasksFile, write_masks
 from uniprune.checkpoints.checkpoint import Files, checkpoint_of
-from uniprune.checkpoints.origin import resolve
+from uniprune.checkpoints.origin import Origin, resolve
 from uniprune.checkpoints.protocol import Checkpoint
 from uniprune.errors import InputError, MismatchError
 from uniprune.models import loading
@@ -29,6 +29,7 @@ from uniprune.sparsity import bits, constraints
 from uniprune.sparsity.patterns import NM, Cutter
 from uniprune.sparsity.views import View
 from uniprune.storage import safetensors_index
+from uniprune.storage.dtypes import BY_DTYPE
 from uniprune.storage.files import check_output_file
 
 KERNELS = (NM(2, 4), NM(4, 8))  # patterns that there are kernels for; they take groups with fewer, too
@@ -277,6 +278,16 @@ def _totals(parts: Sequence[Mapping[str, Any]]) -> Record:
     return sums | {"sparsity": 1 - sums["kept"] / sums["weights"], "at_most": fits}
 
 
+def check_type(file: CheckedMasks, origin: Origin, name: str, digest: str) -> None:
+    """Raises MismatchError if a model's weights differ from those of the masks by the type that a GGUF file was read in."""
+    words = {BY_DTYPE[dtype].name: word for word, dtype in loading.DTYPES.items()}
+    made, read = (words.get(text.partition(" ")[0]) for text in (file.facts.digests[name], digest))
+    if origin.files is None and made != read and made:
+        raise MismatchError(
+            f"{file.path} was made with weights in {made}, and {origin} was read in {read}; give --dtype {made}"
+        )
+
+
 class Dense:
     """The dense model that masks belong to: its matrices by structure, its weights as they are stored."""
 
@@ -286,6 +297,14 @@ class Dense:
         model = loading.skeleton(origin) if origin.files else loading.load_weights(origin, chosen, cpu)
         self.checkpoint, self.matrices = checkpoint_of(model), find_matrices(model)
         self._model = model
+
+    def shape(self, key: str) -> tuple[int, ...] | None:
+        """The shape of a tensor of the checkpoint; None if it has no such tensor."""
+        if isinstance(self.checkpoint, Files):
+            tensor = self.checkpoint.tensors.get(key)
+            return None if tensor is None else tensor.shape
+        weight = self._model.state_dict().get(key)
+        return None if weight is None else tuple(weight.shape)
 
     def alive(self, key: str) -> Array | None:
         """Which weights of a tensor of the checkpoint are not 0, in its shape; None if it has no such tensor."""
@@ -303,6 +322,7 @@ class Dense:
                 raise MismatchError(f"{file.path} was made for another model: {self.origin} has no such matrix {name}")
         for name, digest in self.checkpoint.digests(file).items():
             if digest != file.facts.digests[name]:
+                check_type(file, self.origin, name, digest)
                 raise MismatchError(f"{file.path} was made for another model: {self.origin} has other weights in {name}")
         return self
 

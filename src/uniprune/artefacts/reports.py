@@ -44,7 +44,10 @@ class ModelFacts(Facts):
             facts["dtype"] = dtype_name(next(source.model.parameters()).dtype)
         if origin and origin.repository:
             facts |= {"repository": origin.repository, "commit": origin.commit}
-        return cls(name=str(source), fingerprint=fingerprint, **facts)
+        name = str(source)
+        if Path(name).name in ("", ".."):  # "." says where somebody stood, not which model it is
+            name = Path(name).resolve().name or name
+        return cls(name=name, fingerprint=fingerprint, **facts)
 
     @property
     def title(self) -> str:

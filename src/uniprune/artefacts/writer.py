@@ -11,7 +11,6 @@ import hashlib
 import json
 import math
 import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
@@ -22,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from uniprune.artefacts.beside import copy_beside
 from uniprune.artefacts.masks import MasksFile
 from uniprune.checkpoints.checkpoint import Files
 from uniprune.checkpoints.layout import dequantised
@@ -31,15 +31,13 @@ from uniprune.checkpoints.quantised.codes import Coded
 from uniprune.errors import InputError
 from uniprune.models.loading import Loaded
 from uniprune.sparsity.bits import Array, apply_to_array, apply_to_codes, pack
-from uniprune.storage.files import FILE, REPORT, sync
+from uniprune.storage.files import FILE, sync
 from uniprune.storage.outline import Piece
 from uniprune.storage.safetensors_index import Entry
 
 MASKS = "pruning/masks.safetensors"  # not beside the weights: some runtimes load every safetensors file that lies there
-WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ot"}
 # Bytes of a shard that a thread has in memory at a time: few enough for its core's cache, and whole bytes of packed masks.
 PIECE = 256 << 10
-LEFT = {REPORT, "README.md", ".gitattributes"}  # not true of the pruned model
 
 Views = list[tuple[str, Piece]]  # parts of a stored tensor: the matrix that each is a part of, and where in both it lies
 
@@ -221,24 +219,9 @@ def _all(transfer: Callable[[Any], int | None], piece: Array) -> None:
         rest = rest[moved:]
 
 
-def beside(files: Files) -> list[Path]:
-    """The files of a checkpoint folder that go with the weights into a pruned one: config, tokenizer and the like.
-
-    An index of weights that are not those of the model would be one of files that are not there.
-    """
-
-    def goes(file: Path) -> bool:
-        index = file.name.endswith(".safetensors.index.json") and file != files.weights
-        return file.is_file() and file.name not in LEFT and file.suffix not in WEIGHTS and not index
-
-    return [file for file in sorted(files.folder.iterdir()) if goes(file)]
-
-
 def _copy_beside(files: Files, folder: Path) -> None:
     """The files beside the weights as they are, and empty files as large as the shards."""
-    for file in beside(files):
-        shutil.copyfile(file, folder / file.name)
-        (folder / file.name).chmod(FILE)
+    copy_beside(files, folder)
     for file in files.shards:
         (folder / file.name).touch()
         os.truncate(folder / file.name, file.stat().st_size)

@@ -22,7 +22,9 @@ from uniprune.storage import strict_json
 from uniprune.storage.dtypes import PLAIN
 from uniprune.storage.files import path_of
 
-BESIDE = ("README.md", "*.json", "*.model", "*.txt", "*.jinja")  # what goes with weights: no pickle, no code
+# What goes with weights: no pickle, no code. Licences may ask that they do, and terms of use (*.md).
+BESIDE = ("*.json", "*.model", "*.tiktoken", "*.txt", "*.jinja", "*.md", "LICEN[CS]E*", "NOTICE*", "Notice*", "COPYING*")
+TEMPLATES = "additional_chat_templates/*.jinja"  # chat templates with a name, in a folder of their own
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 SHOWN = 5  # names in a message
 
@@ -201,7 +203,7 @@ def _from_hub(address: Address) -> Origin:
     here = files if files is not None else [f"{inside}{file}" for file in _names(folder)]
     weights = [f"{inside}{name}" for name in _weights(folder, whole=f"{inside}{WHOLE}" in here)]
     if weights:
-        hub.download(address._replace(revision=commit or address.revision), weights)
+        hub.download(address._replace(revision=commit or address.revision), [*weights, f"{inside}{TEMPLATES}"])
     origin = Origin(str(address), folder, None, address.repository, commit)
     _check_folder(origin)
     return origin

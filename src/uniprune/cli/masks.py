@@ -37,8 +37,8 @@ class Pruned(Options):
 
 
 class Foreign(Options):
-    source: Annotated[Path, Positional()] = Field(
-        description="Masks of another tool (.npz, .safetensors, .pt, a folder), pruned checkpoint or GGUF file: docs/masks.md."
+    source: Annotated[str, Positional()] = Field(
+        description="Masks of another tool (.npz, .safetensors, .pt, a folder), or pruned model (as MODEL): docs/masks.md."
     )
     check_bits: bool = Field(default=True, description="Refuse a checkpoint whose kept weights changed.")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from uniprune.artefacts import writer
-from uniprune.artefacts.mask_tools import CheckedMasks
+from uniprune.artefacts.mask_tools import CheckedMasks, check_type
 from uniprune.artefacts.masks import MasksFile
 from uniprune.artefacts.reports import ModelFacts, Pruning, realised
 from uniprune.checkpoints.origin import Origin, resolve
@@ -58,6 +58,7 @@ def apply(
     def check(name: str, digest: str) -> None:
         found[name] = digest
         if digest != file.facts.digests[name] and not force:
+            check_type(file, origin, name, digest)
             raise MismatchError(
                 f"{masks} was made for another model ({file.facts.made_for}) than {origin}, which has other weights in {name}; "
                 "give that model, or --force"

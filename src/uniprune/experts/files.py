@@ -84,8 +84,11 @@ def stored(files: Files, tensors: Mapping[str, Taken]) -> dict[str, Taken]:
     return found
 
 
-def write(files: Files, tensors: Mapping[str, Taken], folder: Path) -> None:
-    """Writes the files of a checkpoint that has these tensors, each in the file where its key was; and their index."""
+def write(files: Files, tensors: Mapping[str, Taken], folder: Path, parameters: int) -> None:
+    """Writes the files of a checkpoint that has these tensors, each in the file where its key was; and their index.
+
+    parameters: how many the model then has, which an index may say.
+    """
     shards: dict[Path, list[str]] = {}
     for key in tensors:
         shards.setdefault(files.entries[key].file, []).append(key)
@@ -101,8 +104,9 @@ def write(files: Files, tensors: Mapping[str, Taken], folder: Path) -> None:
     if files.weights is not None and files.weights.suffix == ".json":
         index = strict_json.parse(files.weights.read_bytes())
         index["weight_map"] = {key: files.entries[key].file.name for key in tensors}
-        if isinstance(index.get("metadata"), dict) and "total_size" in index["metadata"]:
-            index["metadata"]["total_size"] = size(files, tensors)
+        totals = {"total_size": size(files, tensors), "total_parameters": parameters}
+        if isinstance(about := index.get("metadata"), dict):
+            about |= {name: total for name, total in totals.items() if name in about}
         (folder / files.weights.name).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
@@ -112,15 +116,17 @@ def size(files: Files, tensors: Mapping[str, Taken]) -> int:
 
 
 def _width(entry: Entry) -> int:
-    """Bytes of an element."""
+    """Whole bytes of an element: 0 of types that share bytes (F4), which may begin anywhere."""
     return (entry.stop - entry.start) // max(1, math.prod(entry.shape))
 
 
 def _outline(files: Files, taken: Taken) -> tuple[str, Shape, int]:
     """Type, shape and bytes of a tensor."""
     entry = files.entries[taken.key]
-    shape = taken.shape(entry.shape)
-    return entry.dtype, shape, _width(entry) * math.prod(shape)
+    nbytes = entry.stop - entry.start
+    if taken.numbers is not None:
+        nbytes = nbytes * len(taken.numbers) // entry.shape[taken.axis]
+    return entry.dtype, taken.shape(entry.shape), nbytes
 
 
 def _parts(files: Files, taken: Taken) -> Iterator[np.ndarray[Any, Any]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from uniprune.artefacts import writer
+from uniprune.artefacts.beside import copy_beside
 from uniprune.artefacts.reports import ExpertCounts, ExpertLayer
 from uniprune.checkpoints.checkpoint import Files, checkpoint_of
 from uniprune.checkpoints.origin import resolve
@@ -29,7 +28,6 @@ from uniprune.models.matrices import Matrices, find_matrices
 from uniprune.saliency.metrics import REAP
 from uniprune.sparsity.patterns import Unstructured
 from uniprune.storage import strict_json
-from uniprune.storage.files import FILE
 from uniprune.storage.runs import Run
 
 Layers = Mapping[str, ExpertLayer]
@@ -84,10 +82,8 @@ class Removal:
         """Writes the checkpoint with the experts that are kept into an empty folder."""
         located = self.files.layout(self.job.loaded.model).located
         kept = {layer: one.kept for layer, one in layers.items()}
-        for file in writer.beside(self.files):
-            shutil.copyfile(file, folder / file.name)
-            (folder / file.name).chmod(FILE)
-        expert_files.write(self.files, self.less.tensors(self.files, located, kept), folder)
+        copy_beside(self.files, folder)
+        expert_files.write(self.files, self.less.tensors(self.files, located, kept), folder, self.counts.parameters)
         config = folder / "config.json"
         settings = self.less.configure(strict_json.parse(config.read_bytes()))
         config.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from uniprune.artefacts import reports, writer
+from uniprune.artefacts.beside import copy_beside
 from uniprune.artefacts.reports import ModelFacts
 from uniprune.checkpoints.checkpoint import PACKED, Files
 from uniprune.checkpoints.origin import Origin, resolve
@@ -203,9 +203,7 @@ def pack(folder: str | Path, output: Path, *, overwrite: bool = False, progress:
     with files.new_folder(output) as temporary:
         with watch("write"):
             _write(temporary / PACKED, tensors, facts, progress)
-            for file in writer.beside(checkpoint):
-                if file != checkpoint.weights:  # an index of files that will not be there
-                    shutil.copyfile(file, temporary / file.name)
+            copy_beside(checkpoint, temporary, index=False)  # of files that will not be there
         report = Packing(
             source=source,
             packed=len(packed),

@@ -84,6 +84,10 @@ def open_tensors(path: Path, kind: type[Kind]) -> Iterator[tuple[Any, Kind]]:
 
     Raises InputError if the file is missing, not ours, of another kind, of a later format or damaged.
     """
+    if path.is_dir():
+        inside = path / "pruning" / f"{kind.kind_name()}.safetensors"  # where a pruned checkpoint has its masks
+        remedy = inside if inside.is_file() else "a file"
+        raise InputError(f"{kind.kind_name()} file {path} is a folder; give {remedy}")
     if not path.is_file():
         raise InputError(f"{kind.kind_name()} file {path} does not exist")
     try:

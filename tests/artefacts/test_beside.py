@@ -1,0 +1,130 @@
+"""What goes with the weights into every kind of output, of a folder here and of a repository on the Hub."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoTokenizer
+
+import local_hub
+import uniprune
+from small_models import tiny
+from uniprune import Recipe
+from uniprune.artefacts import archive
+from uniprune.artefacts.beside import copy_beside
+from uniprune.checkpoints.checkpoint import Files
+from uniprune.checkpoints.origin import resolve
+from uniprune.data.windows import Windows, save_windows
+from uniprune.runtime import layout
+
+NAMED = {"default": "{{ messages }}", "rag": "{{ documents }}", "tool_use": "{{ tools }}"}
+
+
+@pytest.fixture
+def source(folder, tmp_path):
+    """A model with chat templates that have names."""
+    shutil.copytree(folder, tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = NAMED
+    tokenizer.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def tokens(tmp_path):
+    file = tmp_path / "tokens.safetensors"
+    save_windows(Windows(torch.arange(32).reshape(2, 16), "made up", 2, "none"), file)
+    return str(file)
+
+
+def templates(folder):
+    return AutoTokenizer.from_pretrained(folder).chat_template
+
+
+@pytest.mark.usefixtures("compiled")
+def test_chat_templates_with_names_go_into_every_output(source, tokens, tmp_path):
+    assert templates(source) == NAMED
+    recipe, out = Recipe(sparsity="2:4", metric="magnitude", controller="none", text=tokens), tmp_path / "pruned"
+    uniprune.prune(source, recipe, out)
+    uniprune.apply(source, out / "pruning" / "masks.safetensors", tmp_path / "applied")
+    uniprune.permute(source, recipe, tmp_path / "permuted")
+    layout.pack(out, tmp_path / "runtime")
+    archive.pack(out, tmp_path / "a.upz")
+    archive.unpack(tmp_path / "a.upz", tmp_path / "unpacked")
+    for name in ("pruned", "applied", "permuted", "runtime", "unpacked"):
+        assert templates(tmp_path / name) == NAMED, name
+
+
+def test_chat_templates_with_names_go_with_experts(source, tokens, tmp_path):
+    for file in source.glob("model*.safetensors*"):
+        file.unlink()
+    tiny("mixtral").save_pretrained(source)
+    uniprune.prune(source, Recipe(experts=0.5, metric="reap", text=tokens), tmp_path / "out")
+    assert templates(tmp_path / "out") == NAMED
+
+
+def test_chat_templates_with_names_are_downloaded(source, real_hub):
+    files = local_hub.files_of(source)
+    real_hub.add("owner/chat", files | {"additional_chat_templates/run.py": b"", "other/x.jinja": b""})
+    assert templates(resolve("owner/chat").folder) == NAMED
+    assert local_hub.files_of(resolve("owner/chat").folder) == files
+    real_hub.add("owner/steps", {f"last/{name}": data for name, data in files.items()})
+    assert templates(resolve("owner/steps/last").folder) == NAMED
+
+
+def test_only_the_index_of_the_models_weights_goes(source, tmp_path):
+    others = ["pytorch_model.bin.index.json", "model.safetensors.index.fp16.json", "flax_model.msgpack.index.json"]
+    for name in (*others, "pytorch_model-00001-of-00002.bin"):
+        (source / name).write_text("{}")
+    files = Files(source)
+    copy_beside(files, tmp_path)
+    there = {file.name for file in tmp_path.glob("*")}
+    assert files.weights.name == "model.safetensors.index.json"
+    assert files.weights.name in there
+    assert not there & {*others, "pytorch_model-00001-of-00002.bin"}
+
+
+TERMS = ["LICENSE", "LICENSE-MODEL", "LICENCE.txt", "NOTICE", "Notice", "COPYING", "USE_POLICY.md"]
+
+
+def test_licences_and_notices_are_downloaded(source, real_hub, tmp_path):
+    terms = {name: name.encode() for name in TERMS}
+    real_hub.add("owner/name", local_hub.files_of(source) | terms | {"LICENSES/a.txt": b"", "tensorboard": b""})
+    (tmp_path / "out").mkdir()
+    copy_beside(resolve("owner/name").files, tmp_path / "out")
+    assert {name: (tmp_path / "out" / name).read_bytes() for name in TERMS} == terms
+    assert not {"LICENSES", "tensorboard"} & {path.name for path in resolve("owner/name").folder.iterdir()}
+
+
+def change(file, **settings):
+    file.write_text(json.dumps(json.loads(file.read_bytes()) | settings))
+
+
+def test_outputs_name_no_code_that_is_not_there(source, real_hub, tmp_path):
+    """transformers would take a model's own class where it is told to trust its code, and not find it."""
+    named = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model", "AutoModel": "owner/code--own.Model"}
+    change(source / "config.json", auto_map=named)
+    change(source / "tokenizer_config.json", auto_map={"AutoTokenizer": ["own.Tokenizer", None]}, é=1e-5)
+    (source / "own.py").write_text("raise SystemExit")
+    real_hub.add("owner/name", source)
+    outs = {"here": Files(source), "hub": resolve("owner/name").files}
+    for name, files in outs.items():
+        (tmp_path / name).mkdir()
+        copy_beside(files, tmp_path / name)
+    for file in ("config.json", "tokenizer_config.json", "own.py"):
+        assert (tmp_path / "here" / file).read_bytes() == (source / file).read_bytes()
+    names = ("config.json", "tokenizer_config.json")
+    config, tokenizer = (json.loads((tmp_path / "hub" / name).read_bytes()) for name in names)
+    before = json.loads((source / "tokenizer_config.json").read_bytes())
+    assert config["auto_map"] == {"AutoModel": "owner/code--own.Model"}
+    assert type(AutoConfig.from_pretrained(tmp_path / "hub", trust_remote_code=True)).__name__ == "LlamaConfig"
+    assert tokenizer == {name: value for name, value in before.items() if name != "auto_map"}
+
+
+@pytest.mark.parametrize("text", ['{"auto_map": {"A": 1, "B": [null]}}', '{"auto_map": []}', "[]", "{", '{"a":1}'])
+def test_settings_that_name_no_code_are_as_they_were(source, tmp_path, text):
+    (source / "processor_config.json").write_text(text)
+    (tmp_path / "out").mkdir()
+    copy_beside(Files(source), tmp_path / "out")
+    assert (tmp_path / "out" / "processor_config.json").read_text() == text
