@@ -167,6 +167,8 @@ def test_a_field_is_for_those_texts_that_have_fields(loaded, tmp_path):
     (tmp_path / "plain.txt").write_text("Plain text. " * 400)
     windows = windows_of(loaded, [str(tmp_path / "rows.jsonl"), str(tmp_path / "plain.txt")], windows=4, field="body")
     assert windows.describe().sources.keys() == {"rows.jsonl", "plain.txt"}
+    with pytest.raises(InputError, match="--split train: none of the texts has splits"):
+        windows_of(loaded, [str(tmp_path / "rows.jsonl"), str(tmp_path / "plain.txt")], windows=4, split="train")
 
 
 @pytest.mark.parametrize(

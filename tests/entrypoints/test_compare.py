@@ -2,6 +2,7 @@
 
 import json
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -314,6 +315,13 @@ def test_a_method_that_cannot_prune_the_model_stops_no_other(tokenizer, tmp_path
             ("magnitude", "2:4"),
         ]
     assert "method sparsegpt at 2:4: " in caplog.text
+
+
+def test_a_table_is_gone_on_with_in_its_own_folder(folder, tmp_path, monkeypatch):
+    asked = {"methods": ("magnitude",), **SMALL}
+    compare(str(folder), tmp_path / "table", sparsities=("0.5",), **asked)
+    monkeypatch.chdir(tmp_path / "table")
+    assert len(compare(str(folder), Path(), sparsities=("0.5", "2:4"), resume=True, **asked).rows) == 3
 
 
 def test_tasks_and_methods_of_one_file_name_are_told_apart(folder, tmp_path, ours):

@@ -374,6 +374,8 @@ def test_inference_mode_is_no_hindrance_unless_the_model_was_made_in_it(tokenize
     model = tiny_model()
     with torch.inference_mode():
         assert uniprune.prune_in_place(Loaded(model, tokenizer), recipe).sparsity == 0.5
-        made_in_it = tiny_model()
+        made_in_it = tiny_model().requires_grad_()
+    local = {"sparsity": "2:4", "metric": "magnitude", "controller": "none", "windows": 2, "length": 32}
+    assert uniprune.prune_in_place(Loaded(made_in_it, tokenizer), Recipe(**local)).sparsity == 0.5
     with pytest.raises(InputError, match=r"made in torch\.inference_mode and cannot be differentiated"):
         uniprune.prune_in_place(Loaded(made_in_it, tokenizer), recipe)

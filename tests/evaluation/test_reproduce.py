@@ -8,6 +8,7 @@ import torch
 import uniprune
 from command import run
 from conftest import tiny_model
+from task_rows import ROWS
 from uniprune import Recipe
 from uniprune.evaluation.reproduce import differences, weights_sha256
 
@@ -35,6 +36,17 @@ def test_a_result_is_reproduced_to_the_last_bit(capsys, monkeypatch, result):
     assert found["reproduced"]
     assert found["same_machine"]
     assert found["differences"] == []
+
+
+def test_results_of_tasks_may_say_how_a_text_would_have_been_read(capsys, monkeypatch, folder, tmp_path):
+    """Earlier versions recorded such settings and made nothing of them."""
+    (tmp_path / "arc.jsonl").write_text(json.dumps(ROWS["arc"]) + "\n")
+    path = tmp_path / "result.json"
+    assert run(capsys, monkeypatch, "evaluate", folder, "--tasks", tmp_path / "arc.jsonl", "-o", path)[0] == 0
+    result = json.loads(path.read_text())
+    result["protocol"]["request"] |= {"length": 64, "windows": 2}
+    path.write_text(json.dumps(result))
+    assert run(capsys, monkeypatch, "evaluate", "--check", path)[0] == 0
 
 
 def test_another_processor_is_a_machine_of_another_kind(capsys, monkeypatch, result):

@@ -7,6 +7,7 @@ import torch
 
 from conftest import tiny_model
 from uniprune import InputError, Loaded, evaluate
+from uniprune.common.significance import ratio_error
 from uniprune.data.text import Text
 from uniprune.evaluation import perplexity
 from uniprune.evaluation.perplexity import load_documents
@@ -38,6 +39,11 @@ def test_every_token_once_with_as_much_before_it_as_fits(documents):
     assert spelled(pages) == [("^^abcdefg", 8), ("^^hi j", 5), ("^^", 1)]
     assert pages.second_bos
     assert load_documents(documents, Letters(), length=9, count=1).documents == 1
+
+
+def test_a_document_without_tokens_tells_nothing_of_the_error():
+    assert ratio_error([5.0, 0.0], [10, 0]) is None
+    assert ratio_error([5.0, 0.0, 8.0], [10, 0, 20]) == pytest.approx(ratio_error([5.0, 8.0], [10, 20]))
 
 
 def test_rows_without_text_are_counted(tmp_path, caplog):

@@ -551,6 +551,8 @@ def test_plots_take_their_colours_from_the_page():
         ("org/name", "other/name", False),
         ("name", "org/name", False),
         (None, "org/name", False),
+        (".", "/a/m/model", False),
+        ("..", "/a/m/model", False),
     ],
 )
 def test_a_model_is_its_path(one, other, same):

@@ -160,6 +160,17 @@ def test_what_a_model_does_not_see_is_not_shared(build):
         check(model, asked)
 
 
+def test_few_shot_questions_are_not_all_read_twice(monkeypatch):
+    """Of those that share a row a few are checked, not all."""
+    shared, read, whole = list(range(100)), [], scoring._whole
+    asked = [[Tokens([*shared, 200 + number, *range(5), letter], 1) for letter in range(4)] for number in range(20)]
+    monkeypatch.setattr(
+        scoring, "_whole", lambda *given: (read.extend(index for row in given[2] for index in row), whole(*given))[1]
+    )
+    score(tiny_model(), asked)
+    assert 1 <= len(read) <= 5
+
+
 @pytest.mark.parametrize("build", [short_sighted, near_sighted])
 def test_questions_within_the_window_are_read_as_tries(monkeypatch, build):
     torch.manual_seed(0)

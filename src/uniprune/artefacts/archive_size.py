@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from uniprune.artefacts import archive, archive_codec
-from uniprune.artefacts.beside import beside
+from uniprune.checkpoints.beside import beside
 from uniprune.checkpoints.checkpoint import Files
 from uniprune.checkpoints.origin import Origin
 from uniprune.checkpoints.protocol import Checkpoint, Stored

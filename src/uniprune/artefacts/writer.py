@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from uniprune.artefacts.beside import copy_beside
 from uniprune.artefacts.masks import MasksFile
+from uniprune.checkpoints.beside import copy_beside
 from uniprune.checkpoints.checkpoint import Files
 from uniprune.checkpoints.layout import dequantised
 from uniprune.checkpoints.origin import Origin

@@ -80,6 +80,7 @@ def evaluate(
     from uniprune.entrypoints.evaluate import check, evaluate
     from uniprune.evaluation.results import Check, Evaluation
     from uniprune.storage.files import check_beside, check_output_file, path_of
+    from uniprune.tasks.catalogue import listed
 
     result_file = comparison.check
     if result_file and request.given():
@@ -90,7 +91,7 @@ def evaluate(
     if name is None and not result_file:
         raise InputError("the argument MODEL is missing; it can be left out with --check only, whose RESULT names it")
     if target.output:
-        others = [path_of(each) for each in (*request.tasks, request.masks) if each]
+        others = [path_of(each) for each in (*request.tasks, request.masks) if each and not listed(each)]
         inputs = [result_file] if result_file else [*files_of(request.text_source), *filter(Path.exists, others)]
         check_output_file(target.output, run.overwrite, *inputs, suffix=".json")
         folders = [path_of(each) for each in (name, comparison.against) if each]

@@ -21,9 +21,9 @@ def ratio_error(totals: Sequence[float], sizes: Sequence[int]) -> float | None:
     The ratio estimator (Cochran, Sampling Techniques, chapter 6): a large part tells more than a small one. Where all are of
     one size this is the standard error of the mean.
     """
-    if len(totals) < 2:
+    whole, count = sum(sizes), sum(size > 0 for size in sizes)
+    if count < 2:
         return None
-    whole, count = sum(sizes), len(totals)
     ratio = math.fsum(totals) / whole
     squares = math.fsum((total - ratio * size) ** 2 for total, size in zip(totals, sizes, strict=True))
     return math.sqrt(squares * count / (count - 1)) / whole

@@ -53,6 +53,14 @@ class Source:
         return Text(self.text, field, split)
 
 
+def check_asked(sources: Sequence[Source], field: str | None, split: str | None) -> None:
+    """Raises InputError for a field or a split that is for none of several texts."""
+    found = [source.reading(field, split, alone=False) for source in sources]
+    for flag, given in (("field", field), ("split", split)):
+        if given is not None and not any(getattr(text, flag) for text in found):
+            raise InputError(f"--{flag} {given}: none of the texts has {flag}s; leave it out")
+
+
 def parse(texts: str | Sequence[str]) -> list[Source]:
     """The sources of one text or of several. Raises InputError for shares and names that do not go together.
 

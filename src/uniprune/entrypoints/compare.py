@@ -71,12 +71,13 @@ def compare(
     wanted = ComparisonRequest.of(**request)
     trials = asked(wanted)
     inputs = [*files_of(wanted.text), *files_of(wanted.eval_text)]
-    files.check_output_folder(output, overwrite or resume, inputs=inputs, mark=COMPARISON)  # before anything is fetched
+    fresh = not (resume and (output / COMPARISON).is_file())
+    files.check_output_folder(output, overwrite or resume, inputs=inputs, mark=COMPARISON, replaced=fresh)
     earlier = _earlier(output, resume)
     _check_same(output, earlier, {"settings": wanted.protocol})
     subject = Subject(source)
     origin = source.origin if isinstance(source, Loaded) else resolve(source)
-    files.check_output_folder(output, overwrite or resume, origin.path if origin else None, mark=COMPARISON)
+    files.check_output_folder(output, overwrite or resume, origin.path if origin else None, mark=COMPARISON, replaced=fresh)
     questions = _questions(wanted, subject)
     trials = _fitted(trials, wanted, source if isinstance(source, Loaded) else origin)  # type: ignore[arg-type]
     job = _job(source, trials, device, progress)

@@ -108,6 +108,7 @@ class Subject:
             )
         if len(several) == 1:
             return self._windows(several[0].text, asked)
+        sources.check_asked(several, asked.field, asked.split)
         length = sources.common_length(several, asked.length, min(2048, self.context))
 
         def load(source: sources.Source) -> Windows:

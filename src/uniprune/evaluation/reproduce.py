@@ -15,7 +15,7 @@ from torch import nn
 
 from uniprune.common.provenance import processor
 from uniprune.errors import InputError
-from uniprune.evaluation.request import EvaluationRequest
+from uniprune.evaluation.request import READS, EvaluationRequest
 from uniprune.evaluation.results import Difference, Evaluation, Machine
 from uniprune.models.blocks import device_of
 from uniprune.storage.record import parsed
@@ -70,6 +70,8 @@ def read(path: Path) -> tuple[Evaluation, EvaluationRequest]:
         raise InputError(f"{path} is no result of uniprune evaluate with a protocol; make one with evaluate --output")
     try:
         request = EvaluationRequest.of(**protocol["request"])
+        if request.text is None:  # some versions recorded how they would have read one
+            request = request.model_copy(update=dict.fromkeys(READS))
     except InputError as error:
         raise InputError(f"result {path} was not written by this version of uniprune: {error}") from None
     return Evaluation.checked(path, data), request

@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import nn
 
-from uniprune.artefacts.beside import copy_beside
 from uniprune.artefacts.reports import ExpertCounts, ExpertLayer
+from uniprune.checkpoints.beside import copy_beside
 from uniprune.checkpoints.checkpoint import Files, checkpoint_of
 from uniprune.checkpoints.origin import resolve
 from uniprune.common.progress import Progress, silent

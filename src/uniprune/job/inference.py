@@ -39,8 +39,10 @@ def inferring(verb: Callable[P, T]) -> Callable[P, T]:
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Inside ``with``, the model is in evaluation mode, and no parameter requires a gradient."""
     training = [module for module in model.modules() if module.training]
-    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    model.eval().requires_grad_(False)
+    learning = [each for each in model.parameters() if each.requires_grad and not each.is_inference()]
+    model.eval()
+    for parameter in learning:
+        parameter.requires_grad_(False)
     try:
         yield
     finally:

@@ -55,6 +55,8 @@ def calibration_windows(recipe: Recipe, tokenizer: Any, model: nn.Module) -> Win
 
     if own:
         _check_own(recipe, model, alone)
+    if not alone:
+        sources.check_asked(asked, recipe.field, recipe.split)
     if alone and not own:
         windows = load(asked[0], recipe.windows or (None if asked[0].tokens else WINDOWS))
     else:

@@ -317,7 +317,7 @@ def same_model(one: str | None, other: str | None) -> bool:
     if abspath(paths[0]) == abspath(paths[1]):
         return True
     ends = [tuple(part for part in path.parts if part != "..")[::-1] for path in paths]
-    return all(a == b for a, b in zip(*ends, strict=False)) and paths[0].is_absolute() != paths[1].is_absolute()
+    return all(ends) and all(a == b for a, b in zip(*ends, strict=False)) and paths[0].is_absolute() != paths[1].is_absolute()
 
 
 def alike(one: Measured | None, other: Measured | None) -> bool:

@@ -24,8 +24,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from uniprune.artefacts import reports, writer
-from uniprune.artefacts.beside import copy_beside
 from uniprune.artefacts.reports import ModelFacts
+from uniprune.checkpoints.beside import copy_beside
 from uniprune.checkpoints.checkpoint import PACKED, Files
 from uniprune.checkpoints.origin import Origin, resolve
 from uniprune.checkpoints.protocol import spell_digest

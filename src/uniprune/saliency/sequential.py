@@ -90,6 +90,8 @@ def _by_block(calibration: Calibration, pattern: Pattern, create: Create) -> Seq
             for name, mask in found.items():
                 store[name] = {"mask": bits.pack(mask)}
             store.commit({"done": index + 1, "record": record})
+    if record:  # blocks without any say nothing of how many they have
+        record["starved"]["of"] = sum(bool(matrix.group) for matrix in matrices.values())
     return SequentialMasks(masks if store is None else StoredMasks(store, matrices), record)
 
 
@@ -97,9 +99,7 @@ def _added(record: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
     """What is to be reported of some blocks, with what is of one more."""
     if not record or not more:
         return record or more
-    one, other = record["starved"], more["starved"]
-    together = {"matrices": [*one["matrices"], *other["matrices"]], "of": one["of"] + other["of"]}
-    return {"starved": one | together}
+    return {"starved": record["starved"] | {"matrices": [*record["starved"]["matrices"], *more["starved"]["matrices"]]}}
 
 
 @dataclass(frozen=True, eq=False)

@@ -129,12 +129,18 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def check_output_folder(
-    path: Path, overwrite: bool, source: Path | None = None, inputs: Iterable[Path] = (), mark: str = REPORT
+    path: Path,
+    overwrite: bool,
+    source: Path | None = None,
+    inputs: Iterable[Path] = (),
+    mark: str = REPORT,
+    replaced: bool = True,
 ) -> None:
     """Raises InputError if ``path`` may not become an output folder, before any work is done.
 
     Only folders that this package wrote (or empty ones) are ever replaced, however the flags are set. source: the model;
-    inputs: other files and folders that are read. mark: the file that tells that it wrote one.
+    inputs: other files and folders that are read. mark: the file that tells that it wrote one. replaced: whether another folder
+    will take its place, instead of files in it.
     """
     if source is not None:
         here, there = path.resolve(), source.resolve()
@@ -148,7 +154,7 @@ def check_output_folder(
     if path.exists() and not path.is_dir():
         raise InputError(f"output {path} is a file; give the name of a folder")
     mounted = os.path.ismount(path.resolve())
-    if mounted or Path.cwd().is_relative_to(path.resolve()):
+    if replaced and (mounted or Path.cwd().is_relative_to(path.resolve())):
         what = "a mount point" if mounted else "the working folder, or above it"
         raise InputError(f"output {path} is {what}, whose place no other folder can take; give a new one, {path / 'out'} say")
     _check_replaceable(path, mark)

@@ -14,7 +14,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import chain
+from itertools import chain, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -176,9 +176,9 @@ Scores = dict[int, list[Score]]
 
 
 def _heeds_masks(model: nn.Module, questions: Sequence[Sequence[Tokens]], batch: Rows) -> bool:
-    """Whether every choice of the first row, and of the question with the longest choice, is the same when read whole.
+    """Whether questions of the first row, and that with the longest choice, are the same when every choice is read whole.
 
-    Every choice: one that stands in its row without a gap is right even where positions are counted along the row (ALiBi).
+    Choices that lie apart in their row tell: where positions are counted along it (ALiBi), the others are right anyway.
     """
     deepest = max(chain(*batch), key=lambda index: max(len(choice.ids) for choice in questions[index]))
     rows = [batch[0], *([] if deepest in batch[0] else [[deepest]])]
@@ -187,10 +187,24 @@ def _heeds_masks(model: nn.Module, questions: Sequence[Sequence[Tokens]], batch:
     except (TypeError, ValueError, RuntimeError, IndexError) as error:  # its forward pass has no place for the mask
         logger.debug("%s refuses a trie: %s", type(model).__name__, error)
         return False
-    whole = _whole(model, questions, rows)
+    whole = _whole(model, questions, [list({*_telling(questions, batch[0]), deepest})])
     return all(
-        _agree(model, *three) for index in found for three in zip(found[index], whole[index], questions[index], strict=True)
+        _agree(model, *three) for index in whole for three in zip(found[index], whole[index], questions[index], strict=True)
     )
+
+
+def _telling(questions: Sequence[Sequence[Tokens]], row: Sequence[int]) -> list[int]:
+    """Questions of a row whose choices have most of others' tokens in between: one at least, about a batch to read."""
+    trie, gaps = _Trie(), dict[int, int]()
+    for index in row:
+        paths = [trie.insert(choice.ids[:-1]) for choice in questions[index]]
+        gaps[index] = max((after - before for path in paths for before, after in pairwise(path)), default=0)
+    found, tokens = list[int](), 0
+    for index in sorted(row, key=lambda index: -gaps[index]):
+        if not found or tokens < BATCH_TOKENS:
+            found.append(index)
+            tokens += sum(len(choice.ids) for choice in questions[index])
+    return found
 
 
 def _agree(model: nn.Module, one: Score, other: Score, choice: Tokens) -> bool:

@@ -12,7 +12,7 @@ import uniprune
 from small_models import tiny
 from uniprune import Recipe
 from uniprune.artefacts import archive
-from uniprune.artefacts.beside import copy_beside
+from uniprune.checkpoints.beside import copy_beside
 from uniprune.checkpoints.checkpoint import Files
 from uniprune.checkpoints.origin import resolve
 from uniprune.data.windows import Windows, save_windows
