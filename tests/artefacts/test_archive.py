@@ -556,7 +556,7 @@ def test_pieces_that_unpack_to_more_than_they_say(tmp_path):
 
 def test_archives_larger_than_the_disk(tmp_path, monkeypatch):
     write_archive(tmp_path / "x.upz", *small())
-    monkeypatch.setattr(writer.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1}))
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1}))
     refused(tmp_path / "x.upz", tmp_path, "of disk")
 
 

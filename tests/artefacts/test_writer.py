@@ -149,9 +149,9 @@ def test_full_disks_are_noticed_first(tmp_path, monkeypatch):
 def test_a_failed_run_leaves_the_old_folder(tmp_path):
     out = tmp_path / "out"
     for content in ("first", "second"):
-        with files.new_folder(out) as folder:
+        with files.new_folder(out, mark="file") as folder:
             (folder / "file").write_text(content)
-    with pytest.raises(KeyboardInterrupt), files.new_folder(out) as folder:
+    with pytest.raises(KeyboardInterrupt), files.new_folder(out, mark="file") as folder:
         (folder / "file").write_text("third")
         raise KeyboardInterrupt
     assert (out / "file").read_text() == "second"

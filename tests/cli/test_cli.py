@@ -176,7 +176,7 @@ def test_recipe_files_and_flags_over_them(capsys, monkeypatch, folder, tmp_path)
         (["evaluate", "FOLDER", "--tasks", "RECIPE"], "line 1: not JSON"),
         (["evaluate", "FOLDER", "--limit", "5"], "give --tasks"),
         (["mask", "SHORT", "-s", "2:4"], "not a complete safetensors file"),
-        (["mask", "FOLDER", "-s", "2:4"], "does not exist"),
+        (["mask", "FOLDER", "-s", "2:4"], "is a folder; give a file"),
         (["frobnicate"], "No such command"),
         (["prune", "FOLDER", "--wat"], "--wat"),
     ],

@@ -145,7 +145,7 @@ def test_a_run_goes_on_with_less_memory(folder, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("execution", "settings", "reason"),
     [
-        ("recomputed", {"controller": "none"}, "only a controller has activations to compute again"),
+        ("recomputed", {"controller": "none"}, "only --controller feedback has activations to compute again"),
         ("offloaded", {}, "it is for a controller on a GPU"),
         ("sharded", {}, "it takes several processes"),
     ],

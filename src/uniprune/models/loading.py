@@ -29,6 +29,7 @@ from uniprune.storage.outline import Outline
 logger = logging.getLogger(__name__)
 
 TOKENIZERS = ("tokenizer*", "*.model", "vocab.json", "vocab.txt", "merges.txt")  # files that are, or are of, one
+KINDS = ("cpu", "cuda")  # of devices
 
 
 @dataclass
@@ -106,10 +107,8 @@ def warn_of_emulation(model: nn.Module) -> None:
     """Says so if a model that somebody else loaded has a type that its CPU only emulates."""
     first = next(model.parameters())
     if fast_dtype(first.dtype, first.device) != first.dtype:
-        logger.warning(
-            "this CPU only emulates %s, tens of times slower than float32; load the model with dtype='float32'",
-            dtype_name(first.dtype),
-        )
+        advice = "tens of times slower than float32; load the model with dtype='float32'"
+        logger.warning("this CPU only emulates %s, %s", dtype_name(first.dtype), advice)
 
 
 def check_one_device(model: nn.Module) -> None:
@@ -138,7 +137,7 @@ def parse_device(name: str | None) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise InputError(f"device {name!r} is unknown; use cpu, cuda or cuda:N") from None
-    if device.type not in ("cpu", "cuda"):  # Apple's mps has no float64, which sums are in; others were never tried
+    if device.type not in KINDS:  # Apple's mps has no float64, which sums are in; others were never tried
         raise InputError(f"device {name!r} is not supported, only cpu and cuda are; use --device cpu")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InputError(f"device {name!r}: this PyTorch sees no CUDA device; use --device cpu")
