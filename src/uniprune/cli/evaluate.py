@@ -79,7 +79,7 @@ def evaluate(
     from uniprune.data.sources import files_of
     from uniprune.entrypoints.evaluate import check, evaluate
     from uniprune.evaluation.results import Check, Evaluation
-    from uniprune.storage.files import check_beside, check_output_file, path_of
+    from uniprune.storage.files import check_output_file, path_of
     from uniprune.tasks.catalogue import listed
 
     result_file = comparison.check
@@ -95,7 +95,7 @@ def evaluate(
         inputs = [result_file] if result_file else [*files_of(request.text_source), *filter(Path.exists, others)]
         check_output_file(target.output, run.overwrite, *inputs, suffix=".json")
         folders = [path_of(each) for each in (name, comparison.against) if each]
-        check_beside(target.output, folders, (Check if result_file else Evaluation).kind_name())
+        (Check if result_file else Evaluation).check_beside(target.output, folders)
     models: dict[str, Any] = {"against": comparison.against, "device": run.device}
     if result_file:
         with Bars() as progress:

@@ -18,7 +18,7 @@ from uniprune.job.scoring import fitting, scored
 from uniprune.models.matrices import Matrices
 from uniprune.saliency.calibration import Calibration, LocalSaliency, observed
 from uniprune.saliency.metrics import Metric
-from uniprune.saliency.record import Starved
+from uniprune.saliency.record import reported
 from uniprune.saliency.statistics import Kind, Statistics
 from uniprune.sparsity.patterns import Pattern
 from uniprune.sparsity.views import Scores
@@ -59,7 +59,7 @@ class Bench:
         """Scores by a local metric. The pass over the text is that of every metric that wants the same statistic."""
         statistics, seconds = self._observed(metric.statistic)
         saliency = LocalSaliency(self.matrices, metric, statistics)
-        return Scored(saliency, seconds, {name: Starved(**facts) for name, facts in saliency.starved.items()})
+        return Scored(saliency, seconds, reported(saliency.starved))
 
     def _observed(self, kind: Kind | None) -> tuple[Statistics, float | None]:
         if kind is None:

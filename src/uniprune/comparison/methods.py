@@ -19,7 +19,7 @@ from uniprune.errors import InputError, MismatchError
 from uniprune.job.recipe import Recipe
 from uniprune.models import masking
 from uniprune.models.matrices import Matrices
-from uniprune.saliency.record import Starved
+from uniprune.saliency.record import reported
 from uniprune.saliency.sequential import refined, sequential
 from uniprune.sparsity.patterns import Masks, Pattern
 from uniprune.sparsity.structure import Structure, claimed, structure
@@ -147,7 +147,7 @@ class ByBlock(Method):
         by_block, watch = refined if trial.recipe.refine else sequential, Stopwatch()
         with watch("calibrate"):
             found = by_block(bench.calibration(self.calibration(trial)), trial.recipe.parsed_metric(), trial.pattern)
-        return Cut(dict(found), watch.seconds, {name: Starved(**facts) for name, facts in found.record.items()})
+        return Cut(dict(found), watch.seconds, reported(found.record))
 
 
 @dataclass(frozen=True)

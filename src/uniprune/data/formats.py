@@ -75,6 +75,11 @@ class Format:
     compression: str | None = None
 
     @property
+    def plain(self) -> bool:
+        """Whether it is text without rows, which has no fields."""
+        return self.kind in ("plain", "wikitext")
+
+    @property
     def columnar(self) -> bool:
         """Whether it is stored by column, and read through pyarrow."""
         return self.kind in ("parquet", "arrow")

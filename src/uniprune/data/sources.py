@@ -48,16 +48,14 @@ class Source:
         if self.text in NAMED or self.tokens:
             return Text(self.text)
         if (path := path_of(self.text)).is_file():
-            plain = recognise(path, "text").kind in ("plain", "wikitext")
-            return Text(self.text, None if plain else field)
+            return Text(self.text, None if field is not None and recognise(path, "text").plain else field)
         return Text(self.text, field, split)
 
 
 def check_asked(sources: Sequence[Source], field: str | None, split: str | None) -> None:
     """Raises InputError for a field or a split that is for none of several texts."""
-    found = [source.reading(field, split, alone=False) for source in sources]
     for flag, given in (("field", field), ("split", split)):
-        if given is not None and not any(getattr(text, flag) for text in found):
+        if given is not None and not any(getattr(source.reading(field, split, alone=False), flag) for source in sources):
             raise InputError(f"--{flag} {given}: none of the texts has {flag}s; leave it out")
 
 

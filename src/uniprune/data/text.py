@@ -131,7 +131,7 @@ def open_text(text: Text, use: Use, tokenizer: Any = None) -> list[Part]:
         if text.split is not None:
             raise InputError(f"text {text} is a file, which has no splits; leave --split out, or give the folder it is in")
         file = File(path, Reader(text.field, tokenizer))
-        if text.field is not None and file.format.kind in ("plain", "wikitext"):
+        if text.field is not None and file.format.plain:
             raise InputError(f"text {text} is plain text, which has no fields; leave --field out")
         return [file]
     if path.is_dir():

@@ -115,8 +115,7 @@ def _questions(request: ComparisonRequest, subject: Subject) -> Questions:
         raise InputError("--new-tokens is the length of what goes on with a prompt; give --prompt, or leave it out")
     windows = subject.windows(request.eval_text, reading)
     tasks = [load_task(name, request.limit, fewshot) for name, fewshot in reading.asked.items()]
-    length = request.new_tokens
-    length = NEW_TOKENS if length is None else length
+    length = NEW_TOKENS if request.new_tokens is None else request.new_tokens
     found = Questions(windows, tasks, request.prompts if length else (), length)
     subject.ask(found)
     return found

@@ -26,7 +26,7 @@ from uniprune.models import masking
 from uniprune.models.loading import Loaded, Source
 from uniprune.reporting import model_card
 from uniprune.saliency.calibration import Calibration
-from uniprune.saliency.record import Starved
+from uniprune.saliency.record import reported
 from uniprune.saliency.sequential import refined, sequential
 from uniprune.sparsity import bits
 from uniprune.sparsity.structure import structure
@@ -141,7 +141,7 @@ def _cut(job: Job, recipe: Recipe, calibration: Calibration, watch: Stopwatch) -
         if recipe.sequential:
             by_block = refined if recipe.refine else sequential
             found = by_block(calibration, recipe.parsed_metric(), pattern)
-            return _Cut(found.items(), aim, {name: Starved(**facts) for name, facts in found.record.items()})
+            return _Cut(found.items(), aim, reported(found.record))
         saliency, record = scored(calibration, recipe, [pattern])
         scaled = on_one_scale(saliency, pattern)
         aim = aim.with_scores(scaled)

@@ -13,7 +13,7 @@ from uniprune.reporting.html import render
 from uniprune.reporting.markdown import markdown
 from uniprune.reporting.results import Source, read_all
 from uniprune.reporting.summary import Change, Subject, Summary, Tradeoff, summarise
-from uniprune.storage.files import REPORT, check_beside, check_output_file, replacing
+from uniprune.storage.files import REPORT, check_output_file, replacing
 from uniprune.storage.record import Facts, Record
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def write(
     read = [*filter(Path.is_file, paths), *(folder / "README.md" for folder in folders if (folder / REPORT).is_file())]
     check_output_file(output, overwrite, *read, suffix=f".{format}")
     if format == "json":
-        check_beside(output, folders, Report.kind_name())
+        Report.check_beside(output, folders)
     sources = read_all(paths)
     summary = summarise(sources)
     content = _content(sources, summary, format)

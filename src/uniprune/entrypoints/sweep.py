@@ -29,7 +29,7 @@ from uniprune.sparsity.choices import Scope
 from uniprune.sparsity.patterns import Pattern, Saliency, Tiled, check_fit
 from uniprune.sparsity.structure import structure
 from uniprune.sparsity.views import on_one_scale
-from uniprune.storage.files import check_beside, check_output_file, path_of
+from uniprune.storage.files import check_output_file, path_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -65,7 +65,7 @@ def sweep(
     chosen = _parsed(sparsities, request.scope, saliency)
     check_output_file(output, overwrite or resume, scores, *files_of(request.text_source), suffix=".json")
     if not isinstance(source, Loaded):
-        check_beside(output, [path_of(str(source))], Sweep.kind_name())
+        Sweep.check_beside(output, [path_of(str(source))])
     subject = Subject(source)
     windows = subject.windows("builtin" if request.text_source is None else request.text_source, request)
     loaded = subject.load(request.dtype, device)

@@ -14,7 +14,6 @@ from uniprune.sparsity.choices import Scope
 from uniprune.tasks.catalogue import SUITES, Suite
 
 NEW_TOKENS = 40
-READS = {name: f"--{name}" for name in ("field", "split", "windows", "length", "stride", "bos")}
 
 
 def _spelled(value: Any) -> Any:
@@ -57,6 +56,9 @@ class Reading(Options):
     bos: Annotated[Literal["each", "first", "none"] | None, Flag(default="each for Gemma, else as the tokenizer does once")] = (
         Field(default=None, description="Which evaluation samples begin with the BOS token.")
     )
+
+
+READS = tuple(name for name in Reading.model_fields if name != "text_source")  # how a text is read, if one is
 
 
 class EvaluationRequest(Reading):
@@ -106,9 +108,9 @@ class EvaluationRequest(Reading):
                 raise InputError(f"{flag}; give --tasks, --suite or --lm-eval")
         if self.suite is not None and self.suite not in SUITES:
             raise InputError(f"suite {self.suite!r} is none of {', '.join(SUITES)}; --tasks takes any list of tasks")
-        for name, flag in READS.items():
+        for name in READS:
             if getattr(self, name) is not None and self.text is None:
-                raise InputError(f"{flag} is for a text, and only tasks or prompts were asked for; give --text, too")
+                raise InputError(f"--{name} is for a text, and only tasks or prompts were asked for; give --text, too")
         if not compared and (self.prompts or self.new_tokens is not None):
             raise InputError("--prompt and --new-tokens are for two models side by side; give --against")
         if self.rolling and (compared or self.stride is not None or self.text is None):

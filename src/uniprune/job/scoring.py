@@ -7,7 +7,7 @@ from typing import Any
 
 from uniprune.job.recipe import Recipe
 from uniprune.saliency.calibration import Calibration, one_shot
-from uniprune.saliency.record import ControllerRecord, Starved
+from uniprune.saliency.record import ControllerRecord, reported
 from uniprune.sparsity.patterns import Pattern
 from uniprune.sparsity.views import OnOneScale, Scores, View
 
@@ -17,7 +17,7 @@ def scored(calibration: Calibration, recipe: Recipe, targets: Sequence[Pattern])
     metric, controller = recipe.parsed_metric(), recipe.parsed_controller()
     if controller is None:
         local = one_shot(calibration, metric)
-        return local, {name: Starved(**facts) for name, facts in local.starved.items()}
+        return local, reported(local.starved)
     steps = recipe.steps_within(calibration.windows.shape[1])
     found, record = controller.calibrate(calibration, metric, targets, steps, recipe.seed)
     saliency = OnOneScale(found) if controller.comparable else View(found)

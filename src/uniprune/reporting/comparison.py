@@ -54,7 +54,7 @@ def readings(found: Comparison) -> Grid:
 def flips(found: Comparison) -> Grid | None:
     """Answers that each row gained and lost against the dense model; None where it is not known which are right."""
     dense = next((row for row in found.rows if row.method == DENSE), None)
-    labels = apart(dict.fromkeys(name for row in found.rows for name in row.tasks))
+    labels = apart(name for row in found.rows for name in row.tasks)
     rows = [cells for row in ordered(found) for cells in _flips(row, dense, labels)] if dense else []
     columns = ["method:", "sparsity:", "task:", "metric:", "accuracy", "dense", "gained", "lost", "McNemar's p"]
     return Grid("Answers gained and lost against the dense model", columns, rows, sortable=True) if rows else None
@@ -67,7 +67,7 @@ def _flips(row: ComparisonRow, dense: ComparisonRow, labels: Mapping[str, str]) 
             values = [value for each in asked if isinstance(value := getattr(each, metric, None), float)]
             if changed and len(values) == len(asked):
                 p = mcnemar(*changed)
-                cells: list[Cell] = [short(row.method), row.pattern or NONE, labels.get(task, short(task)), metric]
+                cells: list[Cell] = [short(row.method), row.pattern or NONE, labels[task], metric]
                 yield [*cells, *((percent(value), value) for value in values), *map(str, changed), (f"{p:.2g}", p)]
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from os.path import abspath, expanduser, normpath
+from os.path import abspath, normpath
 from pathlib import PurePath
 
 from uniprune.artefacts.reports import Pruning
@@ -21,6 +21,7 @@ from uniprune.reporting.results import Source
 from uniprune.runtime.layout import Packing
 from uniprune.saliency.record import ControllerRecord
 from uniprune.speed.results import Speeds
+from uniprune.storage.files import path_of
 from uniprune.storage.record import Facts
 
 Measured = Evaluation | SweepProtocol | ComparisonProtocol  # all say on which windows of which text
@@ -309,9 +310,9 @@ def same_model(one: str | None, other: str | None) -> bool:
 
     The last folder's name does not tell: ``a/model`` is not ``b/model``.
     """
-    if not one or not other or one == other:
-        return bool(one) and one == other
-    paths = [PurePath(normpath(expanduser(name))) for name in (one, other)]
+    if not one or not other:
+        return False
+    paths = [PurePath(normpath(path_of(name))) for name in (one, other)]
     if all(path.is_absolute() for path in paths):
         return paths[0] == paths[1]
     if abspath(paths[0]) == abspath(paths[1]):

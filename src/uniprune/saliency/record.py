@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from pydantic import ConfigDict, Field
 
 from uniprune.storage.record import Count, Facts
@@ -13,6 +16,11 @@ class Starved(Facts):
     matrices: list[str]
     of: Count
     tokens_under: Count
+
+
+def reported(facts: Mapping[str, Mapping[str, Any]]) -> dict[str, Starved]:
+    """What :func:`uniprune.saliency.statistics.starved` found, as reports have it."""
+    return {name: Starved(**found) for name, found in facts.items()}
 
 
 class ControllerRecord(Facts):

@@ -94,25 +94,6 @@ def check_output_file(path: Path, overwrite: bool, *sources: Path, suffix: str =
     check_place(path)
 
 
-def check_beside(path: Path, folders: Iterable[Path], kind: str) -> None:
-    """Raises InputError if a result would replace a file of the folders that are read, but for an earlier result of its kind.
-
-    Results may lie in a model's folder; its ``config.json`` is not to become one.
-    """
-    for folder in folders:
-        if path.exists() and path.resolve().is_relative_to(folder.resolve()) and _kind(path) != kind:
-            raise InputError(f"output {path} is a file of the input {folder}; give another name")
-
-
-def _kind(path: Path) -> Any:
-    """What a JSON file of this package says that it is; None for any other file."""
-    try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return None
-    return content.get("kind") if isinstance(content, dict) else None
-
-
 def check_place(path: Path) -> None:
     """Raises InputError unless an output may be made at ``path``: below folders only, and where one may write."""
     parent = path.absolute().parent

@@ -6,7 +6,7 @@ new format, and a reader keeps those it does not know; the format grows when an 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
@@ -55,6 +55,16 @@ class Record(Facts):
         """The kind of file."""
         return str(cls.model_fields["kind"].default)
 
+    @classmethod
+    def check_beside(cls, path: Path, folders: Iterable[Path]) -> None:
+        """Raises InputError if a result would replace a file of the folders that are read, but for an earlier one of its kind.
+
+        Results may lie in a model's folder; its ``config.json`` is not to become one.
+        """
+        for folder in folders:
+            if path.exists() and path.resolve().is_relative_to(folder.resolve()) and _kind(path) != cls.kind_name():
+                raise InputError(f"output {path} is a file of the input {folder}; give another name")
+
     def record(self) -> dict[str, Any]:
         """The content as JSON data: its kind and format, and every field that was given a value."""
         return {"kind": self.kind, "format": self.format} | self.model_dump(exclude_unset=True)
@@ -85,6 +95,14 @@ class Record(Facts):
     def damaged(cls, path: Path, why: object) -> InputError:
         """The error for a file that does not have this schema, or does not agree with itself."""
         return InputError(f"{path} is damaged: {str(why)[:300]}; make it again")
+
+
+def _kind(path: Path) -> Any:
+    """What a file says that it is; None for one that is no record."""
+    try:
+        return strict_json.parse(path.read_bytes()).get("kind")
+    except (OSError, ValueError):
+        return None
 
 
 def parsed(path: Path) -> dict[str, Any]:

@@ -50,7 +50,7 @@ def _first(part: Part) -> Iterator[tuple[str, Any, Path | None]]:
     if isinstance(part, HubShard) and part.data.column_names:
         yield part.name, dict.fromkeys(part.data.column_names), None
         return
-    if not isinstance(part, File) or part.format.kind not in ("plain", "wikitext"):
+    if not isinstance(part, File) or not part.format.plain:
         yield from (row for _, row in zip(range(1), _rows(part), strict=False))
 
 
