@@ -109,8 +109,9 @@ def kernels(card: Card, size: str) -> list[Row]:
     def some(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(dtype).to(card.device)
 
-    state = (some(rows, columns), some(rows, columns), *(some(rows, columns, dtype=torch.bfloat16) for _ in range(2)), None)
-    step = Step(decays=(0.9, 0.95), rescale=1.0, noise=0.05, unit=1.0, size=0.01, anchor=0.0)
+    first = MirrorDescent().init(some(rows, columns), some(rows))
+    state = (some(rows, columns), *MirrorDescent().step(first, some(rows, columns), 0.01)[:4], torch.ones((), device=card.device), None)
+    step = Step(decays=(0.9, 0.95), rescale=1.0, noise=0.05, unit=1.0, size=0.01, anchor=0.0, turn=2)
     tokens = (some(1024, columns, dtype=torch.bfloat16), some(1024, rows, dtype=torch.bfloat16), some(columns), some(rows))
     cases: list[tuple[Fused[Any], tuple[Any, ...], Row]] = [
         (_among_few, (state[1].reshape(-1, 4),), {"keep": 2}),

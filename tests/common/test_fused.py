@@ -43,11 +43,14 @@ for groups, size, keep in ((1, 4, 2), (300, 4, 2), (7, 8, 4), (5, 5, 2), (3, 16,
         same(_among_few, some, keep=keep)
 for rows, columns in ((1, 1), (16, 128), (33, 200), (5, 300)):
     gradient, dual = torch.randn(rows, columns), torch.rand(rows, columns)
-    mean, rms = (torch.randn(rows, columns) / 9).bfloat16(), torch.rand(rows, columns).bfloat16()
-    step = Step(decays=(0.9, 0.95), rescale=0.7, noise=0.05, unit=0.5, size=0.1, anchor=0.2)
+    ratio, rms = (torch.randint(low, 127, (rows, columns), dtype=dtype) for low, dtype in ((-127, torch.int8), (0, torch.uint8)))
+    tops = torch.tensor(0.8), gradient.abs().amax()
+    step = Step(decays=(0.9, 0.95), rescale=0.7, noise=0.05, unit=0.5, size=0.1, anchor=0.2, turn=7)
     for noise, start in itertools.product((None, 0.05), (None, torch.rand(rows, columns))):
-        same(updated, gradient, dual, mean, rms, start, step=step._replace(noise=noise), kernels=None if noise else 1)
-    same(updated, gradient.T.contiguous().T, dual, mean, rms, None, step=step._replace(decays=(0.3, 0.4)))
+        same(updated, gradient, dual, ratio, rms, *tops, start, step=step._replace(noise=noise), kernels=None if noise else 1)
+    same(updated, gradient.T.contiguous().T, dual, ratio, rms, *tops, None, step=step._replace(decays=(0.3, 0.4)))
+    still = (torch.zeros_like(ratio), torch.zeros_like(rms), torch.tensor(0.0), torch.tensor(0.0))
+    same(updated, torch.zeros_like(gradient), dual, *still, None, step=step)
 for tokens, dtype in itertools.product((1, 5), (torch.float32, torch.bfloat16)):
     x, gradient = torch.randn(tokens, 1100).to(dtype), torch.randn(tokens, 7).to(dtype)
     same(evened, x, gradient, torch.rand(1100), torch.rand(7))

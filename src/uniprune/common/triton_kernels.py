@@ -30,12 +30,12 @@ def among_few(scores: Tensor, *, keep: int) -> Tensor:
 
 
 def updated(
-    gradient: Tensor, dual: Tensor, mean: Tensor, rms: Tensor, start: Tensor | None, *, step: Any
+    gradient: Tensor, dual: Tensor, ratio: Tensor, rms: Tensor, before: Tensor, top: Tensor, start: Tensor | None, *, step: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Dual, mean and RMS after a step, as ``mirror_descent.updated`` has them."""
+    """Dual, ratio and RMS after a step, as ``mirror_descent.updated`` has them."""
     rows, columns = dual.shape
-    state = [tensor.contiguous() for tensor in (gradient, mean, rms)]
-    decays, noise = (*step.decays, step.rescale), (step.noise or 0.0, step.least)
+    state = [*(tensor.contiguous() for tensor in (gradient, ratio, rms)), before]
+    facts, noise = (*step.decays, step.rescale, step.level), (step.noise or 0.0, step.least)
     bands, blocks = -(-rows // ROWS), -(-columns // COLUMNS)
     tile = {"ROWS": ROWS, "COLUMNS": COLUMNS}
     # Of the direction's squares: sums of rows and of columns, the latter band by band at first; and shares of signal, summed.
@@ -43,17 +43,17 @@ def updated(
         torch.empty(size, device=dual.device) for size in (rows, columns, bands * columns, bands, blocks)
     )
     if step.noise is not None:
-        energies[(bands,)](*state, by_row, partly, some, rows, columns, *decays, *noise, **tile)
+        energies[(bands,)](*state, by_row, partly, some, rows, columns, *facts, *noise, **tile)
         summed[(blocks,)](partly, by_column, others, bands, rows, columns, *noise, COLUMNS=COLUMNS)
     moved, dual = torch.empty_like(state[0]), dual.contiguous()
-    next_mean, next_rms = torch.empty_like(state[1]), torch.empty_like(state[2])
+    next_ratio, next_rms = torch.empty_like(state[1]), torch.empty_like(state[2])
     there = start.contiguous() if start is not None else None
     moving[(bands, blocks)](
-        *state, dual, there, by_row, by_column, some, others, moved, next_mean, next_rms,
-        rows, columns, *decays, *noise, step.most, step.unit, step.size, step.anchor,
+        *state, top, dual, there, by_row, by_column, some, others, moved, next_ratio, next_rms,
+        rows, columns, *facts, *noise, step.most, step.unit, step.size, step.anchor, step.offset,
         FOCUS=step.noise is not None, BANDS=_power(bands), BLOCKS=_power(blocks), **tile,
     )  # fmt: skip
-    return moved, next_mean, next_rms
+    return moved, next_ratio, next_rms
 
 
 def evened(x: Tensor, gradient: Tensor, inputs: Tensor, outputs: Tensor) -> Tensor:
@@ -76,12 +76,12 @@ def lerp(start, end, weight):  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def direction(gradient, mean, rms, mean_decay, rms_decay, rescale):  # type: ignore[no-untyped-def]
-    """New mean and RMS, and their quotient."""
-    mean = lerp(gradient, mean.to(tl.float32), mean_decay)
-    rms = rms.to(tl.float32)
-    rms = tl.sqrt(lerp(gradient * gradient, rms * rms, rms_decay))
-    return mean, rms, mean / tl.maximum(rms, 1e-30) * rescale
+def direction(gradient, ratio, rms, before, mean_decay, rms_decay, level):  # type: ignore[no-untyped-def]
+    """New RMS, and the new mean over it."""
+    root = ((rms.to(tl.int32) + 768) << 20).to(tl.float32, bitcast=True) * before  # UE5M3
+    mean = lerp(gradient, root * ratio.to(tl.float32) * level, mean_decay)
+    rms = tl.sqrt(lerp(gradient * gradient, root * root, rms_decay))
+    return rms, mean / tl.maximum(rms, 1e-30)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -91,20 +91,22 @@ def share(total, count, noise, least):  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def energies(  # type: ignore[no-untyped-def]
-    gradients, means, roots, by_row, partly, some, rows, columns, mean_decay, rms_decay, rescale, noise, least,
+    gradients, ratios, roots, before, by_row, partly, some, rows, columns, mean_decay, rms_decay, rescale, level, noise, least,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Squares of the direction: summed over each row of a band, and over the band in each column."""
     band = tl.program_id(0)
     row = band * ROWS + tl.arange(0, ROWS)
     total = tl.zeros([ROWS], tl.float32)
+    unit = tl.load(before)
     for first in range(0, columns, COLUMNS):
         column = first + tl.arange(0, COLUMNS)
         inside = (row[:, None] < rows) & (column[None, :] < columns)
         there = row[:, None].to(tl.int64) * columns + column[None, :]
         gradient = tl.load(gradients + there, mask=inside, other=0.0)
-        mean, rms = tl.load(means + there, mask=inside, other=0.0), tl.load(roots + there, mask=inside, other=0.0)
-        _, _, move = direction(gradient, mean, rms, mean_decay, rms_decay, rescale)
+        ratio, rms = tl.load(ratios + there, mask=inside, other=0), tl.load(roots + there, mask=inside, other=0)
+        _, move = direction(gradient, ratio, rms, unit, mean_decay, rms_decay, level)
+        move *= rescale
         energy = tl.where(inside, move * move, 0.0)
         total += tl.sum(energy, 1)
         tl.store(partly + band.to(tl.int64) * columns + column, tl.sum(energy, 0), mask=column < columns)
@@ -126,8 +128,8 @@ def summed(partly, by_column, others, bands, rows, columns, noise, least, COLUMN
 
 @triton.jit  # type: ignore[untyped-decorator]
 def moving(  # type: ignore[no-untyped-def]
-    gradients, means, roots, duals, starts, by_row, by_column, some, others, moved, next_means, next_roots,
-    rows, columns, mean_decay, rms_decay, rescale, noise, least, most, unit, size, anchor,
+    gradients, ratios, roots, before, top, duals, starts, by_row, by_column, some, others, moved, next_ratios, next_roots,
+    rows, columns, mean_decay, rms_decay, rescale, level, noise, least, most, unit, size, anchor, offset,
     FOCUS: tl.constexpr, BANDS: tl.constexpr, BLOCKS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -135,8 +137,14 @@ def moving(  # type: ignore[no-untyped-def]
     inside = (row[:, None] < rows) & (column[None, :] < columns)
     there = row[:, None].to(tl.int64) * columns + column[None, :]
     gradient = tl.load(gradients + there, mask=inside, other=0.0)
-    mean, rms = tl.load(means + there, mask=inside, other=0.0), tl.load(roots + there, mask=inside, other=0.0)
-    mean, rms, move = direction(gradient, mean, rms, mean_decay, rms_decay, rescale)
+    ratio, rms = tl.load(ratios + there, mask=inside, other=0), tl.load(roots + there, mask=inside, other=0)
+    rms, move = direction(gradient, ratio, rms, tl.load(before), mean_decay, rms_decay, level)
+    places = (((gradient.to(tl.int32, bitcast=True) + offset) * -1640531535) >> 12) & 0xFFFFF
+    kept = tl.floor(move / level + places.to(tl.float32) * (1.0 / (1 << 20)))
+    tl.store(next_ratios + there, tl.minimum(tl.maximum(kept, -127.0), 127.0).to(tl.int8), mask=inside)
+    code = (((rms / tl.load(top)).to(tl.int32, bitcast=True) + places) >> 20) - 768
+    tl.store(next_roots + there, tl.minimum(tl.maximum(code, 0), 255).to(tl.uint8), mask=inside)
+    move *= rescale
     if FOCUS:
         above = share(tl.load(by_row + row, mask=row < rows, other=0.0), columns, noise, least)
         beside = share(tl.load(by_column + column, mask=column < columns, other=0.0), rows, noise, least)
@@ -149,8 +157,6 @@ def moving(  # type: ignore[no-untyped-def]
     if starts is not None:
         move += anchor * (dual - tl.load(starts + there, mask=inside, other=0.0))
     tl.store(moved + there, dual - size * move, mask=inside)
-    tl.store(next_means + there, mean.to(tl.bfloat16), mask=inside)
-    tl.store(next_roots + there, rms.to(tl.bfloat16), mask=inside)
 
 
 @triton.jit  # type: ignore[untyped-decorator]

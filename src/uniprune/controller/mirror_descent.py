@@ -9,8 +9,8 @@ and each step moves it against the straight-through gradient of the pruned model
 
     V <- V - eta * unit * (m / r + rho * (V - V_start) / unit),   g = W * dL/d(W * mask)
 
-where m and r are running mean and RMS of g (Adam's, kept in bfloat16), unit is the matrix's mean dual and rho the anchor to the
-local saliency. The power is the mirror map: at 0 (a logarithm) every weight would move by an equal factor, at 1 by an equal
+where m and r are running mean and RMS of g (Adam's, kept in 8 bits each), unit is the matrix's mean dual and rho the anchor to
+the local saliency. The power is the mirror map: at 0 (a logarithm) every weight would move by an equal factor, at 1 by an equal
 amount. The loss is that of ``loss.Loss``: by default the divergence from the dense model's predictions. The weights stay as
 they are. Idea: UniPruning, arXiv 2510.03291; departures: the gradient comes from the pruned model itself instead of from a
 drifting copy of the weights, so there is no such copy (that variant is ``published``).
@@ -43,24 +43,34 @@ from uniprune.storage.stash import moved
 
 TINY = 1e-20
 LEAST, MOST = 0.02, 5.0  # signal share of a row or column, and factor of a weight, in confidence()
+BAND, WIDE_BAND = 1 << 17, 1 << 24  # weights moved at a time: on a CPU what its cache holds, elsewhere for memory's sake
+LEVELS, WIDEST = 127, 8.0  # of a ratio in int8, and the largest there is where the decays set no bound
+MANTISSA, SMALLEST = 20, (127 - 31) << 3  # of float32 what UE5M3 lacks: low bits of the mantissa, and of the exponents
 
 
 class State(NamedTuple):
-    """One matrix: the dual (float32), mean and RMS of its gradients (bfloat16). 8 bytes per weight in all."""
+    """One matrix: the dual (float32), mean and RMS of its gradients. 6 bytes per weight in all.
+
+    ratio: the mean over the RMS, which the decays bound, int8. rms: in UE5M3 (uint8: 5 bits of exponent, 3 of mantissa), in
+    units of ``top``, the largest gradient so far, float32 ``[]``. Both are rounded stochastically (:func:`dither`): a running
+    mean is lost where each of its changes is less than half a unit.
+    """
 
     dual: Tensor
-    mean: Tensor
+    ratio: Tensor
     rms: Tensor
+    top: Tensor
     unit: float
     steps: int
 
     def to(self, device: torch.device) -> State:
-        dual, mean, rms = (moved(tensor, device) for tensor in self[:3])
-        return State(dual, mean, rms, self.unit, self.steps)
+        dual, ratio, rms, top = (moved(tensor, device) for tensor in self[:4])
+        return State(dual, ratio, rms, top, self.unit, self.steps)
 
     def rest(self) -> dict[str, Tensor]:
         """All but the dual, for the disk."""
-        return {"mean": self.mean, "rms": self.rms, "facts": torch.tensor([self.unit, self.steps], dtype=torch.float64)}
+        facts = torch.tensor([self.unit, self.steps], dtype=torch.float64)
+        return {"ratio": self.ratio, "rms": self.rms, "top": self.top, "facts": facts}
 
 
 @dataclass(frozen=True)
@@ -79,9 +89,9 @@ class MirrorDescent:
     ``states.State`` says.
     """
 
-    # Of memory, float32 dual, two bfloat16 moments; on disk, the last two versions of the states and the best duals. A step
+    # Of memory, float32 dual, two moments of 8 bits; on disk, the last two versions of the states and the best duals. A step
     # reads all to move it, and the dual to create a mask that could not be created before all duals had moved.
-    cost: ClassVar[Cost] = Cost(flops=8, memory=8, disk=2 * 8 + 4, read=8, written=8, shared=4, masks=1)
+    cost: ClassVar[Cost] = Cost(flops=8, memory=6, disk=2 * 6 + 4, read=6, written=6, shared=4, masks=1)
     in_memory: ClassVar[bool] = False
     one_process: ClassVar[bool] = False
     comparable: ClassVar[bool] = True
@@ -141,14 +151,16 @@ class MirrorDescent:
     def restore(self, dual: Tensor, rest: Mapping[str, Tensor]) -> State:
         """A state that was saved as its dual and :meth:`State.rest`."""
         unit, steps = rest["facts"].tolist()
-        return State(dual, rest["mean"], rest["rms"], unit, int(steps))
+        return State(dual, rest["ratio"], rest["rms"], rest["top"], unit, int(steps))
 
     def step(self, state: State, gradient: Tensor, size: float, start: Tensor | None = None) -> State:
         """One step against ``gradient`` ``[out, in]``, float32; ``start``: the dual that the anchor pulls to."""
         steps = state.steps + 1
-        dual, mean, rms = updated(
+        top = torch.maximum(state.top, gradient.abs().amax())
+        dual, ratio, rms = updated(
             gradient,
-            *state[:3],
+            *state[:4],
+            top,
             start,
             step=Step(
                 decays=(self.mean_decay, self.rms_decay),
@@ -157,20 +169,21 @@ class MirrorDescent:
                 unit=state.unit,
                 size=size,
                 anchor=self.anchor,
+                turn=steps,
             ),
         )
-        return State(dual, mean, rms, state.unit, steps)
+        return State(dual, ratio, rms, top, state.unit, steps)
 
     def _still(self, dual: Tensor, unit: float) -> State:
-        nothing = torch.zeros_like(dual, dtype=torch.bfloat16)
-        return State(dual, nothing, nothing.clone(), unit, 0)
+        ratio, rms = (torch.zeros_like(dual, dtype=dtype) for dtype in (torch.int8, torch.uint8))
+        return State(dual, ratio, rms, torch.zeros((), device=dual.device), unit, 0)
 
 
 class Step(NamedTuple):
     """What a step is the same for in all of a matrix.
 
     decays: of mean and RMS. rescale: what their quotient is times, for they begin at 0. noise: of :func:`confidence`; None
-    trusts all alike. unit, size, anchor: of the step.
+    trusts all alike. unit, size, anchor: of the step. turn: its number, for :func:`dither`.
     """
 
     decays: tuple[float, float]
@@ -179,6 +192,7 @@ class Step(NamedTuple):
     unit: float
     size: float
     anchor: float
+    turn: int
 
     @property
     def least(self) -> float:
@@ -189,24 +203,88 @@ class Step(NamedTuple):
     def most(self) -> float:
         return MOST
 
+    @property
+    def level(self) -> float:
+        """The unit of ratios in int8: no running mean is larger, in units of the RMS, than Cauchy and Schwarz have it."""
+        decay, rms_decay = self.decays
+        if decay**2 >= rms_decay:
+            return WIDEST / LEVELS
+        return min(WIDEST, (1 - decay) / math.sqrt((1 - rms_decay) * (1 - decay**2 / rms_decay))) / LEVELS
+
+    @property
+    def offset(self) -> int:
+        """What sets the dither of this step apart, as int32."""
+        return _int32(self.turn * 0x6487ED51)
+
 
 @fused(kernels=3, triton="uniprune.common.triton_kernels:updated")
 def updated(
-    gradient: Tensor, dual: Tensor, mean: Tensor, rms: Tensor, start: Tensor | None, *, step: Step
+    gradient: Tensor, dual: Tensor, ratio: Tensor, rms: Tensor, before: Tensor, top: Tensor, start: Tensor | None, *, step: Step
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Dual, mean and RMS after a step, all ``[out, in]``; ``start``: what the anchor pulls to."""
+    """Dual, ratio and RMS after a step, all ``[out, in]``.
+
+    before, top: what the RMS is in units of, before the step and after it. start: what the anchor pulls to.
+    """
+    rows, columns = dual.shape
+    moves, ratios, roots = torch.empty_like(dual), torch.empty_like(ratio), torch.empty_like(rms)
+    by_row, by_column = torch.empty(rows, device=dual.device), torch.zeros(columns, device=dual.device)
+    size = max(1, (BAND if dual.device.type == "cpu" else WIDE_BAND) // columns)
+    bands = [slice(first, first + size) for first in range(0, rows, size)]
+    for band in bands:
+        moves[band], ratios[band], roots[band] = _averaged(gradient[band], ratio[band], rms[band], before, top, step)
+        if step.noise is not None:
+            energy = moves[band].square()
+            by_row[band] = energy.mean(1)
+            by_column += energy.sum(0)
+    if step.noise is not None:
+        trust = confidence(by_row, by_column / rows, step.noise)
+    for band in bands:
+        move = moves[band]
+        if step.noise is not None:
+            move *= torch.outer(trust[0][band], trust[1]).clamp_max_(MOST)
+        move *= step.unit
+        if start is not None:
+            move += step.anchor * (dual[band] - start[band])
+        torch.sub(dual[band], move, alpha=step.size, out=move)
+    return moves, ratios, roots
+
+
+def _averaged(
+    gradient: Tensor, ratio: Tensor, rms: Tensor, before: Tensor, top: Tensor, step: Step
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The direction, which is the running mean over RMS, rescaled; both as they are kept."""
     # In place: on a CPU, new memory for each intermediate result takes longer than the arithmetic.
     decay, rms_decay = step.decays
-    mean = mean.float().mul_(decay).add_(gradient, alpha=1 - decay)
-    rms = rms.float().square_().mul_(rms_decay).addcmul_(gradient, gradient, value=1 - rms_decay).sqrt_()
-    kept = mean.bfloat16(), rms.bfloat16()
-    move = mean.div_(rms.clamp_min_(1e-30)).mul_(step.rescale)
-    if step.noise is not None:
-        move *= confidence(move, step.noise)
-    move *= step.unit
-    if start is not None:
-        move += step.anchor * (dual - start)
-    return dual - move.mul_(step.size), *kept
+    root = from_ue5m3(rms) * before
+    mean = (root * ratio).mul_(decay * step.level).add_(gradient, alpha=1 - decay)
+    root = root.square_().mul_(rms_decay).addcmul_(gradient, gradient, value=1 - rms_decay).sqrt_()
+    places = dither(gradient, step.offset)
+    rms = to_ue5m3(root / top, places)
+    move = mean.div_(root.clamp_min_(1e-30))
+    ratio = (move / step.level).add_(places, alpha=2.0**-MANTISSA).floor_().clamp_(-LEVELS, LEVELS).to(torch.int8)
+    return move.mul_(step.rescale), ratio, rms
+
+
+def dither(gradient: Tensor, offset: int) -> Tensor:
+    """Integers in [0, 2**20), int32, as good as random: a hash of the gradient's bits, so that all executions have the same."""
+    mixed = gradient.view(torch.int32) + offset
+    return mixed.mul_(_int32(0x9E3779B1)).bitwise_right_shift_(32 - MANTISSA).bitwise_and_((1 << MANTISSA) - 1)
+
+
+def to_ue5m3(values: Tensor, places: Tensor) -> Tensor:
+    """Float32 in [0, 1] as uint8 with 5 bits of exponent and 3 of mantissa, from 2**-31 up; places: of :func:`dither`."""
+    bits = values.view(torch.int32) + places
+    return bits.bitwise_right_shift_(MANTISSA).sub_(SMALLEST).clamp_(0, 255).to(torch.uint8)
+
+
+def from_ue5m3(codes: Tensor) -> Tensor:
+    """The float32 that :func:`to_ue5m3` rounded to."""
+    return codes.int().add_(SMALLEST).bitwise_left_shift_(MANTISSA).view(torch.float32)
+
+
+def _int32(number: int) -> int:
+    """The last 32 bits, signed, as integers overflow in C."""
+    return (number + 2**31) % 2**32 - 2**31
 
 
 def noise_of(decay: float, steps: int) -> float:
@@ -214,14 +292,13 @@ def noise_of(decay: float, steps: int) -> float:
     return (1 - decay) / (1 + decay) * (1 + decay**steps) / (1 - decay**steps)
 
 
-def confidence(move: Tensor, noise: float) -> Tensor:
-    """Factors ``[out, in]`` with mean 1 that trust rows and columns as far as their gradients agree from step to step.
+def confidence(rows: Tensor, columns: Tensor, noise: float) -> tuple[Tensor, Tensor]:
+    """Factors of rows and of columns with mean 1 that trust them as far as their gradients agree from step to step.
 
-    move: running mean over RMS of the gradients; noise: what :func:`noise_of` says its mean square would be without a signal.
-    What a row or a column has beyond that is signal. Its share, by row times by column, is the factor of a weight (Wiener's,
-    with the signal of a row and of a column estimated from all of it), at most MOST.
+    rows, columns: mean squares of the direction (running mean over RMS of the gradients) in each row and column. noise: what
+    :func:`noise_of` says they would be without a signal. What a row or a column has beyond that is signal. Its share, by row
+    times by column, is the factor of a weight (Wiener's, with the signal of a row and of a column estimated from all of it).
     """
-    energy = move.square()
-    shares = ((energy.mean(axis) - noise).clamp_min_(LEAST * (1 - noise)) for axis in (0, 1))
-    columns, rows = (share.div_(share.mean()) for share in shares)
-    return torch.outer(rows, columns).clamp_max_(MOST)
+    shares = ((energy - noise).clamp_min_(LEAST * (1 - noise)) for energy in (rows, columns))
+    by_row, by_column = (share / share.mean() for share in shares)
+    return by_row, by_column

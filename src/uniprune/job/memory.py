@@ -38,7 +38,7 @@ CPU = torch.device("cpu")
 PROCESS = 350_000_000  # bytes: the interpreter and its libraries
 LOGIT = 5 * 4  # bytes per logit of a piece of a window, of both models, with what becomes of them
 SCORING = 20  # bytes per weight of the largest matrix while it is scored and cut, in float32
-STEPPING = 32  # the same while its dual is moved
+STEPPING = 24  # the same while its dual is moved
 NORMS = 6  # bytes that a block keeps for each token and channel between the blocks, beyond its matrices': norms are in float32
 RAGGED = 1.1  # what the allocator loses
 LARGE_STEP = 16_384  # tokens in which a step computes about as long as its states take from the disk and back
@@ -110,7 +110,7 @@ def needs(work: Work) -> Needs:
         found["recomputed"] = Bytes.of(held, disk=saved)
         if work.device.type != "cpu":
             here = held | {"states": 0, "working": held["working"] + parts.visiting}
-            host = sum(_pinned(int(cost.memory * matrix.size)) for matrix in work.matrices.values()) // processes
+            host = int(cost.memory) * sum(_pinned(matrix.size) for matrix in work.matrices.values()) // processes
             found["offloaded"] = Bytes.of(here, host=host, disk=saved)
     streamed = _streamed(parts)
     if processes > 1:
@@ -268,7 +268,7 @@ class _Parts:
 
 
 def _pinned(size: int) -> int:
-    """Of the host: PyTorch takes a power of two for each pinned tensor. A float32 one and two of bfloat16 take that of all."""
+    """Of the host, per byte of a weight: PyTorch takes a power of two for each pinned tensor."""
     return 1 << (size - 1).bit_length()
 
 
