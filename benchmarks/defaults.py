@@ -1,10 +1,11 @@
-"""What `uniprune prune MODEL -s 2:4 -o FOLDER` takes with default settings: time, memory, tokens.
+"""What `uniprune prune MODEL -s 2:4 -o FOLDER` takes with default settings, and gives: time, memory, tokens, perplexity.
 
     python benchmarks/defaults.py [smollm2] [qwen] [--scratch FOLDER]
 
 Each run is a process of its own, on all cores, looked at every 10 ms (scale.measured). Qwen2.5-Coder-0.5B is downloaded the
 first time; its output takes 2 GB for a while. Rows accumulate in results/defaults.json, keyed by model. Twelve minutes
 for the smaller model on two cores; the larger takes several times that.
+Perplexity is that of quality.py's tables (24 windows of 512 of WikiText-2's raw test, float32), of the folder that was written.
 """
 
 from __future__ import annotations
@@ -15,9 +16,12 @@ import math
 import tempfile
 from pathlib import Path
 
-from common import load, processor, save
-from quality import MODELS
+import uniprune
+from common import EVALUATION, load, processor, save
+from quality import LENGTH, MODELS
 from scale import verb
+from uniprune.data.windows import load_windows
+from uniprune.evaluation import perplexity as perplexity_module
 from uniprune.storage.files import REPORT
 
 PATTERN = "2:4"
@@ -33,13 +37,21 @@ def main() -> None:
             output = Path(scratch) / "pruned"
             cost = verb("prune", MODELS[model](), "-s", PATTERN, "-o", str(output))
             report = json.loads((output / REPORT).read_text())
+            perplexities = {"perplexity": perplexity(str(output)), "dense_perplexity": perplexity(MODELS[model]())}
         descent = report["controller"]
         row = {"model": model, "pattern": PATTERN, "cpu": processor()["name"], **cost, "seconds_of": report["seconds"]}
+        row |= perplexities
         row["prunable"] = sum(math.prod(matrix["shape"]) for matrix in report["matrices"].values())
         row |= {name: descent[name] for name in ("tokens", "steps", "held_out_loss", "best_held_out_loss")}
         others = [other for other in load("defaults").get("rows", []) if other["model"] != model]
         save("defaults", {"rows": [*others, row]})
         print(row, flush=True)
+
+
+def perplexity(source: str) -> float:
+    loaded = uniprune.load(source, dtype="float32", device="cpu")
+    windows = load_windows(EVALUATION, loaded.tokenizer, use="evaluation", length=LENGTH, count=24)
+    return perplexity_module.perplexity(loaded.model, windows).perplexity
 
 
 if __name__ == "__main__":

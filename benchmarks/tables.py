@@ -323,7 +323,10 @@ def defaults(results: dict[str, Any]) -> str:
         takes = [lasting(row["seconds"]), f"{row['peak_bytes'] / 1e9:.1f} GB"]
         lines.append([MODELS[row["model"]], f"{row['prunable'] / 1e6:.0f}M", f"{row['tokens']:,}", *takes])
         lines[-1].append(f"{start:.2f} to {best:.2f}")
-    return table(["model", "prunable weights", "tokens descended on", "time, all in all", "peak memory", "held-out KL"], lines)
+        lines[-1].append(f"{row['dense_perplexity']:.1f} to {row['perplexity']:.1f}" if "perplexity" in row else "")
+        lines[-1].append(row["cpu"])
+    heads = ["model", "prunable weights", "tokens descended on", "time, all in all", "peak memory", "held-out KL", "perplexity"]
+    return table([*heads, "two cores of"], lines)
 
 
 def sizes(results: dict[str, Any]) -> str:
