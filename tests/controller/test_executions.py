@@ -1,5 +1,7 @@
 """Ways to run a descent on a model in memory: activations computed again give the same bits, in less memory."""
 
+import json
+
 import pytest
 import torch
 
@@ -7,10 +9,14 @@ import uniprune
 from conftest import Stopped, Stops
 from small_models import MATRICES, tiny
 from uniprune import Recipe
+from uniprune.checkpoints.origin import resolve
 from uniprune.controller.mirror_descent import MirrorDescent
 from uniprune.controller.passes import Resident, opened
 from uniprune.controller.states import Masks, PackedMasks
 from uniprune.job.memory import PROCESS, Work, needs
+from uniprune.job.options import RunOptions
+from uniprune.job.prepare import choose
+from uniprune.models.loading import skeleton
 from uniprune.models.matrices import find_blocks, find_matrices
 from uniprune.saliency.calibration import Calibration
 from uniprune.saliency.metrics import Wanda
@@ -140,6 +146,19 @@ def test_a_run_goes_on_with_less_memory(folder, tmp_path, monkeypatch):
         uniprune.prune(str(folder), recipe, tmp_path / "out", execution="resident", progress=Stops(2))
     limit = limit_of(folder, recipe, "recomputed")
     assert uniprune.prune(str(folder), recipe, tmp_path / "out", max_memory=limit, resume=True).masks_sha256 == expected
+
+
+def test_a_run_that_was_killed_before_it_kept_anything_may_be_run_otherwise(folder, tmp_path):
+    """As when there was too little memory for the way that was chosen."""
+    recipe, origin = Recipe(sparsity="2:4", **SMALL), resolve(str(folder))
+    model = skeleton(origin)
+    needed = needs(Work(model, find_matrices(model), recipe, torch.float32, torch.bfloat16, 32))
+    options, left = RunOptions(max_memory=needed["streamed"].memory, resume=True), runs.folder_of(tmp_path / "out")
+    left.mkdir()
+    (left / "identity.json").write_text(json.dumps({"uniprune": "run", "identity": {"execution": "resident"}}))
+    assert choose(origin, needed, options, CPU, tmp_path / "out") == "streamed"
+    (left / "descent.json").write_text('{"facts": {}}')
+    assert choose(origin, needed, options, CPU, tmp_path / "out") == "resident"
 
 
 @pytest.mark.parametrize(
