@@ -50,7 +50,7 @@ from uniprune.models.loading import (
 from uniprune.models.matrices import Matrices, check_decoder, check_finite, check_loaded, choose_matrices, find_matrices
 from uniprune.models.sharding import Sharder, open_sharded
 from uniprune.models.streaming import attached, open_streamed
-from uniprune.saliency.calibration import SWEEP, Calibration
+from uniprune.saliency.calibration import OUTPUTS, SWEEP, Calibration
 from uniprune.sparsity.hardware import fitted
 from uniprune.sparsity.patterns import Pattern, Saliency
 from uniprune.storage import files, runs
@@ -366,8 +366,8 @@ def progress_of(output: Path, options: RunOptions, identity: dict[str, Any]) -> 
     """
     if distributed.rank() == 0:
         with runs.open_run(output, identity, resume=options.resume, overwrite=options.overwrite) as run:
-            if distributed.count() > 1:
-                run.drop(SWEEP)
+            for stage in (SWEEP, OUTPUTS) if distributed.count() > 1 else ():
+                run.drop(stage)
             distributed.wait()
             yield run
             distributed.wait()
