@@ -176,7 +176,8 @@ def _prepare(
         raise InputError(f"output {scores} cannot hold both scores and tokens; give --save-tokens another name")
     for file in (save_tokens, scores):
         if file is not None:
-            check_output_file(file, options.overwrite or file is scores, *texts, *([origin.path] if origin else []))
+            may = options.overwrite or options.resume or file is scores  # the tokens of an earlier try are compared
+            check_output_file(file, may, *texts, *([origin.path] if origin else []))
     if output is not None:
         files.check_output_folder(output, options.overwrite, origin.path if origin else None, texts)
     model = loaded.model if loaded else skeleton(origin)  # type: ignore[arg-type]
@@ -198,7 +199,7 @@ def _prepare(
     windows = image_windows(recipe, model, origin, tokenizer) or calibration_windows(recipe, tokenizer, model)
     holds_out = bool(getattr(recipe.parsed_controller(), "held_out", 0))
     distributed.check_windows(len(windows.tokens), held_out=int(holds_out))
-    _keep(windows, save_tokens)
+    _keep(windows, options)
     if loaded:
         warn_of_emulation(loaded.model)
         execution = _of_loaded(loaded, recipe, matrices, windows, options)
@@ -225,7 +226,7 @@ def _prepare(
             matrices = attached(find_matrices(loaded.model, recipe.include, recipe.exclude), loaded.residency)  # type: ignore[arg-type]
     if windows.prompts is not None:
         windows = written(windows, loaded, recipe.seed, progress)
-        _keep(windows, save_tokens)
+        _keep(windows, options)
     pictures.show(loaded.model, windows.pictures)
     if loaded.residency is blocks.resident:
         check_finite(matrices)  # as they are computed; as they are stored, digests looks
@@ -248,10 +249,10 @@ def _of_loaded(loaded: Loaded, recipe: Recipe, matrices: Matrices, windows: Wind
     return options.execution or _fitting(found, limit) or "resident"
 
 
-def _keep(windows: Windows, path: Path | None) -> None:
+def _keep(windows: Windows, options: RunOptions) -> None:
     """Writes the token file, if one is asked for and no sample is still to be written by the model."""
-    if path is not None and windows.prompts is None and distributed.rank() == 0:
-        save_windows(windows, path)
+    if options.save_tokens is not None and windows.prompts is None and distributed.rank() == 0:
+        save_windows(windows, options.save_tokens, again=options.resume and not options.overwrite)
 
 
 def _bind(loaded: Loaded, matrices: Matrices, digests: dict[str, str] | None) -> Binding:
