@@ -161,6 +161,19 @@ def test_a_run_that_was_killed_before_it_kept_anything_may_be_run_otherwise(fold
     assert choose(origin, needed, options, CPU, tmp_path / "out") == "resident"
 
 
+@pytest.mark.parametrize("settings", [{"controller": "unipruning"}, {"controller": "none", "steps": None, "text": "self"}])
+def test_a_plan_chooses_no_way_that_prune_refuses(folder, tmp_path, settings):
+    recipe = Recipe(sparsity="2:4", **(SMALL | settings))
+    limit = limit_of(folder, recipe, "streamed")
+    assert uniprune.plan(str(folder), recipe).execution == "resident"
+    assert uniprune.plan(str(folder), recipe, max_memory=limit).execution == "none"
+    with pytest.raises(uniprune.InputError, match="whole model in memory") as refused:
+        uniprune.prune(str(folder), recipe, tmp_path / "out", max_memory=limit)
+    with pytest.raises(uniprune.InputError) as planned:
+        uniprune.plan(str(folder), recipe, execution="streamed")
+    assert str(planned.value) == str(refused.value)
+
+
 @pytest.mark.parametrize(
     ("execution", "settings", "reason"),
     [

@@ -31,7 +31,7 @@ from uniprune.job import memory
 from uniprune.job.images import image_windows
 from uniprune.job.options import Execution, RunOptions
 from uniprune.job.recipe import Recipe
-from uniprune.job.samples import calibration_windows, check_written, written
+from uniprune.job.samples import calibration_windows, check_written, writes, written
 from uniprune.models import blocks
 from uniprune.models.loading import (
     Loaded,
@@ -212,7 +212,6 @@ def _prepare(
         execution = choose(origin, needs, options, device, target)
         check_execution(recipe, execution)
         memory.warn_of_traffic(work, execution, needs[execution])
-        check_written(windows, execution in IN_MEMORY)
         if windows.pictures and execution not in IN_MEMORY:
             raise InputError("images go through the whole model in memory; raise --max-memory, or take the text: --field text")
         if target is not None:
@@ -327,7 +326,8 @@ def _fitting(able: memory.Needs, limit: int) -> Execution | None:
 
 
 def check_execution(recipe: Recipe, execution: Execution) -> None:
-    """Raises InputError if the recipe's controller does not go with the way that the model would be executed."""
+    """Raises InputError if the recipe's controller or text does not go with the way that the model would be executed."""
+    check_written(writes(recipe), execution in IN_MEMORY)
     controller = recipe.parsed_controller()
     if controller is None:
         return
