@@ -92,6 +92,16 @@ def test_what_another_command_began_that_command_goes_on_with(tmp_path):
         pass
 
 
+@pytest.mark.parametrize("command", ["permute", "prune"])
+def test_what_has_no_resume_is_begun_again(tmp_path, command):
+    interrupt(tmp_path / "out", identity={"command": "permute"})
+    with (
+        pytest.raises(InputError, match=r"unfinished run of .*: --overwrite restarts$"),
+        runs.open_run(tmp_path / "out", {"command": command}),
+    ):
+        pass
+
+
 def test_another_identity_is_refused_with_what_differs(tmp_path):
     folder = interrupt(tmp_path / "out")
     other = {"recipe": {"sparsity": 0.6, "targets": ["0.5", "4:8"]}, "model": "b" * 64, "format": 1, "seed": None}
