@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from transformers import AutoModelForImageTextToText, BlipConfig
 
 import uniprune
 from conftest import Stopped, Stops
@@ -172,6 +173,15 @@ def test_a_plan_chooses_no_way_that_prune_refuses(folder, tmp_path, settings):
     with pytest.raises(uniprune.InputError) as planned:
         uniprune.plan(str(folder), recipe, execution="streamed")
     assert str(planned.value) == str(refused.value)
+
+
+def test_a_model_whose_text_decoder_has_the_output_head_is_forecast():
+    text = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 64}
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(BlipConfig(text_config=text | {"bos_token_id": 1}))
+    assert model.get_output_embeddings() is None
+    needed = needs(Work(model, find_matrices(model), Recipe(sparsity="2:4"), torch.float32, torch.float32, 32))
+    assert needed["resident"].memory > needed["streamed"].memory
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ from uniprune.job.recipe import WINDOWS, Recipe
 from uniprune.models.blocks import BATCH_TOKENS
 from uniprune.models.experts import Slice
 from uniprune.models.matrices import Matrices, find_blocks
-from uniprune.models.output_head import PIECE
+from uniprune.models.output_head import PIECE, output_embeddings
 from uniprune.saliency.statistics import Gram, Kind, SquaredNorm, beside
 
 logger = logging.getLogger(__name__)
@@ -274,7 +274,7 @@ def _pinned(size: int) -> int:
 
 def _vocabulary(work: Work) -> int:
     """Of the logits that a step computes."""
-    size: int = work.model.get_output_embeddings().weight.shape[0]  # type: ignore[operator, union-attr]
+    size: int = output_embeddings(work.model).weight.shape[0]
     settings = work.recipe.parsed_controller()
     return size if getattr(settings, "labels", 0) else min(size, getattr(settings, "vocabulary", size))
 
