@@ -1,6 +1,7 @@
 """Ways to run a descent on a model in memory: activations computed again give the same bits, in less memory."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from uniprune.checkpoints.origin import resolve
 from uniprune.controller.mirror_descent import MirrorDescent
 from uniprune.controller.passes import Resident, opened
 from uniprune.controller.states import Masks, PackedMasks
+from uniprune.job import memory
 from uniprune.job.memory import PROCESS, Work, needs
 from uniprune.job.options import RunOptions
 from uniprune.job.prepare import choose
@@ -182,6 +184,30 @@ def test_a_model_whose_text_decoder_has_the_output_head_is_forecast():
     assert model.get_output_embeddings() is None
     needed = needs(Work(model, find_matrices(model), Recipe(sparsity="2:4"), torch.float32, torch.float32, 32))
     assert needed["resident"].memory > needed["streamed"].memory
+
+
+GROUPS = {  # two versions of Linux's control groups: in a container that sees its own as the root, and in one that does not
+    "version 2": ("0::/", "", {"memory.max": "5000", "memory.current": "4000"}),
+    "version 2, no limit": ("0::/", "", {"memory.max": "max", "memory.current": "4000"}),
+    "version 2, of a job": ("0::/job/step", "job", {"memory.max": "5000", "memory.current": "4000"}),
+    "version 1": ("4:memory:/docker/7", "memory", {"memory.limit_in_bytes": "5000", "memory.usage_in_bytes": "4000"}),
+    "version 1, another": ("4:cpu:/docker/7", "memory", {"memory.limit_in_bytes": "5000", "memory.usage_in_bytes": "4000"}),
+}
+
+
+@pytest.mark.parametrize(("case", "left"), zip(GROUPS, [1300, math.inf, 1300, 1300, math.inf], strict=True))
+def test_a_container_has_less_memory_than_its_machine(tmp_path, monkeypatch, case, left):
+    line, place, files = GROUPS[case]
+    (tmp_path / "mounted" / place).mkdir(parents=True)
+    for name, text in (files | {"memory.stat": "anon 9\nactive_file 100\ninactive_file 200"}).items():
+        (tmp_path / "mounted" / place / name).write_text(f"{text}\n")
+    (tmp_path / "cgroup").write_text(f"{line}\n")
+    monkeypatch.setattr(memory, "GROUPS", tmp_path / "cgroup")
+    monkeypatch.setattr(memory, "MOUNTED", tmp_path / "mounted")
+    assert memory.left_by_groups() == left
+    assert left == math.inf or memory.free_memory(CPU) == left
+    monkeypatch.setattr(memory, "GROUPS", tmp_path / "nowhere")
+    assert memory.left_by_groups() == math.inf
 
 
 @pytest.mark.parametrize(

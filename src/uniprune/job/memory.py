@@ -14,11 +14,13 @@ All give the same masks. They are listed from the fastest to the slowest.
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 
 import torch
 
@@ -43,6 +45,8 @@ NORMS = 6  # bytes that a block keeps for each token and channel between the blo
 RAGGED = 1.1  # what the allocator loses
 LARGE_STEP = 16_384  # tokens in which a step computes about as long as its states take from the disk and back
 TRAFFIC = 10_000_000_000  # bytes a step that are worth a warning
+GROUPS, MOUNTED = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")  # Linux's: the control groups of this process, of all
+LIMITS = {"": ("memory.max", "memory.current"), "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes")}  # version 2, 1
 
 
 @dataclass(frozen=True)
@@ -307,4 +311,34 @@ def free_memory(device: torch.device) -> int:
         return torch.cuda.mem_get_info(device)[0]
     import psutil  # type: ignore[import-untyped]
 
-    return int(psutil.virtual_memory().available) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    free = min(int(psutil.virtual_memory().available), left_by_groups())
+    return int(free) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def left_by_groups() -> float:
+    """Bytes that this process's control groups leave it: a container, or the job of a batch system, may have less than the
+    machine, and whoever takes more is killed. Infinity where there is no limit."""
+    try:
+        groups = [line.split(":", 2) for line in GROUPS.read_text().splitlines()]
+    except OSError:  # no Linux
+        return math.inf
+    left = math.inf
+    for _, kinds, path in groups:
+        kind = "memory" if "memory" in kinds.split(",") else kinds
+        if kind in LIMITS:
+            root = MOUNTED / kind
+            place = root / path.lstrip("/")  # inside a container it may not be there, but the root is then the container's
+            inside = [folder for folder in (place, *place.parents) if folder.is_relative_to(root)]
+            left = min(left, *(_left(folder, *LIMITS[kind]) for folder in inside))
+    return left
+
+
+def _left(group: Path, limit: str, taken: str) -> float:
+    """Of one control group; what it holds of files is dropped where there is need of room."""
+    try:
+        most, held = (group / limit).read_text().strip(), int((group / taken).read_text())
+        facts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    except OSError:
+        return math.inf
+    files = sum(int(facts.get(f"total_{name}", facts.get(name, 0))) for name in ("active_file", "inactive_file"))
+    return math.inf if most == "max" else max(0, int(most) - held + files)
