@@ -16,7 +16,7 @@ from uniprune.controller.mirror_descent import MirrorDescent
 from uniprune.controller.passes import Resident, opened
 from uniprune.controller.states import Masks, PackedMasks
 from uniprune.job import memory
-from uniprune.job.memory import PROCESS, Work, needs
+from uniprune.job.memory import PROCESS, Work, _Parts, needs
 from uniprune.job.options import RunOptions
 from uniprune.job.prepare import choose
 from uniprune.models.loading import skeleton
@@ -184,6 +184,28 @@ def test_a_model_whose_text_decoder_has_the_output_head_is_forecast():
     assert model.get_output_embeddings() is None
     needed = needs(Work(model, find_matrices(model), Recipe(sparsity="2:4"), torch.float32, torch.float32, 32))
     assert needed["resident"].memory > needed["streamed"].memory
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
+def test_a_token_is_forecast_to_go_to_few_experts(family):
+    """With all of them the forecast was several times what is taken."""
+    experts = {"num_experts": 64} if family == "qwen3_moe" else {"n_routed_experts": 64}
+    model, kept, ids = tiny(family, **experts), {}, tokens(8, 64)
+    matrices = find_matrices(model)
+    passes = opened(Calibration(model, matrices, ids), None)
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with passes.network, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        passes.forward(ids)
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    taken = sum(size for place, size in kept.items() if place not in weights)
+    # A step of all 8 samples.
+    forecast = _Parts(Work(model, matrices, Recipe(sparsity="2:4", tuning={"batch_tokens": 512}), torch.float32, None, 64))
+    assert taken / 3 < forecast.kept < 3 * taken
+    assert forecast.work.met < 0.3 * forecast.work.prunable
 
 
 GROUPS = {  # two versions of Linux's control groups: in a container that sees its own as the root, and in one that does not

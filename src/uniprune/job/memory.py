@@ -29,8 +29,8 @@ from uniprune.controller.passes import PART_TOKENS
 from uniprune.job.options import Execution
 from uniprune.job.recipe import WINDOWS, Recipe
 from uniprune.models.blocks import BATCH_TOKENS
-from uniprune.models.experts import Slice
-from uniprune.models.matrices import Matrices, find_blocks
+from uniprune.models.experts import Batched, Slice
+from uniprune.models.matrices import Matrices, Matrix, find_blocks
 from uniprune.models.output_head import PIECE, output_embeddings
 from uniprune.saliency.statistics import Gram, Kind, SquaredNorm, beside
 
@@ -99,6 +99,27 @@ class Work:
     @property
     def parameters(self) -> int:
         return sum(p.numel() for p in self.model.parameters())
+
+    @cached_property
+    def shares(self) -> dict[str, float]:
+        """Of the tokens, how many go through each matrix: an expert is given those that its router sends there."""
+        config = self.model.config.get_text_config()  # type: ignore[union-attr, operator]
+        chosen = getattr(config, "num_experts_per_tok", None)
+        fellows = Counter(matrix.group for matrix in self.matrices.values())
+        return {
+            name: min(1.0, chosen / fellows[matrix.group]) if isinstance(chosen, int) and _routed(matrix) else 1.0
+            for name, matrix in self.matrices.items()
+        }
+
+    @property
+    def met(self) -> float:
+        """How many of the prunable weights a token is multiplied by."""
+        return sum(self.shares[name] * matrix.size for name, matrix in self.matrices.items())
+
+
+def _routed(matrix: Matrix) -> bool:
+    """Whether a matrix is an expert's that is given some tokens alone; Llama 4's have room for all."""
+    return matrix.group is not None and not isinstance(getattr(matrix.module, "fused", None), Batched)
 
 
 def needs(work: Work) -> Needs:
@@ -186,10 +207,14 @@ class _Parts:
         return max(SCORING * self.largest, passing)
 
     @cached_property
+    def widths(self) -> dict[str, int]:
+        """What a token has on both sides of each matrix, in numbers; on both sides of an expert's on average."""
+        return {name: math.ceil(self.work.shares[name] * sum(matrix.shape)) for name, matrix in self.work.matrices.items()}
+
+    @cached_property
     def per_token(self) -> int:
         """What a block keeps of a token: what its matrices are given, what they put out, what comes of the widest, norms."""
-        widths = {name: sum(matrix.shape) for name, matrix in self.work.matrices.items()}
-        return self.item * (_most_of_a_block(self.work.matrices, widths) + self.width) + NORMS * self.flow
+        return self.item * (_most_of_a_block(self.work.matrices, self.widths) + self.width) + NORMS * self.flow
 
     @property
     def gradients(self) -> int:
@@ -215,7 +240,7 @@ class _Parts:
     @property
     def kept(self) -> int:
         """The most that a step holds with the activations of all blocks kept: at its loss, or when the last block moves."""
-        widths = sum(sum(matrix.shape) for matrix in self.work.matrices.values())
+        widths = sum(self.widths.values())
         activations = self.tokens * (self.item * (widths + self.blocks * self.width) + NORMS * self.blocks * self.flow)
         return activations + max(self.logits, self.gradients + self.moving - self.tokens * self.per_token)
 
