@@ -1,16 +1,25 @@
 """Ways to run a descent on a model in memory: activations computed again give the same bits, in less memory."""
 
+import json
+import math
+
 import pytest
 import torch
+from transformers import AutoModelForImageTextToText, BlipConfig
 
 import uniprune
 from conftest import Stopped, Stops
 from small_models import MATRICES, tiny
 from uniprune import Recipe
+from uniprune.checkpoints.origin import resolve
 from uniprune.controller.mirror_descent import MirrorDescent
 from uniprune.controller.passes import Resident, opened
 from uniprune.controller.states import Masks, PackedMasks
-from uniprune.job.memory import PROCESS, Work, needs
+from uniprune.job import memory
+from uniprune.job.memory import PROCESS, Work, _Parts, needs
+from uniprune.job.options import RunOptions
+from uniprune.job.prepare import choose
+from uniprune.models.loading import skeleton
 from uniprune.models.matrices import find_blocks, find_matrices
 from uniprune.saliency.calibration import Calibration
 from uniprune.saliency.metrics import Wanda
@@ -140,6 +149,87 @@ def test_a_run_goes_on_with_less_memory(folder, tmp_path, monkeypatch):
         uniprune.prune(str(folder), recipe, tmp_path / "out", execution="resident", progress=Stops(2))
     limit = limit_of(folder, recipe, "recomputed")
     assert uniprune.prune(str(folder), recipe, tmp_path / "out", max_memory=limit, resume=True).masks_sha256 == expected
+
+
+def test_a_run_that_was_killed_before_it_kept_anything_may_be_run_otherwise(folder, tmp_path):
+    """As when there was too little memory for the way that was chosen."""
+    recipe, origin = Recipe(sparsity="2:4", **SMALL), resolve(str(folder))
+    model = skeleton(origin)
+    needed = needs(Work(model, find_matrices(model), recipe, torch.float32, torch.bfloat16, 32))
+    options, left = RunOptions(max_memory=needed["streamed"].memory, resume=True), runs.folder_of(tmp_path / "out")
+    left.mkdir()
+    (left / "identity.json").write_text(json.dumps({"uniprune": "run", "identity": {"execution": "resident"}}))
+    assert choose(origin, needed, options, CPU, tmp_path / "out") == "streamed"
+    (left / "descent.json").write_text('{"facts": {}}')
+    assert choose(origin, needed, options, CPU, tmp_path / "out") == "resident"
+
+
+@pytest.mark.parametrize("settings", [{"controller": "unipruning"}, {"controller": "none", "steps": None, "text": "self"}])
+def test_a_plan_chooses_no_way_that_prune_refuses(folder, tmp_path, settings):
+    recipe = Recipe(sparsity="2:4", **(SMALL | settings))
+    limit = limit_of(folder, recipe, "streamed")
+    assert uniprune.plan(str(folder), recipe).execution == "resident"
+    assert uniprune.plan(str(folder), recipe, max_memory=limit).execution == "none"
+    with pytest.raises(uniprune.InputError, match="whole model in memory") as refused:
+        uniprune.prune(str(folder), recipe, tmp_path / "out", max_memory=limit)
+    with pytest.raises(uniprune.InputError) as planned:
+        uniprune.plan(str(folder), recipe, execution="streamed")
+    assert str(planned.value) == str(refused.value)
+
+
+def test_a_model_whose_text_decoder_has_the_output_head_is_forecast():
+    text = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 64}
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(BlipConfig(text_config=text | {"bos_token_id": 1}))
+    assert model.get_output_embeddings() is None
+    needed = needs(Work(model, find_matrices(model), Recipe(sparsity="2:4"), torch.float32, torch.float32, 32))
+    assert needed["resident"].memory > needed["streamed"].memory
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
+def test_a_token_is_forecast_to_go_to_few_experts(family):
+    """With all of them the forecast was several times what is taken."""
+    experts = {"num_experts": 64} if family == "qwen3_moe" else {"n_routed_experts": 64}
+    model, kept, ids = tiny(family, **experts), {}, tokens(8, 64)
+    matrices = find_matrices(model)
+    passes = opened(Calibration(model, matrices, ids), None)
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with passes.network, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        passes.forward(ids)
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    taken = sum(size for place, size in kept.items() if place not in weights)
+    # A step of all 8 samples.
+    forecast = _Parts(Work(model, matrices, Recipe(sparsity="2:4", tuning={"batch_tokens": 512}), torch.float32, None, 64))
+    assert taken / 3 < forecast.kept < 3 * taken
+    assert forecast.work.met < 0.3 * forecast.work.prunable
+
+
+GROUPS = {  # two versions of Linux's control groups: in a container that sees its own as the root, and in one that does not
+    "version 2": ("0::/", "", {"memory.max": "5000", "memory.current": "4000"}),
+    "version 2, no limit": ("0::/", "", {"memory.max": "max", "memory.current": "4000"}),
+    "version 2, of a job": ("0::/job/step", "job", {"memory.max": "5000", "memory.current": "4000"}),
+    "version 1": ("4:memory:/docker/7", "memory", {"memory.limit_in_bytes": "5000", "memory.usage_in_bytes": "4000"}),
+    "version 1, another": ("4:cpu:/docker/7", "memory", {"memory.limit_in_bytes": "5000", "memory.usage_in_bytes": "4000"}),
+}
+
+
+@pytest.mark.parametrize(("case", "left"), zip(GROUPS, [1300, math.inf, 1300, 1300, math.inf], strict=True))
+def test_a_container_has_less_memory_than_its_machine(tmp_path, monkeypatch, case, left):
+    line, place, files = GROUPS[case]
+    (tmp_path / "mounted" / place).mkdir(parents=True)
+    for name, text in (files | {"memory.stat": "anon 9\nactive_file 100\ninactive_file 200"}).items():
+        (tmp_path / "mounted" / place / name).write_text(f"{text}\n")
+    (tmp_path / "cgroup").write_text(f"{line}\n")
+    monkeypatch.setattr(memory, "GROUPS", tmp_path / "cgroup")
+    monkeypatch.setattr(memory, "MOUNTED", tmp_path / "mounted")
+    assert memory.left_by_groups() == left
+    assert left == math.inf or memory.free_memory(CPU) == left
+    monkeypatch.setattr(memory, "GROUPS", tmp_path / "nowhere")
+    assert memory.left_by_groups() == math.inf
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,8 @@ from collections import Counter
 import pytest
 import torch
 
+import uniprune
+from conftest import Stopped, Stops
 from uniprune.data import bos as bos_module
 from uniprune.data import mixture, sampling
 from uniprune.data.bos import bos_of
@@ -398,3 +400,23 @@ def test_a_chat_template_that_is_missing_is_said(tmp_path, caplog):
     windows = load_windows(Text(str(tmp_path / "a.jsonl")), Letters(False), use="evaluation", length=9)
     assert letters(windows) == ["How?\n\nSo."]
     assert caplog.text.count("no chat template") == 1
+
+
+def test_a_run_that_goes_on_finds_its_own_tokens(folder, tmp_path):
+    """What is started again with --resume after an interruption may have written them before."""
+    tokens, output = tmp_path / "tokens.safetensors", tmp_path / "scores.safetensors"
+    recipe = uniprune.Recipe(controller="none", windows=8, length=32)
+
+    def start(recipe=recipe, **options):
+        return uniprune.calibrate(str(folder), recipe, output, save_tokens=tokens, execution="streamed", **options)
+
+    with pytest.raises(Stopped):
+        start(progress=Stops(1), resume=True)
+    written = tokens.stat().st_mtime_ns
+    start(resume=True)
+    assert tokens.stat().st_mtime_ns == written
+    output.unlink()
+    with pytest.raises(InputError, match="exists; give another name"):
+        start()
+    with pytest.raises(InputError, match="exists, and has other tokens; give another name, or --overwrite"):
+        start(uniprune.Recipe(**{**dict(recipe), "seed": 1}), resume=True)

@@ -286,7 +286,7 @@ def test_hidden_states_that_are_gone_are_an_error(tmp_path):
 def test_a_sweep_of_several_processes_begins_anew(tmp_path, monkeypatch):
     """Hidden states are of one process's own windows, and other processes would take up a sweep without any."""
     with pytest.raises(Stopped), progress_of(tmp_path / "out", RunOptions(), {}) as run:
-        for stage in ("sweep", "descent"):
+        for stage in ("sweep", "outputs", "descent"):
             store = Store(run, stage)
             store["w"] = {"dual": torch.ones(2)}
             store.commit({"done": 1})
@@ -296,7 +296,8 @@ def test_a_sweep_of_several_processes_begins_anew(tmp_path, monkeypatch):
     monkeypatch.setattr("uniprune.common.distributed.wait", lambda: None)
     with progress_of(tmp_path / "out", RunOptions(resume=True), {}) as run:
         assert run.facts("descent") == {"done": 1}
-        assert (run.facts("sweep"), dict(Store(run, "sweep"))) == (None, {})
+        for stage in ("sweep", "outputs"):
+            assert (run.facts(stage), dict(Store(run, stage))) == (None, {})
 
 
 def test_another_run_is_not_resumed(folder, tmp_path, monkeypatch):

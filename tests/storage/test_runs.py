@@ -54,6 +54,16 @@ def test_without_a_commit_there_is_nothing_to_go_on_with(tmp_path):
     assert not any(tmp_path.iterdir())
 
 
+def test_a_run_without_a_commit_is_none_that_was_interrupted(tmp_path):
+    """A process that was killed leaves its identity behind, but nothing that binds the next one."""
+    folder = runs.folder_of(tmp_path / "out")
+    folder.mkdir()
+    (folder / "identity.json").write_text(json.dumps({"uniprune": "run", "identity": {"execution": "resident"}}))
+    assert runs.identity_of(tmp_path / "out") is None
+    (folder / "sweep.json").write_text('{"facts": {}}')
+    assert runs.identity_of(tmp_path / "out") == {"execution": "resident"}
+
+
 def test_resume_and_overwrite_decide_about_an_interrupted_run(tmp_path):
     output = tmp_path / "out"
     folder = interrupt(output, resume=True)  # where there is none, one begins
@@ -78,6 +88,16 @@ def test_what_another_command_began_that_command_goes_on_with(tmp_path):
     with (
         pytest.raises(InputError, match=r"uniprune prune --resume continues it; or give another output$"),
         runs.open_run(tmp_path / "out", {"command": "apply"}),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("command", ["permute", "prune"])
+def test_what_has_no_resume_is_begun_again(tmp_path, command):
+    interrupt(tmp_path / "out", identity={"command": "permute"})
+    with (
+        pytest.raises(InputError, match=r"unfinished run of .*: --overwrite restarts$"),
+        runs.open_run(tmp_path / "out", {"command": command}),
     ):
         pass
 

@@ -11,7 +11,7 @@ from uniprune.experts import removal
 from uniprune.job import estimate
 from uniprune.job.memory import Work, needs, warn_of_traffic
 from uniprune.job.options import Execution, RunOptions
-from uniprune.job.prepare import aim_of, check_predicts, choose, device_of
+from uniprune.job.prepare import aim_of, check_execution, check_predicts, choose, device_of
 from uniprune.job.recipe import WINDOWS, Recipe
 from uniprune.job.samples import window_length
 from uniprune.models.loading import fast_dtype, load, native_dtype, parse_dtype, skeleton
@@ -47,6 +47,7 @@ def plan(
     to_load = recipe.size is not None and not origin.files
     try:
         chosen = choose(origin, needed, options, target)
+        check_execution(recipe, chosen)
         warn_of_traffic(work, chosen, needed[chosen])
     except InputError:
         if to_load or execution:

@@ -11,11 +11,9 @@ from torch import Tensor
 
 from uniprune.models.experts import Fused, Output, Slice
 from uniprune.models.matrices import Matrices, Matrix
-from uniprune.saliency.calibration import Calibration, observed
+from uniprune.saliency.calibration import OUTPUTS, Calibration, observed
 from uniprune.saliency.statistics import Norm, Statistic, add_up
 from uniprune.sparsity.views import Scores
-
-OUTPUTS = "outputs"  # the stage of a run that observes what experts put out
 
 Layers = dict[str, Fused]
 """Layers of experts, by the name of the module that holds them."""

@@ -14,11 +14,13 @@ All give the same masks. They are listed from the fastest to the slowest.
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 
 import torch
 
@@ -27,9 +29,9 @@ from uniprune.controller.passes import PART_TOKENS
 from uniprune.job.options import Execution
 from uniprune.job.recipe import WINDOWS, Recipe
 from uniprune.models.blocks import BATCH_TOKENS
-from uniprune.models.experts import Slice
-from uniprune.models.matrices import Matrices, find_blocks
-from uniprune.models.output_head import PIECE
+from uniprune.models.experts import Batched, Slice
+from uniprune.models.matrices import Matrices, Matrix, find_blocks
+from uniprune.models.output_head import PIECE, output_embeddings
 from uniprune.saliency.statistics import Gram, Kind, SquaredNorm, beside
 
 logger = logging.getLogger(__name__)
@@ -43,6 +45,8 @@ NORMS = 6  # bytes that a block keeps for each token and channel between the blo
 RAGGED = 1.1  # what the allocator loses
 LARGE_STEP = 16_384  # tokens in which a step computes about as long as its states take from the disk and back
 TRAFFIC = 10_000_000_000  # bytes a step that are worth a warning
+GROUPS, MOUNTED = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")  # Linux's: the control groups of this process, of all
+LIMITS = {"": ("memory.max", "memory.current"), "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes")}  # version 2, 1
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,27 @@ class Work:
     @property
     def parameters(self) -> int:
         return sum(p.numel() for p in self.model.parameters())
+
+    @cached_property
+    def shares(self) -> dict[str, float]:
+        """Of the tokens, how many go through each matrix: an expert is given those that its router sends there."""
+        config = self.model.config.get_text_config()  # type: ignore[union-attr, operator]
+        chosen = getattr(config, "num_experts_per_tok", None)
+        fellows = Counter(matrix.group for matrix in self.matrices.values())
+        return {
+            name: min(1.0, chosen / fellows[matrix.group]) if isinstance(chosen, int) and _routed(matrix) else 1.0
+            for name, matrix in self.matrices.items()
+        }
+
+    @property
+    def met(self) -> float:
+        """How many of the prunable weights a token is multiplied by."""
+        return sum(self.shares[name] * matrix.size for name, matrix in self.matrices.items())
+
+
+def _routed(matrix: Matrix) -> bool:
+    """Whether a matrix is an expert's that is given some tokens alone; Llama 4's have room for all."""
+    return matrix.group is not None and not isinstance(getattr(matrix.module, "fused", None), Batched)
 
 
 def needs(work: Work) -> Needs:
@@ -182,10 +207,14 @@ class _Parts:
         return max(SCORING * self.largest, passing)
 
     @cached_property
+    def widths(self) -> dict[str, int]:
+        """What a token has on both sides of each matrix, in numbers; on both sides of an expert's on average."""
+        return {name: math.ceil(self.work.shares[name] * sum(matrix.shape)) for name, matrix in self.work.matrices.items()}
+
+    @cached_property
     def per_token(self) -> int:
         """What a block keeps of a token: what its matrices are given, what they put out, what comes of the widest, norms."""
-        widths = {name: sum(matrix.shape) for name, matrix in self.work.matrices.items()}
-        return self.item * (_most_of_a_block(self.work.matrices, widths) + self.width) + NORMS * self.flow
+        return self.item * (_most_of_a_block(self.work.matrices, self.widths) + self.width) + NORMS * self.flow
 
     @property
     def gradients(self) -> int:
@@ -211,7 +240,7 @@ class _Parts:
     @property
     def kept(self) -> int:
         """The most that a step holds with the activations of all blocks kept: at its loss, or when the last block moves."""
-        widths = sum(sum(matrix.shape) for matrix in self.work.matrices.values())
+        widths = sum(self.widths.values())
         activations = self.tokens * (self.item * (widths + self.blocks * self.width) + NORMS * self.blocks * self.flow)
         return activations + max(self.logits, self.gradients + self.moving - self.tokens * self.per_token)
 
@@ -274,7 +303,7 @@ def _pinned(size: int) -> int:
 
 def _vocabulary(work: Work) -> int:
     """Of the logits that a step computes."""
-    size: int = work.model.get_output_embeddings().weight.shape[0]  # type: ignore[operator, union-attr]
+    size: int = output_embeddings(work.model).weight.shape[0]
     settings = work.recipe.parsed_controller()
     return size if getattr(settings, "labels", 0) else min(size, getattr(settings, "vocabulary", size))
 
@@ -307,4 +336,34 @@ def free_memory(device: torch.device) -> int:
         return torch.cuda.mem_get_info(device)[0]
     import psutil  # type: ignore[import-untyped]
 
-    return int(psutil.virtual_memory().available) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    free = min(int(psutil.virtual_memory().available), left_by_groups())
+    return int(free) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def left_by_groups() -> float:
+    """Bytes that this process's control groups leave it: a container, or the job of a batch system, may have less than the
+    machine, and whoever takes more is killed. Infinity where there is no limit."""
+    try:
+        groups = [line.split(":", 2) for line in GROUPS.read_text().splitlines()]
+    except OSError:  # no Linux
+        return math.inf
+    left = math.inf
+    for _, kinds, path in groups:
+        kind = "memory" if "memory" in kinds.split(",") else kinds
+        if kind in LIMITS:
+            root = MOUNTED / kind
+            place = root / path.lstrip("/")  # inside a container it may not be there, but the root is then the container's
+            inside = [folder for folder in (place, *place.parents) if folder.is_relative_to(root)]
+            left = min(left, *(_left(folder, *LIMITS[kind]) for folder in inside))
+    return left
+
+
+def _left(group: Path, limit: str, taken: str) -> float:
+    """Of one control group; what it holds of files is dropped where there is need of room."""
+    try:
+        most, held = (group / limit).read_text().strip(), int((group / taken).read_text())
+        facts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    except OSError:
+        return math.inf
+    files = sum(int(facts.get(f"total_{name}", facts.get(name, 0))) for name in ("active_file", "inactive_file"))
+    return math.inf if most == "max" else max(0, int(most) - held + files)

@@ -31,7 +31,7 @@ from uniprune.job import memory
 from uniprune.job.images import image_windows
 from uniprune.job.options import Execution, RunOptions
 from uniprune.job.recipe import Recipe
-from uniprune.job.samples import calibration_windows, check_written, written
+from uniprune.job.samples import calibration_windows, check_written, writes, written
 from uniprune.models import blocks
 from uniprune.models.loading import (
     Loaded,
@@ -50,7 +50,7 @@ from uniprune.models.loading import (
 from uniprune.models.matrices import Matrices, check_decoder, check_finite, check_loaded, choose_matrices, find_matrices
 from uniprune.models.sharding import Sharder, open_sharded
 from uniprune.models.streaming import attached, open_streamed
-from uniprune.saliency.calibration import SWEEP, Calibration
+from uniprune.saliency.calibration import OUTPUTS, SWEEP, Calibration
 from uniprune.sparsity.hardware import fitted
 from uniprune.sparsity.patterns import Pattern, Saliency
 from uniprune.storage import files, runs
@@ -176,7 +176,8 @@ def _prepare(
         raise InputError(f"output {scores} cannot hold both scores and tokens; give --save-tokens another name")
     for file in (save_tokens, scores):
         if file is not None:
-            check_output_file(file, options.overwrite or file is scores, *texts, *([origin.path] if origin else []))
+            may = options.overwrite or options.resume or file is scores  # the tokens of an earlier try are compared
+            check_output_file(file, may, *texts, *([origin.path] if origin else []))
     if output is not None:
         files.check_output_folder(output, options.overwrite, origin.path if origin else None, texts)
     model = loaded.model if loaded else skeleton(origin)  # type: ignore[arg-type]
@@ -198,7 +199,7 @@ def _prepare(
     windows = image_windows(recipe, model, origin, tokenizer) or calibration_windows(recipe, tokenizer, model)
     holds_out = bool(getattr(recipe.parsed_controller(), "held_out", 0))
     distributed.check_windows(len(windows.tokens), held_out=int(holds_out))
-    _keep(windows, save_tokens)
+    _keep(windows, options)
     if loaded:
         warn_of_emulation(loaded.model)
         execution = _of_loaded(loaded, recipe, matrices, windows, options)
@@ -211,7 +212,6 @@ def _prepare(
         execution = choose(origin, needs, options, device, target)
         check_execution(recipe, execution)
         memory.warn_of_traffic(work, execution, needs[execution])
-        check_written(windows, execution in IN_MEMORY)
         if windows.pictures and execution not in IN_MEMORY:
             raise InputError("images go through the whole model in memory; raise --max-memory, or take the text: --field text")
         if target is not None:
@@ -225,7 +225,7 @@ def _prepare(
             matrices = attached(find_matrices(loaded.model, recipe.include, recipe.exclude), loaded.residency)  # type: ignore[arg-type]
     if windows.prompts is not None:
         windows = written(windows, loaded, recipe.seed, progress)
-        _keep(windows, save_tokens)
+        _keep(windows, options)
     pictures.show(loaded.model, windows.pictures)
     if loaded.residency is blocks.resident:
         check_finite(matrices)  # as they are computed; as they are stored, digests looks
@@ -248,10 +248,10 @@ def _of_loaded(loaded: Loaded, recipe: Recipe, matrices: Matrices, windows: Wind
     return options.execution or _fitting(found, limit) or "resident"
 
 
-def _keep(windows: Windows, path: Path | None) -> None:
+def _keep(windows: Windows, options: RunOptions) -> None:
     """Writes the token file, if one is asked for and no sample is still to be written by the model."""
-    if path is not None and windows.prompts is None and distributed.rank() == 0:
-        save_windows(windows, path)
+    if options.save_tokens is not None and windows.prompts is None and distributed.rank() == 0:
+        save_windows(windows, options.save_tokens, again=options.resume and not options.overwrite)
 
 
 def _bind(loaded: Loaded, matrices: Matrices, digests: dict[str, str] | None) -> Binding:
@@ -326,7 +326,8 @@ def _fitting(able: memory.Needs, limit: int) -> Execution | None:
 
 
 def check_execution(recipe: Recipe, execution: Execution) -> None:
-    """Raises InputError if the recipe's controller does not go with the way that the model would be executed."""
+    """Raises InputError if the recipe's controller or text does not go with the way that the model would be executed."""
+    check_written(writes(recipe), execution in IN_MEMORY)
     controller = recipe.parsed_controller()
     if controller is None:
         return
@@ -366,8 +367,8 @@ def progress_of(output: Path, options: RunOptions, identity: dict[str, Any]) -> 
     """
     if distributed.rank() == 0:
         with runs.open_run(output, identity, resume=options.resume, overwrite=options.overwrite) as run:
-            if distributed.count() > 1:
-                run.drop(SWEEP)
+            for stage in (SWEEP, OUTPUTS) if distributed.count() > 1 else ():
+                run.drop(stage)
             distributed.wait()
             yield run
             distributed.wait()

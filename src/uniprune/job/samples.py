@@ -82,9 +82,14 @@ def window_length(recipe: Recipe, config: Any) -> int:
     return length
 
 
-def check_written(windows: Windows, in_memory: bool) -> None:
+def writes(recipe: Recipe) -> bool:
+    """Whether the model is to write samples itself."""
+    return any(source.text == SELF for source in sources.parse(recipe.text))
+
+
+def check_written(own: bool, in_memory: bool) -> None:
     """Raises InputError if a model that is read block by block is to write samples: it would be read once for each token."""
-    if windows.prompts is not None and not in_memory:
+    if own and not in_memory:
         raise InputError(
             f"text {SELF} is written by the whole model in memory; raise --max-memory, or keep what it writes on a larger "
             "machine (--save-tokens FILE), and give that file"
@@ -97,7 +102,7 @@ def written(windows: Windows, loaded: Loaded, seed: int, progress: Progress = si
     What it ends early goes on with what it would write next. Of several processes the first one writes.
     """
     assert windows.prompts is not None
-    check_written(windows, loaded.residency is resident)
+    check_written(True, loaded.residency is resident)
     tokens, begins = windows.tokens.clone(), windows.bos == "each"
     own, prompts = list(windows.prompts), torch.stack(list(windows.prompts.values()))
     found = torch.zeros(len(own), tokens.shape[1] - begins, dtype=torch.int64, device=device_of(loaded.model))

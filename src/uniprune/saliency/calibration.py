@@ -22,7 +22,7 @@ from uniprune.storage.stash import Stash
 from uniprune.storage.tensor_store import Store
 
 Settle = Callable[[Matrices, Statistics], None]
-SWEEP = "sweep"  # the stage of a run that goes from block to block
+SWEEP, OUTPUTS = "sweep", "outputs"  # the stages of a run that go from block to block; OUTPUTS looks at what experts put out
 
 
 @dataclass(frozen=True)

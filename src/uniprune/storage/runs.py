@@ -85,15 +85,17 @@ def open_run(output: Path, identity: Mapping[str, Any], *, resume: bool = False,
 def _refuse(output: Path, identity: Mapping[str, Any]) -> NoReturn:
     """Raises InputError that says how to go on with what was interrupted: as what it began."""
     begun, ways = (identity_of(output) or {}).get("command"), "--resume continues it, --overwrite restarts"
-    if begun not in (None, identity.get("command")):
+    if begun == "permute":  # whose pass is short: it has no --resume
+        ways = "--overwrite restarts"
+    elif begun not in (None, identity.get("command")):
         ways = f"uniprune {begun} --resume continues it; or give another output"
     raise InputError(f"unfinished run of {output} found in {folder_of(output)}: {ways}")
 
 
 def identity_of(output: Path) -> dict[str, Any] | None:
-    """What the interrupted run of ``output`` is, None if there is none."""
+    """What the interrupted run of ``output`` is, None if there is none: one that committed nothing will be begun anew."""
     path = folder_of(output) / IDENTITY
-    return dict(_read(path).get("identity", {})) if path.is_file() else None
+    return dict(_read(path).get("identity", {})) if path.is_file() and _committed(path.parent) else None
 
 
 def pending(output: Path) -> bool:
