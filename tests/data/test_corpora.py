@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from conftest import train_tokenizer
 from uniprune.data.text import Text, read
 from uniprune.errors import InputError
 
@@ -357,3 +358,12 @@ def test_corpora(tmp_path: Path, name: str) -> None:
 
 def test_there_are_sixty_kinds() -> None:
     assert len(CORPORA) >= 60
+
+
+def test_a_chat_template_that_tells_the_day_tells_one_day(tmp_path: Path) -> None:
+    path = write(tmp_path, {"a.jsonl": lines({"messages": chat("How?")})}, whole=False)
+    template = "{% if strftime_now is defined %}{{ strftime_now('%-d %B, %d %b %Y: ') }}{% endif %}{{ messages[0].content }}"
+    tokenizer = train_tokenizer()
+    for given in (template, {"default": template, "rag": "another"}):
+        tokenizer.chat_template = given
+        assert read(path, "calibration", tokenizer) == "26 July, 26 Jul 2024: How?"

@@ -9,6 +9,7 @@ import json
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import date
 from typing import Any, Literal, NamedTuple
 
 from uniprune.errors import InputError, first_line
@@ -43,6 +44,12 @@ FORMS = (  # the first whose fields are all there
 SPEAKER = {"role", "from"}
 SPOKEN = SPEAKER | {"content", "value"}  # of a message; what else it has, tool calls say, goes to the template as it is
 ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "chatgpt": "assistant"}
+
+
+DAY = date(2024, 7, 26)
+DATED = "{%- macro strftime_now(format) -%}{{ format"
+DATED += "".join(f"|replace('%{form}', '{DAY:%{form}}')" for form in ("-d", "-m", *"dbBYmyaAjHMSIp"))
+DATED += " }}{%- endmacro %}"  # a template sees what it defines before what there is beside it
 
 
 @dataclass
@@ -130,11 +137,13 @@ class Reader:
             if self.tokenizer is not None:
                 self._warn("the tokenizer has no chat template: conversations are read as plain text, their turns joined")
             return JOIN.join(message["content"] for message in messages)
-        options = {"tools": tools} if tools else {}
+        options: dict[str, Any] = {"tools": tools} if tools else {}
         called = [_with_arguments(message) for message in messages]
         for attempt in (called, _without_system(called), messages, _without_system(messages)):
             try:
-                written: str = self.tokenizer.apply_chat_template(attempt, tokenize=False, **options)
+                written: str = self.tokenizer.apply_chat_template(
+                    attempt, tokenize=False, **options, **undated(self.tokenizer, tools)
+                )
             except Exception as error:  # templates are programs, and say in their own ways what they do not take
                 reason = first_line(error)
                 continue
@@ -147,6 +156,18 @@ class Reader:
         if not self.warned:
             logger.warning(message)
         self.warned = True
+
+
+def undated(writer: Any, tools: Sequence[Any] = ()) -> dict[str, str]:
+    """What has ``apply_chat_template`` of a tokenizer, or of a processor, write the date of one day, always the same.
+
+    Some templates (Llama 3.2, SmolLM3, gpt-oss) tell the model what day it is: the same text would be other tokens tomorrow.
+    """
+    if "strftime_now" not in str(writer.chat_template):
+        return {}
+    named = getattr(writer, "get_chat_template", None)
+    template = named(None, list(tools) or None) if named else writer.chat_template
+    return {"chat_template": DATED + (template["default"] if isinstance(template, dict) else template)}
 
 
 def _at(row: Any, name: str) -> Any:
