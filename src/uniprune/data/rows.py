@@ -44,17 +44,19 @@ def read_rows(path: Path, what: str, choose: Choice | None = None) -> Iterator[t
 
 
 def is_lines(path: Path, found: Format) -> bool:
-    """Whether a JSON file has one value a line: whether its first line is one, and it is no array of rows."""
+    """Whether a JSON file has one value a line: whether its first line is one, and it is neither an array of rows nor all there
+    is, an object around them."""
     with closing(decompressed(path, found.compression)) as stream:
         head = stream.read(64).removeprefix(BOM).lstrip()
         if head[:1] == b"[":
             return False
-        first = head if b"\n" in head else head + stream.readline(VALUE)
+        first, _, rest = (head if b"\n" in head else head + stream.readline(VALUE)).partition(b"\n")
+        alone = not (rest + stream.read(64)).strip()
     try:
-        json.loads(first.partition(b"\n")[0])
+        value = json.loads(first)
     except (ValueError, RecursionError):
         return False
-    return True
+    return not (alone and _around(value))
 
 
 def parse_line(line: bytes, where: str) -> Any:
@@ -135,14 +137,19 @@ def _unwrapped(values: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
     if first is None:
         return
     where, value = first
-    lists = [name for name, inner in value.items() if _is_rows(inner)] if isinstance(value, dict) else []
-    if second is None and len(lists) == 1 and not ROWS & value.keys():
-        yield from ((f'{where}, "{lists[0]}" {number}', row) for number, row in enumerate(value[lists[0]], 1))
+    if second is None and (name := _around(value)):
+        yield from ((f'{where}, "{name}" {number}', row) for number, row in enumerate(value[name], 1))
         return
     yield first
     if second is not None:
         yield second
         yield from values
+
+
+def _around(value: Any) -> str | None:
+    """The field with the rows of an object that is around a list of them, and none itself."""
+    lists = [name for name, inner in value.items() if _is_rows(inner)] if isinstance(value, dict) else []
+    return lists[0] if len(lists) == 1 and not ROWS & value.keys() else None
 
 
 def _is_rows(value: Any) -> bool:
