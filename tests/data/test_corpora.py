@@ -322,6 +322,9 @@ CORPORA = {
         refused="not all of it is there.*fetch it again",
         instead={"a.txt.gz": gzip.compress(PLAIN.encode())},
     ),
+    "Parquet without text": Corpus(
+        {"a.parquet": parquet(said=[ONE])}, ONE, refused=r'^text .*a\.parquet: no string field "text", only said', remedy="said"
+    ),
     "damaged Parquet": Corpus(
         {"a.parquet": parquet(text=[ONE])[:-9]},
         ONE,

@@ -156,3 +156,19 @@ def test_passages_of_an_object_around_rows_on_one_line(tmp_path, monkeypatch, na
     (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
     windows = load_windows(tmp_path / name, Letters(), use="calibration", length=20, count=9)
     assert all("row " in window and "{" not in window for window in letters(windows))
+
+
+def test_conversations_that_the_template_refuses_are_counted(tmp_path, caplog):
+    class Refusing(Letters):
+        chat_template = bos_token = ""
+
+        def apply_chat_template(self, messages, **options):
+            if messages[0]["content"] == "no":
+                raise ValueError("roles must alternate")
+            return messages[0]["content"]
+
+    rows = [{"messages": content and [{"role": "user", "content": content}]} for content in ("yes", "no", None, "no")]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    load_windows(tmp_path / "a.jsonl", Refusing(), use="calibration", length=3, count=1)
+    assert "1 rows have no text (null) and are left out" in caplog.text
+    assert "2 conversations are left out, which the chat template refuses" in caplog.text

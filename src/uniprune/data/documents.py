@@ -65,17 +65,19 @@ class Reader:
     form: Form | None = None
     others: Sequence[str] = ()
     skipped: int = 0
+    refused: int = 0
     warned: bool = False
 
-    def choose(self, names: Sequence[str]) -> list[str]:
-        """The columns that are read, of all there are."""
-        form = self._form(names, "it")
+    def choose(self, names: Sequence[str], where: str) -> list[str]:
+        """The columns that are read, of all there are. where: of what, for messages."""
+        form = self._form(names, where)
         wanted = {key if key in names else key.partition(".")[0] for key in (*form.fields, *form.optional)}
         self.others = [name for name in names if name not in wanted]
         return [name for name in names if name in wanted]
 
     def __call__(self, rows: Iterator[tuple[str, Any]]) -> Iterator[str]:
-        """The documents of rows; those without text (null) are left out, and counted in ``skipped``."""
+        """The documents of rows; those without text are left out, and counted in ``skipped``; in ``refused`` those of them
+        that the chat template does not take."""
         for where, row in rows:
             document = self.document(row, where)
             if document is None:
@@ -149,6 +151,7 @@ class Reader:
                 continue
             # Which windows begin with BOS is another question.
             return written.removeprefix(self.tokenizer.bos_token or "")
+        self.refused += 1
         self._warn(f"the chat template refuses conversations, which are left out: the first is {where}: {reason}")
         return None
 

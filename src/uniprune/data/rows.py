@@ -6,6 +6,7 @@ import csv
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -13,7 +14,8 @@ from uniprune.data.formats import BLOCK, Format, blocks_of, decoded, decompresse
 from uniprune.errors import InputError, first_line
 
 Row = dict[str, Any]
-Choice = Callable[[Sequence[str]], Sequence[str]]
+Choice = Callable[[Sequence[str], str], Sequence[str]]
+Chosen = Callable[[Sequence[str]], Sequence[str]]
 BATCH = 256  # rows of a columnar file in memory at once
 VALUE = 1 << 28  # characters of one JSON value, at most
 BOM = b"\xef\xbb\xbf"
@@ -23,7 +25,8 @@ ROWS = {"text", "messages", "conversations", "conversation", "prompt"}  # an obj
 def read_rows(path: Path, what: str, choose: Choice | None = None) -> Iterator[tuple[str, Any]]:
     """The rows of a file, each with where it stands, for messages: JSON values, or table rows as objects by column.
 
-    what: what the file is to the user (``text``, ``task``). choose: of the names of all columns, those to read; all by default.
+    what: what the file is to the user (``text``, ``task``). choose: of the names of all columns, those to read; all by default;
+    it is told which file they are of.
     Raises InputError that names the row which cannot be read, or the file that has none.
     """
     found = recognise(path, what)
@@ -212,7 +215,7 @@ def _columnar(path: Path, found: Format, what: str, choose: Choice | None) -> It
     read = _parquet if found.kind == "parquet" else _arrow
     number = 0
     try:
-        for batch in read(path, choose):
+        for batch in read(path, choose and partial(choose, where=f"{what} {path}")):
             for start in range(0, batch.num_rows, BATCH):
                 for row in batch.slice(start, BATCH).to_pylist():
                     number += 1
@@ -222,7 +225,7 @@ def _columnar(path: Path, found: Format, what: str, choose: Choice | None) -> It
         raise InputError(f"{what} {path} is not {kind} file, or damaged ({first_line(error)}); fetch it again") from None
 
 
-def _parquet(path: Path, choose: Choice | None) -> Iterator[Any]:
+def _parquet(path: Path, choose: Chosen | None) -> Iterator[Any]:
     from pyarrow import parquet
 
     with parquet.ParquetFile(path, pre_buffer=False) as file:
@@ -230,7 +233,7 @@ def _parquet(path: Path, choose: Choice | None) -> Iterator[Any]:
         yield from file.iter_batches(batch_size=BATCH, columns=columns)
 
 
-def _arrow(path: Path, choose: Choice | None) -> Iterator[Any]:
+def _arrow(path: Path, choose: Chosen | None) -> Iterator[Any]:
     """Files of Arrow's and of Feather's format, and streams, as datasets saved to disk are."""
     import pyarrow
 
