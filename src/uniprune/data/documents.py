@@ -68,7 +68,7 @@ class Reader:
     refused: int = 0
     warned: bool = False
 
-    def choose(self, names: Sequence[str], where: str) -> list[str]:
+    def choose(self, where: str, names: Sequence[str]) -> list[str]:
         """The columns that are read, of all there are. where: of what, for messages."""
         form = self._form(names, where)
         wanted = {key if key in names else key.partition(".")[0] for key in (*form.fields, *form.optional)}

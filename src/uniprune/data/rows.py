@@ -14,7 +14,7 @@ from uniprune.data.formats import BLOCK, Format, blocks_of, decoded, decompresse
 from uniprune.errors import InputError, first_line
 
 Row = dict[str, Any]
-Choice = Callable[[Sequence[str], str], Sequence[str]]
+Choice = Callable[[str, Sequence[str]], Sequence[str]]
 Chosen = Callable[[Sequence[str]], Sequence[str]]
 BATCH = 256  # rows of a columnar file in memory at once
 VALUE = 1 << 28  # characters of one JSON value, at most
@@ -215,7 +215,7 @@ def _columnar(path: Path, found: Format, what: str, choose: Choice | None) -> It
     read = _parquet if found.kind == "parquet" else _arrow
     number = 0
     try:
-        for batch in read(path, choose and partial(choose, where=f"{what} {path}")):
+        for batch in read(path, partial(choose, f"{what} {path}") if choose else None):
             for start in range(0, batch.num_rows, BATCH):
                 for row in batch.slice(start, BATCH).to_pylist():
                     number += 1
