@@ -8,12 +8,14 @@ import json
 import lzma
 import tarfile
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from conftest import train_tokenizer
 from uniprune.data.text import Text, read
 from uniprune.errors import InputError
 
@@ -76,15 +78,25 @@ def chat(*turns: str, names: tuple[str, str] = ("role", "content"), roles: tuple
     return [{names[0]: roles[index % 2], names[1]: turn} for index, turn in enumerate(turns)]
 
 
+def calling(call: dict[str, Any]) -> Any:
+    """A conversation that calls a tool."""
+    told = {"role": "tool", "content": "3", "tool_calls": None}
+    return [*chat("How?"), {"role": "assistant", "content": None, "tool_calls": [call]}, told]
+
+
 class Templated:
     """A tokenizer with a chat template, as ``apply_chat_template`` goes; its template knows no system."""
 
     chat_template, bos_token = "a template", "<s>"
 
-    def apply_chat_template(self, messages: list[dict[str, str]], tokenize: bool) -> str:
-        if any(message["role"] not in ("user", "assistant") for message in messages):
+    def apply_chat_template(self, messages: list[dict[str, Any]], tokenize: bool, tools: Sequence[Any] = ()) -> str:
+        if any(message["role"] not in ("user", "assistant", "tool") for message in messages):
             raise ValueError("System role not supported")
-        return "<s>" + "".join(f"[{message['role']}] {message['content']}" for message in messages)
+        said = (f"[{message['role']}] {message['content']}{self._calls(message)}" for message in messages)
+        return "<s>" + "".join([*(f"({tool['name']})" for tool in tools), *said])
+
+    def _calls(self, message: dict[str, Any]) -> str:
+        return "".join(f"{call['name']}{call['arguments']['of']}" for call in message.get("tool_calls", ()))
 
 
 @dataclass
@@ -112,6 +124,7 @@ def other(name: str, content: bytes, refused: str, **more: Any) -> Corpus:
 
 ASKED, ANSWERED = "[user] How?[assistant] So.", "[user] Why?[assistant] Because."
 CHATS = f"{ASKED}\n\n{ANSWERED}"
+CALLED = "(add)[user] How?[assistant] add[1, 2][tool] 3"
 CORPORA = {
     # plain text
     "plain text": file("a.txt", PLAIN.encode(), PLAIN),
@@ -204,6 +217,28 @@ CORPORA = {
         "[user] How?\n\nNow.[assistant] So.",
     ),
     "prompt, completion": file("a.jsonl", lines({"prompt": "How?", "completion": "So."}), ASKED),
+    "tool calls, whose arguments are JSON": file(
+        "a.jsonl",
+        lines({"messages": calling({"name": "add", "arguments": '{"of": [1, 2]}'}), "tools": [{"name": "add"}]}),
+        CALLED,
+    ),
+    "tool calls in a table": file(
+        "a.parquet",
+        parquet(messages=[calling({"name": "add", "arguments": {"of": [1, 2]}})], tools=['[{"name": "add"}]']),
+        CALLED,
+    ),
+    "a conversation in a field of another name": file(
+        "a.jsonl", lines({"chosen": chat("How?", "So."), "rejected": chat("How?", "No.")}), ASKED, field="chosen"
+    ),
+    "a conversation in a field of another": file(
+        "a.jsonl", lines({"data": {"turns": chat("How?", "So.")}}), ASKED, field="data.turns"
+    ),
+    "preferences whose answer begins with the prompt": file(
+        "a.jsonl", lines({"prompt": "How?", "chosen": chat("How?", "So."), "rejected": chat("How?", "No.")}), ASKED
+    ),
+    "preferences whose answer is a message": file(
+        "a.jsonl", lines({"prompt": "How?", "chosen": [{"role": "assistant", "content": "So."}]}), ASKED
+    ),
     "prompt and completion are conversations": file(
         "a.jsonl", lines({"prompt": chat("How?"), "completion": [{"role": "assistant", "content": "So."}]}), ASKED
     ),
@@ -287,6 +322,9 @@ CORPORA = {
         refused="not all of it is there.*fetch it again",
         instead={"a.txt.gz": gzip.compress(PLAIN.encode())},
     ),
+    "Parquet without text": Corpus(
+        {"a.parquet": parquet(said=[ONE])}, ONE, refused=r'^text .*a\.parquet: no string field "text", only said', remedy="said"
+    ),
     "damaged Parquet": Corpus(
         {"a.parquet": parquet(text=[ONE])[:-9]},
         ONE,
@@ -323,3 +361,12 @@ def test_corpora(tmp_path: Path, name: str) -> None:
 
 def test_there_are_sixty_kinds() -> None:
     assert len(CORPORA) >= 60
+
+
+def test_a_chat_template_that_tells_the_day_tells_one_day(tmp_path: Path) -> None:
+    path = write(tmp_path, {"a.jsonl": lines({"messages": chat("How?")})}, whole=False)
+    template = "{% if strftime_now is defined %}{{ strftime_now('%-d %B, %d %b %Y: ') }}{% endif %}{{ messages[0].content }}"
+    tokenizer = train_tokenizer()
+    for given in (template, {"default": template, "rag": "another"}):
+        tokenizer.chat_template = given
+        assert read(path, "calibration", tokenizer) == "26 July, 26 Jul 2024: How?"

@@ -1,11 +1,12 @@
 """Token windows, with gold cases by hand: this is where off-by-one lives."""
 
+import gzip
 import json
 
 import pytest
 import torch
 
-from uniprune.data import text
+from uniprune.data import mixture, text
 from uniprune.data.text import read
 from uniprune.data.windows import load_windows, save_windows
 from uniprune.errors import InputError
@@ -145,3 +146,29 @@ def test_more_bad_requests(abc, tmp_path):
     (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
     with pytest.raises(InputError, match="not UTF-8"):
         load_windows(tmp_path / "latin.txt", Letters(), use="evaluation", length=3)
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.json.gz"])
+def test_passages_of_an_object_around_rows_on_one_line(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(mixture.Wanted, "whole", 100)
+    monkeypatch.setattr(mixture.Wanted, "share", 100)
+    content = json.dumps({"version": 1, "data": [{"text": f"row {number} " * 9} for number in range(99)]}).encode()
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    windows = load_windows(tmp_path / name, Letters(), use="calibration", length=20, count=9)
+    assert all("row " in window and "{" not in window for window in letters(windows))
+
+
+def test_conversations_that_the_template_refuses_are_counted(tmp_path, caplog):
+    class Refusing(Letters):
+        chat_template = bos_token = ""
+
+        def apply_chat_template(self, messages, **options):
+            if messages[0]["content"] == "no":
+                raise ValueError("roles must alternate")
+            return messages[0]["content"]
+
+    rows = [{"messages": content and [{"role": "user", "content": content}]} for content in ("yes", "no", None, "no")]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    load_windows(tmp_path / "a.jsonl", Refusing(), use="calibration", length=3, count=1)
+    assert "1 rows have no text (null) and are left out" in caplog.text
+    assert "2 conversations are left out, which the chat template refuses" in caplog.text

@@ -15,7 +15,7 @@ from uniprune.artefacts.reports import Pruning
 from uniprune.common.formatting import NOTE, number, points, short
 from uniprune.common.significance import paired_error
 from uniprune.evaluation.results import Generation
-from uniprune.reporting import plots
+from uniprune.reporting import plots, sections, tables
 from uniprune.reporting.headline import figures, sentences
 from uniprune.reporting.results import read, read_all
 from uniprune.reporting.sections import dialogue
@@ -128,7 +128,7 @@ def test_evaluations_go_to_the_model_they_are_of(tmp_path):
     paths += [made_up.write(tmp_path / "c.json", made_up.evaluation("half", 0.3, 14.0))]  # the name alone, other zeros
     found = put_together(*paths)
     assert [(each.label, [one.perplexity for one in each.evaluations]) for each in found.subjects] == [
-        ("half", [15.0]),
+        (f"{tmp_path.name}/half", [15.0]),
         ("tenth", [13.0]),
         ("half", [14.0]),
     ]
@@ -140,6 +140,32 @@ def test_a_name_that_two_folders_have_is_no_sign(tmp_path):
     paths += [made_up.write(tmp_path / "2.json", made_up.evaluation(str(tmp_path / "b" / "half"), 0.5, 16.0))]
     found = put_together(*paths)
     assert [[one.perplexity for one in each.evaluations] for each in found.subjects] == [[], [16.0], [15.0]]
+    assert [each.label for each in found.subjects] == ["a/half", "b/half", "half"]
+
+
+def test_accuracies_of_two_models_and_of_what_each_is_compared_with(tmp_path):
+    paths = []
+    for parent, reference in (("a", 0.7), ("b", 0.9)):
+        paths.append(written(tmp_path, made_up.pruning(uniform=0.5, model={"name": f"/{parent}/model"}), f"{parent}/half"))
+        asked = {
+            "piqa": made_up.tasks()["rte"] | {"against": {"acc": {"reference": reference, "gained": 1, "lost": 2, "p": 1.0}}}
+        }
+        facts = made_up.evaluation(str(paths[-1]), 0.5, tasks=asked, against=f"/{parent}/model")
+        paths.append(made_up.write(tmp_path / f"{parent}.json", facts))
+    found = put_together(*paths)
+    assert [(one.series, one.value) for one in sections._markers(found)] == [
+        ("dense a/model", 0.7),
+        ("dense b/model", 0.9),
+        ("a/half", 0.52),
+        ("b/half", 0.52),
+    ]
+    assert [row[1] for row in tables.accuracies(found).rows] == ["a/half", "b/half"]
+
+
+def test_a_model_that_was_pruned_by_masks_is_compared_with_itself(tmp_path):
+    pruned = made_up.write(tmp_path / "m.json", made_up.evaluation(made_up.BASE, 0.5, masks="/x/masks.safetensors"))
+    found = put_together(pruned, made_up.write(tmp_path / "dense.json", made_up.dense()))
+    assert found.dense_perplexity(found.subjects[0]) == 12.5
 
 
 def test_perplexities_compare_on_the_same_windows_only(tmp_path):

@@ -5,9 +5,11 @@ Conversations go through the tokenizer's own chat template, so that a model is c
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import date
 from typing import Any, Literal, NamedTuple
 
 from uniprune.errors import InputError, first_line
@@ -15,7 +17,7 @@ from uniprune.errors import InputError, first_line
 logger = logging.getLogger(__name__)
 
 JOIN = "\n\n"
-Message = dict[str, str]
+Message = dict[str, Any]
 
 
 class Form(NamedTuple):
@@ -28,18 +30,26 @@ class Form(NamedTuple):
 
 FORMS = (  # the first whose fields are all there
     Form("text", ("text",)),
-    Form("chat", ("messages",)),
-    Form("chat", ("conversations",)),
-    Form("chat", ("conversation",)),
-    Form("turns", ("prompt", "completion"), ("system",)),
-    Form("turns", ("prompt", "response"), ("system",)),
-    Form("turns", ("prompt", "chosen"), ("system",)),
+    Form("chat", ("messages",), ("tools",)),
+    Form("chat", ("conversations",), ("tools",)),
+    Form("chat", ("conversation",), ("tools",)),
+    Form("turns", ("prompt", "completion"), ("system", "tools")),
+    Form("turns", ("prompt", "response"), ("system", "tools")),
+    Form("turns", ("prompt", "chosen"), ("system", "tools")),
     Form("turns", ("instruction", "output"), ("input", "system")),
     Form("turns", ("instruction", "response"), ("context", "input", "system")),
     Form("turns", ("question", "answer"), ("system",)),
     Form("text", ("content",)),
 )
+SPEAKER = {"role", "from"}
+SPOKEN = SPEAKER | {"content", "value"}  # of a message; what else it has, tool calls say, goes to the template as it is
 ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "chatgpt": "assistant"}
+
+
+DAY = date(2024, 7, 26)
+DATED = "{%- macro strftime_now(format) -%}{{ format"
+DATED += "".join(f"|replace('%{form}', '{DAY:%{form}}')" for form in ("-d", "-m", *"dbBYmyaAjHMSIp"))
+DATED += " }}{%- endmacro %}"  # a template sees what it defines before what there is beside it
 
 
 @dataclass
@@ -55,17 +65,19 @@ class Reader:
     form: Form | None = None
     others: Sequence[str] = ()
     skipped: int = 0
+    refused: int = 0
     warned: bool = False
 
-    def choose(self, names: Sequence[str]) -> list[str]:
-        """The columns that are read, of all there are."""
-        form = self._form(names, "it")
+    def choose(self, where: str, names: Sequence[str]) -> list[str]:
+        """The columns that are read, of all there are. where: of what, for messages."""
+        form = self._form(names, where)
         wanted = {key if key in names else key.partition(".")[0] for key in (*form.fields, *form.optional)}
         self.others = [name for name in names if name not in wanted]
         return [name for name in names if name in wanted]
 
     def __call__(self, rows: Iterator[tuple[str, Any]]) -> Iterator[str]:
-        """The documents of rows; those without text (null) are left out, and counted in ``skipped``."""
+        """The documents of rows; those without text are left out, and counted in ``skipped``; in ``refused`` those of them
+        that the chat template does not take."""
         for where, row in rows:
             document = self.document(row, where)
             if document is None:
@@ -86,17 +98,17 @@ class Reader:
         if values[0] is None:
             return None
         self.form = form
-        if form.kind == "text":
+        if form.kind == "text" and not (self.wanted and _is_conversation(values[0])):
             return self._text(values[0], row, where)
-        messages = _messages(values[0], where) if form.kind == "chat" else _turns(form, row, where)
-        return self._written(messages, where) if messages else None
+        messages = _turns(form, row, where) if form.kind == "turns" else _messages(values[0], where)
+        return self._written(messages, _tools(row) if "tools" in form.optional else [], where) if messages else None
 
     def _form(self, names: Sequence[str], where: str) -> Form:
         if self.wanted is not None:
             if not {self.wanted, self.wanted.partition(".")[0]} & set(names):
                 raise self._missing(names, where)
             chat = self.wanted in ("messages", "conversations", "conversation")
-            return Form("chat" if chat else "text", (self.wanted,))
+            return Form("chat" if chat else "text", (self.wanted,), ("tools",))
         for form in FORMS:
             if set(form.fields) <= set(names):
                 return form
@@ -122,19 +134,24 @@ class Reader:
             f'{where}: no string field "{self.form.fields[0]}", it is {_kind(value)}; say with --field which is one: {there}'
         )
 
-    def _written(self, messages: list[Message], where: str) -> str | None:
+    def _written(self, messages: list[Message], tools: list[Any], where: str) -> str | None:
         if self.tokenizer is None or getattr(self.tokenizer, "chat_template", None) is None:
             if self.tokenizer is not None:
                 self._warn("the tokenizer has no chat template: conversations are read as plain text, their turns joined")
             return JOIN.join(message["content"] for message in messages)
-        for attempt in (messages, _without_system(messages)):
+        options: dict[str, Any] = {"tools": tools} if tools else {}
+        called = [_with_arguments(message) for message in messages]
+        for attempt in (called, _without_system(called), messages, _without_system(messages)):
             try:
-                written: str = self.tokenizer.apply_chat_template(attempt, tokenize=False)
+                written: str = self.tokenizer.apply_chat_template(
+                    attempt, tokenize=False, **options, **undated(self.tokenizer, tools)
+                )
             except Exception as error:  # templates are programs, and say in their own ways what they do not take
                 reason = first_line(error)
                 continue
             # Which windows begin with BOS is another question.
             return written.removeprefix(self.tokenizer.bos_token or "")
+        self.refused += 1
         self._warn(f"the chat template refuses conversations, which are left out: the first is {where}: {reason}")
         return None
 
@@ -142,6 +159,18 @@ class Reader:
         if not self.warned:
             logger.warning(message)
         self.warned = True
+
+
+def undated(writer: Any, tools: Sequence[Any] = ()) -> dict[str, str]:
+    """What has ``apply_chat_template`` of a tokenizer, or of a processor, write the date of one day, always the same.
+
+    Some templates (Llama 3.2, SmolLM3, gpt-oss) tell the model what day it is: the same text would be other tokens tomorrow.
+    """
+    if "strftime_now" not in str(writer.chat_template):
+        return {}
+    named = getattr(writer, "get_chat_template", None)
+    template = named(None, list(tools) or None) if named else writer.chat_template
+    return {"chat_template": DATED + (template["default"] if isinstance(template, dict) else template)}
 
 
 def _at(row: Any, name: str) -> Any:
@@ -167,22 +196,66 @@ def _messages(value: Any, where: str) -> list[Message]:
     messages = []
     for turn in value:
         role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+        more = {name: found for name, inner in turn.items() if name not in SPOKEN and (found := _without_nulls(inner))}
         if isinstance(content, list):  # parts, of which images and the like are no text
             content = "".join(part.get("text") or "" for part in content if isinstance(part, dict))
         if not isinstance(role, str) or not isinstance(content, str | None):
             raise InputError(f"{where}: a message needs role and content (or from and value), this has {', '.join(turn)}")
-        messages.append({"role": ROLES.get(role, role), "content": content or ""})
+        messages.append({"role": ROLES.get(role, role), "content": content or "", **more})
     return messages
+
+
+def _is_conversation(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(turn, dict) and turn.keys() & SPEAKER for turn in value)
+
+
+def _without_nulls(value: Any) -> Any:
+    """The same without fields that are null: tables give every object all the fields that any has."""
+    if isinstance(value, dict):
+        return {name: _without_nulls(inner) for name, inner in value.items() if inner is not None}
+    return list(map(_without_nulls, value)) if isinstance(value, list) else value
+
+
+def _tools(row: dict[str, Any]) -> list[Any]:
+    """The tools that a conversation may call, as chat templates take them; in tables they are often JSON in a text."""
+    found = _without_nulls(_parsed(row.get("tools")))
+    return found if isinstance(found, list) and all(isinstance(tool, dict) for tool in found) else []
+
+
+def _with_arguments(message: Message) -> Message:
+    """The message with the arguments of its tool calls as objects, as most templates write them; interfaces give JSON."""
+    calls = message.get("tool_calls")
+    if not isinstance(calls, list):
+        return message
+    return message | {"tool_calls": list(map(_called, calls))}
+
+
+def _called(call: Any) -> Any:
+    if not isinstance(call, dict):
+        return call
+    inner = {"function": _called(call["function"])} if isinstance(call.get("function"), dict) else {}
+    return call | inner | ({"arguments": _parsed(call["arguments"])} if "arguments" in call else {})
+
+
+def _parsed(value: Any) -> Any:
+    """The object or the list that a text is the JSON of; anything else as it is."""
+    try:
+        found = json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError):
+        return value
+    return found if isinstance(found, dict | list) else value
 
 
 def _turns(form: Form, row: dict[str, Any], where: str) -> list[Message]:
     """One question and its answer, each text or a conversation itself; what the question refers to stands after it."""
     asked, answer = (row.get(name) for name in form.fields)
     if isinstance(asked, list) or isinstance(answer, list):
-        return [*_messages(asked or [], where), *_messages(answer or [], where)]
+        before = _messages([{"role": "user", "content": asked}] if isinstance(asked, str) else asked or [], where)
+        after = _messages([{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer or [], where)
+        return after if before and before[-1] in after else [*before, *after]  # an answer may begin with what was asked
     if not isinstance(asked, str) or not isinstance(answer, str | None):
         raise InputError(f"{where}: {' and '.join(form.fields)} are not text; say with --field which field is")
-    extra = [value for name in form.optional if name != "system" and (value := row.get(name))]
+    extra = [value for name in form.optional if name not in ("system", "tools") and (value := row.get(name))]
     messages = [{"role": "user", "content": JOIN.join([asked, *map(str, extra)])}]
     if system := row.get("system"):
         messages.insert(0, {"role": "system", "content": str(system)})

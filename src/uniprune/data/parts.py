@@ -187,7 +187,7 @@ class HubShard(_Counting):
     def _documents(self, data: Any) -> Iterator[str]:
         with reachable(self.name, "text"):
             if names := data.column_names:
-                data = data.select_columns(self.reader.choose(names))
+                data = data.select_columns(self.reader.choose(f"text {self.name}", names))
             rows = ((f"text {self.name}, row {number}", row) for number, row in enumerate(data, 1))
             yield from self._counted(self.reader(rows))
 

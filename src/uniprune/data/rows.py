@@ -6,6 +6,7 @@ import csv
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -13,7 +14,8 @@ from uniprune.data.formats import BLOCK, Format, blocks_of, decoded, decompresse
 from uniprune.errors import InputError, first_line
 
 Row = dict[str, Any]
-Choice = Callable[[Sequence[str]], Sequence[str]]
+Choice = Callable[[str, Sequence[str]], Sequence[str]]
+Chosen = Callable[[Sequence[str]], Sequence[str]]
 BATCH = 256  # rows of a columnar file in memory at once
 VALUE = 1 << 28  # characters of one JSON value, at most
 BOM = b"\xef\xbb\xbf"
@@ -23,7 +25,8 @@ ROWS = {"text", "messages", "conversations", "conversation", "prompt"}  # an obj
 def read_rows(path: Path, what: str, choose: Choice | None = None) -> Iterator[tuple[str, Any]]:
     """The rows of a file, each with where it stands, for messages: JSON values, or table rows as objects by column.
 
-    what: what the file is to the user (``text``, ``task``). choose: of the names of all columns, those to read; all by default.
+    what: what the file is to the user (``text``, ``task``). choose: of the names of all columns, those to read; all by default;
+    it is told which file they are of.
     Raises InputError that names the row which cannot be read, or the file that has none.
     """
     found = recognise(path, what)
@@ -44,17 +47,19 @@ def read_rows(path: Path, what: str, choose: Choice | None = None) -> Iterator[t
 
 
 def is_lines(path: Path, found: Format) -> bool:
-    """Whether a JSON file has one value a line: whether its first line is one, and it is no array of rows."""
+    """Whether a JSON file has one value a line: whether its first line is one, and it is neither an array of rows nor all there
+    is, an object around them."""
     with closing(decompressed(path, found.compression)) as stream:
         head = stream.read(64).removeprefix(BOM).lstrip()
         if head[:1] == b"[":
             return False
-        first = head if b"\n" in head else head + stream.readline(VALUE)
+        first, _, rest = (head if b"\n" in head else head + stream.readline(VALUE)).partition(b"\n")
+        alone = not (rest + stream.read(64)).strip()
     try:
-        json.loads(first.partition(b"\n")[0])
+        value = json.loads(first)
     except (ValueError, RecursionError):
         return False
-    return True
+    return not (alone and _around(value))
 
 
 def parse_line(line: bytes, where: str) -> Any:
@@ -135,14 +140,19 @@ def _unwrapped(values: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
     if first is None:
         return
     where, value = first
-    lists = [name for name, inner in value.items() if _is_rows(inner)] if isinstance(value, dict) else []
-    if second is None and len(lists) == 1 and not ROWS & value.keys():
-        yield from ((f'{where}, "{lists[0]}" {number}', row) for number, row in enumerate(value[lists[0]], 1))
+    if second is None and (name := _around(value)):
+        yield from ((f'{where}, "{name}" {number}', row) for number, row in enumerate(value[name], 1))
         return
     yield first
     if second is not None:
         yield second
         yield from values
+
+
+def _around(value: Any) -> str | None:
+    """The field with the rows of an object that is around a list of them, and none itself."""
+    lists = [name for name, inner in value.items() if _is_rows(inner)] if isinstance(value, dict) else []
+    return lists[0] if len(lists) == 1 and not ROWS & value.keys() else None
 
 
 def _is_rows(value: Any) -> bool:
@@ -205,7 +215,7 @@ def _columnar(path: Path, found: Format, what: str, choose: Choice | None) -> It
     read = _parquet if found.kind == "parquet" else _arrow
     number = 0
     try:
-        for batch in read(path, choose):
+        for batch in read(path, partial(choose, f"{what} {path}") if choose else None):
             for start in range(0, batch.num_rows, BATCH):
                 for row in batch.slice(start, BATCH).to_pylist():
                     number += 1
@@ -215,7 +225,7 @@ def _columnar(path: Path, found: Format, what: str, choose: Choice | None) -> It
         raise InputError(f"{what} {path} is not {kind} file, or damaged ({first_line(error)}); fetch it again") from None
 
 
-def _parquet(path: Path, choose: Choice | None) -> Iterator[Any]:
+def _parquet(path: Path, choose: Chosen | None) -> Iterator[Any]:
     from pyarrow import parquet
 
     with parquet.ParquetFile(path, pre_buffer=False) as file:
@@ -223,7 +233,7 @@ def _parquet(path: Path, choose: Choice | None) -> Iterator[Any]:
         yield from file.iter_batches(batch_size=BATCH, columns=columns)
 
 
-def _arrow(path: Path, choose: Choice | None) -> Iterator[Any]:
+def _arrow(path: Path, choose: Chosen | None) -> Iterator[Any]:
     """Files of Arrow's and of Feather's format, and streams, as datasets saved to disk are."""
     import pyarrow
 

@@ -224,8 +224,12 @@ def _units(windows: Windows, tokenizer: Any) -> tuple[int, int]:
 
 def warn_of_skipped(text: Text, parts: Sequence[Part]) -> None:
     """Says how many rows that were read have no text."""
-    if skipped := sum(part.reader.skipped for part in parts if isinstance(part, File | HubShard)):
+    readers = [part.reader for part in parts if isinstance(part, File | HubShard)]
+    refused = sum(reader.refused for reader in readers)
+    if skipped := sum(reader.skipped for reader in readers) - refused:
         logger.warning("text %s: %d rows have no text (null) and are left out", text, skipped)
+    if refused:
+        logger.warning("text %s: %d conversations are left out, which the chat template refuses", text, refused)
 
 
 def _say(text: Text, parts: Sequence[Part], encoder: Encoder, count: int, sample: Sample) -> None:

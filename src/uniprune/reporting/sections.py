@@ -194,18 +194,22 @@ def _accuracies(summary: Summary) -> Iterator[Part]:
 
 
 def _markers(summary: Summary) -> list[Marker]:
-    """Accuracies by model; what a model is compared with counts as one."""
+    """Accuracies by model; each that others are compared with counts as one."""
     labels = list(dict.fromkeys(subject.label for subject, _, _ in report_tables.asked(summary)))[:DRAWN]
     names = apart(name for _, name, _ in report_tables.asked(summary))
-    found, dense = [], {}
-    for subject, name, task in report_tables.asked(summary):
-        if subject.label in labels:
-            found.append(Marker(names[name], subject.label, task.acc, task.acc_stderr))
-        if other := task.against.get(METRIC):
-            right = round(other.reference * task.questions)
-            error = standard_error([index < right for index in range(task.questions)])
-            dense[name] = Marker(names[name], "dense", other.reference, error)
-    return [*dense.values(), *found]
+    others = apart(each.against for subject in summary.subjects for each in subject.evaluations if each.tasks and each.against)
+    found, dense = [], list[Marker]()
+    for subject in summary.subjects:
+        for each in subject.evaluations:
+            series = f"dense {others.get(each.against or '', '')}" if len(others) > 1 else "dense"
+            for name, task in each.tasks.items():
+                if subject.label in labels:
+                    found.append(Marker(names[name], subject.label, task.acc, task.acc_stderr))
+                if other := task.against.get(METRIC):
+                    right = round(other.reference * task.questions)
+                    error = standard_error([index < right for index in range(task.questions)])
+                    dense.append(Marker(names[name], series, other.reference, error))
+    return [*dict.fromkeys(dense), *found]
 
 
 def _closeness(summary: Summary) -> Iterator[Part]:

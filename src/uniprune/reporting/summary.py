@@ -12,7 +12,7 @@ from os.path import abspath, normpath
 from pathlib import PurePath
 
 from uniprune.artefacts.reports import Pruning
-from uniprune.common.formatting import percent, short
+from uniprune.common.formatting import apart, percent, short
 from uniprune.common.significance import paired_error
 from uniprune.comparison.results import DENSE as METHOD_DENSE
 from uniprune.comparison.results import Comparison, ComparisonProtocol
@@ -62,6 +62,8 @@ class Subject:
         """The dense model's name."""
         if self.pruning:
             return self.pruning.model.name
+        if masked := next((each.model for each in self.evaluations if each.masks), None):
+            return masked
         return next((each.against for each in self.evaluations if each.against), None)
 
     @property
@@ -204,15 +206,18 @@ def summarise(sources: Sequence[Source]) -> Summary:
     """Sources, put together."""
     sweeps = [source.result for source in sources if isinstance(source.result, Sweep)]
     evaluations = [source.result for source in sources if isinstance(source.result, Evaluation)]
-    subjects, left = [], evaluations
-    prunings = [(_label(source), source) for source in sources if isinstance(source.result, Pruning)]
-    for label, source in prunings:
+    found, left = list[tuple[str, Pruning | None, tuple[Evaluation, ...]]](), evaluations
+    prunings = [(_place(source), source) for source in sources if isinstance(source.result, Pruning)]
+    names = [place.name for place, _ in prunings]
+    for place, source in prunings:
         assert isinstance(source.result, Pruning)
-        mine = [each for each in left if _is_of(each, label, source, [name for name, _ in prunings])]
+        mine = [each for each in left if _is_of(each, place.name, source, names)]
         left = [each for each in left if each not in mine]
-        subjects.append(Subject(label, source.result, tuple(mine)))
+        found.append((str(place), source.result, tuple(mine)))
     for name in dict.fromkeys(each.name for each in left):
-        subjects.append(Subject(short(name), None, tuple(each for each in left if each.name == name)))
+        found.append((name, None, tuple(each for each in left if each.name == name)))
+    labels = apart(name for name, *_ in found)
+    subjects = [Subject(labels[name], pruning, mine) for name, pruning, mine in found]
     subjects.sort(key=lambda subject: subject.dense)
     comparisons = [source.result for source in sources if isinstance(source.result, Comparison)]
     speeds = [source.result for source in sources if isinstance(source.result, Speeds)]
@@ -220,11 +225,12 @@ def summarise(sources: Sequence[Source]) -> Summary:
     return Summary(subjects, list(_tradeoffs(subjects, sweeps)), sweeps, comparisons, speeds, packings)
 
 
-def _label(source: Source) -> str:
+def _place(source: Source) -> PurePath:
+    """Where an output folder is, or was: what it is called, and told from others of that name by."""
     if source.path.is_dir():
-        return source.path.resolve().name
+        return source.path.resolve()
     output = source.data.get("output")
-    return PurePath(output).name if isinstance(output, str) and output else source.path.stem
+    return PurePath("/", output) if isinstance(output, str) and output else source.path.resolve().with_suffix("")
 
 
 def _is_of(evaluation: Evaluation, label: str, source: Source, labels: Sequence[str]) -> bool:

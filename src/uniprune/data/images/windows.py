@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from uniprune.common.pictures import Given, Pictures, key
 from uniprune.data.bos import Bos
-from uniprune.data.documents import JOIN
+from uniprune.data.documents import JOIN, undated
 from uniprune.data.images.rows import Pair, opened, pairs
 from uniprune.data.text import Sample, Text, Use
 from uniprune.data.windows import Windows
@@ -128,7 +128,7 @@ class _Reader:
         if getattr(processor, "chat_template", None) and not (marker and marker in text):
             content = [{"type": "image", "image": image}, {"type": "text", "text": text}]
             turns = [{"role": "user", "content": content}]
-            return processor.apply_chat_template(turns, tokenize=True, return_dict=True, **options)
+            return processor.apply_chat_template(turns, tokenize=True, return_dict=True, **options, **undated(processor))
         return processor(images=[image], text=text if marker in text else f"{marker}{text}", **options)
 
     def finished(self, sample: Encoded, length: int, texts: Iterator[str]) -> tuple[Tensor, Given]:
