@@ -8,6 +8,9 @@ from types import SimpleNamespace
 import peft
 import pytest
 import torch
+from torch import distributed
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn import functional
 from transformers import Trainer, TrainingArguments
 from transformers.pytorch_utils import Conv1D
@@ -278,8 +281,38 @@ def test_errors(tmp_path, folder):
         train(dense, tmp_path, KeepZeros({"x": torch.ones(1, 1, dtype=torch.bool)}))
     with pytest.raises(InputError, match="whole weights"):
         KeepZeros().on_train_begin(SimpleNamespace(fsdp="full_shard", deepspeed=None), None, None, model=dense)
+    launched = SimpleNamespace(fsdp=None, deepspeed=None, deepspeed_plugin=object())  # by accelerate launch
+    with pytest.raises(InputError, match="whole weights"):
+        KeepZeros().on_train_begin(launched, None, None, model=dense)
     with pytest.raises(InputError, match="LlamaForCausalLM has no adapters to merge"):
         merge_adapters(dense)
+
+
+def test_weights_of_which_each_process_has_a_part_are_refused_whoever_cut_them_up():
+    model, masks = pruned(tiny_model(vocab_size=VOCABULARY))
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        layer = model.model.layers[1].mlp.up_proj
+        layer.weight = torch.nn.Parameter(distribute_tensor(layer.weight.detach(), mesh, [Shard(0)]))
+        with pytest.raises(InputError, match="whole weights"):
+            KeepZeros(masks).on_train_begin(BEGINNING, None, None, model=model)
+    finally:
+        distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("kind", [torch.uint8, torch.float32, None])
+def test_masks_of_numbers_are_refused_before_a_weight_is_changed(kind):
+    """``~`` of 1 is 254, which is True as well: every weight would go."""
+    model, masks = pruned(tiny_model(vocab_size=VOCABULARY))
+    before, numbers = weights(model), {name: mask.numpy() if kind is None else mask.to(kind) for name, mask in masks.items()}
+    complaint = r"the mask of model\.layers\.0\.self_attn\.q_proj is of type .*; give boolean tensors"
+    with pytest.raises(InputError, match=complaint):
+        KeepZeros(numbers).on_train_begin(BEGINNING, None, None, model=model)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["up_proj"]))
+    with pytest.raises(InputError, match=complaint):
+        merge_adapters(adapted, numbers)
+    assert same(weights(adapted.unload()), before)
 
 
 @pytest.mark.parametrize("kind", ["PromptTuning", "PrefixTuning"])

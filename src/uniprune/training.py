@@ -44,8 +44,8 @@ class KeepZeros(TrainerCallback):  # type: ignore[misc]
     zeroed as they are accumulated, so they are not counted when gradients are clipped.
     LoRA adapters (PEFT) compute with masked updates from then on, also when training has ended, so that :func:`merge_adapters`
     does not change what the model computes. Other adapters do not, and a warning says so. A mask takes a byte a weight.
-    When training begins: raises InputError for FSDP and DeepSpeed, or if there are no zeros; MismatchError if masks are not of
-    this model's matrices.
+    When training begins: raises InputError for FSDP, DeepSpeed and tensor parallelism, for masks that are not boolean, or if
+    there are no zeros; MismatchError if masks are not of this model's matrices.
     """
 
     def __init__(self, masks: Masks | None = None) -> None:
@@ -54,8 +54,10 @@ class KeepZeros(TrainerCallback):  # type: ignore[misc]
         self._undo: list[Callable[[], None]] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, *, model: nn.Module, **_: Any) -> None:
-        if args.fsdp or args.deepspeed:
-            raise InputError("KeepZeros needs whole weights in each process; train without FSDP and DeepSpeed, DDP will do")
+        if args.fsdp or args.deepspeed or getattr(args, "deepspeed_plugin", None) or _is_sharded(model):
+            raise InputError(
+                "KeepZeros needs whole weights in each process; train without FSDP, DeepSpeed, tensor parallelism; DDP will do"
+            )
         self._release()
         with without_adapters(model) as (base, adapters):
             matrices = find_matrices(base)
@@ -92,13 +94,20 @@ class KeepZeros(TrainerCallback):  # type: ignore[misc]
         self._removed, self._undo = [], []
 
 
+def _is_sharded(model: nn.Module) -> bool:
+    """Whether this process has parts of weights alone: ``accelerate launch`` says so to none of the Trainer's arguments."""
+    wrapped = any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules())
+    return wrapped or any(hasattr(parameter, "to_local") for parameter in model.parameters())
+
+
 def merge_adapters(model: Any, masks: Masks | None = None) -> nn.Module:
     """Merges the adapters of a PEFT model into its weights, with what is pruned exactly 0; returns the model without them.
 
     masks: as for :class:`KeepZeros`; by default the zeros of the base model, which PEFT's own ``merge_and_unload`` fills with
     most kinds of adapters (docs/finetuning.md).
     Before anything is merged: raises InputError if the model has no adapters that can be, or if its zeros are asked for and no
-    adapted layer has any (they were merged already, or rewrite their base, as PiSSA does); MismatchError as KeepZeros.
+    adapted layer has any (they were merged already, or rewrite their base, as PiSSA does), or for masks that are not boolean;
+    MismatchError as KeepZeros.
     """
     if not hasattr(model, "merge_and_unload"):
         raise _nothing_to_merge(model)
@@ -174,12 +183,21 @@ def _masks(given: Masks | None, matrices: Matrices) -> Mapping[str, Tensor]:
             return found
         raise InputError("none of the model's prunable matrices has a zero; prune it first, or give masks")
     masks = CheckedMasks(Path(given)) if isinstance(given, (str, Path)) else given
-    shapes = masks.shapes if isinstance(masks, CheckedMasks) else {name: tuple(mask.shape) for name, mask in masks.items()}
+    shapes = masks.shapes if isinstance(masks, CheckedMasks) else _shapes(masks)
     for name, shape in shapes.items():
         if name not in matrices or matrices[name].shape != shape:
             found_shape = matrices[name].shape if name in matrices else "missing"
             raise MismatchError(f"the masks are for another model: {name} is {shape} in them, {found_shape} in the model")
     return masks
+
+
+def _shapes(masks: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Of masks in memory. Raises InputError for others than boolean ones: ``~`` of 1 is -2 or 254, which is True, too."""
+    for name, mask in masks.items():
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+            raise InputError(f"the mask of {name} is of type {kind}; give boolean tensors, True = keep (mask != 0)")
+    return {name: tuple(mask.shape) for name, mask in masks.items()}
 
 
 def _by_parameter(matrices: Matrices, masks: Mapping[str, Tensor]) -> list[Removed]:
