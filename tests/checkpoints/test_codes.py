@@ -243,6 +243,29 @@ def test_where_zero_has_no_code_the_reason_is_said(change, reason, tmp_path):
         uniprune.plan(folder, LOCAL)
 
 
+def rotated(*locations):
+    """As llm-compressor says that a model has transforms."""
+    apply = [{"targets": ["re:.*down_proj$"], "location": place, "inverse": False, "ignore": []} for place in locations]
+    return {"transform_config": {"config_groups": {"R4": {"type": "hadamard", "apply": apply, "randomize": False}}}}
+
+
+@pytest.mark.parametrize("groups", [True, False])
+def test_weights_that_need_a_transform_of_their_inputs_are_refused(groups, tmp_path):
+    """Scores would be of other inputs, and the model without it computes nonsense."""
+    config = scheme("pack-quantized", 4, strategy="group", group_size=8) | rotated("input", "weight_input")
+    config |= {} if groups else {"config_groups": {}, "format": "dense"}
+    folder = llama(tmp_path / "model", integers(4, 8) if groups else lambda key, tensor: {key: tensor}, config)
+    with pytest.raises(InputError, match=r"layers transform their input as it runs \(transform_config\).*give the model"):
+        uniprune.plan(folder, LOCAL)
+
+
+def test_transforms_that_are_in_the_weights_or_cancel_are_none(tmp_path):
+    config = scheme("pack-quantized", 4, strategy="group", group_size=8)
+    for name, more in {"a": {"transform_config": {}}, "b": rotated("weight_output", "k_cache", "q_attn")}.items():
+        folder = llama(tmp_path / name, integers(4, 8), config | more)
+        assert Files(folder).quantised.understood
+
+
 UP = "model.layers.1.mlp.up_proj.weight"
 
 

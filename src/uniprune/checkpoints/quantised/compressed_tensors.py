@@ -32,6 +32,8 @@ BYTES = {"I8": INT8, "F8_E4M3": E4M3, "F8_E5M2": E5M2}
 PACKED = {4: OFFSET4, 8: OFFSET8}
 SCALE, GLOBAL, SHAPE, OFFSET, ORDER = (f"weight_{name}" for name in ("scale", "global_scale", "shape", "zero_point", "g_idx"))
 OTHERS = ("input_scale", "input_zero_point", "input_global_scale", "output_scale", "output_zero_point")
+# Where transforms change nothing as the model runs: in the stored weights, and on both sides of queries times keys.
+HARMLESS = {"weight_input", "weight_output", "k_cache", "q_attn"}
 
 Config = dict[str, Any]
 
@@ -40,6 +42,8 @@ def find(config: Config, entries: Mapping[str, Entry]) -> Iterator[Found]:
     """Weights with scales. Raises Refused where 0 has no code that is the same for all."""
     if (sparse := (config.get("sparsity_config") or {}).get("format", "dense")) != "dense":
         raise Refused(f"its zeros are left out ({sparse}), a format that nothing writes any more")
+    if places := _transformed(config):
+        raise Refused(f"layers transform their {' and '.join(places)} as it runs (transform_config), which is not done here")
     block = _block(config)
     for key, entry in entries.items():
         layer, _, kind = key.rpartition("weight")
@@ -52,6 +56,13 @@ def find(config: Config, entries: Mapping[str, Entry]) -> Iterator[Found]:
 def is_dense(config: Config) -> bool:
     """Whether it names no layers that are quantised: so llm-compressor writes a model that was only pruned."""
     return not config.get("config_groups")
+
+
+def _transformed(config: Config) -> list[str]:
+    """What layers multiply by a transform as the model runs (QuIP, SpinQuant): without it their weights compute nonsense."""
+    groups = ((config.get("transform_config") or {}).get("config_groups") or {}).values()
+    places = {str(one.get("location")) for group in groups for one in group.get("apply") or ()}
+    return sorted(places - HARMLESS)
 
 
 def _block(config: Config) -> tuple[int, int] | None:
