@@ -119,7 +119,7 @@ def budget(folder, **settings):
     origin = resolve(folder)
     hollow = skeleton(origin)
     matrices = find_matrices(hollow)
-    return aim_of(Recipe(**settings), hollow, matrices, origin).budget, matrices
+    return aim_of(Recipe(**settings), matrices, origin).budget, matrices
 
 
 @pytest.mark.parametrize(

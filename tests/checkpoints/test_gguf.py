@@ -11,6 +11,9 @@ from uniprune import InputError, Recipe
 from uniprune.checkpoints import origin as origin_module
 from uniprune.checkpoints.gguf_files import first_parts, siblings
 from uniprune.checkpoints.origin import resolve
+from uniprune.job.prepare import aim_of
+from uniprune.models.loading import skeleton
+from uniprune.models.matrices import find_matrices
 
 gguf = pytest.importorskip("gguf")
 
@@ -108,3 +111,11 @@ def test_a_tokenizer_that_cannot_be_made_is_told(whole, tmp_path, caplog):
     with caplog.at_level("WARNING"):
         assert uniprune.load(tmp_path / "odd.gguf", device="cpu").tokenizer is None
     assert "odd.gguf has no usable tokenizer (" in caplog.text
+
+
+@pytest.mark.parametrize(("dtype", "why"), [("bfloat16", "not multiples of 32 x 64"), ("float32", "weights of type float32")])
+def test_hardware_is_asked_about_the_type_that_the_output_will_have(whole, dtype, why):
+    recipe = Recipe(sparsity="2:4", hardware="nvidia-semi-structured", unsupported="dense", dtype=dtype, controller="none")
+    origin = resolve(whole)
+    reasons = aim_of(recipe, find_matrices(skeleton(origin)), origin).unsupported
+    assert why in reasons["model.layers.0.self_attn.q_proj"]

@@ -202,3 +202,18 @@ def test_a_model_that_transformers_dequantised_is_written_as_plain_weights(sourc
     dense = find_matrices(reference(source))
     for name, matrix in find_matrices(again).items():
         assert torch.equal(matrix.weight, torch.where(masks[name], dense[name].weight, 0)), name
+
+
+def test_hardware_is_asked_about_the_type_of_each_matrix(tmp_path, text):
+    """gpt-oss: attention in bfloat16, for which there are kernels, and experts in FP4, for which there are none."""
+    folder = tmp_path / "model"
+    quantised.save("mxfp4", folder, hidden_size=64, intermediate_size=64, head_dim=32, num_attention_heads=2)
+    recipe = {"controller": "none", "text": text, "dtype": "bfloat16"}
+    target = {"sparsity": "2:4", "hardware": "nvidia-semi-structured", "unsupported": "dense"}
+    report = uniprune.prune(folder, Recipe(**recipe, **target), tmp_path / "out")
+    assert report.unsupported
+    assert all(".experts." in name for name in report.unsupported)
+    assert {one.sparsity for name, one in report.matrices.items() if ".experts." in name} == {0.0}
+    uniprune.calibrate(folder, Recipe(**recipe), tmp_path / "scores.safetensors")
+    cut = uniprune.mask(tmp_path / "scores.safetensors", output=tmp_path / "masks.safetensors", **target)
+    assert cut.unsupported == report.unsupported

@@ -56,6 +56,15 @@ def test_patterns_and_types_that_kernels_do_not_take_are_refused(pattern, dtype,
         fitted(pattern, SHAPES, dtype, hardware)
 
 
+def test_types_may_differ_by_matrix_and_are_asked_for_only_where_they_count():
+    shapes = dict.fromkeys(("attention", "expert"), (64, 128))
+    kinds = {"attention": "bfloat16", "expert": "F4_E2M1"}
+    pattern, reasons = fitted(NM(2, 4), shapes, kinds.__getitem__, NVIDIA, "dense")
+    assert reasons == {"expert": "weights of type F4_E2M1; the kernels take float16, bfloat16, int8"}
+    assert [pattern.part(name) for name in shapes] == [NM(2, 4), DENSE]
+    assert fitted(NM(2, 4), shapes, {}.__getitem__) == (NM(2, 4), {})
+
+
 def test_rules_come_after_misfits_and_stay():
     pattern, reasons = fitted(Ruled(NM(2, 4), (Rule("down", "dense"),)), SHAPES, "bfloat16", NVIDIA, "dense")
     assert list(reasons) == ["layers.0.k"]

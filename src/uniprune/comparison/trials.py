@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from torch import nn
 
 from uniprune.artefacts.mask_tools import CheckedMasks
 from uniprune.artefacts.masks import MasksFacts
@@ -97,12 +96,12 @@ def asked(request: ComparisonRequest) -> list[Trial]:
     return found
 
 
-def fitted(trials: list[Trial], model: nn.Module, matrices: Matrices, source: Loaded | Origin) -> list[Trial]:
+def fitted(trials: list[Trial], matrices: Matrices, source: Loaded | Origin) -> list[Trial]:
     """The trials with their patterns, as a model's matrices can have them. Raises InputError, MismatchError if one cannot."""
     found = []
     for trial in trials:
         with naming(trial.method.name, trial.sparsity):
-            pattern = aim_of(trial.recipe, model, matrices, source).pattern
+            pattern = aim_of(trial.recipe, matrices, source).pattern
             trial.method.check(pattern, matrices)
             found.append(replace(trial, pattern=pattern))
     return found

@@ -124,7 +124,7 @@ def _questions(request: ComparisonRequest, subject: Subject) -> Questions:
 def _fitted(trials: list[Trial], request: ComparisonRequest, source: Loaded | Origin) -> list[Trial]:
     """The trials, now that it is known which matrices they are for."""
     model = source.model if isinstance(source, Loaded) else skeleton(source)
-    return fitted(trials, model, choose_matrices(model, request.include, request.exclude), source)
+    return fitted(trials, choose_matrices(model, request.include, request.exclude), source)
 
 
 def _protocol(request: ComparisonRequest, job: Job, questions: Questions) -> ComparisonProtocol:

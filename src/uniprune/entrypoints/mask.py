@@ -39,8 +39,11 @@ def mask(
     saliency = ScoresFile(scores)
     controller = "feedback" if saliency.comparable else "none"  # of the same default scope
     recipe = Recipe(sparsity=sparsity, scope=scope, controller=controller, **budget)
-    stored = next(iter(saliency.facts.digests.values())).split()[0]
-    dtype = dtype_name(PLAIN.get(stored, stored))
+
+    def dtype(name: str) -> str:
+        stored = saliency.facts.digests[name].split()[0]
+        return dtype_name(PLAIN.get(stored, stored))
+
     pattern, unsupported = fitted(recipe.pattern(), saliency.shapes, dtype, recipe.hardware, recipe.unsupported)
     saliency.warn_unless_for([recipe.pattern()])
     cut = pattern(on_one_scale(saliency, pattern))

@@ -57,7 +57,7 @@ def plan(
     refused = recipe.unsupported == "refuse"
     if refused:  # here they are shown
         recipe = recipe.model_copy(update={"unsupported": "dense"})
-    aim = aim_of(recipe, model, matrices, weights)
+    aim = aim_of(recipe, matrices, weights)
     tokens = (recipe.windows or WINDOWS) * length
     found = estimate.make_plan(origin, work, aim.pattern, aim.unsupported, tokens, needed, chosen, refused)
     if aim.budget:

@@ -184,7 +184,7 @@ def _prepare(
     check_predicts(recipe, model)
     warn_of_idle(recipe)
     matrices = choose_matrices(model, recipe.include, recipe.exclude)
-    aim = aim_of(recipe, model, matrices, loaded or origin)
+    aim = aim_of(recipe, matrices, loaded or origin)
     disk = 4 * sum(matrix.size for matrix in matrices.values())  # of scores
     if output is not None:
         weights = sum(p.numel() for p in model.parameters()) * (asked or torch.float32).itemsize
@@ -231,7 +231,7 @@ def _prepare(
         check_finite(matrices)  # as they are computed; as they are stored, digests looks
         check_loaded(loaded.model, matrices)
     if recipe.size is not None and aim.budget is None:
-        aim = aim_of(recipe, loaded.model, matrices, loaded)
+        aim = aim_of(recipe, matrices, loaded)
     return Job(loaded, matrices, windows, _bind(loaded, matrices, digests() if digests else None), aim, execution)
 
 
@@ -260,12 +260,12 @@ def _bind(loaded: Loaded, matrices: Matrices, digests: dict[str, str] | None) ->
     return Binding(base=writer.fingerprint(digests), base_name=str(loaded), digests=digests, transposed=transposed)
 
 
-def aim_of(recipe: Recipe, model: torch.nn.Module, matrices: Matrices, source: Loaded | Origin | None) -> Aim:
+def aim_of(recipe: Recipe, matrices: Matrices, source: Loaded | Origin | None) -> Aim:
     """The pattern, and the size that a recipe asks for, if it does and the weights can be read before they are loaded."""
     origin = source.origin if isinstance(source, Loaded) else source
 
     def at(sparsity: float | None) -> Pattern:
-        pattern, _ = _pattern_of(recipe, model, matrices, origin, sparsity)
+        pattern, _ = _pattern_of(recipe, matrices, origin, sparsity)
         assert pattern is not None
         return pattern
 
@@ -273,15 +273,11 @@ def aim_of(recipe: Recipe, model: torch.nn.Module, matrices: Matrices, source: L
     if recipe.size is not None and source is not None and (isinstance(source, Loaded) or source.files):
         budget = archive_size.budget(formatting.parse_size(recipe.size), source, matrices, at, at(None))
     sparsity = budget.sparsity() if budget else None
-    return Aim(*_pattern_of(recipe, model, matrices, origin, sparsity), budget, sparsity)
+    return Aim(*_pattern_of(recipe, matrices, origin, sparsity), budget, sparsity)
 
 
 def _pattern_of(
-    recipe: Recipe,
-    model: torch.nn.Module,
-    matrices: Matrices,
-    origin: Origin | None,
-    sparsity: float | None,
+    recipe: Recipe, matrices: Matrices, origin: Origin | None, sparsity: float | None
 ) -> tuple[Pattern | None, dict[str, str]]:
     """The pattern that a recipe asks for, if it does, as these matrices can have it; and those that cannot, with reasons.
 
@@ -292,8 +288,11 @@ def _pattern_of(
         recipe = recipe.at(archive_size.lowest(recipe.at(recipe.lowest).pattern(), shapes) if sparsity is None else sparsity)
     if recipe.sparsity is None:
         return None, {}
-    stored = _spelled(origin, matrices) if origin else dtype_name(next(model.parameters()).dtype)
-    return fitted(recipe.pattern(), shapes, stored, recipe.hardware, recipe.unsupported)
+
+    def dtype(name: str) -> str:
+        return _written_dtype(recipe, matrices, origin, name)
+
+    return fitted(recipe.pattern(), shapes, dtype, recipe.hardware, recipe.unsupported)
 
 
 def choose(
@@ -388,10 +387,10 @@ def device_of(options: RunOptions) -> torch.device:
     return device
 
 
-def _spelled(origin: Origin, matrices: Matrices) -> str:
-    """The same for people, as masks know it; of codes safetensors' name."""
-    dtype = stored_dtype(origin, matrices)
-    if dtype is not None or not origin.files:
-        return dtype_name(dtype or torch.float32)
-    found = origin.files.stored(next(iter(matrices))).dtype
-    return dtype_name(PLAIN.get(found, found))
+def _written_dtype(recipe: Recipe, matrices: Matrices, origin: Origin | None, name: str) -> str:
+    """The type that a matrix is written in, for people, as masks know it; of codes safetensors' name."""
+    if origin is not None and origin.files:
+        found = origin.files.stored(name).dtype
+        return dtype_name(PLAIN.get(found, found))
+    whole = matrices[name].whole
+    return dtype_name((parse_dtype(recipe.dtype) or torch.float32) if whole.is_meta else whole.dtype)  # meta: of a GGUF file

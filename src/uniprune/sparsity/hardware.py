@@ -6,7 +6,7 @@ That a profile is met does not make a model faster.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from uniprune.errors import InputError
@@ -62,10 +62,15 @@ def parse(name: str) -> Profile:
 
 
 def fitted(
-    pattern: Pattern, shapes: Mapping[str, Shape], dtype: str, hardware: str = "any", unsupported: Unsupported = "refuse"
+    pattern: Pattern,
+    shapes: Mapping[str, Shape],
+    dtype: str | Callable[[str], str],
+    hardware: str = "any",
+    unsupported: Unsupported = "refuse",
 ) -> tuple[Pattern, dict[str, str]]:
     """The pattern with a rule for every matrix that cannot have it as the hardware wants it, and the reasons by matrix.
 
+    dtype: of the weights of all matrices, or of each by its name, which is asked only for hardware that types matter to.
     unsupported: what such matrices get: ``dense``, or ``unstructured``, the same sparsity by matrix; with ``refuse`` InputError
     is raised that names them. Raises InputError, too, for rules and choices that leave the sparsity out of reach.
     """
@@ -74,7 +79,8 @@ def fitted(
     profile, reasons = parse(hardware), {}
     for name, shape in shapes.items():
         part = pattern.part(name)
-        if reason := part.unsupported(*shape) or profile.unsupported(part, shape, dtype):
+        kind = dtype if isinstance(dtype, str) else dtype(name) if profile.types else ""
+        if reason := part.unsupported(*shape) or profile.unsupported(part, shape, kind):
             reasons[name] = reason
     if not reasons:
         if isinstance(pattern, Mixed):
