@@ -43,7 +43,8 @@ for groups, size, keep in ((1, 4, 2), (300, 4, 2), (7, 8, 4), (5, 5, 2), (3, 16,
         same(_among_few, some, keep=keep)
 for rows, columns in ((1, 1), (16, 128), (33, 200), (5, 300)):
     gradient, dual = torch.randn(rows, columns), torch.rand(rows, columns)
-    ratio, rms = (torch.randint(low, 127, (rows, columns), dtype=dtype) for low, dtype in ((-127, torch.int8), (0, torch.uint8)))
+    ratio = torch.randint(-127, 127, (rows, columns), dtype=torch.int8)
+    rms = torch.randint(0, 255, (rows, columns), dtype=torch.uint8)
     tops = torch.tensor(0.8), gradient.abs().amax()
     step = Step(decays=(0.9, 0.95), rescale=0.7, noise=0.05, unit=0.5, size=0.1, anchor=0.2, turn=7)
     for noise, start in itertools.product((None, 0.05), (None, torch.rand(rows, columns))):

@@ -47,8 +47,9 @@ ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assi
 
 
 DAY = date(2024, 7, 26)
+SPELT = {"-d": str(DAY.day), "-m": str(DAY.month)} | {form: DAY.strftime(f"%{form}") for form in "dbBYmyaAjHMSIp"}
 DATED = "{%- macro strftime_now(format) -%}{{ format"
-DATED += "".join(f"|replace('%{form}', '{DAY:%{form}}')" for form in ("-d", "-m", *"dbBYmyaAjHMSIp"))
+DATED += "".join(f"|replace('%{form}', '{spelt}')" for form, spelt in SPELT.items())
 DATED += " }}{%- endmacro %}"  # a template sees what it defines before what there is beside it
 
 
