@@ -103,6 +103,28 @@ def test_calibration_texts_beside_evaluation_texts(found):
     assert comparison.sources([found]) == []
 
 
+def test_tables_of_other_models_texts_seeds_and_settings_are_kept_apart():
+    def rows(*tables):
+        """Of the first method the caption and what is said to be calibrated on; a table is model, text, seed, tokens."""
+        found = []
+        for model, text, seed, tokens in tables:
+            protocol = made_up.comparison()["protocol"] | {"calibration": made_up.TEXT | {"text": text}}
+            protocol["settings"] = {"seed": seed, "budget_tokens": tokens}
+            found.append(Comparison(**made_up.comparison(protocol=protocol, model=model)))
+        grids = [grid for grid in comparison.sources(found) if ", wanda at" in grid.caption]
+        return [(grid.caption.partition(",")[0], [row[0] for row in grid.rows]) for grid in grids]
+
+    assert rows(("/a/model", "c4", 0, None), ("/b/model", "code", 0, None)) == []
+    assert rows(("/a/model", "c4", 0, None), ("/a/model", "code", 0, 4096)) == []
+    assert rows(("m", "/x/train.jsonl", 0, None), ("m", "/y/train.jsonl", 0, None)) == [("m", ["x/train", "y/train"])]
+    assert rows(("m", "c4", 0, None), ("m", "c4", 1, None), ("m", "code", 0, None)) == [
+        ("m", [f"{name}, 4 samples of 64, seed {seed}" for name, seed in (("c4", 0), ("c4", 1), ("code", 0))])
+    ]
+    assert rows(*((f"/{one}/model", text, 0, None) for one in "ab" for text in ("c4", "code"))) == [
+        (f"{one}/model", ["c4", "code"]) for one in "ab"
+    ]
+
+
 def test_plots_of_methods(found):
     dots = plots.methods("m", found)
     assert dots.says == (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from uniprune.common.formatting import MINUS, NONE, apart, percent, short, shots_words
 from uniprune.common.significance import mcnemar
@@ -13,6 +14,8 @@ from uniprune.reporting.summary import measure
 from uniprune.reporting.tables import Cell, Grid, shown, without_empty
 from uniprune.sparsity.structure import SCOPES
 
+# Settings that two tables have in common where their rows differ by the calibration samples alone.
+SHARED = ("metric", "budget_tokens", "steps", "scope", "rules", "unsupported", "include", "exclude", "dtype")
 PERPLEXITY = "perplexity"  # the column in which the best of a sparsity are marked
 SPECIAL = {
     "\\": r"\textbackslash{}",
@@ -25,6 +28,25 @@ SPECIAL = {
     MINUS: "$-$",
     NONE: "--",
 }
+
+
+class Calibrated(NamedTuple):
+    """What the rows of a table were calibrated on."""
+
+    text: str
+    windows: int | None
+    length: int | None
+    seed: Any
+
+    @classmethod
+    def of(cls, table: Comparison) -> Calibrated:
+        facts = table.protocol.calibration
+        read = (facts.text, facts.windows, facts.length) if facts else (NONE, None, None)
+        return cls(*read, table.protocol.settings.get("seed"))
+
+    @property
+    def samples(self) -> str:
+        return f"{self.windows} samples of {self.length}, seed {self.seed}"
 
 
 def grid(found: Comparison) -> Grid:
@@ -83,26 +105,30 @@ def written(found: Comparison) -> list[Grid]:
 
 
 def sources(tables: Sequence[Comparison]) -> list[Grid]:
-    """For each method and sparsity that tables of several calibration texts have: the perplexity on each text, after each.
+    """For each method and sparsity that tables of several calibration samples have: the perplexity on each text, after each.
 
-    Samples of one number and length: others stand in a table of their own.
+    Of one model, made with the same settings, on samples of one number and length: others stand in a table of their own.
     """
-    found: dict[tuple[str, str, str, int | None, int | None], dict[tuple[str, str], float]] = {}
+    found: dict[tuple[Any, ...], dict[tuple[Calibrated, str], float]] = {}
     for table in tables:
-        samples = table.protocol.windows, table.protocol.length
-        texts = [short(facts.text) if facts else NONE for facts in (table.protocol.calibration, table.protocol.text)]
+        how = table.protocol
+        alike = [how.windows, how.length, *(str(how.settings.get(name)) for name in SHARED)]
+        calibrated = Calibrated.of(table)
         for row in table.rows:
             if row.pattern:
-                found.setdefault((short(table.model), row.method, row.pattern, *samples), {})[texts[0], texts[1]] = (
-                    row.perplexity
-                )
-    grids = []
+                values = found.setdefault((table.model, row.method, row.pattern, *alike), {})
+                values[calibrated, how.text.text if how.text else NONE] = row.perplexity
+    models, grids = apart(model for model, *_ in found), []
     for (model, method, pattern, *_), values in found.items():
-        calibrated, read = (list(dict.fromkeys(key[axis] for key in values)) for axis in (0, 1))
-        if len(calibrated) > 1:
-            rows: list[list[Cell]] = [[name, *(shown(values.get((name, text))) for text in read)] for name in calibrated]
-            caption = f"{model}, {short(method)} at {pattern}: perplexity on each text, by the text it was calibrated on"
-            grids.append(Grid(caption, ["calibrated on:", *read], rows, sortable=True))
+        calibrations, read = (list(dict.fromkeys(key[axis] for key in values)) for axis in (0, 1))
+        if len(calibrations) > 1:
+            texts, heads = apart(one.text for one in calibrations), apart(read)
+            several = len(texts) < len(calibrations)
+            names = {one: f"{texts[one.text]}, {one.samples}" if several else texts[one.text] for one in calibrations}
+            rows: list[list[Cell]] = [[names[one], *(shown(values.get((one, text))) for text in read)] for one in calibrations]
+            what = f"{models[model]}, {short(method)} at {pattern}"
+            caption = f"{what}: perplexity on each text, by the text it was calibrated on"
+            grids.append(Grid(caption, ["calibrated on:", *heads.values()], rows, sortable=True))
     return grids
 
 
