@@ -120,7 +120,8 @@ def sources(tables: Sequence[Comparison]) -> list[Grid]:
                 values[calibrated, how.text.text if how.text else NONE] = row.perplexity
     models, grids = apart(model for model, *_ in found), []
     for (model, method, pattern, *_), values in found.items():
-        calibrations, read = (list(dict.fromkeys(key[axis] for key in values)) for axis in (0, 1))
+        calibrations = list(dict.fromkeys(calibrated for calibrated, _ in values))
+        read = list(dict.fromkeys(text for _, text in values))
         if len(calibrations) > 1:
             texts, heads = apart(one.text for one in calibrations), apart(read)
             several = len(texts) < len(calibrations)
