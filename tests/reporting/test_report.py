@@ -160,6 +160,13 @@ def test_accuracies_of_two_models_and_of_what_each_is_compared_with(tmp_path):
         ("b/half", 0.52),
     ]
     assert [row[1] for row in tables.accuracies(found).rows] == ["a/half", "b/half"]
+    head, row, _ = (line.split(",") for line in tables.csv(tables.accuracies(found)).splitlines())
+    line = dict(zip(head, row, strict=True))
+    assert (float(line["value"]), float(line["other"]), float(line["p"])) == (0.52, 0.7, 1.0)  # not 52.0%
+    near = {"kl": 0.123456, "kl_stderr": 0.001, "agreement": 0.654321, "tokens": 4000, "seconds": 1.0}
+    facts = made_up.evaluation(str(tmp_path / "a" / "half"), 0.5, closeness=near)
+    saved = tables.csv(tables.closeness(put_together(made_up.write(tmp_path / "near.json", facts))))
+    assert "0.123456,0.001,0.654321" in saved
 
 
 def test_a_model_that_was_pruned_by_masks_is_compared_with_itself(tmp_path):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from uniprune.common.formatting import NONE, percent, points, short
+from uniprune.common.formatting import NONE, points, short
 from uniprune.evaluation.results import TaskResult
 from uniprune.reporting.summary import Summary
-from uniprune.reporting.tables import Cell, Grid, asked
+from uniprune.reporting.tables import Cell, Grid, asked, fraction
 from uniprune.tasks.catalogue import FIELDS
 
 
@@ -15,11 +15,12 @@ def capabilities(summary: Summary) -> Grid | None:
     for subject in summary.subjects:
         for evaluation in subject.evaluations:
             for name, found in evaluation.capabilities.items():
-                value, error = percent(found.acc), NONE if found.stderr is None else percent(found.stderr)
-                other = [NONE, NONE]
+                other: list[Cell] = [NONE, NONE]
                 if found.reference is not None:
-                    other = [percent(found.reference), points(found.acc - found.reference)]
-                rows.append([name, subject.label, value, error, *other, ", ".join(map(short, found.tasks))])
+                    change = found.acc - found.reference
+                    other = [fraction(found.reference), (points(change), 100 * change)]
+                value = fraction(found.acc), fraction(found.stderr)
+                rows.append([name, subject.label, *value, *other, ", ".join(map(short, found.tasks))])
     columns = ["capability:", "model:", "mean accuracy", "±", "other", "change, points", "of the tasks:"]
     return Grid("Capabilities: the mean of the tasks that ask for each", columns, rows) if rows else None
 
@@ -30,10 +31,8 @@ def parts(summary: Summary, every: bool = False) -> Grid | None:
     for subject, name, task in asked(summary):
         for part in _shown(task, every):
             found = task.parts[part]
-            error = NONE if found.stderr is None else percent(found.stderr)
-            rows.append(
-                [short(name), subject.label, part.replace("_", " "), str(found.n), (percent(found.value), found.value), error]
-            )
+            value = fraction(found.value), fraction(found.stderr)
+            rows.append([short(name), subject.label, part.replace("_", " "), str(found.n), *value])
     columns = ["task:", "model:", "part:", "n", "accuracy", "±"]
     return Grid("Parts of tasks", columns, rows, sortable=every) if rows else None
 

@@ -71,11 +71,11 @@ def models(summary: Summary) -> Grid | None:
             [
                 subject.label,
                 pattern,
-                percent(subject.sparsity),
-                number(reading.perplexity) if reading else NONE,
+                percent(None) if subject.sparsity is None else fraction(subject.sparsity),
+                shown(reading.perplexity) if reading else NONE,
                 measure(reading) if reading else NONE,
-                number(near.kl) if near else NONE,
-                points(change.value, change.error) if change else NONE,
+                shown(near.kl) if near else NONE,
+                (points(change.value, change.error), 100 * change.value) if change else NONE,
             ]
         )
     columns = ["model:", "pattern:", "sparsity", "perplexity", "measured on:", "KL", "accuracy, points"]
@@ -201,9 +201,8 @@ def accuracies(summary: Summary) -> Grid | None:
                     ]
                 )
         for metric, found in task.others.items():
-            error = NONE if found.stderr is None else percent(found.stderr)
-            shown = [labels[name], subject.label if several else "", metric, str(found.n), percent(found.value), error]
-            rows.append([*shown, NONE, NONE, NONE, NONE])
+            row = [labels[name], subject.label if several else "", metric, str(found.n)]
+            rows.append([*row, fraction(found.value), fraction(found.stderr), NONE, NONE, NONE, NONE])
     columns = ["task:", "model:", "metric:", "n", "value", "±", "other", "gained", "lost", "p"]  # as narrow as a terminal
     if not rows:
         return None
@@ -227,9 +226,9 @@ def harness(summary: Summary) -> Grid | None:
                 for metric, value in metrics.items():
                     if isinstance(value, (int, float)) and "_stderr" not in metric:
                         error = metrics.get(f"{metric}_stderr")
-                        shown = f"{error:.4f}" if isinstance(error, float) else NONE
+                        errors: Cell = (f"{error:.4f}", error) if isinstance(error, float) else NONE
                         other = _beside(evaluation.lm_eval_against.get(task, {}).get(metric))
-                        rows.append([task, subject.label, metric, f"{value:.4f}", shown, *other])
+                        rows.append([task, subject.label, metric, (f"{value:.4f}", value), errors, *other])
     columns = ["task:", "model:", "metric:", "value", "± error", "other", "gained", "lost", "p"]
     return without_empty(Grid("lm-evaluation-harness", columns, rows)) if rows else None
 
@@ -255,10 +254,9 @@ def closeness(summary: Summary) -> Grid | None:
     for subject in summary.subjects:
         if near := subject.closeness:
             text = short(near.text.text) if near.text else NONE
-            kl, agreement = number(near.kl), percent(near.agreement)
-            errors = number(near.kl_stderr), NONE if near.agreement_stderr is None else percent(near.agreement_stderr)
-            tokens = f"{near.tokens:,}" if near.tokens is not None else NONE
-            rows.append([subject.label, kl, errors[0], agreement, errors[1], tokens, text])
+            agreement = fraction(near.agreement), fraction(near.agreement_stderr)
+            tokens: Cell = (f"{near.tokens:,}", near.tokens) if near.tokens is not None else NONE
+            rows.append([subject.label, shown(near.kl), shown(near.kl_stderr), *agreement, tokens, text])
     columns = ["model:", "KL, nats per token", "± error", "same likeliest token", "± error", "tokens", "text:"]
     return Grid("Next-token distributions, pruned against dense", columns, rows) if rows else None
 
@@ -295,22 +293,25 @@ def _plain(value: Any) -> str:
 
 
 def _compared(task: TaskResult, metric: str, value: float) -> list[Cell]:
-    error = getattr(task, f"{metric}_stderr", None)
-    shown = number(value) if metric == "perplexity" else percent(value)
-    cells: list[Cell] = [shown, NONE if error is None else percent(error)]
-    return [*cells, *_beside(task.against.get(metric))]
+    found = shown(value) if metric == "perplexity" else fraction(value)
+    return [found, fraction(getattr(task, f"{metric}_stderr", None)), *_beside(task.against.get(metric))]
 
 
 def _beside(other: Compared | None) -> list[Cell]:
     """A reference's accuracy, the answers gained and lost, McNemar's p."""
     if other is None:
         return [NONE, NONE, NONE, NONE]
-    return [percent(other.reference), str(other.gained), str(other.lost), f"{other.p:.2g}"]
+    return [fraction(other.reference), str(other.gained), str(other.lost), (f"{other.p:.2g}", other.p)]
 
 
 def shown(value: float | None) -> Cell:
     """A perplexity, sorted by its value; what is no number comes last."""
     return NONE if value is None else (number(value), value if math.isfinite(value) else math.inf)
+
+
+def fraction(value: float | None) -> Cell:
+    """In percent, sorted by its value, which is from 0 to 1."""
+    return NONE if value is None else (percent(value), value)
 
 
 def _sized(value: int | None) -> Cell:
