@@ -57,10 +57,10 @@ def call(function, *arguments):
 
 
 def test_a_function_gets_its_groups():
-    words = "--shop a,b --shop c --prices 3,4.5 --note x=1 --note y=a=b --budget 7 -n 2 --kind pear --washed --no-counted here"
+    words = "--shop a,b --shop c --prices 3 --note x=1 --prices 4.5,5 --note y=a=b --budget 7 -n 2 --kind pear --washed --no-counted here"
     fruit, shopping = call(buy, *words.split())
     assert fruit == Fruit(basket=Path("here"), count=2, kind="pear", washed=True, counted=False)
-    assert shopping == Shopping(shops=("a,b", "c"), prices=(3, 4.5), notes={"x": "1", "y": "a=b"}, budget=7)
+    assert shopping == Shopping(shops=("a,b", "c"), prices=(3, 4.5, 5), notes={"x": "1", "y": "a=b"}, budget=7)
     assert fruit.given() == {"basket": Path("here"), "count": 2, "kind": "pear", "washed": True, "counted": False}
 
 
@@ -118,7 +118,7 @@ def test_the_help_has_every_description_under_its_heading():
         "--washed Clean?",
         "--counted / --no-counted Count it?",
         "--shop TEXT Where from. May be repeated.",
-        "--prices TEXT What it costs. [default: 1.0,2.5]",
+        "--prices TEXT What it costs. May be repeated. [default: 1.0,2.5]",
         "--note NAME=VALUE More. May be repeated.",
         "--budget N At most. [required]",
     ):

@@ -314,7 +314,10 @@ def choose(
     if (found := _fitting(able, limit)) is not None:
         return found
     takes = ", ".join(f"{gigabytes(needed.memory)} {name}" for name, needed in needs.items() if asked in (None, name))
-    remedy = "lower the tokens of a step" if origin.files else "convert it: only safetensors files are read block by block"
+    steps = "masks" in needs["streamed"].parts  # of a controller
+    remedy = "lower the tokens of a step" if steps else "give shorter samples (--length)"
+    if not origin.files:
+        remedy = "convert it: only safetensors files are read block by block"
     raise InputError(f"model {origin} needs {takes} of memory; {gigabytes(limit)} are there; raise --max-memory, or {remedy}")
 
 
