@@ -57,7 +57,8 @@ def call(function, *arguments):
 
 
 def test_a_function_gets_its_groups():
-    words = "--shop a,b --shop c --prices 3 --note x=1 --prices 4.5,5 --note y=a=b --budget 7 -n 2 --kind pear --washed --no-counted here"
+    words = "--shop a,b --shop c --prices 3 --note x=1 --prices 4.5,5 --note y=a=b --budget 7 -n 2 --kind pear"
+    words += " --washed --no-counted here"
     fruit, shopping = call(buy, *words.split())
     assert fruit == Fruit(basket=Path("here"), count=2, kind="pear", washed=True, counted=False)
     assert shopping == Shopping(shops=("a,b", "c"), prices=(3, 4.5, 5), notes={"x": "1", "y": "a=b"}, budget=7)

@@ -46,7 +46,7 @@ Alone = BeforeValidator(lambda value: value[0] if isinstance(value, (list, tuple
 Commas = BeforeValidator(
     lambda value: tuple(filter(None, map(str.strip, value.split(",")))) if isinstance(value, str) else value
 )
-"""For a field with several values: they may be one text with commas, ``0.5,2:4``. On the command line it may be repeated, too."""
+"""For a field with several values: they may be one text with commas, ``0.5,2:4``. The option may be repeated, too."""
 
 
 class Options(BaseModel):
