@@ -139,7 +139,7 @@ def moving(  # type: ignore[no-untyped-def]
     gradient = tl.load(gradients + there, mask=inside, other=0.0)
     ratio, rms = tl.load(ratios + there, mask=inside, other=0), tl.load(roots + there, mask=inside, other=0)
     rms, move = direction(gradient, ratio, rms, tl.load(before), mean_decay, rms_decay, level)
-    places = (((gradient.to(tl.int32, bitcast=True) + offset) * -1640531535) >> 12) & 0xFFFFF
+    places = (((there.to(tl.int32) + offset) * -1640531535) >> 12) & 0xFFFFF
     kept = tl.floor(move / level + places.to(tl.float32) * (1.0 / (1 << 20)))
     tl.store(next_ratios + there, tl.minimum(tl.maximum(kept, -127.0), 127.0).to(tl.int8), mask=inside)
     code = (((rms / tl.load(top)).to(tl.int32, bitcast=True) + places) >> 20) - 768

@@ -231,7 +231,8 @@ def updated(
     size = max(1, (BAND if dual.device.type == "cpu" else WIDE_BAND) // columns)
     bands = [slice(first, first + size) for first in range(0, rows, size)]
     for band in bands:
-        moves[band], ratios[band], roots[band] = _averaged(gradient[band], ratio[band], rms[band], before, top, step)
+        places = dither(dual[band], band.start * columns + step.offset)
+        moves[band], ratios[band], roots[band] = _averaged(gradient[band], ratio[band], rms[band], before, top, places, step)
         if step.noise is not None:
             energy = moves[band].square()
             by_row[band] = energy.mean(1)
@@ -250,25 +251,26 @@ def updated(
 
 
 def _averaged(
-    gradient: Tensor, ratio: Tensor, rms: Tensor, before: Tensor, top: Tensor, step: Step
+    gradient: Tensor, ratio: Tensor, rms: Tensor, before: Tensor, top: Tensor, places: Tensor, step: Step
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The direction, which is the running mean over RMS, rescaled; both as they are kept."""
+    """The direction, which is the running mean over RMS, rescaled; both as they are kept, rounded by ``places``."""
     # In place: on a CPU, new memory for each intermediate result takes longer than the arithmetic.
     decay, rms_decay = step.decays
     root = from_ue5m3(rms) * before
     mean = (root * ratio).mul_(decay * step.level).add_(gradient, alpha=1 - decay)
     root = root.square_().mul_(rms_decay).addcmul_(gradient, gradient, value=1 - rms_decay).sqrt_()
-    places = dither(gradient, step.offset)
     rms = to_ue5m3(root / top, places)
     move = mean.div_(root.clamp_min_(1e-30))
     ratio = (move / step.level).add_(places, alpha=2.0**-MANTISSA).floor_().clamp_(-LEVELS, LEVELS).to(torch.int8)
     return move.mul_(step.rescale), ratio, rms
 
 
-def dither(gradient: Tensor, offset: int) -> Tensor:
-    """Integers in [0, 2**20), int32, as good as random: a hash of the gradient's bits, so that all executions have the same."""
-    mixed = gradient.view(torch.int32) + offset
-    return mixed.mul_(_int32(0x9E3779B1)).bitwise_right_shift_(32 - MANTISSA).bitwise_and_((1 << MANTISSA) - 1)
+def dither(like: Tensor, offset: int) -> Tensor:
+    """Integers in [0, 2**20), int32, of the shape of ``like``: multiples of the golden ratio, which fall evenly, and are the
+    same in all executions. offset: of the first weight, and of the step."""
+    places = torch.arange(like.numel(), dtype=torch.int32, device=like.device).view(like.shape)
+    places.add_(_int32(offset)).mul_(_int32(0x9E3779B1))
+    return places.bitwise_right_shift_(32 - MANTISSA).bitwise_and_((1 << MANTISSA) - 1)
 
 
 def to_ue5m3(values: Tensor, places: Tensor) -> Tensor:
