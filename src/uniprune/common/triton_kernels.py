@@ -30,30 +30,33 @@ def among_few(scores: Tensor, *, keep: int) -> Tensor:
 
 
 def updated(
-    gradient: Tensor, dual: Tensor, ratio: Tensor, rms: Tensor, before: Tensor, top: Tensor, start: Tensor | None, *, step: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Dual, ratio and RMS after a step, as ``mirror_descent.updated`` has them."""
+    gradient: Tensor, dual: Tensor, ratio: Tensor, rms: Tensor, before: Tensor, start: Tensor | None, *, step: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Dual, ratio, RMS and the largest gradient after a step, as ``mirror_descent.updated`` has them."""
     rows, columns = dual.shape
     state = [*(tensor.contiguous() for tensor in (gradient, ratio, rms)), before]
     facts, noise = (*step.decays, step.rescale, step.level), (step.noise or 0.0, step.least)
     bands, blocks = -(-rows // ROWS), -(-columns // COLUMNS)
     tile = {"ROWS": ROWS, "COLUMNS": COLUMNS}
     # Of the direction's squares: sums of rows and of columns, the latter band by band at first; and shares of signal, summed.
-    by_row, by_column, partly, some, others = (
-        torch.empty(size, device=dual.device) for size in (rows, columns, bands * columns, bands, blocks)
+    # The largest gradient of each band comes along.
+    by_row, by_column, partly, some, others, largest = (
+        torch.empty(size, device=dual.device) for size in (rows, columns, bands * columns, bands, blocks, bands)
     )
-    if step.noise is not None:
-        energies[(bands,)](*state, by_row, partly, some, rows, columns, *facts, *noise, **tile)
+    if step.noise is None:
+        largest = gradient.abs().amax()[None]
+    else:
+        energies[(bands,)](*state, by_row, partly, some, largest, rows, columns, *facts, *noise, **tile)
         summed[(blocks,)](partly, by_column, others, bands, rows, columns, *noise, COLUMNS=COLUMNS)
     moved, dual = torch.empty_like(state[0]), dual.contiguous()
-    next_ratio, next_rms = torch.empty_like(state[1]), torch.empty_like(state[2])
+    next_ratio, next_rms, top = torch.empty_like(state[1]), torch.empty_like(state[2]), torch.empty_like(before)
     there = start.contiguous() if start is not None else None
     moving[(bands, blocks)](
-        *state, top, dual, there, by_row, by_column, some, others, moved, next_ratio, next_rms,
-        rows, columns, *facts, *noise, step.most, step.unit, step.size, step.anchor, step.offset,
-        FOCUS=step.noise is not None, BANDS=_power(bands), BLOCKS=_power(blocks), **tile,
+        *state, dual, there, by_row, by_column, some, others, largest, moved, next_ratio, next_rms, top,
+        rows, columns, len(largest), *facts, *noise, step.most, step.unit, step.size, step.anchor, step.offset,
+        FOCUS=step.noise is not None, BANDS=_power(bands), BLOCKS=_power(blocks), LARGEST=_power(len(largest)), **tile,
     )  # fmt: skip
-    return moved, next_ratio, next_rms
+    return moved, next_ratio, next_rms, top
 
 
 def evened(x: Tensor, gradient: Tensor, inputs: Tensor, outputs: Tensor) -> Tensor:
@@ -91,14 +94,14 @@ def share(total, count, noise, least):  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def energies(  # type: ignore[no-untyped-def]
-    gradients, ratios, roots, before, by_row, partly, some, rows, columns, mean_decay, rms_decay, rescale, level, noise, least,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    gradients, ratios, roots, before, by_row, partly, some, largest, rows, columns,
+    mean_decay, rms_decay, rescale, level, noise, least, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Squares of the direction: summed over each row of a band, and over the band in each column."""
+    """Squares of the direction: summed over each row of a band, and over the band in each column. And its largest gradient."""
     band = tl.program_id(0)
     row = band * ROWS + tl.arange(0, ROWS)
     total = tl.zeros([ROWS], tl.float32)
-    unit = tl.load(before)
+    unit, loudest = tl.load(before), tl.zeros([ROWS], tl.float32)
     for first in range(0, columns, COLUMNS):
         column = first + tl.arange(0, COLUMNS)
         inside = (row[:, None] < rows) & (column[None, :] < columns)
@@ -107,10 +110,12 @@ def energies(  # type: ignore[no-untyped-def]
         ratio, rms = tl.load(ratios + there, mask=inside, other=0), tl.load(roots + there, mask=inside, other=0)
         _, move = direction(gradient, ratio, rms, unit, mean_decay, rms_decay, level)
         move *= rescale
+        loudest = tl.maximum(loudest, tl.max(tl.abs(gradient), 1))
         energy = tl.where(inside, move * move, 0.0)
         total += tl.sum(energy, 1)
         tl.store(partly + band.to(tl.int64) * columns + column, tl.sum(energy, 0), mask=column < columns)
     tl.store(by_row + row, total, mask=row < rows)
+    tl.store(largest + band, tl.max(loudest, 0))
     tl.store(some + band, tl.sum(tl.where(row < rows, share(total, columns, noise, least), 0.0), 0))
 
 
@@ -128,9 +133,10 @@ def summed(partly, by_column, others, bands, rows, columns, noise, least, COLUMN
 
 @triton.jit  # type: ignore[untyped-decorator]
 def moving(  # type: ignore[no-untyped-def]
-    gradients, ratios, roots, before, top, duals, starts, by_row, by_column, some, others, moved, next_ratios, next_roots,
-    rows, columns, mean_decay, rms_decay, rescale, level, noise, least, most, unit, size, anchor, offset,
-    FOCUS: tl.constexpr, BANDS: tl.constexpr, BLOCKS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    gradients, ratios, roots, before, duals, starts, by_row, by_column, some, others, largest, moved, next_ratios, next_roots,
+    top, rows, columns, parts, mean_decay, rms_decay, rescale, level, noise, least, most, unit, size, anchor, offset,
+    FOCUS: tl.constexpr, BANDS: tl.constexpr, BLOCKS: tl.constexpr, LARGEST: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -138,11 +144,14 @@ def moving(  # type: ignore[no-untyped-def]
     there = row[:, None].to(tl.int64) * columns + column[None, :]
     gradient = tl.load(gradients + there, mask=inside, other=0.0)
     ratio, rms = tl.load(ratios + there, mask=inside, other=0), tl.load(roots + there, mask=inside, other=0)
-    rms, move = direction(gradient, ratio, rms, tl.load(before), mean_decay, rms_decay, level)
+    part, earlier = tl.arange(0, LARGEST), tl.load(before)
+    peak = tl.maximum(earlier, tl.max(tl.load(largest + part, mask=part < parts, other=0.0), 0))
+    tl.store(top, peak)
+    rms, move = direction(gradient, ratio, rms, earlier, mean_decay, rms_decay, level)
     places = (((there.to(tl.int32) + offset) * -1640531535) >> 12) & 0xFFFFF
     kept = tl.floor(move / level + places.to(tl.float32) * (1.0 / (1 << 20)))
     tl.store(next_ratios + there, tl.minimum(tl.maximum(kept, -127.0), 127.0).to(tl.int8), mask=inside)
-    code = (((rms / tl.load(top)).to(tl.int32, bitcast=True) + places) >> 20) - 768
+    code = (((rms / peak).to(tl.int32, bitcast=True) + places) >> 20) - 768
     tl.store(next_roots + there, tl.minimum(tl.maximum(code, 0), 255).to(tl.uint8), mask=inside)
     move *= rescale
     if FOCUS:

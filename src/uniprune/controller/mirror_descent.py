@@ -156,11 +156,9 @@ class MirrorDescent:
     def step(self, state: State, gradient: Tensor, size: float, start: Tensor | None = None) -> State:
         """One step against ``gradient`` ``[out, in]``, float32; ``start``: the dual that the anchor pulls to."""
         steps = state.steps + 1
-        top = torch.maximum(state.top, gradient.abs().amax())
-        dual, ratio, rms = updated(
+        dual, ratio, rms, top = updated(
             gradient,
             *state[:4],
-            top,
             start,
             step=Step(
                 decays=(self.mean_decay, self.rms_decay),
@@ -219,13 +217,14 @@ class Step(NamedTuple):
 
 @fused(kernels=3, triton="uniprune.common.triton_kernels:updated")
 def updated(
-    gradient: Tensor, dual: Tensor, ratio: Tensor, rms: Tensor, before: Tensor, top: Tensor, start: Tensor | None, *, step: Step
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Dual, ratio and RMS after a step, all ``[out, in]``.
+    gradient: Tensor, dual: Tensor, ratio: Tensor, rms: Tensor, before: Tensor, start: Tensor | None, *, step: Step
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Dual, ratio and RMS ``[out, in]``, and the largest gradient ``[]``, after a step.
 
-    before, top: what the RMS is in units of, before the step and after it. start: what the anchor pulls to.
+    before: the largest gradient before it. start: what the anchor pulls to.
     """
     rows, columns = dual.shape
+    top = torch.maximum(before, gradient.abs().amax())
     moves, ratios, roots = torch.empty_like(dual), torch.empty_like(ratio), torch.empty_like(rms)
     by_row, by_column = torch.empty(rows, device=dual.device), torch.zeros(columns, device=dual.device)
     size = max(1, (BAND if dual.device.type == "cpu" else WIDE_BAND) // columns)
@@ -247,7 +246,7 @@ def updated(
         if start is not None:
             move += step.anchor * (dual[band] - start[band])
         torch.sub(dual[band], move, alpha=step.size, out=move)
-    return moves, ratios, roots
+    return moves, ratios, roots, top
 
 
 def _averaged(
