@@ -69,6 +69,7 @@ def test_what_is_left_out_is_not_given():
     fruit, shopping = call(buy, "here", "--budget", "0")
     assert (fruit.given(), shopping.given()) == ({"basket": Path("here")}, {"budget": 0})
     assert (fruit.weight, shopping.prices) == (0.5, (1.0, 2.5))
+    assert call(buy, *["here", "--budget", "1", "--prices"], "")[1].prices == ()  # not the default
 
 
 def test_a_part_of_a_group():

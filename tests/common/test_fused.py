@@ -106,6 +106,14 @@ def test_a_kernel_that_does_is_used(monkeypatch):
     assert seen == [1, 2, 3]
 
 
+def test_a_kernel_is_held_against_a_call_that_tells(monkeypatch):
+    function = Fused(plain, 1, "nowhere:nothing", telling=lambda a, *, factor: factor > 1)
+    monkeypatch.setattr(Fused, "launcher", staticmethod(lambda a, *, factor: a * factor**2))  # right for 1 alone
+    monkeypatch.setattr(module, "available", lambda: True)
+    monkeypatch.setattr(module, "on_gpu", lambda tensor: True)
+    assert [function(torch.ones(1), factor=factor).item() for factor in (1, 1, 3, 1, 2)] == [1, 1, 3, 1, 2]
+
+
 def test_what_agrees():
     a = torch.tensor([1.0, 1000.0])
     assert agree((a, a), (a + 0.1, a))

@@ -221,7 +221,10 @@ GROUPS = {  # two versions of Linux's control groups: in a container that sees i
 def test_a_container_has_less_memory_than_its_machine(tmp_path, monkeypatch, case, left):
     line, place, files = GROUPS[case]
     (tmp_path / "mounted" / place).mkdir(parents=True)
-    for name, text in (files | {"memory.stat": "anon 9\nactive_file 100\ninactive_file 200"}).items():
+    ours = {"memory.stat": "anon 9\nactive_file 100\ninactive_file 200"}
+    if "version 1" in case:
+        ours = {"memory.stat": "active_file 1\ninactive_file 2\ntotal_active_file 100\ntotal_inactive_file 200"}
+    for name, text in (files | ours).items():
         (tmp_path / "mounted" / place / name).write_text(f"{text}\n")
     (tmp_path / "cgroup").write_text(f"{line}\n")
     monkeypatch.setattr(memory, "GROUPS", tmp_path / "cgroup")

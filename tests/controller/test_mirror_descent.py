@@ -111,6 +111,13 @@ def test_the_step_is_adams_on_the_dual():
     assert (state.dual.dtype, state.ratio.dtype, state.rms.dtype) == (torch.float32, torch.int8, torch.uint8)
 
 
+@pytest.mark.parametrize(("mean", "rms"), [(0.9, 0.8), (0.5, 0.0)])
+def test_decays_that_bound_no_mean_are_refused(mean, rms):
+    with pytest.raises(InputError, match=r"rms_decay = 0\.\d is not above mean_decay \*\* 2"):
+        MirrorDescent(mean_decay=mean, rms_decay=rms)
+    assert MirrorDescent(mean_decay=0, rms_decay=0).step_size > 0
+
+
 def test_the_moments_fade_where_gradients_end():
     """By less than half a unit a step, at the end: rounded to the nearest, they would stay for good."""
     settings = MirrorDescent()

@@ -239,6 +239,21 @@ CORPORA = {
     "preferences whose answer is a message": file(
         "a.jsonl", lines({"prompt": "How?", "chosen": [{"role": "assistant", "content": "So."}]}), ASKED
     ),
+    "preferences with a system": file(
+        "a.jsonl",
+        lines({"system": "Be kind.", "prompt": "How?", "chosen": [{"role": "assistant", "content": "So."}]}),
+        "[user] Be kind.\n\nHow?[assistant] So.",
+    ),
+    "an answer that repeats a turn is no continuation": file(
+        "a.jsonl",
+        lines(
+            {
+                "prompt": chat("A?", "B."),
+                "chosen": [{"role": r, "content": c} for r, c in (("user", "C?"), ("assistant", "B."))],
+            }
+        ),
+        "[user] A?[assistant] B.[user] C?[assistant] B.",
+    ),
     "prompt and completion are conversations": file(
         "a.jsonl", lines({"prompt": chat("How?"), "completion": [{"role": "assistant", "content": "So."}]}), ASKED
     ),

@@ -140,7 +140,7 @@ def _many(field: FieldInfo) -> bool:
 
 def _joined(ctx: click.Context, option: click.Parameter, texts: tuple[str, ...]) -> str | None:
     """``-s 0.5 -s 2:4`` as ``-s 0.5,2:4``: of an option given twice nothing is lost."""
-    return ",".join(texts) or None
+    return ",".join(texts) if texts else None
 
 
 def _pairs(ctx: click.Context, option: click.Parameter, texts: tuple[str, ...]) -> dict[str, str]:

@@ -33,12 +33,13 @@ class Fused(Generic[Function]):
 
     plain: in PyTorch, what it is. kernels: how many it is on a GPU, at most. triton: the function that launches them, in a
     module that is imported then, as ``module:name``. The first time that it is used it is held against ``plain``: where it
-    fails, or gives something else, plain is used from then on.
+    fails, or gives something else, plain is used from then on. telling: whether a call shows all that the kernels do; until
+    one does, plain is used.
     """
 
-    def __init__(self, plain: Function, kernels: int, triton: str) -> None:
+    def __init__(self, plain: Function, kernels: int, triton: str, telling: Callable[..., bool] | None = None) -> None:
         wraps(plain)(self)
-        self.plain, self.kernels, self._triton = plain, kernels, triton
+        self.plain, self.kernels, self._triton, self._telling = plain, kernels, triton, telling
         self._chosen: Callable[..., Any] | None = None
 
     @property
@@ -52,6 +53,8 @@ class Fused(Generic[Function]):
         if not (on_gpu(tensor) and available()):
             return self.plain(tensor, *others, **settings)
         if self._chosen is None:
+            if self._telling is not None and not self._telling(tensor, *others, **settings):
+                return self.plain(tensor, *others, **settings)
             return self._choose(tensor, *others, **settings)
         return self._chosen(tensor, *others, **settings)
 
@@ -83,6 +86,6 @@ def agree(found: Any, expected: Any) -> bool:
     return torch.allclose(found.float(), expected.float(), rtol=rounding, atol=CLOSE * most, equal_nan=True)
 
 
-def fused(kernels: int, triton: str) -> Callable[[Function], Fused[Function]]:
+def fused(kernels: int, triton: str, telling: Callable[..., bool] | None = None) -> Callable[[Function], Fused[Function]]:
     """Decorates a plain function, see :class:`Fused`."""
-    return lambda plain: Fused(plain, kernels, triton)
+    return lambda plain: Fused(plain, kernels, triton, telling)

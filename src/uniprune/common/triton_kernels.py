@@ -131,7 +131,7 @@ def summed(partly, by_column, others, bands, rows, columns, noise, least, COLUMN
     tl.store(others + block, tl.sum(tl.where(column < columns, share(total, rows, noise, least), 0.0), 0))
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["offset"])  # type: ignore[untyped-decorator]
 def moving(  # type: ignore[no-untyped-def]
     gradients, ratios, roots, before, duals, starts, by_row, by_column, some, others, largest, moved, next_ratios, next_roots,
     top, rows, columns, parts, mean_decay, rms_decay, rescale, level, noise, least, most, unit, size, anchor, offset,
@@ -151,7 +151,7 @@ def moving(  # type: ignore[no-untyped-def]
     places = (((there.to(tl.int32) + offset) * -1640531535) >> 12) & 0xFFFFF
     kept = tl.floor(move / level + places.to(tl.float32) * (1.0 / (1 << 20)))
     tl.store(next_ratios + there, tl.minimum(tl.maximum(kept, -127.0), 127.0).to(tl.int8), mask=inside)
-    code = (((rms / peak).to(tl.int32, bitcast=True) + places) >> 20) - 768
+    code = (((rms / tl.maximum(peak, 1e-20)).to(tl.int32, bitcast=True) + places) >> 20) - 768
     tl.store(next_roots + there, tl.minimum(tl.maximum(code, 0), 255).to(tl.uint8), mask=inside)
     move *= rescale
     if FOCUS:

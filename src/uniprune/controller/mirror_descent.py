@@ -26,7 +26,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,7 +44,7 @@ from uniprune.storage.stash import moved
 TINY = 1e-20
 LEAST, MOST = 0.02, 5.0  # signal share of a row or column, and factor of a weight, in confidence()
 BAND, WIDE_BAND = 1 << 17, 1 << 24  # weights moved at a time: on a CPU what its cache holds, elsewhere for memory's sake
-LEVELS, WIDEST = 127, 8.0  # of a ratio in int8, and the largest there is where the decays set no bound
+LEVELS = 127  # of a ratio in int8
 MANTISSA, SMALLEST = 20, (127 - 31) << 3  # of float32 what UE5M3 lacks: low bits of the mantissa, and of the exponents
 
 
@@ -53,7 +53,7 @@ class State(NamedTuple):
 
     ratio: the mean over the RMS, which the decays bound, int8. rms: in UE5M3 (uint8: 5 bits of exponent, 3 of mantissa), in
     units of ``top``, the largest gradient so far, float32 ``[]``. Both are rounded stochastically (:func:`dither`): a running
-    mean is lost where each of its changes is less than half a unit.
+    mean is lost where each of its changes is less than half a unit. By the same dither, so the mean's error is 1e-4 of the RMS.
     """
 
     dual: Tensor
@@ -121,6 +121,10 @@ class MirrorDescent:
                 fits, allowed = value < 1, "in [0, 1)"
             if not (value >= 0 and fits):
                 raise InputError(f"controller: {name} = {value} is not {allowed}")
+        if self.mean_decay and self.mean_decay**2 >= self.rms_decay:  # nothing bounds the mean in units of the RMS
+            raise InputError(
+                f"controller: rms_decay = {self.rms_decay} is not above mean_decay ** 2 = {self.mean_decay**2:.4g}"
+            )
         if self.power == 0 or min(self.batch_tokens, self.held_out, self.checks, self.vocabulary) < 1:
             raise InputError("controller: power, batch_tokens, held_out, checks and vocabulary must be above 0")
 
@@ -150,6 +154,8 @@ class MirrorDescent:
 
     def restore(self, dual: Tensor, rest: Mapping[str, Tensor]) -> State:
         """A state that was saved as its dual and :meth:`State.rest`."""
+        if "ratio" not in rest:
+            raise InputError("the interrupted run is of an earlier version of uniprune; --overwrite restarts it")
         unit, steps = rest["facts"].tolist()
         return State(dual, rest["ratio"], rest["rms"], rest["top"], unit, int(steps))
 
@@ -205,9 +211,8 @@ class Step(NamedTuple):
     def level(self) -> float:
         """The unit of ratios in int8: no running mean is larger, in units of the RMS, than Cauchy and Schwarz have it."""
         decay, rms_decay = self.decays
-        if decay**2 >= rms_decay:
-            return WIDEST / LEVELS
-        return min(WIDEST, (1 - decay) / math.sqrt((1 - rms_decay) * (1 - decay**2 / rms_decay))) / LEVELS
+        faster = decay**2 / rms_decay if decay else 0.0
+        return (1 - decay) / math.sqrt((1 - rms_decay) * (1 - faster)) / LEVELS
 
     @property
     def offset(self) -> int:
@@ -215,7 +220,12 @@ class Step(NamedTuple):
         return _int32(self.turn * 0x6487ED51)
 
 
-@fused(kernels=3, triton="uniprune.common.triton_kernels:updated")
+def _weighs(*_: Any, step: Step) -> bool:
+    """Whether a step uses all that a state has; the first ones do not."""
+    return step.noise is not None or step.turn > 2
+
+
+@fused(kernels=3, triton="uniprune.common.triton_kernels:updated", telling=_weighs)
 def updated(
     gradient: Tensor, dual: Tensor, ratio: Tensor, rms: Tensor, before: Tensor, start: Tensor | None, *, step: Step
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -258,7 +268,7 @@ def _averaged(
     root = from_ue5m3(rms) * before
     mean = (root * ratio).mul_(decay * step.level).add_(gradient, alpha=1 - decay)
     root = root.square_().mul_(rms_decay).addcmul_(gradient, gradient, value=1 - rms_decay).sqrt_()
-    rms = to_ue5m3(root / top, places)
+    rms = to_ue5m3(root / top.clamp_min(TINY), places)
     move = mean.div_(root.clamp_min_(1e-30))
     ratio = (move / step.level).add_(places, alpha=2.0**-MANTISSA).floor_().clamp_(-LEVELS, LEVELS).to(torch.int8)
     return move.mul_(step.rescale), ratio, rms

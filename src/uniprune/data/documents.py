@@ -141,14 +141,14 @@ class Reader:
                 self._warn("the tokenizer has no chat template: conversations are read as plain text, their turns joined")
             return JOIN.join(message["content"] for message in messages)
         options: dict[str, Any] = {"tools": tools} if tools else {}
-        called = [_with_arguments(message) for message in messages]
+        called, reason = [_with_arguments(message) for message in messages], ""
         for attempt in (called, _without_system(called), messages, _without_system(messages)):
             try:
                 written: str = self.tokenizer.apply_chat_template(
                     attempt, tokenize=False, **options, **undated(self.tokenizer, tools)
                 )
             except Exception as error:  # templates are programs, and say in their own ways what they do not take
-                reason = first_line(error)
+                reason = reason or first_line(error)
                 continue
             # Which windows begin with BOS is another question.
             return written.removeprefix(self.tokenizer.bos_token or "")
@@ -220,12 +220,13 @@ def _without_nulls(value: Any) -> Any:
 def _tools(row: dict[str, Any]) -> list[Any]:
     """The tools that a conversation may call, as chat templates take them; in tables they are often JSON in a text."""
     found = _without_nulls(_parsed(row.get("tools")))
+    found = [found] if isinstance(found, dict) else list(map(_parsed, found)) if isinstance(found, list) else None
     return found if isinstance(found, list) and all(isinstance(tool, dict) for tool in found) else []
 
 
 def _with_arguments(message: Message) -> Message:
     """The message with the arguments of its tool calls as objects, as most templates write them; interfaces give JSON."""
-    calls = message.get("tool_calls")
+    calls = _parsed(message.get("tool_calls"))
     if not isinstance(calls, list):
         return message
     return message | {"tool_calls": list(map(_called, calls))}
@@ -253,7 +254,12 @@ def _turns(form: Form, row: dict[str, Any], where: str) -> list[Message]:
     if isinstance(asked, list) or isinstance(answer, list):
         before = _messages([{"role": "user", "content": asked}] if isinstance(asked, str) else asked or [], where)
         after = _messages([{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer or [], where)
-        return after if before and before[-1] in after else [*before, *after]  # an answer may begin with what was asked
+        if (system := row.get("system")) and not any(message["role"] == "system" for message in [*before, *after]):
+            before = [{"role": "system", "content": str(system)}, *before]
+        said, again = ([message for message in some if message["role"] != "system"] for some in (before, after))
+        if said and again[: len(said)] == said:  # an answer may begin with what was asked
+            before = [message for message in before if message["role"] == "system" and message not in after]
+        return [*before, *after]
     if not isinstance(asked, str) or not isinstance(answer, str | None):
         raise InputError(f"{where}: {' and '.join(form.fields)} are not text; say with --field which field is")
     extra = [value for name in form.optional if name not in ("system", "tools") and (value := row.get(name))]

@@ -102,7 +102,8 @@ class Work:
 
     @cached_property
     def shares(self) -> dict[str, float]:
-        """Of the tokens, how many go through each matrix: an expert is given those that its router sends there."""
+        """Of the tokens, how many go through each matrix: an expert is given those that its router sends there, where the
+        configuration says ``num_experts_per_tok``; elsewhere all."""
         config = self.model.config.get_text_config()  # type: ignore[union-attr, operator]
         chosen = getattr(config, "num_experts_per_tok", None)
         fellows = Counter(matrix.group for matrix in self.matrices.values())
@@ -362,8 +363,14 @@ def _left(group: Path, limit: str, taken: str) -> float:
     """Of one control group; what it holds of files is dropped where there is need of room."""
     try:
         most, held = (group / limit).read_text().strip(), int((group / taken).read_text())
-        facts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-    except OSError:
+    except (OSError, ValueError):
         return math.inf
-    files = sum(int(facts.get(f"total_{name}", facts.get(name, 0))) for name in ("active_file", "inactive_file"))
-    return math.inf if most == "max" else max(0, int(most) - held + files)
+    return math.inf if most == "max" else max(0, int(most) - held + _files(group / "memory.stat"))
+
+
+def _files(stat: Path) -> int:
+    try:
+        facts = dict(line.split() for line in stat.read_text().splitlines())
+        return sum(int(facts.get(f"total_{name}", facts.get(name, 0))) for name in ("active_file", "inactive_file"))
+    except (OSError, ValueError):
+        return 0

@@ -107,7 +107,7 @@ def written(found: Comparison) -> list[Grid]:
 def sources(tables: Sequence[Comparison]) -> list[Grid]:
     """For each method and sparsity that tables of several calibration samples have: the perplexity on each text, after each.
 
-    Of one model, made with the same settings, on samples of one number and length: others stand in a table of their own.
+    Of one model, made with the same settings, on evaluation samples of one number and length: others have tables of their own.
     """
     found: dict[tuple[Any, ...], dict[tuple[Calibrated, str], float]] = {}
     for table in tables:
