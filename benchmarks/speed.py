@@ -1,18 +1,21 @@
 """What calibration, a step of the controller and a second pattern cost; each against the bare model in the same run.
 
-    python benchmarks/speed.py
+    python benchmarks/speed.py [local] [step] [again] [state]
 
 - local: Wanda's statistics, scores and masks against forward passes over the same tokens.
 - step: one step of the controller, masks cut and duals moved, against a forward and a backward pass with gradients for every
   prunable weight plus the teacher's forward pass, over the same tokens; float32, and bfloat16 where the CPU has it (elsewhere
   the earlier row stays).
 - again: masks of another pattern from a scores file, without the model, in seconds.
+- state: bytes per weight that the controller keeps between steps.
 
-The sides of a ratio alternate, because the machine's speed drifts; the median ratio counts.
+The sides of a ratio alternate, because the machine's speed drifts; the median ratio counts. Parts that are not named
+stay as they were.
 """
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import tempfile
 import time
@@ -114,12 +117,22 @@ class Bench:
 
 
 def main() -> None:
-    single = Bench("float32")
+    parser = argparse.ArgumentParser()
+    parser.add_argument("parts", nargs="*", default=["local", "step", "again", "state"])
+    chosen = parser.parse_args().parts
+    single, earlier = Bench("float32"), load("speed")
     results: dict[str, Any] = {"text": relative(CALIBRATION), "tokens": single.tokens.numel()}
-    results |= {"local": single.local(), "again_seconds": single.again(), "state_bytes_per_weight": single.state()}
-    results["step"] = load("speed").get("step", {}) | {"float32": single.step()}
-    if FAST is torch.bfloat16:
-        results["step"]["bfloat16"] = Bench("bfloat16").step()
+    results |= {name: earlier[name] for name in ("local", "again_seconds", "state_bytes_per_weight", "step") if name in earlier}
+    if "local" in chosen:
+        results["local"] = single.local()
+    if "again" in chosen:
+        results["again_seconds"] = single.again()
+    if "state" in chosen:
+        results["state_bytes_per_weight"] = single.state()
+    if "step" in chosen:
+        results["step"] = results.get("step", {}) | {"float32": single.step()}
+        if FAST is torch.bfloat16:
+            results["step"]["bfloat16"] = Bench("bfloat16").step()
     save("speed", results)
 
 
