@@ -17,11 +17,9 @@ import tempfile
 from pathlib import Path
 
 import uniprune
-from common import EVALUATION, load, processor, save
-from quality import LENGTH, MODELS
+from common import load, processor, save
+from quality import MODELS, perplexity_of
 from scale import verb
-from uniprune.data.windows import load_windows
-from uniprune.evaluation import perplexity as perplexity_module
 from uniprune.storage.files import REPORT
 
 PATTERN = "2:4"
@@ -37,7 +35,10 @@ def main() -> None:
             output = Path(scratch) / "pruned"
             cost = verb("prune", MODELS[model](), "-s", PATTERN, "-o", str(output))
             report = json.loads((output / REPORT).read_text())
-            perplexities = {"perplexity": perplexity(str(output)), "dense_perplexity": perplexity(MODELS[model]())}
+            sources = {"perplexity": str(output), "dense_perplexity": MODELS[model]()}
+            perplexities = {
+                name: perplexity_of(uniprune.load(source, dtype="float32", device="cpu")) for name, source in sources.items()
+            }
         descent = report["controller"]
         row = {"model": model, "pattern": PATTERN, "cpu": processor()["name"], **cost, "seconds_of": report["seconds"]}
         row |= perplexities
@@ -46,12 +47,6 @@ def main() -> None:
         others = [other for other in load("defaults").get("rows", []) if other["model"] != model]
         save("defaults", {"rows": [*others, row]})
         print(row, flush=True)
-
-
-def perplexity(source: str) -> float:
-    loaded = uniprune.load(source, dtype="float32", device="cpu")
-    windows = load_windows(EVALUATION, loaded.tokenizer, use="evaluation", length=LENGTH, count=24)
-    return perplexity_module.perplexity(loaded.model, windows).perplexity
 
 
 if __name__ == "__main__":

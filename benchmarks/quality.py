@@ -59,7 +59,7 @@ MODELS = {"smollm2": smollm2, "qwen": qwen}
 PATTERNS = ("2:4", "0.5", "0.6", "0.7", "4:8")
 MAIN = ("2:4", "0.5")
 BUDGET = 131_072
-WINDOWS, LENGTH = 64, 512
+WINDOWS, LENGTH, SAMPLES = 64, 512, 24
 Cut = Iterator[tuple[str, Pattern, Masks, int]]  # spelling, pattern, masks, calibration tokens
 
 
@@ -132,7 +132,7 @@ class Bench:
         with tempfile.TemporaryDirectory() as scratch, masking.applied(self.matrices, cut):
             answers = Path(scratch) / "answers.txt"
             answers.write_text("\n\n".join(right_answers()))
-            texts = {"perplexity": (EVALUATION, 24)}
+            texts = {"perplexity": (EVALUATION, SAMPLES)}
             if transfer:
                 texts |= {"articles": (DATA / "wiki_demo" / "wiki_demo.txt", 8), "answers": (answers, 8)}
             return {name: self.perplexity(*text) for name, text in texts.items()}
@@ -145,8 +145,7 @@ class Bench:
             return {"full": perplexity_module.perplexity(self.model, windows).perplexity}
 
     def perplexity(self, path: Path, count: int) -> float:
-        windows = load_windows(path, self.loaded.tokenizer, use="evaluation", length=LENGTH, count=count)
-        return perplexity_module.perplexity(self.model, windows).perplexity
+        return perplexity_of(self.loaded, path, count)
 
     def calibration(self, tokens: torch.Tensor) -> Calibration:
         return Calibration(self.model, self.matrices, tokens)
@@ -243,6 +242,12 @@ class Bench:
         name = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
         with open_run(self.scratch / name, what, resume=True) as run:
             yield run
+
+
+def perplexity_of(loaded: uniprune.Loaded, path: Path = EVALUATION, count: int = SAMPLES) -> float:
+    """The short protocol: samples of LENGTH, spread over a text."""
+    windows = load_windows(path, loaded.tokenizer, use="evaluation", length=LENGTH, count=count)
+    return perplexity_module.perplexity(loaded.model, windows).perplexity
 
 
 def cut_from(saliency: Saliency, specs: list[str], tokens: int, scope: Scope) -> Cut:

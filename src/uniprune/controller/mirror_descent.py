@@ -221,8 +221,8 @@ class Step(NamedTuple):
 
 
 def _weighs(*_: Any, step: Step) -> bool:
-    """Whether a step uses all that a state has; the first ones do not."""
-    return step.noise is not None or step.turn > 2
+    """Whether a step uses all that a state has, and weighs rows and columns if any does; the first two do not."""
+    return step.turn > 2
 
 
 @fused(kernels=3, triton="uniprune.common.triton_kernels:updated", telling=_weighs)

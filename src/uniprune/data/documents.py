@@ -141,8 +141,8 @@ class Reader:
                 self._warn("the tokenizer has no chat template: conversations are read as plain text, their turns joined")
             return JOIN.join(message["content"] for message in messages)
         options: dict[str, Any] = {"tools": tools} if tools else {}
-        called, reason = [_with_arguments(message) for message in messages], ""
-        for attempt in (called, _without_system(called), messages, _without_system(messages)):
+        reason = ""
+        for attempt in _attempts(messages):
             try:
                 written: str = self.tokenizer.apply_chat_template(
                     attempt, tokenize=False, **options, **undated(self.tokenizer, tools)
@@ -222,6 +222,15 @@ def _tools(row: dict[str, Any]) -> list[Any]:
     found = _without_nulls(_parsed(row.get("tools")))
     found = [found] if isinstance(found, dict) else list(map(_parsed, found)) if isinstance(found, list) else None
     return found if isinstance(found, list) and all(isinstance(tool, dict) for tool in found) else []
+
+
+def _attempts(messages: list[Message]) -> list[list[Message]]:
+    """The ways to tell a template a conversation, the likeliest first, each once."""
+    called, found = list(map(_with_arguments, messages)), list[list[Message]]()
+    for attempt in (called, _without_system(called), messages, _without_system(messages)):
+        if attempt not in found:
+            found.append(attempt)
+    return found
 
 
 def _with_arguments(message: Message) -> Message:

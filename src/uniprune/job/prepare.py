@@ -12,6 +12,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -288,10 +289,7 @@ def _pattern_of(
         recipe = recipe.at(archive_size.lowest(recipe.at(recipe.lowest).pattern(), shapes) if sparsity is None else sparsity)
     if recipe.sparsity is None:
         return None, {}
-
-    def dtype(name: str) -> str:
-        return _written_dtype(recipe, matrices, origin, name)
-
+    dtype = partial(_written_dtype, recipe, matrices, origin)
     return fitted(recipe.pattern(), shapes, dtype, recipe.hardware, recipe.unsupported)
 
 

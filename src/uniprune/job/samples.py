@@ -39,7 +39,7 @@ def calibration_windows(recipe: Recipe, tokenizer: Any, model: nn.Module) -> Win
     """The windows that a recipe asks for; those that the model is to write itself are zeros until :func:`written`."""
     asked, config = sources.parse(recipe.text), model.config
     length = window_length(recipe, config)
-    alone, own = len(asked) == 1, any(source.text == SELF for source in asked)
+    alone, own = len(asked) == 1, writes(recipe)
 
     def load(source: Source, count: int | None) -> Windows:
         bos = recipe.bos if alone else None

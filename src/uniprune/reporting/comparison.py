@@ -11,7 +11,7 @@ from uniprune.common.significance import mcnemar
 from uniprune.comparison.results import DENSE, Comparison, ComparisonRow
 from uniprune.evaluation.protocols import sentence
 from uniprune.reporting.summary import measure
-from uniprune.reporting.tables import Cell, Grid, shown, without_empty
+from uniprune.reporting.tables import Cell, Grid, fraction, shown, without_empty
 from uniprune.sparsity.structure import SCOPES
 
 # Settings that two tables have in common where their rows differ by the calibration samples alone.
@@ -90,7 +90,7 @@ def _flips(row: ComparisonRow, dense: ComparisonRow, labels: Mapping[str, str]) 
             if changed and len(values) == len(asked):
                 p = mcnemar(*changed)
                 cells: list[Cell] = [short(row.method), row.pattern or NONE, labels[task], metric]
-                yield [*cells, *((percent(value), value) for value in values), *map(str, changed), (f"{p:.2g}", p)]
+                yield [*cells, *map(fraction, values), *map(str, changed), (f"{p:.2g}", p)]
 
 
 def written(found: Comparison) -> list[Grid]:

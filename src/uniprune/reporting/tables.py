@@ -148,9 +148,9 @@ def tradeoff(facts: Tradeoff) -> Grid:
     """One row for each pattern."""
     rows: list[list[Cell]] = []
     if facts.dense is not None:
-        rows.append(["dense", (percent(0.0), 0.0), shown(facts.dense), _sized(facts.dense_bytes), ""])
+        rows.append(["dense", fraction(0.0), shown(facts.dense), _sized(facts.dense_bytes), ""])
     for point in facts.points:
-        sparsity, front = (percent(point.sparsity), point.sparsity), "yes" if point.front else ""
+        sparsity, front = fraction(point.sparsity), "yes" if point.front else ""
         rows.append([point.name, sparsity, shown(point.perplexity), _sized(point.bytes), front])
     columns = ["pattern:", "sparsity", "perplexity", "packed", "best for its sparsity:"]
     return without_empty(Grid(f"{short(facts.model)}: {facts.measure}", columns, rows, sortable=True))
@@ -162,7 +162,7 @@ def kinds(grid: Mapping[tuple[str, str], float]) -> Grid:
     for name in dict.fromkeys(kind for _, kind in grid):
         values = [value for (_, kind), value in grid.items() if kind == name]
         mean = sum(values) / len(values)
-        rows.append([name, *((percent(value), value) for value in (mean, min(values), max(values)))])
+        rows.append([name, *map(fraction, (mean, min(values), max(values)))])
     return Grid(
         "Sparsity by kind of matrix, over the decoder blocks", ["matrix:", "mean", "least", "most"], rows, sortable=True
     )
@@ -175,7 +175,7 @@ def matrices(pruning: Pruning) -> Grid:
             name,
             (f"{matrix.shape[0]} x {matrix.shape[1]}", float(matrix.size)),
             (count(matrix.size), float(matrix.size)),
-            (percent(matrix.sparsity), matrix.sparsity),
+            fraction(matrix.sparsity),
         ]
         for name, matrix in pruning.matrices.items()
     ]
