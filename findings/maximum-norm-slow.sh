@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # torch 2.13.0, CPU: the largest absolute value of a float32 tensor, as torch.linalg.vector_norm(x, inf).
 # Guess: one pass over the memory, as fast as the 2-norm, and faster than x.abs().amax(), which makes a tensor on the way.
-# Seen 2026-11-30 (AMD EPYC, one thread): 20 times as slow as abs().amax(), 24 times as slow as the 2-norm; the 1-norm 8 times.
+# Seen 2026-11-30 (AMD EPYC, one thread): 20 times as slow as abs().amax(), 24 times as slow as the 2-norm.
 source "$(dirname "$0")/environment"
 packages torch==2.13.0 numpy==2.4.6
 check <<'PY'
