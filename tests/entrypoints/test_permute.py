@@ -1,15 +1,21 @@
 """The command permute, end to end: the same dense model, in an order that N:M keeps more of."""
 
 import json
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import uniprune
 from conftest import tiny_model
 from uniprune import Loaded, Recipe
+from uniprune.entrypoints import permute as permute_module
 from uniprune.errors import InputError
+from uniprune.models.channels.folding import Channels
+from uniprune.models.matrices import find_matrices
+from uniprune.sparsity.views import View
 
 RECIPE = Recipe(sparsity="1:4", windows=8, length=32)
 TOKENS = torch.arange(40).reshape(2, 20)
@@ -27,9 +33,10 @@ def test_the_dense_model_is_the_same_and_the_pattern_keeps_more(folder, tmp_path
     memory = uniprune.plan(str(folder), local).executions["streamed"].memory if streamed else None
     report = uniprune.permute(str(folder), RECIPE, out, max_memory=memory)
     assert json.loads((out / "pruning.json").read_text()) == json.loads(json.dumps(report.record()))
-    assert set(report.permuted) == {f"model.layers.{index}.mlp.down_proj" for index in range(3)}
-    for gain in report.permuted.values():
-        assert gain.kept_after > gain.kept_before
+    assert report.permuted.keys() == find_matrices(tiny_model()).keys()
+    gains = {name: gain.kept_after - gain.kept_before for name, gain in report.permuted.items()}
+    assert all(gain > 0 for name, gain in gains.items() if name.endswith(("down_proj", "o_proj")))
+    assert sum(gains.values()) > 0
     before = logits(folder)
     torch.testing.assert_close(logits(out), before, rtol=1e-5, atol=1e-5 * float(before.abs().max()))
     assert {file.name for file in folder.iterdir()} | {"pruning.json", "README.md"} == {file.name for file in out.iterdir()}
@@ -71,9 +78,51 @@ def test_same_seed_same_bytes_and_an_output_is_not_overwritten(folder, tmp_path)
     uniprune.permute(str(folder), RECIPE, tmp_path / "first", overwrite=True)
 
 
-def test_what_cannot_be_reordered_is_refused_before_anything_is_written(folder, tmp_path):
+def test_what_cannot_be_reordered_is_refused_before_anything_is_written(folder, tokenizer, tmp_path):
     with pytest.raises(InputError, match="N:M patterns only"):
         uniprune.permute(str(folder), Recipe(sparsity="0.5"), tmp_path / "out")
+    tiny_model("gpt2").save_pretrained(tmp_path / "gpt2")  # its values lie beside queries and keys
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+    values = RECIPE.model_copy(update={"include": (r"attn\.c_proj",)})
     with pytest.raises(InputError, match="could be proved"):
-        uniprune.permute(str(folder), RECIPE.model_copy(update={"exclude": ("down_proj",)}), tmp_path / "out")
+        uniprune.permute(str(tmp_path / "gpt2"), values, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_that_has_more_than_the_model_loads_keeps_its_residual_stream(folder, tmp_path):
+    """Say, a head that predicts a second token: other programs would run it on a stream in another order."""
+    shutil.copytree(folder, tmp_path / "more")
+    save_file({"mtp.weight": torch.ones(8, 32)}, tmp_path / "more" / "model-mtp.safetensors", {"format": "pt"})
+    index = tmp_path / "more" / "model.safetensors.index.json"
+    facts = json.loads(index.read_text())
+    facts["weight_map"]["mtp.weight"] = "model-mtp.safetensors"
+    index.write_text(json.dumps(facts))
+    report = uniprune.permute(str(tmp_path / "more"), RECIPE, tmp_path / "out")
+    assert {name.rpartition(".")[2] for name in report.permuted} == {"down_proj", "o_proj"}
+
+
+def test_tied_embeddings_that_are_stored_twice_stay_tied(tokenizer, tmp_path):
+    model = tiny_model()
+    model.save_pretrained(tmp_path / "tied")
+    tokenizer.save_pretrained(tmp_path / "tied")
+    file = tmp_path / "tied" / "model.safetensors"
+    tensors = load_file(file)
+    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, file, {"format": "pt"})
+    uniprune.permute(str(tmp_path / "tied"), RECIPE, tmp_path / "out")
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    assert torch.equal(tensors["lm_head.weight"], tensors["model.embed_tokens.weight"])
+    before = logits(tmp_path / "tied")
+    torch.testing.assert_close(logits(tmp_path / "out"), before, rtol=1e-5, atol=1e-5 * float(before.abs().max()))
+
+
+def test_the_order_of_the_stream_is_searched_for_on_a_sample(monkeypatch):
+    scores = {name: torch.rand(rows, 8) * scale for name, rows, scale in (("a", 40, 1), ("b", 20, 100))}
+    saliency = View(scores)
+    channels = Channels(("a", "b"), 8, ())
+    every = permute_module.rows(channels, saliency, seed=0)
+    assert every.shape == (60, 8)
+    assert every[:40].mean() == pytest.approx(1) == every[40:].mean()
+    monkeypatch.setattr(permute_module, "SAMPLE", 240)
+    some = permute_module.rows(channels, saliency, seed=0)
+    assert some.shape == (30, 8)
+    assert {tuple(row) for row in some[:20].tolist()} < {tuple(row) for row in every[:40].tolist()}

@@ -11,9 +11,10 @@ from transformers import AutoModelForCausalLM
 
 from small_models import tiny
 from uniprune.errors import InputError
-from uniprune.models import channels as channels_module
 from uniprune.models import masking
-from uniprune.models.channels import find_channels, fold, folding, reorder
+from uniprune.models.channels.folding import fold, folding, reorder
+from uniprune.models.channels.hidden import candidates_of, find_hidden
+from uniprune.models.channels.trial import alone
 from uniprune.models.matrices import find_matrices
 from uniprune.sparsity import channel_order
 from uniprune.sparsity.channel_order import kept, search
@@ -44,7 +45,7 @@ def family_model(family):
 
 def shuffles(found):
     generator = torch.Generator().manual_seed(1)
-    return {channels.consumer: torch.randperm(channels.size, generator=generator) for channels in found}
+    return [(channels, torch.randperm(channels.size, generator=generator)) for channels in found]
 
 
 def logits(model):
@@ -61,38 +62,40 @@ def meets(mask, n, m):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_folding_leaves_the_dense_function_as_it_is(family):
     model = family_model(family)
-    found = find_channels(model, find_matrices(model))
+    found = find_hidden(model, find_matrices(model))
     consumer, parameters, parts = FAMILIES[family]
-    assert [channels.consumer.split(f".{index}.")[1] for index, channels in enumerate(found)] == [consumer] * 2
-    assert all(len(channels.axes) == parameters and channels.parts == parts for channels in found)
+    assert [channels.consumers[0].split(f".{index}.")[1] for index, channels in enumerate(found)] == [consumer] * 2
+    assert all(len(channels.axes) == parameters and channels.axes[0].repeats == parts for channels in found)
     before, weights = logits(model), {name: p.clone() for name, p in model.named_parameters()}
-    fold(model, found, shuffles(found))
+    fold(model, shuffles(found))
     torch.testing.assert_close(logits(model), before, rtol=1e-4, atol=1e-5 * float(before.abs().max()))
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, weights[name])}
-    assert moved == {name for channels in found for name, _ in channels.axes}
+    assert moved == {name for channels in found for name, *_ in channels.axes}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_no_weights_are_needed_to_find_channels(family):
+def test_no_weights_are_needed_to_find_hidden(family):
     model = family_model(family)
     with torch.device("meta"):
         hollow = AutoModelForCausalLM.from_config(model.config)
-    assert find_channels(hollow, find_matrices(hollow)) == find_channels(model, find_matrices(model))
+    assert find_hidden(hollow, find_matrices(hollow)) == find_hidden(model, find_matrices(model))
 
 
 def test_excluded_consumers_are_left_and_excluded_producers_go_along():
     model = family_model("llama")
-    assert find_channels(model, find_matrices(model, exclude=["down_proj"])) == []
-    found = find_channels(model, find_matrices(model, exclude=["up_proj", r"layers\.1"]))
-    assert [channels.consumer for channels in found] == ["model.layers.0.mlp.down_proj"]
-    assert found[0].producers == ("model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj")
+    assert find_hidden(model, find_matrices(model, exclude=["down_proj"])) == []
+    found = find_hidden(model, find_matrices(model, exclude=["up_proj", r"layers\.1"]))
+    assert [channels.consumers for channels in found] == [("model.layers.0.mlp.down_proj",)]
+    assert [axis.parameter for axis in found[0].axes] == [
+        f"model.layers.0.mlp.{name}_proj.weight" for name in ("gate", "up", "down")
+    ]
 
 
 def test_a_weight_that_two_modules_share_is_left():
     model = family_model("llama")
     first, second = (layer.mlp for layer in model.model.layers)
     second.up_proj.weight = first.up_proj.weight
-    assert find_channels(model, find_matrices(model)) == []
+    assert find_hidden(model, find_matrices(model)) == []
 
 
 class Gated(nn.Module):
@@ -141,16 +144,16 @@ class Normed(nn.Module):
 def channels_of(module):
     model = nn.Module()
     model.blocks = nn.ModuleList([nn.ModuleDict({"part": module})])
-    return find_channels(model, find_matrices(model))
+    return find_hidden(model, find_matrices(model))
 
 
 def test_only_what_is_proved_is_taken():
     def product(a, b):
         return functional.silu(a) * b
 
-    assert [channels.consumer for channels in channels_of(Gated(product))] == ["blocks.0.part.out"]
+    assert [channels.consumers for channels in channels_of(Gated(product))] == [("blocks.0.part.out",)]
     stacked = channels_of(Gated(lambda a, b: product(*a.chunk(2, -1)) + b.chunk(2, -1)[0], fused=2))
-    assert [channels.parts for channels in stacked] == [2]
+    assert [channels.axes[0].repeats for channels in stacked] == [2]
     assert not channels_of(Gated(lambda a, b: a[..., ::2] * a[..., 1::2] + b[..., ::2], fused=2))  # gate and up in turns
     assert not channels_of(Gated(lambda a, b: a * b.roll(1, -1)))
     assert not channels_of(Gated(lambda a, b: a.softmax(-1) * torch.linspace(0, 1, 24)))
@@ -163,15 +166,15 @@ def test_only_what_is_proved_is_taken():
 def test_attention_is_not_taken(heads, groups):
     assert not channels_of(Attention(heads, groups, 12))
     model = family_model("qwen3")
-    assert all(".mlp." in channels.consumer for channels in find_channels(model, find_matrices(model)))
+    assert all(".mlp." in channels.consumers[0] for channels in find_hidden(model, find_matrices(model)))
 
 
 def test_heads_that_share_a_shape_with_an_mlp_are_refuted_by_running_them():
     attention = Attention(4, 4, 12)
     members = list(find_matrices(nn.ModuleDict({"blocks": nn.ModuleList([attention])})).values())
-    (candidate,) = channels_module._candidates(members)
-    assert candidate.consumer == "o"
-    assert not channels_module._proved(attention, candidate)
+    (candidate,) = candidates_of(members)
+    assert candidate.consumers == ("o",)
+    assert not alone(attention, 16).harmless(candidate)
 
 
 # --------------------------------------------------------------------------------------------------------------- search
@@ -262,15 +265,16 @@ def test_search_refuses_what_it_cannot_group():
 def test_masks_mean_the_same_before_and_after_and_groups_are_met_after(family):
     model = family_model(family)
     matrices = find_matrices(model)
-    found = find_channels(model, matrices)
+    found = find_hidden(model, matrices)
     scores = {name: matrix.weight.abs() for name, matrix in matrices.items()}
-    orders = {channels.consumer: search(scores[channels.consumer], 2, 4) for channels in found}
-    for name, order in orders.items():
+    orders = [(channels, search(scores[channels.consumers[0]], 2, 4)) for channels in found]
+    by_name = {channels.consumers[0]: order for channels, order in orders}
+    for name, order in by_name.items():
         scores[name] = scores[name][:, order]
-    masks = {name: mask[:, orders[name].argsort()] if name in orders else mask for name, mask in NM(2, 4)(scores)}
+    masks = {name: mask[:, by_name[name].argsort()] if name in by_name else mask for name, mask in NM(2, 4)(scores)}
     masking.apply(matrices, masks.items())
     before = logits(model)
-    fold(model, found, orders)
+    fold(model, orders)
     torch.testing.assert_close(logits(model), before, rtol=1e-4, atol=1e-5 * float(before.abs().max()))
     for matrix in matrices.values():
         assert meets(matrix.weight != 0, 2, 4), matrix.name
@@ -280,15 +284,15 @@ def test_a_checkpoint_is_folded_where_it_lies(tmp_path, monkeypatch):
     """From names and axes alone, on bits mapped from the files, in pieces: the same bits as in memory."""
     model = family_model("phi3").to(torch.bfloat16)
     model.save_pretrained(tmp_path, max_shard_size="20KB")
-    found = find_channels(model, find_matrices(model))
+    found = find_hidden(model, find_matrices(model))
     orders = shuffles(found)
     keys = entries(sorted(tmp_path.glob("*.safetensors")))
     monkeypatch.setattr(channel_order, "PIECE", 1000)
-    for channels in found:
-        for name, (axis, order) in folding(channels, orders[channels.consumer]).items():
+    for channels, order in orders:
+        for name, move in folding(channels, order):
             entry = keys[name]
-            reorder(np.memmap(entry.file, np.uint16, "r+", entry.start, entry.shape), axis, order)
-    fold(model, found, orders)
+            reorder(np.memmap(entry.file, np.uint16, "r+", entry.start, entry.shape), *move)
+    fold(model, orders)
     again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     for (name, here), there in zip(model.named_parameters(), again.parameters(), strict=True):
         assert torch.equal(here, there), name

@@ -165,7 +165,11 @@ class Replay:
 
     def run(self, index: int, hidden: Tensor, ids: Tensor) -> Tensor:
         """A block's output for an input as :meth:`enter` gives it. ids: the windows, which entered before."""
-        return self._calls_of(ids)[index](self.blocks[index], hidden)
+        return self.call(index, ids)(self.blocks[index], hidden)
+
+    def call(self, index: int, ids: Tensor) -> Call:
+        """How the model calls a block for windows, which entered before."""
+        return self._calls_of(ids)[index]
 
     @torch.no_grad()
     def _calls_of(self, ids: Tensor) -> list[Call]:
@@ -184,10 +188,10 @@ class Replay:
         """What the model makes of the last block's output: the final hidden states ``[windows, length, width]``."""
         return self._through(ids, hidden)[2]
 
-    def around(self, module: nn.Module, batch: Tensor) -> Any:
-        """What ``module``, the model or its backbone, returns when its blocks are hollow."""
+    def around(self, module: nn.Module, batch: Tensor, last: Tensor | None = None) -> Any:
+        """What ``module``, the model or its backbone, returns when its blocks are hollow. last: what the last one puts out."""
         assert self._wrap is not None, "no window has entered"
-        with rerouted(self.blocks, lambda index, forward: self._hollow([], [], None)):
+        with rerouted(self.blocks, self._hollow_route([], [], last)):
             return module(input_ids=batch.to(device_of(self._model)), use_cache=False)
 
     def _through(self, batch: Tensor, last: Tensor | None = None) -> tuple[list[Tensor], list[Call], Tensor]:
@@ -197,12 +201,12 @@ class Replay:
         """
         inputs: list[Tensor] = []
         calls: list[Call] = []
-
-        def route(index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
-            return self._hollow(inputs, calls, last if index + 1 == len(self.blocks) else None)
-
-        with rerouted(self.blocks, route):
+        with rerouted(self.blocks, self._hollow_route(inputs, calls, last)):
             return inputs, calls, last_hidden(self._model, batch)
+
+    def _hollow_route(self, inputs: list[Tensor], calls: list[Call], last: Tensor | None) -> Callable[..., Any]:
+        """For :func:`rerouted`: hollow blocks, of which the last puts out ``last``."""
+        return lambda index, _: self._hollow(inputs, calls, last if index + 1 == len(self.blocks) else None)
 
     def _hollow(self, inputs: list[Tensor], calls: list[Call], output: Tensor | None) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:

@@ -16,7 +16,7 @@ BATCH = 512  # groups that exchange channels with each other at a time: time and
 def kept(scores: Tensor, n: int, m: int, permutation: Tensor | None = None) -> float:
     """The sum of the scores ``[out, in]`` that N:M keeps when the columns are in another order (float64 sum)."""
     total = 0.0
-    for rows in _pieces(scores, 0):
+    for rows in pieces(scores, 0):
         ordered = rows if permutation is None else rows[:, permutation]
         total += float(ordered.reshape(-1, m).topk(n).values.sum(dtype=torch.float64))
     return total
@@ -60,6 +60,13 @@ def search(scores: Tensor, n: int, m: int, sweeps: int = SWEEPS, batch: int = BA
     return found if kept(scores, n, m, found) > kept(scores, n, m) else identity
 
 
+def search_within(scores: Tensor, groups: int, n: int, m: int, seed: int = 0) -> Tensor:
+    """As :func:`search`, with each of so many equal parts of the columns in an order of its own. Raises as it does."""
+    parts = scores.chunk(groups, 1)
+    starts = range(0, scores.shape[1], parts[0].shape[1])
+    return torch.cat([start + search(part, n, m, seed=seed) for start, part in zip(starts, parts, strict=True)])
+
+
 def _dealt(scores: Tensor, m: int) -> Tensor:
     """The columns by falling sum, dealt to the groups back and forth: each group gets one of every m-th of them."""
     deals = scores.sum(0, dtype=torch.float64).cpu().argsort(descending=True, stable=True).reshape(m, -1)
@@ -72,7 +79,7 @@ def _exchanged(scores: Tensor, groups: Tensor, place: int, n: int) -> Tensor:
     leaving = groups[:, place]
     staying = torch.cat([groups[:, :place], groups[:, place + 1 :]], 1)
     value = torch.zeros(len(groups), len(groups), device=scores.device)  # [channel, group]
-    for rows in _pieces(scores, 0):
+    for rows in pieces(scores, 0):
         thresholds = rows[:, staying].topk(n).values[..., -1]
         value += torch.cdist(rows[:, leaving].T.float().contiguous(), thresholds.T.float().contiguous(), p=1)
     value = value.double().cpu()
@@ -88,6 +95,6 @@ def _assignment(value: Tensor) -> Tensor:
     return torch.from_numpy(linear_sum_assignment(value.T.numpy(), maximize=True)[1])
 
 
-def _pieces(table: Tensor, axis: int) -> tuple[Tensor, ...]:
+def pieces(table: Tensor, axis: int) -> tuple[Tensor, ...]:
     """A matrix in views of at most PIECE elements, cut along one axis."""
     return torch.split(table, max(1, PIECE // max(1, table.shape[1 - axis])), dim=axis)
