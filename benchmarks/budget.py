@@ -8,7 +8,8 @@
 - scope: one budget for the model against one for each row, at 50, 60 and 70 %.
 - mixed: 45 % in 2:4 and dense, chosen by the solver, against all 2:4 (50 %), against the same total with the dense matrices
   evenly over depth, and over the power of a score that counts as its loss.
-- permutation: Wanda's 2:4, and the controller's on 32,768 tokens, on the model as it is and with its channels permuted.
+- permutation: Wanda's 2:4, with `--refine` and without, and the controller's on 32,768 tokens, on the model as it is and with
+  its channels permuted.
 - threshold: one threshold over a billion scores in a file, against reading that file once; neither finds it in the page cache.
 
 Perplexity: WikiText-2 raw test, 24 windows of 512, float32. Rows accumulate in results/budget.json.
@@ -23,6 +24,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -147,19 +149,23 @@ class Bench:
         dense = smollm2_folder(self.scratch / "dense")
         text = {"sparsity": "2:4", "text": str(CALIBRATION), "length": 512}
         local = uniprune.Recipe(**text, controller="none", windows=64)
+        refined = uniprune.Recipe(**text, controller="none", windows=64, refine=True)
         corrected = uniprune.Recipe(**text, windows=64)
         report = uniprune.permute(dense, local, self.scratch / "permuted")
-        gains = [gain.kept_after / gain.kept_before - 1 for gain in report.permuted.values()]
+        gains = defaultdict(list)
+        for name, gain in report.permuted.items():
+            kind = name.rpartition(".")[2]
+            gains[kind if kind in ("down_proj", "o_proj") else "others"].append(gain.kept_after / gain.kept_before - 1)
         yield shown(
             {
-                "kept": statistics.fmean(gains),
+                "kept": {kind: statistics.fmean(found) for kind, found in gains.items()},
                 "search": report.seconds["search"],
                 "calibrate": report.seconds["calibrate"],
             }
         )
         for name in ("dense", "permuted"):
             row = {"model": name, "dense": self.perplexity(str(self.scratch / name))}
-            for kind, recipe in (("wanda", local), ("feedback", corrected)):
+            for kind, recipe in (("wanda", local), ("refine", refined), ("feedback", corrected)):
                 uniprune.prune(str(self.scratch / name), recipe, self.scratch / f"{name}-{kind}")
                 row[kind] = self.perplexity(str(self.scratch / f"{name}-{kind}"))
             yield shown(row)

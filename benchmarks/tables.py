@@ -65,7 +65,12 @@ Curves = dict[str, dict[tuple[int, int], tuple[float, float]]]
 
 MODELS = {"smollm2": "SmolLM2-135M", "qwen": "Qwen2.5-Coder-0.5B"}
 PARTS = ("weights", "states", "masks", "working")  # of memory
-KINDS = {"dense": "dense", "wanda": "2:4 by Wanda", "feedback": "2:4 by the controller, 32,768 tokens"}
+KINDS = {
+    "dense": "dense",
+    "wanda": "2:4 by Wanda",
+    "refine": "2:4 by `--refine`",
+    "feedback": "2:4 by the controller, 32,768 tokens",
+}
 
 
 class Quality:
@@ -466,7 +471,7 @@ def constraints(results: dict[str, Any]) -> str:
     for row in results.get("permutation", []):
         if "model" in row:
             model = {"dense": "channels as they are", "permuted": "channels permuted"}[row["model"]]
-            lines += [[f"{name}, {model}", f"{row[key]:.1f}"] for key, name in KINDS.items()]
+            lines += [[f"{name}, {model}", f"{row[key]:.1f}"] for key, name in KINDS.items() if key in row]
     return table(["masks", "perplexity"], lines)
 
 
@@ -480,7 +485,9 @@ def budgets(results: dict[str, Any]) -> str:
         lines.append([f"{name} / reading the file once", f"{row['ratio']:.2f}"])
         lines.append([f"{name}, peak memory, imports included", f"{row['peak_bytes'] / 1e6:.0f} MB"])
     for row in results.get("permutation", [])[:1]:
-        lines.append(["scores that 2:4 keeps in `down_proj`, channels permuted", f"{row['kept']:+.2%}"])
+        for kind, kept in row["kept"].items():
+            matrices = "other matrices" if kind == "others" else f"`{kind}`"
+            lines.append([f"scores that 2:4 keeps in {matrices}, channels permuted", f"{kept:+.2%}"])
         lines.append(["search for the permutation / the calibration for it", f"{row['search'] / row['calibrate']:.1f}"])
     return table(["what", ""], lines)
 

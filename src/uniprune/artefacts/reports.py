@@ -151,7 +151,7 @@ class Gain(Facts):
 
 
 class Permutation(Record):
-    """``pruning.json`` of ``permute``. permuted: what each reordered matrix gained."""
+    """``pruning.json`` of ``permute``. permuted: what each matrix gained whose inputs were reordered."""
 
     kind: Literal["permutation"] = "permutation"
     model: ModelFacts

@@ -42,7 +42,7 @@ COMMANDS = {
     "prune": ("prune", "Calibrate, create masks and write the pruned checkpoint, in one go."),
     "permute": (
         "prune",
-        "Reorder the hidden channels of a model for N:M pruning, and write the equivalent dense model.",
+        "Reorder the channels of a model for N:M pruning, and write the equivalent dense model.",
     ),
     "evaluate": ("evaluate", "Measure token perplexity or zero-shot accuracy of a model or of an output folder."),
     "sweep": (

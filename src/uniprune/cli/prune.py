@@ -116,7 +116,10 @@ def permute(
         result = permute(source.name, asked, target.output, **run.given(), progress=progress)
     gains = result.permuted.values()
     before, after = fmean(gain.kept_before for gain in gains), fmean(gain.kept_after for gain in gains)
-    line = f"{target.output}: {len(gains)} MLPs; {result.pattern} keeps {after:.4f} of their scores, not {before:.4f}"
+    line = (
+        f"{target.output}: the inputs of {len(gains)} matrices are in another order; {result.pattern} keeps {after:.4f} of their "
+        f"scores, not {before:.4f}"
+    )
     show({"output": str(target.output), **result.record()}, printed.as_json, line)
 
 

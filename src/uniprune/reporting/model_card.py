@@ -137,8 +137,8 @@ def _body(report: Report, results: Sequence[Evaluation], source: str, images: bo
     yield f"# {report.model.title}, {_title(report)}"
     if isinstance(report, Permutation):
         yield (
-            f"The same dense model as {source}: the hidden channels of its MLPs stand in an order that suits "
-            f"{report.pattern}. No weight was changed."
+            f"The same dense model as {source}: the inputs of {len(report.permuted)} matrices stand in an order that suits "
+            f"{report.pattern}, and what they come from in the same. No weight was changed."
         )
     elif isinstance(report, ExpertRemoval):
         yield from _of_experts(report, source)
