@@ -51,7 +51,7 @@ class MasksFile(Mapping[str, Tensor]):
         return self.shapes[name][::-1] if name in self.transposed else self.shapes[name]
 
     def packed(self, name: str) -> bits_module.Array:
-        """The bits of one mask, as masks.pack has them; they map the file, privately."""
+        """The bits of one mask, as ``bits.pack`` makes them; a private mapping of the file."""
         with safe_open(self._path, framework="pt") as file:
             bits: bits_module.Array = file.get_tensor(name).numpy()
             return bits

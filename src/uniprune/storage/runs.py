@@ -4,7 +4,7 @@
         lock                   held by the process that works here; the kernel frees it when that process dies
         identity.json          what the run is; a run goes on only as what it began
         <stage>.json           the last commit of a stage: its facts, and what a store keeps beside them
-        <stage>/               the tensors of a stage (see store)
+        <stage>/               the tensors of a stage (see tensor_store)
 
 A commit is one atomic replacement of ``<stage>.json``, so a process may be killed at any moment: the last commit stands.
 A run that has committed nothing is started again, whatever it was.
