@@ -101,7 +101,7 @@ def test_masks_that_another_process_sends_again_take_the_place_of_the_old(monkey
     model = tiny("llama", num_hidden_layers=1)
     matrices = find_matrices(model)
     owners, sent = dict.fromkeys(matrices, 1), []
-    monkeypatch.setattr("uniprune.common.distributed.given_by", lambda owner, ours: torch.full_like(ours, sent[-1]))
+    monkeypatch.setattr("uniprune.common.distributed.broadcast", lambda owner, ours: torch.full_like(ours, sent[-1]))
     masks = PackedMasks(NM(2, 4), NM(2, 4).settle({}), {}.__getitem__, matrices, 0.0, CPU, stash=Stash())
     for byte, kept in ((255, True), (0, False)):
         sent.append(byte)

@@ -104,7 +104,7 @@ def interrupted(folders, output):
         prune(folders, "controller", output, "sharded", progress=Stops(1))
     except Stopped:
         begun = runs.identity_of(output)
-        distributed.wait()
+        distributed.barrier()
         prune(folders, "controller", output, None, resume=True)
     return begun["execution"]
 

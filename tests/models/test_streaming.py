@@ -293,7 +293,7 @@ def test_a_sweep_of_several_processes_begins_anew(tmp_path, monkeypatch):
         raise Stopped
     monkeypatch.setattr("uniprune.common.distributed.count", lambda: 2)
     monkeypatch.setattr("uniprune.common.distributed.rank", lambda: 0)
-    monkeypatch.setattr("uniprune.common.distributed.wait", lambda: None)
+    monkeypatch.setattr("uniprune.common.distributed.barrier", lambda: None)
     with progress_of(tmp_path / "out", RunOptions(resume=True), {}) as run:
         assert run.facts("descent") == {"done": 1}
         for stage in ("sweep", "outputs"):

@@ -189,7 +189,7 @@ class Descent:
         self._passes.backward(gradient)
         self._check()
         if self.record["without_gradient"]:
-            reached = set[str]().union(*distributed.gathered(self._reached))
+            reached = set[str]().union(*distributed.all_gather(self._reached))
             self.record["without_gradient"] = [name for name in self.record["without_gradient"] if name not in reached]
         flipped = distributed.total_of(int(torch.stack(self._flips).sum()) if self._flips else 0)
         kl, flips = distributed.total_of(kl) / batch.numel(), flipped / max(1, distributed.total_of(self._seen))
@@ -260,8 +260,8 @@ class Descent:
     def _sink(self, name: str, gradient: Tensor | None) -> None:
         weight, owner = self._matrices[name].weight, self._owners[name]
         if distributed.count() > 1:  # all of them must take part, also those whose windows did not reach an expert
-            gradient = distributed.total_at(
-                torch.zeros(weight.shape, device=weight.device) if gradient is None else gradient.float().contiguous(), owner
+            gradient = distributed.reduce_to(
+                owner, torch.zeros(weight.shape, device=weight.device) if gradient is None else gradient.float().contiguous()
             )
         if gradient is None or owner != distributed.rank():
             return

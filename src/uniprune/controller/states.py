@@ -133,7 +133,7 @@ class PackedMasks(Masks):
                     together = torch.cat([self._bits(name) for name in names])
                 else:
                     together = torch.empty(sum(sizes), dtype=torch.uint8, device=self.device)
-                for name, packed in zip(names, torch.split(distributed.given_by(owner, together), sizes), strict=True):
+                for name, packed in zip(names, torch.split(distributed.broadcast(owner, together), sizes), strict=True):
                     self._put(name, packed)
 
     def _bits(self, name: str) -> Tensor:
@@ -176,7 +176,7 @@ class InMemory(dict[str, State]):
         """Keeps the progress, if it is time to, as the first process has it; with the ``last`` facts, the best duals alone."""
         if last and (self._pace is not None or distributed.count() > 1):  # of several processes, each needs those of all
             self._saved.save(facts, last)
-        elif self._pace is not None and distributed.gathered(self._pace.due())[0]:
+        elif self._pace is not None and distributed.all_gather(self._pace.due())[0]:
             with self._pace.saving():
                 for name, state in self.items():
                     self._saved[name] = state
@@ -282,7 +282,7 @@ class Cuts:
             else:
                 mine = self._runs(torch.empty(self._matrices[name].shape, device="meta"), grain)
                 mine = torch.empty(mine.shape, device=self._device)
-            found[name] = distributed.given_by(owner, mine)
+            found[name] = distributed.broadcast(owner, mine)
         return {name: found[name] for name in self._matrices}
 
     def _runs(self, dual: Tensor, grain: int) -> Tensor:

@@ -369,14 +369,14 @@ def progress_of(output: Path, options: RunOptions, identity: dict[str, Any]) -> 
         with runs.open_run(output, identity, resume=options.resume, overwrite=options.overwrite) as run:
             for stage in (SWEEP, OUTPUTS) if distributed.count() > 1 else ():
                 run.drop(stage)
-            distributed.wait()
+            distributed.barrier()
             yield run
-            distributed.wait()
+            distributed.barrier()
     else:
-        distributed.wait()
+        distributed.barrier()
         with runs.beside(runs.folder_of(output), f"rank-{distributed.rank()}") as run:
             yield run
-        distributed.wait()
+        distributed.barrier()
 
 
 def device_of(options: RunOptions) -> torch.device:

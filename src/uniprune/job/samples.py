@@ -112,7 +112,7 @@ def written(windows: Windows, loaded: Loaded, seed: int, progress: Progress = si
         for start in progress(todo, "writing samples", len(todo)):
             some = slice(start, start + BATCH)
             found[some] = _continued(loaded.model, prompts[some].to(found.device), found.shape[1], draw)
-    distributed.wait()
+    distributed.barrier()
     tokens[own, begins:] = distributed.total(found).cpu()
     if begins and windows.bos_token is not None:
         tokens[own, 0] = windows.bos_token

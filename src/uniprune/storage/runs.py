@@ -129,10 +129,10 @@ def temporary() -> Iterator[Run]:
     """A run that leaves nothing behind, in a folder that all processes share."""
     first = not distributed.rank()
     with tempfile.TemporaryDirectory(prefix="uniprune-") if first else nullcontext("") as folder:
-        place = Path(distributed.gathered(folder)[0])
+        place = Path(distributed.all_gather(folder)[0])
         with nullcontext(Run(place)) if first else beside(place, f"rank-{distributed.rank()}") as run:
             yield Run(run.folder, durable=False, shared=place)
-        distributed.wait()
+        distributed.barrier()
 
 
 class Run:
