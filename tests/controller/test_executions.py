@@ -16,9 +16,9 @@ from uniprune.controller.mirror_descent import MirrorDescent
 from uniprune.controller.passes import Resident, opened
 from uniprune.controller.states import Masks, PackedMasks
 from uniprune.job import memory
+from uniprune.job.execution import choose
 from uniprune.job.memory import PROCESS, Work, _Parts, needs
 from uniprune.job.options import RunOptions
-from uniprune.job.prepare import choose
 from uniprune.models.loading import skeleton
 from uniprune.models.matrices import find_blocks, find_matrices
 from uniprune.saliency.calibration import Calibration

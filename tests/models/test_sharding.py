@@ -19,9 +19,9 @@ from uniprune.common import distributed
 from uniprune.controller.loss import Loss
 from uniprune.controller.passes import Streamed
 from uniprune.controller.straight_through import StraightThrough
+from uniprune.job.execution import choose
 from uniprune.job.memory import Bytes, Work, needs
 from uniprune.job.options import RunOptions
-from uniprune.job.prepare import choose
 from uniprune.models import loading
 from uniprune.models.blocks import Replay
 from uniprune.models.matrices import find_blocks, find_matrices

@@ -26,9 +26,10 @@ from uniprune.controller.passes import Resident, Streamed
 from uniprune.controller.states import OnDisk
 from uniprune.controller.straight_through import StraightThrough
 from uniprune.errors import InputError, MismatchError, UniPruneError
+from uniprune.job.execution import choose
 from uniprune.job.memory import Bytes, Work, needs
 from uniprune.job.options import RunOptions
-from uniprune.job.prepare import choose, progress_of
+from uniprune.job.prepare import progress_of
 from uniprune.models.blocks import Replay, last_hidden
 from uniprune.models.matrices import find_blocks, find_matrices
 from uniprune.models.streaming import attached, open_streamed

@@ -8,7 +8,7 @@ Gathering is a collective operation: every process must enter the same blocks in
 because only the passes enter blocks (``blocks.Blocks``, ``controller.passes``), and no decision behind a pass is local to one
 process: each sweep runs all blocks, first to last or last to first, whatever windows a process has; the number of steps, the
 targets, early stops and back-offs follow from sums over all processes; a resumed run starts from the first process's saved
-state; and all processes choose this execution together (``job.prepare.choose``). Weights that are needed while their block is
+state; and all processes choose this execution together (``job.execution.choose``). Weights that are needed while their block is
 not gathered are read from the checkpoint, which is not a collective operation.
 """
 
