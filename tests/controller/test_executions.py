@@ -204,8 +204,8 @@ def test_a_token_is_forecast_to_go_to_few_experts(family):
     taken = sum(size for place, size in kept.items() if place not in weights)
     # A step of all 8 samples.
     forecast = _Parts(Work(model, matrices, Recipe(sparsity="2:4", tuning={"batch_tokens": 512}), torch.float32, None, 64))
-    assert taken / 3 < forecast.kept < 3 * taken
-    assert forecast.work.met < 0.3 * forecast.work.prunable
+    assert taken / 3 < forecast.resident_step < 3 * taken
+    assert forecast.work.active < 0.3 * forecast.work.prunable
 
 
 GROUPS = {  # two versions of Linux's control groups: in a container that sees its own as the root, and in one that does not
