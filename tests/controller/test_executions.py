@@ -13,7 +13,7 @@ from small_models import MATRICES, tiny
 from uniprune import Recipe
 from uniprune.checkpoints.origin import resolve
 from uniprune.controller.mirror_descent import MirrorDescent
-from uniprune.controller.passes import Resident, opened
+from uniprune.controller.passes import Resident, open_passes
 from uniprune.controller.states import Masks, PackedMasks
 from uniprune.job import memory
 from uniprune.job.execution import choose
@@ -63,7 +63,7 @@ def test_relaxed_masks_too(targets):
 def kept_bytes(recompute):
     """What the pass forwards of one step leaves for the pass backwards."""
     model, kept = tiny("llama", num_hidden_layers=6), {}
-    passes = opened(Calibration(model, find_matrices(model), tokens(), recompute=recompute), None)
+    passes = open_passes(Calibration(model, find_matrices(model), tokens(), recompute=recompute), None)
 
     def pack(tensor):
         kept[tensor.data_ptr()] = tensor.nbytes
@@ -192,7 +192,7 @@ def test_a_token_is_forecast_to_go_to_few_experts(family):
     experts = {"num_experts": 64} if family == "qwen3_moe" else {"n_routed_experts": 64}
     model, kept, ids = tiny(family, **experts), {}, tokens(8, 64)
     matrices = find_matrices(model)
-    passes = opened(Calibration(model, matrices, ids), None)
+    passes = open_passes(Calibration(model, matrices, ids), None)
 
     def pack(tensor):
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()

@@ -202,13 +202,13 @@ def test_a_process_without_windows_runs_all_blocks(folders):
     with network:
         for mine in (ids, ids[:0]):
             entered.clear()
-            student, teacher = passes.forward(mine, between=loss.between)
+            student, teacher = passes.forward(mine, hidden_gradient=loss.hidden_gradient)
             kl, gradient = loss.gradient(student, teacher, mine)
             passes.backward(gradient)
             assert (kl >= 0, entered) == (True, up + up[::-1])
             entered.clear()
-            for batch in passes.portions(mine, 1024):
-                loss.kl(*passes.look(batch), batch)
+            for batch in passes.in_batches(mine, 1024):
+                loss.kl(*passes.infer(batch), batch)
             assert entered == up
 
 

@@ -93,7 +93,7 @@ def gradients(passes, ids, **settings):
         generator = torch.Generator().manual_seed(1)
         network.masks = {n: torch.rand(m.shape, generator=generator) < 0.5 for n, m in network.matrices.items()}
         loss = Loss(passes.head(ids), evenness=0.5, hidden=4.0)
-        student, teacher = passes.forward(ids, between=loss.between)
+        student, teacher = passes.forward(ids, hidden_gradient=loss.hidden_gradient)
         kl, gradient = loss.gradient(student, teacher, ids)
         passes.backward(gradient)
     return kl, found
@@ -164,12 +164,12 @@ def test_the_states_take_the_disk_that_was_forecast(tmp_path, monkeypatch):
         sync(path)
         taken.append(sum(512 * file.stat().st_blocks for file in run.folder.rglob("*") if file.is_file()))
 
-    def judge(self, targets, windows):
+    def held_out_kl(self, targets, windows):
         judged.append({name: self.states.dual(name).clone() for name in hollow})
         return [1.0, 0.9, 0.5, 0.9, 0.8][len(judged) - 1]
 
     monkeypatch.setattr("uniprune.storage.tensor_store.sync", sync)
-    monkeypatch.setattr(descent.Descent, "judge", judge)
+    monkeypatch.setattr(descent.Descent, "held_out_kl", held_out_kl)
     monkeypatch.setattr("uniprune.job.memory.BATCH_TOKENS", 1)
     ids, settings = tokens(32, 32, VOCABULARY), MirrorDescent(batch_tokens=128)
     expected = needs(Work(loaded.model, hollow, Recipe(controller=settings), torch.float32, torch.float32, 32))["streamed"].disk

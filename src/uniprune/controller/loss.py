@@ -52,7 +52,7 @@ class Loss:
             float((self._kl(a[piece], b[piece]) * counts[piece]).sum()) for a, b, counts in windows for piece in _pieces(len(a))
         )
 
-    def between(self, student: Tensor, teacher: Tensor, blocks: int) -> Tensor:
+    def hidden_gradient(self, student: Tensor, teacher: Tensor, blocks: int) -> Tensor:
         """The gradient of the hidden states' distance after one of ``blocks`` blocks, with respect to ``student``."""
         with torch.enable_grad():
             leaf = student.detach().requires_grad_()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from uniprune.common import distributed
 from uniprune.common.progress import Progress, silent
-from uniprune.controller.passes import Passes, opened
+from uniprune.controller.passes import Passes, open_passes
 from uniprune.controller.protocol import ControllerRecord, Cost
 from uniprune.errors import InputError
 from uniprune.models.matrices import Matrices
@@ -100,7 +100,7 @@ class Fisher:
         batches = in_steps(calibration.windows, self.batch_tokens)[:steps]
         windows = torch.cat(batches)
         with ExitStack() as stack:
-            passes = opened(calibration, calibration.run or stack.enter_context(runs.temporary()))
+            passes = open_passes(calibration, calibration.run or stack.enter_context(runs.temporary()))
             stack.enter_context(passes.network)
             found = sensitivities(passes, windows, metric.statistic, calibration.run, self.batch_tokens, calibration.progress)
         warn_of_stillness(found.still)
@@ -181,10 +181,10 @@ def _measured(passes: Passes, windows: Tensor, other: Kind | None, batch_tokens:
     portions = [
         portion
         for batch in in_steps(windows, batch_tokens or windows.numel())
-        for portion in passes.portions(batch[distributed.rank() :: distributed.count()], batch_tokens or windows.shape[1])
+        for portion in passes.in_batches(batch[distributed.rank() :: distributed.count()], batch_tokens or windows.shape[1])
     ]
     for batch in progress(portions, "finding what each output is worth", len(portions)):
-        passes.backward(head.next_token(passes.forward_alone(batch), batch))
+        passes.backward(head.next_token(passes.forward_student(batch), batch))
     network.watch = None
     for total in totals.values():
         distributed.total(total)
@@ -211,7 +211,7 @@ def _observe(passes: Passes, portions: list[Tensor], statistics: dict[str, Stati
     matrices = {name: passes.network.matrices[name] for name in statistics}
     with observing(matrices, kind, passes.device) as found:
         for batch in portions:
-            passes.look(batch)
+            passes.infer(batch)
     add_up(found)
     for name, statistic in found.items():
         statistics[name].merge(statistic)
