@@ -23,7 +23,7 @@ from uniprune.common import distributed
 from uniprune.controller.loss import Loss
 from uniprune.controller.passes import Passes, open_passes
 from uniprune.controller.protocol import ControllerRecord
-from uniprune.controller.start import in_steps, sensitivities, warn_of_stillness
+from uniprune.controller.start import in_steps, sensitivities, warn_without_gradient
 from uniprune.controller.states import Best, InMemory, MaskFactory, OnDisk, Rule, State, States
 from uniprune.controller.straight_through import Evener
 from uniprune.errors import InputError
@@ -147,7 +147,7 @@ class Descent:
         self.history: list[float] = []
         self._stale = 0  # checks since the best state that found neither improvement nor divergence
         self.record: dict[str, Any] = {"tokens": 0, "loss": [], "flips": [], "backed_off": 0}
-        self.record |= starved(self._matrices, found.norms) | {"without_gradient": found.still}
+        self.record |= starved(self._matrices, found.norms) | {"without_gradient": found.without_gradient}
         for name in self._own:
             if self._saved:
                 self._mask_factory.update(name, self.states.dual(name).to(passes.device))
@@ -310,7 +310,7 @@ class Descent:
 
 def _record(steps: int, every: int, facts: Mapping[str, Any]) -> ControllerRecord:
     """The record of a descent that is over. facts: as :attr:`Descent.facts`."""
-    warn_of_stillness(facts["record"]["without_gradient"])
+    warn_without_gradient(facts["record"]["without_gradient"])
     return ControllerRecord(
         objective="KL",
         steps=steps,
