@@ -16,8 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from uniprune.artefacts import writer
-from uniprune.artefacts.binding import Binding
+from uniprune.artefacts.binding import Binding, fingerprint
 from uniprune.artefacts.masks import MasksFacts, MasksFile, write_masks
 from uniprune.checkpoints.checkpoint import Files, checkpoint_of
 from uniprune.checkpoints.origin import Origin, resolve
@@ -63,7 +62,7 @@ def _check_facts(facts: MasksFacts, entries: Mapping[str, safetensors_index.Entr
     shapes, transposed, digests = facts.shapes, facts.transposed, facts.digests
     if not entries or not entries.keys() == shapes.keys() == digests.keys() or not entries.keys() >= {*transposed}:
         raise ValueError("its masks, shapes, digests and transposed matrices are not of the same names")
-    if facts.base != writer.fingerprint(digests):
+    if facts.base != fingerprint(digests):
         raise ValueError("its base is not the fingerprint that its digests make")
     for name, entry in entries.items():
         rows, columns = shape = shapes[name]
@@ -328,18 +327,16 @@ class Dense:
 
     def write(self, output: Path, names: Sequence[str], masks: Iterable[tuple[str, Tensor]], pattern: str) -> Record:
         """Writes masks ``[out, in]``, in the order of ``names``, as a file bound to this model; returns what was written."""
-        shapes = {name: self.matrices[name].shape for name in names}
-        digests = self.checkpoint.digests(names)
-        transposed = [name for name in names if self.matrices[name].stored_transposed]
-        base = writer.fingerprint(digests)
-        binding = Binding(base=base, base_name=str(self.origin), digests=digests, transposed=transposed)
+        masked = {name: self.matrices[name] for name in names}
+        shapes = {name: matrix.shape for name, matrix in masked.items()}
+        binding = Binding.of(masked, self.checkpoint.digests(names), str(self.origin))
         removed = write_masks(output, masks, shapes, binding, pattern)
-        size = sum(self.matrices[name].size for name in names)
+        size = sum(matrix.size for matrix in masked.values())
         return {
-            "base": base,
-            "base_name": str(self.origin),
+            "base": binding.base,
+            "base_name": binding.base_name,
             "pattern": pattern,
             "matrices": len(names),
             "left_dense": [name for name in self.matrices if name not in shapes],
-            "sparsity": sum(removed[name] * self.matrices[name].size for name in names) / size,
+            "sparsity": sum(removed[name] * matrix.size for name, matrix in masked.items()) / size,
         }

@@ -184,7 +184,8 @@ def prepare(
             check_loaded(loaded.model, matrices)
         if recipe.size is not None and aim.budget is None:
             aim = aim_of(recipe, matrices, loaded)
-        return Job(loaded, matrices, windows, _bind(loaded, matrices, digests() if digests else None), aim, execution)
+        found = digests() if digests else loaded.checkpoint.digests(matrices)
+        return Job(loaded, matrices, windows, Binding.of(matrices, found, str(loaded)), aim, execution)
 
 
 def _check_loaded(loaded: Loaded, recipe: Recipe, options: RunOptions) -> None:
@@ -262,12 +263,6 @@ def _save_tokens(windows: Windows, options: RunOptions) -> None:
     """Writes the token file, if one is asked for and the model has no sample left to write."""
     if options.save_tokens is not None and windows.prompts is None and distributed.rank() == 0:
         save_windows(windows, options.save_tokens, again=options.resume and not options.overwrite)
-
-
-def _bind(loaded: Loaded, matrices: Matrices, digests: dict[str, str] | None) -> Binding:
-    digests = digests or loaded.checkpoint.digests(matrices)
-    transposed = [name for name, matrix in matrices.items() if matrix.stored_transposed]
-    return Binding(base=writer.fingerprint(digests), base_name=str(loaded), digests=digests, transposed=transposed)
 
 
 def aim_of(recipe: Recipe, matrices: Matrices, source: Loaded | Origin | None) -> Aim:
