@@ -94,7 +94,7 @@ def verify(masks: Path, model: Source | None = None, pruned: Source | None = Non
     """
     file = CheckedMasks(masks)
     cut = _check_pattern(file)
-    weights = None if pruned is None else _find_weights(pruned, {name: file.stored(name) for name in file}, None)
+    weights = None if pruned is None else find_weights(pruned, {name: file.stored(name) for name in file}, None)
     if model is not None:
         Dense(model, dtype).of(file)
     kept = 0
@@ -144,13 +144,13 @@ def _compare(file: CheckedMasks, name: str, mask: Tensor, cut: Cutter) -> None:
         raise InputError(f"{claim}, which {what} the weight in row {row}, input {column}")
 
 
-def _kept_per(mask: Tensor, run: int) -> Array:
-    """How many are kept in each ``run`` of consecutive weights: a row, or a group of N:M."""
+def kept_per(mask: Tensor, run: int) -> Array:
+    """How many weights a mask keeps in each ``run`` of consecutive inputs: a row, or a group of N:M."""
     counts: Array = np.einsum("rk->r", mask.contiguous().numpy().view(np.uint8).reshape(-1, run), dtype=np.int32)
     return counts
 
 
-def _find_weights(source: Source, shapes: Mapping[str, tuple[int, ...]], dtype: str | None) -> Checkpoint:
+def find_weights(source: Source, shapes: Mapping[str, tuple[int, ...]], dtype: str | None) -> Checkpoint:
     """A pruned checkpoint, if it has these matrices in these shapes: as it stores them, or dequantised from a GGUF file."""
     origin = resolve(source)
     if origin.files is None:
@@ -256,9 +256,9 @@ def stats(masks: Path) -> Record:
 
 
 def _statistics(mask: Tensor) -> Record:
-    rows = _kept_per(mask, mask.shape[1])
+    rows = kept_per(mask, mask.shape[1])
     quartiles = np.quantile(rows, (0, 0.25, 0.5, 0.75, 1)).tolist()
-    fits = {str(nm): not nm.unsupported(*mask.shape) and bool((_kept_per(mask, nm.m) <= nm.n).all()) for nm in KERNELS}
+    fits = {str(nm): not nm.unsupported(*mask.shape) and bool((kept_per(mask, nm.m) <= nm.n).all()) for nm in KERNELS}
     return {
         "shape": list(mask.shape),
         "weights": mask.numel(),
