@@ -175,8 +175,8 @@ def diff(a: Path, b: Path, *, force: bool = False) -> Record:
     matrices = {}
     for name in first:
         one, other = first.packed(name), second.packed(name)
-        both = bits.kept(one & other)
-        matrices[name] = _overlap(both, bits.kept(one) - both, bits.kept(other) - both)
+        both = bits.kept_count(one & other)
+        matrices[name] = _overlap(both, bits.kept_count(one) - both, bits.kept_count(other) - both)
     total = _overlap(*(sum(found[key] for found in matrices.values()) for key in ("both", "only_a", "only_b")))
     return {"a": _about(first), "b": _about(second), "same_base": same, **total, "matrices": matrices}
 
@@ -215,7 +215,7 @@ def _combine(kind: str, operation: Callable[..., Array], paths: Sequence[Path], 
     def combined(name: str) -> Array:
         return reduce(operation, (file.packed(name) for file in files))
 
-    sparsity = 1 - sum(bits.kept(combined(name)) for name in first) / first.size  # a second pass: the header goes first
+    sparsity = 1 - sum(bits.kept_count(combined(name)) for name in first) / first.size  # a second pass: the header goes first
     parts = " and ".join(f"({file.facts.pattern})" for file in files)
     pattern = f"{kind} of {parts}, sparsity {sparsity:.6g}"
     masks = ((name, bits.unpack(torch.from_numpy(combined(name)), shape)) for name, shape in first.shapes.items())

@@ -58,7 +58,8 @@ class MasksFile(Mapping[str, Tensor]):
 
     def removed(self) -> dict[str, float]:
         """The fraction of weights that each mask removes."""
-        return {name: 1 - bits_module.kept(self.packed(name)) / (rows * cols) for name, (rows, cols) in self.shapes.items()}
+        sizes = {name: rows * columns for name, (rows, columns) in self.shapes.items()}
+        return {name: 1 - bits_module.kept_count(self.packed(name)) / size for name, size in sizes.items()}
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)
@@ -78,7 +79,7 @@ def write_masks(
 
     def packed() -> Iterator[tuple[str, Tensor]]:
         for name, mask in cut:
-            removed[name] = bits_module.removed(mask)
+            removed[name] = bits_module.sparsity_of(mask)
             yield name, bits_module.pack(mask).cpu()
 
     specs = {name: (torch.uint8, (-(-rows * columns // 8),)) for name, (rows, columns) in shapes.items()}

@@ -197,7 +197,7 @@ def _named(source: Source, request: ComparisonRequest) -> ComparisonRequest:
 def _pruned(trial: Trial, subject: Subject, bench: Bench) -> ComparisonRow:
     method, shapes, form = trial.method, bench.job.shapes, trial.structure
     with naming(method.name, trial.sparsity), method.pruned(bench, trial) as cut:
-        removed = dict.fromkeys(shapes, 0.0) | {name: bits.removed(mask) for name, mask in cut.masks.items()}
+        removed = dict.fromkeys(shapes, 0.0) | {name: bits.sparsity_of(mask) for name, mask in cut.masks.items()}
         facts = {
             "method": method.name,
             "pattern": trial.sparsity,

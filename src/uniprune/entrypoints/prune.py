@@ -98,7 +98,7 @@ def prune_in_place(loaded: Loaded, recipe: Recipe, *, save_tokens: Path | None =
         with watch("mask"):
             kept = dict(cut.masks)
             masking.apply(job.matrices, kept.items())
-        return _report(recipe, job, cut, {name: bits.removed(mask) for name, mask in kept.items()}, watch)
+        return _report(recipe, job, cut, {name: bits.sparsity_of(mask) for name, mask in kept.items()}, watch)
 
 
 # ------------------------------------------------------------------------------------------------------------- parts

@@ -98,7 +98,7 @@ def sweep(
         if pattern is DENSE:
             result = result.model_copy(update={"dense": costs})
         else:
-            removed = {name: bits.removed(mask) for name, mask in cut.items()}
+            removed = {name: bits.sparsity_of(mask) for name, mask in cut.items()}
             row = _row(spec, pattern, sparsity(removed, saliency.shapes), costs)
             result = result.model_copy(update={"rows": marked([*result.rows, row])})
         result.write(output)
