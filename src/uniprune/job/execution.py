@@ -13,7 +13,7 @@ from uniprune.errors import InputError
 from uniprune.job import memory
 from uniprune.job.options import Execution, RunOptions
 from uniprune.job.recipe import Recipe
-from uniprune.job.samples import check_written, writes
+from uniprune.job.samples import check_can_generate, self_generated
 from uniprune.models import blocks
 from uniprune.models.loading import Loaded
 from uniprune.models.matrices import Matrices
@@ -73,8 +73,8 @@ def choose_for_loaded(loaded: Loaded, recipe: Recipe, matrices: Matrices, length
 
 
 def check_execution(recipe: Recipe, execution: str) -> None:
-    """Raises InputError if the recipe's controller, or a text that the model writes itself, rules out this execution."""
-    check_written(writes(recipe), execution in IN_MEMORY)
+    """Raises InputError if the recipe's controller, or text that the model is to generate, rules out this execution."""
+    check_can_generate(self_generated(recipe), execution in IN_MEMORY)
     controller = recipe.parsed_controller()
     if controller is None:
         return

@@ -31,7 +31,7 @@ from uniprune.job.execution import IN_MEMORY, check_execution, choose, choose_fo
 from uniprune.job.images import image_windows
 from uniprune.job.options import Execution, RunOptions
 from uniprune.job.recipe import Recipe
-from uniprune.job.samples import calibration_windows, written
+from uniprune.job.samples import calibration_windows, generated
 from uniprune.models import blocks
 from uniprune.models.loading import (
     Loaded,
@@ -62,9 +62,9 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Aim:
-    """What a recipe's budget comes to for a model's matrices.
+    """What a recipe asks for, resolved for a model's matrices.
 
-    unsupported: matrices that cannot have the pattern, and why. budget: if a size was asked for; sparsity: what it became.
+    unsupported: matrices that cannot have the pattern, and why. budget: if a size was asked for; sparsity: that meets it.
     """
 
     pattern: Pattern | None
@@ -73,7 +73,7 @@ class Aim:
     sparsity: float | None
 
     def with_scores(self, saliency: Saliency) -> Aim:
-        """The same, now that there are scores: at the sparsity at which what they keep has the size that was asked for."""
+        """For a size budget: the same at the sparsity that meets it with these scores; without scores it is an estimate."""
         if self.budget is None:
             return self
         sparsity = self.budget.sparsity(saliency)
@@ -176,7 +176,7 @@ def prepare(
             loaded = _load(given, tokenizer, work.dtype, device, execution)
             matrices = _found_in(loaded, recipe)
         if windows.prompts is not None:
-            windows = written(windows, loaded, recipe.seed, progress)
+            windows = generated(windows, loaded, recipe.seed, progress)
             _save_tokens(windows, options)
         pictures.show(loaded.model, windows.pictures)
         if loaded.residency is blocks.resident:
@@ -266,7 +266,7 @@ def _save_tokens(windows: Windows, options: RunOptions) -> None:
 
 
 def aim_of(recipe: Recipe, matrices: Matrices, source: Loaded | Origin | None) -> Aim:
-    """The pattern, and the size that a recipe asks for, if it does and the weights can be read before they are loaded."""
+    """The pattern that a recipe asks for; and its size budget, if it has one and ``source`` has weights that can be read."""
     origin = source.origin if isinstance(source, Loaded) else source
 
     def at(sparsity: float | None) -> Pattern:
@@ -284,7 +284,7 @@ def aim_of(recipe: Recipe, matrices: Matrices, source: Loaded | Origin | None) -
 def _pattern_of(
     recipe: Recipe, matrices: Matrices, origin: Origin | None, sparsity: float | None
 ) -> tuple[Pattern | None, dict[str, str]]:
-    """The pattern that a recipe asks for, if it does, as these matrices can have it; and those that cannot, with reasons.
+    """The pattern of a recipe, if it has one, with rules for the matrices that cannot have it; and those, with the reasons.
 
     sparsity: what a size became; the lowest while that is not known.
     """
@@ -298,22 +298,23 @@ def _pattern_of(
 
 
 def warn_of_idle(recipe: Recipe) -> None:
-    """Says so if steps were asked for that nothing takes."""
+    """Warns if there are settings for the steps of a controller, but no controller runs."""
     if not recipe.corrected and (recipe.steps or recipe.budget_tokens):
         logger.warning("--steps and --budget-tokens change nothing: they are of a controller, and none runs")
 
 
 def check_predicts(recipe: Recipe, model: nn.Module) -> None:
-    """Raises InputError if a controller is to correct scores by the next token's prediction, which the model does not make."""
+    """Raises InputError if a controller is to run on an encoder, which does not predict the next token."""
     if recipe.corrected:
         check_decoder(model, "prune it by the local metric: --controller none")
 
 
 @contextmanager
 def progress_of(output: Path, options: RunOptions, identity: dict[str, Any]) -> Iterator[runs.Run]:
-    """The run of this process: all share the first one's folder, which an interrupted run is resumed from.
+    """The run of this process, new or resumed. All processes share the first one's folder; the others have folders inside it.
 
-    A sweep shared by several processes begins again: each has the hidden states of its own windows, and they are not copied.
+    A block-by-block pass of several processes is not resumed but starts again: the hidden states of each process's windows lie
+    in its own folder, which does not outlive it.
     """
     if distributed.rank() == 0:
         with runs.open_run(output, identity, resume=options.resume, overwrite=options.overwrite) as run:
@@ -339,7 +340,7 @@ def device_of(options: RunOptions) -> torch.device:
 
 
 def _written_dtype(recipe: Recipe, matrices: Matrices, origin: Origin | None, name: str) -> str:
-    """The type that a matrix is written in, for people, as masks know it; of codes safetensors' name."""
+    """The type that a matrix is written in, such as ``bfloat16``; of quantised tensors the name that safetensors has."""
     if origin is not None and origin.files:
         found = origin.files.stored(name).dtype
         return dtype_name(PLAIN.get(found, found))
