@@ -30,7 +30,7 @@ from shards import SIZES, STD
 from uniprune import Recipe
 from uniprune.controller import descent
 from uniprune.controller.mirror_descent import MirrorDescent
-from uniprune.controller.passes import opened
+from uniprune.controller.passes import open_passes
 from uniprune.job.memory import Work, needs
 from uniprune.models.matrices import find_matrices
 from uniprune.saliency.calibration import Calibration
@@ -100,7 +100,7 @@ def side(name: str, size: str, blocks: int | None, tokens: int, steps: int) -> R
     calibration = Calibration(model, matrices, windows, recompute=name == "recomputed")
     with tempfile.TemporaryDirectory() as folder:
         run = Run(Path(folder))
-        passes = opened(calibration, run)
+        passes = open_passes(calibration, run)
         with passes.network:
             few, store = replace(calibration, windows=windows[:1]), Store(run, "descent")
             moving = descent.Descent(settings, passes, few, Wanda(), [target], run, store)

@@ -32,7 +32,7 @@ from uniprune.evaluation.divergence import Recording, closeness
 from uniprune.evaluation.model import Subject
 from uniprune.evaluation.perplexity import perplexity
 from uniprune.evaluation.request import EvaluationRequest
-from uniprune.job.samples import calibration_windows, written
+from uniprune.job.samples import calibration_windows, generated
 from uniprune.models import masking
 from uniprune.models.loading import dtype_name
 from uniprune.models.matrices import find_matrices
@@ -87,7 +87,7 @@ class Bench:
         text = tuple(name if name == "self" else f"{name}={self.texts[name].calibration}" for name in names)
         recipe = Recipe(text=text, windows=count, length=LENGTH, seed=seed)
         found = calibration_windows(recipe, self.loaded.tokenizer, self.loaded.model)
-        return found if found.prompts is None else written(found, self.loaded, seed)
+        return found if found.prompts is None else generated(found, self.loaded, seed)
 
     def tokens(self, source: str) -> Path:
         """A token file that all methods calibrate on, or on the beginning of."""

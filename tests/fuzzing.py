@@ -31,7 +31,7 @@ from torch import nn
 import made_up
 from uniprune.artefacts import archive, mask_conversion, mask_formats, mask_tools, writer
 from uniprune.artefacts import masks as masks_file
-from uniprune.artefacts.binding import Binding
+from uniprune.artefacts.binding import Binding, fingerprint
 from uniprune.artefacts.scores import ScoresFacts, write_scores
 from uniprune.checkpoints import checkpoint
 from uniprune.checkpoints.origin import resolve
@@ -103,7 +103,7 @@ def readers(folder: Path) -> dict[str, Reader]:
     scores = {name: torch.rand(SHAPE, generator=generator) for name in NAMES}
     weights = {f"{name}.weight": (scores[name] * masks[name]).bfloat16() for name in NAMES}
     digests = dict.fromkeys(NAMES, f"BF16 {SHAPE} {'0' * 64}")
-    binding = Binding(base=writer.fingerprint(digests), base_name="m", digests=digests, transposed=[])
+    binding = Binding(base=fingerprint(digests), base_name="m", digests=digests, transposed=[])
     shapes = dict.fromkeys(NAMES, SHAPE)
 
     model = made / "model"

@@ -20,7 +20,7 @@ from conftest import tiny_model, write_gguf
 from small_models import tiny
 from uniprune.artefacts import mask_conversion, mask_tools, writer
 from uniprune.artefacts import masks as masks_file
-from uniprune.artefacts.binding import Binding
+from uniprune.artefacts.binding import Binding, fingerprint
 from uniprune.checkpoints.origin import resolve
 from uniprune.errors import InputError, MismatchError
 from uniprune.models import loading
@@ -37,7 +37,7 @@ def write(path, masks, pattern="any", seed="0", changes=None):
     shapes = {name: tuple(mask.shape) for name, mask in masks.items()}
     bits = hashlib.sha256(seed.encode()).hexdigest()
     digests = {name: f"F32 {shape} {bits}" for name, shape in shapes.items()}
-    binding = Binding(base=writer.fingerprint(digests), base_name="none", digests=digests, transposed=[])
+    binding = Binding(base=fingerprint(digests), base_name="none", digests=digests, transposed=[])
     masks_file.write_masks(path, masks.items(), shapes, binding, pattern)
     if changes:
         save_file(load_file(path), path, metadata={"uniprune": json.dumps(facts_of(path) | changes)})
@@ -63,7 +63,7 @@ def cut(folder, pattern, path, stored=None):
     shapes = {name: matrix.shape for name, matrix in matrices.items()}
     digests = origin.files.digests(matrices)
     transposed = [name for name, matrix in matrices.items() if matrix.stored_transposed]
-    binding = Binding(base=writer.fingerprint(digests), base_name=str(origin), digests=digests, transposed=transposed)
+    binding = Binding(base=fingerprint(digests), base_name=str(origin), digests=digests, transposed=transposed)
     masks_file.write_masks(path, masks.items(), shapes, binding, str(pattern))
     if stored is not None:
         stored.mkdir()

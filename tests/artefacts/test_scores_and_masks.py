@@ -14,7 +14,7 @@ from uniprune.artefacts import scores as scores_file
 from uniprune.artefacts.binding import Binding
 from uniprune.artefacts.scores import ScoresFacts
 from uniprune.errors import InputError
-from uniprune.sparsity.bits import apply_to_array, kept, pack, unpack
+from uniprune.sparsity.bits import apply_to_array, kept_count, pack, unpack
 from uniprune.storage import files
 
 BINDING = {"base": "b" * 64, "base_name": "model", "digests": {}, "transposed": []}
@@ -124,7 +124,7 @@ def test_zeroing_bits_is_zeroing_weights(size):
 def test_kept_weights_are_counted_piece_by_piece(monkeypatch):
     monkeypatch.setattr("uniprune.sparsity.bits.PIECE", 7)
     mask = torch.rand(37, 11, generator=torch.Generator().manual_seed(0)) < 0.3
-    assert kept(pack(mask).numpy()) == int(mask.sum())
+    assert kept_count(pack(mask).numpy()) == int(mask.sum())
 
 
 def test_files_from_before_digests_are_refused_in_one_line(tmp_path):

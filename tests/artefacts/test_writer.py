@@ -12,7 +12,7 @@ from conftest import tiny_model
 from uniprune import Loaded
 from uniprune.artefacts import masks as masks_file
 from uniprune.artefacts import writer
-from uniprune.artefacts.binding import Binding
+from uniprune.artefacts.binding import Binding, fingerprint
 from uniprune.checkpoints.checkpoint import Files
 from uniprune.checkpoints.origin import Origin
 from uniprune.errors import InputError, UniPruneError
@@ -74,15 +74,15 @@ def test_transposed_weights_are_zeroed_where_the_mask_says(write):
 def test_fingerprint_is_of_the_weights_not_of_the_files(folder, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(folder)
     matrices = find_matrices(model)
-    sharded = writer.fingerprint(Files(folder).digests(matrices))
+    sharded = fingerprint(Files(folder).digests(matrices))
     model.save_pretrained(tmp_path)  # one shard
-    assert writer.fingerprint(Files(tmp_path).digests(list(matrices)[::-1])) == sharded
+    assert fingerprint(Files(tmp_path).digests(list(matrices)[::-1])) == sharded
     before = Loaded(model).checkpoint.digests(matrices)
-    assert writer.fingerprint(before) == sharded
+    assert fingerprint(before) == sharded
     matrices["model.layers.0.mlp.up_proj"].weight[0, 0] += 1
     after = Loaded(model).checkpoint.digests(matrices)
     assert [name for name in after if after[name] != before[name]] == ["model.layers.0.mlp.up_proj"]
-    assert writer.fingerprint(after) != sharded
+    assert fingerprint(after) != sharded
 
 
 def test_writing_finds_the_digests_of_what_it_read(folder, write):

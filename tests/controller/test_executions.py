@@ -13,12 +13,12 @@ from small_models import MATRICES, tiny
 from uniprune import Recipe
 from uniprune.checkpoints.origin import resolve
 from uniprune.controller.mirror_descent import MirrorDescent
-from uniprune.controller.passes import Resident, opened
+from uniprune.controller.passes import Resident, open_passes
 from uniprune.controller.states import Masks, PackedMasks
 from uniprune.job import memory
+from uniprune.job.execution import choose
 from uniprune.job.memory import PROCESS, Work, _Parts, needs
 from uniprune.job.options import RunOptions
-from uniprune.job.prepare import choose
 from uniprune.models.loading import skeleton
 from uniprune.models.matrices import find_blocks, find_matrices
 from uniprune.saliency.calibration import Calibration
@@ -63,7 +63,7 @@ def test_relaxed_masks_too(targets):
 def kept_bytes(recompute):
     """What the pass forwards of one step leaves for the pass backwards."""
     model, kept = tiny("llama", num_hidden_layers=6), {}
-    passes = opened(Calibration(model, find_matrices(model), tokens(), recompute=recompute), None)
+    passes = open_passes(Calibration(model, find_matrices(model), tokens(), recompute=recompute), None)
 
     def pack(tensor):
         kept[tensor.data_ptr()] = tensor.nbytes
@@ -101,7 +101,7 @@ def test_masks_that_another_process_sends_again_take_the_place_of_the_old(monkey
     model = tiny("llama", num_hidden_layers=1)
     matrices = find_matrices(model)
     owners, sent = dict.fromkeys(matrices, 1), []
-    monkeypatch.setattr("uniprune.common.distributed.given_by", lambda owner, ours: torch.full_like(ours, sent[-1]))
+    monkeypatch.setattr("uniprune.common.distributed.broadcast", lambda owner, ours: torch.full_like(ours, sent[-1]))
     masks = PackedMasks(NM(2, 4), NM(2, 4).settle({}), {}.__getitem__, matrices, 0.0, CPU, stash=Stash())
     for byte, kept in ((255, True), (0, False)):
         sent.append(byte)
@@ -192,7 +192,7 @@ def test_a_token_is_forecast_to_go_to_few_experts(family):
     experts = {"num_experts": 64} if family == "qwen3_moe" else {"n_routed_experts": 64}
     model, kept, ids = tiny(family, **experts), {}, tokens(8, 64)
     matrices = find_matrices(model)
-    passes = opened(Calibration(model, matrices, ids), None)
+    passes = open_passes(Calibration(model, matrices, ids), None)
 
     def pack(tensor):
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
@@ -204,8 +204,8 @@ def test_a_token_is_forecast_to_go_to_few_experts(family):
     taken = sum(size for place, size in kept.items() if place not in weights)
     # A step of all 8 samples.
     forecast = _Parts(Work(model, matrices, Recipe(sparsity="2:4", tuning={"batch_tokens": 512}), torch.float32, None, 64))
-    assert taken / 3 < forecast.kept < 3 * taken
-    assert forecast.work.met < 0.3 * forecast.work.prunable
+    assert taken / 3 < forecast.resident_step < 3 * taken
+    assert forecast.work.active < 0.3 * forecast.work.prunable
 
 
 GROUPS = {  # two versions of Linux's control groups: in a container that sees its own as the root, and in one that does not

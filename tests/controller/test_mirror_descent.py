@@ -38,8 +38,7 @@ def differentiate(model, network, ids, **settings):
     """One pass forwards and backwards, into the network's sink; the mean KL, and the loss and passes for more."""
     passes = resident(model, network)
     loss = Loss(passes.head(ids), **settings)
-    between = loss.between if "hidden" in settings else None
-    student, teacher = passes.forward(ids, between=between)
+    student, teacher = passes.forward(ids, loss.hidden_gradient if "hidden" in settings else None)
     kl, gradient = loss.gradient(student, teacher, ids)
     passes.backward(gradient)
     return kl / ids.numel(), loss, passes
@@ -222,7 +221,7 @@ def test_the_loss_is_the_kl_of_the_whole_distributions():
         network.masks = random_masks(matrices)
         kl, loss, passes = differentiate(model, network, ids)
         gradients = dict(found)
-        assert loss.kl(*passes.look(ids), ids) / ids.numel() == pytest.approx(kl, rel=1e-4)
+        assert loss.kl(*passes.infer(ids), ids) / ids.numel() == pytest.approx(kl, rel=1e-4)
         with network.dense():
             target = model(input_ids=ids).logits.log_softmax(-1)
         predicted = model(input_ids=ids).logits.log_softmax(-1)
@@ -239,7 +238,7 @@ def test_sampled_thresholds_are_close_to_the_exact_ones(tmp_path):
     target = Unstructured(0.7, "model")
     with StraightThrough(matrices) as network:
         descent = opened(settings, model, network, ids, metric, [target], Run(tmp_path))
-        descent.judge([target], ids[:1])
+        descent.held_out_kl([target], ids[:1])
         kept = sum(int(mask.sum()) for mask in network.masks.values())
     assert kept == pytest.approx(target.keep(sum(matrix.size for matrix in matrices.values())), rel=0.03)
 
@@ -366,32 +365,34 @@ def test_targets_share_the_windows_that_judge(tmp_path):
     targets = [NM(2, 4), Unstructured(0.7, "row")]
     with StraightThrough(matrices) as network:
         descent = opened(settings, model, network, ids, metric, targets, Run(tmp_path))
-        alone = [descent.judge([target], ids[start:5:2]) for start, target in enumerate(targets)]
-        assert descent.judge(targets, ids[:5]) == pytest.approx(sum(alone) / 2)
-        assert descent.judge(targets, ids[:1]) == pytest.approx(sum(descent.judge([t], ids[:1]) for t in targets) / 2)
+        alone = [descent.held_out_kl([target], ids[start:5:2]) for start, target in enumerate(targets)]
+        assert descent.held_out_kl(targets, ids[:5]) == pytest.approx(sum(alone) / 2)
+        assert descent.held_out_kl(targets, ids[:1]) == pytest.approx(
+            sum(descent.held_out_kl([t], ids[:1]) for t in targets) / 2
+        )
 
 
 @pytest.mark.parametrize("execution", ["in memory", "block by block"])
 def test_windows_that_judge_see_the_dense_model_once(execution, tmp_path, monkeypatch):
     model, matrices, ids, metric, settings = setting()
     targets = [NM(2, 4), Unstructured(0.7, "row")]
-    passes, looks = {"in memory": Resident, "block by block": Streamed}[execution], []
+    passes, seen = {"in memory": Resident, "block by block": Streamed}[execution], []
     with StraightThrough(matrices) as network:
         run, blocks = Run(tmp_path), find_blocks(model)[1]
         ways = Resident(model, blocks, network) if passes is Resident else Streamed(model, Replay(model, blocks), network)
         descent = Descent(settings, ways, Calibration(model, matrices, ids), metric, targets, run, Store(run, "descent"))
-        look = passes.look
-        monkeypatch.setattr(passes, "look", lambda self, batch: looks.append(len(batch)) or look(self, batch))
-        first = descent.judge(targets, ids[:6])
-        assert sum(looks) == 6
-        assert descent.judge(targets, ids[:6]) == first
-        assert sum(looks) == 6
-        assert descent.judge(targets, ids[:4]) != first  # other windows from the same place
-        assert sum(looks) == 10
+        infer = passes.infer
+        monkeypatch.setattr(passes, "infer", lambda self, batch: seen.append(len(batch)) or infer(self, batch))
+        first = descent.held_out_kl(targets, ids[:6])
+        assert sum(seen) == 6
+        assert descent.held_out_kl(targets, ids[:6]) == first
+        assert sum(seen) == 6
+        assert descent.held_out_kl(targets, ids[:4]) != first  # other windows from the same place
+        assert sum(seen) == 10
         kept = {path.name for path in run.aside().iterdir()}
         ids = ids.clone()  # as in another process, which goes on with the run
         again = Descent(settings, ways, Calibration(model, matrices, ids), metric, targets, run, Store(run, "descent"))
-        assert again.judge(targets, ids[:6]) == first
+        assert again.held_out_kl(targets, ids[:6]) == first
         assert {path.name for path in run.aside().iterdir()} == kept
 
 
@@ -446,7 +447,7 @@ def test_every_family_can_be_descended_on(family):
     matrices = find_matrices(model)
     with StraightThrough(matrices) as network:
         passes = resident(model, network)
-        assert Loss(passes.head(ids)).kl(*passes.look(ids), ids) / ids.numel() == pytest.approx(0, abs=1e-4)
+        assert Loss(passes.head(ids)).kl(*passes.infer(ids), ids) / ids.numel() == pytest.approx(0, abs=1e-4)
     duals, record = MirrorDescent(batch_tokens=32).calibrate(Calibration(model, matrices, ids), Wanda(), [NM(2, 4)], 2)
     assert record.held_out_loss[0] > 0
     assert all(bool(torch.isfinite(dual).all()) for dual in duals.values())

@@ -13,7 +13,7 @@ from conftest import prose_and_numbers, tiny_model
 from uniprune import InputError, Loaded, Recipe
 from uniprune.data.sources import Source, interleaved, parse, shares
 from uniprune.data.windows import load_windows, save_windows
-from uniprune.job.samples import calibration_windows, written
+from uniprune.job.samples import calibration_windows, generated
 
 LENGTH = 16
 
@@ -34,7 +34,7 @@ def both(texts):
 def windows_of(loaded, text, **settings):
     recipe = Recipe(**({"text": text, "windows": 16, "length": LENGTH} | settings))
     windows = calibration_windows(recipe, loaded.tokenizer, loaded.model)
-    return windows if windows.prompts is None else written(windows, loaded, recipe.seed)
+    return windows if windows.prompts is None else generated(windows, loaded, recipe.seed)
 
 
 def is_digits(tokenizer, row):
@@ -193,7 +193,7 @@ def test_the_model_writes_what_it_finds_likely(loaded, both):
     loaded.model.lm_head.weight.data *= 12  # far from uniform
     recipe = Recipe(text=(both[0], "self"), windows=400, length=LENGTH)
     before = calibration_windows(recipe, loaded.tokenizer, loaded.model)
-    after = written(before, loaded, 0)
+    after = generated(before, loaded, 0)
     rows = after.by_source["self"]
     assert len(rows) == 200
     assert not before.tokens[rows].any()
@@ -221,13 +221,13 @@ def test_prompts_are_of_the_other_texts_and_leave_room(loaded, both):
     assert all(is_digits(loaded.tokenizer, prompt) for prompt in found.prompts.values())
     whole = calibration_windows(Recipe(text=(both[1], "self"), windows=4, length=128), loaded.tokenizer, loaded.model)
     assert [len(prompt) for prompt in whole.prompts.values()] == [1] * 3  # the model's context has 128
-    assert written(whole, loaded, 0).tokens.shape == (4, 128)
+    assert generated(whole, loaded, 0).tokens.shape == (4, 128)
 
 
 def test_alone_it_begins_with_nothing(loaded):
     windows = calibration_windows(Recipe(text="self", windows=4, length=LENGTH), loaded.tokenizer, loaded.model)
     assert [prompt.tolist() for prompt in windows.prompts.values()] == [[loaded.tokenizer.eos_token_id]] * 4
-    found = written(windows, loaded, 0)
+    found = generated(windows, loaded, 0)
     assert found.describe().sources["self"].windows == 4
     assert found.tokens.any(1).all()
 

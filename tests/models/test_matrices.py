@@ -95,7 +95,7 @@ def test_the_gradient_of_a_shared_weight_is_the_sum_over_its_modules():
     passes = Resident(model, find_blocks(model)[1], network)
     with network:
         network.masks = {shared.name: mask}
-        hidden = passes.forward_alone(ids)
+        hidden = passes.forward_student(ids)
         passes.backward(torch.ones_like(hidden))
     masking.apply(matrices, [(shared.name, mask)])
     shared.parameter.requires_grad_()

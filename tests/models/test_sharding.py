@@ -19,9 +19,9 @@ from uniprune.common import distributed
 from uniprune.controller.loss import Loss
 from uniprune.controller.passes import Streamed
 from uniprune.controller.straight_through import StraightThrough
+from uniprune.job.execution import choose
 from uniprune.job.memory import Bytes, Work, needs
 from uniprune.job.options import RunOptions
-from uniprune.job.prepare import choose
 from uniprune.models import loading
 from uniprune.models.blocks import Replay
 from uniprune.models.matrices import find_blocks, find_matrices
@@ -104,7 +104,7 @@ def interrupted(folders, output):
         prune(folders, "controller", output, "sharded", progress=Stops(1))
     except Stopped:
         begun = runs.identity_of(output)
-        distributed.wait()
+        distributed.barrier()
         prune(folders, "controller", output, None, resume=True)
     return begun["execution"]
 
@@ -202,13 +202,13 @@ def test_a_process_without_windows_runs_all_blocks(folders):
     with network:
         for mine in (ids, ids[:0]):
             entered.clear()
-            student, teacher = passes.forward(mine, between=loss.between)
+            student, teacher = passes.forward(mine, hidden_gradient=loss.hidden_gradient)
             kl, gradient = loss.gradient(student, teacher, mine)
             passes.backward(gradient)
             assert (kl >= 0, entered) == (True, up + up[::-1])
             entered.clear()
-            for batch in passes.portions(mine, 1024):
-                loss.kl(*passes.look(batch), batch)
+            for batch in passes.in_batches(mine, 1024):
+                loss.kl(*passes.infer(batch), batch)
             assert entered == up
 
 

@@ -26,9 +26,10 @@ from uniprune.controller.passes import Resident, Streamed
 from uniprune.controller.states import OnDisk
 from uniprune.controller.straight_through import StraightThrough
 from uniprune.errors import InputError, MismatchError, UniPruneError
+from uniprune.job.execution import choose
 from uniprune.job.memory import Bytes, Work, needs
 from uniprune.job.options import RunOptions
-from uniprune.job.prepare import choose, progress_of
+from uniprune.job.prepare import progress_of
 from uniprune.models.blocks import Replay, last_hidden
 from uniprune.models.matrices import find_blocks, find_matrices
 from uniprune.models.streaming import attached, open_streamed
@@ -92,7 +93,7 @@ def gradients(passes, ids, **settings):
         generator = torch.Generator().manual_seed(1)
         network.masks = {n: torch.rand(m.shape, generator=generator) < 0.5 for n, m in network.matrices.items()}
         loss = Loss(passes.head(ids), evenness=0.5, hidden=4.0)
-        student, teacher = passes.forward(ids, between=loss.between)
+        student, teacher = passes.forward(ids, hidden_gradient=loss.hidden_gradient)
         kl, gradient = loss.gradient(student, teacher, ids)
         passes.backward(gradient)
     return kl, found
@@ -163,12 +164,12 @@ def test_the_states_take_the_disk_that_was_forecast(tmp_path, monkeypatch):
         sync(path)
         taken.append(sum(512 * file.stat().st_blocks for file in run.folder.rglob("*") if file.is_file()))
 
-    def judge(self, targets, windows):
+    def held_out_kl(self, targets, windows):
         judged.append({name: self.states.dual(name).clone() for name in hollow})
         return [1.0, 0.9, 0.5, 0.9, 0.8][len(judged) - 1]
 
     monkeypatch.setattr("uniprune.storage.tensor_store.sync", sync)
-    monkeypatch.setattr(descent.Descent, "judge", judge)
+    monkeypatch.setattr(descent.Descent, "held_out_kl", held_out_kl)
     monkeypatch.setattr("uniprune.job.memory.BATCH_TOKENS", 1)
     ids, settings = tokens(32, 32, VOCABULARY), MirrorDescent(batch_tokens=128)
     expected = needs(Work(loaded.model, hollow, Recipe(controller=settings), torch.float32, torch.float32, 32))["streamed"].disk
@@ -293,7 +294,7 @@ def test_a_sweep_of_several_processes_begins_anew(tmp_path, monkeypatch):
         raise Stopped
     monkeypatch.setattr("uniprune.common.distributed.count", lambda: 2)
     monkeypatch.setattr("uniprune.common.distributed.rank", lambda: 0)
-    monkeypatch.setattr("uniprune.common.distributed.wait", lambda: None)
+    monkeypatch.setattr("uniprune.common.distributed.barrier", lambda: None)
     with progress_of(tmp_path / "out", RunOptions(resume=True), {}) as run:
         assert run.facts("descent") == {"done": 1}
         for stage in ("sweep", "outputs"):

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from command import run
 from conftest import tiny_model
 from uniprune import accelerate
-from uniprune.artefacts import reports, writer
+from uniprune.artefacts import reports
+from uniprune.artefacts.binding import fingerprint
 from uniprune.checkpoints.checkpoint import PACKED
 from uniprune.checkpoints.origin import resolve
 from uniprune.errors import InputError
@@ -111,7 +112,7 @@ def test_the_report_says_what_it_was_made_of(pruned, tmp_path):
     })  # fmt: skip
     pruning.write(folder / "pruning.json")
     report = layout.pack(folder, tmp_path / "out")
-    assert report.source.fingerprint == writer.fingerprint(resolve(folder).files.digests(names))
+    assert report.source.fingerprint == fingerprint(resolve(folder).files.digests(names))
     assert (report.source.model, report.source.pattern, report.source.masks_sha256) == (source, "0.5", "a" * 64)
     assert layout.Packing.read(tmp_path / "out" / "pruning.json") == report
     with pytest.raises(InputError, match="holds packing, not pruning"):

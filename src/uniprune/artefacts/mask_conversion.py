@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from uniprune.artefacts.mask_formats import FORMATS, ExportFacts, Foreign, marked, write
-from uniprune.artefacts.mask_tools import KERNELS, Array, CheckedMasks, Dense, Record, Source, _find_weights, _kept_per
+from uniprune.artefacts.mask_tools import KERNELS, Array, CheckedMasks, Dense, Record, Source, find_weights, kept_per
 from uniprune.checkpoints import hub
 from uniprune.checkpoints.checkpoint import Files
 from uniprune.checkpoints.layout import Region
@@ -52,7 +52,7 @@ def from_checkpoint(
     check_output_file(output, overwrite, path_of(pruned), Path(model))
     dense = Dense(model, dtype)
     shapes = {name: dense.checkpoint.region(name).shape for name in dense.matrices}
-    weights = _find_weights(pruned, shapes, dtype)
+    weights = find_weights(pruned, shapes, dtype)
 
     def masks() -> Iterator[tuple[str, Tensor]]:
         for name, shape in shapes.items():
@@ -113,7 +113,7 @@ def _pattern(masks: Iterator[tuple[str, Tensor]]) -> str | None:
     """The N:M that kernels have which every mask is exactly."""
     possible = {*KERNELS}
     for _, mask in masks:
-        possible = {nm for nm in possible if not nm.unsupported(*mask.shape) and bool((_kept_per(mask, nm.m) == nm.n).all())}
+        possible = {nm for nm in possible if not nm.unsupported(*mask.shape) and bool((kept_per(mask, nm.m) == nm.n).all())}
     return next((str(nm) for nm in KERNELS if nm in possible), None)
 
 

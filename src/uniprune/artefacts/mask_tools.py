@@ -16,8 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from uniprune.artefacts import writer
-from uniprune.artefacts.binding import Binding
+from uniprune.artefacts.binding import Binding, fingerprint
 from uniprune.artefacts.masks import MasksFacts, MasksFile, write_masks
 from uniprune.checkpoints.checkpoint import Files, checkpoint_of
 from uniprune.checkpoints.origin import Origin, resolve
@@ -63,7 +62,7 @@ def _check_facts(facts: MasksFacts, entries: Mapping[str, safetensors_index.Entr
     shapes, transposed, digests = facts.shapes, facts.transposed, facts.digests
     if not entries or not entries.keys() == shapes.keys() == digests.keys() or not entries.keys() >= {*transposed}:
         raise ValueError("its masks, shapes, digests and transposed matrices are not of the same names")
-    if facts.base != writer.fingerprint(digests):
+    if facts.base != fingerprint(digests):
         raise ValueError("its base is not the fingerprint that its digests make")
     for name, entry in entries.items():
         rows, columns = shape = shapes[name]
@@ -95,7 +94,7 @@ def verify(masks: Path, model: Source | None = None, pruned: Source | None = Non
     """
     file = CheckedMasks(masks)
     cut = _check_pattern(file)
-    weights = None if pruned is None else _find_weights(pruned, {name: file.stored(name) for name in file}, None)
+    weights = None if pruned is None else find_weights(pruned, {name: file.stored(name) for name in file}, None)
     if model is not None:
         Dense(model, dtype).of(file)
     kept = 0
@@ -145,13 +144,13 @@ def _compare(file: CheckedMasks, name: str, mask: Tensor, cut: Cutter) -> None:
         raise InputError(f"{claim}, which {what} the weight in row {row}, input {column}")
 
 
-def _kept_per(mask: Tensor, run: int) -> Array:
-    """How many are kept in each ``run`` of consecutive weights: a row, or a group of N:M."""
+def kept_per(mask: Tensor, run: int) -> Array:
+    """How many weights a mask keeps in each ``run`` of consecutive inputs: a row, or a group of N:M."""
     counts: Array = np.einsum("rk->r", mask.contiguous().numpy().view(np.uint8).reshape(-1, run), dtype=np.int32)
     return counts
 
 
-def _find_weights(source: Source, shapes: Mapping[str, tuple[int, ...]], dtype: str | None) -> Checkpoint:
+def find_weights(source: Source, shapes: Mapping[str, tuple[int, ...]], dtype: str | None) -> Checkpoint:
     """A pruned checkpoint, if it has these matrices in these shapes: as it stores them, or dequantised from a GGUF file."""
     origin = resolve(source)
     if origin.files is None:
@@ -176,8 +175,8 @@ def diff(a: Path, b: Path, *, force: bool = False) -> Record:
     matrices = {}
     for name in first:
         one, other = first.packed(name), second.packed(name)
-        both = bits.kept(one & other)
-        matrices[name] = _overlap(both, bits.kept(one) - both, bits.kept(other) - both)
+        both = bits.kept_count(one & other)
+        matrices[name] = _overlap(both, bits.kept_count(one) - both, bits.kept_count(other) - both)
     total = _overlap(*(sum(found[key] for found in matrices.values()) for key in ("both", "only_a", "only_b")))
     return {"a": _about(first), "b": _about(second), "same_base": same, **total, "matrices": matrices}
 
@@ -216,7 +215,7 @@ def _combine(kind: str, operation: Callable[..., Array], paths: Sequence[Path], 
     def combined(name: str) -> Array:
         return reduce(operation, (file.packed(name) for file in files))
 
-    sparsity = 1 - sum(bits.kept(combined(name)) for name in first) / first.size  # a second pass: the header goes first
+    sparsity = 1 - sum(bits.kept_count(combined(name)) for name in first) / first.size  # a second pass: the header goes first
     parts = " and ".join(f"({file.facts.pattern})" for file in files)
     pattern = f"{kind} of {parts}, sparsity {sparsity:.6g}"
     masks = ((name, bits.unpack(torch.from_numpy(combined(name)), shape)) for name, shape in first.shapes.items())
@@ -257,9 +256,9 @@ def stats(masks: Path) -> Record:
 
 
 def _statistics(mask: Tensor) -> Record:
-    rows = _kept_per(mask, mask.shape[1])
+    rows = kept_per(mask, mask.shape[1])
     quartiles = np.quantile(rows, (0, 0.25, 0.5, 0.75, 1)).tolist()
-    fits = {str(nm): not nm.unsupported(*mask.shape) and bool((_kept_per(mask, nm.m) <= nm.n).all()) for nm in KERNELS}
+    fits = {str(nm): not nm.unsupported(*mask.shape) and bool((kept_per(mask, nm.m) <= nm.n).all()) for nm in KERNELS}
     return {
         "shape": list(mask.shape),
         "weights": mask.numel(),
@@ -328,18 +327,16 @@ class Dense:
 
     def write(self, output: Path, names: Sequence[str], masks: Iterable[tuple[str, Tensor]], pattern: str) -> Record:
         """Writes masks ``[out, in]``, in the order of ``names``, as a file bound to this model; returns what was written."""
-        shapes = {name: self.matrices[name].shape for name in names}
-        digests = self.checkpoint.digests(names)
-        transposed = [name for name in names if self.matrices[name].stored_transposed]
-        base = writer.fingerprint(digests)
-        binding = Binding(base=base, base_name=str(self.origin), digests=digests, transposed=transposed)
+        masked = {name: self.matrices[name] for name in names}
+        shapes = {name: matrix.shape for name, matrix in masked.items()}
+        binding = Binding.of(masked, self.checkpoint.digests(names), str(self.origin))
         removed = write_masks(output, masks, shapes, binding, pattern)
-        size = sum(self.matrices[name].size for name in names)
+        size = sum(matrix.size for matrix in masked.values())
         return {
-            "base": base,
-            "base_name": str(self.origin),
+            "base": binding.base,
+            "base_name": binding.base_name,
             "pattern": pattern,
             "matrices": len(names),
             "left_dense": [name for name in self.matrices if name not in shapes],
-            "sparsity": sum(removed[name] * self.matrices[name].size for name in names) / size,
+            "sparsity": sum(removed[name] * matrix.size for name, matrix in masked.items()) / size,
         }

@@ -51,14 +51,15 @@ class MasksFile(Mapping[str, Tensor]):
         return self.shapes[name][::-1] if name in self.transposed else self.shapes[name]
 
     def packed(self, name: str) -> bits_module.Array:
-        """The bits of one mask, as masks.pack has them; they map the file, privately."""
+        """The bits of one mask, as ``bits.pack`` makes them; a private mapping of the file."""
         with safe_open(self._path, framework="pt") as file:
             bits: bits_module.Array = file.get_tensor(name).numpy()
             return bits
 
     def removed(self) -> dict[str, float]:
         """The fraction of weights that each mask removes."""
-        return {name: 1 - bits_module.kept(self.packed(name)) / (rows * cols) for name, (rows, cols) in self.shapes.items()}
+        sizes = {name: rows * columns for name, (rows, columns) in self.shapes.items()}
+        return {name: 1 - bits_module.kept_count(self.packed(name)) / size for name, size in sizes.items()}
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)
@@ -78,7 +79,7 @@ def write_masks(
 
     def packed() -> Iterator[tuple[str, Tensor]]:
         for name, mask in cut:
-            removed[name] = bits_module.removed(mask)
+            removed[name] = bits_module.sparsity_of(mask)
             yield name, bits_module.pack(mask).cpu()
 
     specs = {name: (torch.uint8, (-(-rows * columns // 8),)) for name, (rows, columns) in shapes.items()}

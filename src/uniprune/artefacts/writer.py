@@ -1,4 +1,4 @@
-"""Pruned checkpoints: the source's own files, with zeros. And the fingerprint that ties artefacts to a model.
+"""Pruned checkpoints: the source's own files, with zeros.
 
 A checkpoint's safetensors files are copied piece by piece, with the pruned weights zeroed on the way. So every other byte
 is the source's: dtype, shards, tensor order, metadata; and a checkpoint larger than memory is no problem. The result is a dense
@@ -7,11 +7,10 @@ checkpoint that plain transformers, and every runtime that loads those, accepts.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 from operator import itemgetter
@@ -40,12 +39,6 @@ MASKS = "pruning/masks.safetensors"  # not beside the weights: some runtimes loa
 PIECE = 256 << 10
 
 Views = list[tuple[str, Piece]]  # parts of a stored tensor: the matrix that each is a part of, and where in both it lies
-
-
-def fingerprint(digests: Mapping[str, str]) -> str:
-    """One sha256 for a model's matrices. The same weights in other shards have the same fingerprint."""
-    lines = (f"{name} {digests[name]}\n" for name in sorted(digests))
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def checkpoint_bytes(origin: Origin, weights: int = 0) -> int:

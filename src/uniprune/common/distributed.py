@@ -18,17 +18,17 @@ from uniprune.errors import InputError, UniPruneError
 
 Object = TypeVar("Object")
 
-SUMMING = timedelta(minutes=30)  # until a sum is given up: no process computes its share for that long
-WAITING = timedelta(hours=12)  # until waiting is: the first process may be writing a large checkpoint
-_waiting: distributed.ProcessGroup | None = None  # the processes again, for waiting; None: as for sums
+SUMMING = timedelta(minutes=30)  # timeout of a sum: no process computes its share for that long
+WAITING = timedelta(hours=12)  # timeout of a barrier: the first process may be writing a large checkpoint
+_waiting: distributed.ProcessGroup | None = None  # the group for barriers and objects; None: the default one
 
 
 @contextmanager
 def joined(device: torch.device) -> Iterator[None]:
     """Joins the other processes if ``torchrun`` started this one: NCCL on CUDA, gloo elsewhere.
 
-    After an error the group is not left in good order: NCCL would wait for the others, which wait for this process. It ends
-    instead, and ``torchrun`` ends the others.
+    After an error the group is not destroyed: with NCCL that would wait for the other processes, which wait for this one. The
+    error ends this process instead, and ``torchrun`` then ends the others.
     """
     global _waiting
     if "TORCHELASTIC_RUN_ID" not in os.environ or distributed.is_initialized():
@@ -51,17 +51,17 @@ def count() -> int:
 
 
 def rank() -> int:
-    """Which of them this one is; 0 writes."""
+    """This process's number among them; 0 writes the output."""
     return distributed.get_rank() if count() > 1 else 0
 
 
 def local_rank() -> int:
-    """Which of this machine's processes this one is: the number of its CUDA device."""
+    """This process's number among those of this machine, which is also that of its CUDA device."""
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
 def share(windows: Tensor) -> Tensor:
-    """This process's windows of ``[n, length]``. Raises InputError if there are fewer windows than processes."""
+    """This process's share of the windows ``[n, length]``. Raises InputError if there are fewer windows than processes."""
     check_windows(len(windows))
     return windows[rank() :: count()]
 
@@ -79,7 +79,7 @@ def check_windows(found: int, held_out: int = 0) -> None:
 
 
 def total(tensor: Tensor) -> Tensor:
-    """The sum over all processes, in place."""
+    """Sums a tensor over all processes, in place (all-reduce); returns it."""
     if count() > 1:
         with _others():
             distributed.all_reduce(tensor)
@@ -87,7 +87,7 @@ def total(tensor: Tensor) -> Tensor:
 
 
 def owners(sizes: Mapping[str, int]) -> dict[str, int]:
-    """Who of the processes keeps what: of each name the rank, so that all have about as much; the largest first."""
+    """The rank that owns each name, such that all ranks own about as much: the largest first, each to the rank with least."""
     taken, found = [0] * count(), dict[str, int]()
     for name in sorted(sizes, key=lambda name: -sizes[name]):
         found[name] = taken.index(min(taken))
@@ -95,24 +95,24 @@ def owners(sizes: Mapping[str, int]) -> dict[str, int]:
     return found
 
 
-def total_at(tensor: Tensor, owner: int) -> Tensor:
-    """The sum over all processes, in place, at one of them; what the others have then is of no use."""
+def reduce_to(owner: int, tensor: Tensor) -> Tensor:
+    """Sums a tensor over all processes, in place, on the rank ``owner`` only; on the other ranks it is undefined afterwards."""
     if count() > 1:
         with _others():
             distributed.reduce(tensor, owner)
     return tensor
 
 
-def given_by(owner: int, tensor: Tensor) -> Tensor:
-    """A tensor of one process in all of them, in place."""
+def broadcast(owner: int, tensor: Tensor) -> Tensor:
+    """Copies the tensor of the rank ``owner`` into those of all other ranks, in place; returns it."""
     if count() > 1:
         with _others():
             distributed.broadcast(tensor, owner)
     return tensor
 
 
-def gathered(value: Object) -> list[Object]:
-    """A picklable object of each process, in the order of their ranks."""
+def all_gather(value: Object) -> list[Object]:
+    """The picklable objects of all processes, in the order of their ranks."""
     found: list[Any] = [value] * count()
     if count() > 1:
         with _others():
@@ -128,8 +128,8 @@ def total_of(value: float) -> float:
     return float(total(torch.tensor(value, dtype=torch.float64, device=device)))
 
 
-def wait() -> None:
-    """Until all processes are here."""
+def barrier() -> None:
+    """Waits until all processes have come to this call."""
     if count() > 1:
         with _others():
             distributed.barrier(group=_waiting)
@@ -137,7 +137,7 @@ def wait() -> None:
 
 @contextmanager
 def _others() -> Iterator[None]:
-    """Raises UniPruneError where another process is no more."""
+    """Turns the error of a collective operation into a UniPruneError that says so: another process has ended."""
     try:
         yield
     except RuntimeError as error:

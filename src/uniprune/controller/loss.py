@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from uniprune.models.output_head import Head, _pieces
+from uniprune.models.output_head import Head, pieces
 
 MIN_KL = 0.02  # nats: tokens with a smaller divergence are not made louder than this
 
@@ -33,7 +33,7 @@ class Loss:
         total, gradient = 0.0, torch.zeros_like(student)
         counted = self._head.counted(ids.to(student.device))
         for ours, theirs, counts, into in zip(student, teacher, counted, gradient, strict=True):
-            for piece in _pieces(len(ours)):
+            for piece in pieces(len(ours)):
                 with torch.enable_grad():
                     leaf = ours[piece].detach().requires_grad_()
                     kl = self._kl(leaf, theirs[piece]) * counts[piece]
@@ -49,10 +49,10 @@ class Loss:
         """KL(dense || pruned) summed over the tokens of ``ids`` ``[windows, length]``, in nats."""
         windows = zip(student, teacher, self._head.counted(ids.to(student.device)), strict=True)
         return sum(
-            float((self._kl(a[piece], b[piece]) * counts[piece]).sum()) for a, b, counts in windows for piece in _pieces(len(a))
+            float((self._kl(a[piece], b[piece]) * counts[piece]).sum()) for a, b, counts in windows for piece in pieces(len(a))
         )
 
-    def between(self, student: Tensor, teacher: Tensor, blocks: int) -> Tensor:
+    def hidden_gradient(self, student: Tensor, teacher: Tensor, blocks: int) -> Tensor:
         """The gradient of the hidden states' distance after one of ``blocks`` blocks, with respect to ``student``."""
         with torch.enable_grad():
             leaf = student.detach().requires_grad_()

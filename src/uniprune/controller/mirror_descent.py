@@ -9,16 +9,18 @@ and each step moves it against the straight-through gradient of the pruned model
 
     V <- V - eta * unit * (m / r + rho * (V - V_start) / unit),   g = W * dL/d(W * mask)
 
-where m and r are running mean and RMS of g (Adam's, kept in 8 bits each), unit is the matrix's mean dual and rho the anchor to
-the local saliency. The power is the mirror map: at 0 (a logarithm) every weight would move by an equal factor, at 1 by an equal
-amount. The loss is that of ``loss.Loss``: by default the divergence from the dense model's predictions. The weights stay as
-they are. Idea: UniPruning, arXiv 2510.03291; departures: the gradient comes from the pruned model itself instead of from a
-drifting copy of the weights, so there is no such copy (that variant is ``published``).
+where eta is the step size, m and r are running mean and RMS of g (Adam's, kept in 8 bits each), unit is the matrix's mean dual
+at the start, and rho the strength of the anchor, a pull back to the start. The power is the mirror map: near 0 (a logarithm)
+all weights would move by the same factor, at 1 by the same amount. The loss is that of ``loss.Loss``, by default the divergence
+from the dense model's predictions. The weights are never changed.
 
-What limits a descent on few tokens is the noise of the gradients, so three things make it smaller. Rows and columns move by
-how far their gradients agree from step to step (:func:`confidence`). And a few loud tokens would drown the rest, so tokens are
-evened out twice: in the loss (its ``evenness``), and in each matrix's gradient, by the sizes of the input and the output
-gradient that a token has there (``straight_through.Evener``).
+The idea is UniPruning's (arXiv 2510.03291). Departure: there the gradient comes from a copy of the weights that is trained
+meanwhile; here it comes from the pruned model itself, and there is no copy. (``published`` is the variant as it was published.)
+
+On few tokens, the noise of the gradients is what limits the descent. Three things reduce it. Rows and columns move only as far
+as their gradients agree from step to step (:func:`confidence`). And so that a few tokens with large gradients do not drown the
+others, each token's divergence is weighted down in the loss (its ``evenness``), and tokens are weighted in each matrix's
+gradient by the sizes of their input and output gradient there (``straight_through.Evener``).
 """
 
 from __future__ import annotations
@@ -42,18 +44,20 @@ from uniprune.sparsity.patterns import Pattern
 from uniprune.storage.stash import moved
 
 TINY = 1e-20
-LEAST, MOST = 0.02, 5.0  # signal share of a row or column, and factor of a weight, in confidence()
-BAND, WIDE_BAND = 1 << 17, 1 << 24  # weights moved at a time: on a CPU what its cache holds, elsewhere for memory's sake
-LEVELS = 127  # of a ratio in int8
-MANTISSA, SMALLEST = 20, (127 - 31) << 3  # of float32 what UE5M3 lacks: low bits of the mantissa, and of the exponents
+LEAST, MOST = 0.02, 5.0  # in confidence(): least signal share of a row or column, greatest factor of a weight
+BAND, WIDE_BAND = 1 << 17, 1 << 24  # weights updated at a time: on a CPU as many as its cache holds, on a GPU to bound memory
+LEVELS = 127  # largest int8
+MANTISSA, SMALLEST = 20, (127 - 31) << 3  # float32 to UE5M3: bits of the mantissa to drop; what 2**-31 then is, to subtract
 
 
 class State(NamedTuple):
-    """One matrix: the dual (float32), mean and RMS of its gradients. 6 bytes per weight in all.
+    """The state of one matrix ``[out, in]``: its dual, and mean and RMS of its gradients. 6 bytes per weight in all.
 
-    ratio: the mean over the RMS, which the decays bound, int8. rms: in UE5M3 (uint8: 5 bits of exponent, 3 of mantissa), in
-    units of ``top``, the largest gradient so far, float32 ``[]``. Both are rounded stochastically (:func:`dither`): a running
-    mean is lost where each of its changes is less than half a unit. By the same dither, so the mean's error is 1e-4 of the RMS.
+    dual: float32. ratio: mean / RMS, which the decays bound (:attr:`Step.level`), int8. rms: in units of ``top``, in UE5M3
+    (uint8: 5 bits of exponent, 3 of mantissa). top: the largest gradient so far, float32 ``[]``. unit: the mean dual at the
+    start. steps: taken so far.
+    ratio and rms are rounded stochastically (:func:`dither`): rounded to nearest, changes of a running mean that are less than
+    half a unit would all be lost. Both use the same dither, so that the mean's error is 1e-4 of the RMS.
     """
 
     dual: Tensor
@@ -68,7 +72,7 @@ class State(NamedTuple):
         return State(dual, ratio, rms, top, self.unit, self.steps)
 
     def rest(self) -> dict[str, Tensor]:
-        """All but the dual, for the disk."""
+        """All tensors but the dual, to be saved."""
         facts = torch.tensor([self.unit, self.steps], dtype=torch.float64)
         return {"ratio": self.ratio, "rms": self.rms, "top": self.top, "facts": facts}
 
@@ -77,20 +81,22 @@ class State(NamedTuple):
 class MirrorDescent:
     """Settings of the controller, its pure ``init`` / ``step`` on one matrix, and :meth:`calibrate`, which descends on all.
 
-    step_size: of the dual, in units of the matrix's mean dual, falling linearly to 0. mean_decay, rms_decay: of the running
-    mean and RMS of the gradients, in [0, 1). power: of the saliency that the dual is, > 0. anchor: pull towards the start, per
-    unit of step size. temperature: of relaxed masks (``prox.relaxed``), in units of the mean dual, falling linearly to 0; 0 has
-    hard masks throughout. labels, evenness, hidden, vocabulary: of the loss, see ``loss.Loss``. even_tokens: whether each
-    matrix's gradient down-weights outlier tokens. focus: whether rows and columns move by how far their gradients agree from
-    step to step (:func:`confidence`). batch_tokens: per step. held_out: windows that judge and are never descended on, one for
-    each target at least and an eighth at most. checks: how often they do, at most.
+    step_size: of the dual, in units of the matrix's mean dual; falls linearly to 0. mean_decay, rms_decay: of the running mean
+    and RMS of the gradients (Adam's beta1 and beta2), in [0, 1). power: the dual is the saliency to this power, > 0. anchor:
+    pull towards the start, per unit of step size. temperature: of relaxed masks (``prox.relaxed``), in units of the mean dual;
+    falls linearly to 0; at 0 masks are boolean throughout. labels, evenness, hidden: of the loss, see ``loss.Loss``.
+    vocabulary: the loss compares the predictions of so many tokens only, the text's most frequent ones (with labels, of all).
+    even_tokens: whether each matrix's gradient weights outlier tokens down. focus: whether rows and columns move only as far as
+    their gradients agree from step to step (:func:`confidence`). batch_tokens: tokens of a step. held_out: windows that the
+    state is checked on and never descends on, at least one for each target and at most an eighth of all. checks: the most
+    checks, evenly spaced, besides the one of the start.
 
-    A variant is a subclass with an ``init`` or ``step`` of its own; the loop (``descent``) knows of a state what
-    ``states.State`` says.
+    A variant is a subclass with an ``init`` or ``step`` of its own; the loop (``descent``) uses of a state only what is in
+    ``states.State``.
     """
 
-    # Of memory, float32 dual, two moments of 8 bits; on disk, the last two versions of the states and the best duals. A step
-    # reads all to move it, and the dual to create a mask that could not be created before all duals had moved.
+    # memory: float32 dual and two moments of 8 bits. disk: two versions of the states, and the best duals. read: a step reads
+    # each state once, and its dual again (shared) if masks can only be created when the duals of all matrices have moved.
     cost: ClassVar[Cost] = Cost(flops=8, memory=6, disk=2 * 6 + 4, read=6, written=6, shared=4, masks=1)
     in_memory: ClassVar[bool] = False
     one_process: ClassVar[bool] = False
@@ -140,17 +146,17 @@ class MirrorDescent:
         steps: int | None = None,
         seed: int = 0,
     ) -> tuple[Mapping[str, Tensor], ControllerRecord]:
-        """The duals after a descent, see ``descent.descend``."""
+        """The best duals of a descent, see ``descent.descend``."""
         return descent.descend(self, calibration, metric, targets, steps, seed)
 
     def init(self, local: Tensor, output_gradient: Tensor) -> State:
-        """local: scores ``[out, in]`` >= 0. output_gradient: RMS of dL/dy ``[out]`` at the matrix's outputs."""
+        """The first state. local: scores ``[out, in]``, >= 0. output_gradient: RMS ``[out]`` of dL/dy over the tokens."""
         dual = (local.float() * output_gradient.float()[:, None]).clamp_min(TINY) ** self.power
-        return self._still(dual, float(dual.mean()))
+        return self._at_rest(dual, float(dual.mean()))
 
     def restart(self, state: State, dual: Tensor) -> State:
-        """A state at another dual, without momentum."""
-        return self._still(dual, state.unit)
+        """A state with this dual and no memory of earlier gradients."""
+        return self._at_rest(dual, state.unit)
 
     def restore(self, dual: Tensor, rest: Mapping[str, Tensor]) -> State:
         """A state that was saved as its dual and :meth:`State.rest`."""
@@ -178,16 +184,18 @@ class MirrorDescent:
         )
         return State(dual, ratio, rms, top, state.unit, steps)
 
-    def _still(self, dual: Tensor, unit: float) -> State:
+    def _at_rest(self, dual: Tensor, unit: float) -> State:
+        """A state that has seen no gradient."""
         ratio, rms = (torch.zeros_like(dual, dtype=dtype) for dtype in (torch.int8, torch.uint8))
         return State(dual, ratio, rms, torch.zeros((), device=dual.device), unit, 0)
 
 
 class Step(NamedTuple):
-    """What a step is the same for in all of a matrix.
+    """The numbers of a step, which are the same for all weights of a matrix.
 
-    decays: of mean and RMS. rescale: what their quotient is times, for they begin at 0. noise: of :func:`confidence`; None
-    trusts all alike. unit, size, anchor: of the step. turn: its number, for :func:`dither`.
+    decays: of mean and RMS. rescale: Adam's bias correction of mean / RMS. noise: for :func:`confidence`; None: all rows and
+    columns move alike. unit: the mean dual at the start. size: the step size, in units of it. anchor: see
+    :class:`MirrorDescent`. turn: the number of the step, for :func:`dither`.
     """
 
     decays: tuple[float, float]
@@ -200,7 +208,7 @@ class Step(NamedTuple):
 
     @property
     def least(self) -> float:
-        """The least signal of a row or column, as a mean square."""
+        """The least signal that a row or column is taken to have, as a mean square."""
         return LEAST * (1 - (self.noise or 0))
 
     @property
@@ -209,29 +217,29 @@ class Step(NamedTuple):
 
     @property
     def level(self) -> float:
-        """The unit of ratios in int8: no running mean is larger, in units of the RMS, than Cauchy and Schwarz have it."""
+        """What one unit of an int8 ratio stands for: 1/127 of the largest possible |mean| / RMS (by Cauchy and Schwarz)."""
         decay, rms_decay = self.decays
         faster = decay**2 / rms_decay if decay else 0.0
         return (1 - decay) / math.sqrt((1 - rms_decay) * (1 - faster)) / LEVELS
 
     @property
     def offset(self) -> int:
-        """What sets the dither of this step apart, as int32."""
+        """An int32 that gives each step a dither of its own."""
         return _int32(self.turn * 0x6487ED51)
 
 
-def _weighs(*_: Any, step: Step) -> bool:
-    """Whether a step uses all that a state has, and weighs rows and columns if any does; the first two do not."""
+def _exercises_all(*_: Any, step: Step) -> bool:
+    """Whether a step goes through all that the kernels compute, so that they can be checked by it: the first two do not."""
     return step.turn > 2
 
 
-@fused(kernels=3, triton="uniprune.common.triton_kernels:updated", telling=_weighs)
+@fused(kernels=3, triton="uniprune.common.triton_kernels:updated", telling=_exercises_all)
 def updated(
     gradient: Tensor, dual: Tensor, ratio: Tensor, rms: Tensor, before: Tensor, start: Tensor | None, *, step: Step
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Dual, ratio and RMS ``[out, in]``, and the largest gradient ``[]``, after a step.
 
-    before: the largest gradient before it. start: what the anchor pulls to.
+    gradient: float32. before: the largest gradient before the step. start: the dual that the anchor pulls to.
     """
     rows, columns = dual.shape
     top = torch.maximum(before, gradient.abs().amax())
@@ -262,7 +270,10 @@ def updated(
 def _averaged(
     gradient: Tensor, ratio: Tensor, rms: Tensor, before: Tensor, top: Tensor, places: Tensor, step: Step
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The direction, which is the running mean over RMS, rescaled; both as they are kept, rounded by ``places``."""
+    """The direction, which is mean / RMS with bias correction; and the new ratio and RMS as they are stored.
+
+    before, top: the largest gradient before and after this step. places: of :func:`dither`.
+    """
     # In place: on a CPU, new memory for each intermediate result takes longer than the arithmetic.
     decay, rms_decay = step.decays
     root = from_ue5m3(rms) * before
@@ -275,15 +286,15 @@ def _averaged(
 
 
 def dither(like: Tensor, offset: int) -> Tensor:
-    """Integers in [0, 2**20), int32, of the shape of ``like``: multiples of the golden ratio, which fall evenly, and are the
-    same in all executions. offset: of the first weight, and of the step."""
+    """Integers in [0, 2**20) for stochastic rounding, int32, in the shape of ``like``: multiples of the golden ratio, which are
+    evenly distributed, and do not depend on the execution. offset: index of the first weight, plus :attr:`Step.offset`."""
     places = torch.arange(like.numel(), dtype=torch.int32, device=like.device).view(like.shape)
     places.add_(_int32(offset)).mul_(_int32(0x9E3779B1))
     return places.bitwise_right_shift_(32 - MANTISSA).bitwise_and_((1 << MANTISSA) - 1)
 
 
 def to_ue5m3(values: Tensor, places: Tensor) -> Tensor:
-    """Float32 in [0, 1] as uint8 with 5 bits of exponent and 3 of mantissa, from 2**-31 up; places: of :func:`dither`."""
+    """Float32 in [0, 1] as uint8 with 5 bits of exponent and 3 of mantissa, from 2**-31 up. places: of :func:`dither`."""
     bits = values.view(torch.int32) + places
     return bits.bitwise_right_shift_(MANTISSA).sub_(SMALLEST).clamp_(0, 255).to(torch.uint8)
 
@@ -294,21 +305,21 @@ def from_ue5m3(codes: Tensor) -> Tensor:
 
 
 def _int32(number: int) -> int:
-    """The last 32 bits, signed, as integers overflow in C."""
+    """The last 32 bits as a signed integer: overflow as in C."""
     return (number + 2**31) % 2**32 - 2**31
 
 
 def noise_of(decay: float, steps: int) -> float:
-    """The mean square of a running mean over RMS of pure noise after ``steps``: the sum of the mean's squared weights."""
+    """The mean square that mean / RMS has after ``steps`` of pure noise: the sum of the squared weights of the running mean."""
     return (1 - decay) / (1 + decay) * (1 + decay**steps) / (1 - decay**steps)
 
 
 def confidence(rows: Tensor, columns: Tensor, noise: float) -> tuple[Tensor, Tensor]:
-    """Factors of rows and of columns with mean 1 that trust them as far as their gradients agree from step to step.
+    """Factors of rows and of columns, each with mean 1: how far the gradients in them agree from step to step.
 
-    rows, columns: mean squares of the direction (running mean over RMS of the gradients) in each row and column. noise: what
-    :func:`noise_of` says they would be without a signal. What a row or a column has beyond that is signal. Its share, by row
-    times by column, is the factor of a weight (Wiener's, with the signal of a row and of a column estimated from all of it).
+    rows, columns: mean squares of the direction (mean / RMS) in each row and each column. noise: what they would be if the
+    gradients were pure noise (:func:`noise_of`). The excess is signal. A weight's factor is that of its row times that of its
+    column, as in a Wiener filter whose signal is estimated from whole rows and columns.
     """
     shares = ((energy - noise).clamp_min_(LEAST * (1 - noise)) for energy in (rows, columns))
     by_row, by_column = (share / share.mean() for share in shares)

@@ -1,11 +1,13 @@
-"""Passes of the pruned model and of the dense one, forwards and backwards: in one go, or block by block from disk.
+"""Forward and backward passes of the pruned model (the student) and of the dense one (the teacher), which share their weights.
 
-Both kinds give the same numbers. A model in memory may keep the activations of all blocks for the pass backwards, or the inputs
-of the blocks alone and run each again (activation checkpointing): one more forward pass, and the same bits.
+:class:`Resident` runs a model that is in memory as a whole. It keeps the activations of all blocks for the backward pass, or
+only the blocks' inputs and runs each block again (activation checkpointing): one more forward pass, and the same bits.
 
-Block by block, a pass forwards loads each block once, for all windows and for both models, and keeps each block's inputs; a
-pass backwards loads each block once more, last one first, and runs it again with gradients. So a step reads the model twice
-however many windows it has, and only one block is ever in memory.
+:class:`Streamed` has one block in memory at a time. A forward pass loads each block once, for all windows and both models, and
+keeps its inputs; a backward pass loads each block once more, the last one first, and runs it again with gradients. So a step
+reads the model twice, however many windows it has.
+
+Both give the same numbers, up to the rounding of sums that are made in another order.
 """
 
 from __future__ import annotations
@@ -39,14 +41,17 @@ if TYPE_CHECKING:
     from uniprune.saliency.calibration import Calibration
     from uniprune.storage.runs import Run
 
-PART_TOKENS = 1024  # that go through a block at once, with gradients
+PART_TOKENS = 1024  # tokens that go through a streamed block at once, with gradients
 
-Between = Callable[[Tensor, Tensor, int], Tensor]
-"""Given hidden states of the pruned and the dense model after one of the blocks, a gradient with respect to the former."""
+HiddenGradient = Callable[[Tensor, Tensor, int], Tensor]
+"""(student's, teacher's hidden states after one of the blocks, number of blocks) -> a gradient with respect to the former."""
 
 
 class Passes(Protocol):
-    """Runs a model routed through a network of masks."""
+    """Runs the student, which is the model with ``network.masks`` applied, and the teacher, the same model without them.
+
+    ``batch`` is token ids ``[windows, length]``, final hidden states are ``[windows, length, width]``.
+    """
 
     network: StraightThrough
 
@@ -55,37 +60,40 @@ class Passes(Protocol):
         """Where the model computes."""
         ...
 
-    def forward(self, batch: Tensor, between: Between | None = None) -> tuple[Tensor, Tensor]:
-        """Final hidden states ``[windows, length, width]`` of the pruned and of the dense model, for :meth:`backward`."""
+    def forward(self, batch: Tensor, hidden_gradient: HiddenGradient | None = None) -> tuple[Tensor, Tensor]:
+        """Final hidden states of student and teacher; what :meth:`backward` needs is kept.
+
+        hidden_gradient: adds a gradient at the student's hidden states after each block but the last.
+        """
         ...
 
-    def forward_alone(self, batch: Tensor) -> Tensor:
-        """As :meth:`forward`, of the pruned model only."""
+    def forward_student(self, batch: Tensor) -> Tensor:
+        """As :meth:`forward`, of the student alone."""
         ...
 
     def backward(self, gradient: Tensor) -> None:
-        """From the gradient at the pruned model's final hidden states to the network's sink."""
+        """Backpropagates the last forward pass, from the gradient at the student's final hidden states into the sink."""
         ...
 
-    def look(self, batch: Tensor) -> tuple[Tensor, Tensor]:
-        """As :meth:`forward`, without gradients."""
+    def infer(self, batch: Tensor) -> tuple[Tensor, Tensor]:
+        """Final hidden states of student and teacher, without gradients."""
         ...
 
-    def look_alone(self, batch: Tensor) -> Tensor:
-        """As :meth:`look`, of the pruned model only."""
+    def infer_student(self, batch: Tensor) -> Tensor:
+        """As :meth:`infer`, of the student alone."""
         ...
 
-    def portions(self, windows: Tensor, tokens: int) -> list[Tensor]:
-        """Windows in batches that are best run at once; ``tokens`` is how many the memory is meant for."""
+    def in_batches(self, windows: Tensor, tokens: int) -> list[Tensor]:
+        """The windows in batches of about ``tokens``; all in one batch where each would have to read the model from disk."""
         ...
 
     def head(self, text: Tensor, vocabulary: int | None = None) -> Head:
-        """The model's output head; ``text`` ``[windows, length]`` is as in Head."""
+        """The model's output head; ``text`` (token ids ``[windows, length]``) and ``vocabulary`` are as in Head."""
         ...
 
 
-def opened(calibration: Calibration, run: Run) -> Passes:
-    """The passes of a calibration's model, routed through a network that has no masks yet."""
+def open_passes(calibration: Calibration, run: Run) -> Passes:
+    """The passes of a calibration's model, with a network that has no masks yet. run: where hidden states of blocks may lie."""
     network, (_, blocks) = StraightThrough(calibration.matrices), find_blocks(calibration.model)
     if not calibration.streamed:
         return Resident(calibration.model, blocks, network, calibration.recompute)
@@ -96,7 +104,7 @@ def opened(calibration: Calibration, run: Run) -> Passes:
 class Resident:
     """Passes of a model that is in memory as a whole.
 
-    recompute: whether the activations of a block are computed again in the pass backwards instead of being kept.
+    recompute: whether each block's activations are computed again in the backward pass instead of being kept.
     """
 
     def __init__(self, model: nn.Module, blocks: nn.ModuleList, network: StraightThrough, recompute: bool = False) -> None:
@@ -108,20 +116,20 @@ class Resident:
     def device(self) -> torch.device:
         return device_of(self._model)
 
-    def forward(self, batch: Tensor, between: Between | None = None) -> tuple[Tensor, Tensor]:
-        if between is None:
+    def forward(self, batch: Tensor, hidden_gradient: HiddenGradient | None = None) -> tuple[Tensor, Tensor]:
+        if hidden_gradient is None:
             target = self._dense(batch)
-            return self.forward_alone(batch), target
+            return self.forward_student(batch), target
         target, states = self._dense_states(batch)
-        pull = self._pull(states, between)
-        handles = [block.register_forward_hook(pull) for block in self._blocks[:-1]]
+        add = self._add_gradient(states, hidden_gradient)
+        handles = [block.register_forward_hook(add) for block in self._blocks[:-1]]
         try:
-            return self.forward_alone(batch), target
+            return self.forward_student(batch), target
         finally:
             for handle in handles:
                 handle.remove()
 
-    def forward_alone(self, batch: Tensor) -> Tensor:
+    def forward_student(self, batch: Tensor) -> Tensor:
         with ExitStack() as stack, torch.enable_grad():
             for index, block in enumerate(self._blocks):
                 stack.callback(block.register_forward_pre_hook(self._flush(index), with_kwargs=True).remove)
@@ -131,27 +139,26 @@ class Resident:
         return self._last.detach()
 
     def backward(self, gradient: Tensor) -> None:
-        assert self._last is not None, "nothing went forwards"
+        assert self._last is not None, "backward without forward"
         if not self._last.requires_grad:  # reversible layers (Reformer) differentiate in their own way
             raise InputError(f"no gradient comes through the blocks of {type(self._model).__name__}; use --controller none")
         self._flushed.clear()
         torch.autograd.backward([self._last], [gradient])
         self._last = None
-        for index in range(
-            len(self._blocks)
-        ):  # the first, whose input has no gradient, and what follows blocks without matrices
+        # Inputs without a gradient set off no flush: the first block's, and others' if no block before them has matrices.
+        for index in range(len(self._blocks)):
             if index not in self._flushed:
                 self.network.flush(index)
 
     @torch.no_grad()
-    def look(self, batch: Tensor) -> tuple[Tensor, Tensor]:
-        return self.look_alone(batch), self._dense(batch)
+    def infer(self, batch: Tensor) -> tuple[Tensor, Tensor]:
+        return self.infer_student(batch), self._dense(batch)
 
     @torch.no_grad()
-    def look_alone(self, batch: Tensor) -> Tensor:
+    def infer_student(self, batch: Tensor) -> Tensor:
         return last_hidden(self._model, batch)
 
-    def portions(self, windows: Tensor, tokens: int) -> list[Tensor]:
+    def in_batches(self, windows: Tensor, tokens: int) -> list[Tensor]:
         return batches(windows, tokens)
 
     def head(self, text: Tensor, vocabulary: int | None = None) -> Head:
@@ -186,7 +193,8 @@ class Resident:
                 handle.remove()
 
     def _checkpointed(self, index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """A block's forward that keeps its inputs alone for the pass backwards. In evaluation mode, nothing in it is drawn."""
+        """A block's forward that keeps only its inputs for the backward pass. No RNG state is kept: nothing is random in
+        evaluation mode."""
 
         def block(*args: Any, **kwargs: Any) -> Any:
             output = checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
@@ -196,12 +204,12 @@ class Resident:
         return block
 
     def _tidy(self) -> None:
-        """Gives the memory of activations back to the system, before what is kept comes to lie in between."""
+        """Gives the memory of freed activations back to the system, before what is kept is allocated in its midst."""
         if self._recompute and self.device.type == "cpu":
             give_back_memory()
 
     def _flush(self, index: int) -> Any:
-        """A block has its gradients when that of its input is complete. The first block's input has none."""
+        """A hook that flushes a block's gradients as soon as the gradient of its input is there: then they are complete."""
 
         def flush(gradient: Tensor) -> None:
             self._flushed.add(index)
@@ -215,12 +223,14 @@ class Resident:
 
         return before
 
-    def _pull(self, states: list[Tensor], between: Between) -> Any:
+    def _add_gradient(self, states: list[Tensor], hidden_gradient: HiddenGradient) -> Any:
+        """A hook that adds a block's own gradient to the one that comes back from the blocks after it."""
+
         def after(module: nn.Module, args: object, output: Any) -> None:
             hidden = hidden_of(output)
-            pull = between(hidden, states.pop(0), len(self._blocks))
+            own = hidden_gradient(hidden, states.pop(0), len(self._blocks))
             if hidden.requires_grad:
-                hidden.register_hook(lambda gradient: gradient + pull)  # type: ignore[no-untyped-call]
+                hidden.register_hook(lambda gradient: gradient + own)  # type: ignore[no-untyped-call]
 
         return after
 
@@ -234,30 +244,30 @@ class Streamed:
     def __init__(self, model: nn.Module, replay: Replay, network: StraightThrough, stash: Stash | None = None) -> None:
         self._model, self._replay, self.network = model, replay, network
         self._stash = stash or Stash()
-        self._ids: list[Tensor] = []  # of the windows of each part
-        self._inputs: list[list[Tensor]] = []  # by block, by part
-        self._pulls: list[list[Tensor]] = []
-        self._last: list[Tensor] = []  # of the last block, by part
+        self._ids: list[Tensor] = []  # token ids, by part: windows go through a block in parts of PART_TOKENS
+        self._inputs: list[list[Tensor]] = []  # of each block, by part
+        self._own_gradients: list[list[Tensor]] = []  # with respect to each block's outputs (hidden_gradient), by part
+        self._last: list[Tensor] = []  # outputs of the last block, by part
 
     @property
     def device(self) -> torch.device:
         return self._replay.device
 
     @torch.no_grad()
-    def forward(self, batch: Tensor, between: Between | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, batch: Tensor, hidden_gradient: HiddenGradient | None = None) -> tuple[Tensor, Tensor]:
         ours, theirs = self._enter_both(batch)
-        self._inputs, self._pulls, blocks = [], [], len(self._replay)
+        self._inputs, self._own_gradients, blocks = [], [], len(self._replay)
         for index in range(blocks):
             self._keep(index, ours)
             with self._replay.residency(index):
-                self._pulls.append(self._run_both(index, ours, theirs, between if index + 1 < blocks else None))
+                self._own_gradients.append(self._run_both(index, ours, theirs, hidden_gradient if index + 1 < blocks else None))
         self._last = ours
         return self._final(ours), self._final(theirs)
 
     @torch.no_grad()
-    def forward_alone(self, batch: Tensor) -> Tensor:
+    def forward_student(self, batch: Tensor) -> Tensor:
         ours = self._enter(batch)
-        self._inputs, self._pulls = [], [[] for _ in range(len(self._replay))]
+        self._inputs, self._own_gradients = [], [[] for _ in range(len(self._replay))]
         for index in range(len(self._replay)):
             self._keep(index, ours)
             self._run(index, ours)
@@ -267,13 +277,13 @@ class Streamed:
     @torch.no_grad()
     def backward(self, gradient: Tensor) -> None:
         gradients = torch.split(gradient, [len(ids) for ids in self._ids])
-        pieces = [self._pull_back(*part) for part in zip(self._last, gradients, self._ids, strict=True)]
+        pieces = [self._backward_final(*part) for part in zip(self._last, gradients, self._ids, strict=True)]
         self._last = []
         for index in reversed(range(len(self._replay))):
             with self._replay.residency(index):
                 for part, hidden in enumerate(self._inputs[index]):
-                    if self._pulls[index]:
-                        pieces[part] = pieces[part] + self._pulls[index][part]
+                    if self._own_gradients[index]:
+                        pieces[part] = pieces[part] + self._own_gradients[index][part]
                     with torch.enable_grad():
                         leaf = self._here(hidden).detach().requires_grad_()
                         output = self._replay.run(index, leaf, self._ids[part])
@@ -283,7 +293,7 @@ class Streamed:
                 self.network.flush(index)
 
     @torch.no_grad()
-    def look(self, batch: Tensor) -> tuple[Tensor, Tensor]:
+    def infer(self, batch: Tensor) -> tuple[Tensor, Tensor]:
         ours, theirs = self._enter_both(batch)
         for index in range(len(self._replay)):
             with self._replay.residency(index):
@@ -292,14 +302,14 @@ class Streamed:
         return self._final(ours), self._final(theirs)
 
     @torch.no_grad()
-    def look_alone(self, batch: Tensor) -> Tensor:
+    def infer_student(self, batch: Tensor) -> Tensor:
         ours = self._enter(batch)
         for index in range(len(self._replay)):
             self._run(index, ours)
         self._last = []
         return self._final(ours)
 
-    def portions(self, windows: Tensor, tokens: int) -> list[Tensor]:
+    def in_batches(self, windows: Tensor, tokens: int) -> list[Tensor]:
         return [windows]
 
     def head(self, text: Tensor, vocabulary: int | None = None) -> Head:
@@ -319,33 +329,36 @@ class Streamed:
         return ours, [self._put("teacher", part, hidden) for part, hidden in enumerate(ours)]
 
     def _keep(self, index: int, ours: list[Tensor]) -> None:
-        """Keeps a block's inputs for the pass backwards."""
+        """Keeps a block's inputs for the backward pass."""
         self._inputs.append([self._put(f"input-{index}", part, hidden) for part, hidden in enumerate(ours)])
 
     def _run(self, index: int, ours: list[Tensor]) -> None:
-        """Puts a block's outputs in place of its inputs."""
+        """Puts the student's outputs of a block in place of its inputs."""
         with self._replay.residency(index):
             for part, hidden in enumerate(ours):
                 ours[part] = self._put("student", part, self._replay.run(index, self._here(hidden), self._ids[part]))
 
-    def _run_both(self, index: int, ours: list[Tensor], theirs: list[Tensor], between: Between | None = None) -> list[Tensor]:
-        """Puts a block's outputs in place of its inputs; gives the gradients of their distance, if there is one."""
-        pulls = []
+    def _run_both(
+        self, index: int, ours: list[Tensor], theirs: list[Tensor], hidden_gradient: HiddenGradient | None = None
+    ) -> list[Tensor]:
+        """Puts a block's outputs of both models in place of its inputs; returns ``hidden_gradient``, if given, of each part."""
+        gradients = []
         for part in range(len(ours)):
             student = self._replay.run(index, self._here(ours[part]), self._ids[part])
             with self.network.dense():
                 target = self._replay.run(index, self._here(theirs[part]), self._ids[part])
-            if between:
-                pulls.append(self._put(f"pull-{index}", part, between(student, target, len(self._replay))))
+            if hidden_gradient:
+                own = hidden_gradient(student, target, len(self._replay))
+                gradients.append(self._put(f"pull-{index}", part, own))
             theirs[part], ours[part] = self._put("teacher", part, target), self._put("student", part, student)
-        return pulls
+        return gradients
 
     def _final(self, hidden: list[Tensor]) -> Tensor:
         final = [self._replay.leave(self._here(part), ids) for part, ids in zip(hidden, self._ids, strict=True)]
-        return torch.cat(final) if final else torch.empty(0, 0, 0)  # a process may have no window, and yet goes along
+        return torch.cat(final) if final else torch.empty(0, 0, 0)  # no window in this process: it still takes part
 
-    def _pull_back(self, last: Tensor, gradient: Tensor, ids: Tensor) -> Tensor:
-        """From the gradient at the final hidden states to that at the last block's output."""
+    def _backward_final(self, last: Tensor, gradient: Tensor, ids: Tensor) -> Tensor:
+        """The gradient at the last block's output, from that at the final hidden states (behind the final norm)."""
         with torch.enable_grad():
             leaf = self._here(last).detach().requires_grad_()
             final = self._replay.leave(leaf, ids)

@@ -43,7 +43,7 @@ from torch.nn import functional
 
 from uniprune.controller.protocol import ControllerRecord, Cost
 from uniprune.controller.prox import prox_nm, soft_threshold
-from uniprune.controller.start import warn_of_stillness
+from uniprune.controller.start import warn_without_gradient
 from uniprune.errors import InputError, UniPruneError
 from uniprune.models.blocks import device_of, rerouted, text_alone
 from uniprune.models.experts import taken_apart
@@ -164,13 +164,13 @@ class UniPruning:
                 losses.append(loss)
                 calibration.progress.note(f"{target}: loss {loss:.3f}", batch.numel())
                 logger.info("step %d: %s loss %.4f", index, target, loss)
-        warn_of_stillness(copy.still)
+        warn_without_gradient(copy.without_gradient)
         record = ControllerRecord(
             objective="cross-entropy",
             steps=steps,
             tokens=tokens,
             loss=losses,
-            without_gradient=list(copy.still),
+            without_gradient=list(copy.without_gradient),
             **local.starved,
         )
         return {name: self.gamma(state) for name, state in states.items()}, record
@@ -179,14 +179,14 @@ class UniPruning:
 class WorkingCopy:
     """Routes the matrices of a model through a float32 copy of their weights that learns, inside ``with``.
 
-    weights: matrix name -> W' ``[out, in]``. still: those that no gradient has reached, but for experts'. The model itself is
-    never written to, and is as it was afterwards.
+    weights: matrix name -> W' ``[out, in]``. without_gradient: matrices, experts' aside, that no gradient has reached so far.
+    The model itself is never written to, and is as it was afterwards.
     """
 
     def __init__(self, model: nn.Module, matrices: Matrices) -> None:
         self._model, self._matrices = model, matrices
         self.weights = {name: _copy(matrix) for name, matrix in matrices.items()}
-        self.still = [name for name, matrix in matrices.items() if not matrix.group]
+        self.without_gradient = [name for name, matrix in matrices.items() if not matrix.group]
         self._adam = torch.optim.Adam(self.weights.values(), foreach=False)  # foreach would need another copy
         self._routes = ExitStack()
 
@@ -210,7 +210,9 @@ class WorkingCopy:
             gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
         tokens = ids[:, 1:].numel()
         by_name = dict(zip(self.weights, gradients, strict=True))
-        self.still = [name for name in self.still if (one := by_name[name]) is None or not bool(one.any())]
+        self.without_gradient = [
+            name for name in self.without_gradient if (one := by_name[name]) is None or not bool(one.any())
+        ]
         for leaf, gradient in zip(leaves, gradients, strict=True):
             leaf.grad = None if gradient is None else gradient.div_(tokens)
         del gradients, by_name

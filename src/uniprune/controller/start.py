@@ -1,4 +1,7 @@
-"""One pass of the dense model, forwards and backwards: what a descent starts from, and the controller that stops there."""
+"""What a descent starts from: input statistics and output gradients of one pass of the dense model, forwards and backwards.
+
+And the controller that uses these alone (:class:`Fisher`).
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from torch import Tensor
 
 from uniprune.common import distributed
 from uniprune.common.progress import Progress, silent
-from uniprune.controller.passes import Passes, opened
+from uniprune.controller.passes import Passes, open_passes
 from uniprune.controller.protocol import ControllerRecord, Cost
 from uniprune.errors import InputError
 from uniprune.models.matrices import Matrices
@@ -39,34 +42,35 @@ from uniprune.storage.tensor_store import Store
 
 logger = logging.getLogger(__name__)
 S = TypeVar("S", bound=Statistic)
-FAINT = 1e-6  # of the largest in its matrix: what an output that no gradient reached is worth, so that its row keeps its order
+FLOOR = 1e-6  # least gradient RMS of an output, of the largest in its matrix: at 0 all scores of its row would be equal
 
 
 class Start(NamedTuple):
     """What a descent starts from, by matrix name.
 
-    norms: of the inputs in the dense model. gradients: RMS ``[out]`` of the next-token loss's gradient at the outputs.
-    statistics: of the inputs, of the kind that the metric wants; they are the norms if those will do. still: matrices that
-    saw tokens and got no gradient; in ``gradients`` they have the others' median.
+    norms: squared norms of the inputs in the dense model. gradients: RMS over the tokens ``[out]`` of the gradient of the
+    next-token loss at the outputs. statistics: of the inputs, of the kind that the metric wants; ``norms`` itself if that kind
+    is squared norms. without_gradient: matrices that saw tokens, but got no gradient; their ``gradients`` are the median of the
+    other matrices'.
     """
 
     norms: dict[str, SquaredNorm]
     gradients: dict[str, Tensor]
     statistics: Statistics
-    still: list[str]
+    without_gradient: list[str]
 
 
 @dataclass(frozen=True)
 class Fisher:
     """The local score times the RMS of the loss's gradient at a weight's output, and no descent.
 
-    Where the local score is Wanda's, its square is the weight's square times the diagonal of the Fisher information, inputs and
-    output gradients taken to be independent (as in K-FAC, arXiv 1503.05671). Within a row nothing changes: N:M and budgets by
-    row are the metric's own. A budget for a matrix or the model gives each row what its output is worth to the loss, the idea
-    of F-Wanda (arXiv 2608.00481).
+    With Wanda as the local metric, the square of a score is the squared weight times the diagonal of the Fisher information, if
+    inputs and output gradients are taken to be independent (as in K-FAC, arXiv 1503.05671). The factor is the same for a whole
+    row, so N:M masks and budgets by row are those of the metric alone. A budget for a matrix or the model is distributed over
+    rows by what their outputs are worth to the loss, the idea of F-Wanda (arXiv 2608.00481).
 
-    batch_tokens: that go through the model at once; what is found is the same. More take more memory, but of a model that is
-    read block by block fewer readings.
+    batch_tokens: tokens that go through the model at once. The result does not depend on it. More take more memory; a model
+    that is read block by block is then read fewer times.
     """
 
     cost: ClassVar[Cost] = Cost(flops=4)
@@ -81,7 +85,7 @@ class Fisher:
             raise InputError("fisher: batch_tokens must be above 0")
 
     def step_tokens(self, length: int) -> int:
-        """Tokens of a step on windows of ``length``: of one batch."""
+        """Tokens of one batch of windows of ``length``."""
         return step_windows(self.batch_tokens, length) * length
 
     def calibrate(
@@ -92,7 +96,7 @@ class Fisher:
         steps: int | None = None,
         seed: int = 0,
     ) -> tuple[Mapping[str, Tensor], ControllerRecord]:
-        """The scores, made when they are asked for, and the record; steps: batches, at most."""
+        """The scores, computed when they are asked for, and the record. steps: the most batches to use."""
         if targets and all(by_row(target.part(name)) for target in targets for name in calibration.matrices):
             logger.warning(
                 "--controller fisher changes nothing at %s, which is decided within rows: none is faster", targets[0]
@@ -100,17 +104,17 @@ class Fisher:
         batches = in_steps(calibration.windows, self.batch_tokens)[:steps]
         windows = torch.cat(batches)
         with ExitStack() as stack:
-            passes = opened(calibration, calibration.run or stack.enter_context(runs.temporary()))
+            passes = open_passes(calibration, calibration.run or stack.enter_context(runs.temporary()))
             stack.enter_context(passes.network)
             found = sensitivities(passes, windows, metric.statistic, calibration.run, self.batch_tokens, calibration.progress)
-        warn_of_stillness(found.still)
-        facts = starved(calibration.matrices, found.norms) | {"without_gradient": found.still}
+        warn_without_gradient(found.without_gradient)
+        facts = starved(calibration.matrices, found.norms) | {"without_gradient": found.without_gradient}
         record = ControllerRecord(objective="cross-entropy", steps=len(batches), tokens=windows.numel(), **facts)
         return _Weighted(calibration.matrices, metric, found.statistics, found.gradients), record
 
 
 class _Weighted(LocalSaliency):
-    """Local scores, each row times a factor ``[out]``."""
+    """Local scores, each row times its factor (``factors``: matrix name -> ``[out]``)."""
 
     def __init__(self, matrices: Matrices, metric: Metric, statistics: Statistics, factors: Mapping[str, Tensor]) -> None:
         super().__init__(matrices, metric, statistics)
@@ -121,12 +125,13 @@ class _Weighted(LocalSaliency):
 
 
 def step_windows(tokens: int, length: int) -> int:
-    """Windows of ``length`` in a step of so many tokens: as many as fit, and one for every process at least."""
+    """How many windows of ``length`` a step of so many tokens has: as many as fit, at least one for each process."""
     return max(distributed.count(), tokens // length)
 
 
 def in_steps(windows: Tensor, tokens: int) -> list[Tensor]:
-    """The windows ``[n, length]`` of each step, as many as :func:`step_windows` says; the last may have fewer."""
+    """The windows ``[n, length]`` split into steps of :func:`step_windows` each. The last step has the remainder; where that is
+    fewer windows than processes, it is added to the step before."""
     processes = distributed.count()
     todo = list(torch.split(windows, step_windows(tokens, windows.shape[1])))
     if len(todo[-1]) < processes:
@@ -142,11 +147,11 @@ def sensitivities(
     batch_tokens: int | None = None,
     progress: Progress = silent,
 ) -> Start:
-    """The start of a descent, or what an earlier run found it to be.
+    """Measures the start of a descent, or restores it from a run that is resumed.
 
-    windows: token ids ``[windows, length]``. wanted: the statistic of the local metric. batch_tokens: that go through the model
-    at once; by default a window, or, where blocks are read one at a time, all. The network of ``passes`` is left
-    without masks.
+    windows: token ids ``[windows, length]``. wanted: the statistic of the local metric. run: where it is saved. batch_tokens:
+    tokens that go through the model at once; by default one window, or all if blocks are read one at a time. The network of
+    ``passes`` has no masks afterwards.
     """
     other = beside(SquaredNorm, wanted)
     store = Store(run, "start", shared=True) if run else None
@@ -154,16 +159,17 @@ def sensitivities(
         return _restored(store, passes, other)
     start = _measured(passes, windows, other, batch_tokens, progress)
     if store is not None:
-        if not distributed.rank():  # all have found the same
+        if not distributed.rank():  # all processes have the same sums
             store["inputs"] = {name: norm.total for name, norm in start.norms.items()}
             store["gradients"] = start.gradients
             if other:
                 store["statistics"] = {name: one.total for name, one in start.statistics.items()}
-        store.commit({"tokens": {name: norm.tokens for name, norm in start.norms.items()}, "still": start.still})
+        store.commit({"tokens": {name: norm.tokens for name, norm in start.norms.items()}, "still": start.without_gradient})
     return start
 
 
 def _measured(passes: Passes, windows: Tensor, other: Kind | None, batch_tokens: int | None, progress: Progress) -> Start:
+    """other: the kind of statistic to collect besides squared norms, if any."""
     network = passes.network
     columns = {name: matrix.shape[1] for name, matrix in network.matrices.items()}
     norms = {name: SquaredNorm(count, passes.device) for name, count in columns.items()}
@@ -181,10 +187,10 @@ def _measured(passes: Passes, windows: Tensor, other: Kind | None, batch_tokens:
     portions = [
         portion
         for batch in in_steps(windows, batch_tokens or windows.numel())
-        for portion in passes.portions(batch[distributed.rank() :: distributed.count()], batch_tokens or windows.shape[1])
+        for portion in passes.in_batches(batch[distributed.rank() :: distributed.count()], batch_tokens or windows.shape[1])
     ]
     for batch in progress(portions, "finding what each output is worth", len(portions)):
-        passes.backward(head.next_token(passes.forward_alone(batch), batch))
+        passes.backward(head.next_token(passes.forward_student(batch), batch))
     network.watch = None
     for total in totals.values():
         distributed.total(total)
@@ -192,40 +198,40 @@ def _measured(passes: Passes, windows: Tensor, other: Kind | None, batch_tokens:
     add_up(own)
     unreached = [name for name, norm in norms.items() if not norm.tokens and not network.matrices[name].group]
     for statistics in filter(None, (norms, own)) if unreached else ():
-        _observe(passes, portions, {name: statistics[name] for name in unreached})  # type: ignore[index]
+        _observe_forward(passes, portions, {name: statistics[name] for name in unreached})  # type: ignore[index]
     feed(network.matrices, norms, totals)
     feed(network.matrices, own)
     check_seen(norms)
     check_seen(own)
     gradients = {name: (total / windows.numel()).sqrt() for name, total in totals.items()}
-    still = [name for name, gradient in gradients.items() if not bool(gradient.any())]
-    _stand_in(gradients, still)
+    without_gradient = [name for name, gradient in gradients.items() if not bool(gradient.any())]
+    _fill_with_median(gradients, without_gradient)
     for gradient in gradients.values():
-        gradient.clamp_min_(FAINT * gradient.max())
-    return Start(norms, gradients, own or norms, still)
+        gradient.clamp_min_(FLOOR * gradient.max())
+    return Start(norms, gradients, own or norms, without_gradient)
 
 
-def _observe(passes: Passes, portions: list[Tensor], statistics: dict[str, Statistic]) -> None:
-    """Statistics of matrices that no gradient reaches, from passes forwards: backwards they see nothing."""
+def _observe_forward(passes: Passes, portions: list[Tensor], statistics: dict[str, Statistic]) -> None:
+    """Adds the inputs of matrices that no gradient reaches, from forward passes: the backward pass never comes to them."""
     kind = type(next(iter(statistics.values())))
     matrices = {name: passes.network.matrices[name] for name in statistics}
     with observing(matrices, kind, passes.device) as found:
         for batch in portions:
-            passes.look(batch)
+            passes.infer(batch)
     add_up(found)
     for name, statistic in found.items():
         statistics[name].merge(statistic)
 
 
-def _stand_in(gradients: dict[str, Tensor], still: Collection[str]) -> None:
-    """Without a gradient all of a matrix would be cut first, by any budget that it has in common with others."""
-    others = [float(gradient.mean()) for name, gradient in gradients.items() if name not in still]
-    for name in still if others else ():
+def _fill_with_median(gradients: dict[str, Tensor], names: Collection[str]) -> None:
+    """Gives matrices without a gradient the median of the others: at 0, a shared budget would remove their weights first."""
+    others = [float(gradient.mean()) for name, gradient in gradients.items() if name not in names]
+    for name in names if others else ():
         gradients[name].fill_(median(others))
 
 
-def warn_of_stillness(names: Collection[str]) -> None:
-    """Says which matrices no step of a descent could move."""
+def warn_without_gradient(names: Collection[str]) -> None:
+    """Warns of matrices that no gradient has reached, so that their scores are the local metric's alone."""
     if names:
         logger.warning(
             "no gradient reached %d matrices, e.g. %s: they choose, or what they compute is not used; their masks are the "
@@ -235,6 +241,8 @@ def warn_of_stillness(names: Collection[str]) -> None:
 
 
 def _restored(store: Store, passes: Passes, other: Kind | None) -> Start:
+    """What an earlier run saved; other: as for :func:`_measured`."""
+
     def statistics(kind: type[S], key: str) -> dict[str, S]:
         found = {name: kind(matrix.shape[1], passes.device) for name, matrix in passes.network.matrices.items()}
         for name, total in store[key].items():

@@ -1,4 +1,4 @@
-"""Where the controller's states lie, how they are saved, the masks that a step creates from them, and the best so far."""
+"""The states of mirror descent, in memory or on disk; the masks that a step creates from their duals; the best duals so far."""
 
 from __future__ import annotations
 
@@ -21,11 +21,13 @@ from uniprune.storage.runs import Pace
 from uniprune.storage.stash import Stash, give_back_memory
 from uniprune.storage.tensor_store import Store
 
-SAMPLE, SAMPLED = 37, 1 << 22  # every 37th dual, or that many in all, tell what a common budget would be while descending
+# While descending, the threshold of a budget that matrices share is found from a sample: every 37th dual, or fewer, so that
+# the sample of all matrices has about 4 million.
+SAMPLE, SAMPLED = 37, 1 << 22
 
 
 class State(Protocol):
-    """What an update rule keeps of one matrix. Of all that is in it, only these are known to anybody else."""
+    """What an update rule keeps of one matrix: an opaque value, but for these members."""
 
     @property
     def dual(self) -> Tensor:
@@ -34,34 +36,42 @@ class State(Protocol):
 
     @property
     def unit(self) -> float:
-        """The size of the scores at the start."""
+        """The mean score at the start."""
         ...
 
     def to(self, device: torch.device) -> State: ...
 
     def rest(self) -> dict[str, Tensor]:
-        """All but the dual, for the disk."""
+        """All tensors but the dual, to be saved."""
         ...
 
 
 class Rule(Protocol):
-    """The update rule, which alone knows what is in its states (as in optax: ``init`` and ``update``)."""
+    """An update rule, in pure functions on the state of one matrix (as in optax: ``init`` and ``update``)."""
 
-    def init(self, local: Tensor, output_gradient: Tensor) -> State: ...
+    def init(self, local: Tensor, output_gradient: Tensor) -> State:
+        """The first state. local: scores ``[out, in]``; output_gradient: RMS ``[out]`` of dL/dy."""
+        ...
 
-    def step(self, state: Any, gradient: Tensor, size: float, start: Tensor | None = None) -> State: ...
+    def step(self, state: Any, gradient: Tensor, size: float, start: Tensor | None = None) -> State:
+        """The state after a step of this size; gradient: of the loss with respect to the mask ``[out, in]``."""
+        ...
 
-    def restart(self, state: Any, dual: Tensor) -> State: ...
+    def restart(self, state: Any, dual: Tensor) -> State:
+        """A state with this dual and no memory of earlier gradients."""
+        ...
 
-    def restore(self, dual: Tensor, rest: Mapping[str, Tensor]) -> State: ...
+    def restore(self, dual: Tensor, rest: Mapping[str, Tensor]) -> State:
+        """The state that was saved as its dual and :meth:`State.rest`."""
+        ...
 
 
 @dataclass(eq=False)
 class Masks(Mapping[str, Tensor]):
-    """The masks of every matrix under one target, created when they are asked for, and kept until the target changes.
+    """The masks of all matrices under one target, each created when it is first asked for.
 
-    hard: creates those of a matrix. temperature: of relaxed masks, in units of the duals; 0 has hard ones. device: where they
-    are wanted.
+    hard: creates the mask of a matrix from its dual. dual: gives the dual of a name. temperature: of relaxed masks, in units of
+    the duals; 0: masks are boolean. device: that masks are created on.
     """
 
     target: Pattern
@@ -96,10 +106,10 @@ class Masks(Mapping[str, Tensor]):
 
 @dataclass(eq=False)
 class PackedMasks(Masks):
-    """Masks of which those of one block are whole, the others bits in a stash: of the pass backwards, an eighth of a byte each.
+    """Masks that take one bit per weight: only those of one block are unpacked at a time, all lie packed in a stash.
 
-    Relaxed ones are no bits: they are created again, unless a budget for the model had all of them created at once.
-    label: what masks are called in the stash, where those of two steps may lie side by side.
+    Relaxed masks cannot be packed: they are created again when their block comes, unless one budget for the model made it
+    necessary to create all at once. label: prefix of the names in the stash, where the masks of two steps may lie side by side.
     """
 
     stash: Stash = field(kw_only=True)
@@ -118,11 +128,11 @@ class PackedMasks(Masks):
         return mask
 
     def create(self, name: str, dual: Tensor) -> None:
-        """Creates a mask ahead of the passes, from a dual that is at hand."""
+        """Creates and packs a mask before it is asked for, while its dual is in memory."""
         self._put(name, bits.pack(self.hard(name, dual)))
 
     def share(self, owners: Mapping[str, int]) -> None:
-        """Has all processes know all masks: each creates those of its own duals, and is given the others' bits, by block."""
+        """Gives all masks to all processes: each creates those of its own matrices and broadcasts them, packed, by block."""
         blocks: dict[int, dict[int, list[str]]] = {}
         for name, owner in owners.items():
             blocks.setdefault(self.matrices[name].block, {}).setdefault(owner, []).append(name)
@@ -133,7 +143,7 @@ class PackedMasks(Masks):
                     together = torch.cat([self._bits(name) for name in names])
                 else:
                     together = torch.empty(sum(sizes), dtype=torch.uint8, device=self.device)
-                for name, packed in zip(names, torch.split(distributed.given_by(owner, together), sizes), strict=True):
+                for name, packed in zip(names, torch.split(distributed.broadcast(owner, together), sizes), strict=True):
                     self._put(name, packed)
 
     def _bits(self, name: str) -> Tensor:
@@ -147,10 +157,10 @@ class PackedMasks(Masks):
 
 
 class InMemory(dict[str, State]):
-    """The states of all matrices in memory, as those of the model in memory are; saved as often as it costs little time.
+    """The states of all matrices in memory; saved from time to time, such that saving takes little of the whole time.
 
-    store: where they are saved, and where those of an earlier run may lie. pace: how often; None saves nothing. home: the
-    device that they lie on between steps. packed: whether masks are kept as bits. names: of the matrices.
+    store: where they are saved, and where those of an interrupted run are read. pace: when it is time to save; None: never.
+    home: the device that states lie on between steps. packed: whether masks are kept packed. names: of the matrices.
     """
 
     def __init__(
@@ -169,14 +179,14 @@ class InMemory(dict[str, State]):
         return self[name].dual
 
     def keep_dual(self, name: str, key: str) -> None:
-        """Puts a dual as it is now into the store."""
+        """Saves a copy of the present dual in the store under another key."""
         self._store[key] = {"dual": self.dual(name)}
 
     def save(self, facts: Mapping[str, Any], last: bool) -> None:
-        """Keeps the progress, if it is time to, as the first process has it; with the ``last`` facts, the best duals alone."""
-        if last and (self._pace is not None or distributed.count() > 1):  # of several processes, each needs those of all
+        """Saves states and facts if it is time to (the first process decides); the ``last`` time facts and best duals alone."""
+        if last and (self._pace is not None or distributed.count() > 1):  # each process reads the best duals of all of them
             self._saved.save(facts, last)
-        elif self._pace is not None and distributed.gathered(self._pace.due())[0]:
+        elif self._pace is not None and distributed.all_gather(self._pace.due())[0]:
             with self._pace.saving():
                 for name, state in self.items():
                     self._saved[name] = state
@@ -184,9 +194,9 @@ class InMemory(dict[str, State]):
 
 
 class OnDisk:
-    """The states of all matrices on disk; duals in files of their own, which the best state shares.
+    """The states of all matrices on disk, the duals in files of their own: the best duals share them instead of a copy.
 
-    folder: where masks lie as bits meanwhile.
+    folder: where packed masks lie.
     """
 
     def __init__(self, store: Store, rule: Rule, folder: Path | None = None) -> None:
@@ -208,23 +218,24 @@ class OnDisk:
         self._store.share(key, f"dual/{name}")
 
     def save(self, facts: Mapping[str, Any], last: bool) -> None:
-        """Keeps the progress: what was set is on the disk already."""
+        """Commits the states that were set, which are on the disk already, and the facts."""
         self._store.commit(facts)
 
     def clear(self) -> None:
-        """Gives memory back, of which these take none."""
+        """Frees memory, as ``InMemory.clear`` does: there is none to free."""
 
 
 States = InMemory | OnDisk
 
 
-class Cuts:
-    """The masks of all matrices under one target after another.
+class MaskFactory:
+    """Creates the masks of all matrices for one step after another.
 
-    Budgets that matrices share are settled by samples of the duals. Where masks are kept as bits, those of the next step are
-    created as the duals move, so that no dual is read for them again.
+    The threshold of a budget that matrices share is found from a sample of the duals. Packed masks of a target that needs no
+    such threshold are created during the step before, as soon as a dual has moved: then no dual is read for its mask alone.
 
-    owners: of each matrix, which process has its state. targets: those that there will be. device: where masks are wanted.
+    owners: the rank that has the state of each matrix. targets: all that :meth:`masks` will be asked for. device: where masks
+    are created.
     """
 
     def __init__(
@@ -234,30 +245,30 @@ class Cuts:
         self._every = max(SAMPLE, sum(matrix.size for matrix in matrices.values()) // SAMPLED)
         grains = {target.grain for target in targets if not target.local}
         self._samples: dict[int, dict[str, Tensor]] = {grain: {} for grain in grains if grain}
-        self._coming: PackedMasks | None = None
+        self._next: PackedMasks | None = None
         self._turn = 0
 
-    def follow(self, name: str, dual: Tensor) -> None:
-        """Takes note of a dual that has moved."""
+    def update(self, name: str, dual: Tensor) -> None:
+        """Is told of every dual that is new or has moved."""
         for grain, samples in self._samples.items():
-            samples[name] = self._runs(dual, grain).clone()
-        if self._coming is not None:
-            self._coming.create(name, dual)
+            samples[name] = self._sample(dual, grain).clone()
+        if self._next is not None:
+            self._next.create(name, dual)
 
-    def ahead(self, target: Pattern | None) -> None:
-        """From now on duals move towards a step under this target; None: what comes is not known."""
-        self._coming = None
+    def prepare_next(self, target: Pattern | None) -> None:
+        """Says the target of the next step, so that :meth:`update` can create its masks; None: it is not known."""
+        self._next = None
         if target is not None and target.local:
             masks = self._create(target)
             if isinstance(masks, PackedMasks):
                 self._turn = 1 - self._turn
-                self._coming, masks.label = masks, f"mask-{self._turn}"
+                self._next, masks.label = masks, f"mask-{self._turn}"
 
     def masks(self, target: Pattern, temperature: float = 0.0) -> Masks:
-        """Those of the duals as they are; temperature: of relaxed ones, in units of the duals."""
+        """The masks of the present duals. temperature: of relaxed masks, in units of the mean dual at the start; 0: boolean."""
         masks: Masks
-        if self._coming is not None and self._coming.target == target and not temperature:
-            masks = self._coming
+        if self._next is not None and self._next.target == target and not temperature:
+            masks = self._next
         else:
             masks = self._create(target, temperature)
         if isinstance(masks, PackedMasks) and distributed.count() > 1:
@@ -265,14 +276,14 @@ class Cuts:
         return masks
 
     def _create(self, target: Pattern, temperature: float = 0.0) -> Masks:
-        hard = target.settle_by_sample({} if target.local else self._everyones(target.grain))
+        hard = target.settle_by_sample({} if target.local else self._gather_samples(target.grain))
         if temperature:
             units = [self._states[name].unit for name in self._matrices]
             temperature *= sum(units) / len(units)
         return self._states.masks(target, hard, self._states.dual, self._matrices, temperature, self._device)
 
-    def _everyones(self, grain: int) -> Mapping[str, Tensor]:
-        """Samples of all duals, or where none will do the duals, of every process."""
+    def _gather_samples(self, grain: int) -> Mapping[str, Tensor]:
+        """The samples of all duals, or the duals themselves if ``grain`` is 0, from all processes."""
         if distributed.count() == 1:
             return self._samples[grain] if grain else {name: self._states.dual(name) for name in self._matrices}
         found = {}
@@ -280,13 +291,13 @@ class Cuts:
             if owner == distributed.rank():
                 mine = self._samples[grain][name] if grain else self._states.dual(name).to(self._device)
             else:
-                mine = self._runs(torch.empty(self._matrices[name].shape, device="meta"), grain)
+                mine = self._sample(torch.empty(self._matrices[name].shape, device="meta"), grain)
                 mine = torch.empty(mine.shape, device=self._device)
-            found[name] = distributed.given_by(owner, mine)
+            found[name] = distributed.broadcast(owner, mine)
         return {name: found[name] for name in self._matrices}
 
-    def _runs(self, dual: Tensor, grain: int) -> Tensor:
-        """A sample of a dual, of runs of ``grain`` inputs; 0 is all of it."""
+    def _sample(self, dual: Tensor, grain: int) -> Tensor:
+        """A sample of a dual that consists of whole runs of ``grain`` inputs; all of it if ``grain`` is 0."""
         if not grain:
             return dual
         runs = dual.reshape(-1, grain) if dual.shape[1] % grain == 0 else dual
@@ -294,10 +305,12 @@ class Cuts:
 
 
 class Best(Mapping[str, Tensor]):
-    """The duals of the best state so far, on disk beside the states: in memory they would cost as much again.
+    """The duals of the best state so far, on disk: in memory they would take 4 more bytes per weight.
 
-    own: the names of those that this process keeps; the others are there after the last commit. They are committed with the
-    states, so that a descent that goes on from an earlier commit finds the best of that time.
+    own: the matrices that this process owns; the duals of the others can be read after the last commit. They are committed
+    with the states, so that a resumed descent finds the best duals as of the commit that it resumes from.
+
+    value: the held-out KL of the state, in nats per token.
     """
 
     def __init__(self, store: Store, matrices: Matrices, device: torch.device, own: Iterable[str]) -> None:
@@ -305,6 +318,7 @@ class Best(Mapping[str, Tensor]):
         self.value = math.inf
 
     def keep(self, value: float, states: States) -> None:
+        """Makes the present state the best one."""
         self.value = value
         for name in self._own:
             states.keep_dual(name, f"best/{name}")

@@ -1,9 +1,9 @@
 """The pruned model in the forward pass, a gradient for every weight in the backward pass.
 
-The weights are never touched: each matrix multiplies by ``weight * mask`` on the fly, and in the backward pass finds the
-gradient with respect to that product, for pruned and kept weights alike (the straight-through estimator). Gradients are handed
-over block by block and not stored, so that those of a model never exist all at once. With the masks off, the same model is
-the dense one: a teacher that takes no memory.
+The weights are never changed: each layer multiplies by ``weight * mask``, and in the backward pass the gradient with respect to
+that product is computed, for pruned and kept weights alike (the straight-through estimator). Gradients are handed over block by
+block, so that those of the whole model never exist at once. With the masks off, the same model is the dense one: a teacher that
+takes no memory.
 """
 
 from __future__ import annotations
@@ -34,12 +34,13 @@ INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 class StraightThrough:
     """Routes the matrices of a model through masks, inside ``with``; afterwards the model is as it was.
 
-    masks: matrix name -> mask ``[out, in]``, boolean or relaxed (in [0, 1]), to be replaced at will between passes; without an
-    entry a matrix is dense. sink: receives (name, dL/d(weight * mask)), the sum of all passes since the last time, in the
-    model's dtype, or float32 where passes were summed; None for a matrix that saw no token. It is called when :meth:`flush`
-    is, in the order of the matrices.
-    weigh: given (name, inputs ``[tokens, in]``, output gradients ``[tokens, out]``), the latter, each token's times its weight;
-    without it all weigh 1. watch: given the same, and no gradient of a weight is computed.
+    masks: matrix name -> mask ``[out, in]``, boolean or relaxed (in [0, 1]); may be replaced between passes. A matrix without
+    an entry is dense.
+    sink: is called by :meth:`flush`, in the order of the matrices, with (name, dL/d(weight * mask)), summed over all passes
+    since the last call; in the model's dtype, or float32 if it is a sum of several passes. None for a matrix that saw no token.
+    weigh: (name, inputs ``[tokens, in]``, output gradients ``[tokens, out]``) -> the output gradients, each token's times the
+    weight that it is to have; by default all weigh 1.
+    watch: if given, it is called with the same three arguments instead, and no gradients of weights are computed.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class StraightThrough:
         self._routes.close()
 
     def flush(self, block: int | None = None) -> None:
-        """Hands over the gradients of one block's matrices, or of all that have any."""
+        """Hands the gradients of one block's matrices to the sink, or those of all matrices that have any."""
         if self.sink is None:
             return
         names = [name for name, m in self.matrices.items() if m.block == block] if block is not None else list(self._gradients)
@@ -72,7 +73,7 @@ class StraightThrough:
             self.sink(name, self._gradients.pop(name, None))
 
     def add(self, name: str, x: Tensor, gradient: Tensor) -> None:
-        """One pass's inputs ``[tokens, in]`` and output gradients ``[tokens, out]`` of a matrix."""
+        """Adds a backward pass through a matrix: its inputs ``[tokens, in]`` and output gradients ``[tokens, out]``."""
         if self.watch:
             self.watch(name, x, gradient)
             return
@@ -84,7 +85,7 @@ class StraightThrough:
 
     @contextmanager
     def dense(self) -> Iterator[None]:
-        """The unpruned model, without gradients."""
+        """Inside ``with``, the model is dense, and passes keep nothing for gradients."""
         self._dense = True
         try:
             with torch.no_grad():
@@ -110,7 +111,7 @@ class _MaskedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, grad_anchor: Tensor, matrix: Matrix, network: StraightThrough) -> Tensor:  # type: ignore[override]
         ctx.save_for_backward(x)
-        # The mapping and not the mask: who keeps those of one block at a time makes it again.
+        # The mapping and not the mask: packed masks (states.PackedMasks) are unpacked again in the backward pass.
         ctx.matrix, ctx.masks, ctx.network = matrix, network.masks, network
         return functional.linear(x, _masked(matrix.weight, network.masks.get(matrix.name)))
 
@@ -133,11 +134,13 @@ def _masked(weight: Tensor, mask: Tensor | None) -> Tensor:
 
 
 class Evener:
-    """Weighs the tokens of each matrix's gradient: ``|x| ** -1 * |dL/dy| ** -1/2``.
+    """Weights tokens in each matrix's gradient, such that tokens with large inputs or output gradients do not dominate it.
 
-    Sizes are RMS over channels, each channel in units of its own RMS in the dense model. A token's weight depends on no other
-    token, so that a batch may be run in parts. The exponents were chosen by how well the gradient of few tokens then tells
-    that of many (docs/experiments.md).
+    A token's weight is ``|x| ** -1 * |dL/dy| ** -1/2``. Sizes are RMS over channels, each channel in units of its own RMS in
+    the dense model. The weight depends on no other token, so a batch may be run in parts. The exponents are those with which
+    the gradient of few tokens predicts that of many best (docs/experiments.md).
+
+    inputs, gradients: by matrix name, the statistics of its inputs, and the RMS ``[out]`` of its output gradients.
     """
 
     def __init__(self, inputs: Mapping[str, SquaredNorm], gradients: Mapping[str, Tensor]) -> None:
@@ -145,23 +148,23 @@ class Evener:
         self._gradients = {name: rms.clamp_min(TINY).reciprocal() for name, rms in gradients.items()}
 
     def __call__(self, name: str, x: Tensor, gradient: Tensor) -> Tensor:
-        """Output gradients ``[tokens, out]``, weighed; inputs ``[tokens, in]``."""
+        """The output gradients ``[tokens, out]`` times the tokens' weights. x: inputs ``[tokens, in]``."""
         return evened(x, gradient, self._inputs[name], self._gradients[name])  # type: ignore[no-any-return]
 
 
 @fused(kernels=1, triton="uniprune.common.triton_kernels:evened")
 def evened(x: Tensor, gradient: Tensor, inputs: Tensor, outputs: Tensor) -> Tensor:
-    """The gradient, weighed; inputs ``[in]``, outputs ``[out]``: one through the RMS of their channels."""
+    """The gradient ``[tokens, out]`` times the tokens' weights. inputs ``[in]``, outputs ``[out]``: 1 / RMS of the channels."""
     input_size, gradient_size = _rms(x, inputs), _rms(gradient, outputs)
     factors = (input_size * gradient_size.sqrt()).reciprocal()
-    if gradient.dtype == torch.float16:  # has no room for the factor of a token whose gradient is 0
+    if gradient.dtype == torch.float16:  # in which the factor of a token whose gradient is 0 would overflow
         return (gradient * factors[:, None]).half()
     return gradient * factors.to(gradient.dtype)[:, None]
 
 
 def _rms(tokens: Tensor, units: Tensor) -> Tensor:
-    """Of each token ``[tokens, channels]``, each channel times its unit; not below the root of TINY."""
-    if tokens.dtype == torch.bfloat16:  # which has the range: on a CPU four times as fast as in float32
+    """The RMS ``[tokens]`` over channels, each channel times its unit first; at least the square root of TINY."""
+    if tokens.dtype == torch.bfloat16:  # has float32's range; on a CPU four times as fast
         units = units.bfloat16()
     norm: Tensor = torch.linalg.vector_norm(tokens * units, dim=1).float()
     return (norm / math.sqrt(tokens.shape[1])).clamp_min(TINY**0.5)

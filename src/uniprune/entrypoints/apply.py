@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from uniprune.artefacts import writer
+from uniprune.artefacts.binding import fingerprint
 from uniprune.artefacts.mask_tools import CheckedMasks, check_type
 from uniprune.artefacts.masks import MasksFile
 from uniprune.artefacts.reports import ModelFacts, Pruning, realised
@@ -71,7 +72,7 @@ def apply(
             writer.write_checkpoint(loaded, file, folder, check)
         removed = file.removed()
         report = Pruning(
-            model=ModelFacts.of(origin, writer.fingerprint(found)),
+            model=ModelFacts.of(origin, fingerprint(found)),
             pattern=file.facts.pattern,
             structure=claimed(file.facts.pattern),
             **realised(removed, file.shapes),

@@ -26,9 +26,10 @@ from uniprune.evaluation import reproduce
 from uniprune.evaluation.model import Questions, Subject
 from uniprune.evaluation.protocols import comparable
 from uniprune.evaluation.request import NEW_TOKENS
+from uniprune.job.execution import IN_MEMORY
 from uniprune.job.inference import inferring
 from uniprune.job.options import RunOptions
-from uniprune.job.prepare import IN_MEMORY, Job, prepare
+from uniprune.job.prepare import Job, prepare
 from uniprune.models.loading import Loaded, Source, dtype_name, skeleton
 from uniprune.models.matrices import choose_matrices
 from uniprune.reporting.comparison import latex, markdown
@@ -196,7 +197,7 @@ def _named(source: Source, request: ComparisonRequest) -> ComparisonRequest:
 def _pruned(trial: Trial, subject: Subject, bench: Bench) -> ComparisonRow:
     method, shapes, form = trial.method, bench.job.shapes, trial.structure
     with naming(method.name, trial.sparsity), method.pruned(bench, trial) as cut:
-        removed = dict.fromkeys(shapes, 0.0) | {name: bits.removed(mask) for name, mask in cut.masks.items()}
+        removed = dict.fromkeys(shapes, 0.0) | {name: bits.sparsity_of(mask) for name, mask in cut.masks.items()}
         facts = {
             "method": method.name,
             "pattern": trial.sparsity,

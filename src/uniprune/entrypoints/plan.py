@@ -9,9 +9,10 @@ from uniprune.checkpoints.origin import resolve, stored_dtype
 from uniprune.errors import InputError
 from uniprune.experts import removal
 from uniprune.job import estimate
+from uniprune.job.execution import check_execution, choose
 from uniprune.job.memory import Work, needs, warn_of_traffic
 from uniprune.job.options import Execution, RunOptions
-from uniprune.job.prepare import aim_of, check_execution, check_predicts, choose, device_of
+from uniprune.job.prepare import aim_of, check_predicts, device_of
 from uniprune.job.recipe import WINDOWS, Recipe
 from uniprune.job.samples import window_length
 from uniprune.models.loading import fast_dtype, load, native_dtype, parse_dtype, skeleton

@@ -64,15 +64,15 @@ def prune(
         with watch("prepare"):
             job = prepare(source, recipe, output, asked, progress=progress)
         with progress_of(output, asked, job.identity(recipe, command="prune")) as run:
-            cut = _cut(job, recipe, job.calibration(progress, run), watch)
+            created = _create_masks(job, recipe, job.calibration(progress, run), watch)
             if not distributed.rank():
                 with files.new_folder(output, run.folder) as folder:
                     file = folder / writer.MASKS
                     with watch("mask"):
-                        removed = write_masks(file, cut.masks, job.shapes, job.binding, str(cut.aim.pattern))
+                        removed = write_masks(file, created.masks, job.shapes, job.binding, str(created.aim.pattern))
                     with watch("write"):
                         writer.write_checkpoint(job.loaded, MasksFile(file), folder, _unchanged(job))
-                    report = _report(recipe, job, cut, removed, watch, masks_sha256=sha256(file))
+                    report = _report(recipe, job, created, removed, watch, masks_sha256=sha256(file))
                     with watch("time"):
                         report = with_speed(report, job.loaded, device_of(asked))
                     model_card.write(folder, report, job.loaded.origin)
@@ -94,11 +94,11 @@ def prune_in_place(loaded: Loaded, recipe: Recipe, *, save_tokens: Path | None =
     with distributed.joined(device_of(options)):
         with watch("prepare"):
             job = prepare(loaded, recipe, None, options, progress=progress)
-        cut = _cut(job, recipe, job.calibration(progress), watch)
+        created = _create_masks(job, recipe, job.calibration(progress), watch)
         with watch("mask"):
-            kept = dict(cut.masks)
+            kept = dict(created.masks)
             masking.apply(job.matrices, kept.items())
-        return _report(recipe, job, cut, {name: bits.removed(mask) for name, mask in kept.items()}, watch)
+        return _report(recipe, job, created, {name: bits.sparsity_of(mask) for name, mask in kept.items()}, watch)
 
 
 # ------------------------------------------------------------------------------------------------------------- parts
@@ -126,27 +126,30 @@ def _unchanged(job: Job) -> Callable[[str, str], None] | None:
     return check
 
 
-class _Cut(NamedTuple):
-    """Masks, matrix by matrix, perhaps not cut before they are asked for; what they are; what reports say of their saliency."""
+class _Masks(NamedTuple):
+    """The masks of a run as (name, mask) pairs, which may be created only when they are iterated over.
+
+    aim: the pattern that they have. record: for the report, how their saliency came to be.
+    """
 
     masks: Iterable[tuple[str, Tensor]]
     aim: Aim
     record: dict[str, Any]
 
 
-def _cut(job: Job, recipe: Recipe, calibration: Calibration, watch: Stopwatch) -> _Cut:
+def _create_masks(job: Job, recipe: Recipe, calibration: Calibration, watch: Stopwatch) -> _Masks:
     aim, pattern = job.aim, job.aim.pattern
     assert pattern is not None
     with watch("calibrate"):
         if recipe.sequential:
             by_block = refined if recipe.refine else sequential
             found = by_block(calibration, recipe.parsed_metric(), pattern)
-            return _Cut(found.items(), aim, reported(found.record))
+            return _Masks(found.items(), aim, reported(found.record))
         saliency, record = scored(calibration, recipe, [pattern])
         scaled = on_one_scale(saliency, pattern)
         aim = aim.with_scores(scaled)
         assert aim.pattern is not None
-        return _Cut(aim.pattern(scaled), aim, record)
+        return _Masks(aim.pattern(scaled), aim, record)
 
 
 def _without_experts(source: Source, recipe: Recipe, output: Path, asked: RunOptions, progress: Progress) -> ExpertRemoval:
@@ -196,12 +199,12 @@ def _finished(output: Path, recipe: Recipe, source: Source) -> Pruning | ExpertR
 def _report(
     recipe: Recipe,
     job: Job,
-    cut: _Cut,
+    created: _Masks,
     removed: Mapping[str, float],
     watch: Stopwatch,
     masks_sha256: str | None = None,
 ) -> Pruning:
-    aim = cut.aim
+    aim = created.aim
     assert aim.pattern is not None
     facts: dict[str, Any] = {
         "model": job.model,
@@ -213,7 +216,7 @@ def _report(
         "calibration": job.windows.describe(),
         "versions": versions(),
         "seconds": watch.seconds,
-        **cut.record,
+        **created.record,
     }
     if aim.budget and aim.sparsity is not None:
         facts["size"] = SizeBudget(bytes=aim.budget.size, sparsity=aim.sparsity)

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from uniprune.artefacts import archive_size, writer
+from uniprune.artefacts import archive_size
+from uniprune.artefacts.binding import fingerprint
 from uniprune.artefacts.scores import ScoresFile
 from uniprune.common.progress import Progress, silent
 from uniprune.common.provenance import sha256, sparsity, versions
@@ -97,7 +98,7 @@ def sweep(
         if pattern is DENSE:
             result = result.model_copy(update={"dense": costs})
         else:
-            removed = {name: bits.removed(mask) for name, mask in cut.items()}
+            removed = {name: bits.sparsity_of(mask) for name, mask in cut.items()}
             row = _row(spec, pattern, sparsity(removed, saliency.shapes), costs)
             result = result.model_copy(update={"rows": marked([*result.rows, row])})
         result.write(output)
@@ -167,7 +168,7 @@ def _check_model(loaded: Loaded, matrices: Matrices, saliency: ScoresFile, score
     """Raises MismatchError unless the scores are of this model's weights."""
     if missing := [name for name in saliency if name not in matrices]:
         raise MismatchError(f"{scores} was made for another model: {loaded} has no matrix {missing[0]}")
-    if writer.fingerprint(loaded.checkpoint.digests(matrices)) != saliency.facts.base:
+    if fingerprint(loaded.checkpoint.digests(matrices)) != saliency.facts.base:
         raise MismatchError(f"{scores} was made for another model ({saliency.facts.made_for}) than {loaded}; give that one")
 
 

@@ -172,7 +172,7 @@ def _forecasts(work: Work, needed: Needs, tokens: int) -> dict[str, Forecast]:
 def flop(work: Work, execution: Execution) -> float:
     """Floating-point operations per token of a calibration."""
     again = FORWARD if work.recipe.corrected and execution != "resident" else 0
-    return (work.recipe.cost.flops + again) * work.met
+    return (work.recipe.cost.flops + again) * work.active
 
 
 def seconds_moving(work: Work, execution: Execution, found: Bytes) -> float:

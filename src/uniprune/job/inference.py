@@ -1,4 +1,4 @@
-"""Models that a caller has loaded compute as those that verbs load themselves: in evaluation mode, without gradients."""
+"""Public functions run a model that the caller has loaded as they run their own: in evaluation mode, without gradients."""
 
 from __future__ import annotations
 
@@ -16,37 +16,37 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def inferring(verb: Callable[P, T]) -> Callable[P, T]:
-    """A verb while which models that are passed to it loaded have no dropout and no gradients; afterwards they are as before.
+def inferring(function: Callable[P, T]) -> Callable[P, T]:
+    """Decorator: while the function runs, each ``Loaded`` model among its arguments is as in :func:`evaluating`.
 
-    ``Trainer`` leaves a model in training mode: its losses would be those of a thinned model, and others with every call. And
-    what a controller's pass backwards left in ``.grad``, the caller's next step would move the weights by.
+    ``Trainer`` leaves a model in training mode. With dropout on, losses would be those of another model, and different in each
+    call; and a backward pass of the controller would leave gradients in ``.grad``, which the caller's next optimizer step would
+    apply. The caller's ``torch.inference_mode`` is switched off meanwhile: the controller needs tensors that autograd can use.
     """
 
-    @wraps(verb)
-    def quietly(*args: P.args, **kwargs: P.kwargs) -> T:
-        # Tensors that are made in inference mode take no part in a pass backwards, and controllers make some.
+    @wraps(function)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> T:
         with torch.inference_mode(False), ExitStack() as stack:
             for given in (*args, *kwargs.values()):
                 if isinstance(given, Loaded):
                     stack.enter_context(evaluating(given.model))
-            return verb(*args, **kwargs)
+            return function(*args, **kwargs)
 
-    return quietly
+    return wrapper
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Inside ``with``, the model is in evaluation mode, and no parameter requires a gradient."""
+    """Inside ``with``, the model is in evaluation mode and no parameter requires a gradient; afterwards all is as before."""
     training = [module for module in model.modules() if module.training]
-    learning = [each for each in model.parameters() if each.requires_grad and not each.is_inference()]
+    trainable = [each for each in model.parameters() if each.requires_grad and not each.is_inference()]
     model.eval()
-    for parameter in learning:
+    for parameter in trainable:
         parameter.requires_grad_(False)
     try:
         yield
     finally:
-        for parameter in learning:
+        for parameter in trainable:
             parameter.requires_grad_()
         for module in training:
             module.training = True

@@ -1,4 +1,4 @@
-"""Bytes that a run needs, by the way that it is executed: found from the shapes alone, before a weight is read.
+"""The bytes that each execution of a run needs, forecast from shapes alone, before a weight is read.
 
 | execution  | weights                   | activations of a step           | what the controller keeps of each weight |
 | ---------- | ------------------------- | ------------------------------- | ---------------------------------------- |
@@ -38,23 +38,24 @@ logger = logging.getLogger(__name__)
 
 CPU = torch.device("cpu")
 PROCESS = 350_000_000  # bytes: the interpreter and its libraries
-LOGIT = 5 * 4  # bytes per logit of a piece of a window, of both models, with what becomes of them
-SCORING = 20  # bytes per weight of the largest matrix while it is scored and cut, in float32
-STEPPING = 24  # the same while its dual is moved
-NORMS = 6  # bytes that a block keeps for each token and channel between the blocks, beyond its matrices': norms are in float32
-RAGGED = 1.1  # what the allocator loses
-LARGE_STEP = 16_384  # tokens in which a step computes about as long as its states take from the disk and back
-TRAFFIC = 10_000_000_000  # bytes a step that are worth a warning
-GROUPS, MOUNTED = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")  # Linux's: the control groups of this process, of all
-LIMITS = {"": ("memory.max", "memory.current"), "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes")}  # version 2, 1
+LOGIT = 5 * 4  # bytes per logit of a piece of a window: the float32 tensors that a loss makes of both models' logits
+SCORING = 20  # bytes per weight of the largest matrix while it is scored and its mask created, in float32
+STEPPING = 24  # bytes per weight of the largest matrix while a step moves its dual
+NORMS = 6  # bytes per token and hidden channel that autograd keeps of a block's norms (float32), beside what matrices need
+FRAGMENTATION = 1.1  # memory taken from the system / memory asked of the allocator, for tensors that come and go
+LARGE_STEP = 16_384  # tokens of a step that computes about as long as its states take to be read and written
+TRAFFIC = 10_000_000_000  # bytes read and written per step from which on a warning is due
+GROUPS, MOUNTED = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")  # on Linux: this process's control groups; all of them
+LIMITS = {"": ("memory.max", "memory.current"), "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes")}  # cgroup v2, v1
 
 
 @dataclass(frozen=True)
 class Bytes:
-    """What an execution takes, in each process.
+    """The bytes that an execution takes in each process.
 
-    memory: where it computes. host: beside a GPU's memory. disk: beside the output, while the run lasts. read, written: from
-    and to the disk in a step of the controller, or in all if there is none. parts: of the memory, by what they are for.
+    memory: on the device that computes. host: of host memory, where that is a GPU. disk: of temporary files beside the output.
+    read, written: disk traffic of one step of the controller, or of the whole calibration if there is none. parts: of
+    ``memory``: weights, statistics, states, masks, working.
     """
 
     memory: int
@@ -66,21 +67,21 @@ class Bytes:
 
     @classmethod
     def of(cls, parts: Mapping[str, int], **others: int) -> Bytes:
-        """What lasts lies there in a piece; of what comes and goes the allocator loses some."""
-        working = int(RAGGED * parts["working"])
+        """Of the parts in bytes. Only ``working`` fragments the allocator's memory: the others stay where they are."""
+        working = int(FRAGMENTATION * parts["working"])
         return cls(PROCESS + sum(parts.values()) - parts["working"] + working, **others, parts=parts)
 
 
 Needs = dict[Execution, Bytes]
-"""The ways that a run can be executed, the fastest first."""
+"""What each possible execution takes, the fastest first."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """What is to be done, as far as memory and time depend on it.
+    """What memory and time depend on.
 
-    model: may be on the meta device. dtype: to compute in; stored: as the checkpoint has the weights, None of codes. length: of
-    a window. device: where.
+    model: may be on the meta device. dtype: computed in; stored: the checkpoint's, None if it stores codes (quantised). length:
+    tokens of a window. device: that computes.
     """
 
     model: torch.nn.Module
@@ -102,40 +103,42 @@ class Work:
 
     @cached_property
     def shares(self) -> dict[str, float]:
-        """Of the tokens, how many go through each matrix: an expert is given those that its router sends there, where the
-        configuration says ``num_experts_per_tok``; elsewhere all."""
+        """The fraction of the tokens that each matrix multiplies: of experts the mean that the config's ``num_experts_per_tok``
+        implies, or 1 if it does not say; of all other matrices 1."""
         config = self.model.config.get_text_config()  # type: ignore[union-attr, operator]
         chosen = getattr(config, "num_experts_per_tok", None)
-        fellows = Counter(matrix.group for matrix in self.matrices.values())
+        experts = Counter(matrix.group for matrix in self.matrices.values())
         return {
-            name: min(1.0, chosen / fellows[matrix.group]) if isinstance(chosen, int) and _routed(matrix) else 1.0
+            name: min(1.0, chosen / experts[matrix.group]) if isinstance(chosen, int) and _routed(matrix) else 1.0
             for name, matrix in self.matrices.items()
         }
 
     @property
-    def met(self) -> float:
-        """How many of the prunable weights a token is multiplied by."""
+    def active(self) -> float:
+        """How many of the prunable weights a token is multiplied by, on average (active parameters)."""
         return sum(self.shares[name] * matrix.size for name, matrix in self.matrices.items())
 
 
 def _routed(matrix: Matrix) -> bool:
-    """Whether a matrix is an expert's that is given some tokens alone; Llama 4's have room for all."""
+    """Whether a matrix is of an expert that gets only the tokens routed to it; Llama 4's get tensors as long as all tokens."""
     return matrix.group is not None and not isinstance(getattr(matrix.module, "fused", None), Batched)
 
 
 def needs(work: Work) -> Needs:
-    """What pruning would take."""
+    """What each possible execution of this work takes."""
     parts, corrected, cost, processes = _Parts(work), work.recipe.corrected, work.recipe.cost, distributed.count()
     states, saved = int(cost.memory * work.prunable / processes), int(cost.disk * work.prunable / processes) + parts.finals
     masks, packed = int(cost.masks * work.prunable), parts.bits + int(cost.masks * parts.block)
     held = {"weights": parts.weights, "statistics": parts.observed, "states": states}
     held["masks"] = masks if processes == 1 else packed
-    found: Needs = {"resident": Bytes.of(held | {"working": max(parts.working, parts.kept if corrected else 0)}, disk=saved)}
+    found: Needs = {
+        "resident": Bytes.of(held | {"working": max(parts.working, parts.resident_step if corrected else 0)}, disk=saved)
+    }
     if corrected and masks:
-        held |= {"masks": packed, "working": max(parts.working, parts.again)}
+        held |= {"masks": packed, "working": max(parts.working, parts.recomputed_step)}
         found["recomputed"] = Bytes.of(held, disk=saved)
         if work.device.type != "cpu":
-            here = held | {"states": 0, "working": held["working"] + parts.visiting}
+            here = held | {"states": 0, "working": held["working"] + parts.fetched}
             host = int(cost.memory) * sum(_pinned(matrix.size) for matrix in work.matrices.values()) // processes
             found["offloaded"] = Bytes.of(here, host=host, disk=saved)
     streamed = _streamed(parts)
@@ -148,8 +151,7 @@ def needs(work: Work) -> Needs:
 
 
 def _streamed(parts: _Parts) -> Bytes:
-    """Weights of blocks that are computed with on a CPU in the type that they are stored in are pages of the checkpoint, which
-    the system keeps as long as there is room."""
+    """What the streamed execution takes. Blocks that are memory-mapped are not counted: the system may drop their pages."""
     work, cost, processes = parts.work, parts.work.recipe.cost, distributed.count()
     weights = (work.parameters - parts.inside + (0 if parts.mapped else parts.block)) * parts.item
     held = {"weights": weights, "statistics": parts.observed}
@@ -157,7 +159,7 @@ def _streamed(parts: _Parts) -> Bytes:
         return Bytes.of(held | {"working": parts.working}, disk=parts.hidden, read=2 * parts.on_disk)
     states, read, written = (int(size * work.prunable / processes) for size in (cost.disk, work.recipe.read, cost.written))
     return Bytes.of(
-        held | {"masks": int(cost.masks * parts.block), "working": max(parts.working, parts.stepping)},
+        held | {"masks": int(cost.masks * parts.block), "working": max(parts.working, parts.streamed_step)},
         disk=states + parts.bits + parts.hidden + parts.finals,
         read=2 * parts.on_disk + read,
         written=written,
@@ -165,19 +167,19 @@ def _streamed(parts: _Parts) -> Bytes:
 
 
 class _Parts:
-    """The parts that the forecasts are made of: bytes, unless they say otherwise."""
+    """The quantities that forecasts are sums of: bytes, unless they say otherwise."""
 
     def __init__(self, work: Work) -> None:
         self.work, self.item = work, work.dtype.itemsize
         _, blocks = find_blocks(work.model)
         self.blocks = len(blocks)
-        self.inside = sum(p.numel() for p in blocks.parameters())  # weights
-        self.block = max(sum(p.numel() for p in one.parameters()) for one in blocks)  # weights of the largest
-        self.tokens = max(work.length, work.recipe.step_tokens(work.length) // distributed.count())
-        self.largest = max(matrix.size for matrix in work.matrices.values())  # weights
-        self.width = max(matrix.shape[1] for matrix in work.matrices.values())  # of the widest input
+        self.inside = sum(p.numel() for p in blocks.parameters())  # number of weights in all blocks
+        self.block = max(sum(p.numel() for p in one.parameters()) for one in blocks)  # number of weights of the largest block
+        self.tokens = max(work.length, work.recipe.step_tokens(work.length) // distributed.count())  # of a step, in a process
+        self.largest = max(matrix.size for matrix in work.matrices.values())  # number of weights of the largest matrix
+        self.width = max(matrix.shape[1] for matrix in work.matrices.values())  # channels of the widest input
         config = work.model.config.get_text_config()  # type: ignore[union-attr, operator]
-        self.flow = getattr(config, "hidden_size", None) or self.width  # of what goes from block to block
+        self.hidden_size = getattr(config, "hidden_size", None) or self.width
 
     @property
     def weights(self) -> int:
@@ -190,90 +192,92 @@ class _Parts:
 
     @property
     def mapped(self) -> bool:
-        """Whether weights of blocks are pages of the checkpoint's files."""
+        """Whether blocks' weights are memory-mapped: on a CPU, in the stored type, and not assembled from single experts."""
         work = self.work
-        together = any(isinstance(matrix.module, Slice) for matrix in work.matrices.values())  # those are put together
-        return work.device.type == "cpu" and work.dtype == work.stored and not together
+        assembled = any(isinstance(matrix.module, Slice) for matrix in work.matrices.values())
+        return work.device.type == "cpu" and work.dtype == work.stored and not assembled
 
     @property
     def bits(self) -> int:
-        """Masks of a step, and of those of the next one what a process creates meanwhile."""
+        """Packed masks: all of this step's, and the share of the next step's that this process creates meanwhile."""
         packed = int(self.work.recipe.cost.masks * self.work.prunable) // 8
         return packed + packed // distributed.count()
 
     @property
     def working(self) -> int:
-        """One matrix while it is scored and cut, or a batch on its way through a block without gradients."""
+        """The larger of: one matrix while it is scored and its mask created; a batch in a block, without gradients."""
         passing = max(BATCH_TOKENS, self.work.length) * 16 * self.width * self.item
         return max(SCORING * self.largest, passing)
 
     @cached_property
     def widths(self) -> dict[str, int]:
-        """What a token has on both sides of each matrix, in numbers; on both sides of an expert's on average."""
+        """Inputs and outputs of each matrix, in channels; of an expert's matrix times the fraction of tokens that it gets."""
         return {name: math.ceil(self.work.shares[name] * sum(matrix.shape)) for name, matrix in self.work.matrices.items()}
 
     @cached_property
     def per_token(self) -> int:
-        """What a block keeps of a token: what its matrices are given, what they put out, what comes of the widest, norms."""
-        return self.item * (_most_of_a_block(self.work.matrices, self.widths) + self.width) + NORMS * self.flow
+        """What autograd keeps of a token in one block: matrices' inputs and outputs, one more of the widest, and the norms."""
+        return self.item * (_most_of_a_block(self.work.matrices, self.widths) + self.width) + NORMS * self.hidden_size
 
     @property
     def gradients(self) -> int:
-        """Those of one block's matrices, summed in float32 where a step goes through it in parts, and one matrix's step."""
+        """Gradients of one block's matrices, in the type computed in."""
         sizes = {name: matrix.size for name, matrix in self.work.matrices.items()}
         return self.item * _most_of_a_block(self.work.matrices, sizes)
 
     @property
-    def moving(self) -> int:
-        """The largest matrix while its state is moved."""
+    def update(self) -> int:
+        """The largest matrix while a step updates its state."""
         return STEPPING * self.largest
 
     @property
-    def visiting(self) -> int:
-        """The state of the largest matrix, where states lie elsewhere and come one at a time."""
+    def fetched(self) -> int:
+        """The state of the largest matrix: where states lie on disk or in host memory, one at a time is fetched."""
         return int(self.work.recipe.cost.memory) * self.largest
 
     @property
     def logits(self) -> int:
-        """Those of a piece of a window in a step, of the commonest tokens; all tokens' in the start's."""
+        """Logits of one piece of a window in a step: those of the tokens that the loss looks at."""
         return LOGIT * PIECE * _vocabulary(self.work)
 
     @property
-    def kept(self) -> int:
-        """The most that a step holds with the activations of all blocks kept: at its loss, or when the last block moves."""
+    def resident_step(self) -> int:
+        """The peak of a step that keeps the activations of all blocks: at its loss, or when the last block's states are updated
+        (its own activations are freed by then)."""
         widths = sum(self.widths.values())
-        activations = self.tokens * (self.item * (widths + self.blocks * self.width) + NORMS * self.blocks * self.flow)
-        return activations + max(self.logits, self.gradients + self.moving - self.tokens * self.per_token)
+        activations = self.tokens * (self.item * (widths + self.blocks * self.width) + NORMS * self.blocks * self.hidden_size)
+        return activations + max(self.logits, self.gradients + self.update - self.tokens * self.per_token)
 
     @property
-    def again(self) -> int:
-        """The same with the inputs of all blocks kept, and the activations of one and their gradients."""
-        inputs = self.tokens * self.item * self.blocks * self.flow
-        return inputs + max(2 * self.tokens * self.per_token + self.gradients, self.gradients + self.moving, self.logits)
+    def recomputed_step(self) -> int:
+        """The peak of a step that keeps the inputs of all blocks, and the activations and gradients of one block at a time."""
+        inputs = self.tokens * self.item * self.blocks * self.hidden_size
+        return inputs + max(2 * self.tokens * self.per_token + self.gradients, self.gradients + self.update, self.logits)
 
     @property
-    def stepping(self) -> int:
-        """The most that a step holds block by block from disk: a part of its tokens in a block, the block's masks and
-        gradients, one matrix on the move; and the final hidden states of both models, their gradient, and it in pieces."""
+    def streamed_step(self) -> int:
+        """The peak of a streamed step: a part of its tokens in a block, or the update of one matrix, with the block's gradients
+        (float32 where they are sums over several parts); or logits. On top of that four times the final hidden states: of both
+        models, their gradient, and that gradient in parts."""
         part = max(PART_TOKENS, self.work.length)
         gradients = self.gradients * (4 // self.item if self.tokens > part else 1)
-        final = 4 * self.tokens * self.flow * self.item
-        in_block = max(2 * part * self.per_token, self.moving + self.visiting)
+        final = 4 * self.tokens * self.hidden_size * self.item
+        in_block = max(2 * part * self.per_token, self.update + self.fetched)
         return max(in_block + gradients, self.logits) + final
 
     @property
     def hidden(self) -> int:
-        """Of the disk: hidden states between the blocks, of a step those that go into each block."""
+        """On disk: the hidden states between two blocks; where the controller runs, the inputs of all blocks in a step."""
         if not self.work.recipe.corrected:
-            return 2 * self.text * self.item * self.flow
+            return 2 * self.text * self.item * self.hidden_size
         return max(self.tokens, BATCH_TOKENS) * self.item * self.width * (self.blocks + 4)
 
     @property
     def finals(self) -> int:
-        """Of the disk: the dense model's final hidden states, of windows that a controller sees again."""
+        """On disk: the dense model's final hidden states, if the controller comes to the same windows more than once."""
         recipe, length = self.work.recipe, self.work.length
         again = (recipe.steps_within(length) or 0) * recipe.step_tokens(length) > self.text
-        return self.text * self.item * self.flow if recipe.corrected and again else 0
+        return self.text * self.item * self.hidden_size if recipe.corrected and again else 0
 
     @property
     def text(self) -> int:
@@ -282,7 +286,7 @@ class _Parts:
 
     @cached_property
     def observed(self) -> int:
-        """The statistics of inputs: of a block's matrices where it is pruned before the next one is run, else of all."""
+        """The statistics of inputs: of all matrices; of one block's where each block is pruned before the next one is run."""
         recipe, wanted = self.work.recipe, self.work.recipe.parsed_metric().statistic
         kinds: tuple[Kind | None, ...] = (wanted,)
         if recipe.refine:
@@ -298,19 +302,19 @@ class _Parts:
 
 
 def _pinned(size: int) -> int:
-    """Of the host, per byte of a weight: PyTorch takes a power of two for each pinned tensor."""
+    """The elements that PyTorch allocates for a pinned tensor of this many: the next power of two."""
     return 1 << (size - 1).bit_length()
 
 
 def _vocabulary(work: Work) -> int:
-    """Of the logits that a step computes."""
+    """How many tokens of the vocabulary a step computes logits of."""
     size: int = output_embeddings(work.model).weight.shape[0]
     settings = work.recipe.parsed_controller()
     return size if getattr(settings, "labels", 0) else min(size, getattr(settings, "vocabulary", size))
 
 
 def _most_of_a_block(matrices: Matrices, sizes: Mapping[str, int]) -> int:
-    """The most that the matrices of one block have together."""
+    """The largest sum of sizes over the matrices of one block."""
     totals: Counter[int] = Counter()
     for name, size in sizes.items():
         totals[matrices[name].block] += size
@@ -318,7 +322,7 @@ def _most_of_a_block(matrices: Matrices, sizes: Mapping[str, int]) -> int:
 
 
 def warn_of_traffic(work: Work, execution: str, needed: Bytes) -> None:
-    """Says so if states will come from the disk and go there more often than they need to."""
+    """Warns if small steps will read and write the states more often than larger steps would."""
     moved = needed.read + needed.written
     small = work.recipe.step_tokens(work.length) < LARGE_STEP
     if execution in ("sharded", "streamed") and work.recipe.corrected and small and moved > TRAFFIC:

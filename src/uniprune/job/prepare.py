@@ -1,8 +1,6 @@
-"""What a run needs before it starts: checked input, a choice of how to execute it, the model, the windows.
+"""What a run needs before it starts: checked input, the matrices and what they are to lose, the windows, the loaded model.
 
-The cheap checks come first and the weights last. How the model is executed follows from the memory that the forecast asks for
-and the machine has: whole; whole, but with activations that are computed again; block by block from the memory of all
-processes; or block by block from disk.
+The cheap checks come first and the weights last. How the model is executed is chosen in ``execution``.
 """
 
 from __future__ import annotations
@@ -17,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from uniprune.artefacts import archive_size, writer
 from uniprune.artefacts.binding import Binding
@@ -24,15 +23,15 @@ from uniprune.artefacts.reports import ModelFacts
 from uniprune.checkpoints.origin import Origin, resolve, stored_dtype
 from uniprune.common import distributed, formatting, pictures
 from uniprune.common.progress import Progress, silent
-from uniprune.controller import controllers
 from uniprune.data.sources import files_of
 from uniprune.data.windows import Windows, save_windows
 from uniprune.errors import InputError
 from uniprune.job import memory
+from uniprune.job.execution import IN_MEMORY, check_execution, choose, choose_for_loaded
 from uniprune.job.images import image_windows
 from uniprune.job.options import Execution, RunOptions
 from uniprune.job.recipe import Recipe
-from uniprune.job.samples import calibration_windows, check_written, writes, written
+from uniprune.job.samples import calibration_windows, generated
 from uniprune.models import blocks
 from uniprune.models.loading import (
     Loaded,
@@ -49,8 +48,8 @@ from uniprune.models.loading import (
     warn_of_emulation,
 )
 from uniprune.models.matrices import Matrices, check_decoder, check_finite, check_loaded, choose_matrices, find_matrices
-from uniprune.models.sharding import Sharder, open_sharded
-from uniprune.models.streaming import attached, open_streamed
+from uniprune.models.sharding import open_sharded
+from uniprune.models.streaming import Streamer, attached, open_streamed
 from uniprune.saliency.calibration import OUTPUTS, SWEEP, Calibration
 from uniprune.sparsity.hardware import fitted
 from uniprune.sparsity.patterns import Pattern, Saliency
@@ -58,22 +57,14 @@ from uniprune.storage import files, runs
 from uniprune.storage.dtypes import PLAIN
 from uniprune.storage.files import check_output_file
 
-IN_MEMORY: tuple[Execution, ...] = ("resident", "recomputed", "offloaded")
-UNSUITABLE = {
-    "recomputed": "only --controller feedback has activations to compute again",
-    "offloaded": "it is for a controller on a GPU",
-    "sharded": "it takes several processes (torchrun)",
-}
-
-
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Aim:
-    """What a recipe's budget comes to for a model's matrices.
+    """What a recipe asks for, resolved for a model's matrices.
 
-    unsupported: matrices that cannot have the pattern, and why. budget: if a size was asked for; sparsity: what it became.
+    unsupported: matrices that cannot have the pattern, and why. budget: if a size was asked for; sparsity: that meets it.
     """
 
     pattern: Pattern | None
@@ -82,7 +73,7 @@ class Aim:
     sparsity: float | None
 
     def with_scores(self, saliency: Saliency) -> Aim:
-        """The same, now that there are scores: at the sparsity at which what they keep has the size that was asked for."""
+        """For a size budget: the same at the sparsity that meets it with these scores; without scores it is an estimate."""
         if self.budget is None:
             return self
         sparsity = self.budget.sparsity(saliency)
@@ -146,123 +137,136 @@ def prepare(
     """Checks the cheap things first and loads the weights last; samples that the model itself writes come after them.
 
     output: an output folder, or None; scores: a scores file instead, whose name its writer checks.
+    Raises InputError for anything that cannot be done as it is asked for.
     """
-    with ExitStack() as beside:
-        return _prepare(source, recipe, output, options, scores, progress, beside)
-
-
-def _prepare(
-    source: Source,
-    recipe: Recipe,
-    output: Path | None,
-    options: RunOptions,
-    scores: Path | None,
-    progress: Progress,
-    beside: ExitStack,
-) -> Job:
-    """beside: what other threads do meanwhile, which ends with it."""
-    device, asked, save_tokens = device_of(options), parse_dtype(recipe.dtype), options.save_tokens
+    device, target = device_of(options), output or scores
     check_execution(recipe, "resident")
-    loaded = source if isinstance(source, Loaded) else None
-    if loaded and loaded.residency is blocks.resident:
-        check_one_device(loaded.model)
-        loaded.check(recipe.dtype, options.device)
-        if recipe.parsed_controller() is not None and next(loaded.model.parameters()).is_inference():
-            raise InputError(
-                "the model was made in torch.inference_mode and cannot be differentiated; make it outside, or give its folder"
-            )
-    origin = loaded.origin if loaded else resolve(source)  # type: ignore[arg-type]
-    texts = files_of(recipe.text)
+    if isinstance(source, Loaded):
+        _check_loaded(source, recipe, options)
+    given = source if isinstance(source, Loaded) else resolve(source)
+    origin = given.origin if isinstance(given, Loaded) else given
+    _check_outputs(recipe, origin, options, output, scores)
+    model = given.model if isinstance(given, Loaded) else skeleton(given)
+    check_predicts(recipe, model)
+    warn_of_idle(recipe)
+    matrices = choose_matrices(model, recipe.include, recipe.exclude)
+    aim = aim_of(recipe, matrices, given)
+    disk = _output_bytes(recipe, origin, model, matrices, to_folder=output is not None)
+    if target is not None:
+        files.check_disk_space(target, disk)
+    with ExitStack() as meanwhile:  # files are hashed by other threads; after an error they are told to stop
+        checkpoint = given.checkpoint if isinstance(given, Loaded) else given.files
+        digests = meanwhile.enter_context(checkpoint.digesting(matrices)) if checkpoint else None
+        tokenizer = given.tokenizer if isinstance(given, Loaded) else load_tokenizer(given)
+        windows = _windows(recipe, model, origin, tokenizer)
+        _save_tokens(windows, options)
+        if isinstance(given, Loaded):
+            loaded = given
+            warn_of_emulation(loaded.model)
+            execution = choose_for_loaded(loaded, recipe, matrices, windows.tokens.shape[1], options)
+        else:
+            work = _work(given, recipe, model, matrices, windows, device)
+            needs = memory.needs(work)
+            execution = choose(given, needs, options, device, target)
+            check_execution(recipe, execution)
+            memory.warn_of_traffic(work, execution, needs[execution])
+            _check_images(windows, execution)
+            if target is not None:  # each process has files of its own beside the output
+                files.check_disk_space(target, disk + distributed.count() * needs[execution].disk)
+            loaded = _load(given, tokenizer, work.dtype, device, execution)
+            matrices = _found_in(loaded, recipe)
+        if windows.prompts is not None:
+            windows = generated(windows, loaded, recipe.seed, progress)
+            _save_tokens(windows, options)
+        pictures.show(loaded.model, windows.pictures)
+        if loaded.residency is blocks.resident:
+            check_finite(matrices)  # of the weights in the type computed in; those in the files are checked as they are hashed
+            check_loaded(loaded.model, matrices)
+        if recipe.size is not None and aim.budget is None:
+            aim = aim_of(recipe, matrices, loaded)
+        found = digests() if digests else loaded.checkpoint.digests(matrices)
+        return Job(loaded, matrices, windows, Binding.of(matrices, found, str(loaded)), aim, execution)
+
+
+def _check_loaded(loaded: Loaded, recipe: Recipe, options: RunOptions) -> None:
+    """Raises InputError for a model in memory that cannot be run as the recipe and the options ask for it."""
+    if loaded.residency is not blocks.resident:
+        return
+    check_one_device(loaded.model)
+    loaded.check(recipe.dtype, options.device)
+    if recipe.parsed_controller() is not None and next(loaded.model.parameters()).is_inference():
+        raise InputError(
+            "the model was made in torch.inference_mode and cannot be differentiated; make it outside, or give its folder"
+        )
+
+
+def _check_outputs(
+    recipe: Recipe, origin: Origin | None, options: RunOptions, output: Path | None, scores: Path | None
+) -> None:
+    """Raises InputError if a file or folder that the run writes may not be written, or is one that it reads."""
+    texts, save_tokens = files_of(recipe.text), options.save_tokens
+    model = origin.path if origin else None
     if save_tokens is not None and scores is not None and save_tokens.resolve() == scores.resolve():
         raise InputError(f"output {scores} cannot hold both scores and tokens; give --save-tokens another name")
     for file in (save_tokens, scores):
         if file is not None:
-            may = options.overwrite or options.resume or file is scores  # the tokens of an earlier try are compared
-            check_output_file(file, may, *texts, *([origin.path] if origin else []))
+            # A token file of an interrupted run is compared later on; a scores file was checked by its writer.
+            replaceable = options.overwrite or options.resume or file is scores
+            check_output_file(file, replaceable, *texts, *([model] if model else []))
     if output is not None:
-        files.check_output_folder(output, options.overwrite, origin.path if origin else None, texts)
-    model = loaded.model if loaded else skeleton(origin)  # type: ignore[arg-type]
-    check_predicts(recipe, model)
-    warn_of_idle(recipe)
-    matrices = choose_matrices(model, recipe.include, recipe.exclude)
-    aim = aim_of(recipe, matrices, loaded or origin)
-    disk = 4 * sum(matrix.size for matrix in matrices.values())  # of scores
-    if output is not None:
-        weights = sum(p.numel() for p in model.parameters()) * (asked or torch.float32).itemsize
-        disk = writer.checkpoint_bytes(origin, weights) if origin else weights
-    target = output or scores
-    if target is not None:
-        files.check_disk_space(target, disk)
-    digests = None
-    if checkpoint := loaded.checkpoint if loaded else origin.files:  # type: ignore[union-attr]
-        digests = beside.enter_context(checkpoint.digesting(matrices))
-    tokenizer = loaded.tokenizer if loaded else load_tokenizer(origin)  # type: ignore[arg-type]
+        files.check_output_folder(output, options.overwrite, model, texts)
+
+
+def _output_bytes(recipe: Recipe, origin: Origin | None, model: nn.Module, matrices: Matrices, to_folder: bool) -> int:
+    """The disk space that the output takes: a checkpoint's, or a scores file's."""
+    if not to_folder:
+        return 4 * sum(matrix.size for matrix in matrices.values())
+    weights = sum(p.numel() for p in model.parameters()) * (parse_dtype(recipe.dtype) or torch.float32).itemsize
+    return writer.checkpoint_bytes(origin, weights) if origin else weights
+
+
+def _windows(recipe: Recipe, model: nn.Module, origin: Origin | None, tokenizer: Any) -> Windows:
+    """The calibration samples. Raises InputError if they are too few for the processes and a held-out one."""
     windows = image_windows(recipe, model, origin, tokenizer) or calibration_windows(recipe, tokenizer, model)
     holds_out = bool(getattr(recipe.parsed_controller(), "held_out", 0))
     distributed.check_windows(len(windows.tokens), held_out=int(holds_out))
-    _keep(windows, options)
-    if loaded:
-        warn_of_emulation(loaded.model)
-        execution = _of_loaded(loaded, recipe, matrices, windows, options)
-    else:
-        assert origin is not None
-        stored = stored_dtype(origin, matrices)
-        computed = asked or fast_dtype(stored or native_dtype(origin), device)
-        work = memory.Work(model, matrices, recipe, computed, stored, windows.tokens.shape[1], device)
-        needs = memory.needs(work)
-        execution = choose(origin, needs, options, device, target)
-        check_execution(recipe, execution)
-        memory.warn_of_traffic(work, execution, needs[execution])
-        if windows.pictures and execution not in IN_MEMORY:
-            raise InputError("images go through the whole model in memory; raise --max-memory, or take the text: --field text")
-        if target is not None:
-            files.check_disk_space(target, disk + distributed.count() * needs[execution].disk)  # each process has its own
-        if execution in IN_MEMORY:
-            loaded = Loaded(load_weights(origin, computed, device), tokenizer, origin)
-            matrices = find_matrices(loaded.model, recipe.include, recipe.exclude)
-        else:
-            open_blocks = open_sharded if execution == "sharded" else open_streamed
-            loaded = open_blocks(origin, tokenizer, computed, device)
-            matrices = attached(find_matrices(loaded.model, recipe.include, recipe.exclude), loaded.residency)  # type: ignore[arg-type]
-    if windows.prompts is not None:
-        windows = written(windows, loaded, recipe.seed, progress)
-        _keep(windows, options)
-    pictures.show(loaded.model, windows.pictures)
-    if loaded.residency is blocks.resident:
-        check_finite(matrices)  # as they are computed; as they are stored, digests looks
-        check_loaded(loaded.model, matrices)
-    if recipe.size is not None and aim.budget is None:
-        aim = aim_of(recipe, matrices, loaded)
-    return Job(loaded, matrices, windows, _bind(loaded, matrices, digests() if digests else None), aim, execution)
+    return windows
 
 
-def _of_loaded(loaded: Loaded, recipe: Recipe, matrices: Matrices, windows: Windows, options: RunOptions) -> Execution:
-    """How a model that was loaded before is executed."""
-    if loaded.residency is not blocks.resident:
-        return "sharded" if isinstance(loaded.residency, Sharder) else "streamed"
-    dtype, device = next(loaded.model.parameters()).dtype, blocks.device_of(loaded.model)
-    work = memory.Work(loaded.model, matrices, recipe, dtype, dtype, windows.tokens.shape[1], device)
-    limit = options.max_memory or memory.free_memory(device) + memory.PROCESS + work.parameters * dtype.itemsize
-    found = {execution: needed for execution, needed in memory.needs(work).items() if execution in IN_MEMORY}
-    if options.execution is not None and options.execution not in found:
-        raise InputError(f"--execution {options.execution} is not for a model that is in memory; one of {', '.join(found)} is")
-    return options.execution or _fitting(found, limit) or "resident"
+def _work(
+    origin: Origin, recipe: Recipe, model: nn.Module, matrices: Matrices, windows: Windows, device: torch.device
+) -> memory.Work:
+    """What the forecasts of memory depend on, for a model that is yet to be loaded."""
+    stored = stored_dtype(origin, matrices)
+    dtype = parse_dtype(recipe.dtype) or fast_dtype(stored or native_dtype(origin), device)
+    return memory.Work(model, matrices, recipe, dtype, stored, windows.tokens.shape[1], device)
 
 
-def _keep(windows: Windows, options: RunOptions) -> None:
-    """Writes the token file, if one is asked for and no sample is still to be written by the model."""
+def _check_images(windows: Windows, execution: Execution) -> None:
+    if windows.pictures and execution not in IN_MEMORY:
+        raise InputError("images go through the whole model in memory; raise --max-memory, or take the text: --field text")
+
+
+def _load(origin: Origin, tokenizer: Any, dtype: torch.dtype, device: torch.device, execution: Execution) -> Loaded:
+    if execution in IN_MEMORY:
+        return Loaded(load_weights(origin, dtype, device), tokenizer, origin)
+    return (open_sharded if execution == "sharded" else open_streamed)(origin, tokenizer, dtype, device)
+
+
+def _found_in(loaded: Loaded, recipe: Recipe) -> Matrices:
+    """The matrices to prune of a model that was loaded, where its blocks are not in memory read from the checkpoint."""
+    matrices = find_matrices(loaded.model, recipe.include, recipe.exclude)
+    return attached(matrices, loaded.residency) if isinstance(loaded.residency, Streamer) else matrices
+
+
+def _save_tokens(windows: Windows, options: RunOptions) -> None:
+    """Writes the token file, if one is asked for and the model has no sample left to write."""
     if options.save_tokens is not None and windows.prompts is None and distributed.rank() == 0:
         save_windows(windows, options.save_tokens, again=options.resume and not options.overwrite)
 
 
-def _bind(loaded: Loaded, matrices: Matrices, digests: dict[str, str] | None) -> Binding:
-    digests = digests or loaded.checkpoint.digests(matrices)
-    transposed = [name for name, matrix in matrices.items() if matrix.stored_transposed]
-    return Binding(base=writer.fingerprint(digests), base_name=str(loaded), digests=digests, transposed=transposed)
-
-
 def aim_of(recipe: Recipe, matrices: Matrices, source: Loaded | Origin | None) -> Aim:
-    """The pattern, and the size that a recipe asks for, if it does and the weights can be read before they are loaded."""
+    """The pattern that a recipe asks for; and its size budget, if it has one and ``source`` has weights that can be read."""
     origin = source.origin if isinstance(source, Loaded) else source
 
     def at(sparsity: float | None) -> Pattern:
@@ -280,7 +284,7 @@ def aim_of(recipe: Recipe, matrices: Matrices, source: Loaded | Origin | None) -
 def _pattern_of(
     recipe: Recipe, matrices: Matrices, origin: Origin | None, sparsity: float | None
 ) -> tuple[Pattern | None, dict[str, str]]:
-    """The pattern that a recipe asks for, if it does, as these matrices can have it; and those that cannot, with reasons.
+    """The pattern of a recipe, if it has one, with rules for the matrices that cannot have it; and those, with the reasons.
 
     sparsity: what a size became; the lowest while that is not known.
     """
@@ -293,90 +297,37 @@ def _pattern_of(
     return fitted(recipe.pattern(), shapes, dtype, recipe.hardware, recipe.unsupported)
 
 
-def choose(
-    origin: Origin, needs: memory.Needs, options: RunOptions, device: torch.device, output: Path | None = None
-) -> Execution:
-    """The one that was asked for, or the fastest that fits; an interrupted run goes on as it began.
-
-    All processes choose the same, by the one that has least memory.
-    Raises InputError, with the numbers, if nothing fits.
-    """
-    asked, limit = options.execution, options.max_memory or memory.free_memory(device)
-    if asked is not None and asked not in needs:
-        raise InputError(f"--execution {asked} is not to be had here: {UNSUITABLE[asked]}; one of {', '.join(needs)} is")
-    able = {name: needed for name, needed in needs.items() if asked in (None, name) and (origin.files or name in IN_MEMORY)}
-    begun = (runs.identity_of(output) or {}).get("execution") if options.resume and output is not None else None
-    if begun in needs:
-        same = IN_MEMORY if begun == "resident" else (begun,)
-        return _fitting({name: needed for name, needed in able.items() if name in same}, limit) or asked or begun
-    if (found := _fitting(able, limit)) is not None:
-        return found
-    takes = ", ".join(f"{gigabytes(needed.memory)} {name}" for name, needed in needs.items() if asked in (None, name))
-    steps = "masks" in needs["streamed"].parts  # of a controller
-    remedy = "lower the tokens of a step" if steps else "give shorter samples (--length)"
-    if not origin.files:
-        remedy = "convert it: only safetensors files are read block by block"
-    raise InputError(f"model {origin} needs {takes} of memory; {gigabytes(limit)} are there; raise --max-memory, or {remedy}")
-
-
-def _fitting(able: memory.Needs, limit: int) -> Execution | None:
-    """The fastest execution that fits into the memory of every process."""
-    host = memory.free_memory(torch.device("cpu"))
-    return next((name for name, needed in able.items() if _everywhere(needed.memory <= limit and needed.host <= host)), None)
-
-
-def check_execution(recipe: Recipe, execution: Execution) -> None:
-    """Raises InputError if the recipe's controller or text does not go with the way that the model would be executed."""
-    check_written(writes(recipe), execution in IN_MEMORY)
-    controller = recipe.parsed_controller()
-    if controller is None:
-        return
-    name, others = controllers.name_of(controller), "use another controller, or --controller none"
-    if controller.one_process and distributed.count() > 1:
-        raise InputError(f"--controller {name} runs in one process; start it without torchrun, or {others}")
-    if controller.in_memory and execution not in ("resident", "recomputed"):
-        raise InputError(f"--controller {name} needs the whole model in memory; raise --max-memory, or {others}")
-
-
 def warn_of_idle(recipe: Recipe) -> None:
-    """Says so if steps were asked for that nothing takes."""
+    """Warns if there are settings for the steps of a controller, but no controller runs."""
     if not recipe.corrected and (recipe.steps or recipe.budget_tokens):
         logger.warning("--steps and --budget-tokens change nothing: they are of a controller, and none runs")
 
 
-def check_predicts(recipe: Recipe, model: torch.nn.Module) -> None:
-    """Raises InputError if a controller is to correct scores by the next token's prediction, which the model does not make."""
+def check_predicts(recipe: Recipe, model: nn.Module) -> None:
+    """Raises InputError if a controller is to run on an encoder, which does not predict the next token."""
     if recipe.corrected:
         check_decoder(model, "prune it by the local metric: --controller none")
 
 
-def _everywhere(condition: bool) -> bool:
-    """Whether something is so in all processes; all of them must ask."""
-    return distributed.total_of(float(condition)) == distributed.count()
-
-
-def gigabytes(size: int) -> str:
-    return f"{size / 1e9:.2f} GB"
-
-
 @contextmanager
 def progress_of(output: Path, options: RunOptions, identity: dict[str, Any]) -> Iterator[runs.Run]:
-    """The run of this process: all share the first one's folder, which an interrupted run is resumed from.
+    """The run of this process, new or resumed. All processes share the first one's folder; the others have folders inside it.
 
-    A sweep shared by several processes begins again: each has the hidden states of its own windows, and they are not copied.
+    A block-by-block pass of several processes is not resumed but starts again: the hidden states of each process's windows lie
+    in its own folder, which does not outlive it.
     """
     if distributed.rank() == 0:
         with runs.open_run(output, identity, resume=options.resume, overwrite=options.overwrite) as run:
             for stage in (SWEEP, OUTPUTS) if distributed.count() > 1 else ():
                 run.drop(stage)
-            distributed.wait()
+            distributed.barrier()
             yield run
-            distributed.wait()
+            distributed.barrier()
     else:
-        distributed.wait()
+        distributed.barrier()
         with runs.beside(runs.folder_of(output), f"rank-{distributed.rank()}") as run:
             yield run
-        distributed.wait()
+        distributed.barrier()
 
 
 def device_of(options: RunOptions) -> torch.device:
@@ -389,7 +340,7 @@ def device_of(options: RunOptions) -> torch.device:
 
 
 def _written_dtype(recipe: Recipe, matrices: Matrices, origin: Origin | None, name: str) -> str:
-    """The type that a matrix is written in, for people, as masks know it; of codes safetensors' name."""
+    """The type that a matrix is written in, such as ``bfloat16``; of quantised tensors the name that safetensors has."""
     if origin is not None and origin.files:
         found = origin.files.stored(name).dtype
         return dtype_name(PLAIN.get(found, found))

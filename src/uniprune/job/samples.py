@@ -1,8 +1,8 @@
-"""Calibration samples: of one text, of several with their shares, and those that the model writes itself (``self``).
+"""Calibration samples: of one text, of several with their shares, and those that the model generates itself (text ``self``).
 
-What a model writes needs no data set and is close to what it does in use (Williams et al., arXiv 2410.17170). It goes on with
-a few tokens of the other texts, or begins with BOS if there is no other. Those tokens are left out of the samples, so that all
-that are read are its own.
+Self-generated samples need no data set and are close to what the model does in use (Williams et al., arXiv 2410.17170). The
+model is prompted with a few tokens of the other texts, or with BOS alone if there is no other. Prompts are left out of the
+samples.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from uniprune.models.blocks import device_of, resident, text_alone
 from uniprune.models.loading import Loaded
 from uniprune.models.matrices import check_decoder
 
-Draw = Callable[[Tensor, Tensor], Tensor]  # tokens so far, and the next one's scores [windows, vocabulary] -> other scores
-PROMPT = 32  # tokens of another text that the model goes on with
-BATCH = 16  # samples that are written together
+LogitsProcessor = Callable[[Tensor, Tensor], Tensor]  # (tokens so far, logits of the next [windows, vocabulary]) -> logits
+PROMPT = 32  # tokens of another text that prompt the model
+BATCH = 16  # samples that are generated together
 PLAIN = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, "num_beams": 1, "repetition_penalty": None}
 
 
 def calibration_windows(recipe: Recipe, tokenizer: Any, model: nn.Module) -> Windows:
-    """The windows that a recipe asks for; those that the model is to write itself are zeros until :func:`written`."""
+    """The windows that a recipe asks for; those that the model is to generate are zeros, with prompts for :func:`generated`."""
     asked, config = sources.parse(recipe.text), model.config
     length = window_length(recipe, config)
-    alone, own = len(asked) == 1, writes(recipe)
+    alone, own = len(asked) == 1, self_generated(recipe)
 
     def load(source: Source, count: int | None) -> Windows:
         bos = recipe.bos if alone else None
@@ -82,13 +82,13 @@ def window_length(recipe: Recipe, config: Any) -> int:
     return length
 
 
-def writes(recipe: Recipe) -> bool:
-    """Whether the model is to write samples itself."""
+def self_generated(recipe: Recipe) -> bool:
+    """Whether the model is to generate samples itself."""
     return any(source.text == SELF for source in sources.parse(recipe.text))
 
 
-def check_written(own: bool, in_memory: bool) -> None:
-    """Raises InputError if a model that is read block by block is to write samples: it would be read once for each token."""
+def check_can_generate(own: bool, in_memory: bool) -> None:
+    """Raises InputError if a model that is read block by block is to generate samples: each token would read all of it."""
     if own and not in_memory:
         raise InputError(
             f"text {SELF} is written by the whole model in memory; raise --max-memory, or keep what it writes on a larger "
@@ -96,23 +96,23 @@ def check_written(own: bool, in_memory: bool) -> None:
         )
 
 
-def written(windows: Windows, loaded: Loaded, seed: int, progress: Progress = silent) -> Windows:
-    """The windows with those that the model writes itself: sampled from its own distribution (temperature 1) by the seed.
+def generated(windows: Windows, loaded: Loaded, seed: int, progress: Progress = silent) -> Windows:
+    """The windows with those filled in that the model is to generate: sampled at temperature 1, by the seed.
 
-    What it ends early goes on with what it would write next. Of several processes the first one writes.
+    An EOS does not end a sample: the model continues behind it. Of several processes, the first one generates all samples.
     """
     assert windows.prompts is not None
-    check_written(True, loaded.residency is resident)
+    check_can_generate(True, loaded.residency is resident)
     tokens, begins = windows.tokens.clone(), windows.bos == "each"
     own, prompts = list(windows.prompts), torch.stack(list(windows.prompts.values()))
     found = torch.zeros(len(own), tokens.shape[1] - begins, dtype=torch.int64, device=device_of(loaded.model))
     if not distributed.rank():
-        draw = _drawing(torch.Generator(found.device).manual_seed(seed))
+        sampler = _gumbel_max(torch.Generator(found.device).manual_seed(seed))
         todo = list(range(0, len(own), BATCH))
         for start in progress(todo, "writing samples", len(todo)):
             some = slice(start, start + BATCH)
-            found[some] = _continued(loaded.model, prompts[some].to(found.device), found.shape[1], draw)
-    distributed.wait()
+            found[some] = _continuations(loaded.model, prompts[some].to(found.device), found.shape[1], sampler)
+    distributed.barrier()
     tokens[own, begins:] = distributed.total(found).cpu()
     if begins and windows.bos_token is not None:
         tokens[own, 0] = windows.bos_token
@@ -120,14 +120,15 @@ def written(windows: Windows, loaded: Loaded, seed: int, progress: Progress = si
 
 
 def _check_own(recipe: Recipe, model: nn.Module, alone: bool) -> None:
+    """Raises InputError if the model cannot generate text, or if settings of a data set are given for its own text."""
     check_decoder(model, f"so it writes no text; leave {SELF} out")
     if alone and (recipe.field is not None or recipe.split is not None):
         raise InputError(f"text {SELF} is written by the model, and has no fields and splits; leave --field and --split out")
 
 
 def _prompts(windows: Windows, own: Tensor, tokenizer: Any, context: int, seed: int) -> dict[int, Tensor]:
-    """What the model is to go on from in each of the windows ``own``: a few tokens of the other windows, after BOS if those
-    begin with it; if there are no others, BOS, or EOS where there is no BOS."""
+    """The prompts of the windows ``own`` (their indices): a few tokens of the other windows, after BOS if those begin with it;
+    if there are no others, BOS, or EOS where there is no BOS. Raises InputError for a tokenizer that has neither."""
     begins = windows.bos == "each"
     others = windows.tokens[~torch.isin(torch.arange(len(windows.tokens)), own)][:, begins:]
     first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
@@ -137,7 +138,7 @@ def _prompts(windows: Windows, own: Tensor, tokenizer: Any, context: int, seed: 
             f"text {SELF} alone begins with BOS or EOS, and the tokenizer has neither; give another text beside it"
         )
     begun = torch.tensor(head, dtype=torch.int64).expand(len(own), -1)
-    # The last token that is written is not read, so that one more has room.
+    # The last token that is generated is not read by the model, so that one more fits into the context.
     size = min(PROMPT, context - others.shape[1] - len(head) + 1, others.shape[1]) if len(others) else 0
     if size > 0:
         pieces = others.unfold(1, size, size).reshape(-1, size)
@@ -146,19 +147,19 @@ def _prompts(windows: Windows, own: Tensor, tokenizer: Any, context: int, seed: 
     return dict(zip(own.tolist(), begun, strict=True))
 
 
-def _drawing(generator: torch.Generator) -> Draw:
-    """Makes of the likeliest token one that is drawn with its probability, by the noise of Gumbel's distribution: whatever else
-    a model's generation config says of sampling."""
+def _gumbel_max(generator: torch.Generator) -> LogitsProcessor:
+    """Adds Gumbel noise to the logits: greedy decoding then samples from the model's distribution (the Gumbel-max trick), by
+    this generator and whatever the model's generation config says of sampling."""
 
-    def draw(written: Tensor, scores: Tensor) -> Tensor:
-        waiting = torch.empty_like(scores, dtype=torch.float32).exponential_(generator=generator)
-        return scores.float() - waiting.clamp_min(torch.finfo(torch.float32).tiny).log()
+    def perturb(tokens: Tensor, logits: Tensor) -> Tensor:
+        exponential = torch.empty_like(logits, dtype=torch.float32).exponential_(generator=generator)
+        return logits.float() - exponential.clamp_min(torch.finfo(torch.float32).tiny).log()
 
-    return draw
+    return perturb
 
 
 @torch.no_grad()
-def _continued(model: nn.Module, prompts: Tensor, count: int, draw: Draw) -> Tensor:
+def _continuations(model: nn.Module, prompts: Tensor, count: int, sampler: LogitsProcessor) -> Tensor:
     """The next ``count`` tokens of each prompt ``[n, tokens]``."""
     with text_alone(model):
         found: Tensor = model.generate(  # type: ignore[operator]
@@ -167,7 +168,7 @@ def _continued(model: nn.Module, prompts: Tensor, count: int, draw: Draw) -> Ten
             max_new_tokens=count,
             eos_token_id=None,
             pad_token_id=0,
-            logits_processor=LogitsProcessorList([draw]),
+            logits_processor=LogitsProcessorList([sampler]),
             **PLAIN,
         )
     return found[:, prompts.shape[1] :]

@@ -42,7 +42,7 @@ class Slice(nn.Module):
         vars(self)["shape"] = (columns, rows) if part.flipped else (rows, columns)
 
     def __getattr__(self, name: str) -> Any:
-        """What makes this a module, made when it is first used as one: a model can have 40,000 slices."""
+        """Initialises this as an nn.Module when it is first used as one: a model can have 40,000 slices, most never run."""
         if "_parameters" not in vars(self):
             super().__init__()
             return getattr(self, name)
@@ -84,7 +84,7 @@ class Slice(nn.Module):
 
 
 class Output(Slice):
-    """What an expert puts out, times the router's weight: it is given that and gives it back, so that it can be observed."""
+    """An identity on an expert's output times the router's weight: a place for hooks that observe it."""
 
     def __init__(self, fused: Fused, expert: int) -> None:
         width = fused.width
@@ -134,7 +134,7 @@ class Fused:
         output = torch.zeros_like(hidden_states)
         for expert in torch.unique(top_k_index).tolist():
             passes_on = expert >= self.experts and hasattr(module, "identity_expert")
-            if expert >= self.experts and not passes_on:  # a place holder for an expert that is elsewhere
+            if expert >= self.experts and not passes_on:  # a placeholder for an expert that is computed elsewhere
                 continue
             token, position = torch.where(top_k_index == expert)
             mine = hidden_states[token]
@@ -200,7 +200,7 @@ def is_fused(module: nn.Module) -> bool:
 
 
 def _arguments(module: nn.Module) -> int:
-    """How many a module's own forward takes; of transformers' experts, which are called through another, three."""
+    """How many arguments a module's own forward takes; three for transformers' experts, whose forward is wrapped in another."""
     if hasattr(module, "has_gate"):
         return 3
     return len(inspect.signature(type(module).forward).parameters) - 1
@@ -214,8 +214,11 @@ def is_transposed(module: Any) -> bool:
     return gate_up is not None and gate_up.shape[1:] == (down.shape[2], 2 * down.shape[1])
 
 
-def fellows(name: str, module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
-    """The modules inside the experts of a list of experts, with a name that is the same in all of them."""
+def expert_groups(name: str, module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """The modules inside the experts of a list of experts, each with its group: a name that is the same in all experts.
+
+    name: of the list. Nothing is yielded for a module that is no list of experts.
+    """
     if _experts_in(module):
         for expert in module.children():
             for inner, one in expert.named_modules():
@@ -230,7 +233,8 @@ def _experts_in(module: nn.Module) -> int:
 
 
 def routers(block: nn.Module) -> Iterator[nn.Module]:
-    """Beside experts, what has a single matrix with an output for each of them, or one, the gate of a shared expert."""
+    """The routers of a block: modules next to experts whose only matrix has an output for each expert, or a single output (the
+    gate of a shared expert)."""
     for parent in block.modules():
         children = list(parent.children())
         counts = {count for child in children if (count := _experts_in(child))}
@@ -245,9 +249,10 @@ def routers(block: nn.Module) -> Iterator[nn.Module]:
 
 @contextmanager
 def taken_apart(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Inside ``with``, the experts that any of these modules is a slice of run through all their slices, one by one.
+    """Inside ``with``, the fused experts that these modules are slices of run slice by slice, as if each were a Linear.
 
-    Raises UniPruneError, at the first tokens, if that is not what their module computes.
+    Modules that are no slices are left alone. Raises UniPruneError, at the first tokens, if the result is not what the fused
+    module itself computes.
     """
     slices = {id(module.fused): module.fused for module in modules if isinstance(module, Slice)}
     fused = [one for one in slices.values() if not isinstance(one.module.forward, _Apart)]  # else it is apart already

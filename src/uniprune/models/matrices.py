@@ -2,8 +2,8 @@
 
 The decoder blocks are the outermost ``ModuleList`` that holds most of the model. Its members may differ (hybrids), and may
 share weights. Embeddings, norms, biases and the output head lie outside or are not matrices, and stay dense; so do the routers
-of experts. Anything unclear is an error that lists what was seen: a matrix that is silently skipped is a model that is silently
-not pruned.
+of experts. Anything unclear is an error that lists what was seen: a matrix that is skipped without a word would leave the model
+unpruned without a word.
 """
 
 from __future__ import annotations
@@ -21,22 +21,25 @@ from torch import Tensor, nn
 from uniprune.checkpoints.checkpoint import Files, checkpoint_of
 from uniprune.checkpoints.configuration import text_config
 from uniprune.errors import InputError
-from uniprune.models.experts import Fused, Slice, fellows, fused_experts, is_fused, routers
+from uniprune.models.experts import Fused, Slice, expert_groups, fused_experts, is_fused, routers
 from uniprune.models.linear import Probe, is_linear, is_transposed
 
-# Parts of sparse attention that choose the tokens it sees, by no gradient, and sum up those it does not (DeepSeek-V3.2 and V4).
+# Classes of sparse attention (DeepSeek-V3.2 and V4) that choose which tokens it sees, or compress the others. They stay dense:
+# the choice is not differentiable, so no gradient tells what their weights are worth.
 SELECTORS = re.compile("Indexer|Compressor")
-COVERAGE = 0.9  # of the blocks' parameters must lie in matrices that we know how to prune
+COVERAGE = 0.9  # least fraction of the blocks' parameters that must lie in matrices that we know how to prune
 
 
 @dataclass(frozen=True)
 class Matrix:
     """One prunable weight. ``shape`` is (out, in), also where the module stores it transposed (GPT-2's Conv1D).
 
-    flipped: whether the checkpoint has it transposed, compared with the module. read: gives it by name, as the checkpoint has
-    it, while the module's own waits for its block's turn: it is then on the meta device (``streaming``), or a DTensor of which
-    this process has a part (``sharding``). others: modules that use the same weight; spans: whether one of those is in another
-    block. group: of an expert's matrix, the name that its fellows' have in common.
+    name: as the checkpoint has it. block: the index of its decoder block. transposed: whether the module stores it as
+    ``[in, out]``. flipped: whether the checkpoint stores it transposed, compared with the module. read: reads it from the
+    checkpoint, by name and in the checkpoint's orientation, while the module's parameter is not in memory as a whole: on the
+    meta device (``streaming``), or a DTensor that is divided among processes (``sharding``). others: further modules that use
+    the same weight; spans: whether one of those is in another block. group: for an expert's matrix, a name that it shares with
+    the matrices at the same place in the other experts of its layer.
     """
 
     name: str
@@ -63,7 +66,7 @@ class Matrix:
 
     @property
     def whole(self) -> Tensor:
-        """The parameter, of an expert that of all experts."""
+        """The parameter that the weight is, or is a slice of: fused experts have one for all experts."""
         return self.module.whole if isinstance(self.module, Slice) else self.parameter
 
     @property
@@ -72,20 +75,20 @@ class Matrix:
 
     @property
     def stored(self) -> Tensor:
-        """The parameter, read from the checkpoint where it is not in memory as a whole."""
+        """The weight in the module's orientation; read from the checkpoint if it is not in memory as a whole."""
         whole = self.whole.detach()
-        if self.read and (whole.is_meta or hasattr(whole, "to_local")):  # of a DTensor, this process has a part
+        if self.read and (whole.is_meta or hasattr(whole, "to_local")):  # to_local: it is a DTensor
             read = self.read(self.name)
             return read.T if self.flipped else read
         return self.parameter.detach()
 
     @property
     def weight(self) -> Tensor:
-        """A view of the parameter as ``[out, in]``."""
+        """The weight as ``[out, in]``: a view of the parameter where that is in memory."""
         return self.stored.T if self.transposed else self.stored
 
     def part(self, whole: Tensor) -> Tensor:
-        """The part of a tensor of the shape of ``self.whole`` that lies where the weight does, as ``[out, in]``."""
+        """The weight's slice, as ``[out, in]``, of a tensor that has the shape of :attr:`whole`."""
         part = self.module.part(whole) if isinstance(self.module, Slice) else whole
         return part.T if self.transposed else part
 
@@ -106,7 +109,8 @@ class Matrix:
 
 
 Matrices = dict[str, Matrix]
-Left = dict[str, tuple[tuple[int, ...], str]]
+LeftDense = dict[str, tuple[tuple[int, ...], str]]
+"""By name, the shapes of matrices that are not pruned, and why."""
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -116,7 +120,7 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """
     lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)}
     outer = {n: m for n, m in lists.items() if not any(n.startswith(other + ".") for other in lists)}
-    text, others = _text_decoder(model), _other_senses(model)
+    text, others = _text_decoder(model), _other_modalities(model)
     outer = {n: m for n, m in outer.items() if n.startswith(text)} or outer
     outer = {n: m for n, m in outer.items() if not n.startswith(others)} or outer
     sizes = {name: sum(p.numel() for p in module.parameters()) for name, module in outer.items()}
@@ -131,7 +135,7 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 
 def _text_decoder(model: nn.Module) -> str:
-    """Where the part of a multimodal model begins that it says is its decoder; of others, all of it is."""
+    """The prefix of names in a multimodal model's text decoder, as the model tells it; empty for models of text alone."""
     config = getattr(model, "config", None)
     if config is None or text_config(config) is config or config.is_encoder_decoder:
         return ""
@@ -139,8 +143,8 @@ def _text_decoder(model: nn.Module) -> str:
     return next((f"{name}." for name, part in model.named_modules() if part is decoder and name), "")
 
 
-def _other_senses(model: nn.Module) -> tuple[str, ...]:
-    """Where the parts of a model begin that are given images or sound: however large they are, they are no text decoder's."""
+def _other_modalities(model: nn.Module) -> tuple[str, ...]:
+    """The prefixes of names in the parts of a model that take images or sound, which may be larger than its text decoder."""
     from transformers import PreTrainedModel  # see models.linear.conv1d
 
     text = {"input_ids", "decoder_input_ids"}
@@ -183,22 +187,23 @@ def choose_matrices(model: nn.Module, include: Sequence[str] = (), exclude: Sequ
     return _select(found.matrices, found.left, include, exclude)
 
 
-def left_dense(model: nn.Module) -> Left:
-    """Matrices in the blocks that are never pruned: shape, and why."""
+def left_dense(model: nn.Module) -> LeftDense:
+    """The matrices in the blocks that are never pruned, with their shapes and the reasons."""
     return _discover(model).left
 
 
 class Found(NamedTuple):
-    """What the blocks of a model hold. too_few: what is to be said if that leaves out too many of their parameters."""
+    """What the blocks of a model hold. too_few: an error message if too many of their parameters are in no known matrix."""
 
     matrices: Matrices
-    left: Left
+    left: LeftDense
     too_few: str | None
 
 
 @contextmanager
-def _uncollected() -> Iterator[None]:
-    """A model with 40,000 matrices takes a million objects that all stay: to look for garbage among them doubles the time."""
+def _without_gc() -> Iterator[None]:
+    """Switches Python's garbage collector off: for a model with 40,000 matrices, it would search a million objects that all
+    stay alive, and double the time."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -208,7 +213,7 @@ def _uncollected() -> Iterator[None]:
             gc.enable()
 
 
-@_uncollected()
+@_without_gc()
 def _discover(model: nn.Module) -> Found:
     _check_unquantised(model)
     _check_not_accelerated(model)
@@ -216,15 +221,15 @@ def _discover(model: nn.Module) -> Found:
     inside = [(f"{prefix}.{i}.{name}", i, module) for i, block in enumerate(blocks) for name, module in block.named_modules()]
     parameters = model.named_parameters(remove_duplicate=False)
     outside = {id(p): f"shared with {name}" for name, p in parameters if not name.startswith(f"{prefix}.")}
-    odd = _odd(module for *_, module in inside)
+    not_linear = _not_linear(module for *_, module in inside)
     kept = {id(module): "a router" for block in blocks for module in routers(block)}
     kept |= {id(module): f"in a selector of sparse attention ({kind})" for module, kind in _in_selectors(blocks)}
-    groups = {id(module): group for name, _, module in inside for module, group in fellows(name, module)}
+    groups = {id(module): group for name, _, module in inside for module, group in expert_groups(name, module)}
     layout = checkpoint_of(model).layout(model)
     found: Matrices = {}
-    left: Left = {}
-    names: dict[int, str] = {}  # of the matrix that a weight is
-    covered: set[int] = set()
+    left: LeftDense = {}
+    names: dict[int, str] = {}  # id of a weight -> name of its matrix
+    covered: set[int] = set()  # ids of the parameters that count as known
     for name, index, module in inside:
         if hasattr(module, "base_layer"):
             raise InputError(f"{name} has an adapter (PEFT); merge it first: model = model.merge_and_unload()")
@@ -235,14 +240,14 @@ def _discover(model: nn.Module) -> Found:
         weight = getattr(module, "weight", None)
         if not isinstance(weight, Tensor) or not (id(module) in kept or is_linear(module)):
             continue
-        if id(module) in kept or id(weight) not in odd:
+        if id(module) in kept or id(weight) not in not_linear:
             covered.add(id(weight))
         if id(weight) in names:
-            found[names[id(weight)]] = _used_by(found[names[id(weight)]], module, index)
+            found[names[id(weight)]] = _with_user(found[names[id(weight)]], module, index)
             continue
         part = next(iter(layout.parts(f"{name}.weight")), None)
         name = part.region.name if part else name
-        why = kept.get(id(module)) or odd.get(id(weight)) or outside.get(id(weight))
+        why = kept.get(id(module)) or not_linear.get(id(weight)) or outside.get(id(weight))
         if why:
             left[name] = tuple(weight.shape), why
         elif part is None:
@@ -251,13 +256,13 @@ def _discover(model: nn.Module) -> Found:
             names[id(weight)] = name
             group = groups.get(id(module))
             found[name] = Matrix(name, module, index, is_transposed(module), part.flipped, group=group)
-    return Found(found, left, _too_few(prefix, blocks, covered, odd))
+    return Found(found, left, _too_few(prefix, blocks, covered, not_linear))
 
 
-def _odd(modules: Iterable[nn.Module]) -> dict[int, str]:
-    """Weights that a layer uses which is a Linear or Conv1D by its class alone, and what is wrong with it."""
-    plain = Probe()
-    layers = [module for module in modules if is_linear(module) and not plain(module)]
+def _not_linear(modules: Iterable[nn.Module]) -> dict[int, str]:
+    """The weights (by id) of layers that are subclasses of Linear or Conv1D, but compute something else; with the reasons."""
+    computes_linear = Probe()
+    layers = [module for module in modules if is_linear(module) and not computes_linear(module)]
     return {id(layer.weight): f"{type(layer).__name__} does not compute x @ W.T + b" for layer in layers}
 
 
@@ -280,7 +285,7 @@ def _check_unquantised(model: nn.Module) -> None:
 
 
 def _check_not_accelerated(model: nn.Module) -> None:
-    """Layers of ``uniprune.runtime`` say so themselves, as models know nothing of it."""
+    """Raises InputError for a model with layers of ``uniprune.runtime``, which this module may not import: they are marked."""
     for name, module in model.named_modules():
         if getattr(type(module), "accelerated", False):
             raise InputError(
@@ -289,7 +294,8 @@ def _check_not_accelerated(model: nn.Module) -> None:
             )
 
 
-def _used_by(matrix: Matrix, module: nn.Module, block: int) -> Matrix:
+def _with_user(matrix: Matrix, module: nn.Module, block: int) -> Matrix:
+    """The matrix with one more module that uses its weight, in this block."""
     known = any(module is one for one in matrix.modules)
     others = matrix.others if known else (*matrix.others, module)
     return replace(matrix, others=others, spans=matrix.spans or block != matrix.block)
@@ -304,25 +310,25 @@ def _of_experts(fused: Fused, block: int) -> Iterator[tuple[str, Matrix]]:
 
 
 def _in_selectors(blocks: nn.ModuleList) -> Iterator[tuple[nn.Module, str]]:
-    """The layers of selectors, with the class of their selector."""
+    """The linear layers inside selectors of sparse attention, with the class of the selector."""
     for selector in blocks.modules():
         if SELECTORS.search(kind := type(selector).__name__):
             yield from ((module, kind) for module in selector.modules() if is_linear(module))
 
 
-def _too_few(prefix: str, blocks: nn.ModuleList, covered: set[int], odd: Mapping[int, str]) -> str | None:
+def _too_few(prefix: str, blocks: nn.ModuleList, covered: set[int], not_linear: Mapping[int, str]) -> str | None:
     parameters = {id(p): (n, p) for n, p in blocks.named_parameters()}
     total = sum(p.numel() for _, p in parameters.values())
     missed = [(n, p) for key, (n, p) in parameters.items() if key not in covered]
     if sum(p.numel() for _, p in missed) <= (1 - COVERAGE) * total:
         return None
     largest = sorted(missed, key=lambda item: -item[1].numel())[:5]
-    reasons = {id(p): f" ({odd[id(p)]})" if id(p) in odd else "" for _, p in largest}
+    reasons = {id(p): f" ({not_linear[id(p)]})" if id(p) in not_linear else "" for _, p in largest}
     names = ", ".join(f"{prefix}.{n} {tuple(p.shape)}{reasons[id(p)]}" for n, p in largest)
     return f"under {COVERAGE:.0%} of the blocks' parameters are in matrices (Linear, Conv1D, experts); not: {names}"
 
 
-def _select(found: Matrices, left: Left, include: Sequence[str], exclude: Sequence[str]) -> Matrices:
+def _select(found: Matrices, left: LeftDense, include: Sequence[str], exclude: Sequence[str]) -> Matrices:
     def matches(pattern: str, option: str) -> set[str]:
         try:
             names = {name for name in found if re.search(pattern, name)}
@@ -362,7 +368,7 @@ def check_loaded(model: nn.Module, matrices: Matrices) -> None:
 
     def stored() -> Iterator[tuple[str, Tensor, Tensor]]:
         for index, inside in blocks.items():
-            matrix = inside[index % len(inside)]  # another kind in each block
+            matrix = inside[index % len(inside)]  # matrices of all kinds, in one block or another
             loaded = matrix.stored
             read = files.read_matrix(matrix.name, loaded.dtype, loaded.device)
             yield matrix.name, loaded, read.T if matrix.flipped else read
@@ -385,6 +391,6 @@ def _bits(tensor: Tensor) -> Tensor:
 def check_finite(matrices: Matrices) -> None:
     """Raises InputError naming the first matrix with NaN or infinity: such a checkpoint is broken."""
     for name, matrix in matrices.items():
-        least, most = torch.aminmax(matrix.stored)  # NaN is either; 50 times as fast as to look at each
+        least, most = torch.aminmax(matrix.stored)  # both are NaN if any weight is; 50 times as fast as isfinite on all
         if not bool(torch.isfinite(least) & torch.isfinite(most)):
             raise InputError(f"{name}: the weights contain NaN or infinity; the checkpoint is broken, fetch it again")

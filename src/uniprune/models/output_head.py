@@ -114,7 +114,7 @@ class Head:
         ids = ids.to(hidden.device)
         parts = zip(hidden[:, :-1], ids[:, 1:], self.counted(ids)[:, :-1], gradient[:, :-1], strict=True)
         for ours, target, counts, into in parts:
-            for piece in _pieces(len(ours)):
+            for piece in pieces(len(ours)):
                 with torch.enable_grad():
                     leaf = ours[piece].detach().requires_grad_()
                     losses = functional.cross_entropy(self(leaf), target[piece], reduction="none")
@@ -123,5 +123,6 @@ class Head:
         return gradient
 
 
-def _pieces(length: int) -> Iterator[slice]:
+def pieces(length: int) -> Iterator[slice]:
+    """A window of this length in slices whose logits are in memory at once."""
     return (slice(start, start + PIECE) for start in range(0, length, PIECE))

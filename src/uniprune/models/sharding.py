@@ -4,11 +4,12 @@ The parts, and how they come together, are FSDP2's (``torch.distributed.fsdp``):
 along its first dimension into as many pieces as there are processes; ``unshard`` gathers a block in every process, ``reshard``
 drops all but the process's own pieces. On CUDA that is NCCL's all-gather, elsewhere gloo's.
 
-Gathering takes all processes. They meet in the same blocks in the same order, because a block is entered by the passes alone
-(``passes``, ``executor``), and nothing that these follow is one process's own: each sweep runs all blocks up or down, whatever
-windows a process has; the number of steps, targets, early stops and set-backs follow from sums over all processes; a resumed
-run starts from the first process's facts; and the choice of this execution is made together (``job``). Weights that are wanted
-between the blocks' turns are read from the checkpoint, which needs nobody else.
+Gathering is a collective operation: every process must enter the same blocks in the same order, or all of them hang. They do,
+because only the passes enter blocks (``blocks.Blocks``, ``controller.passes``), and no decision behind a pass is local to one
+process: each sweep runs all blocks, first to last or last to first, whatever windows a process has; the number of steps, the
+targets, early stops and back-offs follow from sums over all processes; a resumed run starts from the first process's saved
+state; and all processes choose this execution together (``job.execution.choose``). Weights that are needed while their block is
+not gathered are read from the checkpoint, which is not a collective operation.
 """
 
 from __future__ import annotations

@@ -28,8 +28,8 @@ from uniprune.storage.stash import give_back_memory
 class Streamer:
     """Brings the parameters of one block at a time into memory.
 
-    model: as :func:`models.hollow` makes it; its parameters outside the blocks are loaded at once.
-    Raises InputError if the checkpoint lacks one, or stores it in another shape than the model has it.
+    model: as ``loading.hollow`` makes it; its parameters outside the blocks are loaded at once.
+    Raises InputError if the checkpoint lacks a parameter, or stores it in another shape than the model has it.
     """
 
     def __init__(self, model: nn.Module, origin: Origin, dtype: torch.dtype, device: torch.device) -> None:
@@ -104,7 +104,7 @@ def _check_shared(blocks: nn.ModuleList, origin: Origin) -> None:
 
 
 def open_streamed(origin: Origin, tokenizer: Any, dtype: torch.dtype, device: torch.device) -> Loaded:
-    """A model as :func:`models.load` gives it, but for its blocks, which :attr:`Loaded.residency` brings in.
+    """A model as ``loading.load`` gives it, but for its blocks, which :attr:`Loaded.residency` brings in.
 
     Raises InputError for a model that is not in safetensors files, and as Streamer does.
     """

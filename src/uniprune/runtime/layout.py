@@ -23,7 +23,8 @@ from pydantic import Field
 from safetensors import safe_open
 from torch import Tensor
 
-from uniprune.artefacts import reports, writer
+from uniprune.artefacts import reports
+from uniprune.artefacts.binding import fingerprint
 from uniprune.artefacts.reports import ModelFacts
 from uniprune.checkpoints.beside import copy_beside
 from uniprune.checkpoints.checkpoint import PACKED, Files
@@ -191,7 +192,7 @@ def pack(folder: str | Path, output: Path, *, overwrite: bool = False, progress:
     packed = [one.found for one in examined.values() if isinstance(one.found, ToPack)]
     if not packed:
         raise nothing_to_pack(left)
-    source = _provenance(origin, writer.fingerprint({name: one.digest for name, one in examined.items()}))
+    source = _provenance(origin, fingerprint({name: one.digest for name, one in examined.items()}))
     taken = {one.key for one in packed}
     others = [Kept(key, entry) for key, entry in checkpoint.entries.items() if key not in taken]
     if twice := {key for one in packed for key in one.places} & {one.key for one in others}:

@@ -22,17 +22,18 @@ from uniprune.storage.stash import Stash
 from uniprune.storage.tensor_store import Store
 
 Settle = Callable[[Matrices, Statistics], None]
-SWEEP, OUTPUTS = "sweep", "outputs"  # the stages of a run that go from block to block; OUTPUTS looks at what experts put out
+"""Finishes the statistics of some matrices, in place, when all tokens have been seen."""
+SWEEP, OUTPUTS = "sweep", "outputs"  # stages of a run that go block by block: over inputs of matrices, outputs of experts
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What every way to calibrate works on, and where it works.
+    """What a calibration works on, and how it is executed.
 
-    matrices: those to score, of ``model``. windows: token ids ``[windows, length]``. residency: of a model whose blocks are in
-    memory one at a time. run: where progress is kept and taken up again; what is returned may lie there. Of a model in memory,
-    recompute: whether passes backwards compute each block's activations again instead of keeping them (activation
-    checkpointing); offload: whether what a controller keeps of each weight lies in host memory.
+    matrices: those of ``model`` to score. windows: token ids ``[windows, length]``. residency: brings a block's weights into
+    memory, where they are there one block at a time. run: where progress is saved and resumed; what is returned may lie there.
+    recompute: whether the backward pass of a model in memory computes each block's activations again instead of keeping them
+    (activation checkpointing). offload: whether the controller's states lie in host memory, beside a GPU's.
     """
 
     model: nn.Module
@@ -69,7 +70,7 @@ class LocalSaliency(Scores):
 
     @property
     def starved(self) -> dict[str, Any]:
-        """For the report, the experts that are scored by magnitude."""
+        """For the report: the experts that saw too few tokens and are scored by magnitude."""
         return statistics_module.starved(self._matrices, self._statistics)
 
     def __iter__(self) -> Iterator[str]:
@@ -89,12 +90,13 @@ def one_shot(calibration: Calibration, metric: Metric) -> LocalSaliency:
 
 @torch.no_grad()
 def observed(calibration: Calibration, kind: Kind | None, settle: Settle = pool, stage: str = SWEEP) -> Statistics:
-    """The statistics of every matrix's inputs from one forward pass over the dense model; none of no kind, and no pass.
+    """The statistics of every matrix's inputs, from one forward pass over the dense model; for ``kind`` None there is no pass.
 
-    settle: what is done to complete ones, of all processes. stage: of a run, where they are kept.
-    Of a model whose blocks are in memory one at a time, hidden states lie in the run, and finished blocks are not run again; a
-    pass of a model in memory is short, and begins again.
-    Raises UniPruneError if a matrix saw no token and has no fellows that did (see uniprune.saliency.statistics).
+    settle: is called with the finished statistics; by default they are summed over processes, experts that saw few tokens are
+    filled in, and all are checked. stage: the name in the run that progress is kept under.
+    A model whose blocks are in memory one at a time keeps hidden states and statistics in the run: when it is resumed, finished
+    blocks are not run again. The pass of a model in memory is short, and starts again.
+    Raises InputError if a matrix saw no token and no expert of its group did, or if inputs overflowed.
     """
     matrices = calibration.matrices
     if kind is None:
@@ -127,7 +129,7 @@ def _by_block(calibration: Calibration, kind: Kind, settle: Settle, stage: str) 
 
 
 def open_sweep(calibration: Calibration, stage: str = SWEEP) -> tuple[Store | None, Blocks]:
-    """What an earlier run has kept of its blocks, if there is a run, and the blocks still to be run over the windows."""
+    """The store of a stage, with what an earlier run has saved (None without a run), and the blocks still to be run."""
     replay = Replay(calibration.model, find_blocks(calibration.model)[1], calibration.residency)
     mine = distributed.share(calibration.windows)
     if calibration.run is None:

@@ -37,12 +37,12 @@ def _places(device: torch.device) -> Tensor:
     return 2 ** torch.arange(8, dtype=torch.uint8, device=device)
 
 
-def removed(mask: Tensor) -> float:
+def sparsity_of(mask: Tensor) -> float:
     """The fraction of weights that a boolean mask removes."""
     return 1 - int(mask.sum()) / mask.numel()
 
 
-def kept(packed: Array) -> int:
+def kept_count(packed: Array) -> int:
     """How many weights a packed mask keeps; the bits past its end are 0."""
     pieces = (packed[start : start + PIECE] for start in range(0, len(packed), PIECE))
     return sum(int(np.count_nonzero(np.unpackbits(piece).view(np.bool_))) for piece in pieces)

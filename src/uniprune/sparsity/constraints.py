@@ -30,7 +30,7 @@ from uniprune.sparsity.patterns import (
     Spans,
     grouped,
     lost,
-    removed,
+    removed_count,
     sampled_thresholds,
     sizes_of,
 )
@@ -213,7 +213,7 @@ class Ruled(BasePattern):
             return
         for names in grouped(shapes, self.shared.group):
             least, most, total = self._bounds({name: shapes[name] for name in names})
-            if not least <= removed(self.sparsity, total) <= most:
+            if not least <= removed_count(self.sparsity, total) <= most:
                 why, what = ("rules", "the rules") if self.rules else ("shapes", "what is allowed")
                 raise InputError(
                     f"sparsity {self.sparsity:g} is out of reach: with these {why} it is between {least / total:.4f} and "
@@ -270,7 +270,8 @@ class Ruled(BasePattern):
         gone = sum(
             lost(part, shapes[name]) if name in shapes else round(sizes[name] * part.sparsity) for name, part in fixed.items()
         )
-        return max(0, removed(self.sparsity, sum(sizes.values())) - gone)  # of a sample, rounding may leave less than nothing
+        goes = removed_count(self.sparsity, sum(sizes.values())) - gone
+        return max(0, goes)  # of a sample, rounding may leave less than nothing
 
 
 @dataclass(frozen=True)
@@ -318,7 +319,7 @@ class Mixed(BasePattern):
 
     def settle(self, saliency: Saliency) -> Cutter:
         sizes = sizes_of(saliency)
-        return self.share(saliency, sizes, removed(self.sparsity, sum(sizes.values())), {})
+        return self.share(saliency, sizes, removed_count(self.sparsity, sum(sizes.values())), {})
 
     def share(self, saliency: Saliency, sizes: Sizes, removed: int, spans: Spans, search: Search = thresholds) -> Cutter:
         chosen: dict[str, NM] = {}

@@ -4,8 +4,8 @@ A pattern is called with a saliency (matrix name -> scores ``[out, in]``, higher
 matrix (True = keep). Counts are exact, ``keep = n - floor(sparsity * n)`` per budget group, and among equal scores the
 lower index is kept, so that masks do not depend on the sorting algorithm.
 
-It works in two steps: ``settle`` looks at all scores and decides what concerns several matrices, the threshold of a common
-budget, say; the cutter that it returns cuts each matrix by itself.
+It works in two steps. ``settle`` looks at the scores of all matrices and decides what concerns several of them, such as the
+threshold of a shared budget; it returns a cutter, which then makes the mask of each matrix from that matrix's scores alone.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ Shape = tuple[int, int]
 Sizes = Mapping[str, int]
 Spans = Mapping[str, tuple[float, float]]
 Cutter = Callable[[str, Tensor], Tensor]
-"""Given a matrix's name and its finite scores ``[out, in]``, its mask."""
+"""(name of a matrix, its finite scores ``[out, in]``) -> its mask."""
 Search = Callable[[Saliency, int, Mapping[str, Bounds], Sizes], Mapping[str, Threshold]]
-"""Given scores and how many of them stay, bounds and sizes by matrix, the threshold of each."""
+"""(scores, how many of them to keep, bounds by matrix, sizes by matrix) -> the threshold of each matrix."""
 
 
 class Pattern(Protocol):
@@ -45,16 +45,16 @@ class Pattern(Protocol):
 
     @property
     def local(self) -> bool:
-        """Whether each matrix is cut on its own, without looking at the others."""
+        """Whether the mask of each matrix depends on its own scores alone."""
         ...
 
     @property
     def grain(self) -> int:
-        """A sample of scores that tells what all would tell must be of runs of that many inputs; 0: no sample does."""
+        """The number of consecutive inputs that :meth:`settle_by_sample` needs together; 0: it needs all scores."""
         ...
 
     def part(self, name: str) -> Pattern:
-        """What a matrix gets: the pattern itself, unless it is different ones for different matrices."""
+        """The pattern of one matrix: this pattern itself, unless it combines several."""
         ...
 
     def unsupported(self, rows: int, columns: int) -> str | None:
@@ -62,20 +62,20 @@ class Pattern(Protocol):
         ...
 
     def settle(self, saliency: Saliency) -> Cutter:
-        """Decides what concerns several matrices; the masks that the cutter makes have the exact sparsity."""
+        """A cutter, after a look at all scores; its masks have the exact sparsity."""
         ...
 
     def settle_by_sample(self, sample: Saliency) -> Cutter:
-        """As :meth:`settle`, from a sample of each matrix's scores: nearly the same masks, and at ties more may stay."""
+        """As :meth:`settle`, from a sample of each matrix's scores: about the same threshold, of which all ties are kept."""
         ...
 
     def __call__(self, saliency: Saliency) -> Iterator[tuple[str, Tensor]]:
-        """The masks of all matrices; one at a time is in memory."""
+        """The masks of all matrices, made one at a time."""
         ...
 
 
 class BasePattern:
-    """What is the same for most patterns: of a new one, ``sparsity`` and ``settle`` may be all that is left to say."""
+    """Defaults for a pattern whose matrices are independent; a subclass adds ``sparsity`` and ``settle``."""
 
     @property
     def local(self) -> bool:
@@ -101,20 +101,20 @@ class BasePattern:
 
 
 class Shared(Pattern, Protocol):
-    """A pattern whose budget is shared by matrices, so that it can make up for what others get by a rule."""
+    """A pattern with a budget that matrices share, so that some can make up for what rules spare in others."""
 
     def group(self, name: str) -> str:
-        """Which budget a matrix has its share of."""
+        """The name of the budget that a matrix belongs to."""
         ...
 
     def span(self, shape: Shape, floor: float, ceiling: float) -> Bounds:
-        """The fewest and the most weights that a matrix can lose, if it is to lose a fraction between two."""
+        """The fewest and the most weights that a matrix can lose, if the fraction lost is from ``floor`` to ``ceiling``."""
         ...
 
     def share(self, saliency: Saliency, sizes: Sizes, removed: int, spans: Spans, search: Search = thresholds) -> Cutter:
-        """Settles one budget of ``removed`` weights.
+        """A cutter for the matrices of one budget, which removes ``removed`` weights of them in all.
 
-        sizes: weights by matrix, of these at least. spans: floor and ceiling of what a matrix may lose, where it has them.
+        sizes: weights by matrix, at least of these. spans: floor and ceiling of the fraction that a matrix loses, if limited.
         search: :func:`thresholds`, or :func:`sampled_thresholds` where the saliency is a sample.
         """
         ...
@@ -129,22 +129,22 @@ def grouped(names: Iterable[str], group: Callable[[str], str]) -> list[list[str]
 
 
 def sizes_of(saliency: Saliency) -> dict[str, int]:
-    """How many weights each matrix has. Where the saliency cannot tell, it costs a look at all scores: once is enough."""
+    """How many weights each matrix has; where the saliency has no ``size``, this reads (or computes) all scores."""
     tell = getattr(saliency, "size", None)
     return {name: tell(name) if tell else saliency[name].numel() for name in saliency}
 
 
 def sampled_thresholds(sample: Saliency, keep: int, bounds: Mapping[str, Bounds], sizes: Sizes) -> dict[str, Threshold]:
-    """As :func:`thresholds`, for scores that the sample stands for: how many of those that tie would stay, it cannot tell."""
-    if not bounds:  # one search among all: on a GPU each one has to wait for it
+    """As :func:`thresholds`, from a sample of the scores; of those equal to the threshold all are kept."""
+    if not bounds:  # one search over all: each search waits for the GPU
         together = torch.cat([scores.flatten() for scores in sample.values()])
         return dict.fromkeys(sample, Threshold(thresholds({"the sample": together}, keep)["the sample"].key))
     found = thresholds(sample, keep, bounds, sizes)
     return {name: Threshold(one.key) if 0 < one.ties < math.inf else one for name, one in found.items()}
 
 
-def removed(sparsity: float, size: int) -> int:
-    """How many of ``size`` weights go. Exact: 0.29 of 100 are 29, though 0.29 * 100 < 29 in floats."""
+def removed_count(sparsity: float, size: int) -> int:
+    """``floor(sparsity * size)``, exactly: 0.29 of 100 are 29, though 0.29 * 100 < 29 in floats."""
     return math.floor(Fraction(str(sparsity)) * size)
 
 
@@ -187,8 +187,8 @@ class Unstructured(BasePattern):
         return self.scope in ("row", "matrix")
 
     def keep(self, size: int) -> int:
-        """How many of ``size`` weights survive."""
-        return size - removed(self.sparsity, size)
+        """How many of ``size`` weights are kept."""
+        return size - removed_count(self.sparsity, size)
 
     def group(self, name: str) -> str:
         """The budget that a matrix has its share of: its decoder block's, by the first number in its name, or the model's."""
@@ -209,13 +209,13 @@ class Unstructured(BasePattern):
         for names in grouped(saliency, self.group):
             part = View(saliency, names=names)
             sizes = sizes_of(part)
-            goes = removed(self.sparsity, sum(sizes.values()))
+            goes = removed_count(self.sparsity, sum(sizes.values()))
             cutters |= dict.fromkeys(names, self.share(part, sizes, goes, {}, search))
         return lambda name, scores: cutters[name](name, scores)
 
     def span(self, shape: Shape, floor: float, ceiling: float) -> Bounds:
         size = shape[0] * shape[1]
-        return math.ceil(Fraction(str(floor)) * size), removed(ceiling, size)
+        return math.ceil(Fraction(str(floor)) * size), removed_count(ceiling, size)
 
     def share(self, saliency: Saliency, sizes: Sizes, removed: int, spans: Spans, search: Search = thresholds) -> Cutter:
         sizes, bounds = {name: sizes[name] for name in saliency}, {}
@@ -278,7 +278,7 @@ class NM(BasePattern):
 
 
 def by_row(pattern: Pattern) -> bool:
-    """Whether a pattern fixes what each row keeps: N:M, or a sparsity by row."""
+    """Whether a pattern fixes how many weights each row keeps: N:M, or a sparsity by row."""
     return isinstance(pattern, NM) or (isinstance(pattern, Unstructured) and pattern.scope == "row")
 
 
@@ -361,7 +361,7 @@ class Tiled(BasePattern):
 
 
 def lost(pattern: Pattern, shape: Iterable[int]) -> int:
-    """How many weights a matrix loses under a pattern of its own: whole rows' shares, whole groups, whole tiles."""
+    """How many weights a matrix of this shape loses under a pattern that it does not share with others."""
     rows, columns = shape
     if isinstance(pattern, NM):
         return rows * columns // pattern.m * (pattern.m - pattern.n)
@@ -369,19 +369,19 @@ def lost(pattern: Pattern, shape: Iterable[int]) -> int:
         tiles = rows // pattern.height, columns // pattern.width
         return lost(pattern.of, tiles) * pattern.height * pattern.width
     groups, size = (rows, columns) if getattr(pattern, "scope", None) == "row" else (1, rows * columns)
-    return groups * removed(pattern.sparsity, size)
+    return groups * removed_count(pattern.sparsity, size)
 
 
 def finite(name: str, scores: Tensor) -> Tensor:
-    """The scores. Raises InputError if some are none."""
+    """The scores themselves. Raises InputError if one is NaN or infinite."""
     check_extremes([name], [scores.aminmax()])
     return scores
 
 
 def check_extremes(names: Iterable[str], extremes: Iterable[tuple[Tensor, Tensor]]) -> None:
-    """Raises InputError for scores that are none, by the lowest and the highest of each matrix: either is NaN if any score is.
+    """Raises InputError if a matrix has scores that are NaN or infinite. extremes: its lowest and its highest score.
 
-    They are looked at together, because a GPU is waited for each time.
+    Both are NaN if any score is. All are read from the GPU at once, because each read waits for it.
     """
     ends = [end for pair in extremes for end in pair]
     values = torch.stack(ends).tolist() if ends else []

@@ -4,7 +4,7 @@
         lock                   held by the process that works here; the kernel frees it when that process dies
         identity.json          what the run is; a run goes on only as what it began
         <stage>.json           the last commit of a stage: its facts, and what a store keeps beside them
-        <stage>/               the tensors of a stage (see store)
+        <stage>/               the tensors of a stage (see tensor_store)
 
 A commit is one atomic replacement of ``<stage>.json``, so a process may be killed at any moment: the last commit stands.
 A run that has committed nothing is started again, whatever it was.
@@ -129,10 +129,10 @@ def temporary() -> Iterator[Run]:
     """A run that leaves nothing behind, in a folder that all processes share."""
     first = not distributed.rank()
     with tempfile.TemporaryDirectory(prefix="uniprune-") if first else nullcontext("") as folder:
-        place = Path(distributed.gathered(folder)[0])
+        place = Path(distributed.all_gather(folder)[0])
         with nullcontext(Run(place)) if first else beside(place, f"rank-{distributed.rank()}") as run:
             yield Run(run.folder, durable=False, shared=place)
-        distributed.wait()
+        distributed.barrier()
 
 
 class Run:

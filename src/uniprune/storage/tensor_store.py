@@ -59,7 +59,7 @@ class Store(Mapping[str, dict[str, Tensor]]):
             self._load()
             self._tidy()
         if self._processes > 1:
-            distributed.wait()
+            distributed.barrier()
             self._load()
         for name in self:
             try:
@@ -112,7 +112,7 @@ class Store(Mapping[str, dict[str, Tensor]]):
             self._wait()
         files, written = dict(self._files), self._written
         if self._processes > 1:
-            set_by = distributed.gathered((dict(self._files.maps[0]), self._written))
+            set_by = distributed.all_gather((dict(self._files.maps[0]), self._written))
             files = dict(self._files.maps[1]) | {name: file for new, _ in set_by for name, file in new.items()}
             written = max(count for _, count in set_by)
         try:
@@ -126,7 +126,7 @@ class Store(Mapping[str, dict[str, Tensor]]):
             if self._leads:
                 self._tidy()
         if self._processes > 1:
-            distributed.wait()
+            distributed.barrier()
             self._load()
 
     def __contains__(self, name: object) -> bool:

@@ -1,0 +1,100 @@
+"""How a run executes its model: the way that was asked for, or the fastest whose forecast of memory fits (``memory``)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from uniprune.checkpoints.origin import Origin
+from uniprune.common import distributed
+from uniprune.controller import controllers
+from uniprune.errors import InputError
+from uniprune.job import memory
+from uniprune.job.options import Execution, RunOptions
+from uniprune.job.recipe import Recipe
+from uniprune.job.samples import check_can_generate, self_generated
+from uniprune.models import blocks
+from uniprune.models.loading import Loaded
+from uniprune.models.matrices import Matrices
+from uniprune.models.sharding import Sharder
+from uniprune.storage import runs
+
+IN_MEMORY: tuple[Execution, ...] = ("resident", "recomputed", "offloaded")
+UNSUITABLE = {
+    "recomputed": "only --controller feedback has activations to compute again",
+    "offloaded": "it is for a controller on a GPU",
+    "sharded": "it takes several processes (torchrun)",
+}
+
+
+def choose(
+    origin: Origin, needs: memory.Needs, options: RunOptions, device: torch.device, output: Path | None = None
+) -> Execution:
+    """The execution of a model that is yet to be loaded: the one that was asked for, or the fastest that fits.
+
+    needs: the forecast of each execution. output: an interrupted run that is resumed there keeps the execution it began with.
+    All processes choose the same, by the one with the least memory.
+    Raises InputError, with the numbers, if nothing fits.
+    """
+    asked, limit = options.execution, options.max_memory or memory.free_memory(device)
+    if asked is not None and asked not in needs:
+        raise InputError(f"--execution {asked} is not to be had here: {UNSUITABLE[asked]}; one of {', '.join(needs)} is")
+    able = {name: needed for name, needed in needs.items() if asked in (None, name) and (origin.files or name in IN_MEMORY)}
+    begun = (runs.identity_of(output) or {}).get("execution") if options.resume and output is not None else None
+    if begun in needs:
+        same = IN_MEMORY if begun == "resident" else (begun,)
+        return _fitting({name: needed for name, needed in able.items() if name in same}, limit) or asked or begun
+    if (found := _fitting(able, limit)) is not None:
+        return found
+    takes = ", ".join(f"{_gigabytes(needed.memory)} {name}" for name, needed in needs.items() if asked in (None, name))
+    steps = "masks" in needs["streamed"].parts  # of a controller
+    remedy = "lower the tokens of a step" if steps else "give shorter samples (--length)"
+    if not origin.files:
+        remedy = "convert it: only safetensors files are read block by block"
+    raise InputError(f"model {origin} needs {takes} of memory; {_gigabytes(limit)} are there; raise --max-memory, or {remedy}")
+
+
+def choose_for_loaded(loaded: Loaded, recipe: Recipe, matrices: Matrices, length: int, options: RunOptions) -> Execution:
+    """The execution of a model that the caller has loaded; length: tokens of a window.
+
+    Where nothing fits, it is run as it is: its weights are in memory already. Raises InputError for an execution that was asked
+    for and is not one of a model in memory.
+    """
+    if loaded.residency is not blocks.resident:
+        return "sharded" if isinstance(loaded.residency, Sharder) else "streamed"
+    dtype, device = next(loaded.model.parameters()).dtype, blocks.device_of(loaded.model)
+    work = memory.Work(loaded.model, matrices, recipe, dtype, dtype, length, device)
+    limit = options.max_memory or memory.free_memory(device) + memory.PROCESS + work.parameters * dtype.itemsize
+    found = {execution: needed for execution, needed in memory.needs(work).items() if execution in IN_MEMORY}
+    if options.execution is not None and options.execution not in found:
+        raise InputError(f"--execution {options.execution} is not for a model that is in memory; one of {', '.join(found)} is")
+    return options.execution or _fitting(found, limit) or "resident"
+
+
+def check_execution(recipe: Recipe, execution: str) -> None:
+    """Raises InputError if the recipe's controller, or text that the model is to generate, rules out this execution."""
+    check_can_generate(self_generated(recipe), execution in IN_MEMORY)
+    controller = recipe.parsed_controller()
+    if controller is None:
+        return
+    name, others = controllers.name_of(controller), "use another controller, or --controller none"
+    if controller.one_process and distributed.count() > 1:
+        raise InputError(f"--controller {name} runs in one process; start it without torchrun, or {others}")
+    if controller.in_memory and execution not in ("resident", "recomputed"):
+        raise InputError(f"--controller {name} needs the whole model in memory; raise --max-memory, or {others}")
+
+
+def _fitting(able: memory.Needs, limit: int) -> Execution | None:
+    """The fastest execution that fits into the memory of every process."""
+    host = memory.free_memory(torch.device("cpu"))
+    return next((name for name, needed in able.items() if _everywhere(needed.memory <= limit and needed.host <= host)), None)
+
+
+def _everywhere(condition: bool) -> bool:
+    """Whether a condition holds in all processes; all of them must ask."""
+    return distributed.total_of(float(condition)) == distributed.count()
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:.2f} GB"
