@@ -63,7 +63,7 @@ def permute(
 
     Hidden channels of MLPs, values within their heads and the residual stream are reordered, each where that could be proved to
     be harmless. recipe: of it count the pattern, the metric that scores what is kept, and the text. source: as in
-    :func:`pipeline.prune`; a model in memory is itself reordered. The report says for each matrix whose inputs have another
+    :func:`uniprune.prune`; a model in memory is itself reordered. The report says for each matrix whose inputs have another
     order how much of its scores the pattern keeps, before and after. The dense outputs are the same up to the order of
     floating-point sums.
     Raises InputError for a pattern other than N:M, and for a model in which no reordering could be proved to be harmless.
