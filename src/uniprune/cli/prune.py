@@ -117,8 +117,8 @@ def permute(
     gains = result.permuted.values()
     before, after = fmean(gain.kept_before for gain in gains), fmean(gain.kept_after for gain in gains)
     line = (
-        f"{target.output}: the inputs of {len(gains)} matrices are in another order; {result.pattern} keeps {after:.4f} of their "
-        f"scores, not {before:.4f}"
+        f"{target.output}: the inputs of {len(gains)} matrices are in another order; {result.pattern} keeps {after:.4f} of "
+        f"their scores, not {before:.4f}"
     )
     show({"output": str(target.output), **result.record()}, printed.as_json, line)
 
