@@ -38,6 +38,17 @@ def test_rows_are_what_pruning_gives(folder, scores, tmp_path):
     assert found.rows[0].bytes < found.dense.bytes
 
 
+def test_matrices_without_scores_stay_dense(folder, tmp_path):
+    """Of a model that was calibrated without some."""
+    scores, out = tmp_path / "scores.safetensors", tmp_path / "pruned"
+    recipe = Recipe(controller="none", exclude=["down_proj", r"layers\.0\."], **TEXT)
+    uniprune.calibrate(str(folder), recipe, scores)
+    (row,) = sweep(str(folder), scores, tmp_path / "sweep.json", ["2:4"], **TEXT).rows
+    uniprune.prune(str(folder), recipe.model_copy(update={"sparsity": "2:4"}), out)
+    assert row.perplexity == uniprune.evaluate(str(out), text_source="builtin", **TEXT).perplexity
+    assert row.bytes == pytest.approx(archive.pack(out, tmp_path / "a.upz")["archive_bytes"], rel=0.1)
+
+
 def test_a_sparsity_of_none_is_not_the_dense_model(folder, scores, tmp_path):
     """Both have rows, however often it is resumed."""
     found = sweep(str(folder), scores, tmp_path / "s.json", ["0", "0.5"], **TEXT)

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
+import catalogue
 import processes
 import quantised
 import uniprune
@@ -88,6 +89,34 @@ def _masked(own, removed):
             functional.linear = linear
 
     return forward
+
+
+AROUND = ["ernie4_5_moe", "hunyuan_v1_moe", "lfm2_moe", "minimax_m2", "hy_v3"]
+
+
+@pytest.mark.parametrize("family", AROUND)
+def test_routers_that_have_a_part_in_the_module_around_them(family, tmp_path, tokens, monkeypatch):
+    catalogue.saved(family, tmp_path)
+    source, out = tmp_path / "model", tmp_path / "out"
+    report = uniprune.prune(source, recipe(tokens), out)
+    whole, small, linear, removed = loaded(source), loaded(out), functional.linear, {}
+    for name, layer in report.layers.items():
+        parent = whole.get_submodule(name.rpartition(".")[0])
+        (router,) = (p for p in parent.parameters() if p.dim() == 2 and len(p) == report.experts.of)
+        removed[id(router)] = [number for number in range(report.experts.of) if number not in layer.kept]
+
+    def masked(x, weight, bias=None):
+        logits = linear(x, weight, bias)
+        logits[..., removed.get(id(weight), [])] = -torch.inf
+        return logits
+
+    ids = torch.randint(0, VOCABULARY, (3, 20))
+    with torch.no_grad():
+        found, dense = small(ids).logits, whole(ids).logits
+        monkeypatch.setattr(functional, "linear", masked)
+        expected = whole(ids).logits
+    error, effect = (float((one - expected).abs().max()) for one in (found, dense))
+    assert error < 1e-6 < 0.02 * effect
 
 
 def loaded(folder):

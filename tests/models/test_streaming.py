@@ -86,6 +86,25 @@ def test_blocks_that_hand_on_two_streams_are_refused():
         Replay(model, find_blocks(model)[1]).enter(tokens())
 
 
+SHARED_KEYS = {  # keys and values of a layer that others use, in an object that all blocks are given; or a router's states
+    "zaya": {},
+    "gemma3n_text": {"num_kv_shared_layers": 1, "num_hidden_layers": 2, "layer_types": ["full_attention"] * 2},
+    "gemma4_text": {"num_kv_shared_layers": 1, "num_hidden_layers": 2, "layer_types": ["full_attention"] * 2},
+    "mistral_large4": {},
+}
+
+
+@pytest.mark.parametrize("family", SHARED_KEYS)
+def test_blocks_that_use_what_others_computed_are_refused(family):
+    """Batch after batch through each block, all would see that of the last one."""
+    config = catalogue.small(family, **SHARED_KEYS[family])
+    if family == "mistral_large4":
+        config.text_config.kv_source_layers = [0, 0]
+    model = kind_of(config).from_config(config).eval().requires_grad_(False)
+    with pytest.raises(UniPruneError, match=r"depend on each other beyond their inputs.* leave out --sequential"):
+        Replay(model, find_blocks(model)[1]).enter(tokens())
+
+
 def gradients(passes, ids, **settings):
     found = {}
     with passes.network as network:

@@ -66,6 +66,9 @@ class ScoresFile(Scores):
                 *(self._path, target, ", ".join(others)),
             )
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.shapes
+
     def __getitem__(self, name: str) -> Tensor:
         with safe_open(self._path, framework="pt") as file:
             scores = file.get_tensor(name)

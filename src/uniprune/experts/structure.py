@@ -7,7 +7,7 @@ and where its parameters are smaller is where experts are taken out. Its routers
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from fractions import Fraction
@@ -213,18 +213,72 @@ def _check_routers(
                 continue
             seen.add(type(router))
             try:
-                same = _chooses_alike(router, small.get_submodule(path), own, list(numbers))
+                same = _tried(router, small.get_submodule(path), own, list(numbers))
             except Exception as error:  # it is not called with hidden states alone, or returns something else
-                raise InputError(f"--experts: the router {path} of {name} cannot be tried: {first_line(error)}") from error
+                try:
+                    same = _tried_inside(layer, (model, small), axes, list(numbers))
+                except Exception:
+                    raise InputError(f"--experts: the router {path} of {name} cannot be tried: {first_line(error)}") from error
             if not same:
                 raise InputError(f"--experts: the router {path} of {name} chooses otherwise among fewer experts")
 
 
+def _tried(router: nn.Module, small: nn.Module, axes: Mapping[str, int], numbers: list[int]) -> bool:
+    def run(module: nn.Module, values: Mapping[str, Tensor], x: Tensor) -> Any:
+        return _twin(module, values)(x)
+
+    return _chooses_alike(run, router, small, axes, numbers)
+
+
+def _tried_inside(layer: str, models: tuple[nn.Module, nn.Module], axes: Mapping[str, int], numbers: list[int]) -> bool:
+    """The same of a router that has a part in the module around it: its bias (MiniMax-M2), or the choice itself (Hunyuan).
+
+    That is run as a whole, but for what is beside the router.
+    """
+    path, _, experts = layer.rpartition(".")
+    own = {k.removeprefix(f"{path}."): v for k, v in axes.items() if _is_of(layer, k) and not k.startswith(f"{layer}.")}
+    parts = {name.partition(".")[0] for name in own}
+
+    def run(module: nn.Module, values: Mapping[str, Tensor], x: Tensor) -> Any:
+        seen = _Seen()
+        stand_ins = {id(part): _Silent() for name, part in module.named_children() if name not in parts}
+        _twin(module, values, stand_ins | {id(module.get_submodule(experts)): seen})(x[None])
+        return seen.given
+
+    one, other = (model.get_submodule(path) for model in models)
+    return _chooses_alike(run, one, other, own, numbers)
+
+
+class _Seen(nn.Module):
+    """In the place of experts: keeps what it is given, as routers return it."""
+
+    given: tuple[None, Tensor, Tensor]
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        self.given = None, top_k_weights, top_k_index
+        return torch.zeros_like(hidden_states)
+
+
+class _Silent(nn.Module):
+    """In the place of what is beside a router: nothing that it chooses by."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.zeros_like(x)
+
+
 @torch.no_grad()
-def _chooses_alike(whole: nn.Module, small: nn.Module, axes: Mapping[str, int], numbers: list[int]) -> bool:
-    """Runs twins of two routers, with random numbers for parameters, on a few random tokens."""
+def _chooses_alike(
+    run: Callable[[nn.Module, Mapping[str, Tensor], Tensor], Any],
+    whole: nn.Module,
+    small: nn.Module,
+    axes: Mapping[str, int],
+    numbers: list[int],
+) -> bool:
+    """Whether twins of two routers, with random numbers for parameters, choose alike for a few random tokens."""
     generator = torch.Generator().manual_seed(0)
-    values = {name: torch.rand(t.shape, generator=generator) - 0.5 for name, t in whole.state_dict(keep_vars=True).items()}
+    parts = {name.partition(".")[0] for name in axes}
+    state = {name: t for name, t in whole.state_dict(keep_vars=True).items() if name.partition(".")[0] in parts}
+    values = {name: torch.rand(t.shape, generator=generator) - 0.5 for name, t in state.items()}
     width = max(values[name].numel() // values[name].shape[axis] for name, axis in axes.items())
     kept, fewer = torch.tensor(numbers), dict(values)
     for name, axis in axes.items():
@@ -232,16 +286,18 @@ def _chooses_alike(whole: nn.Module, small: nn.Module, axes: Mapping[str, int], 
         values[name] = torch.full_like(values[name], FAR).index_copy(axis, kept, fewer[name])
     x = torch.rand(TOKENS, width, generator=generator)
     experts = next(values[name].shape[axis] for name, axis in axes.items())
-    found = _weights(_twin(whole, values)(x), experts)
-    alone = _weights(_twin(small, fewer)(x), len(numbers))
+    found = _weights(run(whole, values, x), experts)
+    alone = _weights(run(small, fewer, x), len(numbers))
     expected = torch.zeros_like(found).index_copy(1, kept, alone)
     return torch.allclose(found, expected, rtol=1e-4, atol=1e-6)
 
 
-def _twin(module: nn.Module, values: Mapping[str, Tensor]) -> nn.Module:
-    """A module with other values, also of one that has none."""
-    memo: dict[int, Any] = {}
-    for name, tensor in module.state_dict(keep_vars=True).items():
+def _twin(module: nn.Module, values: Mapping[str, Tensor], stand_ins: Mapping[int, nn.Module] | None = None) -> nn.Module:
+    """A module with other values, also of one that has none. stand_ins: for parts of it, by their id."""
+    memo: dict[int, Any] = dict(stand_ins or {})
+    state = module.state_dict(keep_vars=True)
+    for name in state.keys() & values.keys():
+        tensor = state[name]
         memo[id(tensor)] = nn.Parameter(values[name], requires_grad=False) if isinstance(tensor, nn.Parameter) else values[name]
     twin = deepcopy(module, memo).eval()
     vars(twin).pop("forward", None)  # what reroutes it for a while is not its own

@@ -257,7 +257,11 @@ class Replay:
 
     @torch.no_grad()
     def _verify(self, probe: Tensor) -> None:
-        """A few tokens through the model itself, each block loaded once, and beside it through the blocks alone."""
+        """A few tokens through the model itself, each block loaded once, and beside it through the blocks alone.
+
+        Alone, each is called with arguments that no other block was run with: some hand on keys and values in an object that
+        all are given (Gemma 3n and 4). With several batches those would be of the last one.
+        """
         self._learn(probe)
         alone = [self._through(probe)[0][0]]
 
@@ -267,7 +271,11 @@ class Replay:
                     output = forward(*args, **kwargs)
                     if not bool(torch.isfinite(hidden_of(output)).all()):
                         raise InputError(f"block {index} {OVERFLOW}")
-                    alone.append(self._calls_of(probe)[index](forward, alone.pop()))
+                    call = self._through(probe)[1][index]
+                    try:
+                        alone.append(call(forward, alone.pop()))
+                    except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+                        raise _entangled(self.blocks, f" ({first_line(error)})") from error
                 return output
 
             return both
@@ -277,8 +285,14 @@ class Replay:
         warn_unless_causal(self._model, expected)
         found = self.leave(alone.pop(), probe)
         if not torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max())):
-            kind = type(self.blocks[0]).__name__
-            raise UniPruneError(f"blocks of {kind} depend on each other beyond their inputs; they cannot be run one by one")
+            raise _entangled(self.blocks)
+
+
+def _entangled(blocks: nn.ModuleList, why: str = "") -> UniPruneError:
+    return UniPruneError(
+        f"blocks of {type(blocks[0]).__name__} depend on each other beyond their inputs{why}; they cannot be run one by one: "
+        "give memory for the whole model (--max-memory), and leave out --sequential and --refine"
+    )
 
 
 def forked(tokens: Tensor) -> Tensor:
