@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 import uniprune
 from conftest import tiny_model
+from small_models import tiny
 from uniprune import Loaded, Recipe
 from uniprune.entrypoints import permute as permute_module
 from uniprune.errors import InputError
@@ -113,6 +114,13 @@ def test_tied_embeddings_that_are_stored_twice_stay_tied(tokenizer, tmp_path):
     assert torch.equal(tensors["lm_head.weight"], tensors["model.embed_tokens.weight"])
     before = logits(tmp_path / "tied")
     torch.testing.assert_close(logits(tmp_path / "out"), before, rtol=1e-5, atol=1e-5 * float(before.abs().max()))
+
+
+def test_a_model_whose_blocks_cannot_be_run_one_by_one_has_its_mlps_reordered(tokenizer, tmp_path):
+    shared = {"num_kv_shared_layers": 1, "num_hidden_layers": 2, "layer_types": ["full_attention"] * 2}
+    model = tiny("gemma3n_text", **shared, vocab_size=len(tokenizer), vocab_size_per_layer_input=len(tokenizer)).eval()
+    report = uniprune.permute(Loaded(model, tokenizer), RECIPE, tmp_path / "out")
+    assert {name.rpartition(".")[2] for name in report.permuted} == {"down_proj", "linear_right"}
 
 
 def test_the_order_of_the_stream_is_searched_for_on_a_sample(monkeypatch):

@@ -6,7 +6,7 @@ What is written is a model like any other. So it is calibrated, pruned, packed a
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from uniprune.checkpoints.origin import resolve
 from uniprune.common import distributed
 from uniprune.common.progress import Progress, silent
 from uniprune.common.provenance import Stopwatch, versions
-from uniprune.errors import InputError
+from uniprune.errors import InputError, UniPruneError
 from uniprune.job.inference import inferring
 from uniprune.job.options import RunOptions
 from uniprune.job.prepare import Job, device_of, prepare, progress_of
@@ -124,15 +124,26 @@ def permute(
 
 def find(job: Job, pattern: NM) -> list[Channels]:
     """All channels that may be reordered, in the model and in its checkpoint."""
+    found = find_hidden(job.loaded.model, job.matrices)
+    others = job.matrices.keys() - {name for channels in found for name in channels.consumers}
+    try:
+        found += _between_modules(job, others, pattern)
+    except InputError:
+        raise
+    except UniPruneError as error:
+        logger.info("only hidden channels of MLPs may move: %s", error)
+    return [channels for channels in found if _stored(job, channels)]
+
+
+def _between_modules(job: Job, consumers: Set[str], pattern: NM) -> list[Channels]:
+    """The channels that are proved by running blocks one by one. Raises UniPruneError for a model whose blocks cannot be."""
     model, ids = job.loaded.model, job.windows.tokens[:1, :TOKENS]
     replay = Replay(model, find_blocks(model)[1], job.loaded.residency)
-    hidden = find_hidden(model, job.matrices)
-    others = job.matrices.keys() - {name for channels in hidden for name in channels.consumers}
-    heads = [one for one in find_heads(model, others, replay, ids) if one.size // one.groups % pattern.m == 0]
-    stream = find_stream(model, others, replay, ids)
-    return [
-        one for one in (*hidden, *heads, *([stream] if stream and _all_loaded(job, stream.size) else [])) if _stored(job, one)
-    ]
+    heads = find_heads(model, consumers, replay, ids)
+    found = [channels for channels in heads if channels.size // channels.groups % pattern.m == 0]
+    if (stream := find_stream(model, consumers, replay, ids)) and _all_loaded(job, stream.size):
+        found.append(stream)
+    return found
 
 
 def _stored(job: Job, channels: Channels) -> bool:

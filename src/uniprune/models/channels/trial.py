@@ -88,6 +88,7 @@ class BlockTrial(Trial):
 
 def trials(replay: Replay, ids: Tensor) -> Iterator[tuple[BlockTrial, list[int]]]:
     """A trial of each structure of blocks that occurs, and the indices of the blocks that have it."""
+    replay.enter(ids)
     alike: dict[str, list[int]] = {}
     for index, block in enumerate(replay.blocks):
         shapes = [tuple(parameter.shape) for parameter in block.parameters()]
