@@ -14,7 +14,7 @@ from uniprune.models.blocks import last_hidden
 from uniprune.models.matrices import find_matrices
 from uniprune.saliency.calibration import Calibration
 from uniprune.saliency.metrics import Magnitude, Wanda
-from uniprune.saliency.refine import SWEEPS, descend_groups, errors, refine, swap_rows
+from uniprune.saliency.refine import SWEEPS, damped, descend_groups, errors, refine, swap_rows
 from uniprune.saliency.sequential import refined, sequential
 from uniprune.saliency.statistics import Gram, SquaredNorm, observing
 from uniprune.sparsity.constraints import Rule, Ruled
@@ -64,6 +64,30 @@ def test_errors_are_the_mean_squared_change_of_the_outputs():
     mask = torch.rand(5, 8, generator=generator) < 0.5
     expected = (x @ weight.T - x @ (weight * mask).T).square().mean(0)
     torch.testing.assert_close(errors(weight, mask, gram.mean), expected)
+
+
+def test_damping_leads_from_the_plain_error_to_wandas():
+    weight, gram = case(20, 48)
+    assert torch.equal(damped(gram, 0), gram)
+    assert torch.equal(damped(gram, 1), gram.diagonal().diag())
+    assert torch.equal(damped(gram), (gram + gram.diagonal().diag()) / 2)
+    for pattern in (NM(2, 4), Unstructured(0.5)):
+        mask = start(weight, gram, pattern)
+        assert torch.equal(refine(weight, mask, damped(gram, 1), pattern), mask)
+        shares = [errors(weight, refine(weight, mask, damped(gram, share), pattern), gram).sum() for share in (0, 0.5, 1)]
+        assert shares == sorted(shares)
+
+
+def test_a_rare_token_that_matters_is_harmed_less():
+    """Most tokens lie in few directions, in which lost weights can cancel each other; one token is unlike them."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2000, 4, generator=generator) @ torch.randn(4, 48, generator=generator)
+    rare = 3 * torch.randn(1, 48, generator=generator)
+    weight, gram = torch.randn(64, 48, generator=generator), (x.T @ x + rare.T @ rare) / 2001
+    mask = start(weight, gram, NM(2, 4))
+    plain, careful = (refine(weight, mask, damped(gram, share), NM(2, 4)) for share in (0, 0.5))
+    change = [float((rare @ (weight * ~cut).T).square().sum()) for cut in (careful, plain)]
+    assert change[0] < 0.8 * change[1]
 
 
 @pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (3, 4), (1, 2), (4, 8), (2, 3)])
@@ -221,7 +245,7 @@ def test_sequential_refines_each_block_on_pruned_inputs(pattern, metric):
         for name, matrix in here.items():
             gram = statistics[name].mean
             cut = dict(pattern({name: metric(matrix.weight, statistics[name])}))[name]
-            assert torch.equal(found[name], refine(matrix.weight, cut, gram, pattern)), name
+            assert torch.equal(found[name], refine(matrix.weight, cut, damped(gram), pattern)), name
             cut_errors += float(errors(matrix.weight, cut, gram).sum())
             found_errors += float(errors(matrix.weight, found[name], gram).sum())
         masking.apply(here, ((name, found[name]) for name in here))

@@ -5,8 +5,11 @@
 is the mean squared change of the matrix's outputs. It is separable over rows, so all rows descend side by side. Pure
 functions of float32 tensors on one device: a mask ``[out, in]`` in (True = keep), one of the same pattern out.
 
+``--refine`` descends on E with a Gram matrix whose off-diagonal elements are halved (:func:`damped`): the plain E lets the
+changes of lost weights cancel each other for most tokens, at the cost of a few that matter to all others.
+
 Sources: the reconstruction error as in SparseGPT (arXiv 2301.00774), exchanges of two weights of a row as in SparseSwaps
-(arXiv 2512.10922).
+(arXiv 2512.10922). Departure: the damping.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ CHUNK = 256  # rows at a time in row swaps: bounds their memory to CHUNK * (in +
 CANDIDATES = 32  # weights of each side that row swaps pair with each other
 SWEEPS = 4  # turns of every group
 SWAPS, ROUNDS = 16, 20  # swaps of a row between two fresh products, and how many such rounds
+DAMPING = 0.5  # of off-diagonal elements: at 0 E is the plain error, at 1 its minimum is Wanda's mask
 TOLERANCE = 1e-6  # of a weight's own error: what a change must gain beyond rounding, so that ties keep the present mask
 
 
@@ -41,6 +45,18 @@ def errors(weight: Tensor, mask: Tensor, gram: Tensor) -> Tensor:
     """The reconstruction error ``[out]`` of each row; E is their sum. gram: ``[in, in]``, float32."""
     lost = weight.float() * ~mask
     return ((lost @ gram) * lost).sum(1)
+
+
+def damped(gram: Tensor, damping: float = DAMPING) -> Tensor:
+    """A Gram matrix ``[in, in]`` with its off-diagonal elements times ``1 - damping``.
+
+    Off-diagonal elements tell how inputs go together on average over the tokens. Masks that rely on it fully change the outputs
+    of most tokens less, but those of rare ones more: of the first token of a text, say, to which all later ones attend, and
+    whose hidden state is unlike all others'. With the diagonal alone, weights are lost independently of each other.
+    """
+    found = gram * (1 - damping)
+    found.diagonal().copy_(gram.diagonal())
+    return found
 
 
 def refine(weight: Tensor, mask: Tensor, gram: Tensor, pattern: Pattern) -> Tensor:

@@ -13,7 +13,7 @@ from uniprune.models import masking
 from uniprune.models.matrices import Matrices
 from uniprune.saliency.calibration import Calibration, LocalSaliency, open_sweep
 from uniprune.saliency.metrics import Metric
-from uniprune.saliency.refine import check, refine
+from uniprune.saliency.refine import check, damped, refine
 from uniprune.saliency.statistics import Gram, beside, observing, pool, starved
 from uniprune.sparsity import bits
 from uniprune.sparsity.patterns import Pattern, by_row
@@ -44,7 +44,7 @@ def sequential(calibration: Calibration, metric: Metric, pattern: Pattern) -> Se
 
 
 def refined(calibration: Calibration, metric: Metric, pattern: Pattern) -> SequentialMasks:
-    """As :func:`sequential`; then each matrix's reconstruction error is lowered (saliency.refine) before its block runs on.
+    """As :func:`sequential`; then the damped error of each matrix (saliency.refine) is lowered before its block runs on.
 
     One that a rule gives another pattern, without a budget by row, keeps the metric's mask. Refining takes a Gram matrix of the
     inputs of each matrix of one block, in float32; a metric that wants squared norms is given those, and one that wants another
@@ -61,7 +61,9 @@ def refined(calibration: Calibration, metric: Metric, pattern: Pattern) -> Seque
         pool(here, own)
         masks = pattern(LocalSaliency(here, metric, own if wanted else grams))
         better = {
-            name: refine(here[name].weight, mask, grams[name].mean, part) if by_row(part := pattern.part(name)) else mask
+            name: refine(here[name].weight, mask, damped(grams[name].mean), part)
+            if by_row(part := pattern.part(name))
+            else mask
             for name, mask in masks
         }
         return better, starved(here, grams)
