@@ -132,6 +132,16 @@ def test_names_go_through_datasets(monkeypatch):
         ([ROWS["winogrande"] | {"sentence": "No gap."}], 'no "_" in the sentence'),
         ([ROWS["mmlu"] | {"choices": ["a", None, "c", "d"]}], "a choice is null"),
         ([ROWS["mmlu"] | {"choices": [str(number) for number in range(12)]}], "12 choices, more than the 10 letters"),
+        ([ROWS["mmlu"] | {"answer": ""}], "line 1: not a labelled row of the format mmlu"),
+        ([ROWS["mmlu"] | {"answer": "AB"}], "line 1: not a labelled row of the format mmlu"),
+        (
+            [ROWS["arc"] | {"choices": {"text": ["a", "b"], "label": "AB"}, "answerKey": ""}],
+            "not a labelled row of the format arc",
+        ),
+        (
+            [ROWS["race"] | {"problems": [{"question": "?", "options": list("abcd"), "answer": ""}]}],
+            "a labelled row of the format race",
+        ),
         ([ROWS["winogrande"] | {"answer": "0"}], "label -1 is none of 2 choices"),
         ([[1]], "line 1: not a JSON object"),
     ],
