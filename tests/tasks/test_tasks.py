@@ -1,5 +1,6 @@
 """Prompts, choices and labels of every format, written out by hand; and files that no question can be made of."""
 
+import ast
 import csv
 import gzip
 import io
@@ -188,6 +189,15 @@ def test_files_of_any_kind_of_rows(tmp_path, file, format, name, write):
     task = load_task(str(tmp_path / name))
     assert task.questions == load_task(file(*rows)).questions
     assert task.format == format
+
+
+@pytest.mark.parametrize("name", ["t.jsonl", "t.json"])
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_file_of_one_row_is_that_row(tmp_path, file, format, name):
+    """It may hold a list of objects itself, as a file with rows inside one object does: the problems of an article."""
+    row = ROWS[format] | ({"problems": ast.literal_eval(ROWS["race"]["problems"])} if format == "race" else {})
+    (tmp_path / name).write_text(json.dumps(row if name == "t.jsonl" else [row]))
+    assert load_task(str(tmp_path / name)).questions == load_task(file(ROWS[format], ROWS[format])).questions[:1]
 
 
 def test_a_table_of_questions(tmp_path, file):
