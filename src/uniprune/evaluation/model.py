@@ -157,7 +157,7 @@ class Subject:
         """Says what to measure. Raises InputError if a question cannot be scored, or a prompt not be continued."""
         if asked.tasks or asked.prompts:
             self.check_tokenizer()
-        check_prompts(asked.prompts, self.tokenizer, asked.new_tokens, self.context)
+        check_prompts(asked.prompts, self.tokenizer, asked.new_tokens, self._config)
         self._asked = asked
         self._tokens: list[list[list[Tokens]]] = [tokenise(task, self.tokenizer, self.context) for task in asked.tasks]
         for task, questions in zip(asked.tasks, self._tokens, strict=True):
