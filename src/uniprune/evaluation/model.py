@@ -6,7 +6,6 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 from uniprune.artefacts.mask_tools import CheckedMasks
 from uniprune.checkpoints.configuration import UNBOUNDED, check_context, check_vocabulary, context
@@ -41,6 +40,7 @@ from uniprune.models.loading import (
     warn_of_emulation,
 )
 from uniprune.models.matrices import Matrices, check_decoder, find_matrices
+from uniprune.storage.files import path_of
 from uniprune.tasks.question import Task
 from uniprune.tasks.scoring import Tokens
 
@@ -71,7 +71,7 @@ class Subject:
     """A model whose weights are loaded when everything that is asked of it was checked."""
 
     def __init__(self, source: Source, masks: str | None = None) -> None:
-        self._masks = None if masks is None else CheckedMasks(Path(masks))
+        self._masks = None if masks is None else CheckedMasks(path_of(masks))
         self._source = source if isinstance(source, Loaded) else resolve(source)
         if isinstance(self._source, Loaded):
             model, self.tokenizer = self._source.model, self._source.tokenizer
