@@ -28,6 +28,7 @@ from uniprune.models import masking
 from uniprune.models.loading import (
     Loaded,
     Source,
+    check_one_device,
     fast_dtype,
     load_processor,
     load_tokenizer,
@@ -170,6 +171,8 @@ class Subject:
     def load(self, dtype: str | None, device: str | None) -> Loaded:
         if isinstance(self._source, Loaded):
             self._source.check(dtype, device)
+            if any(parameter.is_meta for parameter in self._source.model.parameters()):
+                check_one_device(self._source.model)  # what is on the meta device has no bits to say what was measured
             warn_of_emulation(self._source.model)
             return self._source
         chosen, target = parse_dtype(dtype), parse_device(device)
