@@ -23,6 +23,7 @@ from uniprune.artefacts.mask_tools import CheckedMasks
 from uniprune.errors import InputError, MismatchError
 from uniprune.models import masking
 from uniprune.models.matrices import Matrices, find_matrices
+from uniprune.storage.files import path_of
 
 logger = logging.getLogger(__name__)
 
@@ -182,7 +183,7 @@ def _masks(given: Masks | None, matrices: Matrices) -> Mapping[str, Tensor]:
         if found := {name: mask for name, mask in zeros.items() if not mask.all()}:
             return found
         raise InputError("none of the model's prunable matrices has a zero; prune it first, or give masks")
-    masks = CheckedMasks(Path(given)) if isinstance(given, (str, Path)) else given
+    masks = CheckedMasks(path_of(given)) if isinstance(given, (str, Path)) else given
     shapes = masks.shapes if isinstance(masks, CheckedMasks) else _shapes(masks)
     for name, shape in shapes.items():
         if name not in matrices or matrices[name].shape != shape:

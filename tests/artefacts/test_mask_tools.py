@@ -536,6 +536,22 @@ def test_a_pruned_model_as_a_gguf_file(folder, tokenizer, tmp_path, kind, kept):
             mask_conversion.from_checkpoint(gguf, folder, out, dtype="bfloat16")
 
 
+def test_a_model_at_home_is_not_written_into(folder, tmp_path, monkeypatch):
+    """No shell makes a path of ``~`` in ``--model=~/model``; models are found there, and their weights were replaced."""
+    dense, path = tmp_path / "model", tmp_path / "masks.safetensors"
+    shutil.copytree(folder, dense)
+    cut(dense, NM(2, 4), path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    weights = next(dense.glob("*.safetensors"))
+    for write in (
+        lambda: mask_conversion.export_masks(path, weights, model="~/model", overwrite=True),
+        lambda: mask_conversion.from_foreign(path, "~/model", weights, overwrite=True),
+        lambda: mask_conversion.from_checkpoint(folder, "~/model", weights, overwrite=True),
+    ):
+        with pytest.raises(InputError, match="lies in, the input"):
+            write()
+
+
 @pytest.mark.parametrize("given", [True, False])
 def test_plain_masks_come_back(made, tmp_path, given):
     dense, path, _, masks = made

@@ -65,6 +65,13 @@ def test_a_function_gets_its_groups():
     assert fruit.given() == {"basket": Path("here"), "count": 2, "kind": "pear", "washed": True, "counted": False}
 
 
+def test_a_path_may_begin_at_home(monkeypatch, tmp_path):
+    """A shell leaves ``--output=~/x`` as it is."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert call(weigh, "~/here").basket == tmp_path / "here"
+    assert call(weigh, "~nobody-of-this-name/here").basket == Path("~nobody-of-this-name/here")
+
+
 def test_what_is_left_out_is_not_given():
     fruit, shopping = call(buy, "here", "--budget", "0")
     assert (fruit.given(), shopping.given()) == ({"basket": Path("here")}, {"budget": 0})

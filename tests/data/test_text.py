@@ -8,7 +8,7 @@ import torch
 
 from uniprune.data import mixture, text
 from uniprune.data.text import read
-from uniprune.data.windows import load_windows, save_windows
+from uniprune.data.windows import load_windows, save_windows, window_length
 from uniprune.errors import InputError
 
 
@@ -108,6 +108,14 @@ def test_token_file_round_trip(abc, tmp_path):
         load_windows(tmp_path / "tokens.safetensors", None, use="calibration", length=4)
     with pytest.raises(InputError, match="3 windows, 9"):
         load_windows(tmp_path / "tokens.safetensors", None, use="calibration", length=3, count=9)
+
+
+def test_a_token_file_may_lie_at_home(abc, tmp_path, monkeypatch):
+    windows = load_windows(abc, Letters(), use="calibration", length=3, count=3)
+    save_windows(windows, tmp_path / "tokens.safetensors")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert window_length("~/tokens.safetensors", None, 7) == 3
+    assert load_windows("~/tokens.safetensors", None, use="calibration", length=3).describe().sha256 == windows.sha256
 
 
 def test_hash_sees_the_shape(abc):

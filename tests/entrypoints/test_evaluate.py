@@ -77,6 +77,12 @@ def test_a_model_as_a_training_loop_leaves_it_has_no_dropout(tokenizer, tasks):
     assert {name: module.training for name, module in model.named_modules()} == modes
 
 
+def test_a_file_of_questions_may_be_a_path(loaded, tasks):
+    found = uniprune.evaluate(loaded, tasks=[Path(name) for name in tasks])
+    assert found.tasks.keys() == set(tasks)
+    assert uniprune.evaluate(loaded, tasks=Path(tasks[0])).protocol.request.tasks == (tasks[0],)
+
+
 def test_a_model_in_memory_is_not_moved_or_converted(loaded):
     with pytest.raises(InputError, match=r"the model is in memory, torch\.float32 on cpu: convert it there"):
         uniprune.evaluate(loaded, text_source="builtin", windows=2, length=32, dtype="bfloat16")

@@ -8,7 +8,7 @@ import pytest
 import uniprune
 from command import run
 from conftest import Stopped, Stops
-from uniprune import InputError, MismatchError, Recipe
+from uniprune import NM, InputError, MismatchError, Recipe
 from uniprune.artefacts import archive
 from uniprune.entrypoints.sweep import sweep
 from uniprune.evaluation.results import Row, marked
@@ -85,6 +85,12 @@ def test_an_interrupted_sweep_goes_on(folder, scores, tmp_path):
     out.write_text('{"rows": 3}')
     with pytest.raises(InputError, match="cannot be resumed as a sweep"):
         sweep(str(folder), scores, out, asked, resume=True, **TEXT)
+
+
+@pytest.mark.parametrize("asked", [[0.5, NM(2, 4)], "0.5, 2:4"])
+def test_sparsities_are_numbers_patterns_or_one_text(folder, scores, tmp_path, asked):
+    """Numbers were refused when the first row was measured, which may take an hour."""
+    assert [row.pattern for row in sweep(str(folder), scores, tmp_path / "sweep.json", asked, **TEXT).rows] == ["0.5", "2:4"]
 
 
 def test_another_models_scores_are_refused(loaded, scores, tmp_path):

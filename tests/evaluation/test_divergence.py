@@ -113,12 +113,25 @@ def test_bad_requests(loaded, options, message):
         uniprune.evaluate(loaded, **against, **options)
 
 
-def test_texts_read_as_other_tokens_cannot_be_compared(loaded, tokenizer):
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"text_source": "builtin", "windows": 1, "length": 32}, "reads the text as other tokens"),
+        ({"prompts": ["import"], "new_tokens": 2}, "reads a prompt as other tokens"),
+    ],
+)
+def test_what_is_read_as_other_tokens_cannot_be_compared(loaded, tokenizer, options, message):
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     letters = Tokenizer(models.BPE(vocab=tokenizer.get_vocab(), merges=[]))  # the same vocabulary, every byte by itself
     letters.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     other = PreTrainedTokenizerFast(tokenizer_object=letters)
-    with pytest.raises(InputError, match="reads the text as other tokens"):
-        uniprune.evaluate(loaded, against=Loaded(tiny_model(), other), text_source="builtin", windows=1, length=32)
+    with pytest.raises(InputError, match=message):
+        uniprune.evaluate(loaded, against=Loaded(tiny_model(), other), **options)
+
+
+def test_a_prompt_beyond_a_models_vocabulary_is_refused(loaded, tokenizer):
+    small = Loaded(tiny_model(vocab_size=100), tokenizer)
+    with pytest.raises(InputError, match=r"prompt 'import': token \d+ is beyond the model's vocabulary of 100"):
+        uniprune.evaluate(loaded, against=small, prompts=["import"], new_tokens=2)

@@ -51,3 +51,5 @@ def test_a_model_on_several_devices_or_none_is_refused(tokenizer, elsewhere, dev
         model.get_submodule(part).to("meta")
     with pytest.raises(InputError, match=f"parameters lie on {devices}; load it onto one device"):
         uniprune.prune_in_place(Loaded(model, tokenizer), Recipe(**SMALL))
+    with pytest.raises(InputError, match=f"parameters lie on {devices}; load it onto one device"):
+        uniprune.evaluate(Loaded(model, tokenizer), windows=2, length=32)

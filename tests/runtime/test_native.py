@@ -98,6 +98,19 @@ def test_it_is_built_once(fresh, monkeypatch, tmp_path, compiled):
     assert len(list(fresh.iterdir())) == 1
 
 
+def test_a_compiler_may_have_arguments(fresh, monkeypatch, tmp_path):
+    """As build systems take ``CXX="ccache g++"``; others make another library."""
+    real, log = shutil.which("g++") or shutil.which("clang++"), tmp_path / "log"
+    monkeypatch.setenv("CXX", compiler(tmp_path, f'echo "$1" >> {log}; exec {real} "$@"') + " -O1")
+    (tmp_path / "compiler").write_text(
+        (tmp_path / "compiler").read_text().replace('[ "$1" = --version ]', '[ "$2" = --version ]')
+    )
+    assert native.library().paths
+    assert log.read_text() == "-O1\n"
+    monkeypatch.setenv("CXX", str(tmp_path / "compiler"))
+    assert native._compiler() == [str(tmp_path / "compiler")]
+
+
 def test_the_cache_of_another_source_or_compiler_is_another(fresh, monkeypatch, tmp_path):
     built = []
     monkeypatch.setattr(native, "_build", lambda compiler, file: built.append(file.name))

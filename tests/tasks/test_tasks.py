@@ -1,5 +1,6 @@
 """Prompts, choices and labels of every format, written out by hand; and files that no question can be made of."""
 
+import ast
 import csv
 import gzip
 import io
@@ -132,6 +133,16 @@ def test_names_go_through_datasets(monkeypatch):
         ([ROWS["winogrande"] | {"sentence": "No gap."}], 'no "_" in the sentence'),
         ([ROWS["mmlu"] | {"choices": ["a", None, "c", "d"]}], "a choice is null"),
         ([ROWS["mmlu"] | {"choices": [str(number) for number in range(12)]}], "12 choices, more than the 10 letters"),
+        ([ROWS["mmlu"] | {"answer": ""}], "line 1: not a labelled row of the format mmlu"),
+        ([ROWS["mmlu"] | {"answer": "AB"}], "line 1: not a labelled row of the format mmlu"),
+        (
+            [ROWS["arc"] | {"choices": {"text": ["a", "b"], "label": "AB"}, "answerKey": ""}],
+            "not a labelled row of the format arc",
+        ),
+        (
+            [ROWS["race"] | {"problems": [{"question": "?", "options": list("abcd"), "answer": ""}]}],
+            "a labelled row of the format race",
+        ),
         ([ROWS["winogrande"] | {"answer": "0"}], "label -1 is none of 2 choices"),
         ([[1]], "line 1: not a JSON object"),
     ],
@@ -178,6 +189,15 @@ def test_files_of_any_kind_of_rows(tmp_path, file, format, name, write):
     task = load_task(str(tmp_path / name))
     assert task.questions == load_task(file(*rows)).questions
     assert task.format == format
+
+
+@pytest.mark.parametrize("name", ["t.jsonl", "t.json"])
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_file_of_one_row_is_that_row(tmp_path, file, format, name):
+    """It may hold a list of objects itself, as a file with rows inside one object does: the problems of an article."""
+    row = ROWS[format] | ({"problems": ast.literal_eval(ROWS["race"]["problems"])} if format == "race" else {})
+    (tmp_path / name).write_text(json.dumps(row if name == "t.jsonl" else [row]))
+    assert load_task(str(tmp_path / name)).questions == load_task(file(ROWS[format], ROWS[format])).questions[:1]
 
 
 def test_a_table_of_questions(tmp_path, file):

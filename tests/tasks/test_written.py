@@ -24,7 +24,7 @@ def folder(tmp_path_factory):
 def test_an_answer_that_is_no_number_cannot_be_judged_as_one(tmp_path):
     """Words for answers would always be wrong, and nobody told."""
     (tmp_path / "capitals.jsonl").write_text('{"question": "Of France?", "answer": "Paris"}\n')
-    with pytest.raises(InputError, match=r"the answer 'Paris' has no number: .*give choices instead"):
+    with pytest.raises(InputError, match=r"capitals.jsonl, line 1: the answer 'Paris' has no number: .*give choices instead"):
         load_task(str(tmp_path / "capitals.jsonl"))
 
 

@@ -49,7 +49,7 @@ def from_checkpoint(
     bitwise the dense model's; turn it off for one that was tuned after pruning. dtype: as for :func:`verify`.
     Raises InputError, or MismatchError naming the first matrix that is not the model's.
     """
-    check_output_file(output, overwrite, path_of(pruned), Path(model))
+    check_output_file(output, overwrite, path_of(pruned), path_of(model))
     dense = Dense(model, dtype)
     shapes = {name: dense.checkpoint.region(name).shape for name in dense.matrices}
     weights = find_weights(pruned, shapes, dtype)
@@ -79,7 +79,7 @@ def from_foreign(source: Path, model: Source, output: Path, *, dtype: str | None
     weights may not remove any that is not 0 anyway. dtype: as for :func:`verify`. Raises InputError naming the first mask that
     cannot be one.
     """
-    check_output_file(output, overwrite, source, Path(model))
+    check_output_file(output, overwrite, source, path_of(model))
     given, dense = Foreign(source), Dense(model, dtype)
     named = {
         name: spelled
@@ -192,7 +192,7 @@ def export_masks(
         raise InputError(f"output {output}: masks in format {format} are in a file that ends in {' or '.join(files)}")
     if model is None and dtype is not None:
         raise InputError("--dtype is what the model is read in; give it with --model, or leave it out")
-    sources = [masks, *([] if model is None else [Path(model)])]
+    sources = [masks, *([] if model is None else [path_of(model)])]
     check_output_file(output, overwrite, *sources, suffix=output.suffix)
     file = CheckedMasks(masks)
     dense = None if model is None else Dense(model, dtype).of(file)

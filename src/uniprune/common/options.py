@@ -6,10 +6,12 @@ command line (:class:`Flag`). The models import no PyTorch, so that ``--help`` i
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
 from uniprune.errors import InputError
@@ -83,6 +85,14 @@ class Options(BaseModel):
                 raise InputError(f"{spelled!r} sets {name!r}, which is given as well; leave one of them out")
             found[name] = value
         return found
+
+    @field_validator("*")
+    @classmethod
+    def _at_home(cls, value: Any) -> Any:
+        """Paths with the home folder for ``~``, as models and texts have it: of ``--output=~/x`` no shell makes that."""
+        if type(value) is tuple:
+            return tuple(map(cls._at_home, value))
+        return Path(os.path.expanduser(value)) if isinstance(value, Path) else value
 
     @model_validator(mode="before")
     @classmethod

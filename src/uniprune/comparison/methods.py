@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, ClassVar
 
 from uniprune.artefacts.binding import Binding
@@ -24,6 +23,7 @@ from uniprune.saliency.sequential import refined, sequential
 from uniprune.sparsity.patterns import Masks, Pattern
 from uniprune.sparsity.structure import Structure, claimed, structure
 from uniprune.sparsity.views import on_one_scale
+from uniprune.storage.files import path_of
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,7 @@ class FromFile(Method):
         return (self.file.facts.pattern,) if isinstance(self.file, CheckedMasks) else asked
 
     def recorded(self, recipe: Recipe) -> dict[str, Any]:
-        return {"file_sha256": sha256(Path(self.name))}
+        return {"file_sha256": sha256(path_of(self.name))}
 
     def check(self, pattern: Pattern | None, matrices: Matrices) -> None:
         for name, shape in self.file.shapes.items():

@@ -116,7 +116,7 @@ class Evaluated(Options):
     eval_bos: Annotated[
         Literal["each", "first", "none"] | None, Flag(default="each for Gemma, else as the tokenizer does once")
     ] = Field(default=None, description="Which evaluation samples begin with the BOS token.")
-    tasks: Annotated[tuple[str, ...], Flag(metavar="TASK,..."), Commas] = Field(
+    tasks: Annotated[tuple[str, ...], Flag(metavar="TASK,..."), Commas, Name] = Field(
         default=(), description="Also zero-shot accuracy on piqa, arc_easy, ... or on files of rows, as in evaluate."
     )
     suite: str | None = Field(default=None, description=f"Also the tasks of a published table: {', '.join(SUITES)}.")
@@ -193,7 +193,7 @@ class ComparisonKeywords(TypedDict, total=False):
     eval_length: int | None
     eval_stride: int | None
     eval_bos: Literal["each", "first", "none"] | None
-    tasks: Sequence[str]
+    tasks: Sequence[str | Path] | str | Path
     suite: str | None
     num_fewshot: int | None
     limit: int | None

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
@@ -27,6 +26,7 @@ from uniprune.saliency.metrics import METRICS
 from uniprune.sparsity import spelling
 from uniprune.sparsity.patterns import NM
 from uniprune.storage import strict_json
+from uniprune.storage.files import path_of
 from uniprune.storage.tensor_file import KEY
 
 OTHERS = ("any", "sequential", "refine", "sparsegpt")
@@ -63,7 +63,7 @@ def _pairs(name: str, text: str) -> dict[str, str]:
 
 
 def _of_file(name: str) -> FromFile:
-    path = Path(name)
+    path = path_of(name)
     if not path.is_file():
         raise InputError(f"method {name} is a file that does not exist; give a scores or masks file, or a method's name")
     try:

@@ -19,7 +19,7 @@ Chosen = Callable[[Sequence[str]], Sequence[str]]
 BATCH = 256  # rows of a columnar file in memory at once
 VALUE = 1 << 28  # characters of one JSON value, at most
 BOM = b"\xef\xbb\xbf"
-ROWS = {"text", "messages", "conversations", "conversation", "prompt"}  # an object with one of these is a row itself
+ROWS = {"text", "messages", "conversations", "conversation", "prompt", "article"}  # an object with one of these is a row itself
 
 
 def read_rows(path: Path, what: str, choose: Choice | None = None) -> Iterator[tuple[str, Any]]:

@@ -158,7 +158,7 @@ def side_by_side(sources: Sequence[Source], load: Callable[[Source], Windows]) -
 def common_length(sources: Sequence[Source], length: int | None, default: int) -> int:
     """The length of windows: a token file knows its own."""
     files = [source for source in sources if source.tokens] if length is None else []
-    return token_file_shape(Path(files[0].text))[1] if files else length or default
+    return token_file_shape(path_of(files[0].text))[1] if files else length or default
 
 
 def _joined(

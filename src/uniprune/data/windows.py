@@ -25,6 +25,7 @@ from uniprune.data.mixture import Wanted
 from uniprune.data.parts import File, HubShard, Part
 from uniprune.data.text import Sample, Text, TextFacts, TextShare, Use, open_text, texts
 from uniprune.errors import InputError
+from uniprune.storage.files import path_of
 from uniprune.storage.record import Count
 from uniprune.storage.tensor_file import Metadata, open_tensors, write_tensors
 
@@ -283,7 +284,7 @@ def save_windows(windows: Windows, path: Path, again: bool = False) -> None:
 
 def _of_token_file(text: Text, length: int, count: int | None, others: dict[str, object]) -> Windows:
     """others: the settings of other texts, which a token file does not take."""
-    path = Path(text.source)
+    path = path_of(text.source)
     tokens, facts = _read(path)
     given = {"field": text.field, "split": text.split} | others
     if useless := [f"--{name}" for name, value in given.items() if value is not None]:
@@ -327,5 +328,5 @@ def token_file_shape(path: Path) -> tuple[int, int]:
 def window_length(source: str | Path, length: int | None, default: int) -> int:
     """A token file knows its own length."""
     if length is None and str(source).endswith(".safetensors"):
-        return token_file_shape(Path(source))[1]
+        return token_file_shape(path_of(source))[1]
     return length or default

@@ -16,7 +16,7 @@ from uniprune.evaluation import reproduce
 from uniprune.evaluation.answers import compared
 from uniprune.evaluation.capabilities import capabilities
 from uniprune.evaluation.divergence import check_same_tokens, closeness
-from uniprune.evaluation.generation import prompts_of, side_by_side
+from uniprune.evaluation.generation import check_same_prompts, prompts_of, side_by_side
 from uniprune.evaluation.lm_eval import Harness, Marks
 from uniprune.evaluation.model import Measured, Questions, Subject
 from uniprune.evaluation.perplexity import Documents, Perplexity
@@ -60,6 +60,8 @@ def evaluate(
     questions = _questions(request, subject, other)
     for each in (subject, other) if other else (subject,):
         each.ask(questions)
+    if other and request.prompts:
+        check_same_prompts(questions.prompts, subject.tokenizer, other.tokenizer, str(other))
     if request.lm_eval:
         subject.check_tokenizer()
     harness = Harness(request.lm_eval) if request.lm_eval else None

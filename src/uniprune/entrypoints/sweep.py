@@ -45,7 +45,7 @@ def sweep(
     source: Source,
     scores: Path,
     output: Path,
-    sparsities: Sequence[str],
+    sparsities: Sequence[str | float | Pattern] | str,
     *,
     device: str | None = None,
     resume: bool = False,
@@ -55,11 +55,11 @@ def sweep(
 ) -> Sweep:
     """Perplexity and packed size of a model at many sparsities, masks cut from one scores file; written to ``output``, as JSON.
 
-    sparsities: fractions and N:M. asked: ``scope`` of fractions, as in a recipe; ``text_source``, ``windows``, ``length`` and
-    ``dtype``, as in ``evaluate``. The file is rewritten after each row; resume: keep the rows that it has, if they were
-    measured in the same way, and add those that are missing. A row's ``bytes`` are what ``pack`` would make, estimated from
-    samples; None without the zstandard package, and of a quantised model. ``pareto``: no other row is both smaller and better.
-    ``by_text``: of several texts, perplexity on each, and the divergence from the dense model there.
+    sparsities: fractions and N:M, in a list or by comma. asked: ``scope`` of fractions, as in a recipe; ``text_source``,
+    ``windows``, ``length`` and ``dtype``, as in ``evaluate``. The file is rewritten after each row; resume: keep the rows that
+    it has, if they were measured in the same way, and add those that are missing. A row's ``bytes`` are what ``pack`` would
+    make, estimated from samples; None without the zstandard package, and of a quantised model. ``pareto``: no other row is both
+    smaller and better. ``by_text``: of several texts, perplexity on each, and the divergence from the dense model there.
     Raises InputError or MismatchError before the first row if anything asked for cannot be done.
     """
     request, saliency = SweepRequest.of(**asked), ScoresFile(scores)
@@ -105,10 +105,11 @@ def sweep(
     return result
 
 
-def _parsed(sparsities: Sequence[str], scope: Scope | None, saliency: ScoresFile) -> dict[str, Pattern]:
+def _parsed(sparsities: Sequence[str | float | Pattern] | str, scope: Scope | None, saliency: ScoresFile) -> dict[str, Pattern]:
     """The patterns by their spelling; scope: of the sparsities among them. Raises InputError if a matrix cannot have one."""
     default: Scope = scope or ("model" if saliency.comparable else "row")
-    asked = {spec: spelling.parse(spec, default=default) for spec in sparsities}
+    several = sparsities.split(",") if isinstance(sparsities, str) else map(str, sparsities)
+    asked = {spec: spelling.parse(spec, default=default) for spec in filter(None, map(str.strip, several))}
     if not asked:
         raise InputError("no sparsity was asked for; give fractions and N:M by comma, such as 0.5,2:4")
     for pattern in asked.values():

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, StoppingCriteriaList
 
+from uniprune.checkpoints.configuration import check_vocabulary, context
 from uniprune.common.progress import Progress, silent
 from uniprune.data.windows import Windows
 from uniprune.errors import InputError
@@ -30,16 +31,26 @@ def prompts_of(windows: Windows, tokenizer: Any, context: int) -> list[str]:
     return [prompt for prompt in decoded if prompt.strip()]
 
 
-def check_prompts(prompts: Sequence[str], tokenizer: Any, tokens: int, context: int) -> None:
-    """Raises InputError if a prompt is empty, or leaves a model no room for ``tokens`` more."""
+def check_prompts(prompts: Sequence[str], tokenizer: Any, tokens: int, config: Any) -> None:
+    """Raises InputError if a prompt is empty, has tokens that a model lacks, or leaves it no room for ``tokens`` more."""
     if tokens < 0:
         raise InputError(f"--new-tokens {tokens} is negative")
     for prompt in prompts:
-        length = len(tokenizer.encode(prompt))
-        if not length:
+        ids, room = tokenizer.encode(prompt), context(config)
+        if not ids:
             raise InputError("--prompt is empty; give some text to go on with")
-        if length + tokens > context:
-            raise InputError(f"a prompt of {length} tokens and {tokens} more do not fit the model's context of {context}")
+        check_vocabulary(config, max(ids), f"prompt {prompt!r:.60}")
+        if len(ids) + tokens > room:
+            raise InputError(f"a prompt of {len(ids)} tokens and {tokens} more do not fit the model's context of {room}")
+
+
+def check_same_prompts(prompts: Sequence[str], ours: Any, theirs: Any, reference: str) -> None:
+    """Raises InputError unless two tokenizers read prompts alike: what goes on with them is compared token by token."""
+    if any(ours.encode(prompt) != theirs.encode(prompt) for prompt in prompts):
+        raise InputError(
+            f"--against {reference}: it reads a prompt as other tokens, so what it writes cannot be compared; "
+            "give --tasks without --prompt to compare answers alone"
+        )
 
 
 @contextmanager

@@ -6,7 +6,6 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 from uniprune.artefacts.mask_tools import CheckedMasks
 from uniprune.checkpoints.configuration import UNBOUNDED, check_context, check_vocabulary, context
@@ -29,6 +28,7 @@ from uniprune.models import masking
 from uniprune.models.loading import (
     Loaded,
     Source,
+    check_one_device,
     fast_dtype,
     load_processor,
     load_tokenizer,
@@ -41,6 +41,7 @@ from uniprune.models.loading import (
     warn_of_emulation,
 )
 from uniprune.models.matrices import Matrices, check_decoder, find_matrices
+from uniprune.storage.files import path_of
 from uniprune.tasks.question import Task
 from uniprune.tasks.scoring import Tokens
 
@@ -71,7 +72,7 @@ class Subject:
     """A model whose weights are loaded when everything that is asked of it was checked."""
 
     def __init__(self, source: Source, masks: str | None = None) -> None:
-        self._masks = None if masks is None else CheckedMasks(Path(masks))
+        self._masks = None if masks is None else CheckedMasks(path_of(masks))
         self._source = source if isinstance(source, Loaded) else resolve(source)
         if isinstance(self._source, Loaded):
             model, self.tokenizer = self._source.model, self._source.tokenizer
@@ -157,7 +158,7 @@ class Subject:
         """Says what to measure. Raises InputError if a question cannot be scored, or a prompt not be continued."""
         if asked.tasks or asked.prompts:
             self.check_tokenizer()
-        check_prompts(asked.prompts, self.tokenizer, asked.new_tokens, self.context)
+        check_prompts(asked.prompts, self.tokenizer, asked.new_tokens, self._config)
         self._asked = asked
         self._tokens: list[list[list[Tokens]]] = [tokenise(task, self.tokenizer, self.context) for task in asked.tasks]
         for task, questions in zip(asked.tasks, self._tokens, strict=True):
@@ -170,6 +171,8 @@ class Subject:
     def load(self, dtype: str | None, device: str | None) -> Loaded:
         if isinstance(self._source, Loaded):
             self._source.check(dtype, device)
+            if any(parameter.is_meta for parameter in self._source.model.parameters()):
+                check_one_device(self._source.model)  # what is on the meta device has no bits to say what was measured
             warn_of_emulation(self._source.model)
             return self._source
         chosen, target = parse_dtype(dtype), parse_device(device)

@@ -71,7 +71,7 @@ class EvaluationRequest(Reading):
         description="Perplexity of every document by itself, all of its tokens predicted, as lm-evaluation-harness does; "
         "--windows is then the number of documents.",
     )
-    tasks: Annotated[tuple[str, ...], Flag(metavar="TASK,..."), Commas] = Field(
+    tasks: Annotated[tuple[str, ...], Flag(metavar="TASK,..."), Commas, Name] = Field(
         default=(),
         description="Accuracy on piqa, mmlu, gsm8k, ..., or on files or folders of rows, whose fields tell the format.",
     )
@@ -153,7 +153,7 @@ class ReadingKeywords(TypedDict, total=False):
 
 class EvaluationKeywords(ReadingKeywords, total=False):
     rolling: bool
-    tasks: Sequence[str]
+    tasks: Sequence[str | Path] | str | Path
     suite: str | None
     num_fewshot: int | None
     limit: int | None

@@ -21,7 +21,7 @@ from uniprune.errors import InputError, UniPruneError, first_line
 from uniprune.evaluation import reproduce
 from uniprune.evaluation.results import Evaluation
 from uniprune.storage import strict_json
-from uniprune.storage.files import REPORT, replacing
+from uniprune.storage.files import REPORT, path_of, replacing
 
 MARK = "<!-- Written by uniprune: `uniprune card` replaces this file. -->"
 CARD = "README.md"
@@ -74,10 +74,10 @@ def rewrite(folder: Path, results: Sequence[Path], *, overwrite: bool = False) -
         raise InputError(f"{path} was written by somebody else; give --overwrite to replace it")
     read = [reproduce.read(result)[0] for result in results]
     for result, file in zip(read, results, strict=True):
-        if "\0" in result.model or result.masks or Path(result.model).resolve() != folder.resolve():
+        if "\0" in result.model or result.masks or path_of(result.model).resolve() != folder.resolve():
             raise InputError(f"result {file} is of {result.name}, not of {folder}")
     try:
-        text = card(report, read, _licence(folder) or _licence(Path(report.model.name)), _sees_images(folder))
+        text = card(report, read, _licence(folder) or _licence(path_of(report.model.name)), _sees_images(folder))
     except (ValueError, RecursionError) as error:
         raise InputError(f"{folder / REPORT}, or a result, cannot be shown ({first_line(error)}); make it again") from None
     with replacing(path) as temporary:

@@ -97,7 +97,8 @@ def library() -> Library:
     Raises InputError that says what is missing.
     """
     compiler = _compiler()
-    key = hashlib.sha256("\0".join([_version(compiler), platform.machine(), *FLAGS]).encode() + SOURCE.read_bytes()).hexdigest()
+    built_by = [_version(compiler), platform.machine(), *FLAGS, *compiler[1:]]
+    key = hashlib.sha256("\0".join(built_by).encode() + SOURCE.read_bytes()).hexdigest()
     file = _folder() / f"bitmask-{key[:20]}{'.dylib' if sys.platform == 'darwin' else '.so'}"
     with BUILDING:
         if not file.is_file():
@@ -117,21 +118,23 @@ def dense_handle(weight: Tensor) -> Handle:
     return Handle((weight, None, None, None), (rows, columns), weight.dtype)
 
 
-def _compiler() -> str:
-    """The compiler that CXX names, or the first that is found."""
-    named = os.environ.get("CXX")
-    found = shutil.which(named) if named else next((one for name in COMPILERS if (one := shutil.which(name))), None)
-    if found is None:
-        what = f"CXX names {named!r}, which is not there" if named else f"none of {', '.join(COMPILERS)} is there"
-        raise InputError(f"the kernel for pruned models needs a C++ compiler once, and {what}; install one, e.g. g++")
-    return found
+def _compiler() -> list[str]:
+    """The compiler that CXX names, with its arguments if there are any (``ccache g++``), or the first that is found."""
+    named = os.environ.get("CXX", "").strip()
+    for program, *arguments in ([named], named.split()) if named else ([name] for name in COMPILERS):
+        if found := shutil.which(program):
+            return [found, *arguments]
+    what = f"CXX names {named!r}, which is not there" if named else f"none of {', '.join(COMPILERS)} is there"
+    raise InputError(f"the kernel for pruned models needs a C++ compiler once, and {what}; install one, e.g. g++")
 
 
-def _version(compiler: str) -> str:
+def _version(compiler: Sequence[str]) -> str:
     try:
-        return subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
+        return subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
     except (OSError, subprocess.SubprocessError) as error:
-        raise InputError(f"the C++ compiler {compiler} does not run: {first_line(error)}; set CXX to another") from error
+        raise InputError(
+            f"the C++ compiler {' '.join(compiler)} does not run: {first_line(error)}; set CXX to another"
+        ) from error
 
 
 def _folder() -> Path:
@@ -153,21 +156,23 @@ def _own_folder() -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(prefix="uniprune-")
 
 
-def _build(compiler: str, file: Path) -> None:
+def _build(compiler: Sequence[str], file: Path) -> None:
     """Compiles into a file of its own first: another process may build the same one."""
     handle, name = tempfile.mkstemp(suffix=file.suffix, dir=file.parent)
     os.close(handle)
     try:
-        command = [compiler, *FLAGS, str(SOURCE), "-o", name]
+        command = [*compiler, *FLAGS, str(SOURCE), "-o", name]
         done = subprocess.run(command, capture_output=True, text=True, timeout=600)
         if done.returncode:
             reason = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr[-300:])
             raise InputError(
-                f"the kernel for pruned models does not compile with {compiler}: {reason[:300]}; set CXX to another"
+                f"the kernel for pruned models does not compile with {' '.join(compiler)}: {reason[:300]}; set CXX to another"
             )
         os.replace(name, file)
     except (OSError, subprocess.SubprocessError) as error:
-        raise InputError(f"the C++ compiler {compiler} does not run: {first_line(error)}; set CXX to another") from error
+        raise InputError(
+            f"the C++ compiler {' '.join(compiler)} does not run: {first_line(error)}; set CXX to another"
+        ) from error
     finally:
         Path(name).unlink(missing_ok=True)
 

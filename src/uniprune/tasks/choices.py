@@ -19,18 +19,23 @@ def _asked(context: str, answers: Sequence[str], gold: int) -> Question:
     return Question(tuple((context, f" {answer}") for answer in answers), gold)
 
 
+def _place(labels: Sequence[str], wanted: str) -> int:
+    """Where a label stands. Raises ValueError if it is none: in a text of letters ``str.index`` finds '' and several, too."""
+    return [*labels].index(wanted)
+
+
 def _piqa(row: Row) -> Question:
     return _asked(f"Question: {row['goal']}\nAnswer:", [row["sol1"], row["sol2"]], int(row["label"]))
 
 
 def _arc(row: Row) -> Question:
     choices = row["choices"]
-    return _asked(f"Question: {row['question']}\nAnswer:", choices["text"], choices["label"].index(row["answerKey"]))
+    return _asked(f"Question: {row['question']}\nAnswer:", choices["text"], _place(choices["label"], row["answerKey"]))
 
 
 def _openbookqa(row: Row) -> Question:
     choices = row["choices"]
-    return _asked(row["question_stem"], choices["text"], choices["label"].index(row["answerKey"].lstrip()))
+    return _asked(row["question_stem"], choices["text"], _place(choices["label"], row["answerKey"].lstrip()))
 
 
 def _winogrande(row: Row) -> Question:
@@ -76,12 +81,12 @@ def _race(row: Row) -> Question:
     """The last question about an article; those before it stand there with their answers."""
     *before, last = row["problems"]
     context = f"Article: {row['article']}\n\n" + "".join(map(_race_solved, before)) + last["question"]
-    return _asked(context, last["options"][:4], "ABCD".index(last["answer"]))
+    return _asked(context, last["options"][:4], _place("ABCD", last["answer"]))
 
 
 def _race_solved(problem: dict[str, Any]) -> str:
     """An answer fills the gap that a question may end with (``  _  .``)."""
-    question, answer = problem["question"], problem["options"]["ABCD".index(problem["answer"])]
+    question, answer = problem["question"], problem["options"][_place("ABCD", problem["answer"])]
     return f"{question[:-5]}{answer}\n" if question.endswith("  _  .") else f"Question: {question}\nAnswer: {answer}\n"
 
 
@@ -97,7 +102,7 @@ def _mmlu(row: Row) -> Question:
         raise ValueError("a choice is null")
     choices = "\n".join(f"{letter}. {choice}" for letter, choice in zip(letters, row["choices"], strict=True))
     answer = row["answer"]
-    gold = letters.index(answer) if isinstance(answer, str) and answer in letters else int(answer)
+    gold = _place(letters, answer) if answer in [*letters] else int(answer)
     return _asked(f"{row['question'].strip()}\n{choices}\nAnswer:", letters, gold)
 
 

@@ -47,6 +47,8 @@ def question_of(row: Row, name: str, where: str) -> Question | Prompt:
             raise InputError(f'{where}: no {kind.__name__} field "{field}", which the format {name} has')
     try:
         question = form.question(row)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError, IndexError) as error:  # a field may be anything
         reason = f"no field {error}" if isinstance(error, KeyError) else str(error)
         raise InputError(f"{where}: not a labelled row of the format {name} ({reason})") from None
