@@ -15,7 +15,7 @@ from uniprune.models.matrices import find_matrices
 from uniprune.saliency.calibration import Calibration
 from uniprune.saliency.metrics import Magnitude, Wanda
 from uniprune.saliency.refine import SWEEPS, damped, descend_groups, errors, refine, swap_rows
-from uniprune.saliency.sequential import refined, sequential
+from uniprune.saliency.sequential import first_tokens, refined, sequential
 from uniprune.saliency.statistics import Gram, SquaredNorm, observing
 from uniprune.sparsity.constraints import Rule, Ruled
 from uniprune.sparsity.patterns import NM, Unstructured
@@ -229,6 +229,14 @@ def test_every_matrix_has_the_gram_of_its_own_inputs():
         torch.testing.assert_close(statistic.total, x.T @ x, rtol=1e-4, atol=1e-4)
 
 
+def test_first_tokens_are_bos_or_any():
+    windows = torch.arange(64).reshape(2, 32)
+    assert first_tokens(windows).tolist() == [[0], [16], [32], [48]]
+    windows[:, 0] = 1
+    assert first_tokens(windows).tolist() == [[1]]
+    assert len(first_tokens(windows[:1])) == 2  # one window says nothing of what others begin with
+
+
 @pytest.mark.parametrize("pattern", [NM(2, 4), Unstructured(0.5)], ids=str)
 @pytest.mark.parametrize("metric", [Wanda(), Magnitude()], ids=lambda metric: type(metric).__name__)
 def test_sequential_refines_each_block_on_pruned_inputs(pattern, metric):
@@ -242,8 +250,10 @@ def test_sequential_refines_each_block_on_pruned_inputs(pattern, metric):
         here = {name: matrix for name, matrix in everything.items() if matrix.block == index}
         with observing(here, Gram) as statistics:
             last_hidden(reference, tokens())
+        with observing(here, Gram) as first:
+            last_hidden(reference, first_tokens(tokens()))
         for name, matrix in here.items():
-            gram = statistics[name].mean
+            gram = statistics[name].mean + first[name].mean
             cut = dict(pattern({name: metric(matrix.weight, statistics[name])}))[name]
             assert torch.equal(found[name], refine(matrix.weight, cut, damped(gram), pattern)), name
             cut_errors += float(errors(matrix.weight, cut, gram).sum())

@@ -290,7 +290,7 @@ class _Parts:
         recipe, wanted = self.work.recipe, self.work.recipe.parsed_metric().statistic
         kinds: tuple[Kind | None, ...] = (wanted,)
         if recipe.refine:
-            kinds = Gram, beside(Gram, wanted)
+            kinds = Gram, wanted
         elif recipe.corrected:
             kinds = SquaredNorm, beside(SquaredNorm, wanted)
         total = 0

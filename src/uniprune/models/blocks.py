@@ -331,6 +331,10 @@ class Blocks:
         into = self._stash.take if done else self._stash.put
         self.hidden = [into(_slot(number, done), replay.enter(batch)) for number, batch in enumerate(self._batches)]
 
+    def beside(self, windows: Tensor, stash: Stash) -> Blocks:
+        """The same blocks over other windows, as far as these are; run them in turn."""
+        return Blocks(self._replay, windows, stash, self._done)
+
     def __len__(self) -> int:
         return len(self._replay)
 

@@ -4,24 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
+from uniprune.common import distributed, pictures
 from uniprune.errors import InputError
 from uniprune.models import masking
 from uniprune.models.matrices import Matrices
 from uniprune.saliency.calibration import Calibration, LocalSaliency, open_sweep
 from uniprune.saliency.metrics import Metric
 from uniprune.saliency.refine import check, damped, refine
-from uniprune.saliency.statistics import Gram, beside, observing, pool, starved
+from uniprune.saliency.statistics import Gram, observing, pool, starved
 from uniprune.sparsity import bits
 from uniprune.sparsity.patterns import Pattern, by_row
+from uniprune.storage.stash import Stash
 from uniprune.storage.tensor_store import Store
 
+SHARE = 16  # one of so many tokens of the text is also read as the first of one
+FIRST = "first-stash"  # their hidden states
+
 Run = Callable[[], None]
-Create = Callable[[Matrices, Run], tuple[dict[str, Tensor], dict[str, Any]]]
-"""Given the matrices of one block, and what runs it over the windows, their masks, and the starved among them."""
+Create = Callable[[Matrices, Run, Run], tuple[dict[str, Tensor], dict[str, Any]]]
+"""Given the matrices of one block, and what runs it over the windows and over first tokens, their masks, and the starved."""
 
 
 def sequential(calibration: Calibration, metric: Metric, pattern: Pattern) -> SequentialMasks:
@@ -32,7 +38,7 @@ def sequential(calibration: Calibration, metric: Metric, pattern: Pattern) -> Se
     Raises InputError if the pattern needs all scores at once (scope ``model``).
     """
 
-    def create(here: Matrices, run: Run) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def create(here: Matrices, run: Run, run_first: Run) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if metric.statistic is None:
             return dict(pattern(LocalSaliency(here, metric, {}))), {}
         with observing(here, metric.statistic, calibration.device) as statistics:
@@ -40,52 +46,69 @@ def sequential(calibration: Calibration, metric: Metric, pattern: Pattern) -> Se
         pool(here, statistics)
         return dict(pattern(LocalSaliency(here, metric, statistics))), starved(here, statistics)
 
-    return _by_block(calibration, pattern, create)
+    return _by_block(calibration, pattern, create, firsts=calibration.windows[:0, :1])
 
 
 def refined(calibration: Calibration, metric: Metric, pattern: Pattern) -> SequentialMasks:
     """As :func:`sequential`; then the damped error of each matrix (saliency.refine) is lowered before its block runs on.
 
-    One that a rule gives another pattern, without a budget by row, keeps the metric's mask. Refining takes a Gram matrix of the
-    inputs of each matrix of one block, in float32; a metric that wants squared norms is given those, and one that wants another
-    statistic its own, collected in the same pass.
+    Gram matrices count the text's tokens and, with the same total weight, tokens read as the first of a text
+    (:func:`first_tokens`): in many models all later tokens attend to the first one, whose hidden state is unlike all others',
+    and a window has but one. A matrix that a rule gives another pattern, without a budget by row, keeps the metric's mask.
+    Refining takes a Gram matrix of the inputs of each matrix of one block, in float32, beside the metric's own statistic.
     Raises InputError, too, if the pattern has no budget by row.
     """
     check(pattern)
-    wanted = beside(Gram, metric.statistic)
+    mine = distributed.share(calibration.windows)
+    firsts = (
+        mine[:0, :1] if pictures.shown(calibration.model) is not None else first_tokens(mine)
+    )  # an image's part means nothing alone
+    weight = mine.numel() / max(1, len(firsts))
 
-    def create(here: Matrices, run: Run) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        with observing(here, Gram, calibration.device) as grams, observing(here, wanted, calibration.device) as own:
-            run()
+    def create(here: Matrices, run: Run, run_first: Run) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        with observing(here, Gram, calibration.device) as grams:
+            run_first()
+            for gram in grams.values():
+                gram.total *= weight
+                gram.tokens = 0
+            with observing(here, metric.statistic, calibration.device) as own:
+                run()
         pool(here, grams)
         pool(here, own)
-        masks = pattern(LocalSaliency(here, metric, own if wanted else grams))
         better = {
             name: refine(here[name].weight, mask, damped(grams[name].mean), part)
             if by_row(part := pattern.part(name))
             else mask
-            for name, mask in masks
+            for name, mask in pattern(LocalSaliency(here, metric, own))
         }
         return better, starved(here, grams)
 
-    return _by_block(calibration, pattern, create)
+    return _by_block(calibration, pattern, create, firsts)
 
 
-def _by_block(calibration: Calibration, pattern: Pattern, create: Create) -> SequentialMasks:
+def first_tokens(windows: Tensor) -> Tensor:
+    """Windows ``[n, 1]`` of what texts begin with: of BOS, if all windows do; else of any token, one in SHARE."""
+    alike = len(windows) > 1 and bool((windows[:, 0] == windows[0, 0]).all())
+    return windows[:1, :1] if alike else windows.reshape(-1, 1)[::SHARE]
+
+
+def _by_block(calibration: Calibration, pattern: Pattern, create: Create, firsts: Tensor) -> SequentialMasks:
     matrices = calibration.matrices
     if any(matrix.spans for matrix in matrices.values()):
         raise InputError("--sequential cuts block after block, but blocks of this model share weights; leave it out")
     if not pattern.local:
         raise InputError(f"--sequential cuts block after block, but {pattern} needs all scores; use --scope row or matrix")
     store, runner = open_sweep(calibration)
+    first_runner = runner.beside(firsts, Stash(calibration.run.aside(FIRST) if calibration.run else None))
     masks: dict[str, Tensor] = {}
     record = dict(store.facts.get("record", {})) if store else {}
     for index in calibration.progress(runner, "pruning block by block", len(runner)):
         here = {name: matrix for name, matrix in matrices.items() if matrix.block == index}
-        found, poor = create(here, lambda index=index: runner.run(index))  # type: ignore[misc]
+        found, poor = create(here, partial(runner.run, index), partial(first_runner.run, index))
         record = _added(record, poor)
         with masking.applied(here, found):
             runner.run(index, advance=True)
+            first_runner.run(index, advance=True)
         if store is None:
             masks |= found
         else:
