@@ -23,7 +23,7 @@ from uniprune.saliency import metrics, statistics
 from uniprune.saliency.calibration import Calibration, one_shot
 from uniprune.saliency.metrics import METRICS, Wanda
 from uniprune.saliency.refine import damped, refine
-from uniprune.saliency.sequential import first_tokens, refined, sequential
+from uniprune.saliency.sequential import WEIGHT, first_tokens, refined, sequential
 from uniprune.saliency.statistics import FEW, Gram, SquaredNorm, Statistic
 from uniprune.sparsity.patterns import NM
 
@@ -205,7 +205,9 @@ def test_block_by_block(create, metric):
         if create is refined:
             inputs = seen(reference, here, tokens())
             first = seen(reference, here, first_tokens(tokens()))
-            grams = {name: x.T @ x / len(x) + first[name].T @ first[name] / len(first[name]) for name, x in inputs.items()}
+            grams = {
+                name: x.T @ x / len(x) + WEIGHT * first[name].T @ first[name] / len(first[name]) for name, x in inputs.items()
+            }
             expected = {name: refine(here[name].weight, mask, damped(grams[name]), NM(2, 4)) for name, mask in expected.items()}
         for name, mask in expected.items():
             assert float((found[name] != mask).float().mean()) < 1e-3, name  # sums in another order

@@ -15,7 +15,7 @@ from uniprune.models.matrices import find_matrices
 from uniprune.saliency.calibration import Calibration
 from uniprune.saliency.metrics import Magnitude, Wanda
 from uniprune.saliency.refine import SWEEPS, damped, descend_groups, errors, refine, swap_rows
-from uniprune.saliency.sequential import first_tokens, refined, sequential
+from uniprune.saliency.sequential import WEIGHT, first_tokens, refined, sequential
 from uniprune.saliency.statistics import Gram, SquaredNorm, observing
 from uniprune.sparsity.constraints import Rule, Ruled
 from uniprune.sparsity.patterns import NM, Unstructured
@@ -253,7 +253,7 @@ def test_sequential_refines_each_block_on_pruned_inputs(pattern, metric):
         with observing(here, Gram) as first:
             last_hidden(reference, first_tokens(tokens()))
         for name, matrix in here.items():
-            gram = statistics[name].mean + first[name].mean
+            gram = statistics[name].mean + WEIGHT * first[name].mean
             cut = dict(pattern({name: metric(matrix.weight, statistics[name])}))[name]
             assert torch.equal(found[name], refine(matrix.weight, cut, damped(gram), pattern)), name
             cut_errors += float(errors(matrix.weight, cut, gram).sum())

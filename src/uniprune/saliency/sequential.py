@@ -22,7 +22,8 @@ from uniprune.sparsity.patterns import Pattern, by_row
 from uniprune.storage.stash import Stash
 from uniprune.storage.tensor_store import Store
 
-SHARE = 16  # one of so many tokens of the text is also read as the first of one
+SHARE = 16  # one of so many tokens of the text is also read as the first of one,
+WEIGHT = 0.25  # and these have so much of the weight that the text has
 FIRST = "first-stash"  # their hidden states
 
 Run = Callable[[], None]
@@ -52,7 +53,7 @@ def sequential(calibration: Calibration, metric: Metric, pattern: Pattern) -> Se
 def refined(calibration: Calibration, metric: Metric, pattern: Pattern) -> SequentialMasks:
     """As :func:`sequential`; then the damped error of each matrix (saliency.refine) is lowered before its block runs on.
 
-    Gram matrices count the text's tokens and, with the same total weight, tokens read as the first of a text
+    Gram matrices count the text's tokens and, with a quarter of their weight, tokens read as the first of a text
     (:func:`first_tokens`): in many models all later tokens attend to the first one, whose hidden state is unlike all others',
     and a window has but one. A matrix that a rule gives another pattern, without a budget by row, keeps the metric's mask.
     Refining takes a Gram matrix of the inputs of each matrix of one block, in float32, beside the metric's own statistic.
@@ -63,7 +64,7 @@ def refined(calibration: Calibration, metric: Metric, pattern: Pattern) -> Seque
     firsts = (
         mine[:0, :1] if pictures.shown(calibration.model) is not None else first_tokens(mine)
     )  # an image's part means nothing alone
-    weight = mine.numel() / max(1, len(firsts))
+    weight = WEIGHT * mine.numel() / max(1, len(firsts))
 
     def create(here: Matrices, run: Run, run_first: Run) -> tuple[dict[str, Tensor], dict[str, Any]]:
         with observing(here, Gram, calibration.device) as grams:
