@@ -24,7 +24,7 @@ from uniprune.checkpoints.protocol import keys
 from uniprune.common.progress import Progress, silent
 from uniprune.errors import InputError
 from uniprune.storage import dtypes, safetensors_index, strict_json
-from uniprune.storage.files import check_disk_space, check_output_folder, new_folder, replacing
+from uniprune.storage.files import check_disk_space, check_output_folder, new_folder, path_of, replacing
 
 SUFFIX = ".upz"
 MAGIC = b"\x89UPZ\r\n\x1a\n"  # as PNG's: a transfer that changes line ends is seen at once
@@ -45,12 +45,15 @@ class Packed:
     digest: Any = field(default_factory=hashlib.sha256)
 
 
-def pack(folder: Path, output: Path, *, overwrite: bool = False, level: int = 3, progress: Progress = silent) -> dict[str, Any]:
+def pack(
+    folder: str | Path, output: str | Path, *, overwrite: bool = False, level: int = 3, progress: Progress = silent
+) -> dict[str, Any]:
     """Writes every file of a checkpoint folder into one archive; returns the number of files, the bytes and their ratio.
 
     level: zstandard's, for bytes that are no tensor (mostly the tokenizer); weights are coded in one way only.
     Raises InputError if the folder or the output cannot be used as they are.
     """
+    folder, output = path_of(folder), path_of(output)
     zstd = Zstd(level)
     _check_archive(folder, output, overwrite)
     files = _survey(folder)
@@ -74,11 +77,12 @@ def pack(folder: Path, output: Path, *, overwrite: bool = False, level: int = 3,
     return _facts(files, offset + len(index))
 
 
-def unpack(path: Path, output: Path, *, overwrite: bool = False, progress: Progress = silent) -> dict[str, Any]:
+def unpack(path: str | Path, output: str | Path, *, overwrite: bool = False, progress: Progress = silent) -> dict[str, Any]:
     """Writes the folder that an archive holds and verifies every file's sha256; returns what :func:`pack` returned.
 
     Raises InputError if the archive is damaged, and then leaves the output as it was.
     """
+    path, output = path_of(path), path_of(output)
     zstd = Zstd()
     check_output_folder(output, overwrite, path)
     if not path.is_file():

@@ -71,7 +71,9 @@ def _same(pruned: Checkpoint, dense: Checkpoint, name: str, alive: Array) -> boo
     return beside and not (alive & (pruned.words(name) != dense.words(name))).any()
 
 
-def from_foreign(source: Path, model: Source, output: Path, *, dtype: str | None = None, overwrite: bool = False) -> Record:
+def from_foreign(
+    source: str | Path, model: Source, output: str | Path, *, dtype: str | None = None, overwrite: bool = False
+) -> Record:
     """Writes a masks file, bound to a model, from another tool's masks; their pattern is N:M if they are that, exactly.
 
     A mask is named by the checkpoint's key, and then has the shape of that tensor, also of one that several matrices are parts
@@ -79,6 +81,7 @@ def from_foreign(source: Path, model: Source, output: Path, *, dtype: str | None
     weights may not remove any that is not 0 anyway. dtype: as for :func:`verify`. Raises InputError naming the first mask that
     cannot be one.
     """
+    source, output = path_of(source), path_of(output)
     check_output_file(output, overwrite, source, path_of(model))
     given, dense = Foreign(source), Dense(model, dtype)
     named = {
@@ -173,8 +176,8 @@ def _check_harmless(given: Foreign, weight: str, dense: Dense, whole: Wholes) ->
 
 
 def export_masks(
-    masks: Path,
-    output: Path,
+    masks: str | Path,
+    output: str | Path,
     format: str = "boolean",
     model: Source | None = None,
     *,
@@ -186,6 +189,7 @@ def export_masks(
     A mask has the key and the shape that the checkpoint has the weight by, ``[in, out]`` where that is transposed.
     model: the masks must be of it, and the keys are its own; without it they are ``<matrix>.weight``. dtype: as for verify.
     """
+    masks, output = path_of(masks), path_of(output)
     if format not in FORMATS:
         raise InputError(f"format {format!r:.100} is unknown; use one of {', '.join(FORMATS)}")
     if output.suffix not in (files := FORMATS[format].files):

@@ -29,7 +29,7 @@ from uniprune.sparsity.patterns import NM, Cutter
 from uniprune.sparsity.views import View
 from uniprune.storage import safetensors_index
 from uniprune.storage.dtypes import BY_DTYPE
-from uniprune.storage.files import check_output_file
+from uniprune.storage.files import check_output_file, path_of
 
 KERNELS = (NM(2, 4), NM(4, 8))  # patterns that there are kernels for; they take groups with fewer, too
 
@@ -82,7 +82,7 @@ def _about(file: CheckedMasks) -> dict[str, str]:
     return {"base": file.facts.base, "base_name": file.facts.base_name, "pattern": file.facts.pattern}
 
 
-def verify(masks: Path, model: Source | None = None, pruned: Source | None = None, *, dtype: str | None = None) -> Record:
+def verify(masks: str | Path, model: Source | None = None, pruned: Source | None = None, *, dtype: str | None = None) -> Record:
     """Checks all that a masks file says; returns what was checked, and the realised sparsity.
 
     Always: the file is complete, its names, shapes and sizes agree, and its masks have the pattern it claims, whole tiles,
@@ -92,6 +92,7 @@ def verify(masks: Path, model: Source | None = None, pruned: Source | None = Non
     safetensors. pruned: in this checkpoint, or GGUF file, every weight that a mask removes is 0; quantised or not.
     Raises InputError or MismatchError naming the first matrix at fault.
     """
+    masks = path_of(masks)
     file = CheckedMasks(masks)
     cut = _check_pattern(file)
     weights = None if pruned is None else find_weights(pruned, {name: file.stored(name) for name in file}, None)
@@ -164,12 +165,13 @@ def find_weights(source: Source, shapes: Mapping[str, tuple[int, ...]], dtype: s
     return checkpoint
 
 
-def diff(a: Path, b: Path, *, force: bool = False) -> Record:
+def diff(a: str | Path, b: str | Path, *, force: bool = False) -> Record:
     """Counts the weights that both files keep, only ``a`` and only ``b``, and their Jaccard similarity, in all and by matrix.
 
     The similarity is what both keep / what either keeps, and 1 where neither keeps anything.
     Raises InputError for files of different matrices, and MismatchError for different base models unless ``force``.
     """
+    a, b = path_of(a), path_of(b)
     first, second = CheckedMasks(a), CheckedMasks(b)
     same = _check_comparable(first, second, force)
     matrices = {}
@@ -186,21 +188,21 @@ def _overlap(both: int, only_a: int, only_b: int) -> Record:
     return {"both": both, "only_a": only_a, "only_b": only_b, "jaccard": both / either if either else 1.0}
 
 
-def intersect(files: Sequence[Path], output: Path, *, overwrite: bool = False) -> Record:
+def intersect(files: Sequence[str | Path], output: str | Path, *, overwrite: bool = False) -> Record:
     """Writes masks that keep what all of the files keep; returns their pattern and realised sparsity.
 
     Of N:M masks at most N of every M are left: fewer than N:M says, but kernels for N:M take them.
     Raises InputError for files of different matrices, MismatchError for different base models.
     """
-    return _combine("intersection", np.bitwise_and, files, output, overwrite)
+    return _combine("intersection", np.bitwise_and, list(map(path_of, files)), path_of(output), overwrite)
 
 
-def union(files: Sequence[Path], output: Path, *, overwrite: bool = False) -> Record:
+def union(files: Sequence[str | Path], output: str | Path, *, overwrite: bool = False) -> Record:
     """Writes masks that keep what any of the files keeps; returns their pattern and realised sparsity.
 
     Of N:M masks up to M of every M may be left, and kernels for N:M do not take those. Raises as :func:`intersect`.
     """
-    return _combine("union", np.bitwise_or, files, output, overwrite)
+    return _combine("union", np.bitwise_or, list(map(path_of, files)), path_of(output), overwrite)
 
 
 def _combine(kind: str, operation: Callable[..., Array], paths: Sequence[Path], output: Path, overwrite: bool) -> Record:
@@ -236,12 +238,13 @@ def _check_comparable(a: CheckedMasks, b: CheckedMasks, force: bool = False) -> 
     return same
 
 
-def stats(masks: Path) -> Record:
+def stats(masks: str | Path) -> Record:
     """What masks look like, in all, by block (names up to their first number, as ``model.layers.0``) and by matrix.
 
     Sparsity; rows (outputs) and columns (inputs) of which nothing is kept; weights kept per row, by quartiles; ``at_most``:
     whether no M consecutive inputs keep more than N, for 2:4 and 4:8.
     """
+    masks = path_of(masks)
     file = CheckedMasks(masks)
     matrices = {name: _statistics(mask) for name, mask in file.items()}
     blocks: dict[str, list[Record]] = {}

@@ -21,12 +21,13 @@ from uniprune.reporting import model_card
 from uniprune.sparsity.structure import claimed
 from uniprune.speed.outlook import with_speed
 from uniprune.storage import files, runs
+from uniprune.storage.files import path_of
 
 
 def apply(
     source: str | Path,
-    masks: Path,
-    output: Path,
+    masks: str | Path,
+    output: str | Path,
     *,
     overwrite: bool = False,
     force: bool = False,
@@ -38,6 +39,7 @@ def apply(
     Raises MismatchError if the masks were made for another model. force: apply them all the same, if its matrices have the
     shapes; the report then names those whose weights differ.
     """
+    masks, output = path_of(masks), path_of(output)
     watch, asked = Stopwatch(), parse_dtype(dtype)
     origin = resolve(source)
     if origin.files and asked:

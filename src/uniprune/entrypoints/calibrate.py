@@ -21,6 +21,7 @@ from uniprune.job.recipe import Recipe
 from uniprune.job.scoring import fitting, scored
 from uniprune.models.loading import Source
 from uniprune.storage import files, runs
+from uniprune.storage.files import path_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -30,12 +31,13 @@ if TYPE_CHECKING:
 
 @inferring
 def calibrate(
-    source: Source, recipe: Recipe, output: Path, *, progress: Progress = silent, **options: Unpack[RunKeywords]
+    source: Source, recipe: Recipe, output: str | Path, *, progress: Progress = silent, **options: Unpack[RunKeywords]
 ) -> ScoresFacts:
     """Scores every prunable weight and writes the scores: from them, masks of any sparsity are cut in seconds.
 
     options: as in :func:`prune`. Returns the facts that stand in the file's metadata, in every process of a run.
     """
+    output = path_of(output)
     if recipe.sequential:
         flag = "--refine" if recipe.refine else "--sequential"
         raise InputError(f"{flag} needs the masks while it calibrates; use it with prune")

@@ -35,6 +35,7 @@ from uniprune.models.matrices import choose_matrices
 from uniprune.reporting.comparison import latex, markdown
 from uniprune.sparsity import bits
 from uniprune.storage import files, runs
+from uniprune.storage.files import path_of
 from uniprune.tasks.loading import load_task
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ logger = logging.getLogger(__name__)
 @inferring
 def compare(
     source: Source,
-    output: Path,
+    output: str | Path,
     *,
     device: str | None = None,
     resume: bool = False,
@@ -69,6 +70,7 @@ def compare(
     Raises InputError or MismatchError before the first row if anything asked for cannot be done, and UniPruneError after the
     last one if there are rows that could not be made.
     """
+    output = path_of(output)
     wanted = ComparisonRequest.of(**request)
     trials = asked(wanted)
     inputs = [*files_of(wanted.text), *files_of(wanted.eval_text)]

@@ -42,6 +42,7 @@ from uniprune.sparsity.patterns import NM
 from uniprune.sparsity.structure import structure
 from uniprune.sparsity.views import Scores
 from uniprune.storage import files
+from uniprune.storage.files import path_of
 
 logger = logging.getLogger(__name__)
 SAMPLE = 1 << 22  # scores that the order of the residual stream is searched for on: 1,024 rows of 4,096 channels
@@ -52,7 +53,7 @@ Order = tuple[Channels, Tensor]
 def permute(
     source: Source,
     recipe: Recipe,
-    output: Path,
+    output: str | Path,
     *,
     overwrite: bool = False,
     max_memory: int | None = None,
@@ -68,6 +69,7 @@ def permute(
     floating-point sums.
     Raises InputError for a pattern other than N:M, and for a model in which no reordering could be proved to be harmless.
     """
+    output = path_of(output)
     pattern = recipe.pattern()
     if not isinstance(pattern, NM):
         raise InputError(f"{pattern}: the order of channels matters to N:M patterns only; use --sparsity 2:4")

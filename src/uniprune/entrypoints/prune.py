@@ -33,6 +33,7 @@ from uniprune.sparsity.structure import structure
 from uniprune.sparsity.views import on_one_scale
 from uniprune.speed.outlook import with_speed
 from uniprune.storage import files, runs
+from uniprune.storage.files import path_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
 
 @inferring
 def prune(
-    source: Source, recipe: Recipe, output: Path, *, progress: Progress = silent, **options: Unpack[RunKeywords]
+    source: Source, recipe: Recipe, output: str | Path, *, progress: Progress = silent, **options: Unpack[RunKeywords]
 ) -> Pruning | ExpertRemoval:
     """Prunes a model and writes the checkpoint, its masks and pruning.json to ``output``; returns that report.
 
@@ -54,6 +55,7 @@ def prune(
     Of several processes (``torchrun``) the first writes, and all return the report.
     Raises InputError before the heavy work starts if anything asked for cannot be done.
     """
+    output = path_of(output)
     _check_budget(recipe)
     watch, asked = Stopwatch(), RunOptions.of(**options)
     with distributed.joined(device_of(asked)):

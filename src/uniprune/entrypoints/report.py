@@ -13,7 +13,7 @@ from uniprune.reporting.html import render
 from uniprune.reporting.markdown import markdown
 from uniprune.reporting.results import Source, read_all
 from uniprune.reporting.summary import Change, Subject, Summary, Tradeoff, summarise
-from uniprune.storage.files import REPORT, check_output_file, replacing
+from uniprune.storage.files import REPORT, check_output_file, path_of, replacing
 from uniprune.storage.record import Facts, Record
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class Report(Record):
     sources: list[SourceFacts]
 
 
-def report(paths: Sequence[str | Path], output: Path, *, format: Format = "html", overwrite: bool = False) -> Report:
+def report(paths: Sequence[str | Path], output: str | Path, *, format: Format = "html", overwrite: bool = False) -> Report:
     """Writes a page of what the sources say, and returns the same as data.
 
     paths: output folders of ``prune``, ``apply``, ``compare`` and ``pack --runtime``, JSON files of ``evaluate --json``,
@@ -63,7 +63,7 @@ def report(paths: Sequence[str | Path], output: Path, *, format: Format = "html"
     returned); the output's suffix. Raises InputError if a source is none of these, naming it, if the output exists and is not
     to be replaced, and if there is no matplotlib.
     """
-    return facts(*write([Path(path) for path in paths], output, format=format, overwrite=overwrite))
+    return facts(*write(list(map(path_of, paths)), path_of(output), format=format, overwrite=overwrite))
 
 
 def write(

@@ -43,8 +43,8 @@ DENSE = spelling.parse("0")
 @inferring
 def sweep(
     source: Source,
-    scores: Path,
-    output: Path,
+    scores: str | Path,
+    output: str | Path,
     sparsities: Sequence[str | float | Pattern] | str,
     *,
     device: str | None = None,
@@ -62,6 +62,7 @@ def sweep(
     smaller and better. ``by_text``: of several texts, perplexity on each, and the divergence from the dense model there.
     Raises InputError or MismatchError before the first row if anything asked for cannot be done.
     """
+    scores, output = path_of(scores), path_of(output)
     request, saliency = SweepRequest.of(**asked), ScoresFile(scores)
     chosen = _parsed(sparsities, request.scope, saliency)
     check_output_file(output, overwrite or resume, scores, *files_of(request.text_source), suffix=".json")
