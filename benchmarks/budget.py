@@ -8,8 +8,7 @@
 - scope: one budget for the model against one for each row, at 50, 60 and 70 %.
 - mixed: 45 % in 2:4 and dense, chosen by the solver, against all 2:4 (50 %), against the same total with the dense matrices
   evenly over depth, and over the power of a score that counts as its loss.
-- permutation: Wanda's 2:4, with `--refine` and without, and the controller's on 32,768 tokens, on the model as it is and with
-  its channels permuted.
+- permutation: Wanda's 2:4, with `--refine` and without, on the model as it is and with its channels permuted.
 - threshold: one threshold over a billion scores in a file, against reading that file once; neither finds it in the page cache.
 
 Perplexity: WikiText-2 raw test, 24 windows of 512, float32. Rows accumulate in results/budget.json.
@@ -150,7 +149,6 @@ class Bench:
         text = {"sparsity": "2:4", "text": str(CALIBRATION), "length": 512}
         local = uniprune.Recipe(**text, controller="none", windows=64)
         refined = uniprune.Recipe(**text, controller="none", windows=64, refine=True)
-        corrected = uniprune.Recipe(**text, windows=64)
         report = uniprune.permute(dense, local, self.scratch / "permuted")
         gains = defaultdict(list)
         for name, gain in report.permuted.items():
@@ -165,7 +163,7 @@ class Bench:
         )
         for name in ("dense", "permuted"):
             row = {"model": name, "dense": self.perplexity(str(self.scratch / name))}
-            for kind, recipe in (("wanda", local), ("refine", refined), ("feedback", corrected)):
+            for kind, recipe in (("wanda", local), ("refine", refined)):
                 uniprune.prune(str(self.scratch / name), recipe, self.scratch / f"{name}-{kind}")
                 row[kind] = self.perplexity(str(self.scratch / f"{name}-{kind}"))
             yield shown(row)

@@ -69,7 +69,6 @@ KINDS = {
     "dense": "dense",
     "wanda": "2:4 by Wanda",
     "refine": "2:4 by `--refine`",
-    "feedback": "2:4 by the controller, 32,768 tokens",
 }
 
 
