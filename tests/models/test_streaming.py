@@ -100,6 +100,7 @@ def test_blocks_that_use_what_others_computed_are_refused(family):
     config = catalogue.small(family, **SHARED_KEYS[family])
     if family == "mistral_large4":
         config.text_config.kv_source_layers = [0, 0]
+    torch.manual_seed(0)  # with some weights, ZAYA's routers choose the same experts whatever they are handed
     model = kind_of(config).from_config(config).eval().requires_grad_(False)
     with pytest.raises(UniPruneError, match=r"depend on each other beyond their inputs.* leave out --sequential"):
         Replay(model, find_blocks(model)[1]).enter(tokens())
