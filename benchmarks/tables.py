@@ -54,7 +54,7 @@ METHODS = {
     "owl": "OWL",
     "sparsegpt": "SparseGPT (updates weights)",
     "sequential": "Wanda, `--sequential`",
-    "refine": "ours, `--refine`",
+    "refine": "Wanda, `--refine`",
     "paper": "published controller (`unipruning`)",
     "any": "**ours, one calibration for all**",
     "feedback": "**ours, calibrated for each**",

@@ -135,7 +135,7 @@ def test_python_blocks(place, page):
     for index, block in enumerate(blocks(page)):
         if 'device="cuda"' in block and not torch.cuda.is_available():
             continue
-        for name in re.findall(r'Path\("([\w-]+)"\)', block):  # outputs of commands before it
+        for name in re.findall(r'(?:Path\(|recipe, )"([\w-]+)"', block):  # outputs of commands before it
             shutil.rmtree(name, ignore_errors=True)
         file = place / f"{page.stem}_{index}.py"
         file.write_text(block)
