@@ -271,6 +271,14 @@ def tiny(family: str, **changes: object) -> torch.nn.Module:
     return kind_of(config).from_config(config).eval().requires_grad_(False)
 
 
+def random_model(family: str, **changes: object) -> torch.nn.Module:
+    """As :func:`tiny`, with every parameter random: biases that are all 0 would hide that they were forgotten."""
+    model = tiny(family, **changes)
+    for parameter in model.parameters():
+        parameter.add_(torch.randn(parameter.shape) * 0.1)
+    return model
+
+
 def save(family: str, folder: Path, shard: str = "40KB") -> None:
     """Writes a model of a family as it is published: some have a text model only as a part of their checkpoint."""
     config = config_of(family)

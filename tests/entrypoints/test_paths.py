@@ -28,6 +28,7 @@ def test_every_path_may_be_a_text(folder, tmp_path, monkeypatch):
     mask_tools.intersect(["masks.safetensors", "half.safetensors"], "intersection.safetensors")
     mask_conversion.export_masks("masks.safetensors", "foreign.safetensors")
     mask_conversion.from_foreign("foreign.safetensors", model, "back.safetensors")
+    mask_conversion.from_checkpoint("pruned", model, "found.safetensors")
     archive.pack("pruned", "pruned.upz")
     archive.unpack("pruned.upz", "again")
     assert (tmp_path / "again" / "config.json").is_file()

@@ -3,9 +3,8 @@
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig
 
-from small_models import tiny
+from small_models import random_model
 from uniprune.errors import InputError
 from uniprune.models.blocks import Replay
 from uniprune.models.channels.folding import Axis, Channels, fold, folding
@@ -32,15 +31,6 @@ FAMILIES = {  # family: heads of values and queries for each, if values may move
     "mixtral": ((2, 2), None),
     "lfm2": ((2, 2), None),  # a convolution as wide as the stream
 }
-
-
-def random_model(family, **changes):
-    torch.manual_seed(0)
-    model = tiny(family, **changes)
-    model.eval().requires_grad_(False)
-    for parameter in model.parameters():
-        parameter.add_(torch.randn(parameter.shape) * 0.1)
-    return model
 
 
 def found_in(model, exclude=()):
@@ -94,18 +84,7 @@ def test_excluded_matrices_go_along_and_are_not_grouped():
 
 def test_a_square_model_with_tied_embeddings():
     """By shape alone, rows and columns of q, k, v and o could be either."""
-    config = LlamaConfig(
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        vocab_size=64,
-        tie_word_embeddings=True,
-    )
-    model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
-    for parameter in model.parameters():
-        parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)) * 0.1)
+    model = random_model("llama", intermediate_size=32, num_key_value_heads=4, tie_word_embeddings=True)
     heads, residual = found_in(model)
     assert len(heads) == 2
     assert len([axis for axis in residual.axes if axis.parameter == "model.embed_tokens.weight"]) == 1

@@ -10,6 +10,7 @@ import pytest
 
 from uniprune.errors import InputError
 from uniprune.runtime import native
+from uniprune.runtime.native import library
 
 CHECK = Path(__file__).with_name("check_kernel.cpp")
 
@@ -105,7 +106,7 @@ def test_a_compiler_may_have_arguments(fresh, monkeypatch, tmp_path):
     (tmp_path / "compiler").write_text(
         (tmp_path / "compiler").read_text().replace('[ "$1" = --version ]', '[ "$2" = --version ]')
     )
-    assert native.library().paths
+    assert library().paths
     assert log.read_text() == "-O1\n"
     monkeypatch.setenv("CXX", str(tmp_path / "compiler"))
     assert native._compiler() == [str(tmp_path / "compiler")]

@@ -41,7 +41,13 @@ def import_masks(
 
 
 def from_checkpoint(
-    pruned: Source, model: Source, output: Path, *, check_bits: bool = True, dtype: str | None = None, overwrite: bool = False
+    pruned: Source,
+    model: Source,
+    output: str | Path,
+    *,
+    check_bits: bool = True,
+    dtype: str | None = None,
+    overwrite: bool = False,
 ) -> Record:
     """Writes the masks of a pruned checkpoint: what is 0 there, or -0.0, is removed. The file is bound to the dense model.
 
@@ -49,6 +55,7 @@ def from_checkpoint(
     bitwise the dense model's; turn it off for one that was tuned after pruning. dtype: as for :func:`verify`.
     Raises InputError, or MismatchError naming the first matrix that is not the model's.
     """
+    output = path_of(output)
     check_output_file(output, overwrite, path_of(pruned), path_of(model))
     dense = Dense(model, dtype)
     shapes = {name: dense.checkpoint.region(name).shape for name in dense.matrices}

@@ -151,13 +151,18 @@ def on_load(model: nn.Module, shapes: Mapping[str, Shape]) -> Located:
 
     ordered = {key: shapes[key] for key in sorted(shapes, key=dot_natural_key)}
     located = _located(model, ordered, _conversions(model, add_legacy=True))
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    for shared in names.values():  # a tied parameter is stored once, by any of its names
+    for shared in names_of(model).values():  # a tied parameter is stored once, by any of its names
         place = next((located[name] for name in shared if name in located), None)
         located |= {name: place for name in shared if place and name not in located}
     return located
+
+
+def names_of(model: nn.Module) -> dict[int, list[str]]:
+    """All names of each parameter, by its ``id``: several of a tied one."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return names
 
 
 def as_saved(model: nn.Module) -> tuple[dict[str, Shape], Located]:

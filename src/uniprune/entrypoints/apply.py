@@ -21,7 +21,6 @@ from uniprune.reporting import model_card
 from uniprune.sparsity.structure import claimed
 from uniprune.speed.outlook import with_speed
 from uniprune.storage import files, runs
-from uniprune.storage.files import path_of
 
 
 def apply(
@@ -39,7 +38,7 @@ def apply(
     Raises MismatchError if the masks were made for another model. force: apply them all the same, if its matrices have the
     shapes; the report then names those whose weights differ.
     """
-    masks, output = path_of(masks), path_of(output)
+    masks, output = files.path_of(masks), files.path_of(output)
     watch, asked = Stopwatch(), parse_dtype(dtype)
     origin = resolve(source)
     if origin.files and asked:

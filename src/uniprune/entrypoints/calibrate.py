@@ -21,7 +21,6 @@ from uniprune.job.recipe import Recipe
 from uniprune.job.scoring import fitting, scored
 from uniprune.models.loading import Source
 from uniprune.storage import files, runs
-from uniprune.storage.files import path_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -37,7 +36,7 @@ def calibrate(
 
     options: as in :func:`prune`. Returns the facts that stand in the file's metadata, in every process of a run.
     """
-    output = path_of(output)
+    output = files.path_of(output)
     if recipe.sequential:
         flag = "--refine" if recipe.refine else "--sequential"
         raise InputError(f"{flag} needs the masks while it calibrates; use it with prune")

@@ -35,7 +35,6 @@ from uniprune.models.matrices import choose_matrices
 from uniprune.reporting.comparison import latex, markdown
 from uniprune.sparsity import bits
 from uniprune.storage import files, runs
-from uniprune.storage.files import path_of
 from uniprune.tasks.loading import load_task
 
 if TYPE_CHECKING:
@@ -70,7 +69,7 @@ def compare(
     Raises InputError or MismatchError before the first row if anything asked for cannot be done, and UniPruneError after the
     last one if there are rows that could not be made.
     """
-    output = path_of(output)
+    output = files.path_of(output)
     wanted = ComparisonRequest.of(**request)
     trials = asked(wanted)
     inputs = [*files_of(wanted.text), *files_of(wanted.eval_text)]

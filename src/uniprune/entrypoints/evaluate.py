@@ -27,6 +27,7 @@ from uniprune.job.inference import inferring
 from uniprune.models import masking
 from uniprune.models.loading import Source, dtype_name
 from uniprune.models.matrices import find_matrices
+from uniprune.storage.files import path_of
 from uniprune.tasks.loading import load_task
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ def evaluate(
 
 
 def check(
-    path: Path,
+    path: str | Path,
     source: Source | None = None,
     *,
     against: Source | None = None,
@@ -117,6 +118,7 @@ def check(
     whether every value is the same; on a machine of another kind than the recorded one, whether all differ by under 1 %.
     Raises InputError if the file is no such result.
     """
+    path = path_of(path)
     recorded, request = reproduce.read(path)
     if source is None and not recorded.model:
         raise InputError(f"result {path} names no model; give it: uniprune evaluate MODEL --check {path}")

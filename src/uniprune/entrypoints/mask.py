@@ -18,7 +18,6 @@ from uniprune.sparsity.structure import structure
 from uniprune.sparsity.views import on_one_scale
 from uniprune.storage import files
 from uniprune.storage.dtypes import PLAIN
-from uniprune.storage.files import path_of
 
 
 def mask(
@@ -34,7 +33,7 @@ def mask(
 
     budget: ``sparsity_type``, ``allow``, ``rules``, ``hardware`` and ``unsupported``, as in :class:`Recipe`.
     """
-    scores, output = path_of(scores), path_of(output)
+    scores, output = files.path_of(scores), files.path_of(output)
     files.check_output_file(output, overwrite, scores)
     if sparsity is None:
         raise InputError("no sparsity given; use --sparsity 0.5 or --sparsity 2:4")

@@ -6,7 +6,7 @@ What is written is a model like any other. So it is calibrated, pruned, packed a
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from uniprune.artefacts import writer
 from uniprune.artefacts.reports import Gain, Permutation
 from uniprune.checkpoints.checkpoint import Files
-from uniprune.checkpoints.layout import keys_of
+from uniprune.checkpoints.layout import keys_of, names_of
 from uniprune.checkpoints.origin import resolve
 from uniprune.common import distributed
 from uniprune.common.progress import Progress, silent
@@ -42,11 +42,11 @@ from uniprune.sparsity.patterns import NM
 from uniprune.sparsity.structure import structure
 from uniprune.sparsity.views import Scores
 from uniprune.storage import files
-from uniprune.storage.files import path_of
 
 logger = logging.getLogger(__name__)
 SAMPLE = 1 << 22  # scores that the order of the residual stream is searched for on: 1,024 rows of 4,096 channels
 Order = tuple[Channels, Tensor]
+Names = Mapping[int, Sequence[str]]  # of parameters, by id
 
 
 @inferring
@@ -69,7 +69,7 @@ def permute(
     floating-point sums.
     Raises InputError for a pattern other than N:M, and for a model in which no reordering could be proved to be harmless.
     """
-    output = path_of(output)
+    output = files.path_of(output)
     pattern = recipe.pattern()
     if not isinstance(pattern, NM):
         raise InputError(f"{pattern}: the order of channels matters to N:M patterns only; use --sparsity 2:4")
@@ -95,15 +95,10 @@ def permute(
             with watch("calibrate"):
                 saliency = one_shot(replace(job.calibration(progress, run), matrices=consumers), recipe.parsed_metric())
             with watch("search"):
-                orders = [
-                    (
-                        channels,
-                        search_within(
-                            rows(channels, saliency, recipe.seed), channels.groups, pattern.n, pattern.m, recipe.seed
-                        ),
-                    )
-                    for channels in progress(found, "permuting", len(found))
-                ]
+                orders = []
+                for channels in progress(found, "permuting", len(found)):
+                    scores = rows(channels, saliency, recipe.seed)
+                    orders.append((channels, search_within(scores, channels.groups, pattern.n, pattern.m, recipe.seed)))
                 gains = dict(gained(orders, saliency, pattern))
             with files.new_folder(output, run.folder) as folder:
                 with watch("write"):
@@ -134,7 +129,8 @@ def find(job: Job, pattern: NM) -> list[Channels]:
         raise
     except UniPruneError as error:
         logger.info("only hidden channels of MLPs may move: %s", error)
-    return [channels for channels in found if _stored(job, channels)]
+    names = names_of(job.loaded.model)
+    return [channels for channels in found if _stored(job, channels, names)]
 
 
 def _between_modules(job: Job, consumers: Set[str], pattern: NM) -> list[Channels]:
@@ -148,10 +144,10 @@ def _between_modules(job: Job, consumers: Set[str], pattern: NM) -> list[Channel
     return found
 
 
-def _stored(job: Job, channels: Channels) -> bool:
+def _stored(job: Job, channels: Channels, names: Names) -> bool:
     """Whether the checkpoint has each parameter that goes along as a tensor of its own."""
     try:
-        return all(keys(job, axis.parameter) for axis in channels.axes)
+        return all(keys(job, axis.parameter, names) for axis in channels.axes)
     except InputError as error:
         logger.info("%s: its inputs stay in their order: %s", channels.consumers[0], error)
         return False
@@ -172,17 +168,16 @@ def _all_loaded(job: Job, width: int) -> bool:
     return not strange
 
 
-def keys(job: Job, parameter: str) -> set[str]:
+def keys(job: Job, parameter: str, names: Names) -> set[str]:
     """The checkpoint's tensors that are a parameter: one, or two if it is tied and stored by both names.
 
-    Where there is no checkpoint, the parameter's name. Raises InputError for a parameter that is stored in another form.
+    names: of the model's parameters. Where there is no checkpoint, the parameter's name.
+    Raises InputError for a parameter that is stored in another form.
     """
     origin, model = job.loaded.origin, job.loaded.model
     if origin is None or not origin.files:
         return {parameter}
-    tied = model.get_parameter(parameter)
-    names = [name for name, other in model.named_parameters(remove_duplicate=False) if other is tied]
-    return {origin.files.layout(model).key(name) for name in names}
+    return {origin.files.layout(model).key(name) for name in names[id(model.get_parameter(parameter))]}
 
 
 def rows(channels: Channels, saliency: Scores, seed: int) -> Tensor:
@@ -221,10 +216,10 @@ def write(job: Job, orders: list[Order], folder: Path) -> None:
         writer.write_checkpoint(job.loaded, None, folder)
         return
     writer.write_checkpoint(origin, None, folder)
-    written = Files(folder)
+    written, names = Files(folder), names_of(job.loaded.model)
     for channels, order in orders:
         for name, (axis, entries) in folding(channels, order):
-            for key in keys(job, name):
+            for key in keys(job, name, names):
                 entry = written.entries[key]
                 bits = np.memmap(entry.file, entry.uint, "r+", entry.start, entry.shape)
                 reorder(bits, axis, entries)

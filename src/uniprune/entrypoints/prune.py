@@ -33,7 +33,6 @@ from uniprune.sparsity.structure import structure
 from uniprune.sparsity.views import on_one_scale
 from uniprune.speed.outlook import with_speed
 from uniprune.storage import files, runs
-from uniprune.storage.files import path_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -55,7 +54,7 @@ def prune(
     Of several processes (``torchrun``) the first writes, and all return the report.
     Raises InputError before the heavy work starts if anything asked for cannot be done.
     """
-    output = path_of(output)
+    output = files.path_of(output)
     _check_budget(recipe)
     watch, asked = Stopwatch(), RunOptions.of(**options)
     with distributed.joined(device_of(asked)):

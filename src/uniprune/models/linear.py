@@ -28,6 +28,11 @@ def is_transposed(module: nn.Module) -> bool:
     return isinstance(module, conv1d())
 
 
+def input_axis(module: nn.Module) -> int:
+    """The axis of a layer's weight, as stored, that its inputs lie along."""
+    return 0 if is_transposed(module) else 1
+
+
 def is_linear(module: nn.Module) -> bool:
     """Whether a layer is a Linear or a Conv1D by its class."""
     return isinstance(module, nn.Linear) or is_transposed(module)

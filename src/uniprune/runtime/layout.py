@@ -165,13 +165,14 @@ class Examined(NamedTuple):
     found: ToPack | str
 
 
-def pack(folder: str | Path, output: Path, *, overwrite: bool = False, progress: Progress = silent) -> Packing:
+def pack(folder: str | Path, output: str | Path, *, overwrite: bool = False, progress: Progress = silent) -> Packing:
     """Writes a pruned checkpoint folder in the runtime layout; returns the report that is written as pruning.json, too.
 
     Matrices with few zeros, fused experts and all other tensors are stored as they are; the report names those matrices.
     Raises InputError if the folder or the output cannot be used as they are, if no matrix is sparse, or if the kernel, which
     packs, too, is not there and cannot be compiled.
     """
+    output = files.path_of(output)
     watch = Stopwatch()
     library()
     origin = resolve(folder)

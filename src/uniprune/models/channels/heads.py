@@ -13,9 +13,10 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from uniprune.checkpoints.configuration import setting
+from uniprune.checkpoints.layout import names_of
 from uniprune.models.blocks import Replay
 from uniprune.models.channels.folding import Channels
-from uniprune.models.channels.hidden import inputs_of, outputs_of, uses_of
+from uniprune.models.channels.hidden import inputs_of, outputs_of
 from uniprune.models.channels.trial import trials
 from uniprune.models.matrices import Matrix, find_blocks, find_matrices
 
@@ -32,9 +33,9 @@ def find_heads(model: nn.Module, consumers: Collection[str], replay: Replay, ids
     if not isinstance(count, int) or count < 1:
         return []
     prefix, _ = find_blocks(model)
-    names = {id(module): name for name, module in model.named_modules()}
-    every = {names[id(one.module)]: one for one in find_matrices(model).values() if id(one.module) in names}
-    uses = uses_of(model)
+    ours = {id(module): name for name, module in model.named_modules()}
+    every = {ours[id(one.module)]: one for one in find_matrices(model).values() if id(one.module) in ours}
+    names = names_of(model)
     found = []
     for trial, indices in trials(replay, ids):
         allowed = {}
@@ -44,7 +45,7 @@ def find_heads(model: nn.Module, consumers: Collection[str], replay: Replay, ids
             for channels in _candidates(inside, count):
                 stored = inside[channels.consumers[0]].name
                 moving = [model.get_parameter(axis.parameter) for axis in channels.inside(block).axes]
-                if stored not in consumers or any(uses[id(parameter)] > 1 for parameter in moving):
+                if stored not in consumers or any(len(names[id(parameter)]) > 1 for parameter in moving):
                     continue
                 if channels not in allowed:
                     allowed[channels] = trial.harmless(channels)

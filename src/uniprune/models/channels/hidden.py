@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from torch import Tensor, nn
 
+from uniprune.checkpoints.layout import names_of
 from uniprune.models.channels.folding import Axis, Channels
-from uniprune.models.channels.trial import Trial, alone
+from uniprune.models.channels.trial import harmless_alone
+from uniprune.models.linear import input_axis
 from uniprune.models.matrices import Matrices, Matrix, find_matrices
 
 logger = logging.getLogger(__name__)
@@ -32,8 +34,7 @@ def find_hidden(model: nn.Module, matrices: Matrices) -> list[Channels]:
         if name := ours.get(id(matrix.module)):  # fused experts' matrices are no modules of the model; they stay as they are
             stored[name] = matrix.name
             families[name.rpartition(".")[0]].append(replace(matrix, name=name))
-    uses = uses_of(model)
-    trials: dict[str, Trial | None] = {}
+    names = names_of(model)
     verdicts: dict[tuple[str, Channels], bool] = {}
     found = []
     for prefix, members in families.items():
@@ -41,26 +42,18 @@ def find_hidden(model: nn.Module, matrices: Matrices) -> list[Channels]:
         candidates = list(candidates_of(members))
         allowed = []
         for channels in candidates:
-            if any(uses[id(parent.get_parameter(axis.parameter))] > 1 for axis in channels.axes):
+            if any(len(names[id(parent.get_parameter(axis.parameter))]) > 1 for axis in channels.axes):
                 continue
-            structure = repr(parent)
-            if structure not in trials:
-                trials[structure] = alone(parent, members[0].shape[1])
-            trial = trials[structure]
-            if (structure, channels) not in verdicts:
-                verdicts[structure, channels] = trial is not None and trial.harmless(channels)
-            if verdicts[structure, channels]:
+            structure = repr(parent), channels
+            if structure not in verdicts:
+                verdicts[structure] = harmless_alone(parent, channels)
+            if verdicts[structure]:
                 (consumer,) = channels.consumers
                 allowed.append(replace(channels.inside(prefix), consumers=(stored[f"{prefix}.{consumer}"],)))
         if candidates and len(allowed) != 1:
             logger.info("%s: its hidden channels stay in their order; no reordering was proved to be harmless", prefix)
         found += [channels for channels in allowed if len(allowed) == 1 and channels.consumers[0] in matrices]
     return found
-
-
-def uses_of(model: nn.Module) -> Counter[int]:
-    """How many places each parameter has in a model, by its ``id``."""
-    return Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
 
 
 def candidates_of(members: Sequence[Matrix]) -> Iterator[Channels]:
@@ -81,7 +74,7 @@ def leaf(matrix: Matrix) -> str:
 
 def outputs_of(matrix: Matrix, groups: int = 1, repeats: int = 1) -> list[Axis]:
     """The axes of a layer's parameters, as seen from the module that has it, that its outputs lie along."""
-    found = [Axis(f"{leaf(matrix)}.weight", 1 if matrix.transposed else 0, groups, repeats)]
+    found = [Axis(f"{leaf(matrix)}.weight", 1 - input_axis(matrix.module), groups, repeats)]
     if isinstance(matrix.module.bias, Tensor):
         found.append(Axis(f"{leaf(matrix)}.bias", 0, groups, repeats))
     return found
@@ -89,4 +82,4 @@ def outputs_of(matrix: Matrix, groups: int = 1, repeats: int = 1) -> list[Axis]:
 
 def inputs_of(matrix: Matrix, groups: int = 1, repeats: int = 1) -> Axis:
     """The axis of a layer's weight that its inputs lie along."""
-    return Axis(f"{leaf(matrix)}.weight", 0 if matrix.transposed else 1, groups, repeats)
+    return Axis(f"{leaf(matrix)}.weight", input_axis(matrix.module), groups, repeats)

@@ -15,10 +15,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from uniprune.checkpoints.layout import names_of
 from uniprune.models.blocks import Replay
 from uniprune.models.channels.folding import Axis, Channels, reorder
 from uniprune.models.channels.trial import CHANGE, ROUNDING, BlockTrial, distance, trials
-from uniprune.models.linear import is_linear, is_transposed
+from uniprune.models.linear import input_axis, is_linear
 from uniprune.models.matrices import find_blocks, find_matrices
 
 logger = logging.getLogger(__name__)
@@ -53,16 +54,11 @@ def find_stream(model: nn.Module, consumers: Collection[str], replay: Replay, id
         logger.info("the residual stream stays in its order: before or after the blocks, another was not proved to be harmless")
         return None
     modules = {name: module for name, module in model.named_modules() if is_linear(module)}
-    readers = {id(module) for name, module in modules.items() if axes.get(f"{name}.weight") == _inputs(module)}
+    readers = {id(module) for name, module in modules.items() if axes.get(f"{name}.weight") == input_axis(module)}
     read = tuple(name for name, one in find_matrices(model).items() if id(one.module) in readers and name in consumers)
-    names = {id(parameter): name for name, parameter in model.named_parameters()}  # a tied one has the first of its names
-    unique = {names[id(model.get_parameter(name))]: axis for name, axis in (around | axes).items()}
+    names = names_of(model)  # a tied parameter is moved by the first of its names
+    unique = {names[id(model.get_parameter(name))][0]: axis for name, axis in (around | axes).items()}
     return Channels(read, width, tuple(Axis(*one) for one in unique.items())) if read else None
-
-
-def _inputs(module: nn.Module) -> int:
-    """The axis of a layer's weight, as stored, that its inputs lie along."""
-    return 0 if is_transposed(module) else 1
 
 
 # --------------------------------------------------------------------------------------------------------------- blocks
@@ -149,7 +145,7 @@ def _given(trial: BlockTrial, hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]
 def _reading(module: nn.Module, width: int) -> Axes | None:
     """The axes of a module's own parameters if it is given the stream; None if that is not clear."""
     if is_linear(module):
-        return {"weight": _inputs(module)}
+        return {"weight": input_axis(module)}
     axes = {}
     for name, parameter in module.named_parameters(recurse=False):
         found = [axis for axis, size in enumerate(parameter.shape) if size == width]
@@ -166,7 +162,7 @@ def _writing(module: nn.Module, width: int) -> Axes:
         return {"weight": 1}
     if not is_linear(module):
         return {}
-    out = 1 - _inputs(module)
+    out = 1 - input_axis(module)
     weight, bias = module.weight, module.bias
     assert isinstance(weight, Tensor)
     return ({"weight": out} | ({} if bias is None else {"bias": 0})) if weight.shape[out] == width else {}

@@ -19,7 +19,7 @@ from uniprune.models.blocks import Call, Replay
 from uniprune.models.channels.folding import Channels, folding, reorder
 
 logger = logging.getLogger(__name__)
-TOKENS = 16  # that a block is run on; modules that are run alone see four
+TOKENS = 16  # that a module is run on
 ROUNDING = 1e-4  # relative: outputs closer than this are the same,
 CHANGE = 1e-2  # and those further apart are not
 
@@ -57,18 +57,23 @@ class Trial:
         return distance(before, after) < ROUNDING and distance(before, halfway) > CHANGE
 
 
-def alone(module: nn.Module, width: int) -> Trial | None:
-    """A trial of a module that is called with hidden states ``[1, tokens, width]`` alone; None if it cannot be copied."""
+def harmless_alone(module: nn.Module, channels: Channels) -> bool:
+    """:meth:`Trial.harmless` of a module that is called with hidden states ``[1, tokens, width]`` alone.
+
+    width: of the consumer's outputs. False, too, if the module cannot be copied.
+    """
     generator = torch.Generator().manual_seed(0)
+    consumer = channels.axes[-1]
+    width = module.get_parameter(consumer.parameter).shape[1 - consumer.axis]
     try:
         twin = _copied(module, generator)
         wanted = inspect.signature(twin.forward).parameters.values()
     except Exception as error:  # of a module that cannot be copied, nothing is proved
         logger.debug("%s could not be copied: %s", type(module).__name__, error)
-        return None
+        return False
     count = sum(p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in wanted)
-    inputs = torch.randn(count, 1, 4, width, generator=generator)
-    return Trial(twin, lambda: _tensors(twin(*inputs)), generator)
+    inputs = torch.randn(count, 1, TOKENS, width, generator=generator)
+    return Trial(twin, lambda: _tensors(twin(*inputs)), generator).harmless(channels)
 
 
 class BlockTrial(Trial):
