@@ -17,6 +17,7 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TQDM_DISABLE", "1")  # the GGUF reader's bars
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # users' commands find their imports compiled, so those we time do, too
 
 import torch
 from transformers.utils import logging

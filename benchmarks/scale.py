@@ -1,6 +1,7 @@
 """What pruning takes that does not hold the whole model: memory, time, disk, and several processes.
 
     python benchmarks/scale.py [PART ...] [--scratch FOLDER] [--rounds N] [--text T] [--max-memory SIZE]
+                               [--size SIZE ...] [--other FOLDER]
 
 - local: Wanda's 2:4 masks of a model of 1.1e9 and one of 3e9 weights, within 1.5 GB.
 - step: the same with one step of the controller, within 2.5 GB.
@@ -9,6 +10,8 @@
 - apply: writing the pruned checkpoint of 3e9 weights against `cp -r`, both until the disk has it.
 - ranks: two processes of one thread each (torchrun) against one of two threads, time and masks.
 - shared: one, two and four processes of one thread each, which divide the controller's state: memory of each, and time.
+- versions: a streamed step of 16,384 tokens beside that of 3cca470, the version that issues compare with: time, memory, bytes.
+  Only with --other, a checkout of it. An hour and a half at 1e9 weights and 3e9; --size takes one of them.
 
 Every run is a process of its own, looked at every 10 ms: its peak is that of anonymous and shared memory; pages of mapped
 files, which the system may drop, stand beside it. Sides of a ratio alternate, because the machine's speed drifts; the median
@@ -50,6 +53,17 @@ RUNS = {
 LIMITS = {"local": "1.5GB", "step": "2.5GB"}
 DEPTH_LIMITS = {"local": "0.9GB", "step": "1.5GB"}
 BLOCKS = (8, 16, 32)
+# Version 3cca470 has no option for the tokens of a step.
+OTHER = """
+import runpy, sys
+from uniprune.mirror_descent import MirrorDescent as Controller
+first = Controller.__init__
+first.__defaults__ = tuple(16384 if value == 1024 else value for value in first.__defaults__)
+sys.argv[0] = "uniprune"
+runpy.run_module("uniprune", run_name="__main__")
+"""
+STEP_TOKENS = 16_384
+VERSION_LIMITS = {"1b": "3GB", "3b": "5GB", "tiny": "800MB"}
 RANKS, PROCESSES = 2, (1, 2, 4)
 INTERVAL = 0.01  # seconds between two looks at a process
 KINDS = ("RssAnon", "RssShmem", "RssFile")
@@ -77,12 +91,24 @@ def started(process: int) -> list[int]:
     return [int(found) for found in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
 
 
-def measured(command: list[str], threads: int | None = None, synced: bool = False) -> Cost:
-    """Wall seconds and peaks of a command, of torchrun's the largest process's; ``synced``: the time ends when the disk has all
-    that it wrote."""
-    environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
+def moved(process: int) -> dict[str, int]:
+    """Bytes that a process has read and written by calls, whether or not the disk was needed; none once it has ended."""
+    try:
+        found = dict(line.split(":", 1) for line in Path(f"/proc/{process}/io").read_text().splitlines())
+    except OSError:
+        found = {}
+    return {"read_bytes": int(found.get("rchar", 0)), "written_bytes": int(found.get("wchar", 0))}
+
+
+def measured(
+    command: list[str], threads: int | None = None, synced: bool = False, environment: Mapping[str, str] = os.environ
+) -> Cost:
+    """Wall seconds, peaks and bytes moved of a command, of torchrun's the largest process's; ``synced``: the time ends when the
+    disk has all that it wrote."""
+    environment = {**environment, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
     os.sync()  # what earlier runs wrote is not to slow this one down
     peak = mapped = 0
+    bytes_moved = dict.fromkeys(("read_bytes", "written_bytes"), 0)
     with tempfile.TemporaryFile("w+") as errors:
         start = time.perf_counter()
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors, env=environment)
@@ -91,6 +117,7 @@ def measured(command: list[str], threads: int | None = None, synced: bool = Fals
                 for each in started(process.pid) if "torch.distributed.run" in command else [process.pid]:
                     now = memory(each)
                     peak, mapped = max(peak, now["RssAnon"] + now["RssShmem"]), max(mapped, now["RssFile"])
+                    bytes_moved |= {key: max(bytes_moved[key], size) for key, size in moved(each).items()}
                 time.sleep(INTERVAL)
         finally:
             process.terminate()  # only if we are interrupted is it still there; torchrun ends its own processes then
@@ -101,7 +128,12 @@ def measured(command: list[str], threads: int | None = None, synced: bool = Fals
         if process.returncode:
             errors.seek(0)
             raise Failed(f"{' '.join(command)} ended with {process.returncode}:\n{errors.read()}")
-    return {"seconds": seconds, "peak_bytes": peak, "file_bytes": mapped}
+    return {"seconds": seconds, "peak_bytes": peak, "file_bytes": mapped, **bytes_moved}
+
+
+def other_environment(folder: Path) -> dict[str, str]:
+    """Where Python finds the version in a checkout instead of this one."""
+    return os.environ | {"PYTHONPATH": str(folder.resolve() / "src")}
 
 
 def verb(*arguments: str) -> Cost:
@@ -148,9 +180,10 @@ def differing(one: Path, other: Path) -> float:
 class Bench:
     """The checkpoints, and a method for each part that yields its rows."""
 
-    def __init__(self, scratch: Path, rounds: int, text: str, limit: str | None, tiny: bool) -> None:
-        self.scratch, self.rounds, self.text, self.limit, self.tiny = scratch, rounds, text, limit, tiny
-        self.models = ("tiny",) if tiny else ("1b", "3b")
+    def __init__(self, scratch: Path, chosen: argparse.Namespace) -> None:
+        self.scratch, self.rounds, self.text, self.limit = scratch, chosen.rounds, chosen.text, chosen.max_memory
+        self.tiny, self.other = chosen.tiny, chosen.other
+        self.models = ("tiny",) if chosen.tiny else tuple(chosen.size)
 
     def local(self) -> Iterator[Row]:
         for model in self.models:
@@ -244,6 +277,34 @@ class Bench:
             cost = self.prune(self.shards(model, blocks), arguments, launcher=torchrun(count), threads=1)
             yield {"part": "shared", "model": model, "blocks": blocks, "processes": count, **cost}
 
+    def versions(self) -> Iterator[Row]:
+        """Both sides take Wanda's scores on 36 samples, one step on 32 of them, and judge by the others before and after."""
+        if not self.other:
+            raise Failed("versions needs --other FOLDER, a checkout of the version to compare with")
+        step = ["--set", f"batch_tokens={STEP_TOKENS}", *STREAMED]
+        sides = {"this": ([*UNIPRUNE], step, os.environ), "other": (["-c", OTHER], [], other_environment(self.other))}
+        for model in self.models:
+            limit = self.limited(VERSION_LIMITS[model])
+            shared = ["-s", "2:4", "--controller", "feedback", "--steps", "1", "--dtype", "bfloat16", *flags(limit)]
+            shared += self.windows(STEP_TOKENS // self.length + 4)
+
+            def side(name: str, model: str = model, shared: list[str] = shared) -> Cost:
+                start, own, environment = sides[name]
+                with self.outputs() as folder:
+                    command = [*start, "prune", str(self.shards(model)), *shared, *own, "-o", str(folder / "out")]
+                    return measured([sys.executable, *command], environment=environment)
+
+            costs = alternate(self.rounds, {name: partial(side, name) for name in sides})
+            keys = ("seconds", "peak_bytes", "read_bytes", "written_bytes")
+            ratios = {f"{key}_ratio": ratio(costs["this"], costs["other"], key) for key in keys}
+            yield {
+                "part": "versions",
+                "model": model,
+                "limit": limit,
+                **ratios,
+                **{side: summary(costs[side]) for side in costs},
+            }
+
     def within(self, run: str, model: Path, masks: Path | None = None, limits: Mapping[str, str] = LIMITS) -> Row:
         """2:4 masks of a model within the memory of a kind of run."""
         limit = self.limited(limits[run])
@@ -280,8 +341,12 @@ class Bench:
         finally:
             shutil.rmtree(folder)
 
+    @property
+    def length(self) -> int:
+        return 64 if self.tiny else 512
+
     def windows(self, count: int) -> list[str]:
-        return ["--text", self.text, "--windows", str(count), "--length", "64" if self.tiny else "512"]
+        return ["--text", self.text, "--windows", str(count), "--length", str(self.length)]
 
     def limited(self, limit: str) -> str | None:
         """A part's own limit, or what the command line says instead."""
@@ -325,17 +390,19 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--text", default="builtin")
     parser.add_argument("--max-memory")
+    parser.add_argument("--size", nargs="+", default=["1b", "3b"])
+    parser.add_argument("--other", type=Path)
     parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)  # does it work at all? Records nothing
     chosen = parser.parse_args()
-    parts = ("local", "step", "depth", "sweep", "apply", "ranks", "shared")
+    parts = ("local", "step", "depth", "sweep", "apply", "ranks", "shared", "versions")
     if unknown := set(chosen.parts) - set(parts):
         raise SystemExit(f"no part {', '.join(unknown)}; they are {', '.join(parts)}")
     failed = []
     with tempfile.TemporaryDirectory() as temporary:
         scratch = chosen.scratch or Path(temporary)
         scratch.mkdir(parents=True, exist_ok=True)
-        bench = Bench(scratch, chosen.rounds, chosen.text, chosen.max_memory, chosen.tiny)
-        for part in chosen.parts or parts:
+        bench = Bench(scratch, chosen)
+        for part in chosen.parts or parts[: None if chosen.other else -1]:
             try:
                 for row in getattr(bench, part)():
                     print(json.dumps(row), flush=True)

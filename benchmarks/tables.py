@@ -371,6 +371,10 @@ def ratios(results: dict[str, Any]) -> str:
             run = "8 steps of the controller" if row["run"] == "feedback" else "Wanda"
             lines.append([f"2 processes of 1 thread / 1 of 2, {run}", f"{row['ratio']:.2f}"])
             lines.append(["fraction of 2:4 mask bits that differ", f"{row['differing_bits']:.1e}"])
+        elif row["part"] == "versions":
+            start = f"streamed 2:4, one step of 16,384 tokens, {row['model'].upper()} weights, this version / 3cca470"
+            named = {"seconds": "whole process", "peak_bytes": "peak memory", "written_bytes": "bytes written, output included"}
+            lines += [[f"{start}: {name}", f"{row[f'{key}_ratio']:.2f}"] for key, name in named.items()]
     return table(["what", ""], lines)
 
 

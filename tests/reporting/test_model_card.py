@@ -6,6 +6,8 @@ import shutil
 import pytest
 import yaml
 from huggingface_hub import ModelCard
+from transformers import CONFIG_MAPPING, AutoConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 import made_up
 import uniprune
@@ -107,3 +109,14 @@ def test_an_upload_needs_a_login(monkeypatch):
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
     with pytest.raises(uniprune.InputError, match="hf auth login"):
         model_card.check_push("owner/name")
+
+
+def test_models_that_see_images_are_found_by_their_configuration(tmp_path):
+    unlike = {"evolla", "mistral4"}  # of proteins, and of text alone: nothing in them is about images
+    for model_type, architecture in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.items():
+        config = CONFIG_MAPPING[model_type]()
+        config.architectures = [architecture]
+        config.save_pretrained(tmp_path)
+        assert model_card.sees_images(tmp_path) == (model_type not in unlike), model_type
+    AutoConfig.for_model("llama", architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path)
+    assert not model_card.sees_images(tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ def card(report: Report, results: Sequence[Evaluation] = (), licence: str | None
 def write(folder: Path, report: Report, source: Origin | None = None) -> None:
     """Writes the card of a new checkpoint into its folder. source: the base model, for its licence."""
     (folder / CARD).write_text(
-        card(report, (), _licence(source.folder if source else None), _sees_images(folder)), encoding="utf-8"
+        card(report, (), _licence(source.folder if source else None), sees_images(folder)), encoding="utf-8"
     )
 
 
@@ -77,7 +78,7 @@ def rewrite(folder: Path, results: Sequence[Path], *, overwrite: bool = False) -
         if "\0" in result.model or result.masks or path_of(result.model).resolve() != folder.resolve():
             raise InputError(f"result {file} is of {result.name}, not of {folder}")
     try:
-        text = card(report, read, _licence(folder) or _licence(path_of(report.model.name)), _sees_images(folder))
+        text = card(report, read, _licence(folder) or _licence(path_of(report.model.name)), sees_images(folder))
     except (ValueError, RecursionError) as error:
         raise InputError(f"{folder / REPORT}, or a result, cannot be shown ({first_line(error)}); make it again") from None
     with replacing(path) as temporary:
@@ -253,12 +254,15 @@ def _title(report: Report) -> str:
     return f"{report.sparsity:.0%} sparse"
 
 
-def _sees_images(folder: Path) -> bool:
-    """Whether the configuration in a folder names a model of images and text."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-
+def sees_images(folder: Path) -> bool:
+    """Whether the configuration in a folder names a model of images and text, and says something about images."""
     try:
-        config = strict_json.parse((folder / "config.json").read_bytes())
+        content = (folder / "config.json").read_bytes()
+        if not re.search(rb'"\w*(vision|image)\w*"\s*:', content):
+            return False  # transformers, which takes a second to import, counts some models of text and of proteins among them
+        from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+        config = strict_json.parse(content)
         return MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(config["model_type"]) in config["architectures"]
     except (OSError, ValueError, LookupError, TypeError):
         return False
