@@ -15,6 +15,7 @@ from uniprune.checkpoints.origin import resolve
 from uniprune.controller.mirror_descent import MirrorDescent
 from uniprune.controller.passes import Resident, open_passes
 from uniprune.controller.states import Masks, PackedMasks
+from uniprune.errors import InputError
 from uniprune.job import memory
 from uniprune.job.execution import choose
 from uniprune.job.memory import PROCESS, Work, _Parts, needs
@@ -112,6 +113,31 @@ def test_masks_that_another_process_sends_again_take_the_place_of_the_old(monkey
 def limit_of(folder, recipe, execution):
     """Memory that is enough for this way and for no faster one."""
     return uniprune.plan(str(folder), recipe).executions[execution].memory
+
+
+SHARED_KEYS = {"num_kv_shared_layers": 1, "num_hidden_layers": 2, "layer_types": ["full_attention"] * 2}
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "admitted"),
+    [
+        ("llama", {}, ["resident", "recomputed", "streamed"]),
+        ("zamba2", {}, ["resident", "recomputed"]),
+        ("gemma3n_text", SHARED_KEYS, ["resident"]),
+    ],
+)
+def test_executions_that_a_model_does_not_admit_are_not_offered(family, settings, admitted, tokenizer, tmp_path):
+    tiny(family, **settings).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    source, recipe = str(tmp_path / "model"), Recipe(sparsity="2:4", **SMALL)
+    plan = uniprune.plan(source, recipe)
+    assert list(plan.executions) == admitted
+    assert (plan.memory_streamed is None) == ("streamed" not in admitted)
+    little = plan.executions[admitted[-1]].memory - 1
+    assert uniprune.plan(source, recipe, max_memory=little).execution == "none"
+    if "streamed" not in admitted:
+        with pytest.raises(InputError, match="streamed is not to be had here: blocks of this model share weights, or keys"):
+            uniprune.plan(source, recipe, execution="streamed")
 
 
 def test_what_fits_is_chosen(folder, tmp_path):

@@ -26,9 +26,8 @@ from uniprune.evaluation import reproduce
 from uniprune.evaluation.model import Questions, Subject
 from uniprune.evaluation.protocols import comparable
 from uniprune.evaluation.request import NEW_TOKENS
-from uniprune.job.execution import IN_MEMORY
 from uniprune.job.inference import inferring
-from uniprune.job.options import RunOptions
+from uniprune.job.options import IN_MEMORY, RunOptions
 from uniprune.job.prepare import Job, prepare
 from uniprune.models.loading import Loaded, Source, dtype_name, skeleton
 from uniprune.models.matrices import choose_matrices

@@ -78,7 +78,7 @@ class Plan(Record):
     execution: str
     memory: Count
     memory_resident: Count
-    memory_streamed: Count
+    memory_streamed: Count | None
     executions: dict[str, Forecast]
     disk: Count
     scratch: Count
@@ -140,7 +140,7 @@ def make_plan(
         execution=execution,
         memory=chosen.memory,
         memory_resident=executions["resident"].memory,
-        memory_streamed=executions["streamed"].memory,
+        memory_streamed=executions["streamed"].memory if "streamed" in executions else None,
         executions=executions,
         disk=((origin.files.size if origin.files else 0) or parameters * work.dtype.itemsize) + prunable // 8,
         scratch=chosen.disk,

@@ -11,7 +11,7 @@ from uniprune.common import distributed
 from uniprune.controller import controllers
 from uniprune.errors import InputError
 from uniprune.job import memory
-from uniprune.job.options import Execution, RunOptions
+from uniprune.job.options import IN_MEMORY, Execution, RunOptions
 from uniprune.job.recipe import Recipe
 from uniprune.job.samples import check_can_generate, self_generated
 from uniprune.models import blocks
@@ -20,11 +20,11 @@ from uniprune.models.matrices import Matrices
 from uniprune.models.sharding import Sharder
 from uniprune.storage import runs
 
-IN_MEMORY: tuple[Execution, ...] = ("resident", "recomputed", "offloaded")
 UNSUITABLE = {
-    "recomputed": "only --controller feedback has activations to compute again",
+    "recomputed": "only --controller feedback has activations to compute again, where blocks do not share keys and values",
     "offloaded": "it is for a controller on a GPU",
-    "sharded": "it takes several processes (torchrun)",
+    "sharded": "it takes several processes (torchrun), and blocks that share nothing",
+    "streamed": "blocks of this model share weights, or keys and values",
 }
 
 
@@ -48,7 +48,7 @@ def choose(
     if (found := _fitting(able, limit)) is not None:
         return found
     takes = ", ".join(f"{_gigabytes(needed.memory)} {name}" for name, needed in needs.items() if asked in (None, name))
-    steps = "masks" in needs["streamed"].parts  # of a controller
+    steps = needs["resident"].parts.get("masks", 0) > 0  # of a controller
     remedy = "lower the tokens of a step" if steps else "give shorter samples (--length)"
     if not origin.files:
         remedy = "convert it: only safetensors files are read block by block"

@@ -21,14 +21,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import get_args
 
 import torch
 
 from uniprune.common import distributed
 from uniprune.controller.passes import PART_TOKENS
-from uniprune.job.options import Execution
+from uniprune.job.options import IN_MEMORY, Execution
 from uniprune.job.recipe import WINDOWS, Recipe
 from uniprune.models.blocks import BATCH_TOKENS
+from uniprune.models.dependence import share_keys_and_values, shared_parameter
 from uniprune.models.experts import Batched, Slice
 from uniprune.models.matrices import Matrices, Matrix, find_blocks
 from uniprune.models.output_head import PIECE, output_embeddings
@@ -125,7 +127,15 @@ def _routed(matrix: Matrix) -> bool:
 
 
 def needs(work: Work) -> Needs:
-    """What each possible execution of this work takes."""
+    """What each execution of this work takes that the model admits."""
+    _, blocks = find_blocks(work.model)
+    admitted = IN_MEMORY if shared_parameter(blocks) else tuple(get_args(Execution))
+    if share_keys_and_values(blocks):
+        admitted = ("resident",)
+    return {execution: found for execution, found in _needs(work).items() if execution in admitted}
+
+
+def _needs(work: Work) -> Needs:
     parts, corrected, cost, processes = _Parts(work), work.recipe.corrected, work.recipe.cost, distributed.count()
     states, saved = int(cost.memory * work.prunable / processes), int(cost.disk * work.prunable / processes) + parts.finals
     masks, packed = int(cost.masks * work.prunable), parts.bits + int(cost.masks * parts.block)

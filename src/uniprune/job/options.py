@@ -11,6 +11,7 @@ from uniprune.common.formatting import parse_size
 from uniprune.common.options import Flag, Options
 
 Execution = Literal["resident", "recomputed", "offloaded", "sharded", "streamed"]
+IN_MEMORY: tuple[Execution, ...] = ("resident", "recomputed", "offloaded")
 Bytes = BeforeValidator(lambda value: parse_size(value) if isinstance(value, str) else value)
 
 

@@ -27,9 +27,9 @@ from uniprune.data.sources import files_of
 from uniprune.data.windows import Windows, save_windows
 from uniprune.errors import InputError
 from uniprune.job import memory
-from uniprune.job.execution import IN_MEMORY, check_execution, choose, choose_for_loaded
+from uniprune.job.execution import check_execution, choose, choose_for_loaded
 from uniprune.job.images import image_windows
-from uniprune.job.options import Execution, RunOptions
+from uniprune.job.options import IN_MEMORY, Execution, RunOptions
 from uniprune.job.recipe import Recipe
 from uniprune.job.samples import calibration_windows, generated
 from uniprune.models import blocks

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from uniprune.checkpoints.layout import keys_of
 from uniprune.checkpoints.origin import Origin
 from uniprune.errors import InputError
+from uniprune.models.dependence import shared_parameter
 from uniprune.models.filling import assign, fill, loaded_dtypes
 from uniprune.models.loading import Loaded, hollow
 from uniprune.models.matrices import Matrices, find_blocks
@@ -93,14 +94,11 @@ class Streamer:
 
 def _check_shared(blocks: nn.ModuleList, origin: Origin) -> None:
     """Weights of several blocks have no block whose turn they could wait for."""
-    owner: dict[int, int] = {}
-    for index, block in enumerate(blocks):
-        for name, parameter in block.named_parameters():
-            if owner.setdefault(id(parameter), index) != index:
-                raise InputError(
-                    f"model {origin} cannot be streamed: its blocks {owner[id(parameter)]} and {index} share {name}; "
-                    "give it memory for the whole model"
-                )
+    if common := shared_parameter(blocks):
+        one, other, name = common
+        raise InputError(
+            f"model {origin} cannot be streamed: its blocks {one} and {other} share {name}; give it memory for the whole model"
+        )
 
 
 def open_streamed(origin: Origin, tokenizer: Any, dtype: torch.dtype, device: torch.device) -> Loaded:
