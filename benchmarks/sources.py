@@ -3,12 +3,12 @@
     python benchmarks/sources.py [METHOD ...] [--source NAME]
 
 Texts: C4; encyclopedia articles; code, a third of the top of the standard library of the Python that runs this; instructions,
-questions and their right answers through the model's chat template; self, what the dense model writes (from BOS); and a
-mixture, a fifth of the tokens of each. What is evaluated is other documents of the same texts, and what the model writes with
-another seed: 8 windows of 512 tokens of each. METHOD: wanda (32 windows of 512) or feedback (the controller, 64 windows, each
-once), calibrated for 2:4; both by default. One seed, bfloat16 or float32 on a CPU that only emulates it. Rows accumulate in
-results/sources.json.
-About an hour of one quiet core for both methods; rows are kept as they come, so parts can be run (`--source code`).
+questions and their right answers through the model's chat template; self, what the dense model writes (from BOS); and two
+mixtures: a fifth of the tokens of each (`mixture`), and all that each has alone, five times as many tokens (`all`). What is
+evaluated is other documents of the same texts, and what the model writes with another seed: 8 windows of 512 tokens of each.
+METHOD: wanda (32 windows of 512) or feedback (the controller, 64 windows, each once), calibrated for 2:4; both by default. One
+seed, bfloat16 or float32 on a CPU that only emulates it. Rows accumulate in results/sources.json.
+About an hour and a half of one quiet core for both methods; rows are kept as they come, so parts can be run (`--source code`).
 """
 
 from __future__ import annotations
@@ -40,19 +40,19 @@ from uniprune.models.matrices import find_matrices
 METHODS = {"wanda": ("none", 32), "feedback": ("feedback", 64)}  # controller, windows
 LENGTH, EVALUATED = 512, 8
 TEXTS = ("c4", "articles", "code", "instructions", "self")
-MIXTURE = "mixture"
+MIXTURES = {"mixture": 1, "all": len(TEXTS)}  # times as many tokens as a text alone
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("methods", nargs="*", default=list(METHODS))
-    parser.add_argument("--source", action="append", choices=[*TEXTS, MIXTURE])
+    parser.add_argument("--source", action="append", choices=[*TEXTS, *MIXTURES])
     chosen = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         bench = Bench(Path(scratch))
         if not load("sources").get("dense"):
             keep({"dense": bench.dense})
-        for source in chosen.source or (*TEXTS, MIXTURE):
+        for source in chosen.source or (*TEXTS, *MIXTURES):
             tokens = bench.tokens(source)
             for method in chosen.methods:
                 add(bench.row(method, source, tokens))
@@ -83,7 +83,7 @@ class Bench:
         self.dense = {name: {"perplexity": one.perplexity} for name, one in (found.by_text or {}).items()}
 
     def windows(self, source: str, count: int, seed: int = 0) -> Windows:
-        names = TEXTS if source == MIXTURE else (source,)
+        names = TEXTS if source in MIXTURES else (source,)
         text = tuple(name if name == "self" else f"{name}={self.texts[name].calibration}" for name in names)
         recipe = Recipe(text=text, windows=count, length=LENGTH, seed=seed)
         found = calibration_windows(recipe, self.loaded.tokenizer, self.loaded.model)
@@ -92,11 +92,12 @@ class Bench:
     def tokens(self, source: str) -> Path:
         """A token file that all methods calibrate on, or on the beginning of."""
         path = self.scratch / f"{source}.safetensors"
-        save_windows(self.windows(source, max(count for _, count in METHODS.values())), path)
+        save_windows(self.windows(source, max(count for _, count in METHODS.values()) * MIXTURES.get(source, 1)), path)
         return path
 
     def row(self, method: str, source: str, tokens: Path) -> dict[str, Any]:
         controller, count = METHODS[method]
+        count *= MIXTURES.get(source, 1)
         recipe = Recipe(text=str(tokens), windows=count, sparsity="2:4", controller=controller, dtype=dtype_name(FAST))
         matrices, start = find_matrices(self.loaded.model), time.perf_counter()
         with masking.preserved(matrices, matrices):
