@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, StoppingCriteriaList
+from transformers import StoppingCriteriaList
 
 from uniprune.checkpoints.configuration import check_vocabulary, context
 from uniprune.common.progress import Progress, silent
@@ -16,6 +15,7 @@ from uniprune.data.windows import Windows
 from uniprune.errors import InputError
 from uniprune.evaluation.results import Generation
 from uniprune.models.blocks import device_of, text_alone
+from uniprune.models.generation import greedy
 from uniprune.tasks.question import Prompt, Question
 from uniprune.tasks.scoring import Tokens
 
@@ -51,21 +51,6 @@ def check_same_prompts(prompts: Sequence[str], ours: Any, theirs: Any, reference
             f"--against {reference}: it reads a prompt as other tokens, so what it writes cannot be compared; "
             "give --tasks without --prompt to compare answers alone"
         )
-
-
-@contextmanager
-def greedy(model: nn.Module) -> Iterator[None]:
-    """Inside ``with``, of the model's own generation settings count only the tokens that end a text.
-
-    Published ones sample, search with beams, forbid words and repetitions, or stop after a time; and what ``generate`` is not
-    told, it takes from there.
-    """
-    own = model.generation_config
-    model.generation_config = GenerationConfig(do_sample=False, eos_token_id=getattr(own, "eos_token_id", None))  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        model.generation_config = own
 
 
 @torch.no_grad()
