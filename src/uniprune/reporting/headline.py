@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from uniprune.common.formatting import NOTE, count, number, percent, points, short, size
 from uniprune.comparison.results import DENSE, UNIFORM, Comparison
 from uniprune.reporting.summary import Subject, Summary, Tradeoff, alike, measure, same_model
+from uniprune.runtime.layout import Provenance
 from uniprune.sparsity.structure import Structure
 from uniprune.speed.kernels import ANY_MASK
 from uniprune.speed.results import MARGIN
@@ -132,7 +133,8 @@ def verdict(summary: Summary) -> str | None:
         (one,) = summary.pruned
         forms = [one.pruning.structure] if one.pruning and one.pruning.structure else []
         names = [name for name in (one.base, one.label) if name]
-        clauses = [_pruned(summary, one), _bytes(summary, one.base or one.label, forms), _speed(summary, names, forms)]
+        saved = _bytes(summary, one.base or one.label, forms, one.pruning.masks_sha256 if one.pruning else None)
+        clauses = [_pruned(summary, one), saved, _speed(summary, names, forms)]
     elif summary.tradeoffs:
         clauses = [_ends(summary.tradeoffs[0])]
     else:
@@ -218,10 +220,14 @@ def _ends(facts: Tradeoff) -> str:
 # ----------------------------------------------------------------------------------------- the verdict: bytes and speed
 
 
-def _bytes(summary: Summary, model: str, forms: Iterable[Structure]) -> str:
-    """What pruning saves where it is known: of a folder that was packed to run, of archives that a sweep estimated."""
-    if len(summary.packings) == 1:
-        (packed,) = summary.packings
+def _bytes(summary: Summary, model: str, forms: Iterable[Structure], masks: str | None = None) -> str:
+    """What pruning saves where it is known: of a folder that was packed to run, of archives that a sweep estimated.
+
+    model: the dense one; masks: the hash of those that it was pruned by, if there is but one pruned model.
+    """
+    packings = [one for one in summary.packings if _may_be_of(one.source, model, masks)]
+    if len(packings) == 1:
+        (packed,) = packings
         return f"packed to run it takes {size(packed.bytes)}, {percent(packed.ratio)} of the checkpoint"
     wanted = {form.spelling for form in forms}
     for facts in summary.tradeoffs:
@@ -230,6 +236,13 @@ def _bytes(summary: Summary, model: str, forms: Iterable[Structure]) -> str:
             sizes = " or ".join(f"{size(point.bytes)} ({point.name})" for point in known)
             return f"its archive takes {sizes}, not {size(facts.dense_bytes)}"
     return "its files are as large as the dense model's until they are packed"
+
+
+def _may_be_of(packed: Provenance, model: str, masks: str | None) -> bool:
+    """Whether what was packed is a model pruned by these masks, as far as both sides say."""
+    if packed.masks_sha256 and masks:
+        return packed.masks_sha256 == masks
+    return packed.model is None or same_model(packed.model.name, model)
 
 
 def _speed(summary: Summary, models: Sequence[str], forms: Iterable[Structure]) -> str:
