@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import GenerationConfig
 
 import uniprune
 from conftest import prose_and_numbers, tiny_model
@@ -212,6 +213,27 @@ def test_what_is_written_is_drawn_by_the_seed(loaded, both):
     own = first.by_source["self"]
     assert not torch.equal(first.tokens[own], other.tokens[own])
     assert len({tuple(row.tolist()) for row in first.tokens[own]}) == len(own)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"no_repeat_ngram_size": 1},
+        {"suppress_tokens": list(range(100, 400))},
+        {"min_new_tokens": 3, "repetition_penalty": 2.0},
+        {"num_beams": 2, "num_return_sequences": 2},
+        {"stop_strings": ["e"]},
+        {"max_time": 1e-9},
+        {"do_sample": True, "temperature": 3.0},
+        {"eos_token_id": list(range(200))},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_it_writes_the_same_whatever_the_model_was_published_with(loaded, settings):
+    wanted = windows_of(loaded, "self", windows=4).tokens
+    own = loaded.model.generation_config = GenerationConfig(**settings)
+    assert torch.equal(windows_of(loaded, "self", windows=4).tokens, wanted)
+    assert loaded.model.generation_config is own
 
 
 def test_prompts_are_of_the_other_texts_and_leave_room(loaded, both):

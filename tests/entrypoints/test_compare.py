@@ -85,6 +85,16 @@ def test_rows_of_one_calibration_are_what_calibrate_and_mask_give(table, folder,
         assert row.perplexity == uniprune.evaluate(str(tmp_path / "pruned"), dtype="float32", **READ).perplexity
 
 
+def test_one_calibration_under_rules_is_what_calibrate_and_mask_give(folder, tmp_path):
+    """What shapes the budget is for mask: calibrate without a sparsity refuses it."""
+    rules, scores, masks = ("down_proj=0.3",), tmp_path / "scores.safetensors", tmp_path / "masks.safetensors"
+    found = compare(str(folder), tmp_path / "table", methods=["any"], sparsities=["0.5"], rules=rules, scope="row", **SMALL)
+    (row,) = rows_of(found, "any")
+    uniprune.calibrate(str(folder), Recipe(**row.recipe), scores)
+    uniprune.mask(scores, row.pattern, masks, rules=rules, scope=row.scope)
+    assert digest(MasksFile(masks)) == row.masks_sha256
+
+
 def test_sparsegpt_is_that_of_its_own_function(table, folder):
     for row, pattern in zip(rows_of(table[0], "sparsegpt"), (Unstructured(0.5), NM(2, 4)), strict=True):
         loaded = uniprune.load(str(folder), dtype="float32")

@@ -140,6 +140,20 @@ def test_it_computes_what_the_model_does_without_those_experts(family, tmp_path,
     check_files(source, out)
 
 
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "olmoe"])
+def test_the_number_stands_under_the_name_that_config_json_has_for_it(family, tmp_path, tokens):
+    """As published Qwen3-MoE has ``num_experts``: other runtimes know no other, and transformers takes one of two."""
+    file, names = saved(family, tmp_path / "model") / "config.json", {"num_experts", "num_local_experts"}
+    settings = json.loads(file.read_text())
+    (name,) = names & settings.keys()
+    (other,) = names - {name}
+    file.write_text(json.dumps({other: settings.pop(name), **settings}))
+    uniprune.prune(file.parent, recipe(tokens), tmp_path / "out")
+    expected = {other: 2, **settings}
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == expected
+    loaded(tmp_path / "out")
+
+
 @pytest.mark.parametrize("name", ["fp8", "mxfp4", "fp8, fp4 experts", "compressed-tensors INT4"])
 def test_experts_stored_as_codes_go_with_their_scales(name, tmp_path, tokens):
     source, out = tmp_path / "model", tmp_path / "out"

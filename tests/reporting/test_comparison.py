@@ -3,6 +3,7 @@
 import csv
 import io
 import re
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +12,9 @@ from uniprune.common.formatting import NONE
 from uniprune.comparison.results import Comparison
 from uniprune.entrypoints.report import report
 from uniprune.reporting import comparison, plots, tables
+from uniprune.reporting.headline import verdict
+from uniprune.reporting.results import Source
+from uniprune.reporting.summary import summarise
 from uniprune.reporting.tables import Grid
 
 
@@ -22,6 +26,18 @@ def found():
 def test_rows_go_by_sparsity(found):
     assert [row.method for row in comparison.ordered(found)] == ["dense", "wanda", "feedback", "ria:a=0.5", "sparsegpt"]
     assert comparison.best(found) == {2, 4}
+
+
+def test_files_of_one_name_are_told_apart(found):
+    """Wherever methods are named: the table, the best of a sparsity, continuations."""
+    files = "/runs/one/scores.safetensors", "/runs/two/scores.safetensors"
+    names = dict(zip(("wanda", "feedback"), files, strict=True))
+    rows = [row.model_copy(update={"method": names.get(row.method, row.method)}) for row in found.rows]
+    found = found.model_copy(update={"rows": rows, "methods": list(files)})
+    labels = ["one/scores.safetensors", "two/scores.safetensors"]
+    for grid in (comparison.grid(found), comparison.readings(found), *comparison.written(found)):
+        assert [row[0] for row in grid.rows[1:3]] == labels
+    assert "at 0.5 two/scores.safetensors has 30.00 (" in verdict(summarise([Source(Path(), {}, found)]))
 
 
 def test_a_report_has_the_table(found, tmp_path):

@@ -90,6 +90,21 @@ def test_a_packed_folder_says_what_it_saves(tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    ("source", "said_of"),
+    [
+        ({"masks_sha256": "a" * 64}, True),
+        ({"masks_sha256": "b" * 64}, False),
+        ({"model": {"name": "/somewhere/else/Toy-1M.gguf"}}, True),
+        ({"model": {"name": "another"}}, False),
+    ],
+)
+def test_what_another_model_saves_is_not_said_of_this_one(tmp_path, source, said_of):
+    packed = made_up.packing(source={"fingerprint": "f" * 64} | source)
+    pruned = made_up.pruning(model={"name": "/somewhere/else/Toy-1M.gguf"}, masks_sha256="a" * 64)
+    assert ("packed to run it takes" in said(tmp_path, pruned=pruned, packed=packed)) == said_of
+
+
 def test_a_table_of_methods(tmp_path):
     assert said(tmp_path, table=made_up.comparison(), bench=made_up.speeds()) == (
         "Toy-1M pruned by 4 methods, perplexity on toy.txt, 4 samples of 64 tokens: at 0.5 feedback has 30.00 (1.50 times the "

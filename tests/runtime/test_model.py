@@ -51,6 +51,12 @@ def test_a_model_in_memory(family, dtype):
     same_logits(model, expected)
 
 
+def test_a_model_that_was_trained_computes_without_dropout():
+    """``Trainer`` leaves it in training mode."""
+    expected = prune(tiny_model("gpt2"), "0.5")
+    same_logits(accelerate(copy.deepcopy(expected).train()), expected)
+
+
 @pytest.mark.parametrize("dtype", EPSILON, ids=str)
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("runtime", [False, True])

@@ -71,6 +71,14 @@ def test_rules_come_after_misfits_and_stay():
     assert [pattern.part(name) for name in SHAPES] == [NM(2, 4), DENSE, DENSE]
 
 
+def test_a_misfit_that_is_to_be_unstructured_keeps_the_sparsity_of_its_rule():
+    """It has no kernel there, so it is pruned without one: by as much as it was to lose."""
+    rules = Rule("q", "0.3"), Rule("down", "1:5")
+    pattern, reasons = fitted(Ruled(NM(2, 4), rules), SHAPES, "bfloat16", NVIDIA, "unstructured")
+    assert list(reasons) == [*SHAPES]
+    assert [pattern.part(name) for name in SHAPES] == [Unstructured(sparsity, "matrix") for sparsity in (0.3, 0.5, 0.8)]
+
+
 def test_a_rule_that_only_misfits_obeyed_goes():
     rules = Rule("q", "dense"), Rule("q|k", "2:4")
     pattern, reasons = fitted(Ruled(NM(2, 4), rules), SHAPES, "bfloat16", NVIDIA, "dense")

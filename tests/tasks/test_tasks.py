@@ -393,6 +393,16 @@ def test_the_split_of_a_folder_is_the_one_that_is_usual(tmp_path):
         load_task(str(tmp_path / "other"))
 
 
+def test_a_data_set_that_was_saved_to_disk(tmp_path):
+    """Beside the table of a split lie files that say what it is."""
+    datasets = pytest.importorskip("datasets")
+    splits = {"test": range(3), "train": range(100, 110)}
+    found = {split: datasets.Dataset.from_list([arc(number) for number in numbers]) for split, numbers in splits.items()}
+    datasets.DatasetDict(found).save_to_disk(tmp_path / "arc")
+    task = load_task(str(tmp_path / "arc"), fewshot=1)
+    assert [numbers[-1] for numbers in asked_of(question.choices[0][0] for question in task.questions)] == [0, 1, 2]
+
+
 def test_rules_that_are_checked_elsewhere(file):
     with pytest.raises(InputError, match="language:response_language is checked by lm-evaluation-harness alone"):
         load_task(

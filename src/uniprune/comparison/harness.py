@@ -34,8 +34,7 @@ def results(found: Comparison, row: ComparisonRow) -> dict[str, Any]:
     shots = {_name(labels[name]): task.num_fewshot or 0 for name, task in row.tasks.items()}
     device = found.protocol.machine.device if found.protocol.machine else None
     versions = found.protocol.versions
-    methods = apart([*found.methods, *(row.method for row in found.rows)])
-    model = "-".join([short(found.model), *([] if row.pattern is None else [methods[row.method], row.pattern])])
+    model = "-".join([short(found.model), *([] if row.pattern is None else [found.labels[row.method], row.pattern])])
     return {
         "results": {name: _result(name, values, count) for name, (values, count) in tasks.items()},
         "group_subtasks": {name: [] for name in tasks},

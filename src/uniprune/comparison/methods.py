@@ -16,6 +16,7 @@ from uniprune.comparison import sparsegpt
 from uniprune.comparison.bench import Bench, Scored
 from uniprune.errors import InputError, MismatchError
 from uniprune.job.recipe import Recipe
+from uniprune.job.settings import Sparsity
 from uniprune.models import masking
 from uniprune.models.matrices import Matrices
 from uniprune.saliency.record import reported
@@ -132,7 +133,7 @@ class ForAny(Method):
         """Other sparsities need it still."""
 
     def recorded(self, recipe: Recipe) -> dict[str, Any]:
-        return {"recipe": {name: value for name, value in recipe.record().items() if name != "sparsity"}}
+        return {"recipe": {name: value for name, value in recipe.record().items() if name not in Sparsity.model_fields}}
 
     def cut(self, bench: Bench, trial: Trial) -> Cut:
         return _cut(bench.for_any(trial.recipe, self.calibration(trial)), trial)

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
+from uniprune.common.formatting import apart
 from uniprune.data.text import TextFacts
 from uniprune.evaluation.results import Comparable, Evaluation, Machine, TaskResult
 from uniprune.saliency.record import ControllerRecord, Starved
@@ -123,6 +124,11 @@ class Comparison(Record):
             length=how.length,
             stride=how.stride,
         )
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """What to call methods: files without the folders that they are in, as far as that tells them apart."""
+        return apart([*self.methods, *(row.method for row in self.rows)])
 
     @property
     def scopes(self) -> list[str]:

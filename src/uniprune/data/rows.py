@@ -19,6 +19,7 @@ Chosen = Callable[[Sequence[str]], Sequence[str]]
 BATCH = 256  # rows of a columnar file in memory at once
 VALUE = 1 << 28  # characters of one JSON value, at most
 BOM = b"\xef\xbb\xbf"
+NO_SEPARATOR = "\x1f"  # stands in no text
 ROWS = {"text", "messages", "conversations", "conversation", "prompt", "article"}  # an object with one of these is a row itself
 
 
@@ -165,7 +166,12 @@ def _is_rows(value: Any) -> bool:
 def _table(path: Path, found: Format, what: str) -> Iterator[tuple[str, Any]]:
     rows = _cells(path, found, what)
     _, names = next(rows, ("", []))
-    yield from ((where, dict(zip(names, row, strict=False))) for where, row in rows)
+    for where, row in rows:
+        if any(row[len(names) :]):
+            raise InputError(
+                f"{where}: {len(row)} cells, and the first line has {len(names)}; a text that has the separator is to be quoted"
+            )
+        yield where, dict(zip(names, row, strict=False))
 
 
 def read_cells(path: Path, what: str) -> Iterator[tuple[str, list[str]]]:
@@ -183,7 +189,8 @@ def _cells(path: Path, found: Format, what: str) -> Iterator[tuple[str, list[str
         first = next(lines, "")
         # Half of Europe's programs write semicolons, since their commas are decimal.
         delimiter = "\t" if found.kind == "tsv" else "," if "," in first else max(";\t|", key=first.count)
-        reader = csv.reader(_again(first, lines), delimiter=delimiter)
+        # In a single column nothing separates, and its texts have all of these, unquoted.
+        reader = csv.reader(_again(first, lines), delimiter=delimiter if delimiter in first else NO_SEPARATOR)
         try:
             for row in reader:
                 if row or reader.line_num == 1:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import logging
+from collections.abc import Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, StoppingCriteriaList
+from transformers import StoppingCriteriaList
 
 from uniprune.checkpoints.configuration import check_vocabulary, context
 from uniprune.common.progress import Progress, silent
@@ -16,8 +17,12 @@ from uniprune.data.windows import Windows
 from uniprune.errors import InputError
 from uniprune.evaluation.results import Generation
 from uniprune.models.blocks import device_of, text_alone
+from uniprune.models.generation import greedy
+from uniprune.models.output_head import log_probabilities
 from uniprune.tasks.question import Prompt, Question
-from uniprune.tasks.scoring import Tokens
+from uniprune.tasks.scoring import ROUNDING, Tokens
+
+logger = logging.getLogger(__name__)
 
 COUNT, BEGIN = 3, 24  # prompts from a text, and tokens in each
 BATCH = 8  # answers that are written together
@@ -53,21 +58,6 @@ def check_same_prompts(prompts: Sequence[str], ours: Any, theirs: Any, reference
         )
 
 
-@contextmanager
-def greedy(model: nn.Module) -> Iterator[None]:
-    """Inside ``with``, of the model's own generation settings count only the tokens that end a text.
-
-    Published ones sample, search with beams, forbid words and repetitions, or stop after a time; and what ``generate`` is not
-    told, it takes from there.
-    """
-    own = model.generation_config
-    model.generation_config = GenerationConfig(do_sample=False, eos_token_id=getattr(own, "eos_token_id", None))  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        model.generation_config = own
-
-
 @torch.no_grad()
 def generate(
     model: nn.Module, tokenizer: Any, prompts: Sequence[str], tokens: int, progress: Progress = silent
@@ -97,28 +87,63 @@ def write(
 ) -> list[str]:
     """The answer to each prompt, up to one of its stop texts, or as long as it asks. tokens: of each prompt, all that it has.
 
-    Prompts of about one length are answered together, padded on the left.
+    Prompts of about one length are answered together, padded on the left; those of one length, where a model does not leave
+    padding out.
     """
-    order = sorted(range(len(prompts)), key=lambda index: -len(tokens[index][0].ids))
-    batches = [order[start : start + BATCH] for start in range(0, len(order), BATCH)]
+    ids = [given.ids for (given,) in tokens]
+    order = sorted(range(len(prompts)), key=lambda index: -len(ids[index]))
+    batches = _batches([order])
+    padding = next((one for one in (tokenizer.pad_token_id, tokenizer.eos_token_id) if one is not None), 0)
+    uneven = max(batches, key=lambda batch: len(ids[batch[0]]) - len(ids[batch[-1]]))
+    if not _leaves_padding_out(model, [ids[index] for index in uneven], padding):
+        logger.info("%s does not leave padding out: only prompts of one length are answered together", type(model).__name__)
+        batches = _batches([list(alike) for _, alike in groupby(order, key=lambda index: len(ids[index]))])
     found = [""] * len(prompts)
     for batch in progress(batches, "answering", len(batches)):
-        written = _together(model, tokenizer, [prompts[index] for index in batch], [tokens[index][0].ids for index in batch])
+        written = _together(model, tokenizer, [prompts[index] for index in batch], [ids[index] for index in batch], padding)
         for index, text in zip(batch, written, strict=True):
             found[index] = text
     return found
 
 
+def _batches(parts: Sequence[Sequence[int]]) -> list[Sequence[int]]:
+    """At most BATCH of a part."""
+    return [part[start : start + BATCH] for part in parts for start in range(0, len(part), BATCH)]
+
+
+def _padded(model: nn.Module, ids: Sequence[Sequence[int]], padding: int) -> dict[str, Tensor]:
+    """Prompts as ``generate`` takes them, padded on the left to the length of the longest."""
+    length = max(map(len, ids))
+    rows = {
+        "input_ids": [[padding] * (length - len(one)) + list(one) for one in ids],
+        "attention_mask": [[0] * (length - len(one)) + [1] * len(one) for one in ids],
+    }
+    return {name: torch.tensor(values, device=device_of(model)) for name, values in rows.items()}
+
+
+def _leaves_padding_out(model: nn.Module, ids: Sequence[Sequence[int]], padding: int) -> bool:
+    """Whether the last of some prompts, the shortest, is to a model the same with padding before it.
+
+    To recurrent ones it may not be (RecurrentGemma), nor where positions are counted whatever the mask says (BART).
+    """
+    if len(ids[0]) == len(ids[-1]):
+        return True
+    options = {"max_new_tokens": 1, "pad_token_id": padding, "output_logits": True, "return_dict_in_generate": True}
+    with text_alone(model), greedy(model):
+        beside, alone = (
+            log_probabilities(model.generate(**_padded(model, some, padding), **options).logits[0][-1])  # type: ignore[operator]
+            for some in (ids, ids[-1:])
+        )
+    return bool((beside - alone).abs().mean() <= ROUNDING[next(model.parameters()).dtype == torch.float32])
+
+
 def _together(
-    model: nn.Module, tokenizer: Any, prompts: Sequence[Question | Prompt], ids: Sequence[Sequence[int]]
+    model: nn.Module, tokenizer: Any, prompts: Sequence[Question | Prompt], ids: Sequence[Sequence[int]], padding: int
 ) -> list[str]:
     """The answers to prompts of one task, whose stop texts and lengths are the same."""
     first = prompts[0]
     assert isinstance(first, Prompt)
-    device, length = device_of(model), max(map(len, ids))
-    padding = next((one for one in (tokenizer.pad_token_id, tokenizer.eos_token_id) if one is not None), 0)
-    given = torch.tensor([[padding] * (length - len(one)) + list(one) for one in ids], device=device)
-    mask = torch.tensor([[0] * (length - len(one)) + [1] * len(one) for one in ids], device=device)
+    given, length = _padded(model, ids, padding), max(map(len, ids))
     ends = tokenizer.decode([tokenizer.eos_token_id]) if tokenizer.eos_token_id is not None else ""
     stop = [text for text in (*first.stop, ends) if text]
 
@@ -130,8 +155,7 @@ def _together(
 
     with text_alone(model), greedy(model):
         written = model.generate(  # type: ignore[operator]
-            input_ids=given,
-            attention_mask=mask,
+            **given,
             max_new_tokens=first.tokens,
             pad_token_id=padding,
             stopping_criteria=StoppingCriteriaList([stopped]),

@@ -7,7 +7,7 @@ and where its parameters are smaller is where experts are taken out. Its routers
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from fractions import Fraction
@@ -36,7 +36,8 @@ FAR = -1e4  # weights of a router for experts that are never chosen, of inputs t
 
 @dataclass(frozen=True)
 class Fewer:
-    """What is kept of each layer's experts. settings: of the configuration, that say how many there are.
+    """What is kept of each layer's experts. settings: of the configuration, that say how many there are; by name all names that
+    config.json may have them under (Qwen3-MoE's has ``num_experts``, which transformers calls ``num_local_experts``).
 
     groups: experts next to each other that a token's are first narrowed down to (DeepSeek); each keeps as many. axes: of the
     parameters that have a part for each expert, by name. left_out: stored tensors of layers of experts that the model does not
@@ -47,7 +48,7 @@ class Fewer:
     experts: int
     kept: int
     groups: int
-    settings: tuple[str, ...]
+    settings: Mapping[str, Sequence[str]]
     axes: Mapping[str, int]
     left_out: frozenset[str]
 
@@ -65,9 +66,10 @@ class Fewer:
         """The content of config.json for so many experts."""
         found = deepcopy(dict(config))
         text = found["text_config"] if isinstance(found.get("text_config"), dict) else found
-        for name in self.settings:
-            for part in [part for part in (text, found) if name in part] or [text]:
-                part[name] = self.kept
+        for name, spellings in self.settings.items():
+            there = [(part, spelled) for part in (text, found) for spelled in spellings if spelled in part]
+            for part, spelled in there or [(text, name)]:
+                part[spelled] = self.kept
         if self.left_out and text.get("num_nextn_predict_layers"):
             text["num_nextn_predict_layers"] = 0
         return found
@@ -97,7 +99,8 @@ def fewer(fraction: float, model: nn.Module, matrices: Matrices) -> Fewer:
     groups = getattr(text, "n_group", None) or 1
     kept = experts - groups * int(Fraction(str(fraction)) * (experts // groups))
     _check_enough(name, fraction, text, (experts, kept, groups))
-    settings = tuple(key for key, value in text.to_dict().items() if NUMBER.fullmatch(key) and value == experts)
+    counted = [key for key, value in text.to_dict().items() if NUMBER.fullmatch(key) and value == experts]
+    settings = {key: [key, *(other for other, its in text.attribute_map.items() if its == key)] for key in counted}
     small = _smaller(model, settings, kept)
     axes = _axes(name, model, small, layers)
     located = files.layout(model).located
@@ -127,7 +130,7 @@ def _check_enough(name: str, fraction: float, text: Any, counts: tuple[int, int,
         )
 
 
-def _smaller(model: nn.Module, settings: Sequence[str], kept: int) -> nn.Module:
+def _smaller(model: nn.Module, settings: Iterable[str], kept: int) -> nn.Module:
     """The model with fewer experts, on the meta device."""
     config: Any = deepcopy(model.config)
     for name in settings:

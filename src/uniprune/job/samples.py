@@ -26,13 +26,13 @@ from uniprune.data.windows import Windows, load_windows
 from uniprune.errors import InputError
 from uniprune.job.recipe import LENGTH, WINDOWS, Recipe
 from uniprune.models.blocks import device_of, resident, text_alone
+from uniprune.models.generation import greedy
 from uniprune.models.loading import Loaded
 from uniprune.models.matrices import check_decoder
 
 LogitsProcessor = Callable[[Tensor, Tensor], Tensor]  # (tokens so far, logits of the next [windows, vocabulary]) -> logits
 PROMPT = 32  # tokens of another text that prompt the model
 BATCH = 16  # samples that are generated together
-PLAIN = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, "num_beams": 1, "repetition_penalty": None}
 
 
 def calibration_windows(recipe: Recipe, tokenizer: Any, model: nn.Module) -> Windows:
@@ -161,7 +161,7 @@ def _gumbel_max(generator: torch.Generator) -> LogitsProcessor:
 @torch.no_grad()
 def _continuations(model: nn.Module, prompts: Tensor, count: int, sampler: LogitsProcessor) -> Tensor:
     """The next ``count`` tokens of each prompt ``[n, tokens]``."""
-    with text_alone(model):
+    with text_alone(model), greedy(model):
         found: Tensor = model.generate(  # type: ignore[operator]
             prompts,
             attention_mask=torch.ones_like(prompts),
@@ -169,6 +169,5 @@ def _continuations(model: nn.Module, prompts: Tensor, count: int, sampler: Logit
             eos_token_id=None,
             pad_token_id=0,
             logits_processor=LogitsProcessorList([sampler]),
-            **PLAIN,
         )
     return found[:, prompts.shape[1] :]

@@ -55,7 +55,7 @@ def grid(found: Comparison) -> Grid:
     scoped = len(found.scopes) > 1
     columns = ["method:", "sparsity:", *(["scope:"] if scoped else []), "zeros", PERPLEXITY, "±"]
     columns += [*apart(tasks).values(), "seconds"]
-    rows = [_cells(row, tasks, scoped) for row in ordered(found)]
+    rows = [_cells(row, found.labels[row.method], tasks, scoped) for row in ordered(found)]
     marked = frozenset((index, columns.index(PERPLEXITY)) for index in best(found))
     return Grid(f"{short(found.model)}: {measure(found.protocol)}", columns, rows, sortable=True, best=marked)
 
@@ -66,7 +66,7 @@ def readings(found: Comparison) -> Grid:
     rows: list[list[Cell]] = []
     for row in ordered(found):
         values = [row.word_perplexity, row.byte_perplexity, *((row.by_position or {}).get(place) for place in positions)]
-        rows.append([short(row.method), row.pattern or NONE, shown(row.perplexity), *map(shown, values)])
+        rows.append([found.labels[row.method], row.pattern or NONE, shown(row.perplexity), *map(shown, values)])
     columns = ["method:", "sparsity:", "per token", "per word", "per byte", *(f"after {place} tokens" for place in positions)]
     return without_empty(
         Grid("Perplexity per token, word and byte, and by position in the sample", columns, rows, sortable=True)
@@ -76,29 +76,29 @@ def readings(found: Comparison) -> Grid:
 def flips(found: Comparison) -> Grid | None:
     """Answers that each row gained and lost against the dense model; None where it is not known which are right."""
     dense = next((row for row in found.rows if row.method == DENSE), None)
-    labels = apart(name for row in found.rows for name in row.tasks)
-    rows = [cells for row in ordered(found) for cells in _flips(row, dense, labels)] if dense else []
+    tasks, methods = apart(name for row in found.rows for name in row.tasks), found.labels
+    rows = [cells for row in ordered(found) for cells in _flips(row, dense, methods[row.method], tasks)] if dense else []
     columns = ["method:", "sparsity:", "task:", "metric:", "accuracy", "dense", "gained", "lost", "McNemar's p"]
     return Grid("Answers gained and lost against the dense model", columns, rows, sortable=True) if rows else None
 
 
-def _flips(row: ComparisonRow, dense: ComparisonRow, labels: Mapping[str, str]) -> Iterator[list[Cell]]:
+def _flips(row: ComparisonRow, dense: ComparisonRow, method: str, tasks: Mapping[str, str]) -> Iterator[list[Cell]]:
     for task, metrics in row.right.items() if row is not dense else ():
         for metric in metrics:
             changed, asked = row.flips(dense, task, metric), (row.tasks.get(task), dense.tasks.get(task))
             values = [value for each in asked if isinstance(value := getattr(each, metric, None), float)]
             if changed and len(values) == len(asked):
                 p = mcnemar(*changed)
-                cells: list[Cell] = [short(row.method), row.pattern or NONE, labels[task], metric]
+                cells: list[Cell] = [method, row.pattern or NONE, tasks[task], metric]
                 yield [*cells, *map(fraction, values), *map(str, changed), (f"{p:.2g}", p)]
 
 
 def written(found: Comparison) -> list[Grid]:
     """For each prompt how every row's model goes on."""
-    grids = []
+    grids, labels = [], found.labels
     for index, prompt in enumerate(found.protocol.prompts):
         rows: list[list[Cell]] = [
-            [short(row.method), row.pattern or NONE, row.written[index]] for row in ordered(found) if index < len(row.written)
+            [labels[row.method], row.pattern or NONE, row.written[index]] for row in ordered(found) if index < len(row.written)
         ]
         grids.append(Grid(prompt, ["method:", "sparsity:", "goes on:"], rows, prose=True))
     return [grid for grid in grids if grid.rows]
@@ -118,7 +118,7 @@ def sources(tables: Sequence[Comparison]) -> list[Grid]:
             if row.pattern:
                 values = found.setdefault((table.model, row.method, row.pattern, *alike), {})
                 values[calibrated, how.text.text if how.text else NONE] = row.perplexity
-    models, grids = apart(model for model, *_ in found), []
+    models, methods, grids = apart(model for model, *_ in found), apart(method for _, method, *_ in found), []
     for (model, method, pattern, *_), values in found.items():
         calibrations = list(dict.fromkeys(calibrated for calibrated, _ in values))
         read = list(dict.fromkeys(text for _, text in values))
@@ -127,7 +127,7 @@ def sources(tables: Sequence[Comparison]) -> list[Grid]:
             several = len(texts) < len(calibrations)
             names = {one: f"{texts[one.text]}, {one.samples}" if several else texts[one.text] for one in calibrations}
             rows: list[list[Cell]] = [[names[one], *(shown(values.get((one, text))) for text in read)] for one in calibrations]
-            what = f"{models[model]}, {short(method)} at {pattern}"
+            what = f"{models[model]}, {methods[method]} at {pattern}"
             caption = f"{what}: perplexity on each text, by the text it was calibrated on"
             grids.append(Grid(caption, ["calibrated on:", *heads.values()], rows, sortable=True))
     return grids
@@ -195,11 +195,11 @@ def latex(found: Comparison) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _cells(row: ComparisonRow, tasks: list[str], scoped: bool) -> list[Cell]:
+def _cells(row: ComparisonRow, method: str, tasks: list[str], scoped: bool) -> list[Cell]:
     error: Cell = NONE if row.nats_stderr is None else shown(row.perplexity * row.nats_stderr)
     seconds = row.seconds.get("calibrate")
     time: Cell = NONE if seconds is None else (f"{'> ' if row.resumed else ''}{seconds:.1f}", seconds)
-    name = f"{short(row.method)} (updates weights)" if row.updates_weights else short(row.method)
+    name = f"{method} (updates weights)" if row.updates_weights else method
     cells: list[Cell] = [name, row.pattern or NONE, *([row.scope or NONE] if scoped else [])]
     zeros = percent(row.sparsity), row.sparsity
     return [*cells, zeros, shown(row.perplexity), error, *(_accuracy(row, name) for name in tasks), time]

@@ -10,8 +10,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from uniprune.common.formatting import NOTE, count, number, percent, points, short, size
-from uniprune.comparison.results import DENSE, UNIFORM, Comparison, ComparisonRow
+from uniprune.comparison.results import DENSE, UNIFORM, Comparison
 from uniprune.reporting.summary import Subject, Summary, Tradeoff, alike, measure, same_model
+from uniprune.runtime.layout import Provenance
 from uniprune.sparsity.structure import Structure
 from uniprune.speed.kernels import ANY_MASK
 from uniprune.speed.results import MARGIN
@@ -132,7 +133,8 @@ def verdict(summary: Summary) -> str | None:
         (one,) = summary.pruned
         forms = [one.pruning.structure] if one.pruning and one.pruning.structure else []
         names = [name for name in (one.base, one.label) if name]
-        clauses = [_pruned(summary, one), _bytes(summary, one.base or one.label, forms), _speed(summary, names, forms)]
+        saved = _bytes(summary, one.base or one.label, forms, one.pruning.masks_sha256 if one.pruning else None)
+        clauses = [_pruned(summary, one), saved, _speed(summary, names, forms)]
     elif summary.tradeoffs:
         clauses = [_ends(summary.tradeoffs[0])]
     else:
@@ -157,19 +159,21 @@ def _pruned(summary: Summary, subject: Subject) -> str:
         if dense := summary.dense_perplexity(subject):
             cost += f", {number(reading.perplexity / dense)} times the dense model's {number(dense)},"
         if baseline := _baseline(summary, subject):
-            cost += f" where the best baseline, {short(baseline.method)}, has {number(baseline.perplexity)},"
+            cost += f" where the best baseline, {baseline[0]}, has {number(baseline[1])},"
         said.append(f"{cost} on {measure(reading)}")
     if change := subject.change:
         said.append(f"{points(change.value, change.error)} points of accuracy on tasks against it")
     return f"{what} {' and '.join(said)}" if said else f"{what}: its quality was not measured"
 
 
-def _baseline(summary: Summary, subject: Subject) -> ComparisonRow | None:
-    """The best row of no controller's at the same sparsity, measured alike; whose a file is, is not known."""
+def _baseline(summary: Summary, subject: Subject) -> tuple[str, float] | None:
+    """Method and perplexity of the best row without a controller, at the same sparsity, measured alike; whose a file is, is not
+    known.
+    """
     pruning = subject.pruning
     groups = bool(pruning and pruning.structure and pruning.structure.nm)
     rows = [
-        row
+        (table.labels[row.method], row.perplexity)
         for table in summary.comparisons
         if same_model(table.model, subject.base) and alike(table.protocol, subject.reading)
         for row in table.rows
@@ -179,7 +183,7 @@ def _baseline(summary: Summary, subject: Subject) -> ComparisonRow | None:
         and bool(row.structure and row.structure.nm) == groups
         if subject.sparsity is not None and abs(row.sparsity - subject.sparsity) < UNIFORM
     ]
-    return min(rows, key=lambda row: row.perplexity, default=None)
+    return min(rows, key=lambda row: row[1], default=None)
 
 
 def _compared(table: Comparison) -> str:
@@ -187,21 +191,22 @@ def _compared(table: Comparison) -> str:
     methods = dict.fromkeys(row.method for row in table.rows if row.method != DENSE)
     dense = next((row.perplexity for row in table.rows if row.method == DENSE), None)
     patterns = list(dict.fromkeys(row.pattern for row in table.rows if row.pattern))
-    best = [_best([row for row in table.rows if row.pattern == pattern], dense) for pattern in patterns[:FEW]]
+    best = [_best(table, pattern, dense) for pattern in patterns[:FEW]]
     more = f", and {len(patterns) - FEW} more sparsities" if len(patterns) > FEW else ""
     by = f"{len(methods)} methods" if len(methods) > 1 else next(iter(methods), "nothing yet")
     return f"{short(table.model)} pruned by {by}, perplexity on {measure(table.protocol)}: {', '.join(best)}{more}"
 
 
-def _best(rows: Sequence[ComparisonRow], dense: float | None) -> str:
+def _best(table: Comparison, pattern: str, dense: float | None) -> str:
+    rows, labels = [row for row in table.rows if row.pattern == pattern], table.labels
     first, *others = sorted(rows, key=lambda row: row.perplexity)
     said = []
     if dense:
         said.append(f"{number(first.perplexity / dense)} times the dense {number(dense)}")
     if others:
-        said.append(f"next best {short(others[0].method)} {number(others[0].perplexity)}")
+        said.append(f"next best {labels[others[0].method]} {number(others[0].perplexity)}")
     beside = f" ({'; '.join(said)})" if said else ""
-    return f"at {first.pattern} {short(first.method)} has {number(first.perplexity)}{beside}"
+    return f"at {pattern} {labels[first.method]} has {number(first.perplexity)}{beside}"
 
 
 def _ends(facts: Tradeoff) -> str:
@@ -215,10 +220,14 @@ def _ends(facts: Tradeoff) -> str:
 # ----------------------------------------------------------------------------------------- the verdict: bytes and speed
 
 
-def _bytes(summary: Summary, model: str, forms: Iterable[Structure]) -> str:
-    """What pruning saves where it is known: of a folder that was packed to run, of archives that a sweep estimated."""
-    if len(summary.packings) == 1:
-        (packed,) = summary.packings
+def _bytes(summary: Summary, model: str, forms: Iterable[Structure], masks: str | None = None) -> str:
+    """What pruning saves where it is known: of a folder that was packed to run, of archives that a sweep estimated.
+
+    model: the dense one; masks: the hash of those that it was pruned by, if there is but one pruned model.
+    """
+    packings = [one for one in summary.packings if _may_be_of(one.source, model, masks)]
+    if len(packings) == 1:
+        (packed,) = packings
         return f"packed to run it takes {size(packed.bytes)}, {percent(packed.ratio)} of the checkpoint"
     wanted = {form.spelling for form in forms}
     for facts in summary.tradeoffs:
@@ -227,6 +236,13 @@ def _bytes(summary: Summary, model: str, forms: Iterable[Structure]) -> str:
             sizes = " or ".join(f"{size(point.bytes)} ({point.name})" for point in known)
             return f"its archive takes {sizes}, not {size(facts.dense_bytes)}"
     return "its files are as large as the dense model's until they are packed"
+
+
+def _may_be_of(packed: Provenance, model: str, masks: str | None) -> bool:
+    """Whether what was packed is a model pruned by these masks, as far as both sides say."""
+    if packed.masks_sha256 and masks:
+        return packed.masks_sha256 == masks
+    return packed.model is None or same_model(packed.model.name, model)
 
 
 def _speed(summary: Summary, models: Sequence[str], forms: Iterable[Structure]) -> str:

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
-from uniprune.common.formatting import NONE, number, percent, short
+from uniprune.common.formatting import NONE, number, percent
 from uniprune.comparison.results import DENSE, Comparison
 from uniprune.reporting.summary import EVALUATED, Point, Tradeoff
 from uniprune.reporting.tables import Cell, Grid
@@ -116,19 +116,20 @@ def methods(name: str, table: Comparison) -> Plot | None:
         return None
     dense = next((row.perplexity for row in table.rows if row.method == DENSE and 0 < row.perplexity < math.inf), None)
     patterns, names = (list(dict.fromkeys(getattr(row, field) for row in rows)) for field in ("pattern", "method"))
+    labels = table.labels
     with _figure(name, 4.8, 1.2 + 0.4 * len(patterns) + 0.18 * (len(names) // 3)) as (figure, made):
         axes = figure.subplots()
         for index, method in enumerate(names):
             mine = [row for row in rows if row.method == method]
             at = [patterns.index(row.pattern) for row in mine]
-            axes.plot([row.perplexity for row in mine], at, label=_label(short(method)), ls="", ms=7, **_look(index))
+            axes.plot([row.perplexity for row in mine], at, label=_label(labels[method]), ls="", ms=7, **_look(index))
         if dense is not None:
             axes.axvline(dense, color=INK, lw=1, ls=(0, (4, 3)), label="dense")
         _log(axes, "x", [row.perplexity for row in rows] + [dense or rows[0].perplexity])
         axes.set_yticks(range(len(patterns)), list(map(_label, patterns)))
         axes.set(ylim=(len(patterns) - 0.5, -0.5), xlabel="perplexity")
         _legend(axes)
-    told = ", ".join(f"{short(row.method)} at {row.pattern} {number(row.perplexity)}" for row in rows)
+    told = ", ".join(f"{labels[row.method]} at {row.pattern} {number(row.perplexity)}" for row in rows)
     beside = f"; dense {number(dense)}" if dense is not None else ""
     data = ((row.method, row.pattern or "", row.sparsity, row.perplexity) for row in table.rows)
     return made(f"Perplexity by method: {told}{beside}.", ["method:", "pattern:", "sparsity", "perplexity"], data)
@@ -143,17 +144,18 @@ def curves(name: str, table: Comparison) -> Plot | None:
     ]
     if not names:
         return None
+    labels = table.labels
     with _figure(name, 4.8, 3.5) as (figure, made):
         axes = figure.subplots()
         for index, method in enumerate(names):
             mine = sorted((row for row in seen if row.method == method), key=lambda row: row.sparsity)
             x, y = [100 * row.sparsity for row in mine], [row.perplexity for row in mine]
-            axes.plot(x, y, label=_label(short(method)), ms=5.5, **_look(index))
+            axes.plot(x, y, label=_label(labels[method]), ms=5.5, **_look(index))
         _log(axes, "y", [row.perplexity for row in seen])
         axes.set(xlabel="removed, % of prunable weights", ylabel="perplexity")
         _legend(axes)
     data = [(row.method, row.sparsity, row.perplexity) for row in seen if row.method in names]
-    told = ", ".join(f"{short(method)} {percent(sparsity)} {number(value)}" for method, sparsity, value in data)
+    told = ", ".join(f"{labels[method]} {percent(sparsity)} {number(value)}" for method, sparsity, value in data)
     return made(f"Perplexity against sparsity by method: {told}.", ["method:", "sparsity", "perplexity"], data)
 
 

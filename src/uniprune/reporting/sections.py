@@ -130,7 +130,7 @@ def _zeros_of_rows(summary: Summary) -> Iterator[Part]:
         for order, row in enumerate(best[:MAPS]):
             grid = by_place({name: (sparsity, 1) for name, sparsity in row.matrices.items()})
             plot = heatmap(f"sparsity-of-{index}-{order}", grid)
-            yield Part(f"{short(row.method)} at {row.pattern}", plots=[plot], grids=[report_tables.kinds(grid)])
+            yield Part(f"{found.labels[row.method]} at {row.pattern}", plots=[plot], grids=[report_tables.kinds(grid)])
 
 
 def _descents(summary: Summary) -> Iterator[Part]:

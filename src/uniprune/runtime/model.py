@@ -30,10 +30,11 @@ def accelerate(source: str | Path | nn.Module | Loaded, dtype: str | None = None
     """A pruned model, for inference on a CPU, whose linear layers hold and multiply by the kept weights alone.
 
     source: a folder in the runtime layout (``uniprune pack --runtime``), which is mapped, not read; a pruned checkpoint folder,
-    hub name or GGUF file; or a model in memory, which is changed in place. dtype: to compute in, of a model on disk; its own
-    by default. Returns a transformers model: ``generate`` works, and ``save_pretrained`` writes a dense checkpoint, zeros and
-    all. Products with up to 8 tokens use the kernel, others unpack rows and multiply densely. Fused experts and matrices with
-    few zeros stay as they are. Whether it is faster here, ``uniprune bench`` measures.
+    hub name or GGUF file; or a model in memory, which is changed in place, and is in evaluation mode afterwards. dtype: to
+    compute in, of a model on disk; its own by default. Returns a transformers model: ``generate`` works, and
+    ``save_pretrained`` writes a dense checkpoint, zeros and all. Products with up to 8 tokens use the kernel, others unpack
+    rows and multiply densely. Fused experts and matrices with few zeros stay as they are. Whether it is faster here,
+    ``uniprune bench`` measures.
     The kernel is compiled once, by this machine's C++ compiler; where there is none, a warning says so and the model is dense.
     Raises InputError if the source cannot be read, if no matrix is sparse, or if a model in memory is given another type.
     """
@@ -47,7 +48,7 @@ def accelerate(source: str | Path | nn.Module | Loaded, dtype: str | None = None
     if compiled:
         KernelLinear.convert(model)
     warn_of_emulation(model)
-    return model
+    return model.eval()
 
 
 def _compiled() -> bool:

@@ -71,8 +71,9 @@ def fitted(
     """The pattern with a rule for every matrix that cannot have it as the hardware wants it, and the reasons by matrix.
 
     dtype: of the weights of all matrices, or of each by its name, which is asked only for hardware that types matter to.
-    unsupported: what such matrices get: ``dense``, or ``unstructured``, the same sparsity by matrix; with ``refuse`` InputError
-    is raised that names them. Raises InputError, too, for rules and choices that leave the sparsity out of reach.
+    unsupported: what such matrices get: ``dense``, or ``unstructured``, the sparsity that their rule or the pattern has, by
+    matrix; with ``refuse`` InputError is raised that names them. Raises InputError, too, for rules and choices that leave the
+    sparsity out of reach.
     """
     if isinstance(pattern, Ruled):
         pattern.check(shapes)
@@ -94,8 +95,12 @@ def fitted(
             "say what they are to be, with --unsupported or a --rule, or calibrate without them (--exclude)"
         )
     ruled = pattern if isinstance(pattern, Ruled) else Ruled(pattern, ())
-    what = "dense" if unsupported == "dense" else f"{pattern.sparsity:g}"
-    spared = tuple(Rule(match, what) for match in _matches(reasons.keys(), shapes.keys()))
+    gets = {name: "dense" if unsupported == "dense" else f"{ruled.part(name).sparsity:g}" for name in reasons}
+    spared = tuple(
+        Rule(match, what)
+        for what in dict.fromkeys(gets.values())
+        for match in _matches([name for name in gets if gets[name] == what], shapes.keys())
+    )
     used = {ruled.rule(name) for name in shapes.keys() - reasons.keys()}
     fits = Ruled(ruled.base, spared + tuple(rule for rule in ruled.rules if rule in used))
     fits.check(shapes)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from uniprune.data.rows import read_cells, read_hub, read_rows
+from uniprune.data.text import IGNORED
 from uniprune.errors import InputError
 from uniprune.storage.files import path_of
 from uniprune.tasks.catalogue import NAMES, listed
@@ -125,7 +126,7 @@ def _splits(folder: Path) -> Source:
     for path in sorted(folder.iterdir()):
         if named := re.match(rf"({'|'.join(SPLITS)})(?![a-z])", path.name):
             inside = sorted(path.rglob("[!.]*")) if path.is_dir() else [path]
-            splits.setdefault(SPLITS[named.group(1)], []).extend(file for file in inside if file.is_file())
+            splits.setdefault(SPLITS[named.group(1)], []).extend(file for file in inside if _has_rows(file))
     wanted = ["test", "validation"]
     if not any(splits.get(name) for name in wanted):
         raise InputError(f"task {folder} is a folder without test.* or validation.*; give those, or one file of rows")
@@ -134,6 +135,11 @@ def _splits(folder: Path) -> Source:
     asked = splits.get(usual.split) or splits[next(name for name in wanted if splits.get(name))]
     examples = next((splits[name] for name in (usual.examples, "train", "dev") if name in splits), None)
     return Source(lambda: _files(asked), None if examples is None else lambda: _files(examples))
+
+
+def _has_rows(path: Path) -> bool:
+    """Whether a path is a file, and none that only accompanies data, as ``save_to_disk`` writes some beside its tables."""
+    return path.is_file() and not IGNORED.fullmatch(path.name)
 
 
 def _files(paths: list[Path]) -> Rows:
