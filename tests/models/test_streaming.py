@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -344,6 +345,27 @@ def test_resume_finishes_what_was_complete_already(folder, tmp_path, monkeypatch
     assert uniprune.prune(str(folder), recipe, tmp_path / "out", resume=True).masks_sha256 == report.masks_sha256
     assert uniprune.calibrate(str(folder), recipe, tmp_path / "s.safetensors", resume=True).base
     assert not list(tmp_path.glob(".*"))
+
+
+def test_a_finished_output_that_is_older_than_its_inputs_is_told_apart(folder, tmp_path, caplog):
+    shutil.copytree(folder, tmp_path / "model")
+    text = tmp_path / "text.txt"
+    text.write_text("one and two and three and four\n" * 200)
+    recipe = Recipe(sparsity="2:4", controller="none", text=str(text), windows=2, length=16)
+    for verb, output in ((uniprune.prune, tmp_path / "out"), (uniprune.calibrate, tmp_path / "s.safetensors")):
+        first = verb(str(tmp_path / "model"), recipe, output)
+        assert verb(str(tmp_path / "model"), recipe, output, resume=True) == first
+        assert not caplog.records
+        later = files.changed(output) + 10
+        for path in (tmp_path / "model" / "config.json", text):
+            os.utime(path, (later, later))
+            assert verb(str(tmp_path / "model"), recipe, output, resume=True) == first
+        assert [f"written since: {tmp_path / 'model'};", f"written since: {tmp_path / 'model'}, {text};"] == [
+            message[message.index("written") :].partition(" if")[0] for message in caplog.messages
+        ]
+        caplog.clear()
+        for path in (tmp_path / "model" / "config.json", text):
+            os.utime(path, (0, 0))
 
 
 @pytest.mark.parametrize("case", kills.CASES, ids=" ".join)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from uniprune.common import distributed
 from uniprune.common.progress import Progress, silent
 from uniprune.common.provenance import versions
 from uniprune.controller.descent import any_sparsity
+from uniprune.data.sources import files_of
 from uniprune.errors import InputError
 from uniprune.job.inference import inferring
 from uniprune.job.options import RunOptions
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from uniprune.job.options import RunKeywords
+
+logger = logging.getLogger(__name__)
 
 
 @inferring
@@ -82,8 +86,20 @@ def _finished(output: Path, recipe: Recipe, source: Source) -> ScoresFacts | Non
 
 
 def same_run(settings: Mapping[str, Any], name: str, output: Path, recipe: Recipe, source: Source) -> bool:
-    """Whether an output is of these settings and this model; what is left of its run is then deleted."""
+    """Whether an output is of these settings and this model; what is left of its run is then deleted.
+
+    To read the model and the text again would take as long as many runs do, so of files that were written since, a warning
+    tells: they may be copies of what was there.
+    """
     if settings != json.loads(json.dumps(recipe.record())) or name != spelled(source):
         return False
     runs.discard(output)
+    inputs = [path for path in (files.path_of(spelled(source)), *files_of(recipe.text)) if path.exists()]
+    if newer := [str(path) for path in inputs if files.changed(path) > files.changed(output)]:
+        logger.warning(
+            "%s is complete, so there is nothing to do; but this has been written since: %s; if it is no copy of what it was, "
+            "make the output again (--overwrite without --resume)",
+            output,
+            ", ".join(newer),
+        )
     return True

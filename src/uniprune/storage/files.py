@@ -200,6 +200,11 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def changed(path: Path) -> float:
+    """When a file, or the newest of the files in a folder, was last written, in seconds since the epoch."""
+    return max((file.stat().st_mtime for file in path.iterdir()), default=0.0) if path.is_dir() else path.stat().st_mtime
+
+
 def announce(path: Path, start: int = 0, stop: int | None = None) -> None:
     """Tells the system that bytes of a file will be read, so that it reads them meanwhile, where it can be told."""
     if hasattr(os, "posix_fadvise"):
