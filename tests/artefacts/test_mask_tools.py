@@ -510,6 +510,8 @@ def test_dense_models_need_not_be_safetensors(folder, tokenizer, tmp_path):
         mask_tools.verify(path, gguf, dtype="float32")
     with pytest.raises(MismatchError, match=other):
         uniprune.apply(gguf, path, tmp_path / "applied")
+    with pytest.raises(MismatchError, match=other):
+        uniprune.evaluate(gguf, text_source="builtin", windows=1, length=32, masks=path, dtype="float32")
     with pytest.raises(MismatchError, match="other kept weights"):
         mask_conversion.import_masks(gguf.rename(gguf.with_suffix(".GGUF")), folder, tmp_path / "imported.safetensors")
     gguf.with_suffix(".GGUF").rename(gguf)

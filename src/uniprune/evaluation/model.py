@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 
-from uniprune.artefacts.mask_tools import CheckedMasks
+from uniprune.artefacts.mask_tools import CheckedMasks, check_type
 from uniprune.checkpoints.configuration import UNBOUNDED, check_context, check_vocabulary, context
-from uniprune.checkpoints.origin import resolve
+from uniprune.checkpoints.origin import Origin, resolve
 from uniprune.common.pictures import showing
 from uniprune.common.progress import Progress
 from uniprune.data import sources
@@ -196,6 +196,8 @@ class Subject:
             return
         for name, digest in loaded.checkpoint.digests(self._masks).items():
             if digest != self._masks.facts.digests[name]:
+                if isinstance(self._source, Origin):
+                    check_type(self._masks, self._source, name, digest)
                 made_for = self._masks.facts.made_for
                 raise MismatchError(
                     f"{self._masks.path} was made for another model ({made_for}) than {self}, which has other weights in {name}"
