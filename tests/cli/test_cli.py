@@ -115,6 +115,17 @@ def test_names_in_brackets_are_no_markup(capsys, monkeypatch, folder, tmp_path):
         assert (code, name in "".join(printed.split())) == (0, True), printed  # a title may go on in the next line
 
 
+def test_a_result_is_shown_in_any_encoding(monkeypatch, folder):
+    """That of a redirected output is the locale's; a title or a token may have letters that it lacks."""
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stdout)
+    monkeypatch.setattr(sys, "argv", ["uniprune", "evaluate", str(folder), "--windows", "2", "--length", "32"])
+    with pytest.raises(SystemExit) as stop:
+        main.main()
+    stdout.flush()
+    assert (stop.value.code, b"\\xb1 error" in stdout.buffer.getvalue()) == (0, True)
+
+
 def test_a_narrow_terminal_cuts_no_names(capsys, monkeypatch, folder):
     monkeypatch.setenv("COLUMNS", "60")
     code, printed, _ = run(capsys, monkeypatch, "plan", folder, "--sparsity", "3:7", "--unsupported", "dense")
