@@ -77,6 +77,8 @@ def test_an_interrupted_sweep_goes_on(folder, scores, tmp_path):
     assert [row["pattern"] for row in json.loads(out.read_text())["rows"]] == ["0.3"]
     with pytest.raises(InputError, match="exists"):
         sweep(str(folder), scores, out, asked, **TEXT)
+    with pytest.raises(InputError, match="exists; --resume keeps its rows and adds those that are missing"):
+        sweep(str(folder), scores, out, asked, **TEXT)
     assert sweep(str(folder), scores, out, asked, resume=True, **TEXT) == whole
     more = sweep(str(folder), scores, out, ["2:4"], resume=True, **TEXT)
     assert [row.pattern for row in more.rows] == [*asked, "2:4"]
