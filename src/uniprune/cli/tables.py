@@ -12,7 +12,7 @@ from uniprune.artefacts.reports import ExpertRemoval, Pruning
 from uniprune.common.formatting import NOTE, number
 from uniprune.comparison.results import Comparison
 from uniprune.evaluation.protocols import sentence
-from uniprune.evaluation.results import Check, Evaluation, Row, Sweep
+from uniprune.evaluation.results import Check, Evaluation, Row, Sweep, samples
 from uniprune.job.estimate import Plan, kind_of
 from uniprune.reporting import comparison
 from uniprune.reporting.capabilities import capabilities, parts
@@ -106,9 +106,8 @@ def evaluation_table(rows: Mapping[str, Evaluation]) -> Table:
     """Perplexities side by side: label -> result of ``evaluate``, all on the same text."""
     first = next(iter(rows.values()))
     text = first.text.text if first.text else "unknown"
-    samples = "in pieces" if first.text and first.text.rolling else f"{first.windows} samples"
     heads = ("model", "perplexity", "± error", "zeros", "dtype")
-    table = _table(f"token perplexity: {text}, {samples} of {first.length}", ((head, head != "model") for head in heads))
+    table = _table(f"token perplexity: {text}, {samples(first)}", ((head, head != "model") for head in heads))
     for label, result in rows.items():
         value, error = result.perplexity, result.nats_stderr
         spread = "" if error is None or value is None else f"{value * error:.2f}"
@@ -197,7 +196,7 @@ def sweep_table(result: Sweep) -> Table:
     how = result.protocol
     text = how.text.text if how.text else "unknown"
     heads = ("pattern", "zeros", "perplexity", "packed MB", "")
-    title = f"{result.model}: {text}, {how.windows} samples of {how.length}"
+    title = f"{result.model}: {text}, {samples(how)}"
     table = _table(title, ((head, head != "pattern") for head in heads))
     rows = list(result.rows)
     if dense := result.dense:

@@ -78,6 +78,7 @@ def sweep(
         text=windows.describe(),
         windows=len(windows.tokens),
         length=windows.tokens.shape[1],
+        stride=windows.stride or windows.tokens.shape[1],
         dtype=dtype_name(next(loaded.model.parameters()).dtype),
         scope=request.scope,
         weights_sha256=reproduce.weights_sha256(loaded.model),
