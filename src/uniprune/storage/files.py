@@ -33,6 +33,13 @@ def path_of(name: str | Path) -> Path:
     return Path(os.path.expanduser(name))  # pathlib raises RuntimeError for a user that is not known
 
 
+def check_again_readable(what: str, name: str) -> None:
+    """Raises InputError for a pipe or a device, which can be read only once, under the name of a file or folder."""
+    path = path_of(name)
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):  # pathlib raises for long names
+        raise InputError(f"{what} {name} is a pipe or a device, which cannot be read twice; write it to a file and give that")
+
+
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Inside ``with``, a write that fails (a full disk) says where: the system does not."""
