@@ -1,5 +1,6 @@
 """The pruned checkpoint is the source's bytes with zeros, and belongs to one model."""
 
+import io
 import json
 import shutil
 
@@ -8,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from conftest import tiny_model
+from conftest import tiny_model, train_tokenizer
 from uniprune import Loaded
 from uniprune.artefacts import masks as masks_file
 from uniprune.artefacts import writer
@@ -210,3 +211,12 @@ def test_what_transformers_5_saves_is_spelled_as_before_too(tmp_path, tokenizer,
     ids = torch.arange(40)[None]
     torch.testing.assert_close(AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits, model(ids).logits)
     assert AutoTokenizer.from_pretrained(tmp_path)("some words").input_ids == tokenizer("some words").input_ids
+
+
+def test_settings_are_utf_8_whatever_the_locale(tmp_path, monkeypatch):
+    """That of Windows is another one."""
+    monkeypatch.setattr(io, "text_encoding", lambda encoding, stacklevel=2: encoding or "ascii")
+    tokenizer = train_tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "<pàd>"})
+    writer.write_checkpoint(Loaded(tiny_model(), tokenizer), None, tmp_path)
+    assert AutoTokenizer.from_pretrained(tmp_path).pad_token == "<pàd>"

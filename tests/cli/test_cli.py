@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -99,6 +100,38 @@ def test_a_command_is_missing(capsys, monkeypatch, words):
     assert (code, printed) == (2, "")
     assert errors.startswith(" ".join(["Usage: uniprune", *words]))
     assert "Commands:" in errors
+
+
+def test_names_in_brackets_are_no_markup(capsys, monkeypatch, folder, tmp_path):
+    model, out, archive = (tmp_path / name for name in ("model[red]", "[bold]:bug:[0]", "[v2].upz"))
+    shutil.copytree(folder, model)
+    small = ["--sparsity", "2:4", "--windows", 4, "--length", 32]
+    for name, command in (
+        (model.name, ["plan", model, *small]),
+        (out.name, ["prune", model, *small, "-o", out]),
+        (archive.name, ["pack", out, "-o", archive]),
+    ):
+        code, printed, _ = run(capsys, monkeypatch, *command)
+        assert (code, name in "".join(printed.split())) == (0, True), printed  # a title may go on in the next line
+
+
+def test_a_result_is_shown_in_any_encoding(monkeypatch, folder):
+    """That of a redirected output is the locale's; a title or a token may have letters that it lacks."""
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stdout)
+    monkeypatch.setattr(sys, "argv", ["uniprune", "evaluate", str(folder), "--windows", "2", "--length", "32"])
+    with pytest.raises(SystemExit) as stop:
+        main.main()
+    stdout.flush()
+    assert (stop.value.code, b"\\xb1 error" in stdout.buffer.getvalue()) == (0, True)
+
+
+def test_a_narrow_terminal_cuts_no_names(capsys, monkeypatch, folder):
+    monkeypatch.setenv("COLUMNS", "60")
+    code, printed, _ = run(capsys, monkeypatch, "plan", folder, "--sparsity", "3:7", "--unsupported", "dense")
+    assert (code, "…" in printed) == (0, False), printed
+    names = "".join(line.split("│")[1].strip() for line in printed.splitlines() if line.startswith("│"))
+    assert all(f"{name}_proj" in names for name in ("q", "k", "v", "o", "gate", "up", "down"))
 
 
 def test_all_verbs_speak_json(capsys, monkeypatch, folder, tmp_path):

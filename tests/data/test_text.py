@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from uniprune.data import mixture, text
 from uniprune.data.text import read
 from uniprune.data.windows import load_windows, save_windows, window_length
 from uniprune.errors import InputError
+from uniprune.tasks.loading import load_task
 
 
 class Letters:
@@ -180,3 +182,11 @@ def test_conversations_that_the_template_refuses_are_counted(tmp_path, caplog):
     load_windows(tmp_path / "a.jsonl", Refusing(), use="calibration", length=3, count=1)
     assert "1 rows have no text (null) and are left out" in caplog.text
     assert "2 conversations are left out, which the chat template refuses" in caplog.text
+
+
+def test_a_pipe_is_said_to_be_one(tmp_path):
+    """A shell gives one for ``<(zcat text.gz)``; it is there, but a text is read more than once."""
+    os.mkfifo(tmp_path / "pipe")
+    for there in (lambda name: read(name, "evaluation"), text.check_there, load_task):
+        with pytest.raises(InputError, match="pipe is a pipe or a device, which cannot be read twice; write it to a file"):
+            there(str(tmp_path / "pipe"))

@@ -184,7 +184,7 @@ def test_an_interrupted_table_goes_on(folder, tmp_path):
         kept = there.rows
         assert (output / "comparison.md").read_text().count("\n| ") == rows + 2  # a head and a line below it
         assert len(list((output / "lm_eval").rglob("results_*.json"))) == rows
-    with pytest.raises(InputError, match="exists; give another name, or --overwrite"):
+    with pytest.raises(InputError, match="exists; --resume keeps its rows and adds those that are missing"):
         compare(str(folder), output, **asked)
     found = compare(str(folder), output, resume=True, **asked)
     assert found.rows[: len(kept)] == kept

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 
 import uniprune
 from command import run
@@ -16,6 +15,7 @@ from conftest import tiny_model
 from task_rows import ROWS
 from uniprune import InputError, Loaded, MismatchError, Recipe
 from uniprune.cli import tables
+from uniprune.cli.terminal import console
 from uniprune.evaluation.results import Evaluation
 from uniprune.models.loading import dtype_name, fast_dtype
 from uniprune.reporting import model_card
@@ -173,14 +173,14 @@ def test_the_command_line_shows_tables(capsys, monkeypatch, folder, tasks):
 
 
 def test_text_and_names_of_others_are_shown_as_they_are():
-    console = Console(width=200, record=True, file=io.StringIO())
+    out = console(width=200, record=True, file=io.StringIO())
     texts = {"prompt": "[INST] a [/INST]", "model": "[/b]", "against": "[red]"}
     result = {"model": "m[/x]", "dtype": "float32", "sparsity": 0.5, "against": "n[/y]"}
     result |= {"tasks": {"../data/own.jsonl": {"questions": 2, "acc": 0.5}}}
     result |= {"generations": [texts | {"same_tokens": 0, "tokens": 1}]}
     for item in tables.evaluation_tables(Evaluation(**result)):
-        console.print(item, highlight=False)
-    shown = console.export_text()
+        out.print(item, highlight=False)
+    shown = out.export_text()
     for text in ("[INST] a [/INST]", "[/b]", "[red]", "m[/x]", "n[/y]", " own "):
         assert text in shown
     assert "data" not in shown

@@ -282,6 +282,12 @@ def test_unknown_keywords_are_named(folder, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_plan_shows_the_range_of_a_rule(folder):
+    plan = uniprune.plan(str(folder), Recipe(sparsity="0.5", rules=["q_proj=dense", "down_proj=0.3..0.6"]))
+    gets = {group.name.rpartition(".")[2]: group.pattern for group in plan.groups}
+    assert (gets["q_proj"], gets["down_proj"], gets["up_proj"]) == ("dense", "0.5 by model, 0.3..0.6 here", "0.5 by model")
+
+
 def test_the_controller_descends_on_budgets_with_rules(folder, tmp_path):
     for index, settings in enumerate(({"rules": "down_proj=2:4"}, {"allow": "2:4,dense"}, {"scope": "block"})):
         recipe = Recipe(sparsity="0.4", steps=2, **settings, **SMALL)

@@ -125,7 +125,7 @@ def test_each_text_is_measured_by_itself(folder, pruned, texts, tmp_path):
     found.write(tmp_path / "result.json")
     assert uniprune.check(tmp_path / "result.json").reproduced
     card = model_card.rewrite(pruned, [tmp_path / "result.json"])
-    assert f"| digits, 3 samples of {LENGTH} | {found.by_text['digits'].perplexity:.2f} |" in card
+    assert f"| digits, 3 samples of {LENGTH} tokens | {found.by_text['digits'].perplexity:.2f} |" in card
 
 
 def test_the_tokens_of_a_run_are_measured_by_text(folder, pruned):

@@ -12,6 +12,7 @@ from uniprune import NM, InputError, MismatchError, Recipe
 from uniprune.artefacts import archive
 from uniprune.entrypoints.sweep import sweep
 from uniprune.evaluation.results import Row, marked
+from uniprune.reporting.summary import alike, measure
 
 TEXT = {"windows": 2, "length": 32}
 
@@ -58,6 +59,21 @@ def test_a_sparsity_of_none_is_not_the_dense_model(folder, scores, tmp_path):
     assert again.record() == found.record()
 
 
+def test_the_stride_is_recorded_and_tells_perplexities_apart(folder, scores, tmp_path):
+    """Evenly spaced samples may be the same tokens at any stride; fewer of them are predicted."""
+    apart, over = (
+        sweep(str(folder), scores, tmp_path / f"{stride}.json", ["0.5"], stride=stride, **TEXT) for stride in (None, 16)
+    )
+    assert apart.protocol.text.sha256 == over.protocol.text.sha256
+    assert apart.dense.perplexity != over.dense.perplexity
+    assert (apart.protocol.stride, over.protocol.stride) == (32, 16)
+    assert not alike(apart.protocol, over.protocol)
+    assert (measure(over.protocol), measure(apart.protocol)) == (
+        "builtin, 2 samples of 32 tokens, stride 16",
+        "builtin, 2 samples of 32 tokens",
+    )
+
+
 def test_the_model_is_not_replaced(folder, scores, tmp_path):
     shutil.copytree(folder, tmp_path / "model")
     with pytest.raises(InputError, match="is a file of the input"):
@@ -76,6 +92,8 @@ def test_an_interrupted_sweep_goes_on(folder, scores, tmp_path):
         sweep(str(folder), scores, out, asked, progress=StopsAtRows(2), **TEXT)
     assert [row["pattern"] for row in json.loads(out.read_text())["rows"]] == ["0.3"]
     with pytest.raises(InputError, match="exists"):
+        sweep(str(folder), scores, out, asked, **TEXT)
+    with pytest.raises(InputError, match="exists; --resume keeps its rows and adds those that are missing"):
         sweep(str(folder), scores, out, asked, **TEXT)
     assert sweep(str(folder), scores, out, asked, resume=True, **TEXT) == whole
     more = sweep(str(folder), scores, out, ["2:4"], resume=True, **TEXT)

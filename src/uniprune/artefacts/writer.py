@@ -109,20 +109,20 @@ def _spell_as_before(folder: Path, tokenizer: Any) -> None:
     Without ``rope_theta`` of its own MLX and transformers 4 take 10,000 for it, silently; the tokenizer's class 4 lacks, and
     the one that it has in its place hands out token types unless it is told, which ``generate`` then refuses.
     """
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     rotary = dict(config.get("rope_parameters") or {})
     if "rope_theta" in rotary:  # else there are several, by type of layer
         config.setdefault("rope_theta", rotary.pop("rope_theta"))
         if rotary.get("rope_type", "default") != "default":
             config.setdefault("rope_scaling", rotary)
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     file = folder / "tokenizer_config.json"
     if file.exists():
-        facts = json.loads(file.read_text())
+        facts = json.loads(file.read_text(encoding="utf-8"))
         if facts.get("tokenizer_class") == "TokenizersBackend":
             facts["tokenizer_class"] = "PreTrainedTokenizerFast"
             facts.setdefault("model_input_names", list(tokenizer.model_input_names))
-            file.write_text(json.dumps(facts, indent=2) + "\n")
+            file.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
 def _check_shapes(files: Files, masks: MasksFile) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import logging
 import os
 import signal
@@ -99,6 +100,8 @@ app = Commands(
 
 def main() -> NoReturn:
     """Runs the command line: exit code 0 done, 2 bad input (one line on stderr), 1 anything else."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # results are shown, and some are nowhere else, whatever the locale can write
+        sys.stdout.reconfigure(errors="backslashreplace")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     if "RANK" not in os.environ:  # torchrun's way to end a process that waits for others must not wait for Python
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # what is half written is removed

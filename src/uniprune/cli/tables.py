@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from rich.markup import escape
 from rich.table import Table
 
 from uniprune.artefacts.reports import ExpertRemoval, Pruning
 from uniprune.common.formatting import NOTE, number
 from uniprune.comparison.results import Comparison
 from uniprune.evaluation.protocols import sentence
-from uniprune.evaluation.results import Check, Evaluation, Row, Sweep
+from uniprune.evaluation.results import Check, Evaluation, Row, Sweep, samples
 from uniprune.job.estimate import Plan, kind_of
 from uniprune.reporting import comparison
 from uniprune.reporting.capabilities import capabilities, parts
@@ -26,11 +25,11 @@ from uniprune.speed.results import Speeds
 
 def plan_table(plan: Plan) -> Table:
     """The matrices of a plan, one row per kind."""
-    table = Table(title=f"{plan.model}: {plan.prunable / 1e6:.1f}M of {plan.parameters / 1e6:.1f}M weights are prunable")
-    for column, justify in (("matrix", "left"), ("count", "right"), ("out x in", "right"), ("weights", "right")):
-        table.add_column(column, justify=justify)  # type: ignore[arg-type]
+    heads = [("matrix", False), ("count", True), ("out x in", True), ("weights", True)]
     if plan.pattern:
-        table.add_column(plan.structure.spelling if plan.structure else plan.pattern)  # rules show in the rows
+        heads.append((plan.structure.spelling if plan.structure else plan.pattern, False))  # rules show in the rows
+    title = f"{plan.model}: {plan.prunable / 1e6:.1f}M of {plan.parameters / 1e6:.1f}M weights are prunable"
+    table = _table(title, heads)
     for group in plan.groups:
         cells = [group.name, str(group.count), f"{group.shape[0]} x {group.shape[1]}", f"{group.weights / 1e6:.2f}M"]
         gets = f"{group.pattern} ({group.unsupported})" if group.unsupported else group.pattern
@@ -40,10 +39,8 @@ def plan_table(plan: Plan) -> Table:
 
 def executions_table(plan: Plan) -> Table:
     """What each way to run a plan would take, in each process; the chosen one is marked."""
-    table = Table(title="how it can be run: forecasts")
     heads = ("execution", "memory", "host memory", "disk meanwhile", "read", "written", "seconds")
-    for place, head in enumerate(heads):
-        table.add_column(head, justify="right" if place else "left")
+    table = _table("how it can be run: forecasts", ((head, head != "execution") for head in heads))
     for name, one in plan.executions.items():
         sizes = (one.memory, one.host, one.disk, one.read, one.written)
         cells = [f"{size / 1e9:.1f} GB" if size else "" for size in sizes]
@@ -109,10 +106,8 @@ def evaluation_table(rows: Mapping[str, Evaluation]) -> Table:
     """Perplexities side by side: label -> result of ``evaluate``, all on the same text."""
     first = next(iter(rows.values()))
     text = first.text.text if first.text else "unknown"
-    samples = "in pieces" if first.text and first.text.rolling else f"{first.windows} samples"
-    table = Table(title=f"token perplexity: {text}, {samples} of {first.length}")
-    for column in ("model", "perplexity", "± error", "zeros", "dtype"):
-        table.add_column(column, justify="left" if column == "model" else "right")
+    heads = ("model", "perplexity", "± error", "zeros", "dtype")
+    table = _table(f"token perplexity: {text}, {samples(first)}", ((head, head != "model") for head in heads))
     for label, result in rows.items():
         value, error = result.perplexity, result.nats_stderr
         spread = "" if error is None or value is None else f"{value * error:.2f}"
@@ -124,9 +119,8 @@ def bench_table(speeds: Speeds) -> Table:
     """Speeds against the dense product of the same dtype."""
     head, *rows = bench_rows(speeds.results)
     place = f"{speeds.device}, {speeds.threads} thread{'s' if speeds.threads > 1 else ''}"
-    table = Table(title=f"{speeds.model} on {place}: times as fast as the dense product of the same type (?: or not)")
-    for column in head:
-        table.add_column(column, justify="left" if column in ("masks", "type") else "right")
+    title = f"{speeds.model} on {place}: times as fast as the dense product of the same type (?: or not)"
+    table = _table(title, ((column, column not in ("masks", "type")) for column in head))
     for row in rows:
         table.add_row(*row)
     return table
@@ -201,9 +195,9 @@ def sweep_table(result: Sweep) -> Table:
     """One row per sparsity; * marks those that no other beats in both perplexity and size."""
     how = result.protocol
     text = how.text.text if how.text else "unknown"
-    table = Table(title=f"{result.model}: {text}, {how.windows} samples of {how.length}")
-    for column in ("pattern", "zeros", "perplexity", "packed MB", ""):
-        table.add_column(column, justify="left" if column == "pattern" else "right")
+    heads = ("pattern", "zeros", "perplexity", "packed MB", "")
+    title = f"{result.model}: {text}, {samples(how)}"
+    table = _table(title, ((head, head != "pattern") for head in heads))
     rows = list(result.rows)
     if dense := result.dense:
         rows.insert(0, Row(pattern="dense", sparsity=0.0, perplexity=dense.perplexity, bytes=dense.bytes))
@@ -241,17 +235,23 @@ def report_lines(summary: Summary) -> list[str]:
 
 
 def _grid_table(grid: Grid) -> Table:
-    table = Table(title=_inert(grid.caption))
-    for name, numeric in grid.heads:
-        table.add_column(name, justify="right" if numeric else "left")
+    table = _table(grid.caption, grid.heads)
     for row in grid.rows:
         table.add_row(*(_inert(cell if isinstance(cell, str) else cell[0]) for cell in row))
     return table
 
 
+def _table(title: str, heads: Iterable[tuple[str, bool]]) -> Table:
+    """heads: a column's name, and whether it has numbers. What a narrow terminal has no room for goes on in the next line."""
+    table = Table(title=_inert(title))
+    for name, numeric in heads:
+        table.add_column(name, justify="right" if numeric else "left", overflow="fold")
+    return table
+
+
 def _inert(text: str) -> str:
-    """Text of others, that is neither markup nor moves the cursor."""
-    return escape("".join(letter if letter.isprintable() else " " for letter in text))
+    """Text of others, that does not move the cursor. It is no markup either: see terminal.console."""
+    return "".join(letter if letter.isprintable() else " " for letter in text)
 
 
 def _percent(fraction: float | None) -> str:

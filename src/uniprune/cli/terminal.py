@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.progress import Progress as Bar
     from rich.progress import TaskID
 
@@ -26,11 +27,11 @@ class Bars:
 
     def __enter__(self) -> Bars:
         if sys.stderr.isatty() and first():
-            from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-            columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-            self._bar = Progress(*columns, TextColumn("{task.fields[note]}"), console=Console(stderr=True))
+            label, note = (TextColumn(f"{{task.{what}}}", markup=False) for what in ("description", "fields[note]"))
+            columns = label, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), note
+            self._bar = Progress(*columns, console=console(stderr=True))
             self._bar.start()
         return self
 
@@ -84,8 +85,13 @@ def show(result: Record | dict[str, Any], as_json: bool, *shown: Any) -> None:
     if as_json:
         sys.stdout.write(json.dumps(result if isinstance(result, dict) else result.record()) + "\n")
         return
+    out = console()
+    for item in shown:
+        out.print(item, highlight=False, soft_wrap=isinstance(item, str))  # a path is not to be broken
+
+
+def console(**settings: Any) -> Console:
+    """The terminal. Names and text of others are shown as they are: what stands in brackets or between colons is no markup."""
     from rich.console import Console
 
-    console = Console()
-    for item in shown:
-        console.print(item, highlight=False, soft_wrap=isinstance(item, str))  # a path is not to be broken
+    return Console(markup=False, emoji=False, **settings)

@@ -22,7 +22,7 @@ from uniprune.data.formats import COMPRESSED, READABLE, SUFFIXES, recognise, suf
 from uniprune.data.parts import File, HubShard, Listed, Part
 from uniprune.data.rows import commit_of, load_hub, reachable, read_hub
 from uniprune.errors import InputError
-from uniprune.storage.files import path_of
+from uniprune.storage.files import check_again_readable, path_of
 from uniprune.storage.record import Count, Facts
 
 Use = Literal["calibration", "evaluation"]
@@ -146,12 +146,14 @@ def open_text(text: Text, use: Use, tokenizer: Any = None) -> list[Part]:
 
 def check_there(source: str) -> None:
     """Raises InputError for a text that cannot be there; nothing is fetched."""
-    if source not in NAMED and not path_of(source).exists():
+    path = path_of(source)
+    if source not in NAMED and not path.is_file() and not path.is_dir():
         _hub_name(source)
 
 
 def _hub_name(source: str) -> re.Match[str]:
     """The parts of a Hub dataset's name, of what is no file."""
+    check_again_readable("text", source)
     found, path = HUB.fullmatch(source), Path(source)
     if found is None or suffix_of(path) in SUFFIXES or path.suffix in COMPRESSED:
         raise InputError(

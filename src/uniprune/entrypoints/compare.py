@@ -73,12 +73,13 @@ def compare(
     trials = asked(wanted)
     inputs = [*files_of(wanted.text), *files_of(wanted.eval_text)]
     fresh = not (resume and (output / COMPARISON).is_file())
-    files.check_output_folder(output, overwrite or resume, inputs=inputs, mark=COMPARISON, replaced=fresh)
+    there: dict[str, Any] = {"mark": COMPARISON, "replaced": fresh, "instead": files.ROWS}
+    files.check_output_folder(output, overwrite or resume, inputs=inputs, **there)
     earlier = _earlier(output, resume)
     _check_same(output, earlier, {"settings": wanted.protocol})
     subject = Subject(source)
     origin = source.origin if isinstance(source, Loaded) else resolve(source)
-    files.check_output_folder(output, overwrite or resume, origin.path if origin else None, mark=COMPARISON, replaced=fresh)
+    files.check_output_folder(output, overwrite or resume, origin.path if origin else None, **there)
     questions = _questions(wanted, subject)
     trials = _fitted(trials, wanted, source if isinstance(source, Loaded) else origin)  # type: ignore[arg-type]
     job = _job(source, trials, device, progress)

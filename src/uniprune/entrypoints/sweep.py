@@ -30,7 +30,7 @@ from uniprune.sparsity.choices import Scope
 from uniprune.sparsity.patterns import Pattern, Saliency, Tiled, check_fit
 from uniprune.sparsity.structure import structure
 from uniprune.sparsity.views import on_one_scale
-from uniprune.storage.files import check_output_file, path_of
+from uniprune.storage.files import ROWS, check_output_file, path_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -65,7 +65,7 @@ def sweep(
     scores, output = path_of(scores), path_of(output)
     request, saliency = SweepRequest.of(**asked), ScoresFile(scores)
     chosen = _parsed(sparsities, request.scope, saliency)
-    check_output_file(output, overwrite or resume, scores, *files_of(request.text_source), suffix=".json")
+    check_output_file(output, overwrite or resume, scores, *files_of(request.text_source), suffix=".json", instead=ROWS)
     if not isinstance(source, Loaded):
         Sweep.check_beside(output, [path_of(str(source))])
     subject = Subject(source)
@@ -78,6 +78,7 @@ def sweep(
         text=windows.describe(),
         windows=len(windows.tokens),
         length=windows.tokens.shape[1],
+        stride=windows.stride or windows.tokens.shape[1],
         dtype=dtype_name(next(loaded.model.parameters()).dtype),
         scope=request.scope,
         weights_sha256=reproduce.weights_sha256(loaded.model),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import PurePath
 from typing import Annotated, Any, Literal
+from typing import Protocol as Structural
 
 from pydantic import Field
 
@@ -263,11 +264,12 @@ class Row(Costs):
 
 
 class SweepProtocol(Facts):
-    """How all rows were measured."""
+    """How all rows were measured: on ``windows`` of ``length`` tokens, one every ``stride``."""
 
     text: TextFacts | None = None
     windows: Count | None = None
     length: Count | None = None
+    stride: Count | None = None
     dtype: str | None = None
     scope: str | None = None
     weights_sha256: str | None = None
@@ -294,3 +296,24 @@ class Sweep(Record):
 def marked(rows: Sequence[Row]) -> list[Row]:
     """The rows of a sweep, those marked that no other beats."""
     return [row.model_copy(update={"pareto": not any(other.beats(row) for other in rows)}) for row in rows]
+
+
+class Sampled(Structural):
+    """A result that says how its text was cut."""
+
+    @property
+    def text(self) -> TextFacts | None: ...
+    @property
+    def windows(self) -> int | None: ...
+    @property
+    def length(self) -> int | None: ...
+    @property
+    def stride(self) -> int | None: ...
+
+
+def samples(facts: Sampled) -> str:
+    """How a text was cut, in words: results that are not cut alike do not compare."""
+    if facts.text and facts.text.rolling:
+        return f"documents one by one, in pieces of {facts.length} tokens"
+    stride = f", stride {facts.stride}" if facts.stride not in (None, facts.length) else ""
+    return f"{facts.windows} samples of {facts.length} tokens{stride}"

@@ -17,7 +17,7 @@ from uniprune.job.memory import Bytes, Needs, Work
 from uniprune.job.options import Execution
 from uniprune.models.loading import dtype_name
 from uniprune.models.matrices import Matrices, left_dense
-from uniprune.sparsity.constraints import spell
+from uniprune.sparsity.constraints import Ruled, spell
 from uniprune.sparsity.patterns import Pattern, lost
 from uniprune.sparsity.structure import Structure, structure
 from uniprune.storage.record import Count, Facts, Record, Shape
@@ -108,7 +108,7 @@ def make_plan(
     matrices, prunable, parameters = work.matrices, work.prunable, work.parameters
     groups: dict[tuple[str, tuple[int, int], str | None], list[str]] = defaultdict(list)
     for name, matrix in matrices.items():
-        gets = spell(pattern.part(name)) if pattern else None
+        gets = _gets(pattern, name) if pattern else None
         groups[kind_of(name), matrix.shape, gets].append(name)
     rows = [
         Group(
@@ -185,6 +185,12 @@ def seconds_moving(work: Work, execution: Execution, found: Bytes) -> float:
 def kind_of(name: str) -> str:
     """What the names of matrices at the same place of every block, and of every expert, have in common."""
     return re.sub(r"\.\d+(?=\.|$)", ".*", name)
+
+
+def _gets(pattern: Pattern, name: str) -> str:
+    """What a matrix gets, as people read it; of a budget that it shares within the range of a rule, that too."""
+    rule = pattern.rule(name) if isinstance(pattern, Ruled) else None
+    return spell(pattern.part(name)) + (f", {rule.what} here" if rule and rule.span else "")
 
 
 def _removed(pattern: Pattern, matrices: Matrices) -> float:

@@ -20,7 +20,7 @@ from uniprune.data.sources import SELF
 from uniprune.data.text import TextFacts
 from uniprune.errors import InputError, UniPruneError, first_line
 from uniprune.evaluation import reproduce
-from uniprune.evaluation.results import Evaluation
+from uniprune.evaluation.results import Evaluation, samples
 from uniprune.storage import strict_json
 from uniprune.storage.files import REPORT, path_of, replacing
 
@@ -213,13 +213,13 @@ def _rows(results: Sequence[Evaluation]) -> Iterator[tuple[str, str, str, str]]:
     for result in results:
         reference = result.closeness.reference_perplexity if result.closeness else None
         if result.perplexity is not None:
-            where = f"{_name(result)}, {result.windows} samples of {result.length}"
+            where = f"{_name(result)}, {samples(result)}"
             other = "" if reference is None else f"{reference:.2f}"
             yield "token perplexity", where, f"{result.perplexity:.2f}", other
         near = (result.closeness.by_text if result.closeness else None) or {}
         for name, text in (result.by_text or {}).items():
             dense = near[name].reference_perplexity if name in near else None
-            where = f"{name}, {text.windows} samples of {result.length}"
+            where = f"{name}, {text.windows} samples of {result.length} tokens"
             yield "token perplexity", where, f"{text.perplexity:.2f}", "" if dense is None else f"{dense:.2f}"
         for name, facts in result.tasks.items():
             for metric, label in METRICS.items():

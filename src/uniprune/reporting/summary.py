@@ -16,7 +16,7 @@ from uniprune.common.formatting import apart, percent, short
 from uniprune.common.significance import paired_error
 from uniprune.comparison.results import DENSE as METHOD_DENSE
 from uniprune.comparison.results import Comparison, ComparisonProtocol
-from uniprune.evaluation.results import Closeness, Evaluation, Row, Sweep, SweepProtocol
+from uniprune.evaluation.results import Closeness, Evaluation, Row, Sweep, SweepProtocol, samples
 from uniprune.reporting.results import Source
 from uniprune.runtime.layout import Packing
 from uniprune.saliency.record import ControllerRecord
@@ -332,12 +332,12 @@ def alike(one: Measured | None, other: Measured | None) -> bool:
     return one is not None and other is not None and None not in _key(one) and _key(one) == _key(other)
 
 
-def _key(facts: Measured) -> tuple[str | None, int | None, int | None]:
+def _key(facts: Measured) -> tuple[str | None, int | None, int | None, int | None]:
     text = facts.text
-    return (text.sha256 or text.text) if text else None, facts.windows, facts.length
+    return (text.sha256 or text.text) if text else None, facts.windows, facts.length, facts.stride or facts.length
 
 
 def measure(facts: Measured) -> str:
     """The text and the windows of a perplexity, in words."""
     name = short(facts.text.text) if facts.text else "an unnamed text"
-    return f"{name}, {facts.windows} samples of {facts.length} tokens" if facts.windows and facts.length else name
+    return f"{name}, {samples(facts)}" if facts.windows and facts.length else name

@@ -14,6 +14,8 @@ from typing import Any
 from uniprune.errors import InputError
 
 REPORT = "pruning.json"  # written last: a folder without it is incomplete
+INSTEAD = "give another name, or --overwrite"
+ROWS = "--resume keeps its rows and adds those that are missing, --overwrite begins anew; or give another name"  # of a table
 
 
 def _umask() -> int:
@@ -29,6 +31,13 @@ FILE, FOLDER = 0o666 & ~_umask(), 0o777 & ~_umask()  # permissions of what is ma
 def path_of(name: str | Path) -> Path:
     """A path as it was given, ``~`` being the home folder; as in a shell, that of nobody is an ordinary name."""
     return Path(os.path.expanduser(name))  # pathlib raises RuntimeError for a user that is not known
+
+
+def check_again_readable(what: str, name: str) -> None:
+    """Raises InputError for a pipe or a device, which can be read only once, under the name of a file or folder."""
+    path = path_of(name)
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):  # pathlib raises for long names
+        raise InputError(f"{what} {name} is a pipe or a device, which cannot be read twice; write it to a file and give that")
 
 
 @contextmanager
@@ -77,10 +86,12 @@ def move(path: Path, target: Path, mode: int | None = None) -> None:
     sync(target.parent)
 
 
-def check_output_file(path: Path, overwrite: bool, *sources: Path, suffix: str = ".safetensors") -> None:
+def check_output_file(
+    path: Path, overwrite: bool, *sources: Path, suffix: str = ".safetensors", instead: str = INSTEAD
+) -> None:
     """Raises InputError if ``path`` exists and may not be replaced, or may not be written, before any work is done.
 
-    sources: files and folders that are read meanwhile, and never written to.
+    sources: files and folders that are read meanwhile, and never written to. instead: what to do about one that exists.
     """
     if path.suffix != suffix:
         raise InputError(f"output {path} is a {suffix[1:]} file; let its name end in {suffix}")
@@ -90,7 +101,7 @@ def check_output_file(path: Path, overwrite: bool, *sources: Path, suffix: str =
         if path.resolve().is_relative_to(source.resolve()):
             raise InputError(f"output {path} is, or lies in, the input {source}; give another place")
     if path.exists() and not overwrite:
-        raise InputError(f"output {path} exists; give another name, or --overwrite")
+        raise InputError(f"output {path} exists; {instead}")
     check_place(path)
 
 
@@ -116,12 +127,13 @@ def check_output_folder(
     inputs: Iterable[Path] = (),
     mark: str = REPORT,
     replaced: bool = True,
+    instead: str = INSTEAD,
 ) -> None:
     """Raises InputError if ``path`` may not become an output folder, before any work is done.
 
     Only folders that this package wrote (or empty ones) are ever replaced, however the flags are set. source: the model;
     inputs: other files and folders that are read. mark: the file that tells that it wrote one. replaced: whether another folder
-    will take its place, instead of files in it.
+    will take its place, instead of files in it. instead: what to do about one that exists.
     """
     if source is not None:
         here, there = path.resolve(), source.resolve()
@@ -140,7 +152,7 @@ def check_output_folder(
         raise InputError(f"output {path} is {what}, whose place no other folder can take; give a new one, {path / 'out'} say")
     _check_replaceable(path, mark)
     if path.is_dir() and any(path.iterdir()) and not overwrite:
-        raise InputError(f"output folder {path} exists; give another name, or --overwrite")
+        raise InputError(f"output folder {path} exists; {instead}")
     check_place(path)
 
 

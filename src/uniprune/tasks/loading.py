@@ -12,7 +12,7 @@ from typing import Any
 from uniprune.data.rows import read_cells, read_hub, read_rows
 from uniprune.data.text import IGNORED
 from uniprune.errors import InputError
-from uniprune.storage.files import path_of
+from uniprune.storage.files import check_again_readable, path_of
 from uniprune.tasks.catalogue import NAMES, listed
 from uniprune.tasks.examples import Examples
 from uniprune.tasks.formats import FORMATS, prepared, question_of, recognise, solved
@@ -104,6 +104,7 @@ def _located(source: str) -> Source:
     path = path_of(source)
     if path.is_dir():
         return _splits(path)
+    check_again_readable("task", source)
     if not path.is_file():
         other = "; its rules need lm-evaluation-harness: --lm-eval ifeval" if source == "ifeval" else ""
         raise InputError(
