@@ -158,7 +158,7 @@ def test_one_setting_has_one_value():
 
 def test_a_flag_overrides_the_file_under_either_name(tmp_path):
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text("dataset: c4\nnum_samples: 8\nseq_len: 64\n")
+    recipe.write_text("dataset: c4\nnum-samples: 8\nseq_len: 64\n")
     assert RecipeOptions(config=recipe, windows=4, text="builtin").recipe() == Recipe(text="builtin", windows=4, length=64)
     recipe.write_text("text: c4\ndataset: builtin\n")
     with pytest.raises(InputError, match="'dataset' sets 'text'"):

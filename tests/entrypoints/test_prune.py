@@ -247,7 +247,9 @@ def test_plan_reads_no_weight(folder, tmp_path):
     assert plan.dtype == dtype_name(fast_dtype(torch.bfloat16, torch.device("cpu")))
     assert plan.fits
     assert not uniprune.plan(str(tmp_path), Recipe(sparsity="2:5")).fits
-    assert uniprune.plan(str(tmp_path), Recipe(sparsity="2:5", unsupported="dense")).fits  # as prune will have it
+    assert uniprune.plan(str(tmp_path), Recipe(sparsity="2:5", unsupported="dense")).fits
+    with pytest.raises(InputError, match="nothing would be pruned: all matrices would stay dense"):
+        uniprune.prune(str(folder), Recipe(sparsity="2:5", unsupported="dense"), tmp_path / "out")
 
 
 def test_one_budget_under_rules_and_mixed_patterns(folder, tmp_path):

@@ -129,6 +129,10 @@ def test_a_sweep(tmp_path):
         "Toy-1M pruned in 7 ways: perplexity on toy.txt, 4 samples of 64 tokens goes from 13.00 at 0.4 by model to 19.00 at "
         "0.6 by model, dense 12.50."
     )
+    rows = made_up.sweep()["rows"]
+    assert "pruned in one way: perplexity on toy.txt, 4 samples of 64 tokens is 13.00 at 0.4 by model, dense 12.50." in said(
+        tmp_path, sweep=made_up.sweep(rows=rows[:1])
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------ formats

@@ -476,7 +476,7 @@ def test_large_figures_are_those_of_one_model(tmp_path):
     two = put_together(*paths, written(tmp_path, made_up.pruning(), "other"))
     assert figures(two) == []
     assert two.title == "Toy-1M: 2 pruned models"
-    assert sentences(two)[0] == "2 pruned models, 51.2% to 51.2% of their prunable weights zero: pruned, other."
+    assert sentences(two)[0] == "2 pruned models, 51.2% of their prunable weights zero: pruned, other."
 
 
 # ------------------------------------------------------------------------------------------------------------ the command

@@ -5,7 +5,7 @@ import torch
 
 from uniprune.errors import InputError
 from uniprune.sparsity.constraints import DENSE, Mixed, Rule, Ruled, reach
-from uniprune.sparsity.hardware import PROFILES, fitted, parse
+from uniprune.sparsity.hardware import PROFILES, check_prunes, fitted, parse
 from uniprune.sparsity.patterns import NM, Tiled, Unstructured
 
 SHAPES = {"layers.0.q": (64, 128), "layers.0.k": (16, 128), "layers.0.down": (64, 96)}
@@ -28,6 +28,14 @@ def test_unsupported_layers_get_what_was_said_and_are_reported(unsupported, part
     assert [pattern.part(name) for name in SHAPES] == [NM(2, 4), part, part]
     masks = dict(pattern({name: torch.rand(shape) for name, shape in SHAPES.items()}))
     assert bool((masks["layers.0.q"].reshape(-1, 4).sum(1) == 2).all())
+
+
+def test_a_model_that_would_stay_dense_as_a_whole_is_refused():
+    shapes = {name: shape for name, shape in SHAPES.items() if name != "layers.0.q"}
+    with pytest.raises(InputError, match=r"nothing would be pruned: all .* dense, e\.g\. layers\.0\.k: 16 x 128"):
+        check_prunes(*fitted(NM(2, 4), shapes, "float16", NVIDIA, "dense"), shapes)
+    check_prunes(*fitted(NM(2, 4), shapes, "float16", NVIDIA, "unstructured"), shapes)
+    check_prunes(*fitted(NM(2, 4), SHAPES, "float16", NVIDIA, "dense"), SHAPES)
 
 
 def test_n_m_that_does_not_divide_is_a_misfit_on_any_hardware():

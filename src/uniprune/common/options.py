@@ -80,7 +80,7 @@ class Options(BaseModel):
         names = {_identifier(flag): name for name, field in fields.items() for flag in spellings(name, field)}
         found: dict[str, Any] = {}
         for spelled, value in given.items():
-            name = spelled if spelled in fields else names.get(spelled, spelled)
+            name = spelled if spelled in fields else names.get(_identifier(spelled), spelled)
             if name in found:
                 raise InputError(f"{spelled!r} sets {name!r}, which is given as well; leave one of them out")
             found[name] = value

@@ -12,7 +12,7 @@ from uniprune.errors import InputError
 from uniprune.job.recipe import Recipe
 from uniprune.models.loading import dtype_name
 from uniprune.sparsity.choices import Scope
-from uniprune.sparsity.hardware import fitted
+from uniprune.sparsity.hardware import check_prunes, fitted
 from uniprune.sparsity.patterns import Pattern
 from uniprune.sparsity.structure import structure
 from uniprune.sparsity.views import on_one_scale
@@ -46,6 +46,7 @@ def mask(
         return dtype_name(PLAIN.get(stored, stored))
 
     pattern, unsupported = fitted(recipe.pattern(), saliency.shapes, dtype, recipe.hardware, recipe.unsupported)
+    check_prunes(pattern, unsupported, saliency.shapes)
     saliency.warn_unless_for([recipe.pattern()])
     cut = pattern(on_one_scale(saliency, pattern))
     removed = write_masks(output, cut, saliency.shapes, saliency.facts, str(pattern))

@@ -51,7 +51,7 @@ from uniprune.models.matrices import Matrices, check_decoder, check_finite, chec
 from uniprune.models.sharding import open_sharded
 from uniprune.models.streaming import Streamer, attached, open_streamed
 from uniprune.saliency.calibration import OUTPUTS, SWEEP, Calibration
-from uniprune.sparsity.hardware import fitted
+from uniprune.sparsity.hardware import check_prunes, fitted
 from uniprune.sparsity.patterns import Pattern, Saliency
 from uniprune.storage import files, runs
 from uniprune.storage.dtypes import PLAIN
@@ -151,6 +151,8 @@ def prepare(
     warn_of_idle(recipe)
     matrices = choose_matrices(model, recipe.include, recipe.exclude)
     aim = aim_of(recipe, matrices, given)
+    if aim.pattern:
+        check_prunes(aim.pattern, aim.unsupported, {name: matrix.shape for name, matrix in matrices.items()})
     disk = _output_bytes(recipe, origin, model, matrices, to_folder=output is not None)
     if target is not None:
         files.check_disk_space(target, disk)

@@ -38,9 +38,8 @@ def sentences(summary: Summary) -> list[str]:
         found += _about(summary, pruned[0])
     elif pruned:
         sparsities = [subject.sparsity for subject in pruned if subject.sparsity is not None]
-        between = (
-            f", {percent(min(sparsities))} to {percent(max(sparsities))} of their prunable weights zero" if sparsities else ""
-        )
+        ends = list(dict.fromkeys(percent(end(sparsities)) for end in (min, max))) if sparsities else []
+        between = f", {' to '.join(ends)} of their prunable weights zero" if ends else ""
         found.append(f"{len(pruned)} pruned models{between}: {', '.join(subject.label for subject in pruned)}.")
     for tradeoff in summary.tradeoffs:
         found += traded(tradeoff)
@@ -213,8 +212,11 @@ def _ends(facts: Tradeoff) -> str:
     points = [point for point in facts.points if point.front] or facts.points
     first, last = points[0], points[-1]
     dense = f", dense {number(facts.dense)}" if facts.dense else ""
-    ends = f"from {number(first.perplexity)} at {first.name} to {number(last.perplexity)} at {last.name}"
-    return f"{short(facts.model)} pruned in {len(facts.points)} ways: perplexity on {facts.measure} goes {ends}{dense}"
+    ends = f"goes from {number(first.perplexity)} at {first.name} to {number(last.perplexity)} at {last.name}"
+    if first is last:
+        ends = f"is {number(first.perplexity)} at {first.name}" + (", which no other beats" if len(facts.points) > 1 else "")
+    ways = f"{len(facts.points)} ways" if len(facts.points) > 1 else "one way"
+    return f"{short(facts.model)} pruned in {ways}: perplexity on {facts.measure} {ends}{dense}"
 
 
 # ----------------------------------------------------------------------------------------- the verdict: bytes and speed

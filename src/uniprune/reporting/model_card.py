@@ -15,7 +15,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from uniprune.artefacts.reports import ExpertRemoval, Permutation, Pruning, read_report
 from uniprune.checkpoints.origin import Origin
 from uniprune.common.fields import replays
-from uniprune.common.formatting import NOTE
+from uniprune.common.formatting import NOTE, percent
 from uniprune.data.sources import SELF
 from uniprune.data.text import TextFacts
 from uniprune.errors import InputError, UniPruneError, first_line
@@ -251,7 +251,7 @@ def _title(report: Report) -> str:
         return f"channels ordered for {report.pattern}"
     if isinstance(report, ExpertRemoval):
         return f"{report.experts.kept} of {report.experts.of} experts"
-    return f"{report.sparsity:.0%} sparse"
+    return f"{percent(report.sparsity)} sparse".replace(".0%", "%")
 
 
 def sees_images(folder: Path) -> bool:

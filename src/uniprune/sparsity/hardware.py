@@ -107,6 +107,13 @@ def fitted(
     return fits, reasons
 
 
+def check_prunes(pattern: Pattern, reasons: Mapping[str, str], shapes: Mapping[str, Shape]) -> None:
+    """Raises InputError if all matrices are to stay dense; pattern, reasons: as :func:`fitted` gives them."""
+    if reasons and all(pattern.part(name) == DENSE for name in shapes):
+        name, reason = next(iter(reasons.items()))
+        raise InputError(f"nothing would be pruned: all matrices would stay dense, e.g. {name}: {reason}; change --sparsity")
+
+
 def _matches(some: Collection[str], names: Iterable[str]) -> Iterator[str]:
     """Expressions that match some of the names and no others: one for all of a kind, as experts are of one, else one each."""
     kinds: dict[str, list[str]] = {}
