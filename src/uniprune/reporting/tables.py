@@ -111,9 +111,9 @@ def texts(summary: Summary) -> Grid | None:
                 beside = [shown(other.reference_perplexity), shown(other.kl)] if other else [NONE, NONE]
                 rows.append([subject.label, short(name), shown(found.perplexity), shown(error), *beside])
     columns = ["model:", "text:", "perplexity", "±", "other's", "KL"]
-    return (
-        without_empty(Grid("Perplexity by text, and KL from the other model", columns, rows, sortable=True)) if rows else None
-    )
+    compared = any(each.closeness and each.closeness.by_text for subject in summary.subjects for each in subject.evaluations)
+    caption = "Perplexity by text" + (", and KL from the model evaluated against" if compared else "")
+    return without_empty(Grid(caption, columns, rows, sortable=True)) if rows else None
 
 
 def sweep_texts(sweep: Sweep) -> Grid | None:
@@ -249,7 +249,7 @@ def bench_rows(results: Sequence[Result]) -> list[list[str]]:
 
 
 def closeness(summary: Summary) -> Grid | None:
-    """How far each model is from the dense one."""
+    """How far each model is from the one that it was evaluated against, as a rule the dense one."""
     rows: list[list[Cell]] = []
     for subject in summary.subjects:
         if near := subject.closeness:
@@ -258,7 +258,7 @@ def closeness(summary: Summary) -> Grid | None:
             tokens: Cell = (f"{near.tokens:,}", near.tokens) if near.tokens is not None else NONE
             rows.append([subject.label, shown(near.kl), shown(near.kl_stderr), *agreement, tokens, text])
     columns = ["model:", "KL, nats per token", "± error", "same likeliest token", "± error", "tokens", "text:"]
-    return Grid("Next-token distributions, pruned against dense", columns, rows) if rows else None
+    return Grid("Next-token distributions, against those of the model evaluated against", columns, rows) if rows else None
 
 
 def protocol(source: Source) -> Grid:
