@@ -69,10 +69,7 @@ class Walk:
 
     def streamed(self) -> None:
         for name, resident in self.outputs.items():
-            with mock.patch(
-                "uniprune.job.prepare.choose", return_value="streamed"
-            ):  # models this small need no less memory that way
-                uniprune.prune(self.source, self.recipes[name], self.folder / "streamed", overwrite=True)
+            uniprune.prune(self.source, self.recipes[name], self.folder / "streamed", overwrite=True, execution="streamed")
             assert same_files(self.folder / "streamed", resident)
 
     def evaluate(self) -> None:

@@ -39,7 +39,7 @@ def choose(
     """
     asked, limit = options.execution, options.max_memory or memory.free_memory(device)
     if asked is not None and asked not in needs:
-        raise InputError(f"--execution {asked} is not to be had here: {UNSUITABLE[asked]}; one of {', '.join(needs)} is")
+        raise InputError(f"--execution {asked} is not to be had here: {UNSUITABLE[asked]}; {' or '.join(needs)} is")
     able = {name: needed for name, needed in needs.items() if asked in (None, name) and (origin.files or name in IN_MEMORY)}
     begun = (runs.identity_of(output) or {}).get("execution") if options.resume and output is not None else None
     if begun in needs:

@@ -30,10 +30,10 @@ from uniprune.controller.passes import PART_TOKENS
 from uniprune.job.options import IN_MEMORY, Execution
 from uniprune.job.recipe import WINDOWS, Recipe
 from uniprune.models.blocks import BATCH_TOKENS
-from uniprune.models.dependence import share_keys_and_values, shared_parameter
 from uniprune.models.experts import Batched, Slice
 from uniprune.models.matrices import Matrices, Matrix, find_blocks
 from uniprune.models.output_head import PIECE, output_embeddings
+from uniprune.models.streaming import share_keys_and_values, shared_parameter
 from uniprune.saliency.statistics import Gram, Kind, SquaredNorm, beside
 
 logger = logging.getLogger(__name__)

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from uniprune.checkpoints.layout import keys_of
 from uniprune.checkpoints.origin import Origin
 from uniprune.errors import InputError
-from uniprune.models.dependence import shared_parameter
 from uniprune.models.filling import assign, fill, loaded_dtypes
 from uniprune.models.loading import Loaded, hollow
 from uniprune.models.matrices import Matrices, find_blocks
@@ -99,6 +98,23 @@ def _check_shared(blocks: nn.ModuleList, origin: Origin) -> None:
         raise InputError(
             f"model {origin} cannot be streamed: its blocks {one} and {other} share {name}; give it memory for the whole model"
         )
+
+
+def shared_parameter(blocks: nn.ModuleList) -> tuple[int, int, str] | None:
+    """The indices of two blocks that have a parameter in common, and its name in the second (ALBERT's way, Zamba 2)."""
+    owner: dict[int, int] = {}
+    for index, block in enumerate(blocks):
+        for name, parameter in block.named_parameters():
+            if (first := owner.setdefault(id(parameter), index)) != index:
+                return first, index, name
+    return None
+
+
+def share_keys_and_values(blocks: nn.ModuleList) -> bool:
+    """Whether a block attends to another one's keys and values (Gemma 3n, Mistral Large 4), as transformers marks it; then
+    blocks cannot be run one by one.
+    """
+    return any(getattr(module, "is_kv_shared_layer", False) is True for module in blocks.modules())
 
 
 def open_streamed(origin: Origin, tokenizer: Any, dtype: torch.dtype, device: torch.device) -> Loaded:
