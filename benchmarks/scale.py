@@ -53,16 +53,16 @@ RUNS = {
 LIMITS = {"local": "1.5GB", "step": "2.5GB"}
 DEPTH_LIMITS = {"local": "0.9GB", "step": "1.5GB"}
 BLOCKS = (8, 16, 32)
-# Version 3cca470 has no option for the tokens of a step.
-OTHER = """
+STEP_TOKENS = 16_384
+# Version 3cca470 has no option for the tokens of a step: 1,024, a number that no other default has.
+OTHER = f"""
 import runpy, sys
 from uniprune.mirror_descent import MirrorDescent as Controller
 first = Controller.__init__
-first.__defaults__ = tuple(16384 if value == 1024 else value for value in first.__defaults__)
+first.__defaults__ = tuple({STEP_TOKENS} if value == 1024 else value for value in first.__defaults__)
 sys.argv[0] = "uniprune"
 runpy.run_module("uniprune", run_name="__main__")
 """
-STEP_TOKENS = 16_384
 VERSION_LIMITS = {"1b": "3GB", "3b": "5GB", "tiny": "800MB"}
 RANKS, PROCESSES = 2, (1, 2, 4)
 INTERVAL = 0.01  # seconds between two looks at a process
@@ -129,11 +129,6 @@ def measured(
             errors.seek(0)
             raise Failed(f"{' '.join(command)} ended with {process.returncode}:\n{errors.read()}")
     return {"seconds": seconds, "peak_bytes": peak, "file_bytes": mapped, **bytes_moved}
-
-
-def other_environment(folder: Path) -> dict[str, str]:
-    """Where Python finds the version in a checkout instead of this one."""
-    return os.environ | {"PYTHONPATH": str(folder.resolve() / "src")}
 
 
 def verb(*arguments: str) -> Cost:
@@ -282,7 +277,8 @@ class Bench:
         if not self.other:
             raise Failed("versions needs --other FOLDER, a checkout of the version to compare with")
         step = ["--set", f"batch_tokens={STEP_TOKENS}", *STREAMED]
-        sides = {"this": ([*UNIPRUNE], step, os.environ), "other": (["-c", OTHER], [], other_environment(self.other))}
+        elsewhere = os.environ | {"PYTHONPATH": str(self.other.resolve() / "src")}
+        sides = {"this": (UNIPRUNE, step, os.environ), "other": (["-c", OTHER], [], elsewhere)}
         for model in self.models:
             limit = self.limited(VERSION_LIMITS[model])
             shared = ["-s", "2:4", "--controller", "feedback", "--steps", "1", "--dtype", "bfloat16", *flags(limit)]
@@ -402,7 +398,7 @@ def main() -> None:
         scratch = chosen.scratch or Path(temporary)
         scratch.mkdir(parents=True, exist_ok=True)
         bench = Bench(scratch, chosen)
-        for part in chosen.parts or parts[: None if chosen.other else -1]:
+        for part in chosen.parts or [part for part in parts if part != "versions" or chosen.other]:
             try:
                 for row in getattr(bench, part)():
                     print(json.dumps(row), flush=True)

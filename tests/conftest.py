@@ -31,6 +31,15 @@ settings.load_profile("test")
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 VOCABULARY = 512
+GENERATION_SETTINGS = [  # that models are published with, and that change what they write, or end in an error, unless left out
+    {"no_repeat_ngram_size": 1},
+    {"suppress_tokens": list(range(100, 400))},
+    {"min_new_tokens": 3, "repetition_penalty": 2.0},
+    {"num_beams": 2, "num_return_sequences": 2},
+    {"stop_strings": ["e"]},
+    {"max_time": 1e-9},
+    {"do_sample": True, "temperature": 3.0},
+]
 
 
 def prose_and_numbers(folder):

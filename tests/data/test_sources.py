@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from transformers import GenerationConfig
 
 import uniprune
-from conftest import prose_and_numbers, tiny_model
+from conftest import GENERATION_SETTINGS, prose_and_numbers, tiny_model
 from uniprune import InputError, Loaded, Recipe
 from uniprune.data.sources import Source, interleaved, parse, shares
 from uniprune.data.windows import load_windows, save_windows
@@ -217,16 +217,7 @@ def test_what_is_written_is_drawn_by_the_seed(loaded, both):
 
 @pytest.mark.parametrize(
     "settings",
-    [
-        {"no_repeat_ngram_size": 1},
-        {"suppress_tokens": list(range(100, 400))},
-        {"min_new_tokens": 3, "repetition_penalty": 2.0},
-        {"num_beams": 2, "num_return_sequences": 2},
-        {"stop_strings": ["e"]},
-        {"max_time": 1e-9},
-        {"do_sample": True, "temperature": 3.0},
-        {"eos_token_id": list(range(200))},
-    ],
+    [*GENERATION_SETTINGS, {"eos_token_id": list(range(200))}],
     ids=lambda settings: next(iter(settings)),
 )
 def test_it_writes_the_same_whatever_the_model_was_published_with(loaded, settings):

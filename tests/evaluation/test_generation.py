@@ -7,7 +7,7 @@ import torch
 from transformers import GenerationConfig
 
 import uniprune
-from conftest import tiny_model
+from conftest import GENERATION_SETTINGS, tiny_model
 from small_models import random_model
 from task_rows import ROWS
 from uniprune import InputError
@@ -39,19 +39,7 @@ def test_answers_written_together_are_those_of_each_alone(tokenizer, family):
     assert len(set(alone)) > 1
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"no_repeat_ngram_size": 1},
-        {"suppress_tokens": list(range(100, 400))},
-        {"min_new_tokens": 3, "repetition_penalty": 2.0},
-        {"num_beams": 2, "num_return_sequences": 2},
-        {"stop_strings": ["e"]},
-        {"max_time": 1e-9},
-        {"do_sample": True, "temperature": 3.0},
-    ],
-    ids=lambda settings: next(iter(settings)),
-)
+@pytest.mark.parametrize("settings", GENERATION_SETTINGS, ids=lambda settings: next(iter(settings)))
 def test_greedy_is_greedy_whatever_the_model_was_published_with(tokenizer, settings):
     model = tiny_model()
     wanted = generate(model, tokenizer, ["A tale of"], 12)
