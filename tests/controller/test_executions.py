@@ -20,6 +20,7 @@ from uniprune.job import memory
 from uniprune.job.execution import choose
 from uniprune.job.memory import PROCESS, Work, _Parts, needs
 from uniprune.job.options import RunOptions
+from uniprune.models.blocks import last_hidden
 from uniprune.models.loading import skeleton
 from uniprune.models.matrices import find_blocks, find_matrices
 from uniprune.saliency.calibration import Calibration
@@ -59,6 +60,31 @@ def test_relaxed_masks_too(targets):
     expected, _ = descended("llama", targets, False, temperature=0.5)
     found, _ = descended("llama", targets, True, temperature=0.5)
     assert all(torch.equal(found[name], dual) for name, dual in expected.items())
+
+
+class Looped(torch.nn.ModuleList):
+    """A model passes through such blocks twice."""
+
+    def __getitem__(self, index):
+        blocks = super().__getitem__(index)
+        return [*blocks, *blocks] if isinstance(index, slice) else blocks
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_block_that_a_model_passes_through_twice_has_one_gradient(recompute):
+    model, found = tiny("llama"), []
+    model.model.layers = Looped(model.model.layers)
+    matrices = find_matrices(model)
+    passes = open_passes(Calibration(model, matrices, tokens(), recompute=recompute), None)
+    passes.network.sink = lambda name, gradient: found.append((name, gradient))
+    with passes.network:
+        passes.backward(torch.ones_like(passes.forward_student(tokens())))
+    assert sorted(name for name, _ in found) == sorted(matrices)
+
+    model.requires_grad_(True)
+    last_hidden(model, tokens()).sum().backward()
+    for name, gradient in found:
+        torch.testing.assert_close(gradient, matrices[name].parameter.grad)
 
 
 def kept_bytes(recompute):

@@ -209,7 +209,11 @@ class Resident:
             give_back_memory()
 
     def _flush(self, index: int) -> Any:
-        """A hook that flushes a block's gradients as soon as the gradient of its input is there: then they are complete."""
+        """A hook that flushes a block's gradients as soon as the gradient of its input is there: then they are complete.
+
+        Some models pass through a block several times (Dory, Inkling 2 with loops): its first input has its gradient last.
+        """
+        entered = False
 
         def flush(gradient: Tensor) -> None:
             self._flushed.add(index)
@@ -217,9 +221,11 @@ class Resident:
             self._tidy()
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            nonlocal entered
             hidden = args[0] if args else kwargs["hidden_states"]
-            if hidden.requires_grad:
+            if hidden.requires_grad and not entered:
                 hidden.register_hook(flush)
+            entered = True
 
         return before
 
