@@ -80,6 +80,8 @@ SIZE = {name: size for size, names in SIZES for name in names.split()}
 VISION = {"image_size": 28, "patch_size": 14, "num_key_value_heads": 4, "num_position_embeddings": 16, "window_size": 28}
 MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}}
 HALF = {"rope_parameters": MROPE["rope_parameters"] | {"mrope_section": [1, 1, 0], "partial_rotary_factor": 0.5}}
+MANY_EXPERTS = {"n_routed_experts": 32, "moe_intermediate_size": 128}  # beside them all that is no matrix is little
+SHARED_INDICES = {"indexer_types": ["full", "shared"]}
 EXPERTS = {"n_group": 1, "topk_group": 1, "num_experts_per_tok": 2}
 SAM = {"global_attn_indexes": [1], "downsample_channels": [32, 32], "output_channels": 32, "mlp_dim": 64, "window_size": 2}
 SAM |= {"image_size": 32, "patch_size": 8, "num_pos_feats": 16, "scale": 16}
@@ -95,6 +97,10 @@ OWN: dict[str, dict[str, Any]] = {  # what types need beside their sizes; that o
     "nemotron": {"num_key_value_heads": 2},
     "deepseek_v2": {"n_routed_experts": 4, **EXPERTS},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, **EXPERTS},
+    "apertus1p5": {
+        "vision_config": {**CODES, "embed_dim": 32},
+        "audio_config": {"codebook_dim": 32, "decoder_hidden_size": 32, "decoder_intermediate_size": 32, "num_filters": 4},
+    },
     "bamba": {"attn_layer_indices": [1]},
     "cohere_compass": {"text_config": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}}},
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
@@ -119,6 +125,13 @@ OWN: dict[str, dict[str, Any]] = {  # what types need beside their sizes; that o
         "compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 8},
     },
     "dots3_note_text": {"per_layer_config": {}, "head_dim": 16, "shared_experts_intermediate_size": 16},
+    "dory": {
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "n_input_layers": 1,
+        "n_recurrent_layers": 2,
+        "n_output_layers": 1,
+    },
     "emu3": {"vocabulary_map": {"<|extra_200|>": 5, "<image>": 6, "<|visual token 000000|>": 7}, "vq_config": CODES},
     "ernie4_5_vl_moe": {
         "text_config": {"moe_intermediate_size": [16, 8], "rope_parameters": MROPE["rope_parameters"]},
@@ -129,7 +142,8 @@ OWN: dict[str, dict[str, Any]] = {  # what types need beside their sizes; that o
     "gemma3n_text": {"num_kv_shared_layers": 0, "intermediate_size": 64, "activation_sparsity_pattern": [0.5, 0.0]},
     "gemma4": {"audio_config": None},
     "glm4v_moe": {"text_config": HALF},
-    "glm5_next": {"text_config": {"index_topk": 8, "index_kpool": 4}},
+    "glm5_next": {"text_config": {"index_topk": 8, "index_kpool": 4, **MANY_EXPERTS}},
+    "glm_moe_dsa": SHARED_INDICES,
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "granite4_vision": {
         "deepstack_layer_map": [[0, 0]],
@@ -139,6 +153,8 @@ OWN: dict[str, dict[str, Any]] = {  # what types need beside their sizes; that o
         "vision_config": {"hidden_size": 64},
     },
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
+    "hy_v4": MANY_EXPERTS | SHARED_INDICES,
+    "hy_v4_vl": {"text_config": MANY_EXPERTS | SHARED_INDICES},
     "hunyuan_vl": {"text_config": {"head_dim": 8, **MROPE}, "vision_config": {"max_image_size": 64, "max_vit_seq_len": 64}},
     "janus": {"vq_config": CODES},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
@@ -210,7 +226,7 @@ OWN: dict[str, dict[str, Any]] = {  # what types need beside their sizes; that o
         "attention_head_dim": 16,
         "adapter_rank": 8,
     },
-    "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 8},
+    "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 8, "num_experts": 32, "moe_intermediate_size": 128},
 }
 OWN["dots3_note"] = {
     "text_config": OWN["dots3_note_text"],
@@ -223,6 +239,16 @@ OWN["gemma4_assistant"] = {
     "backbone_hidden_size": 32,
 }
 OWN["gemma4_unified_assistant"] = {"text_config": {"num_kv_shared_layers": 2}, "backbone_hidden_size": 32, "num_centroids": 8}
+OWN["inkling2_loop_text"] = {
+    "rel_extent": 8,
+    "num_hidden_layers": 3,
+    "layer_types": ["hybrid_sliding", "hybrid", "hybrid_sliding"],
+    "n_layers_per_attn_res_block": 1,
+    "loop_layer_index_start": 1,
+    "loop_layer_index_end": 2,
+    "loop_gate_rank": 4,
+}
+OWN["inkling2_loop"] = {"text_config": OWN["inkling2_loop_text"]}
 for kind in ("inkling2_text", "inkling_text"):
     OWN[kind] = {"rel_extent": 8}
 for kind in ("inkling2", "inkling_mm_model"):

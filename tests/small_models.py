@@ -264,6 +264,14 @@ def kind_of(config: PretrainedConfig) -> type:
     return AutoModelForCausalLM if causal else AutoModelForImageTextToText
 
 
+class Looped(torch.nn.ModuleList):
+    """Blocks that a model passes through twice (of Dory's and Inkling 2's some are)."""
+
+    def __getitem__(self, index):
+        blocks = super().__getitem__(index)
+        return [*blocks, *blocks] if isinstance(index, slice) else blocks
+
+
 def tiny(family: str, **changes: object) -> torch.nn.Module:
     """A random model of a family, float32, on which every step takes a blink."""
     torch.manual_seed(0)

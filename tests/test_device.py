@@ -16,7 +16,7 @@ from uniprune.controller.mirror_descent import MirrorDescent
 from uniprune.models import loading
 from uniprune.models.loading import load_weights
 from uniprune.models.matrices import find_matrices
-from uniprune.models.streaming import attached, open_streamed
+from uniprune.models.residency.streaming import attached, open_streamed
 from uniprune.saliency.calibration import Calibration
 from uniprune.saliency.metrics import Wanda
 from uniprune.sparsity.patterns import NM, Unstructured

@@ -21,7 +21,7 @@ from uniprune.data.windows import Windows, save_windows
 from uniprune.errors import InputError
 from uniprune.models import loading
 from uniprune.models.matrices import check_loaded, find_matrices
-from uniprune.models.streaming import open_streamed
+from uniprune.models.residency.streaming import open_streamed
 from uniprune.storage import safetensors_index
 
 CPU = torch.device("cpu")

@@ -20,7 +20,7 @@ from uniprune.controller.published import UniPruning
 from uniprune.errors import InputError
 from uniprune.job import prepare as job
 from uniprune.models.matrices import find_matrices
-from uniprune.models.streaming import attached, open_streamed
+from uniprune.models.residency.streaming import attached, open_streamed
 from uniprune.saliency.calibration import Calibration
 from uniprune.saliency.metrics import Wanda
 from uniprune.sparsity.patterns import NM, Unstructured

@@ -9,7 +9,7 @@ from transformers import AutoModelForImageTextToText, BlipConfig
 
 import uniprune
 from conftest import Stopped, Stops
-from small_models import MATRICES, tiny
+from small_models import MATRICES, Looped, tiny
 from uniprune import Recipe
 from uniprune.checkpoints.origin import resolve
 from uniprune.controller.mirror_descent import MirrorDescent
@@ -60,14 +60,6 @@ def test_relaxed_masks_too(targets):
     expected, _ = descended("llama", targets, False, temperature=0.5)
     found, _ = descended("llama", targets, True, temperature=0.5)
     assert all(torch.equal(found[name], dual) for name, dual in expected.items())
-
-
-class Looped(torch.nn.ModuleList):
-    """A model passes through such blocks twice."""
-
-    def __getitem__(self, index):
-        blocks = super().__getitem__(index)
-        return [*blocks, *blocks] if isinstance(index, slice) else blocks
 
 
 @pytest.mark.parametrize("recompute", [False, True])

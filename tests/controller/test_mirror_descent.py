@@ -15,8 +15,8 @@ from uniprune.controller.passes import Resident, Streamed
 from uniprune.controller.start import sensitivities
 from uniprune.controller.straight_through import Evener, StraightThrough
 from uniprune.errors import InputError
-from uniprune.models.blocks import Replay
 from uniprune.models.matrices import find_blocks, find_matrices
+from uniprune.models.replay import Replay
 from uniprune.saliency.calibration import Calibration, one_shot
 from uniprune.saliency.metrics import Wanda
 from uniprune.saliency.statistics import SquaredNorm

@@ -11,9 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from small_models import EXPERTS, SMALL
 from uniprune.checkpoints.origin import resolve
 from uniprune.errors import InputError
-from uniprune.models.blocks import Replay
 from uniprune.models.matrices import find_blocks
-from uniprune.models.streaming import open_streamed
+from uniprune.models.replay import Replay
+from uniprune.models.residency.streaming import open_streamed
 
 LATENT = {
     "kv_lora_rank": 16,
@@ -66,14 +66,14 @@ def test_blocks_compute_what_those_of_the_dense_model_compute(family, tmp_path):
     loaded = open_streamed(resolve(folder), None, torch.float32, CPU)
     ids = torch.randint(0, SMALL["vocab_size"], (2, 24), generator=torch.Generator().manual_seed(0))
     theirs, ours = Replay(dense, find_blocks(dense)[1]), Replay(loaded.model, find_blocks(loaded.model)[1], loaded.residency)
-    hidden = theirs.enter(ids)
-    assert torch.equal(ours.enter(ids), hidden)
+    flow = theirs.enter(ids)
+    assert torch.equal(ours.enter(ids).hidden, flow.hidden)
     for index in range(len(theirs)):
         with torch.no_grad(), ours.residency(index):
-            expected = theirs.run(index, hidden, ids)
-            assert torch.equal(ours.run(index, hidden, ids), expected), index
-        hidden = expected
-    assert torch.equal(ours.leave(hidden, ids), theirs.leave(hidden, ids))
+            expected = theirs.run(index, flow, ids)
+            assert torch.equal(ours.run(index, flow, ids).hidden, expected.hidden), index
+        flow = expected
+    assert torch.equal(ours.leave(flow.hidden, ids), theirs.leave(flow.hidden, ids))
 
 
 @pytest.mark.parametrize("family", ["deepseek_v3", "axk1"])

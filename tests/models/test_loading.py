@@ -15,7 +15,7 @@ from uniprune import InputError, Recipe
 from uniprune.checkpoints.origin import resolve
 from uniprune.evaluation.model import Subject
 from uniprune.models.loading import hollow, load_weights, native_dtype
-from uniprune.models.streaming import open_streamed
+from uniprune.models.residency.streaming import open_streamed
 
 CPU = torch.device("cpu")
 

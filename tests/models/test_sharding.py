@@ -23,10 +23,10 @@ from uniprune.job.execution import choose
 from uniprune.job.memory import Bytes, Work, needs
 from uniprune.job.options import RunOptions
 from uniprune.models import loading
-from uniprune.models.blocks import Replay
 from uniprune.models.matrices import find_blocks, find_matrices
-from uniprune.models.sharding import Sharder, open_sharded
-from uniprune.models.streaming import attached, open_streamed
+from uniprune.models.replay import Replay
+from uniprune.models.residency.sharding import Sharder, open_sharded
+from uniprune.models.residency.streaming import attached, open_streamed
 from uniprune.storage import runs
 
 CPU = torch.device("cpu")

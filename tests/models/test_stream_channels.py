@@ -6,12 +6,12 @@ from torch import nn
 
 from small_models import random_model
 from uniprune.errors import InputError
-from uniprune.models.blocks import Replay
 from uniprune.models.channels.folding import Axis, Channels, fold, folding
 from uniprune.models.channels.heads import find_heads
 from uniprune.models.channels.hidden import find_hidden
 from uniprune.models.channels.stream import find_stream
 from uniprune.models.matrices import find_blocks, find_matrices
+from uniprune.models.replay import Replay
 
 TOKENS = torch.arange(40).reshape(2, 20)
 PROBE = TOKENS[:1, :16]

@@ -8,7 +8,6 @@ import sys
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 import catalogue
 import kills
@@ -16,7 +15,7 @@ import processes
 import uniprune
 from conftest import VOCABULARY, Stopped, Stops, tiny_model
 from processes import Forked
-from small_models import MATRICES, kind_of, tiny
+from small_models import MATRICES, Looped, kind_of, tiny
 from uniprune import Recipe
 from uniprune.checkpoints.origin import Origin, resolve
 from uniprune.common.formatting import parse_size
@@ -31,9 +30,10 @@ from uniprune.job.execution import choose
 from uniprune.job.memory import Bytes, Work, needs
 from uniprune.job.options import RunOptions
 from uniprune.job.prepare import progress_of
-from uniprune.models.blocks import Replay, last_hidden
+from uniprune.models.blocks import last_hidden
 from uniprune.models.matrices import find_blocks, find_matrices
-from uniprune.models.streaming import attached, open_streamed
+from uniprune.models.replay import Blocks, Replay
+from uniprune.models.residency.streaming import attached, open_streamed
 from uniprune.saliency.calibration import Calibration, one_shot
 from uniprune.saliency.metrics import Wanda
 from uniprune.saliency.sequential import sequential
@@ -46,6 +46,7 @@ from uniprune.storage.tensor_store import Store
 CPU = torch.device("cpu")
 SMALL = {"windows": 16, "length": 32}
 GIVEN_TOKENS = ["deepseek_v4", "gemma4", "gemma3n_text"]  # or what depends on them
+HAND_ON = ["glm_moe_dsa", "hy_v4", "zaya"]  # a choice of keys, or a router's states, from block to block
 
 
 def tokens(count=8, length=16, vocabulary=64):
@@ -54,23 +55,28 @@ def tokens(count=8, length=16, vocabulary=64):
 
 @pytest.fixture(scope="module", params=MATRICES)
 def pair(request, tmp_path_factory):
-    return paired(request.param, tmp_path_factory.mktemp("family"))
+    return paired(tiny(request.param), tmp_path_factory.mktemp("family"))
 
 
-def paired(family, folder):
+def paired(model, folder):
     """A model in memory, and the same one streamed from its checkpoint."""
-    model = tiny(family)
     model.save_pretrained(folder, max_shard_size="20KB")
     loaded = open_streamed(resolve(folder), None, torch.float32, CPU)
     hollow = attached(find_matrices(loaded.model), loaded.residency)
     return (model, find_matrices(model)), (loaded.model, hollow, loaded.residency)
 
 
-@pytest.mark.parametrize("family", ["llama", "xlnet", *GIVEN_TOKENS])
-def test_batches_go_through_the_blocks_as_through_the_model(family):
-    """Of models that give their blocks the tokens, or embeddings of their own, or have other axes before the windows, too."""
+def small(family):
+    torch.manual_seed(0)
     config = catalogue.small(family)
-    model = kind_of(config).from_config(config).eval().requires_grad_(False)
+    return kind_of(config).from_config(config).eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("family", ["llama", "xlnet", *GIVEN_TOKENS, *HAND_ON])
+def test_batches_go_through_the_blocks_as_through_the_model(family):
+    """Of models that give their blocks the tokens, or embeddings of their own, or what the block before put out beside hidden
+    states, or have other axes before the windows, too."""
+    model = small(family)
     replay = Replay(model, find_blocks(model)[1])
     parts = tokens().split(3)
     with torch.no_grad():
@@ -78,17 +84,16 @@ def test_batches_go_through_the_blocks_as_through_the_model(family):
         for index in range(len(replay)):
             hidden = [replay.run(index, state, part) for state, part in zip(hidden, parts, strict=True)]
         for state, part in zip(hidden, parts, strict=True):
-            torch.testing.assert_close(replay.leave(state, part), last_hidden(model, part))
+            torch.testing.assert_close(replay.leave(state.hidden, part), last_hidden(model, part))
 
 
 def test_blocks_that_hand_on_two_streams_are_refused():
-    model = AutoModelForCausalLM.from_config(catalogue.small("reformer")).eval().requires_grad_(False)
+    model = small("reformer")
     with pytest.raises(UniPruneError, match="blocks of ReformerLayer hand on two streams"):
         Replay(model, find_blocks(model)[1]).enter(tokens())
 
 
-SHARED_KEYS = {  # keys and values of a layer that others use, in an object that all blocks are given; or a router's states
-    "zaya": {},
+SHARED_KEYS = {  # keys and values of a layer that others use, in an object that all blocks are given
     "gemma3n_text": {"num_kv_shared_layers": 1, "num_hidden_layers": 2, "layer_types": ["full_attention"] * 2},
     "gemma4_text": {"num_kv_shared_layers": 1, "num_hidden_layers": 2, "layer_types": ["full_attention"] * 2},
     "mistral_large4": {},
@@ -101,10 +106,32 @@ def test_blocks_that_use_what_others_computed_are_refused(family):
     config = catalogue.small(family, **SHARED_KEYS[family])
     if family == "mistral_large4":
         config.text_config.kv_source_layers = [0, 0]
-    torch.manual_seed(0)  # with some weights, ZAYA's routers choose the same experts whatever they are handed
     model = kind_of(config).from_config(config).eval().requires_grad_(False)
     with pytest.raises(UniPruneError, match=r"depend on each other beyond their inputs.* leave out --sequential"):
         Replay(model, find_blocks(model)[1]).enter(tokens())
+
+
+def test_a_pass_that_comes_to_a_block_twice_is_refused():
+    model = tiny("llama")
+    model.model.layers = Looped(model.model.layers)
+    with pytest.raises(UniPruneError, match=r"a pass calls the 2 of them 4 times\); they cannot be run one by one"):
+        Replay(model, model.model.layers).enter(tokens())
+
+
+@pytest.mark.parametrize("family", ["llama", *HAND_ON])
+def test_blocks_go_on_where_an_earlier_process_stopped(family, tmp_path):
+    model = small(family)
+    blocks = find_blocks(model)[1]
+    (tmp_path / "whole").mkdir()
+    expected = Blocks(Replay(model, blocks), tokens(), Stash(tmp_path / "whole"))
+    for index in expected:
+        expected.run(index, advance=True)
+        if index == 0:
+            shutil.copytree(tmp_path / "whole", tmp_path / "stopped")
+    found = Blocks(Replay(model, blocks), tokens(), Stash(tmp_path / "stopped"), done=1)
+    for index in found:
+        found.run(index, advance=True)
+    assert all(torch.equal(one.hidden, other.hidden) for one, other in zip(found.flows, expected.flows, strict=True))
 
 
 def gradients(passes, ids, **settings):
@@ -124,9 +151,9 @@ def test_gradients_are_those_of_the_model_in_memory(pair, tmp_path, monkeypatch)
     check_gradients(pair, tmp_path, monkeypatch)
 
 
-@pytest.mark.parametrize("family", GIVEN_TOKENS)
-def test_gradients_of_blocks_that_are_given_what_depends_on_the_tokens(family, tmp_path, monkeypatch):
-    check_gradients(paired(family, tmp_path / "model"), tmp_path, monkeypatch)
+@pytest.mark.parametrize("family", [*GIVEN_TOKENS, *HAND_ON])
+def test_gradients_of_blocks_that_are_given_more_than_hidden_states(family, tmp_path, monkeypatch):
+    check_gradients(paired(small(family), tmp_path / "model"), tmp_path, monkeypatch)
 
 
 def check_gradients(pair, tmp_path, monkeypatch):
@@ -140,10 +167,14 @@ def check_gradients(pair, tmp_path, monkeypatch):
     passes = Streamed(streamed, Replay(streamed, blocks, residency), StraightThrough(hollow), Stash(tmp_path))
     found_kl, found = gradients(passes, ids)
     assert all(parameter.is_meta for parameter in blocks.parameters())
-    assert found_kl == pytest.approx(kl, rel=1e-5)
+    assert found_kl == pytest.approx(kl, rel=1e-5, abs=1e-7)
     assert found.keys() == expected.keys()
+    assert any(gradient is not None for gradient in expected.values())
     for name, gradient in expected.items():
-        assert float((found[name] - gradient).norm()) <= 1e-5 * float(gradient.norm()), name
+        if gradient is None:  # ZAYA's keys are all 0 before it is trained
+            assert found[name] is None, name
+            continue
+        assert float((found[name] - gradient).norm()) <= 1e-4 * float(gradient.norm()), name
 
 
 def test_local_masks_are_those_of_the_model_in_memory(pair):
@@ -299,10 +330,11 @@ def test_an_interrupted_run_goes_on_to_the_same_masks(folder, tmp_path, way, mon
 def test_hidden_states_that_are_gone_are_an_error(tmp_path):
     stash = Stash(tmp_path)
     stash.put("hidden-0-0", torch.ones(2, 3))
-    assert Stash(tmp_path).take("hidden-0-0", torch.zeros(2, 3)).tolist() == [[1] * 3] * 2
-    for name, like in (("hidden-1-0", torch.zeros(2, 3)), ("hidden-0-0", torch.zeros(4, 3))):
+    assert Stash(tmp_path).take("hidden-0-0").tolist() == [[1] * 3] * 2
+    (tmp_path / "hidden-0-0").write_bytes(bytes(23))
+    for name in ("hidden-1-0", "hidden-0-0"):
         with pytest.raises(UniPruneError, match="is missing or damaged"):
-            Stash(tmp_path).take(name, like)
+            Stash(tmp_path).take(name)
 
 
 def test_a_sweep_of_several_processes_begins_anew(tmp_path, monkeypatch):

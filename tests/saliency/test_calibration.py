@@ -7,8 +7,9 @@ from conftest import VOCABULARY, tiny_model
 from small_models import MATRICES, tiny
 from uniprune.errors import InputError, UniPruneError
 from uniprune.models import masking
-from uniprune.models.blocks import Blocks, Replay, batches
+from uniprune.models.blocks import batches
 from uniprune.models.matrices import find_blocks, find_matrices
+from uniprune.models.replay import Blocks, Replay
 from uniprune.saliency.calibration import Calibration, one_shot
 from uniprune.saliency.metrics import Magnitude, Wanda
 from uniprune.saliency.sequential import sequential
@@ -67,7 +68,7 @@ def test_replayed_blocks_are_the_model(family):
     handle.remove()
     for index in runner:
         runner.run(index, advance=True)
-    torch.testing.assert_close(torch.cat(runner.hidden), outputs[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.cat([flow.hidden for flow in runner.flows]), outputs[0], rtol=1e-4, atol=1e-5)
 
 
 def test_sequential_scores_each_block_on_pruned_inputs():

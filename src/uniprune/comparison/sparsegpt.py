@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from uniprune.common.progress import Progress, silent
 from uniprune.errors import InputError, UniPruneError
-from uniprune.models.blocks import Blocks, Replay
 from uniprune.models.matrices import Matrices, find_blocks
+from uniprune.models.replay import Blocks, Replay
 from uniprune.saliency.statistics import Gram, observing
 from uniprune.sparsity.patterns import NM, Pattern, Unstructured, check_fit
 from uniprune.sparsity.top import top

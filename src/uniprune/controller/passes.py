@@ -24,7 +24,6 @@ from uniprune.controller.straight_through import StraightThrough
 from uniprune.errors import InputError
 from uniprune.models.blocks import (
     OVERFLOW,
-    Replay,
     batches,
     device_of,
     forked,
@@ -35,6 +34,7 @@ from uniprune.models.blocks import (
 )
 from uniprune.models.matrices import find_blocks
 from uniprune.models.output_head import Head
+from uniprune.models.replay import Flow, Replay
 from uniprune.storage.stash import Stash, give_back_memory
 
 if TYPE_CHECKING:
@@ -251,9 +251,9 @@ class Streamed:
         self._model, self._replay, self.network = model, replay, network
         self._stash = stash or Stash()
         self._ids: list[Tensor] = []  # token ids, by part: windows go through a block in parts of PART_TOKENS
-        self._inputs: list[list[Tensor]] = []  # of each block, by part
+        self._inputs: list[list[Flow]] = []  # of each block, by part
         self._own_gradients: list[list[Tensor]] = []  # with respect to each block's outputs (hidden_gradient), by part
-        self._last: list[Tensor] = []  # outputs of the last block, by part
+        self._last: list[Flow] = []  # outputs of the last block, by part
 
     @property
     def device(self) -> torch.device:
@@ -282,20 +282,20 @@ class Streamed:
 
     @torch.no_grad()
     def backward(self, gradient: Tensor) -> None:
-        gradients = torch.split(gradient, [len(ids) for ids in self._ids])
-        pieces = [self._backward_final(*part) for part in zip(self._last, gradients, self._ids, strict=True)]
+        finals = torch.split(gradient, [len(ids) for ids in self._ids])
+        gradients = [Flow(self._backward_final(*part)) for part in zip(self._last, finals, self._ids, strict=True)]
         self._last = []
         for index in reversed(range(len(self._replay))):
             with self._replay.residency(index):
-                for part, hidden in enumerate(self._inputs[index]):
+                for part, inputs in enumerate(self._inputs[index]):
                     if self._own_gradients[index]:
-                        pieces[part] = pieces[part] + self._own_gradients[index][part]
+                        hidden = gradients[part].hidden + self._own_gradients[index][part]
+                        gradients[part] = gradients[part]._replace(hidden=hidden)
                     with torch.enable_grad():
-                        leaf = self._here(hidden).detach().requires_grad_()
-                        output = self._replay.run(index, leaf, self._ids[part])
-                    torch.autograd.backward([output], [self._here(pieces[part])])
-                    assert leaf.grad is not None
-                    pieces[part] = self._stash.put(f"gradient-{part}", leaf.grad)
+                        leaves = inputs.each(self._here).each(_leaf)
+                        outputs = self._replay.run(index, leaves, self._ids[part])
+                    _backward(outputs, gradients[part].each(self._here))
+                    gradients[part] = self._put("gradient", part, _gradients(leaves))
                 self.network.flush(index)
 
     @torch.no_grad()
@@ -321,57 +321,79 @@ class Streamed:
     def head(self, text: Tensor, vocabulary: int | None = None) -> Head:
         probe = text[:1, :8]
         with self.network.dense():
-            hidden = self._replay.leave(self._replay.enter(probe), probe)
+            hidden = self._replay.leave(self._replay.enter(probe).hidden, probe)
             return Head(self._model, text, vocabulary).fit(self._model, lambda model: self._replay.around(model, probe), hidden)
 
-    def _enter(self, batch: Tensor) -> list[Tensor]:
+    def _enter(self, batch: Tensor) -> list[Flow]:
         """The first block's inputs, in parts."""
         self._ids = batches(batch, PART_TOKENS)
         return [self._put("student", part, self._replay.enter(windows)) for part, windows in enumerate(self._ids)]
 
-    def _enter_both(self, batch: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    def _enter_both(self, batch: Tensor) -> tuple[list[Flow], list[Flow]]:
         """The first block's inputs for both models."""
         ours = self._enter(batch)
-        return ours, [self._put("teacher", part, hidden) for part, hidden in enumerate(ours)]
+        return ours, [self._put("teacher", part, flow) for part, flow in enumerate(ours)]
 
-    def _keep(self, index: int, ours: list[Tensor]) -> None:
+    def _keep(self, index: int, ours: list[Flow]) -> None:
         """Keeps a block's inputs for the backward pass."""
-        self._inputs.append([self._put(f"input-{index}", part, hidden) for part, hidden in enumerate(ours)])
+        self._inputs.append([self._put(f"input-{index}", part, flow) for part, flow in enumerate(ours)])
 
-    def _run(self, index: int, ours: list[Tensor]) -> None:
+    def _run(self, index: int, ours: list[Flow]) -> None:
         """Puts the student's outputs of a block in place of its inputs."""
         with self._replay.residency(index):
-            for part, hidden in enumerate(ours):
-                ours[part] = self._put("student", part, self._replay.run(index, self._here(hidden), self._ids[part]))
+            for part, flow in enumerate(ours):
+                ours[part] = self._put("student", part, self._replay.run(index, flow.each(self._here), self._ids[part]))
 
     def _run_both(
-        self, index: int, ours: list[Tensor], theirs: list[Tensor], hidden_gradient: HiddenGradient | None = None
+        self, index: int, ours: list[Flow], theirs: list[Flow], hidden_gradient: HiddenGradient | None = None
     ) -> list[Tensor]:
         """Puts a block's outputs of both models in place of its inputs; returns ``hidden_gradient``, if given, of each part."""
         gradients = []
         for part in range(len(ours)):
-            student = self._replay.run(index, self._here(ours[part]), self._ids[part])
+            student = self._replay.run(index, ours[part].each(self._here), self._ids[part])
             with self.network.dense():
-                target = self._replay.run(index, self._here(theirs[part]), self._ids[part])
+                target = self._replay.run(index, theirs[part].each(self._here), self._ids[part])
             if hidden_gradient:
-                own = hidden_gradient(student, target, len(self._replay))
-                gradients.append(self._put(f"pull-{index}", part, own))
+                own = hidden_gradient(student.hidden, target.hidden, len(self._replay))
+                gradients.append(self._stash.put(f"pull-{index}-{part}", own))
             theirs[part], ours[part] = self._put("teacher", part, target), self._put("student", part, student)
         return gradients
 
-    def _final(self, hidden: list[Tensor]) -> Tensor:
-        final = [self._replay.leave(self._here(part), ids) for part, ids in zip(hidden, self._ids, strict=True)]
+    def _final(self, flows: list[Flow]) -> Tensor:
+        final = [self._replay.leave(self._here(flow.hidden), ids) for flow, ids in zip(flows, self._ids, strict=True)]
         return torch.cat(final) if final else torch.empty(0, 0, 0)  # no window in this process: it still takes part
 
-    def _backward_final(self, last: Tensor, gradient: Tensor, ids: Tensor) -> Tensor:
+    def _backward_final(self, last: Flow, gradient: Tensor, ids: Tensor) -> Tensor:
         """The gradient at the last block's output, from that at the final hidden states (behind the final norm)."""
         with torch.enable_grad():
-            leaf = self._here(last).detach().requires_grad_()
+            leaf = _leaf(self._here(last.hidden))
             final = self._replay.leave(leaf, ids)
         return torch.autograd.grad(final, leaf, gradient)[0]
 
-    def _put(self, name: str, part: int, hidden: Tensor) -> Tensor:
-        return self._stash.put(f"{name}-{part}", hidden)
+    def _put(self, name: str, part: int, flow: Flow) -> Flow:
+        return flow.put(self._stash, f"{name}-{part}")
 
-    def _here(self, hidden: Tensor) -> Tensor:
-        return hidden.to(self._replay.device)
+    def _here(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self._replay.device)
+
+
+def _leaf(tensor: Tensor) -> Tensor:
+    """Where a gradient is wanted; indices have none."""
+    return tensor.detach().requires_grad_(tensor.is_floating_point())
+
+
+def _backward(outputs: Flow, gradients: Flow) -> None:
+    """Backpropagates through a block from the gradients at what it put out; what no later block used has none."""
+    pairs = [(outputs.hidden, gradients.hidden)]
+    for place, gradient in gradients.handed.items():
+        output = outputs.handed[place]
+        if gradient is not None and output is not None and output.requires_grad:
+            pairs.append((output, gradient))
+    tensors, grads = zip(*pairs, strict=True)
+    torch.autograd.backward(tensors, grads)
+
+
+def _gradients(leaves: Flow) -> Flow:
+    """Those that a backward pass left at a block's inputs."""
+    assert leaves.hidden.grad is not None
+    return Flow(leaves.hidden.grad, {place: None if leaf is None else leaf.grad for place, leaf in leaves.handed.items()})

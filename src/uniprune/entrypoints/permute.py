@@ -27,7 +27,6 @@ from uniprune.job.inference import inferring
 from uniprune.job.options import RunOptions
 from uniprune.job.prepare import Job, device_of, prepare, progress_of
 from uniprune.job.recipe import Recipe
-from uniprune.models.blocks import Replay
 from uniprune.models.channels.folding import Channels, fold, folding, reorder
 from uniprune.models.channels.heads import find_heads
 from uniprune.models.channels.hidden import find_hidden
@@ -35,6 +34,7 @@ from uniprune.models.channels.stream import find_stream
 from uniprune.models.channels.trial import TOKENS
 from uniprune.models.loading import Loaded, Source
 from uniprune.models.matrices import find_blocks
+from uniprune.models.replay import Replay
 from uniprune.reporting import model_card
 from uniprune.saliency.calibration import one_shot
 from uniprune.sparsity.channel_order import kept, search_within

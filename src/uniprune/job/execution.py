@@ -17,7 +17,7 @@ from uniprune.job.samples import check_can_generate, self_generated
 from uniprune.models import blocks
 from uniprune.models.loading import Loaded
 from uniprune.models.matrices import Matrices
-from uniprune.models.sharding import Sharder
+from uniprune.models.residency.sharding import Sharder
 from uniprune.storage import runs
 
 UNSUITABLE = {

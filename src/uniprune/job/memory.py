@@ -33,7 +33,7 @@ from uniprune.models.blocks import BATCH_TOKENS
 from uniprune.models.experts import Batched, Slice
 from uniprune.models.matrices import Matrices, Matrix, find_blocks
 from uniprune.models.output_head import PIECE, output_embeddings
-from uniprune.models.streaming import share_keys_and_values, shared_parameter
+from uniprune.models.residency.streaming import share_keys_and_values, shared_parameter
 from uniprune.saliency.statistics import Gram, Kind, SquaredNorm, beside
 
 logger = logging.getLogger(__name__)

@@ -48,8 +48,8 @@ from uniprune.models.loading import (
     warn_of_emulation,
 )
 from uniprune.models.matrices import Matrices, check_decoder, check_finite, check_loaded, choose_matrices, find_matrices
-from uniprune.models.sharding import open_sharded
-from uniprune.models.streaming import Streamer, attached, open_streamed
+from uniprune.models.residency.sharding import open_sharded
+from uniprune.models.residency.streaming import Streamer, attached, open_streamed
 from uniprune.saliency.calibration import OUTPUTS, SWEEP, Calibration
 from uniprune.sparsity.hardware import check_prunes, fitted
 from uniprune.sparsity.patterns import Pattern, Saliency

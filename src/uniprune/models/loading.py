@@ -22,7 +22,7 @@ from uniprune.checkpoints.quantised.formats import plain
 from uniprune.checkpoints.shards import lacking
 from uniprune.errors import InputError, UniPruneError, first_line
 from uniprune.models.blocks import Residency, resident
-from uniprune.models.filling import fill, loaded_dtypes
+from uniprune.models.residency.filling import fill, loaded_dtypes
 from uniprune.storage.dtypes import BY_NAME, PLAIN
 from uniprune.storage.outline import Outline
 

@@ -14,9 +14,9 @@ from uniprune.checkpoints.checkpoint import PACKED
 from uniprune.checkpoints.origin import resolve
 from uniprune.checkpoints.shards import lacking
 from uniprune.errors import InputError
-from uniprune.models.filling import assign, loaded_dtypes
 from uniprune.models.loading import Loaded, hollow, load_weights, native_dtype, parse_dtype, warn_of_emulation
 from uniprune.models.matrices import Matrix, find_matrices
+from uniprune.models.residency.filling import assign, loaded_dtypes
 from uniprune.runtime.layout import RuntimeOrigin
 from uniprune.runtime.linear import BitmaskLinear, KernelLinear, nothing_to_pack, too_dense, unsupported
 from uniprune.runtime.native import library

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from uniprune.common import distributed
 from uniprune.common.progress import Progress, silent
-from uniprune.models.blocks import Blocks, Replay, Residency, batches, device_of, last_hidden, resident
+from uniprune.models.blocks import Residency, batches, device_of, last_hidden, resident
 from uniprune.models.matrices import Matrices, find_blocks
+from uniprune.models.replay import Blocks, Replay
 from uniprune.saliency import statistics as statistics_module
 from uniprune.saliency.metrics import Metric
 from uniprune.saliency.statistics import Kind, Statistics, observing, pool

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import json
+import math
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,40 +17,66 @@ from uniprune.errors import UniPruneError
 M_MMAP_THRESHOLD, LARGE = -3, 32 << 20  # bytes; smaller ones are better kept: activations come and go all the time
 
 
+Shape = tuple[Any, ...]
+"""The name of a type, and sizes."""
+
+
 class Stash:
-    """Tensors put aside: in memory, or in files of a folder that are mapped, so that the system may page them out."""
+    """Tensors put aside: in memory, or in files of a folder that are mapped, so that the system may page them out.
+
+    Beside a file lies another with the tensor's type and shape, for a process that takes up where this one stopped.
+    """
 
     def __init__(self, folder: Path | None = None) -> None:
         self._folder = folder
-        self._kept: dict[str, Tensor] = {}
+        self._kept: dict[str, tuple[Shape, Tensor]] = {}
 
     def put(self, name: str, tensor: Tensor) -> Tensor:
         """A copy of ``tensor`` that lasts until something else is put under its name."""
         if self._folder is None:
             return tensor.detach()
-        kept = self._kept.get(name)
-        if kept is None or kept.shape != tensor.shape or kept.dtype != tensor.dtype:
+        shape = (str(tensor.dtype).removeprefix("torch."), *tensor.shape)
+        known, kept = self._kept.get(name, (None, tensor))
+        if known != shape:
+            (self._folder / f"{name}.json").write_text(json.dumps(shape))
             with (self._folder / name).open("wb") as file:
                 if hasattr(os, "posix_fallocate") and tensor.nbytes:  # a full disk is an error here, but a crash in a mapping
                     os.posix_fallocate(file.fileno(), 0, tensor.nbytes)
-            kept = self._map(name, tensor)
+            kept = self._map(name, shape)
         return kept.copy_(tensor.detach())
 
-    def take(self, name: str, like: Tensor) -> Tensor:
-        """What an earlier process put under a name, a tensor of the shape and type of ``like``."""
+    def take(self, name: str) -> Tensor:
+        """What an earlier process put under a name."""
         assert self._folder is not None, "nothing outlives a process in its memory"
         path = self._folder / name
-        if not path.is_file() or path.stat().st_size != like.nbytes:
+        try:
+            dtype, *sizes = json.loads(path.with_name(f"{name}.json").read_text())
+            complete = path.stat().st_size == math.prod(sizes) * getattr(torch, dtype).itemsize
+        except (OSError, ValueError):
+            complete = False
+        if not complete:
             raise UniPruneError(
                 f"{path} is missing or damaged, the run cannot continue; --overwrite without --resume restarts it"
             )
-        return self._map(name, like)
+        return self._map(name, (dtype, *sizes))
 
-    def _map(self, name: str, like: Tensor) -> Tensor:
+    def __contains__(self, name: object) -> bool:
+        """Whether there is something under a name, of this process or an earlier one."""
+        return self._folder is not None and (self._folder / f"{name}.json").is_file()
+
+    def forget(self, name: str) -> None:
+        """Drops what was put under a name, if something was."""
+        self._kept.pop(name, None)
+        if self._folder is not None:
+            (self._folder / f"{name}.json").unlink(missing_ok=True)
+
+    def _map(self, name: str, shape: Shape) -> Tensor:
         assert self._folder is not None
-        flat = torch.from_file(str(self._folder / name), shared=True, size=like.numel(), dtype=like.dtype)
-        self._kept[name] = flat.view(like.shape)
-        return self._kept[name]
+        dtype, *sizes = shape
+        flat = torch.from_file(str(self._folder / name), shared=True, size=math.prod(sizes), dtype=getattr(torch, dtype))
+        kept: Tensor = flat.view(sizes)
+        self._kept[name] = shape, kept
+        return kept
 
 
 def moved(tensor: Tensor, device: torch.device) -> Tensor:

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from uniprune.checkpoints.layout import names_of
-from uniprune.models.blocks import Replay
 from uniprune.models.channels.folding import Axis, Channels, reorder
 from uniprune.models.channels.trial import CHANGE, ROUNDING, BlockTrial, distance, trials
 from uniprune.models.linear import input_axis, is_linear
 from uniprune.models.matrices import find_blocks, find_matrices
+from uniprune.models.replay import Flow, Replay
 
 logger = logging.getLogger(__name__)
 TYPE_ROUNDING = {torch.bfloat16: 0.03, torch.float16: 0.01}  # relative, of what is proved on the model's own weights
@@ -35,7 +35,7 @@ def find_stream(model: nn.Module, consumers: Collection[str], replay: Replay, id
     what they are, e.g. experts, or parts of the model that text alone does not go through.
     ids: token ids ``[1, tokens]`` for the proof; the model's blocks may be in memory one at a time.
     """
-    entered = replay.enter(ids)
+    entered = replay.enter(ids).hidden
     if entered.dim() != 3 or len(entered) != 1:
         return None
     width, (prefix, _) = entered.shape[-1], find_blocks(model)
@@ -136,7 +136,7 @@ def _given(trial: BlockTrial, hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]
         module.register_forward_pre_hook(noting(name), with_kwargs=True) for name, module in trial.module.named_modules()
     ]
     try:
-        return trial.call(trial.module, hidden), given
+        return trial.call(trial.module, Flow(hidden)).hidden, given
     finally:
         for handle in handles:
             handle.remove()
@@ -196,13 +196,13 @@ def _outer_axes(model: nn.Module, replay: Replay, ids: Tensor, width: int) -> Ax
 @torch.no_grad()
 def _proved_around(model: nn.Module, replay: Replay, ids: Tensor, axes: Axes, order: Tensor) -> bool:
     """Whether the first block's inputs, and the logits of the last one's outputs, follow the order of the axes."""
-    last = torch.randn(replay.enter(ids).shape, generator=torch.Generator().manual_seed(1)).to(replay.device)
+    last = torch.randn(replay.enter(ids).hidden.shape, generator=torch.Generator().manual_seed(1)).to(replay.device)
     last, order = last.to(model.dtype), order.to(replay.device)  # type: ignore[arg-type]
     limit = TYPE_ROUNDING.get(last.dtype, 1e-3)
 
     def around(last: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         logits = replay.around(model, ids, last).logits
-        return replay.enter(ids).float(), replay.leave(last, ids).float(), logits.float()
+        return replay.enter(ids).hidden.float(), replay.leave(last, ids).float(), logits.float()
 
     try:
         entered, final, logits = around(last)

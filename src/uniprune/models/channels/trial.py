@@ -10,13 +10,14 @@ import copy
 import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from uniprune.models.blocks import Call, Replay
 from uniprune.models.channels.folding import Channels, folding, reorder
+from uniprune.models.replay import Flow, Replay
 
 logger = logging.getLogger(__name__)
 TOKENS = 16  # that a module is run on
@@ -85,10 +86,10 @@ class BlockTrial(Trial):
     def __init__(self, replay: Replay, index: int, ids: Tensor) -> None:
         generator = torch.Generator().manual_seed(0)
         twin = _copied(replay.blocks[index], generator)
-        self.hidden = torch.randn(replay.enter(ids).shape, generator=generator)
+        self.hidden = torch.randn(replay.enter(ids).hidden.shape, generator=generator)
         call = replay.call(index, ids)
-        self.call = Call(_plain(call.args), _plain(call.kwargs), call.keyword)
-        super().__init__(twin, lambda: [self.call(twin, self.hidden)], generator)
+        self.call = replace(call, arguments=_plain(call.arguments))
+        super().__init__(twin, lambda: [self.call(twin, Flow(self.hidden)).hidden], generator)
 
 
 def trials(replay: Replay, ids: Tensor) -> Iterator[tuple[BlockTrial, list[int]]]:

@@ -24,7 +24,7 @@ from torch import nn
 from uniprune.checkpoints.origin import Origin
 from uniprune.common import distributed
 from uniprune.models.loading import Loaded
-from uniprune.models.streaming import Streamer, opened
+from uniprune.models.residency.streaming import Streamer, opened
 from uniprune.storage.stash import give_back_memory
 
 

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from uniprune.checkpoints.layout import keys_of
 from uniprune.checkpoints.origin import Origin
 from uniprune.errors import InputError
-from uniprune.models.filling import assign, fill, loaded_dtypes
 from uniprune.models.loading import Loaded, hollow
 from uniprune.models.matrices import Matrices, find_blocks
+from uniprune.models.residency.filling import assign, fill, loaded_dtypes
 from uniprune.storage.files import announce
 from uniprune.storage.outline import Outline
 from uniprune.storage.stash import give_back_memory
