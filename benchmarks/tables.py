@@ -429,6 +429,19 @@ def recomputed(results: dict[str, Any]) -> str:
     return table([*head, "peak / forecast, of each"], lines)
 
 
+def peaks(results: dict[str, Any]) -> str:
+    """What was forecast for architectures, and what was taken."""
+    lines = []
+    for row in results["rows"]:
+        line = [f"{row['kind']}, {row['parameters'] / 1e6:.0f}M weights"]
+        for execution in ("resident", "recomputed"):
+            peak, forecast = (row[execution][name] for name in ("peak_bytes", "forecast_bytes"))
+            line += [f"{peak / 1e9:.2f} GB", f"{peak / forecast:.2f}"]
+        lines.append(line)
+    head = ["random weights, bfloat16, CPU, 4,096 tokens a step", "resident: peak", "peak / forecast"]
+    return table([*head, "recomputed: peak", "peak / forecast"], lines)
+
+
 def lasting(seconds: float) -> str:
     for unit, size, enough in (("h", 3600, 7200), ("min", 60, 120)):
         if seconds >= enough:
@@ -822,6 +835,8 @@ def main() -> None:
         fill(ROOT / "docs" / "devices.md", {"cards": cards(results)})
     if results := load("launches"):
         fill(ROOT / "docs" / "devices.md", {"launches": launches(results)})
+    if results := load("peaks"):
+        fill(ROOT / "docs" / "scaling.md", {"peaks": peaks(results)})
     if results := load("recompute"):
         fill(ROOT / "docs" / "scaling.md", {"recomputed": recomputed(results)})
     if results := load("runtime"):

@@ -98,7 +98,9 @@ OWN: dict[str, dict[str, Any]] = {  # what types need beside their sizes; that o
     "deepseek_v2": {"n_routed_experts": 4, **EXPERTS},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, **EXPERTS},
     "apertus1p5": {
-        "vision_config": {**CODES, "embed_dim": 32},
+        "image_token_offset": 0,
+        "audio_token_offset": 32,
+        "vision_config": {**CODES, "embed_dim": 32, "codebook_size": 32},
         "audio_config": {"codebook_dim": 32, "decoder_hidden_size": 32, "decoder_intermediate_size": 32, "num_filters": 4},
     },
     "bamba": {"attn_layer_indices": [1]},

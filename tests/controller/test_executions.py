@@ -301,7 +301,7 @@ def test_the_model_is_left_as_it_was():
 
 
 def test_small_steps_from_disk_are_warned_of(folder, monkeypatch, caplog):
-    monkeypatch.setattr("uniprune.job.memory.TRAFFIC", 0)
+    monkeypatch.setattr("uniprune.job.execution.TRAFFIC", 0)
 
     def warned(execution, **tuning):
         caplog.clear()

@@ -9,8 +9,8 @@ from uniprune.checkpoints.origin import resolve, stored_dtype
 from uniprune.errors import InputError
 from uniprune.experts import removal
 from uniprune.job import estimate
-from uniprune.job.execution import check_execution, choose
-from uniprune.job.memory import Work, needs, warn_of_traffic
+from uniprune.job.execution import check_execution, choose, warn_of_traffic
+from uniprune.job.memory import Work, needs
 from uniprune.job.options import Execution, RunOptions
 from uniprune.job.prepare import aim_of, check_predicts, device_of
 from uniprune.job.recipe import WINDOWS, Recipe

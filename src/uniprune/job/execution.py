@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import torch
@@ -20,6 +21,9 @@ from uniprune.models.matrices import Matrices
 from uniprune.models.residency.sharding import Sharder
 from uniprune.storage import runs
 
+logger = logging.getLogger(__name__)
+
+TRAFFIC = 10_000_000_000  # bytes read and written per step from which on a warning is due
 UNSUITABLE = {
     "recomputed": "only --controller feedback has activations to compute again, where blocks do not share keys and values",
     "offloaded": "it is for a controller on a GPU",
@@ -98,3 +102,17 @@ def _everywhere(condition: bool) -> bool:
 
 def _gigabytes(size: int) -> str:
     return f"{size / 1e9:.2f} GB"
+
+
+def warn_of_traffic(work: memory.Work, execution: str, needed: memory.Bytes) -> None:
+    """Warns if small steps will read and write the states more often than larger steps would."""
+    moved = needed.read + needed.written
+    small = work.recipe.step_tokens(work.length) < memory.LARGE_STEP
+    if execution in ("sharded", "streamed") and work.recipe.corrected and small and moved > TRAFFIC:
+        logger.warning(
+            "each step of the controller reads %.0f GB from the disk and writes %.0f GB, however many tokens it has; larger "
+            "steps are fewer: --set batch_tokens=%d",
+            needed.read / 1e9,
+            needed.written / 1e9,
+            memory.LARGE_STEP,
+        )

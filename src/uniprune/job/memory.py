@@ -13,7 +13,6 @@ All give the same masks. They are listed from the fastest to the slowest.
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 from collections import Counter
@@ -21,7 +20,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import get_args
+from typing import NamedTuple, get_args
 
 import torch
 
@@ -29,6 +28,7 @@ from uniprune.common import distributed
 from uniprune.controller.passes import PART_TOKENS
 from uniprune.job.options import IN_MEMORY, Execution
 from uniprune.job.recipe import WINDOWS, Recipe
+from uniprune.models import activations
 from uniprune.models.blocks import BATCH_TOKENS
 from uniprune.models.experts import Batched, Slice
 from uniprune.models.matrices import Matrices, Matrix, find_blocks
@@ -36,17 +36,16 @@ from uniprune.models.output_head import PIECE, output_embeddings
 from uniprune.models.residency.streaming import share_keys_and_values, shared_parameter
 from uniprune.saliency.statistics import Gram, Kind, SquaredNorm, beside
 
-logger = logging.getLogger(__name__)
-
 CPU = torch.device("cpu")
 PROCESS = 350_000_000  # bytes: the interpreter and its libraries
 LOGIT = 5 * 4  # bytes per logit of a piece of a window: the float32 tensors that a loss makes of both models' logits
 SCORING = 20  # bytes per weight of the largest matrix while it is scored and its mask created, in float32
 STEPPING = 24  # bytes per weight of the largest matrix while a step moves its dual
 NORMS = 6  # bytes per token and hidden channel that autograd keeps of a block's norms (float32), beside what matrices need
+RECOMPUTED = 3  # a block's activations when they are computed again, and what a pass backwards makes of them / what is kept
+AT_WORK = 1.25  # memory that a step has taken when its activations are largest / what autograd keeps of them by then
 FRAGMENTATION = 1.2  # memory taken from the system / memory asked of the allocator, for tensors that come and go
 LARGE_STEP = 16_384  # tokens of a step that computes about as long as its states take to be read and written
-TRAFFIC = 10_000_000_000  # bytes read and written per step from which on a warning is due
 GROUPS, MOUNTED = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")  # on Linux: this process's control groups; all of them
 LIMITS = {"": ("memory.max", "memory.current"), "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes")}  # cgroup v2, v1
 
@@ -115,6 +114,10 @@ class Work:
             for name, matrix in self.matrices.items()
         }
 
+    @cached_property
+    def activations(self) -> activations.Activations | None:
+        return activations.count(self.model, self.matrices, self.dtype, self.length)
+
     @property
     def active(self) -> float:
         """How many of the prunable weights a token is multiplied by, on average (active parameters)."""
@@ -176,6 +179,15 @@ def _streamed(parts: _Parts) -> Bytes:
     )
 
 
+class Kept(NamedTuple):
+    """Bytes kept of a token: all blocks' activations, the largest block's, all blocks' inputs, and one's."""
+
+    whole: float
+    largest: float
+    inputs: float
+    state: float
+
+
 class _Parts:
     """The quantities that forecasts are sums of: bytes, unless they say otherwise."""
 
@@ -225,9 +237,16 @@ class _Parts:
         return {name: math.ceil(self.work.shares[name] * sum(matrix.shape)) for name, matrix in self.work.matrices.items()}
 
     @cached_property
-    def per_token(self) -> int:
-        """What autograd keeps of a token in one block: matrices' inputs and outputs, one more of the widest, and the norms."""
-        return self.item * (_most_of_a_block(self.work.matrices, self.widths) + self.width) + NORMS * self.hidden_size
+    def kept(self) -> Kept:
+        """As counted; or, of a model that cannot be, matrices' inputs and outputs, one more of the widest, and the norms."""
+        if counted := self.work.activations:
+            length = self.work.length / AT_WORK
+            states = len(counted.kept) * counted.state / self.work.length
+            return Kept(sum(counted.kept) / length, max(counted.kept) / length, states, counted.state / self.work.length)
+        beside = self.item * self.width + NORMS * self.hidden_size
+        whole = self.item * sum(self.widths.values()) + self.blocks * beside
+        largest = self.item * _most_of_a_block(self.work.matrices, self.widths) + beside
+        return Kept(whole, largest, self.blocks * self.item * self.hidden_size, self.item * self.hidden_size)
 
     @property
     def gradients(self) -> int:
@@ -254,15 +273,15 @@ class _Parts:
     def resident_step(self) -> int:
         """The peak of a step that keeps the activations of all blocks: at its loss, or when the last block's states are updated
         (its own activations are freed by then)."""
-        widths = sum(self.widths.values())
-        activations = self.tokens * (self.item * (widths + self.blocks * self.width) + NORMS * self.blocks * self.hidden_size)
-        return activations + max(self.logits, self.gradients + self.update - self.tokens * self.per_token)
+        beyond = max(self.logits, self.gradients + self.update - int(self.tokens * self.kept.largest))
+        return int(self.tokens * self.kept.whole) + beyond
 
     @property
     def recomputed_step(self) -> int:
         """The peak of a step that keeps the inputs of all blocks, and the activations and gradients of one block at a time."""
-        inputs = self.tokens * self.item * self.blocks * self.hidden_size
-        return inputs + max(2 * self.tokens * self.per_token + self.gradients, self.gradients + self.update, self.logits)
+        in_block = int(RECOMPUTED * self.tokens * self.kept.largest)
+        inputs = int(self.tokens * self.kept.inputs)
+        return inputs + max(in_block + self.gradients, self.gradients + self.update, self.logits)
 
     @property
     def streamed_step(self) -> int:
@@ -272,15 +291,16 @@ class _Parts:
         part = max(PART_TOKENS, self.work.length)
         gradients = self.gradients * (4 // self.item if self.tokens > part else 1)
         final = 4 * self.tokens * self.hidden_size * self.item
-        in_block = max(2 * part * self.per_token, self.update + self.fetched)
+        in_block = max(int(2 * part * self.kept.largest), self.update + self.fetched)
         return max(in_block + gradients, self.logits) + final
 
     @property
     def hidden(self) -> int:
         """On disk: the hidden states between two blocks; where the controller runs, the inputs of all blocks in a step."""
         if not self.work.recipe.corrected:
-            return 2 * self.text * self.item * self.hidden_size
-        return max(self.tokens, BATCH_TOKENS) * self.item * self.width * (self.blocks + 4)
+            return int(2 * self.text * self.kept.state)
+        state = max(self.item * self.width, self.kept.state)
+        return int(max(self.tokens, BATCH_TOKENS) * state * (self.blocks + 4))
 
     @property
     def finals(self) -> int:
@@ -329,20 +349,6 @@ def _most_of_a_block(matrices: Matrices, sizes: Mapping[str, int]) -> int:
     for name, size in sizes.items():
         totals[matrices[name].block] += size
     return max(totals.values())
-
-
-def warn_of_traffic(work: Work, execution: str, needed: Bytes) -> None:
-    """Warns if small steps will read and write the states more often than larger steps would."""
-    moved = needed.read + needed.written
-    small = work.recipe.step_tokens(work.length) < LARGE_STEP
-    if execution in ("sharded", "streamed") and work.recipe.corrected and small and moved > TRAFFIC:
-        logger.warning(
-            "each step of the controller reads %.0f GB from the disk and writes %.0f GB, however many tokens it has; larger "
-            "steps are fewer: --set batch_tokens=%d",
-            needed.read / 1e9,
-            needed.written / 1e9,
-            LARGE_STEP,
-        )
 
 
 def free_memory(device: torch.device) -> int:

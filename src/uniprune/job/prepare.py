@@ -27,7 +27,7 @@ from uniprune.data.sources import files_of
 from uniprune.data.windows import Windows, save_windows
 from uniprune.errors import InputError
 from uniprune.job import memory
-from uniprune.job.execution import check_execution, choose, choose_for_loaded
+from uniprune.job.execution import check_execution, choose, choose_for_loaded, warn_of_traffic
 from uniprune.job.images import image_windows
 from uniprune.job.options import IN_MEMORY, Execution, RunOptions
 from uniprune.job.recipe import Recipe
@@ -171,7 +171,7 @@ def prepare(
             needs = memory.needs(work)
             execution = choose(given, needs, options, device, target)
             check_execution(recipe, execution)
-            memory.warn_of_traffic(work, execution, needs[execution])
+            warn_of_traffic(work, execution, needs[execution])
             _check_images(windows, execution)
             if target is not None:  # each process has files of its own beside the output
                 files.check_disk_space(target, disk + distributed.count() * needs[execution].disk)

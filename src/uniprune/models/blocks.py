@@ -36,7 +36,7 @@ def batches(windows: Tensor, tokens: int = BATCH_TOKENS) -> list[Tensor]:
 
 def device_of(model: nn.Module) -> torch.device:
     """Where a model computes: blocks that wait for their turn are on the meta device, the rest is not."""
-    return next(parameter.device for parameter in model.parameters() if not parameter.is_meta)
+    return next((parameter.device for parameter in model.parameters() if not parameter.is_meta), torch.device("meta"))
 
 
 def last_hidden(model: nn.Module, batch: Tensor) -> Tensor:

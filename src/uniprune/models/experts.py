@@ -8,6 +8,7 @@ can do the same to an expert's, and sees the tokens that were routed to it, and 
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -128,6 +129,16 @@ class Fused:
         """Whether it is known how the checkpoint stores them."""
         return all(self._up) and all(self._down)
 
+    def first_of(self, module: Any) -> Fused:
+        """The first expert, for :meth:`run_first`, of a copy of the module."""
+        twin = copy.copy(self)
+        twin.module, twin._up, twin._down = module, [[]], [[]]
+        for ours, theirs in ((self._up, twin._up), (self._down, twin._down)):
+            for one in ours[0]:
+                theirs[0].append(part := Slice.__new__(Slice))
+                vars(part).update({name: vars(one)[name] for name in Slice.__annotations__} | {"fused": twin})
+        return twin
+
     def run(self, call: Call, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """What the module computes, for tokens ``[tokens, width]``, through one ``call`` per expert and matrix."""
         module = self.module
@@ -146,6 +157,12 @@ class Fused:
                 weighted = call(self.outputs[expert], weighted)
             output.index_add_(0, token, weighted.to(output.dtype))
         return output
+
+    def run_first(self, call: Call, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """As :meth:`run`, if each token had chosen the first expert every time: it asks for no token's choice."""
+        mine = hidden_states.repeat_interleave(top_k_index.shape[-1], 0)
+        y = self._expert(call, 0, mine, self._gated) * top_k_weights.reshape(-1, 1)
+        return y.view(len(hidden_states), -1, y.shape[-1]).sum(1).to(hidden_states.dtype)
 
     def _gated(self, y: Tensor) -> Tensor:
         module = self.module
@@ -174,6 +191,9 @@ class Batched(Fused):
             if len(chosen := mine.any(-1).nonzero()[:, 0]):
                 output[expert, chosen] = self._expert(call, expert, mine[chosen], self._halves)
         return output.view(hidden_states.shape)
+
+    def run_first(self, call: Call, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
+        return self._expert(call, 0, hidden_states, self._halves)
 
     def _halves(self, y: Tensor) -> Tensor:
         gate, up = y.chunk(2, -1)
