@@ -158,6 +158,13 @@ def test_executions_that_a_model_does_not_admit_are_not_offered(family, settings
             uniprune.plan(source, recipe, execution="streamed")
 
 
+def test_blocks_that_are_passed_twice_are_not_offered_one_by_one():
+    model = tiny("llama")
+    model.model.layers = Looped(model.model.layers)
+    work = Work(model, find_matrices(model), Recipe(sparsity="2:4"), torch.float32, torch.float32, 32)
+    assert list(needs(work)) == ["resident", "recomputed"]
+
+
 def test_what_fits_is_chosen(folder, tmp_path):
     recipe = Recipe(sparsity="2:4", **SMALL)
     plan = uniprune.plan(str(folder), recipe, max_memory=limit_of(folder, recipe, "recomputed"))

@@ -27,8 +27,8 @@ TRAFFIC = 10_000_000_000  # bytes read and written per step from which on a warn
 UNSUITABLE = {
     "recomputed": "only --controller feedback has activations to compute again, where blocks do not share keys and values",
     "offloaded": "it is for a controller on a GPU",
-    "sharded": "it takes several processes (torchrun), and blocks that share nothing",
-    "streamed": "blocks of this model share weights, or keys and values",
+    "sharded": "it takes several processes (torchrun), and blocks that share nothing and are passed once",
+    "streamed": "blocks of this model share weights, or keys and values, or a pass comes to them several times",
 }
 
 

@@ -132,7 +132,8 @@ def _routed(matrix: Matrix) -> bool:
 def needs(work: Work) -> Needs:
     """What each execution of this work takes that the model admits."""
     _, blocks = find_blocks(work.model)
-    admitted = IN_MEMORY if shared_parameter(blocks) else tuple(get_args(Execution))
+    looped = work.activations is not None and len(work.activations.kept) != len(blocks)
+    admitted = IN_MEMORY if looped or shared_parameter(blocks) else tuple(get_args(Execution))
     if share_keys_and_values(blocks):
         admitted = ("resident",)
     return {execution: found for execution, found in _needs(work).items() if execution in admitted}
