@@ -20,9 +20,12 @@ import local_hub
 import processes
 import quick
 from uniprune import Loaded
+from uniprune.controller.passes import open_passes
 from uniprune.data.text import read
 from uniprune.errors import InputError
+from uniprune.models.matrices import find_matrices
 from uniprune.runtime import native
+from uniprune.saliency.calibration import Calibration
 
 # Machines are busy, so nothing is too slow. The suite tries the same few examples each time, `make soak` many others.
 settings.register_profile("test", max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -208,3 +211,18 @@ def nothing_is_waited_for():
     quick.without_waiting()
     yield
     processes.end()
+
+
+def kept_bytes(model, ids, recompute=False):
+    """What a controller's pass forwards over token ids, of a model in memory, leaves for the pass backwards."""
+    storages = {}
+    passes = open_passes(Calibration(model, find_matrices(model), ids, recompute=recompute), None)
+
+    def pack(tensor):
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with passes.network, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        passes.forward(ids)
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    return sum(size for place, size in storages.items() if place not in weights)

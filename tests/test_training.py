@@ -330,6 +330,8 @@ def test_adapters_that_transformers_put_in_are_loaded_as_a_peft_model_first():
     try:
         model.add_adapter(peft.LoraConfig(r=4, target_modules=["up_proj"]))
     except ValueError as refusal:  # transformers 5.24.0 asks for PEFT 0.22.0, before that was out
+        if "version of PEFT" not in str(refusal):
+            raise
         pytest.skip(str(refusal))
     with pytest.raises(InputError, match=r"adapters of its own; .*PeftModel.from_pretrained"):
         merge_adapters(model)

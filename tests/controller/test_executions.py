@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForImageTextToText, BlipConfig
 
 import uniprune
-from conftest import Stopped, Stops
+from conftest import Stopped, Stops, kept_bytes
 from small_models import MATRICES, Looped, tiny
 from uniprune import Recipe
 from uniprune.checkpoints.origin import resolve
@@ -79,23 +79,9 @@ def test_a_block_that_a_model_passes_through_twice_has_one_gradient(recompute):
         torch.testing.assert_close(gradient, matrices[name].parameter.grad)
 
 
-def kept_bytes(recompute):
-    """What the pass forwards of one step leaves for the pass backwards."""
-    model, kept = tiny("llama", num_hidden_layers=6), {}
-    passes = open_passes(Calibration(model, find_matrices(model), tokens(), recompute=recompute), None)
-
-    def pack(tensor):
-        kept[tensor.data_ptr()] = tensor.nbytes
-        return tensor
-
-    with passes.network, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        passes.forward(tokens())
-    weights = {parameter.data_ptr() for parameter in model.parameters()}
-    return sum(size for place, size in kept.items() if place not in weights)
-
-
 def test_recomputed_activations_are_not_kept():
-    assert kept_bytes(recompute=True) < 0.2 * kept_bytes(recompute=False)
+    model = tiny("llama", num_hidden_layers=6)
+    assert kept_bytes(model, tokens(), recompute=True) < 0.2 * kept_bytes(model, tokens())
 
 
 def test_masks_are_cut_once_a_step_and_wait_as_bits():
@@ -241,18 +227,9 @@ def test_a_model_whose_text_decoder_has_the_output_head_is_forecast():
 def test_a_token_is_forecast_to_go_to_few_experts(family):
     """With all of them the forecast was several times what is taken."""
     experts = {"num_experts": 64} if family == "qwen3_moe" else {"n_routed_experts": 64}
-    model, kept, ids = tiny(family, **experts), {}, tokens(8, 64)
+    model, ids = tiny(family, **experts), tokens(8, 64)
     matrices = find_matrices(model)
-    passes = open_passes(Calibration(model, matrices, ids), None)
-
-    def pack(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with passes.network, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        passes.forward(ids)
-    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    taken = sum(size for place, size in kept.items() if place not in weights)
+    taken = kept_bytes(model, ids)
     # A step of all 8 samples.
     forecast = _Parts(Work(model, matrices, Recipe(sparsity="2:4", tuning={"batch_tokens": 512}), torch.float32, None, 64))
     assert taken / 3 < forecast.resident_step < 3 * taken

@@ -4,11 +4,10 @@ import pytest
 import torch
 
 import catalogue
+from conftest import kept_bytes
 from small_models import Looped, kind_of, tiny
-from uniprune.controller.passes import open_passes
 from uniprune.models import activations
 from uniprune.models.matrices import find_blocks, find_matrices
-from uniprune.saliency.calibration import Calibration
 
 BF16 = torch.bfloat16
 KINDS = ["llama", "gpt_oss", "mamba2", "qwen3_next", "deepseek_v3", "hy_v4", "gemma3n_text", "recurrent_gemma"]
@@ -22,28 +21,13 @@ def small(kind):
     return kind_of(config).from_config(config, dtype=BF16).eval().requires_grad_(False)
 
 
-def kept(model, ids):
-    """Bytes that a pass forwards in memory leaves for the pass backwards."""
-    storages = {}
-    passes = open_passes(Calibration(model, find_matrices(model), ids), None)
-
-    def pack(tensor):
-        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with passes.network, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        passes.forward(ids)
-    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    return sum(size for place, size in storages.items() if place not in weights)
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_counted_is_what_is_kept(kind):
     """Attention without a kernel, several residual streams, states of linear attention, experts: within a quarter."""
     model = small(kind)
     counted = activations.count(model, find_matrices(model), BF16, 256)
     ids = torch.randint(0, catalogue.VOCABULARY, (1, 256), generator=torch.Generator().manual_seed(0))
-    assert sum(counted.kept) == pytest.approx(kept(model, ids), rel=0.25)
+    assert sum(counted.kept) == pytest.approx(kept_bytes(model, ids), rel=0.25)
     assert len(counted.kept) == len(find_blocks(model)[1])
 
 

@@ -151,12 +151,17 @@ def test_gradients_are_those_of_the_model_in_memory(pair, tmp_path, monkeypatch)
     check_gradients(pair, tmp_path, monkeypatch)
 
 
-@pytest.mark.parametrize("family", [*GIVEN_TOKENS, *HAND_ON])
-def test_gradients_of_blocks_that_are_given_more_than_hidden_states(family, tmp_path, monkeypatch):
-    check_gradients(paired(small(family), tmp_path / "model"), tmp_path, monkeypatch)
+@pytest.mark.parametrize("family", GIVEN_TOKENS)
+def test_gradients_of_blocks_that_are_given_what_depends_on_the_tokens(family, tmp_path, monkeypatch):
+    check_gradients(paired(tiny(family), tmp_path / "model"), tmp_path, monkeypatch)
 
 
-def check_gradients(pair, tmp_path, monkeypatch):
+@pytest.mark.parametrize("family", HAND_ON)
+def test_gradients_of_blocks_that_hand_on_more_than_hidden_states(family, tmp_path, monkeypatch):
+    check_gradients(paired(small(family), tmp_path / "model"), tmp_path, monkeypatch, rounding=1e-4, least=1e-7)
+
+
+def check_gradients(pair, tmp_path, monkeypatch, rounding=1e-5, least=1e-12):
     """Also when the windows go through a block in several parts, and states lie in files in between."""
     (model, matrices), (streamed, hollow, residency) = pair
     ids = tokens()
@@ -167,14 +172,14 @@ def check_gradients(pair, tmp_path, monkeypatch):
     passes = Streamed(streamed, Replay(streamed, blocks, residency), StraightThrough(hollow), Stash(tmp_path))
     found_kl, found = gradients(passes, ids)
     assert all(parameter.is_meta for parameter in blocks.parameters())
-    assert found_kl == pytest.approx(kl, rel=1e-5, abs=1e-7)
+    assert found_kl == pytest.approx(kl, rel=rounding, abs=least)
     assert found.keys() == expected.keys()
     assert any(gradient is not None for gradient in expected.values())
     for name, gradient in expected.items():
         if gradient is None:  # ZAYA's keys are all 0 before it is trained
             assert found[name] is None, name
             continue
-        assert float((found[name] - gradient).norm()) <= 1e-4 * float(gradient.norm()), name
+        assert float((found[name] - gradient).norm()) <= rounding * float(gradient.norm()), name
 
 
 def test_local_masks_are_those_of_the_model_in_memory(pair):

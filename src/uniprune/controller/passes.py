@@ -27,6 +27,7 @@ from uniprune.models.blocks import (
     batches,
     device_of,
     forked,
+    hidden_in,
     hidden_of,
     last_hidden,
     rerouted,
@@ -222,9 +223,9 @@ class Resident:
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             nonlocal entered
-            hidden = args[0] if args else kwargs["hidden_states"]
+            hidden = hidden_in(args, kwargs)
             if hidden.requires_grad and not entered:
-                hidden.register_hook(flush)
+                hidden.register_hook(flush)  # type: ignore[no-untyped-call]
             entered = True
 
         return before

@@ -241,9 +241,8 @@ class _Parts:
     def kept(self) -> Kept:
         """As counted; or, of a model that cannot be, matrices' inputs and outputs, one more of the widest, and the norms."""
         if counted := self.work.activations:
-            length = self.work.length / AT_WORK
-            states = len(counted.kept) * counted.state / self.work.length
-            return Kept(sum(counted.kept) / length, max(counted.kept) / length, states, counted.state / self.work.length)
+            taken, state = AT_WORK / self.work.length, counted.state / self.work.length
+            return Kept(taken * sum(counted.kept), taken * max(counted.kept), len(counted.kept) * state, state)
         beside = self.item * self.width + NORMS * self.hidden_size
         whole = self.item * sum(self.widths.values()) + self.blocks * beside
         largest = self.item * _most_of_a_block(self.work.matrices, self.widths) + beside

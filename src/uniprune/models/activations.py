@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from uniprune.models.blocks import last_hidden, rerouted
+from uniprune.models.blocks import hidden_in, last_hidden, rerouted, with_hidden
 from uniprune.models.experts import Fused, Slice
 from uniprune.models.matrices import Matrices, find_blocks
 
@@ -99,7 +99,7 @@ def _counted(model: nn.Module, experts: Sequence[Fused], length: int) -> Activat
         looks = type(blocks[index]), tuple((name, p.shape) for name, p in blocks[index].named_parameters())
 
         def block(*args: Any, **kwargs: Any) -> Any:
-            hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+            hidden = hidden_in(args, kwargs)
             states.append(hidden.nbytes)
             if looks not in found:
                 hidden = hidden if hidden.requires_grad else hidden.detach().requires_grad_()
@@ -110,7 +110,7 @@ def _counted(model: nn.Module, experts: Sequence[Fused], length: int) -> Activat
                 found[looks] = kept, output
             size, output = found[looks]
             calls.append(size)
-            return type(output)((hidden, *output[1:])) if isinstance(output, (tuple, list)) else hidden
+            return with_hidden(output, hidden)
 
         return block
 

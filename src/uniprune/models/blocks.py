@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -91,6 +91,17 @@ def _backbone(model: nn.Module) -> nn.Module:
         return within[0]
     decoder: nn.Module = model.get_decoder() if hasattr(model, "get_decoder") else model  # type: ignore[operator]
     return model if decoder is model else _backbone(decoder)
+
+
+def hidden_in(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """The hidden states that a block is called with."""
+    hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+    return hidden
+
+
+def with_hidden(output: Any, hidden: Tensor) -> Any:
+    """What a block puts out, with other hidden states."""
+    return type(output)((hidden, *output[1:])) if isinstance(output, (tuple, list)) else hidden
 
 
 def hidden_of(output: Any) -> Tensor:

@@ -8,7 +8,7 @@ the first block and after the last one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -22,11 +22,13 @@ from uniprune.models.blocks import (
     batches,
     device_of,
     forked,
+    hidden_in,
     hidden_of,
     last_hidden,
     rerouted,
     resident,
     warn_unless_causal,
+    with_hidden,
 )
 from uniprune.storage.stash import Stash
 
@@ -49,11 +51,23 @@ class Flow(NamedTuple):
 
     def put(self, stash: Stash, name: str) -> Flow:
         """The same, kept in a stash."""
+        handed: dict[int, Tensor | None] = {}
         for place, tensor in self.handed.items():
+            slot = _beside(name, place)
             if tensor is None:
-                stash.forget(f"{name}-{place}")
-        handed = {place: t if t is None else stash.put(f"{name}-{place}", t) for place, t in self.handed.items()}
+                stash.forget(slot)
+            handed[place] = None if tensor is None else stash.put(slot, tensor)
         return Flow(stash.put(name, self.hidden), handed)
+
+    @classmethod
+    def take(cls, stash: Stash, name: str, places: Iterable[int]) -> Flow:
+        """What an earlier process put, with what was handed on at some places."""
+        slots = {place: _beside(name, place) for place in places}
+        return cls(stash.take(name), {place: stash.take(slot) if slot in stash else None for place, slot in slots.items()})
+
+
+def _beside(name: str, place: int) -> str:
+    return f"{name}-{place}"
 
 
 Arguments = dict[str | int, Any]
@@ -140,10 +154,11 @@ class Replay:
             self._latest = ids, self._through(ids)[1]
         return self._latest[1]
 
-    def taken(self, stash: Stash, name: str) -> Flow:
-        """What an earlier process put in a stash by :meth:`Flow.put` between two blocks."""
-        handed = {place: f"{name}-{place}" for place in self._gives or ()}
-        return Flow(stash.take(name), {place: stash.take(one) if one in stash else None for place, one in handed.items()})
+    @property
+    def gives(self) -> tuple[int, ...]:
+        """The places of what blocks hand on beside hidden states; a window must have entered."""
+        assert self._gives is not None, "no window has entered"
+        return self._gives
 
     def leave(self, hidden: Tensor, ids: Tensor) -> Tensor:
         """What the model makes of the last block's output: the final hidden states ``[windows, length, width]``."""
@@ -175,8 +190,7 @@ class Replay:
             takes = {argument: place for argument, place in self._takes.items() if calls and argument in arguments}
             calls.append(Call(arguments, keyword=not args, takes=takes, gives=self._gives))
             inputs.append(hidden)
-            hidden = hidden if output is None else output
-            return type(self._output)((hidden, *self._output[1:])) if _places(self._output) else hidden
+            return with_hidden(self._output, hidden if output is None else output)
 
         return forward
 
@@ -274,9 +288,8 @@ class Blocks:
         self._batches = batches(windows)
         self.flows = []
         for number, batch in enumerate(self._batches):
-            entered = replay.enter(batch)
-            slot = _slot(number, done)
-            self.flows.append(replay.taken(self._stash, slot) if done else entered.put(self._stash, slot))
+            entered, slot = replay.enter(batch), _slot(number, done)
+            self.flows.append(Flow.take(self._stash, slot, replay.gives) if done else entered.put(self._stash, slot))
 
     def beside(self, windows: Tensor, stash: Stash) -> Blocks:
         """The same blocks over other windows, as far as these are; run them in turn."""
@@ -317,7 +330,7 @@ def _places(output: Any) -> int:
 def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Arguments]:
     """A block's hidden states, and its other arguments."""
     given: list[tuple[str | int, Any]] = [*enumerate(args[1:]), *kwargs.items()]
-    return args[0] if args else kwargs["hidden_states"], {name: value for name, value in given if name != "hidden_states"}
+    return hidden_in(args, kwargs), {name: value for name, value in given if name != "hidden_states"}
 
 
 def _handed_on(before: Any, arguments: Arguments) -> dict[str | int, int]:
