@@ -49,7 +49,7 @@ METHODS = {
     "wanda": "Wanda",
     "ria": "RIA",
     "stochria": "stochRIA",
-    "fisher": "Fisher, one budget for the model",
+    "fisher": "diagonal Fisher, one budget for the model",
     "fwanda": "Wanda and `--controller fisher`",
     "owl": "OWL",
     "sparsegpt": "SparseGPT (updates weights)",

@@ -12,14 +12,15 @@ from uniprune.cli.options import Only
 from uniprune.cli.terminal import Bars, quiet, show
 from uniprune.comparison.request import ComparisonRequest
 from uniprune.errors import InputError
-from uniprune.job.options import RunOptions
+from uniprune.job.options import TableRunOptions
 
 
 class ComparisonOptions(ComparisonRequest):
     """The settings of a table, over those of a recipe file."""
 
     config: Path | None = Field(
-        default=None, description="Recipe file (YAML) with any of these settings, as compare writes it; options override it."
+        default=None,
+        description="Recipe file (YAML) with any settings of a comparison, as compare writes it; options override it.",
     )
 
     def request(self) -> ComparisonRequest:
@@ -33,7 +34,7 @@ class ComparisonOptions(ComparisonRequest):
 
 
 def compare(
-    table: ComparisonOptions, target: Target, run: Annotated[RunOptions, Only("device resume overwrite")], printed: Printed
+    table: ComparisonOptions, target: Target, run: Annotated[TableRunOptions, Only("device resume overwrite")], printed: Printed
 ) -> None:
     quiet()
     request = table.request()

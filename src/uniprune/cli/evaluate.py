@@ -14,7 +14,7 @@ from uniprune.cli.terminal import Bars, quiet, show
 from uniprune.common.options import Commas, Flag, Options, Positional
 from uniprune.errors import InputError
 from uniprune.evaluation.request import EvaluationRequest
-from uniprune.job.options import RunOptions
+from uniprune.job.options import RunOptions, TableRunOptions
 from uniprune.job.settings import Settings
 from uniprune.speed.settings import Measurement
 
@@ -120,7 +120,7 @@ def sweep(
     target: Target,
     scope: Annotated[Settings, Only("scope")],
     request: Annotated[EvaluationRequest, Only("text_source field split windows length stride bos dtype")],
-    run: Annotated[RunOptions, Only("device resume overwrite")],
+    run: Annotated[TableRunOptions, Only("device resume overwrite")],
     printed: Printed,
 ) -> None:
     quiet()

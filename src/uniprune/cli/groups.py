@@ -77,7 +77,9 @@ class RecipeOptions(Settings):
 
     heading: ClassVar[str] = "Recipe"
 
-    config: Path | None = Field(default=None, description="Recipe file (YAML) with any of these settings; options override it.")
+    config: Path | None = Field(
+        default=None, description="Recipe file (YAML) with any settings of a recipe; options override it."
+    )
 
     def recipe(self) -> Recipe:
         quiet()

@@ -63,7 +63,7 @@ class Table(Options):
     sparsities: Annotated[
         tuple[str, ...], Flag(("-s",), name="--sparsity", metavar="SPARSITY,..."), Commas, BeforeValidator(_texts)
     ] = Field(default=("0.5", "2:4"), description="Sparsities and N:M patterns, separated by commas.")
-    scope: Annotated[Scope | None, Flag(default="model for feedback and any, else row")] = Field(
+    scope: Annotated[Scope | None, Flag(default="model for feedback, fisher and any, else row")] = Field(
         default=None,
         description="Granularity of fractions, the same for all methods: per row, matrix, decoder block, or global (model).",
     )
@@ -114,7 +114,7 @@ class Evaluated(Options):
         default=None, ge=1, description="Tokens from one evaluation sample to the next, for samples that overlap."
     )
     eval_bos: Annotated[
-        Literal["each", "first", "none"] | None, Flag(default="each for Gemma, else as the tokenizer does once")
+        Literal["each", "first", "none"] | None, Flag(default="each for Gemma; else first if the tokenizer adds it")
     ] = Field(default=None, description="Which evaluation samples begin with the BOS token.")
     tasks: Annotated[tuple[str, ...], Flag(metavar="TASK,..."), Commas, Name] = Field(
         default=(), description="Also zero-shot accuracy on piqa, arc_easy, ... or on files of rows, as in evaluate."

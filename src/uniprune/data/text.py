@@ -225,7 +225,7 @@ def _named(text: Text, use: Use) -> Part:
 
 
 def _builtin(use: Use) -> Iterator[str]:
-    """English prose that every Python carries: its language reference. Every fourth topic is kept for evaluation."""
+    """Python's language reference, which every Python has. Every fourth topic is kept for evaluation."""
     topics = pydoc_data.topics.topics
     for index, key in enumerate(sorted(topics)):
         if (index % 4 == 3) == (use == "evaluation"):

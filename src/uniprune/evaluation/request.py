@@ -53,9 +53,9 @@ class Reading(Options):
     stride: Annotated[int | None, Flag(default="as --length")] = Field(
         default=None, ge=1, description="Tokens from one evaluation sample to the next, for samples that overlap."
     )
-    bos: Annotated[Literal["each", "first", "none"] | None, Flag(default="each for Gemma, else as the tokenizer does once")] = (
-        Field(default=None, description="Which evaluation samples begin with the BOS token.")
-    )
+    bos: Annotated[
+        Literal["each", "first", "none"] | None, Flag(default="each for Gemma; else first if the tokenizer adds it")
+    ] = Field(default=None, description="Which evaluation samples begin with the BOS token.")
 
 
 READS = tuple(name for name in Reading.model_fields if name != "text_source")  # how a text is read, if one is

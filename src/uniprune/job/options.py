@@ -44,6 +44,12 @@ class RunOptions(Options):
     overwrite: bool = Field(default=False, description="Replace an existing output.")
 
 
+class TableRunOptions(RunOptions):
+    """The same for tables, which are written row by row."""
+
+    resume: bool = Field(default=False, description="Keep the rows of an existing table and make those that it lacks.")
+
+
 class RunKeywords(TypedDict, total=False):
     """The same as keywords of a function, for editors and type checkers."""
 

@@ -53,7 +53,7 @@ class Sparsity(Options):
         description="Instead of a sparsity: fraction of the experts of a mixture (MoE) to remove whole, as many in each layer; "
         "see docs/experts.md.",
     )
-    scope: Annotated[Scope | None, Flag(default="model with the controller, else row")] = Field(
+    scope: Annotated[Scope | None, Flag(default="model with feedback and fisher, else row")] = Field(
         default=None, description="Granularity of the sparsity target: per row, matrix, decoder block, or global (model)."
     )
     allow: Annotated[tuple[str, ...], Flag(metavar="N:M,..."), Several] = Field(
@@ -117,9 +117,10 @@ class Calibration(Options):
 
     text: Annotated[tuple[str, ...] | str, Flag(("--dataset",)), Alone] = Field(
         default="builtin",
-        description="Calibration data: builtin (English prose that every Python carries), wikitext2, c4, a file or folder of "
-        "text, JSON, CSV, Parquet, ..., a Hub dataset (owner/name, owner/name:config), a token file, or self (what the model "
-        "writes); several with shares of the tokens, e.g. --dataset c4 --dataset code=file.txt:0.25; see docs/text.md.",
+        description="Calibration data: builtin (Python's language reference, which every Python has), wikitext2, c4, a file or "
+        "folder of text, JSON, CSV, Parquet, ..., a Hub dataset (owner/name, owner/name:config), a token file, or self (what "
+        "the model writes); several with shares of the tokens, e.g. --dataset c4 --dataset code=file.txt:0.25; see "
+        "docs/text.md.",
     )
     field: Annotated[str | None, Flag(metavar="NAME", default="text, or a conversation's fields")] = Field(
         default=None, description="Field of a row that is its text."
@@ -127,9 +128,9 @@ class Calibration(Options):
     split: Annotated[str | None, Flag(metavar="NAME", default="train")] = Field(
         default=None, description="Split of a Hub dataset."
     )
-    bos: Annotated[Literal["each", "first", "none"] | None, Flag(default="each for Gemma, else as the tokenizer does once")] = (
-        Field(default=None, description="Which calibration samples begin with the BOS token.")
-    )
+    bos: Annotated[
+        Literal["each", "first", "none"] | None, Flag(default="each for Gemma; else first if the tokenizer adds it")
+    ] = Field(default=None, description="Which calibration samples begin with the BOS token.")
     windows: Annotated[int | None, Flag(("--num-samples",), default=f"{WINDOWS}; all of a token file")] = Field(
         default=None, ge=1, description="Number of calibration samples."
     )
