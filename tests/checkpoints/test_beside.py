@@ -85,6 +85,14 @@ def test_only_the_index_of_the_models_weights_goes(source, tmp_path):
     assert not there & {*others, "pytorch_model-00001-of-00002.bin"}
 
 
+def test_no_dense_weights_go_whatever_their_format(source, tmp_path):
+    others = ["last.ckpt", "64.tflite", "model.pdparams", "x.nemo", "tf_model.h5", "weights.npz", "rust_model.ot", "a.onnx"]
+    for name in others:
+        (source / name).write_bytes(b"dense")
+    copy_beside(Files(source), tmp_path)
+    assert not set(others) & {file.name for file in tmp_path.iterdir()}
+
+
 TERMS = ["LICENSE", "LICENSE-MODEL", "LICENCE.txt", "NOTICE", "Notice", "COPYING", "USE_POLICY.md"]
 
 

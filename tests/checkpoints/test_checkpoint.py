@@ -302,3 +302,49 @@ def test_a_model_knows_the_files_that_it_was_made_from(folder):
         assert checkpoint_of(model) is origin.files
     assert not isinstance(checkpoint_of(tiny_model()), Files)
     assert Loaded(model := tiny_model(), None, origin).checkpoint is checkpoint_of(model) is origin.files
+
+
+# ---------------------------------------------------------------------------------- quantised, though config.json hides it
+
+
+def packed(folder, pieces, config=None):
+    """A model whose matrices lie packed into integers, each as ``pieces`` makes it; config: added to config.json."""
+    llama(0).save_pretrained(folder)
+    stored = {}
+    for key, tensor in load_file(folder / WHOLE).items():
+        small = tensor.dim() < 2 or "embed" in key
+        stored |= {key: tensor} if small else {key.removesuffix("weight") + name: made for name, made in pieces(tensor).items()}
+    save_file(stored, folder / WHOLE, metadata={"format": "pt"})
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | (config or {})))
+
+
+def as_mlx(tensor):
+    rows, columns = tensor.shape
+    return {"weight": torch.zeros(rows, columns // 8, dtype=torch.uint32), "scales": torch.ones(rows, columns // 8)}
+
+
+def as_gptq(tensor):
+    rows, columns = tensor.shape
+    return {"qweight": torch.zeros(columns // 8, rows, dtype=torch.int32), "scales": torch.ones(1, rows)}
+
+
+@pytest.mark.parametrize(
+    ("pieces", "config", "message"),
+    [
+        (as_mlx, {"quantization": {"group_size": 32, "bits": 4}}, "is quantised: its weights are no plain matrices"),
+        (as_mlx, None, "is quantised: .* as MLX stores weights"),
+        (as_gptq, None, "is quantised: .* as GPTQ and AWQ store weights"),
+    ],
+)
+def test_packed_weights_are_called_quantised(tmp_path, pieces, config, message):
+    packed(tmp_path, pieces, config)
+    with pytest.raises(InputError, match=message):
+        uniprune.plan(tmp_path, Recipe(sparsity="2:4"))
+
+
+def test_a_pointer_of_git_lfs_is_called_one(tmp_path):
+    llama(0).save_pretrained(tmp_path)
+    (tmp_path / WHOLE).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(InputError, match="pointer of Git LFS"):
+        uniprune.plan(tmp_path, Recipe(sparsity="2:4"))

@@ -166,6 +166,22 @@ def test_tables_for_people(capsys, monkeypatch, folder, tmp_path):
     assert "On a CPU with" in printed
 
 
+def test_the_recipe_of_a_report_is_a_recipe_file(capsys, monkeypatch, folder, tmp_path):
+    """It says null where a setting has no value, as YAML files of people may."""
+    again = ("prune", folder, "--config", tmp_path / "recipe.json", "--json", "-o")
+    (tmp_path / "recipe.json").write_text(
+        '{"sparsity": "2:4", "controller": "none", "windows": 4, "length": 32, "field": null}'
+    )
+    code, printed, _ = run(capsys, monkeypatch, *again, tmp_path / "first")
+    assert code == 0
+    recipe = json.loads((tmp_path / "first" / "pruning.json").read_text())["recipe"]
+    assert recipe["scope"] is None
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
+    code, printed, _ = run(capsys, monkeypatch, *again, tmp_path / "second")
+    assert code == 0
+    assert json.loads(printed)["recipe"] == recipe
+
+
 def test_recipe_files_and_flags_over_them(capsys, monkeypatch, folder, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("sparsity: 2:4\nmetric: magnitude\nwindows: 4\nlength: 32\nexclude: [down_proj]\nsequential: true\n")

@@ -271,6 +271,20 @@ CORPORA = {
         lines({"messages": [{"role": "system", "content": "Be kind."}, *chat("How?", "So.")]}),
         "[user] Be kind.\n\nHow?[assistant] So.",
     ),
+    "a system beside a conversation": file(
+        "a.jsonl",
+        lines({"system": "Be kind.", "conversations": chat("How?", "So.", names=("from", "value"), roles=("human", "gpt"))}),
+        "[user] Be kind.\n\nHow?[assistant] So.",
+    ),
+    "a system beside a conversation that has one": file(
+        "a.jsonl",
+        lines({"system": "Be rude.", "messages": [{"role": "system", "content": "Be kind."}, *chat("How?", "So.")]}),
+        "[user] Be kind.\n\nHow?[assistant] So.",
+    ),
+    "one row with a list of objects in it": file(
+        "a.jsonl", lines({"instruction": "How?", "output": "So.", "history": chat("Before?")}), ASKED
+    ),
+    "one article with a list of objects in it": file("a.json", lines({"paragraphs": [{"text": "No."}], "content": BOTH})),
     "content in parts": file(
         "a.jsonl", lines({"messages": [{"role": "user", "content": [{"type": "text", "text": "How?"}]}]}), "[user] How?"
     ),
@@ -296,6 +310,16 @@ CORPORA = {
         },
         folder=True,
     ),
+    "a saved data set, and what map made of it": Corpus(
+        {
+            "train/data-00000-of-00001.arrow": arrow(True, text=[ONE, TWO]),
+            "train/cache-87083d2d4e5b.arrow": arrow(True, text=[ONE.upper(), TWO.upper()]),
+            "train/cache-1f_00000_of_00002.arrow": arrow(True, text=[ONE.upper()]),
+            "train/state.json": b"{}",
+        },
+        folder=True,
+    ),
+    "text beside a pruned model": Corpus({"a.txt": BOTH.encode(), "pruned/pruning.json": b'{"kind": "report"}'}, folder=True),
     "a split of a data set's repository": Corpus(
         {"data/train.jsonl": lines({"text": ONE}), "data/test.jsonl": lines({"text": TWO})}, TWO, split="test", folder=True
     ),

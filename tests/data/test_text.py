@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import re
 
 import pytest
 import torch
@@ -182,6 +183,28 @@ def test_conversations_that_the_template_refuses_are_counted(tmp_path, caplog):
     load_windows(tmp_path / "a.jsonl", Refusing(), use="calibration", length=3, count=1)
     assert "1 rows have no text (null) and are left out" in caplog.text
     assert "2 conversations are left out, which the chat template refuses" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.json"])
+def test_rows_without_text_are_counted_once(tmp_path, monkeypatch, caplog, name):
+    """The beginning of a long file is read before passages from all over it are."""
+    monkeypatch.setattr(mixture.Wanted, "whole", 100)
+    monkeypatch.setattr(mixture.Wanted, "share", 400)
+    rows = [{"text": None if number % 2 else f"row {number} " * 9} for number in range(60)]
+    content = (json.dumps(rows) if name == "a.json" else "\n".join(map(json.dumps, rows))).encode()
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    load_windows(tmp_path / name, Letters(), use="calibration", length=20, count=9)
+    assert 0 < int(re.search(r"(\d+) rows have no text", caplog.text)[1]) <= 30
+
+
+def test_text_is_found_in_rows_that_are_mostly_other_fields(tmp_path, monkeypatch):
+    """As preference data and texts with embeddings are: of each place that is read little is text."""
+    monkeypatch.setattr(mixture.Wanted, "whole", 100)
+    monkeypatch.setattr(mixture.Wanted, "share", 100)
+    rows = [{"text": f"row {number} ".ljust(30, "."), "embedding": list(range(300))} for number in range(200)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    windows = load_windows(tmp_path / "a.jsonl", Letters(), use="calibration", length=20, count=100)
+    assert len(windows.tokens) == 100
 
 
 def test_a_pipe_is_said_to_be_one(tmp_path):

@@ -42,8 +42,8 @@ Views = list[tuple[str, Piece]]  # parts of a stored tensor: the matrix that eac
 
 
 def checkpoint_bytes(origin: Origin, weights: int = 0) -> int:
-    """The size that a pruned copy will have on disk; ``weights``: bytes of a model that has yet to be materialised."""
-    return (origin.files.size if origin.files else 0) or 2 * weights
+    """The size that a pruned copy will have on disk; ``weights``: bytes of a model that has no safetensors files yet."""
+    return origin.files.size if origin.files else weights
 
 
 # ------------------------------------------------------------------------------------------------------------- writing

@@ -13,7 +13,22 @@ from uniprune.checkpoints.origin import TEMPLATES
 from uniprune.storage import strict_json
 from uniprune.storage.files import FILE, REPORT
 
-WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ot"}
+WEIGHTS = {
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".gguf",
+    ".h5",
+    ".msgpack",
+    ".onnx",
+    ".ot",
+    ".tflite",
+    ".nemo",
+    ".npz",
+}
+WEIGHTS |= {".pdparams", ".params", ".mlmodel"}
 INDEX = re.compile(r".*\.index(\.[^.]+)?\.json")  # of weights; between its endings may be a variant (fp16)
 LEFT = {REPORT, "README.md", ".gitattributes"}  # not true of the pruned model
 

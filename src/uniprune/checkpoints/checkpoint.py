@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from uniprune.checkpoints.layout import Computed, Layout, Located, Part, Region, as_saved, matrix_at, on_load
 from uniprune.checkpoints.protocol import Array, Checkpoint, Stored, keys, spell_digest
-from uniprune.checkpoints.quantised.formats import Quantised, quantised
+from uniprune.checkpoints.quantised.formats import Quantised, packed_by, quantised
 from uniprune.checkpoints.shards import lacking, named_in, shards_of
 from uniprune.errors import InputError
 from uniprune.storage.dtypes import BY_DTYPE
@@ -98,14 +98,17 @@ class Files(Checkpoint):
         ignored = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
         state = model.state_dict()
         missing = [n for n in state.keys() - located.keys() if not any(re.search(pattern, n) for pattern in ignored)]
+        outlines = {name: place for name, place in located.items() if isinstance(place, Outline)}
+        differs = [name for name, place in outlines.items() if place.shape != tuple(state[name].shape)]
+        if (missing or differs) and (why := self.quantised.refused or packed_by(self.entries)):
+            raise InputError(f"model {self.folder} is quantised: {why}; give the model that it was made from")
         if missing:
             raise lacking(str(self.folder), getattr(model, "config", None), missing)
-        for name, place in located.items():
-            if isinstance(place, Outline) and place.shape != tuple(state[name].shape):
-                raise InputError(
-                    f"model {self.folder}: config.json makes {name} {list(state[name].shape)}, its files have "
-                    f"{list(place.shape)}; correct config.json, or fetch it again"
-                )
+        if differs:
+            raise InputError(
+                f"model {self.folder}: config.json makes {differs[0]} {list(state[differs[0]].shape)}, its files have "
+                f"{list(outlines[differs[0]].shape)}; correct config.json, or fetch it again"
+            )
 
     # ---------------------------------------------------------------------------------------------------- matrices
 

@@ -10,10 +10,11 @@ import yaml
 from uniprune.errors import InputError
 
 SIZE, DEPTH = 1 << 20, 4  # of a recipe: bytes, collections in each other; at most
+NULL = {"", "~", "null", "Null", "NULL"}  # in YAML 1.2, unquoted
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The settings in a recipe file, scalars as text. Raises InputError that names the file."""
+    """The settings that a recipe file gives, scalars as text. Raises InputError that names the file."""
     if not path.is_file():
         raise InputError(f"recipe {path} is not a file; give a YAML file with settings")
     try:
@@ -49,4 +50,10 @@ def _parsed(content: bytes) -> dict[str, Any]:
     names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
     if len(names) < len(node.value) or len({*names}) < len(names):
         raise ValueError(f"it has a setting twice, or one without a name: {', '.join(names)}")
-    return dict(yaml.load(text, Loader=yaml.BaseLoader))
+    defaults = {key.value for key, value in node.value if _is_null(value)}
+    return {name: value for name, value in yaml.load(text, Loader=yaml.BaseLoader).items() if name not in defaults}
+
+
+def _is_null(node: yaml.Node) -> bool:
+    """Whether a setting has no value, and so its default: null as YAML spells it, and as the recipe in a pruning.json does."""
+    return isinstance(node, yaml.ScalarNode) and node.style is None and node.value in NULL

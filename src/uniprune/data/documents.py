@@ -30,9 +30,9 @@ class Form(NamedTuple):
 
 FORMS = (  # the first whose fields are all there
     Form("text", ("text",)),
-    Form("chat", ("messages",), ("tools",)),
-    Form("chat", ("conversations",), ("tools",)),
-    Form("chat", ("conversation",), ("tools",)),
+    Form("chat", ("messages",), ("system", "tools")),
+    Form("chat", ("conversations",), ("system", "tools")),
+    Form("chat", ("conversation",), ("system", "tools")),
     Form("turns", ("prompt", "completion"), ("system", "tools")),
     Form("turns", ("prompt", "response"), ("system", "tools")),
     Form("turns", ("prompt", "chosen"), ("system", "tools")),
@@ -101,7 +101,7 @@ class Reader:
         self.form = form
         if form.kind == "text" and not (self.wanted and _is_conversation(values[0])):
             return self._text(values[0], row, where)
-        messages = _turns(form, row, where) if form.kind == "turns" else _messages(values[0], where)
+        messages = _turns(form, row, where) if form.kind == "turns" else _with_system(row, _messages(values[0], where))
         return self._written(messages, _tools(row) if "tools" in form.optional else [], where) if messages else None
 
     def _form(self, names: Sequence[str], where: str) -> Form:
@@ -109,7 +109,7 @@ class Reader:
             if not {self.wanted, self.wanted.partition(".")[0]} & set(names):
                 raise self._missing(names, where)
             chat = self.wanted in ("messages", "conversations", "conversation")
-            return Form("chat" if chat else "text", (self.wanted,), ("tools",))
+            return Form("chat" if chat else "text", (self.wanted,), ("system", "tools"))
         for form in FORMS:
             if set(form.fields) <= set(names):
                 return form
@@ -263,8 +263,8 @@ def _turns(form: Form, row: dict[str, Any], where: str) -> list[Message]:
     if isinstance(asked, list) or isinstance(answer, list):
         before = _messages([{"role": "user", "content": asked}] if isinstance(asked, str) else asked or [], where)
         after = _messages([{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer or [], where)
-        if (system := row.get("system")) and not any(message["role"] == "system" for message in [*before, *after]):
-            before = [{"role": "system", "content": str(system)}, *before]
+        if not any(message["role"] == "system" for message in after):
+            before = _with_system(row, before)
         said, again = ([message for message in some if message["role"] != "system"] for some in (before, after))
         if said and again[: len(said)] == said:  # an answer may begin with what was asked
             before = [message for message in before if message["role"] == "system" and message not in after]
@@ -273,9 +273,16 @@ def _turns(form: Form, row: dict[str, Any], where: str) -> list[Message]:
         raise InputError(f"{where}: {' and '.join(form.fields)} are not text; say with --field which field is")
     extra = [value for name in form.optional if name not in ("system", "tools") and (value := row.get(name))]
     messages = [{"role": "user", "content": JOIN.join([asked, *map(str, extra)])}]
-    if system := row.get("system"):
-        messages.insert(0, {"role": "system", "content": str(system)})
+    messages = _with_system(row, messages)
     return [*messages, {"role": "assistant", "content": answer}] if answer else messages
+
+
+def _with_system(row: dict[str, Any], messages: list[Message]) -> list[Message]:
+    """The messages after what a field beside them tells the system, unless one of them does so itself."""
+    system = row.get("system")
+    if not system or not messages or any(message["role"] == "system" for message in messages):
+        return messages
+    return [{"role": "system", "content": str(system)}, *messages]
 
 
 def _without_system(messages: list[Message]) -> list[Message]:

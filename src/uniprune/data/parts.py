@@ -43,11 +43,23 @@ class Part(Protocol):
 class _Counting:
     seen = 0
 
-    def _counted(self, items: Iterable[Item]) -> Iterator[Item]:
+    def _begin(self) -> None:
+        """Counts from 0: a source is read once for its beginning, and again for passages from all over it."""
         self.seen = 0
+
+    def _counted(self, items: Iterable[Item]) -> Iterator[Item]:
+        self._begin()
         for item in items:
             self.seen += 1
             yield item
+
+
+class _CountingRows(_Counting):
+    reader: Reader
+
+    def _begin(self) -> None:
+        super()._begin()
+        self.reader.skipped = self.reader.refused = 0
 
 
 @dataclass
@@ -70,7 +82,7 @@ class Listed(_Counting):
 
 
 @dataclass
-class File(_Counting):
+class File(_CountingRows):
     """A file of any kind that :mod:`uniprune.data.formats` knows."""
 
     path: Path
@@ -121,7 +133,7 @@ class File(_Counting):
 
     def _drawn(self, length: int, budget: int, seed: str) -> Iterator[str]:
         """From compressed lines, most of which are skipped without being parsed."""
-        self.seen = 0
+        self._begin()
         with readable(self.path, "text"), closing(decompressed(self.path, self.format.compression)) as stream:
 
             def written(lines: bytes) -> str | None:
@@ -141,8 +153,10 @@ class File(_Counting):
         with readable(self.path, "text"):
             head = sampling.plain_at(self.path, 0, 1 << 16)
             in_bytes = max(1, length * len(head.encode()) // max(1, len(head)))
-            met, self.seen = set[tuple[int, int]](), 0
-            for offset in sampling.places(self.path.stat().st_size, in_bytes, budget, seed):
+            met, size = set[tuple[int, int]](), self.path.stat().st_size
+            self._begin()
+            # Lines may have little text among their fields: as many places as are wanted, all of the file's if need be.
+            for offset in sampling.places(size, in_bytes, size if lines else budget, seed):
                 self.seen += 1
                 if not lines:
                     yield sampling.plain_at(self.path, offset, in_bytes)
@@ -161,7 +175,7 @@ class File(_Counting):
 
 
 @dataclass
-class HubShard(_Counting):
+class HubShard(_CountingRows):
     """A shard of a dataset of ``datasets``. streamed: whether it is downloaded while it is read; commit: of the dataset."""
 
     name: str

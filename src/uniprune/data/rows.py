@@ -21,6 +21,7 @@ VALUE = 1 << 28  # characters of one JSON value, at most
 BOM = b"\xef\xbb\xbf"
 NO_SEPARATOR = "\x1f"  # stands in no text
 ROWS = {"text", "messages", "conversations", "conversation", "prompt", "article"}  # an object with one of these is a row itself
+TEXTS = {"content", "instruction", "question", "completion", "response", "output"}  # so is one with one of these that is a text
 
 
 def read_rows(path: Path, what: str, choose: Choice | None = None) -> Iterator[tuple[str, Any]]:
@@ -152,8 +153,10 @@ def _unwrapped(values: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
 
 def _around(value: Any) -> str | None:
     """The field with the rows of an object that is around a list of them, and none itself."""
-    lists = [name for name, inner in value.items() if _is_rows(inner)] if isinstance(value, dict) else []
-    return lists[0] if len(lists) == 1 and not ROWS & value.keys() else None
+    if not isinstance(value, dict) or ROWS & value.keys() or any(isinstance(value.get(name), str) for name in TEXTS):
+        return None
+    lists = [name for name, inner in value.items() if _is_rows(inner)]
+    return lists[0] if len(lists) == 1 else None
 
 
 def _is_rows(value: Any) -> bool:

@@ -33,7 +33,8 @@ C4_DOCUMENTS = 1100  # of its validation split, those that papers evaluate on
 # What accompanies data and is none itself: of models and datasets, of programs, and of systems.
 IGNORED = re.compile(
     r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|dataset_infos?|dataset_dict|state"
-    r"|preprocessor_config|package|package-lock|tsconfig)\.json|.*\.index\.json|merges\.txt|requirements\.txt|_.*|\..*|__MACOSX",
+    r"|preprocessor_config|package|package-lock|tsconfig|pruning)\.json|.*\.index\.json|merges\.txt|requirements\.txt"
+    r"|cache-\w+\.arrow|_.*|\..*|__MACOSX",  # datasets keeps what map and filter made of a saved set in cache-....arrow
     re.IGNORECASE,
 )
 ABOUT = re.compile(r"(readme|licen[cs]e|changelog|citation|notice|contributing|datacard|dataset_card)(\..*)?", re.IGNORECASE)

@@ -22,6 +22,7 @@ from uniprune.storage.outline import Array, Piece
 
 PIECE = 1 << 17  # weights of a tensor that are looked at together
 HEADER = 100_000_000  # bytes; the longest header, the safetensors library's own limit
+LFS_POINTER = b"version https://git-lfs"  # how the text begins that stands for a file which Git LFS has not fetched
 
 
 @dataclass(frozen=True)
@@ -128,8 +129,12 @@ def entries(shards: Iterable[Path]) -> dict[str, Entry]:
 
 def _entries(shard: Path, file: BinaryIO) -> dict[str, Entry]:
     """The tensors of one file. Raises ValueError or struct.error before memory for what its header claims is taken."""
-    size = os.fstat(file.fileno()).st_size
-    (length,) = struct.unpack("<Q", file.read(8))
+    size, head = os.fstat(file.fileno()).st_size, file.read(8)
+    if head and LFS_POINTER.startswith(head):
+        raise InputError(
+            f"{shard} is a pointer of Git LFS, not the file itself; run git lfs pull in its folder, or download it"
+        )
+    (length,) = struct.unpack("<Q", head)
     if length > min(HEADER, size - 8):
         raise ValueError(f"its header would have {length} bytes")
     header = strict_json.parse(file.read(length))

@@ -81,6 +81,19 @@ def quantised(folder: Path, entries: Mapping[str, Entry]) -> Quantised:
     return Quantised(method, {one.key: one.tensor for one in found}, parts)
 
 
+def packed_by(entries: Mapping[str, Entry]) -> str | None:
+    """What shows that matrices are packed into integers though config.json does not say so; None if nothing does.
+
+    GPTQ and AWQ once kept their settings in a file of their own; MLX has its weights as unsigned integers beside scales.
+    """
+    for key, entry in entries.items():
+        if key.endswith((".qweight", ".qzeros")):
+            return f"it has {key}, as GPTQ and AWQ store weights"
+        if key.endswith(".weight") and entry.dtype == "U32" and f"{key.removesuffix('weight')}scales" in entries:
+            return f"{key} is packed into integers of 32 bits, as MLX stores weights"
+    return None
+
+
 def _read(folder: Path) -> Config | None:
     """What the configuration of a model, or of its text part, says about quantisation; or a file of ModelOpt's own."""
     for name in ("config.json", "hf_quant_config.json"):
@@ -89,10 +102,15 @@ def _read(folder: Path) -> Config | None:
             for part in (content, content.get("text_config")):
                 for place in CONFIGS if isinstance(part, dict) else ():
                     if isinstance(found := part.get(place), dict) and found:
-                        return {"quant_method": "modelopt"} | found if place == "quantization" else found
+                        return {"quant_method": _unnamed(found)} | found if place == "quantization" else found
         except (OSError, ValueError, AttributeError):
             continue  # whoever needs the configuration says what is wrong with it
     return None
+
+
+def _unnamed(config: Config) -> str:
+    """The method of settings that do not name it, ``quantization``: MLX's have bits and a group's size, ModelOpt's others."""
+    return "mlx" if "bits" in config and "group_size" in config else "modelopt"
 
 
 def plain(config: Any) -> Any:
