@@ -85,6 +85,11 @@ def test_unknown_metrics_and_hyper_parameters(spec):
         parse(spec)
 
 
+def test_a_hyper_parameter_without_a_value_is_refused():
+    with pytest.raises(InputError, match="metric ria:a: 'a' is not NAME=VALUE"):
+        parse("ria:a")
+
+
 def test_comparable_scores_have_mean_one():
     saliency = {"a": torch.rand(3, 4) * 100, "b": torch.rand(2, 2), "dead": torch.zeros(2, 2)}
     comparable = Comparable(saliency)

@@ -12,6 +12,7 @@ from pydantic import Field
 from uniprune.checkpoints.origin import Origin
 from uniprune.common.provenance import sparsity
 from uniprune.data.text import TextFacts
+from uniprune.models.blocks import dtype_of
 from uniprune.models.loading import Loaded, dtype_name
 from uniprune.saliency.record import ControllerRecord, Starved
 from uniprune.sparsity.structure import Structure
@@ -41,7 +42,7 @@ class ModelFacts(Facts):
         facts: dict[str, Any] = {"quantised": str(source.quantised) if source.quantised else None}
         origin = source if isinstance(source, Origin) else source.origin
         if isinstance(source, Loaded):
-            facts["dtype"] = dtype_name(next(source.model.parameters()).dtype)
+            facts["dtype"] = dtype_name(dtype_of(source.model))
         if origin and origin.repository:
             facts |= {"repository": origin.repository, "commit": origin.commit}
         name = str(source)

@@ -17,6 +17,7 @@ from uniprune.checkpoints import gguf_files, hub
 from uniprune.checkpoints.checkpoint import INDEX, PACKED, WHOLE, Files
 from uniprune.checkpoints.hub import Address
 from uniprune.checkpoints.quantised.formats import Quantised
+from uniprune.common import formatting
 from uniprune.errors import InputError
 from uniprune.storage import strict_json
 from uniprune.storage.dtypes import PLAIN
@@ -113,8 +114,8 @@ def _of_gguf(origin: Origin) -> Origin:
     size, place = sum(file.stat().st_size for file in files), Path(tempfile.gettempdir())
     if shutil.disk_usage(place).free < size:
         raise InputError(
-            f"model {origin} has {len(files)} files, which are put together in {place}, and {size / 1e9:.2f} GB are not free "
-            "there; make room, set TMPDIR to another place, or merge them with llama.cpp: llama-gguf-split --merge"
+            f"model {origin} has {len(files)} files, which are put together in {place}, and {formatting.size(size)} are not "
+            "free there; make room, set TMPDIR to another place, or merge them with llama.cpp: llama-gguf-split --merge"
         )
     folder = Path(tempfile.mkdtemp(prefix="uniprune-", dir=place))
     merged = replace(origin, folder=folder, gguf=files[0].name)

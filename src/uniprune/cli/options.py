@@ -17,7 +17,9 @@ import click
 from pydantic import BeforeValidator
 from pydantic.fields import FieldInfo
 
+from uniprune.common import fields
 from uniprune.common.options import Commas, Flag, Options, Positional, marker, spellings
+from uniprune.errors import InputError
 
 ARGUMENTS = "Arguments"  # heading of those that are no options
 METAVARS = {int: "N", float: "X", Path: "PATH"}
@@ -145,7 +147,7 @@ def _joined(ctx: click.Context, option: click.Parameter, texts: tuple[str, ...])
 
 def _pairs(ctx: click.Context, option: click.Parameter, texts: tuple[str, ...]) -> dict[str, str]:
     """``NAME=VALUE`` by name; the last of a name counts."""
-    for text in texts:
-        if not text.partition("=")[1]:
-            raise click.BadParameter(f"{text!r} is not NAME=VALUE, e.g. step_size=0.006", ctx, option)
-    return {name.strip(): value.strip() for name, _, value in (text.partition("=") for text in texts)}
+    try:
+        return fields.parse_pairs(texts, "step_size=0.006")
+    except InputError as error:
+        raise click.BadParameter(str(error), ctx, option) from None

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from uniprune.cli.groups import Overwrite, Printed, Push, Target
 from uniprune.cli.terminal import Bars, show
+from uniprune.common.formatting import size
 from uniprune.common.options import Options, Positional
 from uniprune.errors import InputError
 from uniprune.job.options import RunOptions
@@ -46,7 +47,7 @@ def pack(source: Folder, target: Target, options: Level, layout: Runtime, over: 
 
     with Bars() as progress:
         result = pack(source.folder, target.output, **over.given(), **options.given(), progress=progress)
-    line = f"{target.output}: {result['archive_bytes'] / 1e6:.1f} MB, {result['ratio']:.3f} of {source.folder}"
+    line = f"{target.output}: {size(result['archive_bytes'])}, {result['ratio']:.3f} of {source.folder}"
     show({"output": str(target.output), **result}, printed.as_json, line)
 
 
@@ -55,8 +56,8 @@ def pack_to_run(source: Folder, target: Target, over: Overwrite, printed: Printe
 
     with Bars() as progress:
         result = pack(source.folder, target.output, **over.given(), progress=progress)
-    size = f"{result.bytes / 1e6:.1f} MB, {result.ratio:.3f} of {source.folder}"
-    line = f"{target.output}: {size}; open it with uniprune.accelerate"
+    part = f"{size(result.bytes)}, {result.ratio:.3f} of {source.folder}"
+    line = f"{target.output}: {part}; open it with uniprune.accelerate"
     show({"output": str(target.output), **result.record()}, printed.as_json, line)
 
 
@@ -65,7 +66,7 @@ def unpack(source: Archive, target: Target, over: Overwrite, printed: Printed) -
 
     with Bars() as progress:
         result = unpack(source.path, target.output, **over.given(), progress=progress)
-    line = f"{target.output}: {result['files']} files, {result['bytes'] / 1e6:.1f} MB, verified"
+    line = f"{target.output}: {result['files']} files, {size(result['bytes'])}, verified"
     show({"output": str(target.output), **result}, printed.as_json, line)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.table import Table
 
 from uniprune.artefacts.reports import ExpertRemoval, Pruning
-from uniprune.common.formatting import NOTE, number
+from uniprune.common.formatting import NOTE, count, number, percent, size
 from uniprune.comparison.results import Comparison
 from uniprune.evaluation.protocols import sentence
 from uniprune.evaluation.results import Check, Evaluation, Row, Sweep, samples
@@ -28,10 +28,10 @@ def plan_table(plan: Plan) -> Table:
     heads = [("matrix", False), ("count", True), ("out x in", True), ("weights", True)]
     if plan.pattern:
         heads.append((plan.structure.spelling if plan.structure else plan.pattern, False))  # rules show in the rows
-    title = f"{plan.model}: {plan.prunable / 1e6:.1f}M of {plan.parameters / 1e6:.1f}M weights are prunable"
+    title = f"{plan.model}: {count(plan.prunable)} of {count(plan.parameters)} weights are prunable"
     table = _table(title, heads)
     for group in plan.groups:
-        cells = [group.name, str(group.count), f"{group.shape[0]} x {group.shape[1]}", f"{group.weights / 1e6:.2f}M"]
+        cells = [group.name, str(group.count), f"{group.shape[0]} x {group.shape[1]}", count(group.weights)]
         gets = f"{group.pattern} ({group.unsupported})" if group.unsupported else group.pattern
         table.add_row(*cells, *([gets] if plan.pattern else []))
     return table
@@ -42,8 +42,8 @@ def executions_table(plan: Plan) -> Table:
     heads = ("execution", "memory", "host memory", "disk meanwhile", "read", "written", "seconds")
     table = _table("how it can be run: forecasts", ((head, head != "execution") for head in heads))
     for name, one in plan.executions.items():
-        sizes = (one.memory, one.host, one.disk, one.read, one.written)
-        cells = [f"{size / 1e9:.1f} GB" if size else "" for size in sizes]
+        taken = (one.memory, one.host, one.disk, one.read, one.written)
+        cells = [size(value) if value else "" for value in taken]
         table.add_row(f"{name} *" if name == plan.execution else name, *cells, f"{max(one.seconds, 1):.0f}")
     return table
 
@@ -64,16 +64,16 @@ def plan_lines(plan: Plan) -> list[str]:
     if plan.experts:
         kept, groups = plan.experts, f", as many in each of {plan.experts.groups} groups" if plan.experts.groups > 1 else ""
         lines.append(
-            f"Experts: {kept.kept} of {kept.of} stay in each of {kept.layers} layers{groups}; {kept.parameters / 1e6:.1f}M "
+            f"Experts: {kept.kept} of {kept.of} stay in each of {kept.layers} layers{groups}; {count(kept.parameters)} "
             "parameters are left, and nothing else is changed."
         )
     chosen = plan.execution if plan.execution != "none" else "none of them fits into the memory"
     lines.append(
         f"Execution: {chosen} ({plan.dtype}). About {max(plan.seconds, 1):.0f} s for {plan.tokens} calibration tokens on this "
-        f"machine, {plan.disk / 1e9:.2f} GB of disk for the output."
+        f"machine, {size(plan.disk)} of disk for the output."
     )
-    for (kind, why), count in Counter((kind_of(name), why) for name, why in plan.left_dense.items()).items():
-        lines.append(f"Left dense: {count} x {kind}, {why}.")
+    for (kind, why), times in Counter((kind_of(name), why) for name, why in plan.left_dense.items()).items():
+        lines.append(f"Left dense: {times} x {kind}, {why}.")
     if plan.shared:
         lines.append(
             f"Shared by several modules, and pruned once: {len(plan.shared)} matrices, e.g. {next(iter(plan.shared))}."
@@ -95,10 +95,11 @@ def pruned_lines(report: Pruning | ExpertRemoval) -> list[str]:
             )
         return [*lines, NOTE, *([f"{report.speed} uniprune bench measures more."] if report.speed else [])]
     kept = report.experts
-    lines = [f"{kept.kept} of {kept.of} experts in each of {kept.layers} layers, {kept.parameters / 1e6:.1f}M parameters"]
+    lines = [f"{kept.kept} of {kept.of} experts in each of {kept.layers} layers, {count(kept.parameters)} parameters"]
     if report.unreached:
-        count, (layer, numbers) = sum(map(len, report.unreached.values())), next(iter(report.unreached.items()))
-        lines.append(f"No calibration token was routed to {count} experts, e.g. number {numbers[0]} of {layer}.")
+        unreached = sum(map(len, report.unreached.values()))
+        layer, numbers = next(iter(report.unreached.items()))
+        lines.append(f"No calibration token was routed to {unreached} experts, e.g. number {numbers[0]} of {layer}.")
     return lines
 
 
@@ -111,7 +112,7 @@ def evaluation_table(rows: Mapping[str, Evaluation]) -> Table:
     for label, result in rows.items():
         value, error = result.perplexity, result.nats_stderr
         spread = "" if error is None or value is None else f"{value * error:.2f}"
-        table.add_row(_inert(label), f"{value:.2f}", spread, _percent(result.sparsity), result.dtype)
+        table.add_row(_inert(label), f"{value:.2f}", spread, percent(result.sparsity), result.dtype)
     return table
 
 
@@ -140,7 +141,7 @@ def evaluation_tables(result: Evaluation) -> list[Table | str]:
     else:
         beside = f", against {result.against}" if result.against else ""
         codes = f" (dequantised from {result.quantised})" if result.quantised else ""
-        tables.append(_inert(f"{result.model}: {_percent(result.sparsity)} zeros, {result.dtype}{codes}{beside}"))
+        tables.append(_inert(f"{result.model}: {percent(result.sparsity)} zeros, {result.dtype}{codes}{beside}"))
     summary = summarise([Source(Path(), {}, result)])
     found = accuracies(summary), parts(summary), harness(summary), capabilities(summary)
     tables += [_grid_table(grid) for grid in found if grid]
@@ -202,8 +203,8 @@ def sweep_table(result: Sweep) -> Table:
     if dense := result.dense:
         rows.insert(0, Row(pattern="dense", sparsity=0.0, perplexity=dense.perplexity, bytes=dense.bytes))
     for row in rows:
-        size = "" if row.bytes is None else f"{row.bytes / 1e6:.1f}"
-        table.add_row(row.pattern, _percent(row.sparsity), f"{row.perplexity:.2f}", size, "*" if row.pareto else "")
+        megabytes = "" if row.bytes is None else f"{row.bytes / 1e6:.1f}"
+        table.add_row(row.pattern, percent(row.sparsity), f"{row.perplexity:.2f}", megabytes, "*" if row.pareto else "")
     return table
 
 
@@ -252,7 +253,3 @@ def _table(title: str, heads: Iterable[tuple[str, bool]]) -> Table:
 def _inert(text: str) -> str:
     """Text of others, that does not move the cursor. It is no markup either: see terminal.console."""
     return "".join(letter if letter.isprintable() else " " for letter in text)
-
-
-def _percent(fraction: float | None) -> str:
-    return "unknown" if fraction is None else f"{fraction:.1%}"

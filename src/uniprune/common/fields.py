@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar, get_type_hints
 
 from pydantic import ConfigDict, FiniteFloat, TypeAdapter, ValidationError
@@ -41,6 +41,17 @@ def build(kind: type[T], values: Mapping[str, Any], what: str) -> T:
         except ValidationError as error:
             raise InputError(f"{what}: {name} = {value}: {error.errors()[0]['msg']}") from None
     return kind(**found)
+
+
+def parse_pairs(texts: Iterable[str], example: str) -> dict[str, str]:
+    """``NAME=VALUE`` texts as values by name; the last of a name counts. Raises InputError, with the example, for others."""
+    values = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise InputError(f"{text!r} is not NAME=VALUE, e.g. {example}")
+        values[name.strip()] = value.strip()
+    return values
 
 
 def values_of(settings: Any) -> dict[str, Any]:

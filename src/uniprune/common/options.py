@@ -51,6 +51,20 @@ Commas = BeforeValidator(
 """For a field with several values: they may be one text with commas, ``0.5,2:4``. The option may be repeated, too."""
 
 
+def spelled(*kinds: type) -> BeforeValidator:
+    """For a field of text, or of several: values of these kinds stand for their spelling."""
+
+    def spell(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return tuple(map(spell, value))
+        return str(value) if isinstance(value, kinds) and not isinstance(value, bool) else value
+
+    return BeforeValidator(spell)
+
+
+Name, Number = spelled(Path), spelled(int, float)
+
+
 class Options(BaseModel):
     """Base of all settings. Wrong ones raise pydantic's ValidationError, so that it can be part of a record; in :meth:`of`,
     InputError."""

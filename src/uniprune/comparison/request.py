@@ -11,9 +11,9 @@ import yaml
 from pydantic import BeforeValidator, Field, ValidationError
 
 from uniprune.common import recipe_file
-from uniprune.common.options import Commas, Flag, Options, Positional, Several, fault
+from uniprune.common.options import Commas, Flag, Name, Number, Options, Positional, Several, fault
 from uniprune.errors import InputError
-from uniprune.evaluation.request import NEW_TOKENS, EvaluationRequest, Name
+from uniprune.evaluation.request import NEW_TOKENS, EvaluationRequest
 from uniprune.job.settings import Calibration, Layers
 from uniprune.sparsity.choices import Scope, Unsupported
 from uniprune.tasks.catalogue import SUITES
@@ -37,13 +37,6 @@ def _rejoined(names: Any) -> Any:
     return tuple(found)
 
 
-def _texts(value: Any) -> Any:
-    """One value or several, numbers as they are spelled."""
-    if isinstance(value, list | tuple):
-        return tuple(map(_texts, value))
-    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
-
-
 class Table(Options):
     """What has a row."""
 
@@ -52,17 +45,17 @@ class Table(Options):
     model: Annotated[str | None, Positional("[MODEL]"), Name] = Field(
         default=None, description="Model: a folder, a .gguf file, or a Hub name."
     )
-    methods: Annotated[
-        tuple[str, ...], Flag(("-m",), metavar="METHOD,..."), BeforeValidator(_rejoined), Commas, BeforeValidator(_texts)
-    ] = Field(
-        default=("magnitude", "wanda", "ria", "sparsegpt", "feedback"),
-        description="Metrics (wanda, ria:a=0.5), controllers (feedback, fisher, unipruning; feedback:step_size=0.006), any "
-        "(feedback, calibrated once for all sparsities), sequential, refine, sparsegpt (updates weights, in memory only), "
-        "scores or masks files.",
+    methods: Annotated[tuple[str, ...], Flag(("-m",), metavar="METHOD,..."), BeforeValidator(_rejoined), Commas, Number] = (
+        Field(
+            default=("magnitude", "wanda", "ria", "sparsegpt", "feedback"),
+            description="Metrics (wanda, ria:a=0.5), controllers (feedback, fisher, unipruning; feedback:step_size=0.006), any "
+            "(feedback, calibrated once for all sparsities), sequential, refine, sparsegpt (updates weights, in memory only), "
+            "scores or masks files.",
+        )
     )
-    sparsities: Annotated[
-        tuple[str, ...], Flag(("-s",), name="--sparsity", metavar="SPARSITY,..."), Commas, BeforeValidator(_texts)
-    ] = Field(default=("0.5", "2:4"), description="Sparsities and N:M patterns, separated by commas.")
+    sparsities: Annotated[tuple[str, ...], Flag(("-s",), name="--sparsity", metavar="SPARSITY,..."), Commas, Number] = Field(
+        default=("0.5", "2:4"), description="Sparsities and N:M patterns, separated by commas."
+    )
     scope: Annotated[Scope | None, Flag(default="model for feedback, fisher and any, else row")] = Field(
         default=None,
         description="Granularity of fractions, the same for all methods: per row, matrix, decoder block, or global (model).",

@@ -39,7 +39,10 @@ def parse(name: str) -> Method:
     kind, _, rest = name.partition(":")
     if kind in METRICS:
         return Local(name, {"metric": name, "controller": "none"})
-    settings = _pairs(name, rest)
+    try:
+        settings = fields.parse_pairs(filter(None, rest.split(",")), "feedback:step_size=0.006")
+    except InputError as error:
+        raise InputError(f"method {name}: {error}") from None
     if kind in CONTROLLERS or kind in ALIASES:
         return Corrected(name, {"controller": kind, "tuning": settings})
     if kind == "any":
@@ -50,16 +53,6 @@ def parse(name: str) -> Method:
         return ByBlock(name, {name: True})
     known = ", ".join((*METRICS, *CONTROLLERS, *OTHERS))
     raise InputError(f"method {name!r:.200} is unknown; use {known}, or a scores or masks file (.safetensors)")
-
-
-def _pairs(name: str, text: str) -> dict[str, str]:
-    found = {}
-    for pair in filter(None, text.split(",")):
-        key, equals, value = pair.partition("=")
-        if not equals:
-            raise InputError(f"method {name}: {pair!r} is not NAME=VALUE, e.g. feedback:step_size=0.006")
-        found[key.strip()] = value.strip()
-    return found
 
 
 def _of_file(name: str) -> FromFile:

@@ -39,7 +39,7 @@ class Source:
     @property
     def tokens(self) -> bool:
         """Whether it is a token file."""
-        return self.text.endswith(".safetensors")
+        return Text(self.text).is_token_file
 
     def reading(self, field: str | None, split: str | None, alone: bool) -> Text:
         """What to read. alone: whether it is the only text; of several, field and split are for those that have such."""

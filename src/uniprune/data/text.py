@@ -105,6 +105,10 @@ class Text:
     def __str__(self) -> str:
         return self.source
 
+    @property
+    def is_token_file(self) -> bool:
+        return self.source.endswith(".safetensors")
+
 
 def read(source: str | Path | Text, use: Use, tokenizer: Any = None) -> str:
     """All of a text: its parts, and their documents, joined by two newlines. Raises InputError if it is empty."""

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from uniprune.common import formatting
 from uniprune.common.pictures import Pictures
 from uniprune.data import mixture
 from uniprune.data.bos import Bos, Encoder
@@ -151,7 +152,7 @@ def load_windows(
         raise InputError(f"window length {length} is too short: predicting a token needs at least 2")
     if count is not None and count < 1:
         raise InputError(f"number of windows {count} is not positive")
-    if text.source.endswith(".safetensors"):
+    if text.is_token_file:
         return _of_token_file(text, length, count, {"bos": bos, "stride": stride})
     encoder = Encoder(tokenizer, bos, text)
     wanted = Wanted(use, count, length, encoder.room(length), seed)
@@ -240,7 +241,7 @@ def _say(text: Text, parts: Sequence[Part], encoder: Encoder, count: int, sample
         logger.warning(
             "text %s%s is more than %d windows need: they come from %d places all over it (%d characters), no more is read",
             text,
-            f", {size / 1e6:,.0f} MB," if size else "",
+            f", {formatting.size(size)}," if size else "",
             count,
             sample.passages,
             sample.characters,
@@ -327,6 +328,6 @@ def token_file_shape(path: Path) -> tuple[int, int]:
 
 def window_length(source: str | Path, length: int | None, default: int) -> int:
     """A token file knows its own length."""
-    if length is None and str(source).endswith(".safetensors"):
+    if length is None and Text(str(source)).is_token_file:
         return token_file_shape(path_of(source))[1]
     return length or default

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from uniprune.artefacts.masks import digest
 from uniprune.checkpoints.origin import Origin, resolve
 from uniprune.common.progress import Progress, silent
-from uniprune.common.provenance import Stopwatch, sparsity, versions
+from uniprune.common.provenance import Stopwatch, sparsity
 from uniprune.comparison import harness
 from uniprune.comparison.bench import Bench
 from uniprune.comparison.methods import Trial
@@ -29,7 +29,7 @@ from uniprune.evaluation.request import NEW_TOKENS
 from uniprune.job.inference import inferring
 from uniprune.job.options import IN_MEMORY, RunOptions
 from uniprune.job.prepare import Job, prepare
-from uniprune.models.loading import Loaded, Source, dtype_name, skeleton
+from uniprune.models.loading import Loaded, Source, skeleton
 from uniprune.models.matrices import choose_matrices
 from uniprune.reporting.comparison import latex, markdown
 from uniprune.sparsity import bits
@@ -130,21 +130,13 @@ def _fitted(trials: list[Trial], request: ComparisonRequest, source: Loaded | Or
 
 
 def _protocol(request: ComparisonRequest, job: Job, questions: Questions) -> ComparisonProtocol:
-    windows, model = questions.windows, job.loaded.model
-    assert isinstance(windows, Windows)
+    assert isinstance(questions.windows, Windows)
     return ComparisonProtocol(
         settings=request.protocol,
         calibration=job.windows.describe(),
-        text=windows.describe(),
-        windows=len(windows.tokens),
-        length=windows.tokens.shape[1],
-        stride=windows.stride or windows.tokens.shape[1],
         tasks={task.name: task.sha256 for task in questions.tasks},
         prompts=list(questions.prompts),
-        dtype=dtype_name(next(model.parameters()).dtype),
-        weights_sha256=reproduce.weights_sha256(model),
-        machine=reproduce.machine(model),
-        versions=versions(),
+        **reproduce.conditions(job.loaded.model, questions.windows),
     )
 
 

@@ -25,6 +25,7 @@ from uniprune.evaluation.request import NEW_TOKENS, EvaluationRequest
 from uniprune.evaluation.results import Check, Closeness, Compared, Evaluation, Protocol, Versions
 from uniprune.job.inference import inferring
 from uniprune.models import masking
+from uniprune.models.blocks import dtype_of
 from uniprune.models.loading import Source, dtype_name
 from uniprune.models.matrices import find_matrices
 from uniprune.storage.files import path_of
@@ -70,7 +71,7 @@ def evaluate(
     loaded = subject.load(request.dtype, device)
     with subject.pruned(loaded):
         ours = subject.measure(loaded, progress, record=other is not None)
-        computed = dtype_name(next(loaded.model.parameters()).dtype)
+        computed = dtype_name(dtype_of(loaded.model))
         facts: dict[str, Any] = {"model": str(loaded), "dtype": computed, "quantised": loaded.quantised, "masks": request.masks}
         facts |= vars(ours.perplexity) if ours.perplexity else {}
         if ours.perplexity:

@@ -11,7 +11,7 @@ from uniprune.artefacts import archive_size
 from uniprune.artefacts.binding import fingerprint
 from uniprune.artefacts.scores import ScoresFile
 from uniprune.common.progress import Progress, silent
-from uniprune.common.provenance import sha256, sparsity, versions
+from uniprune.common.provenance import sha256, sparsity
 from uniprune.data.sources import files_of
 from uniprune.data.windows import Windows
 from uniprune.errors import InputError, MismatchError
@@ -23,7 +23,7 @@ from uniprune.evaluation.request import SweepRequest
 from uniprune.evaluation.results import Costs, Row, ScoresName, Sweep, SweepProtocol, TextCosts, marked
 from uniprune.job.inference import inferring
 from uniprune.models import masking
-from uniprune.models.loading import Loaded, Source, dtype_name
+from uniprune.models.loading import Loaded, Source
 from uniprune.models.matrices import Matrices, find_matrices
 from uniprune.sparsity import bits, spelling
 from uniprune.sparsity.choices import Scope
@@ -74,17 +74,7 @@ def sweep(
     matrices = {name: matrix for name, matrix in find_matrices(loaded.model).items() if name in saliency}
     _check_model(loaded, matrices, saliency, scores)
     saliency.warn_unless_for(chosen.values())
-    protocol = SweepProtocol(
-        text=windows.describe(),
-        windows=len(windows.tokens),
-        length=windows.tokens.shape[1],
-        stride=windows.stride or windows.tokens.shape[1],
-        dtype=dtype_name(next(loaded.model.parameters()).dtype),
-        scope=request.scope,
-        weights_sha256=reproduce.weights_sha256(loaded.model),
-        machine=reproduce.machine(loaded.model),
-        versions=versions(),
-    )
+    protocol = SweepProtocol(scope=request.scope, **reproduce.conditions(loaded.model, windows))
     name = ScoresName(name=scores.name, sha256=sha256(scores))
     result = Sweep(model=str(loaded), scores=name, protocol=protocol, dense=None, rows=[])
     if resume and output.exists():

@@ -16,7 +16,7 @@ from uniprune.common.progress import Progress, silent
 from uniprune.data.windows import Windows
 from uniprune.errors import InputError
 from uniprune.evaluation.results import Generation
-from uniprune.models.blocks import device_of, text_alone
+from uniprune.models.blocks import device_of, dtype_of, text_alone
 from uniprune.models.generation import greedy
 from uniprune.models.output_head import log_probabilities
 from uniprune.tasks.question import Prompt, Question
@@ -134,7 +134,7 @@ def _leaves_padding_out(model: nn.Module, ids: Sequence[Sequence[int]], padding:
             log_probabilities(model.generate(**_padded(model, some, padding), **options).logits[0][-1])  # type: ignore[operator]
             for some in (ids, ids[-1:])
         )
-    return bool((beside - alone).abs().mean() <= ROUNDING[next(model.parameters()).dtype == torch.float32])
+    return bool((beside - alone).abs().mean() <= ROUNDING[dtype_of(model) == torch.float32])
 
 
 def _together(

@@ -126,9 +126,9 @@ class Subject:
         length = window_length(text, asked.length, min(2048, self.context))
         check_context(self._config, length)
         options = {"count": asked.windows, "bos": asked.bos, "stride": asked.stride}
-        if not text.endswith(".safetensors"):
-            options["bos"] = bos_of(asked.bos, self._config, self.tokenizer)
         source = Text(text, asked.field, asked.split)
+        if not source.is_token_file:
+            options["bos"] = bos_of(asked.bos, self._config, self.tokenizer)
         found = load_windows(source, self.tokenizer, use="evaluation", length=length, **options)  # type: ignore[arg-type]
         check_vocabulary(self._config, int(found.tokens.max()), text)
         return found

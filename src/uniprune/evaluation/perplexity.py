@@ -26,7 +26,7 @@ from uniprune.data.text import Text, TextFacts, open_text
 from uniprune.data.windows import Windows, warn_of_skipped
 from uniprune.errors import InputError
 from uniprune.evaluation.results import TextPerplexity
-from uniprune.models.blocks import BATCH_TOKENS, batches, called, device_of
+from uniprune.models.blocks import BATCH_TOKENS, batches, called, device_of, dtype_of
 from uniprune.models.loading import dtype_name
 from uniprune.models.output_head import PIECE, log_probabilities
 
@@ -90,7 +90,8 @@ def perplexity(model: nn.Module, windows: Windows, progress: Progress = silent) 
     error = ratio_error(losses, tokens)
     facts = by_unit(nats, windows.words, windows.size) | {"by_position": _by_position(positions, seen)}
     facts["by_text"] = {name: _of_text(losses, tokens, rows.tolist()) for name, rows in windows.by_source.items()} or None
-    dtype, stride = dtype_name(next(model.parameters()).dtype), windows.stride or length
+    dtype = dtype_name(dtype_of(model))
+    stride = windows.stride or length
     return Perplexity(exp(nats / total), nats, error, total, count, length, stride, dtype, windows.describe(), **facts)
 
 
@@ -266,7 +267,8 @@ def rolling(model: nn.Module, documents: Documents, progress: Progress = silent)
     nats, tokens = math.fsum(losses), sum(piece.scored for piece in documents.pieces)
     check_finite(nats)
     error = ratio_error(*documents.summed(losses))
-    dtype, count = dtype_name(next(model.parameters()).dtype), len(documents.pieces)
+    dtype = dtype_name(dtype_of(model))
+    count = len(documents.pieces)
     facts = by_unit(nats, documents.words, documents.bytes)
     length = documents.length
     return Perplexity(exp(nats / tokens), nats, error, tokens, count, length, length, dtype, documents.describe(), **facts)

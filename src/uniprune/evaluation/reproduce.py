@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from uniprune.common.provenance import processor
+from uniprune.common.provenance import processor, versions
+from uniprune.data.windows import Windows
 from uniprune.errors import InputError
 from uniprune.evaluation.request import READS, EvaluationRequest
 from uniprune.evaluation.results import Difference, Evaluation, Machine
-from uniprune.models.blocks import device_of
+from uniprune.models.blocks import device_of, dtype_of
+from uniprune.models.loading import dtype_name
 from uniprune.storage.record import parsed
 
 # Not what a model does: its name may be another, and versions and machines are compared apart.
@@ -39,6 +41,21 @@ def machine(model: nn.Module) -> Machine:
     device = device_of(model)
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     return Machine(device=device.type, kind=kind, threads=torch.get_num_threads())
+
+
+def conditions(model: nn.Module, windows: Windows) -> dict[str, Any]:
+    """What the protocols of all tables say of how their rows are measured, by field."""
+    count, length = windows.tokens.shape
+    return {
+        "text": windows.describe(),
+        "windows": count,
+        "length": length,
+        "stride": windows.stride or length,
+        "dtype": dtype_name(dtype_of(model)),
+        "weights_sha256": weights_sha256(model),
+        "machine": machine(model),
+        "versions": versions(),
+    }
 
 
 def _processor() -> str:

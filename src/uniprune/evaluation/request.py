@@ -4,25 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypedDict
+from typing import Annotated, ClassVar, Literal, TypedDict
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
-from uniprune.common.options import Alone, Commas, Flag, Options, Several
+from uniprune.common.options import Alone, Commas, Flag, Name, Options, Several
 from uniprune.errors import InputError
 from uniprune.sparsity.choices import Scope
 from uniprune.tasks.catalogue import SUITES, Suite
 
 NEW_TOKENS = 40
-
-
-def _spelled(value: Any) -> Any:
-    if isinstance(value, (list, tuple)):
-        return [_spelled(one) for one in value]
-    return str(value) if isinstance(value, Path) else value
-
-
-Name = BeforeValidator(_spelled)
 
 
 class Reading(Options):

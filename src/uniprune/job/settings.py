@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
-from uniprune.common.options import Alone, Flag, Options, Several
+from uniprune.common.options import Alone, Flag, Number, Options, Several
 from uniprune.sparsity.choices import Scope, Unsupported
 
 if TYPE_CHECKING:
@@ -19,13 +19,6 @@ if TYPE_CHECKING:
 else:  # objects are checked by ``recipe``, which may load PyTorch
     Controller = Metric = Pattern = Any
 WINDOWS, LENGTH = 128, 512
-
-
-def _spelled(value: Any) -> Any:
-    return str(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
-
-
-Number = BeforeValidator(_spelled)
 
 
 class Sparsity(Options):

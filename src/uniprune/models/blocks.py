@@ -39,6 +39,11 @@ def device_of(model: nn.Module) -> torch.device:
     return next((parameter.device for parameter in model.parameters() if not parameter.is_meta), torch.device("meta"))
 
 
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """The type that a model computes in, as its first parameter has it."""
+    return next(model.parameters()).dtype
+
+
 def last_hidden(model: nn.Module, batch: Tensor) -> Tensor:
     """Final hidden states ``[windows, length, width]``: what the output head, which is left out, would be given."""
     found = called(_backbone(model), model, batch)

@@ -143,9 +143,10 @@ def parse(spec: str, seed: int = 0) -> Metric:
         raise InputError(f"metric {name!r} is unknown; use one of {', '.join(METRICS)}; or {', '.join(OF_EXPERTS)}, of experts")
     kind = (METRICS | OF_EXPERTS)[name]
     values: dict[str, Any] = {"seed": seed} if "seed" in fields.types_of(kind) else {}
-    for option in filter(None, options.split(",")):
-        key, _, value = option.partition("=")
-        values[key.strip()] = value
+    try:
+        values |= fields.parse_pairs(filter(None, options.split(",")), "ria:a=0.5")
+    except InputError as error:
+        raise InputError(f"metric {spec}: {error}") from None
     return fields.build(kind, values, f"metric {name}")
 
 

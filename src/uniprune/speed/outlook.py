@@ -13,6 +13,7 @@ import torch
 
 from uniprune.artefacts.reports import Pruning, Realised
 from uniprune.checkpoints.origin import Origin, stored_dtype
+from uniprune.models.blocks import dtype_of
 from uniprune.models.loading import Loaded, dtype_name
 from uniprune.sparsity.patterns import Shape
 from uniprune.speed import timing
@@ -90,4 +91,4 @@ def _written_dtype(source: Loaded | Origin, matrices: Iterable[str]) -> torch.dt
     if origin and (origin.files or origin.quantised):
         return stored_dtype(origin, matrices)
     assert isinstance(source, Loaded)
-    return next(source.model.parameters()).dtype
+    return dtype_of(source.model)

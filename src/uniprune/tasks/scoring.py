@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from uniprune.checkpoints.configuration import UNBOUNDED, setting
 from uniprune.common.progress import Progress, silent
 from uniprune.errors import InputError
-from uniprune.models.blocks import device_of, text_alone
+from uniprune.models.blocks import device_of, dtype_of, text_alone
 from uniprune.models.output_head import PIECE
 
 logger = logging.getLogger(__name__)
@@ -209,7 +209,7 @@ def _telling(questions: Sequence[Sequence[Tokens]], row: Sequence[int]) -> list[
 
 def _agree(model: nn.Module, one: Score, other: Score, choice: Tokens) -> bool:
     """Whether two log-likelihoods differ by no more than rounding makes them, which tokens do independently."""
-    tolerance = ROUNDING[next(model.parameters()).dtype == torch.float32] * math.sqrt(choice.scored)
+    tolerance = ROUNDING[dtype_of(model) == torch.float32] * math.sqrt(choice.scored)
     return one.nats == other.nats or abs(one.nats - other.nats) <= tolerance
 
 
@@ -251,7 +251,7 @@ class _Trie:
 
 def _as_trie(model: nn.Module, questions: Sequence[Sequence[Tokens]], batch: Rows) -> Scores:
     """The scores of all choices from one pass over the tries of a batch."""
-    device, dtype = device_of(model), next(model.parameters()).dtype
+    device, dtype = device_of(model), dtype_of(model)
     tries, paths = zip(*(_laid_out([questions[index] for index in row]) for row in batch), strict=True)
     length = max(len(trie.tokens) for trie in tries)
     tokens, depths = (torch.zeros(len(tries), length, dtype=torch.int64) for _ in range(2))
