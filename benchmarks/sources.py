@@ -29,7 +29,7 @@ from quality import right_answers
 from uniprune import Loaded, Recipe
 from uniprune.data.windows import Windows, save_windows
 from uniprune.evaluation.divergence import Recording, closeness
-from uniprune.evaluation.model import Subject
+from uniprune.evaluation.model import EvaluatedModel
 from uniprune.evaluation.perplexity import perplexity
 from uniprune.evaluation.request import EvaluationRequest
 from uniprune.job.samples import calibration_windows, generated
@@ -76,7 +76,7 @@ class Bench:
         save_windows(self.windows("self", EVALUATED, seed=1), scratch / "own.safetensors")
         named = {name: text.evaluation for name, text in self.texts.items()} | {"self": scratch / "own.safetensors"}
         asked = EvaluationRequest.of(windows=EVALUATED, length=LENGTH)
-        self.evaluated = Subject(self.loaded).windows([f"{name}={path}" for name, path in named.items()], asked)
+        self.evaluated = EvaluatedModel(self.loaded).windows([f"{name}={path}" for name, path in named.items()], asked)
         self.recording = Recording(self.loaded.model, self.evaluated)
         with self.recording:
             found = perplexity(self.loaded.model, self.evaluated)

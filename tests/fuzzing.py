@@ -35,7 +35,7 @@ from uniprune.artefacts.binding import Binding, fingerprint
 from uniprune.artefacts.scores import ScoresFacts, write_scores
 from uniprune.checkpoints import checkpoint
 from uniprune.checkpoints.origin import resolve
-from uniprune.comparison import harness, trials
+from uniprune.comparison import candidates, harness
 from uniprune.comparison.request import ComparisonRequest
 from uniprune.data import text
 from uniprune.data import windows as windows_module
@@ -255,7 +255,7 @@ def readers(folder: Path) -> dict[str, Reader]:
         comparison.markdown(found), comparison.latex(found), comparison.readings(found), comparison.flips(found)
 
     def asked(path: Path) -> None:
-        trials.asked(ComparisonRequest.load(path))
+        candidates.asked(ComparisonRequest.load(path))
 
     found = [
         Reader("checkpoint", "safetensors", (model / "model.safetensors").read_bytes(), entries, "model.safetensors"),

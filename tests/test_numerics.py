@@ -19,7 +19,7 @@ from uniprune.saliency.refine import errors, refine
 from uniprune.saliency.statistics import Gram, SquaredNorm
 from uniprune.sparsity.patterns import NM, Unstructured
 from uniprune.sparsity.threshold import thresholds
-from uniprune.sparsity.views import Comparable
+from uniprune.sparsity.views import ScaledToMeanOne
 
 CPU = torch.device("cpu")
 SMALL = {"windows": 4, "length": 32}
@@ -145,11 +145,11 @@ def test_channels_without_inputs_are_permuted_like_any(tokenizer, tmp_path):
 
 def test_a_matrix_without_scores_does_not_upset_the_others():
     scores = {"a": torch.zeros(4, 8), "b": torch.rand(4, 8) * 1e38, "c": torch.full((4, 8), TINY)}
-    scaled = dict(Comparable(scores))
+    scaled = dict(ScaledToMeanOne(scores))
     assert float(scaled["b"].mean()) == pytest.approx(1, rel=1e-5)
     assert float(scaled["c"].mean()) == 1
     assert not scaled["a"].any()
-    masks = dict(Unstructured(0.5, "model")(Comparable(scores)))
+    masks = dict(Unstructured(0.5, "model")(ScaledToMeanOne(scores)))
     assert sum(int(mask.sum()) for mask in masks.values()) == 48
     assert not masks["a"].any()
 

@@ -16,7 +16,7 @@ from uniprune.saliency.calibration import Calibration, one_shot
 from uniprune.saliency.metrics import Magnitude, StochRIA, Wanda
 from uniprune.saliency.statistics import observing
 from uniprune.sparsity.patterns import NM, Unstructured
-from uniprune.sparsity.views import Comparable
+from uniprune.sparsity.views import ScaledToMeanOne
 
 ROW = Unstructured(0.5)
 
@@ -175,7 +175,7 @@ def test_masks_can_be_cut_from_it(metric):
         assert not scores.requires_grad
     for pattern in (NM(2, 4), ROW):
         assert all(float(mask.float().mean()) == 0.5 for _, mask in pattern(gamma))
-    kept = sum(int(mask.sum()) for _, mask in Unstructured(0.5, "model")(Comparable(gamma)))
+    kept = sum(int(mask.sum()) for _, mask in Unstructured(0.5, "model")(ScaledToMeanOne(gamma)))
     assert kept == sum(scores.numel() for scores in gamma.values()) / 2
 
 

@@ -12,7 +12,7 @@ from transformers import GenerationConfig
 import uniprune
 from conftest import GENERATION_SETTINGS, prose_and_numbers, tiny_model
 from uniprune import InputError, Loaded, Recipe
-from uniprune.data.sources import Source, interleaved, parse, shares
+from uniprune.data.sources import TextSource, interleaved, parse, shares
 from uniprune.data.windows import load_windows, save_windows
 from uniprune.job.samples import calibration_windows, generated
 
@@ -48,14 +48,14 @@ def is_digits(tokenizer, row):
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        ("c4", [Source("c4", "c4")]),
-        ("owner/name:2.5", [Source("name:2.5", "owner/name:2.5")]),  # one text has no share
-        (["c4", "code=file.txt:0.25"], [Source("c4", "c4"), Source("code", "file.txt", 0.25)]),
+        ("c4", [TextSource("c4", "c4")]),
+        ("owner/name:2.5", [TextSource("name:2.5", "owner/name:2.5")]),  # one text has no share
+        (["c4", "code=file.txt:0.25"], [TextSource("c4", "c4"), TextSource("code", "file.txt", 0.25)]),
         (
             ["owner/name:config:3", "a/b:2.0:1"],
-            [Source("name:config", "owner/name:config", 3.0), Source("b:2.0", "a/b:2.0", 1.0)],
+            [TextSource("name:config", "owner/name:config", 3.0), TextSource("b:2.0", "a/b:2.0", 1.0)],
         ),
-        (["self:.5", "x=y=z.txt:.5"], [Source("self", "self", 0.5), Source("x", "y=z.txt", 0.5)]),
+        (["self:.5", "x=y=z.txt:.5"], [TextSource("self", "self", 0.5), TextSource("x", "y=z.txt", 0.5)]),
     ],
 )
 def test_spelling(given, expected):
@@ -66,8 +66,8 @@ def test_a_file_that_is_there_is_a_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("a=b.txt", "c:0.5"):
         (tmp_path / name).write_text("text")
-    assert parse(["a=b.txt:0.25", "c:0.5"])[1] == Source("c:0.5", "c:0.5")
-    assert parse("a=b.txt") == [Source("a=b.txt", "a=b.txt")]
+    assert parse(["a=b.txt:0.25", "c:0.5"])[1] == TextSource("c:0.5", "c:0.5")
+    assert parse("a=b.txt") == [TextSource("a=b.txt", "a=b.txt")]
 
 
 @pytest.mark.parametrize(

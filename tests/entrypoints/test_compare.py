@@ -16,7 +16,7 @@ from processes import Forked
 from task_rows import ROWS
 from uniprune import InputError, Loaded, MismatchError, Recipe
 from uniprune.artefacts.masks import MasksFile, digest
-from uniprune.comparison import bench
+from uniprune.comparison import calibrations
 from uniprune.comparison.request import ComparisonRequest
 from uniprune.comparison.results import Comparison
 from uniprune.comparison.sparsegpt import sparsegpt
@@ -157,8 +157,10 @@ def test_weights_come_back_bit_for_bit(tokenizer, tmp_path):
 def test_one_pass_for_local_metrics_one_descent_for_any(folder, tmp_path, monkeypatch):
     calls = []
     for name in ("observed", "scored"):
-        real = getattr(bench, name)
-        monkeypatch.setattr(bench, name, lambda *given, name=name, real=real: calls.append((name, given)) or real(*given))
+        real = getattr(calibrations, name)
+        monkeypatch.setattr(
+            calibrations, name, lambda *given, name=name, real=real: calls.append((name, given)) or real(*given)
+        )
     methods = ("magnitude", "wanda", "ria", "stochria:a=0.5,beta=0.2", "any", "feedback")
     found = compare(str(folder), tmp_path / "table", methods=methods, sparsities=BOTH, steps=1, **SMALL)
     assert [name for name, _ in calls] == ["observed", "scored", "scored", "scored"]

@@ -10,8 +10,8 @@ from uniprune.data.text import Sample, Text, TextFacts
 from uniprune.data.windows import load_windows
 from uniprune.evaluation import protocols
 from uniprune.evaluation.perplexity import load_documents
-from uniprune.evaluation.protocols import PROTOCOLS, comparable, sentence
-from uniprune.evaluation.results import Comparable, Evaluation
+from uniprune.evaluation.protocols import PROTOCOLS, followed_protocols, sentence
+from uniprune.evaluation.results import Evaluation, FollowedProtocol
 
 PAGE = Path(__file__).parents[2] / "docs" / "evaluation.md"
 
@@ -30,17 +30,17 @@ def result(text_changes=None, **changes):
     text = {"text": "t", "windows": 141, "available_windows": 141, "bos": "first"}
     text |= {"sample": Sample(text_sha256=protocols.ROWS)} | (text_changes or {})
     facts = {"model": "facebook/opt-125m", "length": 2048, "stride": 2048, "text": TextFacts(**text)} | changes
-    return Evaluation(**facts, comparable=comparable(facts["model"], Evaluation(**facts)))
+    return Evaluation(**facts, comparable=followed_protocols(facts["model"], Evaluation(**facts)))
 
 
 def followed(model, length, text):
     facts = Evaluation(model=model, length=length, stride=length, text=text)
-    return comparable(model, facts)
+    return followed_protocols(model, facts)
 
 
 def test_the_papers_protocol():
     found = result()
-    assert found.comparable == [Comparable(protocol="WikiText-2, sequence length 2048", metric="perplexity", dense=27.66)]
+    assert found.comparable == [FollowedProtocol(protocol="WikiText-2, sequence length 2048", metric="perplexity", dense=27.66)]
     assert sentence(found) == (
         "Compares with published numbers of: WikiText-2, sequence length 2048 (perplexity); "
         "the dense model's published value is 27.66."

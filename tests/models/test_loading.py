@@ -13,7 +13,7 @@ from conftest import tiny_model, write_gguf
 from small_models import FAMILIES, tiny
 from uniprune import InputError, Recipe
 from uniprune.checkpoints.origin import resolve
-from uniprune.evaluation.model import Subject
+from uniprune.evaluation.model import EvaluatedModel
 from uniprune.models.loading import hollow, load_weights, native_dtype
 from uniprune.models.residency.streaming import open_streamed
 
@@ -25,7 +25,7 @@ def by_hand(folder, dtype):
 
 
 def to_evaluate(folder, dtype):
-    return Subject(folder).load(None if dtype is None else str(dtype).removeprefix("torch."), "cpu").model
+    return EvaluatedModel(folder).load(None if dtype is None else str(dtype).removeprefix("torch."), "cpu").model
 
 
 def streamed(folder, dtype):

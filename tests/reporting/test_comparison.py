@@ -13,7 +13,7 @@ from uniprune.comparison.results import Comparison
 from uniprune.entrypoints.report import report
 from uniprune.reporting import comparison, plots, tables
 from uniprune.reporting.headline import verdict
-from uniprune.reporting.results import Source
+from uniprune.reporting.results import ResultFile
 from uniprune.reporting.summary import summarise
 from uniprune.reporting.tables import Grid
 
@@ -37,7 +37,7 @@ def test_files_of_one_name_are_told_apart(found):
     labels = ["one/scores.safetensors", "two/scores.safetensors"]
     for grid in (comparison.grid(found), comparison.readings(found), *comparison.written(found)):
         assert [row[0] for row in grid.rows[1:3]] == labels
-    assert "at 0.5 two/scores.safetensors has 30.00 (" in verdict(summarise([Source(Path(), {}, found)]))
+    assert "at 0.5 two/scores.safetensors has 30.00 (" in verdict(summarise([ResultFile(Path(), {}, found)]))
 
 
 def test_a_report_has_the_table(found, tmp_path):

@@ -6,7 +6,7 @@ import torch
 from uniprune.errors import InputError
 from uniprune.saliency.metrics import METRICS, RIA, Magnitude, StochRIA, Wanda, parse, spell
 from uniprune.saliency.statistics import SquaredNorm
-from uniprune.sparsity.views import Comparable
+from uniprune.sparsity.views import ScaledToMeanOne
 
 
 def statistic(x):
@@ -92,7 +92,7 @@ def test_a_hyper_parameter_without_a_value_is_refused():
 
 def test_comparable_scores_have_mean_one():
     saliency = {"a": torch.rand(3, 4) * 100, "b": torch.rand(2, 2), "dead": torch.zeros(2, 2)}
-    comparable = Comparable(saliency)
+    comparable = ScaledToMeanOne(saliency)
     assert float(comparable["a"].mean()) == pytest.approx(1)
     assert float(comparable["b"].mean()) == pytest.approx(1)
     assert torch.equal(comparable["dead"], saliency["dead"])

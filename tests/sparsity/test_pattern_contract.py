@@ -13,7 +13,7 @@ from uniprune.sparsity import constraints
 from uniprune.sparsity.constraints import DENSE, Mixed, Rule, Ruled
 from uniprune.sparsity.patterns import NM, Tiled, Unstructured
 from uniprune.sparsity.spelling import PATTERNS, parse
-from uniprune.sparsity.views import Comparable, OnOneScale, View, on_one_scale
+from uniprune.sparsity.views import OnOneScale, ScaledToMeanOne, View, on_one_scale
 
 ONE_OF_EACH = [
     NM(2, 4),
@@ -147,6 +147,6 @@ def test_rules_go_with_patterns_of_ones_own():
 def test_scores_are_put_on_one_scale_only_where_they_are_compared():
     local, corrected = View(saliency()), OnOneScale(saliency())
     shared, by_row = Unstructured(0.5, "model"), Unstructured(0.5, "row")
-    assert isinstance(on_one_scale(local, shared), Comparable)
+    assert isinstance(on_one_scale(local, shared), ScaledToMeanOne)
     assert on_one_scale(local, by_row) is local
     assert on_one_scale(corrected, shared) is corrected

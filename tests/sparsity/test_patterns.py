@@ -11,7 +11,7 @@ from uniprune.errors import InputError
 from uniprune.sparsity.patterns import NM, Unstructured, sizes_of
 from uniprune.sparsity.spelling import parse
 from uniprune.sparsity.top import top
-from uniprune.sparsity.views import Comparable, OnOneScale, Scores, View
+from uniprune.sparsity.views import OnOneScale, ScaledToMeanOne, Scores, View
 
 
 def cut(pattern, **scores):
@@ -127,7 +127,11 @@ def test_sizes_that_a_saliency_knows_cost_no_look():
 
     sizes = {"a": 6, "b": 8}
     assert (
-        sizes_of(Known()) == sizes_of(View(Known())) == sizes_of(Comparable(Known())) == sizes_of(OnOneScale(Known())) == sizes
+        sizes_of(Known())
+        == sizes_of(View(Known()))
+        == sizes_of(ScaledToMeanOne(Known()))
+        == sizes_of(OnOneScale(Known()))
+        == sizes
     )
     assert sizes_of({name: torch.ones(2, size // 2) for name, size in sizes.items()}) == sizes
     halves = View({"a": torch.ones(2, 4)}, lambda name, scores: scores[:1])

@@ -32,7 +32,7 @@ from uniprune.models.loading import Loaded
 from uniprune.models.matrices import Matrices, Matrix
 from uniprune.sparsity.constraints import reach
 from uniprune.sparsity.patterns import Pattern, Saliency, Shape
-from uniprune.sparsity.views import Comparable
+from uniprune.sparsity.views import ScaledToMeanOne
 from uniprune.storage import dtypes
 
 SAMPLE = 1 << 22  # weights to look at, of the prunable matrices and of the other tensors; more only if there are very many
@@ -95,7 +95,7 @@ class Estimate:
         every = max(1, sum(matrix.size for matrix in matrices.values()) // SAMPLE)
         self._samples = {name: Sample(one, checkpoint.stored(name), every, pattern) for name, one in matrices.items()}
         self._runs = self._alike() if every > 1 else [[name] for name in matrices]
-        self._magnitudes = dict(Comparable({name: sample.magnitudes() for name, sample in self._samples.items()}))
+        self._magnitudes = dict(ScaledToMeanOne({name: sample.magnitudes() for name, sample in self._samples.items()}))
         others = checkpoint.rest(matrices)
         every = max(1, sum(_count(tensor) for tensor in others) // SAMPLE)
         self._rest = REPORT + TENSOR * (len(matrices) + len(others)) + MASK * len(matrices)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from uniprune.artefacts.mask_formats import FORMATS, ExportFacts, Foreign, marked, write
-from uniprune.artefacts.mask_tools import KERNELS, Array, CheckedMasks, Dense, Record, Source, find_weights, kept_per
+from uniprune.artefacts.mask_tools import KERNELS, Array, CheckedMasks, Dense, ModelPath, Record, find_weights, kept_per
 from uniprune.checkpoints import hub
 from uniprune.checkpoints.checkpoint import Files
 from uniprune.checkpoints.layout import Region
@@ -25,7 +25,13 @@ ENDINGS = {end for format in FORMATS.values() for end in format.files}  # of mas
 
 
 def import_masks(
-    source: Source, model: Source, output: Path, *, check_bits: bool = True, dtype: str | None = None, overwrite: bool = False
+    source: ModelPath,
+    model: ModelPath,
+    output: Path,
+    *,
+    check_bits: bool = True,
+    dtype: str | None = None,
+    overwrite: bool = False,
 ) -> Record:
     """Writes a masks file, bound to a dense model, from another tool's masks or from a pruned checkpoint's zeros.
 
@@ -41,8 +47,8 @@ def import_masks(
 
 
 def from_checkpoint(
-    pruned: Source,
-    model: Source,
+    pruned: ModelPath,
+    model: ModelPath,
     output: str | Path,
     *,
     check_bits: bool = True,
@@ -79,7 +85,7 @@ def _same(pruned: Checkpoint, dense: Checkpoint, name: str, alive: Array) -> boo
 
 
 def from_foreign(
-    source: str | Path, model: Source, output: str | Path, *, dtype: str | None = None, overwrite: bool = False
+    source: str | Path, model: ModelPath, output: str | Path, *, dtype: str | None = None, overwrite: bool = False
 ) -> Record:
     """Writes a masks file, bound to a model, from another tool's masks; their pattern is N:M if they are that, exactly.
 
@@ -186,7 +192,7 @@ def export_masks(
     masks: str | Path,
     output: str | Path,
     format: str = "boolean",
-    model: Source | None = None,
+    model: ModelPath | None = None,
     *,
     dtype: str | None = None,
     overwrite: bool = False,

@@ -34,7 +34,7 @@ from uniprune.storage.files import check_output_file, path_of
 KERNELS = (NM(2, 4), NM(4, 8))  # patterns that there are kernels for; they take groups with fewer, too
 
 Array = np.ndarray[Any, Any]
-Source = str | Path
+ModelPath = str | Path
 Record = dict[str, Any]
 
 
@@ -82,7 +82,9 @@ def _about(file: CheckedMasks) -> dict[str, str]:
     return {"base": file.facts.base, "base_name": file.facts.base_name, "pattern": file.facts.pattern}
 
 
-def verify(masks: str | Path, model: Source | None = None, pruned: Source | None = None, *, dtype: str | None = None) -> Record:
+def verify(
+    masks: str | Path, model: ModelPath | None = None, pruned: ModelPath | None = None, *, dtype: str | None = None
+) -> Record:
     """Checks all that a masks file says; returns what was checked, and the realised sparsity.
 
     Always: the file is complete, its names, shapes and sizes agree, and its masks have the pattern it claims, whole tiles,
@@ -151,7 +153,7 @@ def kept_per(mask: Tensor, run: int) -> Array:
     return counts
 
 
-def find_weights(source: Source, shapes: Mapping[str, tuple[int, ...]], dtype: str | None) -> Checkpoint:
+def find_weights(source: ModelPath, shapes: Mapping[str, tuple[int, ...]], dtype: str | None) -> Checkpoint:
     """A pruned checkpoint, if it has these matrices in these shapes: as it stores them, or dequantised from a GGUF file."""
     origin = resolve(source)
     if origin.files is None:
@@ -293,7 +295,7 @@ def check_type(file: CheckedMasks, origin: Origin, name: str, digest: str) -> No
 class Dense:
     """The dense model that masks belong to: its matrices by structure, its weights as they are stored."""
 
-    def __init__(self, source: Source, dtype: str | None) -> None:
+    def __init__(self, source: ModelPath, dtype: str | None) -> None:
         self.origin = origin = resolve(source)
         chosen, cpu = loading.parse_dtype(dtype), torch.device("cpu")
         model = loading.skeleton(origin) if origin.files else loading.load_weights(origin, chosen, cpu)

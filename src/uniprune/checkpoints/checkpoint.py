@@ -21,7 +21,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from uniprune.checkpoints.layout import Computed, Layout, Located, Part, Region, as_saved, matrix_at, on_load
+from uniprune.checkpoints.layout import Computed, Layout, Located, MatrixPart, Region, as_saved, matrix_at, on_load
 from uniprune.checkpoints.protocol import Array, Checkpoint, Stored, keys, spell_digest
 from uniprune.checkpoints.quantised.formats import Quantised, packed_by, quantised
 from uniprune.checkpoints.shards import lacking, named_in, shards_of
@@ -274,7 +274,7 @@ class Memory(Checkpoint):
     def region(self, name: str) -> Region:
         return self._part(name).region
 
-    def _part(self, name: str) -> Part:
+    def _part(self, name: str) -> MatrixPart:
         if name not in self._layout.named:
             raise InputError(f"the model has no matrix {name}; its matrices are like {list(self._layout.named)[:3]}")
         return self._layout.named[name]

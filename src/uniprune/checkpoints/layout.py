@@ -27,7 +27,7 @@ class Region(NamedTuple):
     pieces: tuple[Piece, ...]
 
 
-class Part(NamedTuple):
+class MatrixPart(NamedTuple):
     """A stored matrix, and the part of a parameter that it becomes: ``rows`` (outputs) of all of it, or of one expert's matrix.
 
     along: the axis of the parameter's matrix that its outputs lie along. flipped: whether the parameter has it transposed.
@@ -49,7 +49,7 @@ class Layout:
         self._shapes = shapes
         self._turned = {name for name, module in model.named_modules() if getattr(module, "is_transposed", False)}
 
-    def parts(self, parameter: str) -> list[Part]:
+    def parts(self, parameter: str) -> list[MatrixPart]:
         """The stored matrices of a parameter of two axes, or of three, the first the expert; none if they are unknown."""
         place = self.located.get(parameter)
         if not isinstance(place, Outline) or place.ndim not in (2, 3):
@@ -77,24 +77,26 @@ class Layout:
         raise InputError(f"{parameter} is not stored as a tensor of its own, so it cannot be put in another order")
 
     @cached_property
-    def named(self) -> dict[str, Part]:
+    def named(self) -> dict[str, MatrixPart]:
         """All parts, by the name of the matrix."""
         return {part.region.name: part for parameter in self.located for part in self.parts(parameter)}
 
-    def _matrix(self, parameter: str, expert: int | None, shape: Shape, pieces: list[Piece]) -> list[Part]:
+    def _matrix(self, parameter: str, expert: int | None, shape: Shape, pieces: list[Piece]) -> list[MatrixPart]:
         """The stored matrices that one matrix of a parameter is made of: each by its own name if each is stored as one."""
         out = int(expert is not None and parameter.rpartition(".")[0] in self._turned)
         whole = [self._whole(parameter, piece) for piece in pieces]
         alone = len(pieces) == 1
         if all(whole) and (alone or (expert is not None and all(p.shape[1 - out] == shape[1 - out] for p in pieces))):
             rows = [slice(None) if alone else slice(p.start[out], p.start[out] + p.shape[out]) for p in pieces]
-            return [Part(one[0], parameter, expert, part, out, one[1]) for one, part in zip(whole, rows, strict=True) if one]
+            return [
+                MatrixPart(one[0], parameter, expert, part, out, one[1]) for one, part in zip(whole, rows, strict=True) if one
+            ]
         name = parameter.removesuffix(".weight") + ("" if expert is None else f".{expert}")
         flipped = all(piece.strides[0] == 1 != piece.strides[1] for piece in pieces)
         if flipped:
             pieces = [Piece(p.key, p.offset, p.shape[::-1], p.strides[::-1], p.start[::-1]) for p in pieces]
         first, second = shape[::-1] if flipped else shape
-        return [Part(Region(name, (first, second), tuple(pieces)), parameter, expert, slice(None), out, flipped)]
+        return [MatrixPart(Region(name, (first, second), tuple(pieces)), parameter, expert, slice(None), out, flipped)]
 
     def _whole(self, parameter: str, piece: Piece) -> tuple[Region, bool] | None:
         """The stored matrix that a piece is all of, and whether the parameter has it transposed; None if it is none."""

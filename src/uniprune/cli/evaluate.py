@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import click
 from pydantic import Field
 
-from uniprune.cli.groups import Overwrite, Printed, Revision, Source, Target, at
+from uniprune.cli.groups import ModelArgument, Overwrite, Printed, Revision, Target, at
 from uniprune.cli.options import Only
 from uniprune.cli.terminal import Bars, quiet, show
 from uniprune.common.options import Commas, Flag, Options, Positional
@@ -115,7 +115,7 @@ def evaluate(
 
 
 def sweep(
-    source: Source,
+    source: ModelArgument,
     sparsities: Sweep,
     target: Target,
     scope: Annotated[Settings, Only("scope")],
@@ -133,7 +133,7 @@ def sweep(
     show(result, printed.as_json, sweep_table(result), *text_tables(result))
 
 
-def bench(source: Source, measurement: Measurement, printed: Printed) -> None:
+def bench(source: ModelArgument, measurement: Measurement, printed: Printed) -> None:
     quiet()
     from uniprune.cli.tables import bench_table
     from uniprune.entrypoints.bench import bench

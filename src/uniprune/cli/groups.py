@@ -30,7 +30,7 @@ def at(model: str, revision: str | None) -> str:
 Revision: Any = Field(default=None, description="Branch, tag or commit of a Hub model; or as MODEL@REVISION.")
 
 
-class Source(Options):
+class ModelArgument(Options):
     """The model that a command works on."""
 
     model: Annotated[str, Positional()] = Field(

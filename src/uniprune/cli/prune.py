@@ -8,7 +8,18 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
-from uniprune.cli.groups import CONTROLLER, LAYERS, SAMPLES, SPARSITY, Overwrite, Printed, Push, RecipeOptions, Source, Target
+from uniprune.cli.groups import (
+    CONTROLLER,
+    LAYERS,
+    SAMPLES,
+    SPARSITY,
+    ModelArgument,
+    Overwrite,
+    Printed,
+    Push,
+    RecipeOptions,
+    Target,
+)
 from uniprune.cli.options import Only
 from uniprune.cli.package import push_of
 from uniprune.cli.terminal import Bars, first, quiet, show
@@ -40,7 +51,7 @@ class Order(Options):
 
 
 def plan(
-    source: Source,
+    source: ModelArgument,
     recipe: Annotated[RecipeOptions, PRUNE],
     run: Annotated[RunOptions, Only("device max_memory execution")],
     printed: Printed,
@@ -54,7 +65,7 @@ def plan(
 
 
 def calibrate(
-    source: Source, recipe: Annotated[RecipeOptions, CALIBRATE], target: Target, run: RunOptions, printed: Printed
+    source: ModelArgument, recipe: Annotated[RecipeOptions, CALIBRATE], target: Target, run: RunOptions, printed: Printed
 ) -> None:
     asked = recipe.recipe()
     from uniprune.entrypoints.calibrate import calibrate
@@ -77,7 +88,7 @@ def mask(
     show({"output": str(target.output), **result.record()}, printed.as_json, line)
 
 
-def apply(source: Source, masks: Masks, target: Target, push: Push, over: Overwrite, printed: Printed) -> None:
+def apply(source: ModelArgument, masks: Masks, target: Target, push: Push, over: Overwrite, printed: Printed) -> None:
     from uniprune.entrypoints.apply import apply
 
     upload = push_of(push, over)
@@ -87,7 +98,12 @@ def apply(source: Source, masks: Masks, target: Target, push: Push, over: Overwr
 
 
 def prune(
-    source: Source, recipe: Annotated[RecipeOptions, PRUNE], target: Target, run: RunOptions, push: Push, printed: Printed
+    source: ModelArgument,
+    recipe: Annotated[RecipeOptions, PRUNE],
+    target: Target,
+    run: RunOptions,
+    push: Push,
+    printed: Printed,
 ) -> None:
     asked = recipe.recipe()
     from uniprune.entrypoints.prune import prune
@@ -100,7 +116,7 @@ def prune(
 
 
 def permute(
-    source: Source,
+    source: ModelArgument,
     order: Order,
     recipe: Annotated[RecipeOptions, PERMUTE],
     target: Target,

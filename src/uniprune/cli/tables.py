@@ -17,7 +17,7 @@ from uniprune.job.estimate import Plan, kind_of
 from uniprune.reporting import comparison
 from uniprune.reporting.capabilities import capabilities, parts
 from uniprune.reporting.headline import sentences, verdict
-from uniprune.reporting.results import Source
+from uniprune.reporting.results import ResultFile
 from uniprune.reporting.summary import Summary, summarise
 from uniprune.reporting.tables import Grid, accuracies, bench_rows, closeness, harness, models, sweep_texts, texts, tradeoff
 from uniprune.speed.results import Speeds
@@ -129,7 +129,7 @@ def bench_table(speeds: Speeds) -> Table:
 
 def text_tables(result: Evaluation | Sweep) -> list[Table]:
     """What was measured on each of several texts, as a report shows it."""
-    found = sweep_texts(result) if isinstance(result, Sweep) else texts(summarise([Source(Path(), {}, result)]))
+    found = sweep_texts(result) if isinstance(result, Sweep) else texts(summarise([ResultFile(Path(), {}, result)]))
     return [_grid_table(found)] if found else []
 
 
@@ -142,7 +142,7 @@ def evaluation_tables(result: Evaluation) -> list[Table | str]:
         beside = f", against {result.against}" if result.against else ""
         codes = f" (dequantised from {result.quantised})" if result.quantised else ""
         tables.append(_inert(f"{result.model}: {percent(result.sparsity)} zeros, {result.dtype}{codes}{beside}"))
-    summary = summarise([Source(Path(), {}, result)])
+    summary = summarise([ResultFile(Path(), {}, result)])
     found = accuracies(summary), parts(summary), harness(summary), capabilities(summary)
     tables += [_grid_table(grid) for grid in found if grid]
     notes = [_inert(f"lm-evaluation-harness: {note}.") for note in result.lm_eval_notes]

@@ -13,7 +13,7 @@ from uniprune.artefacts.mask_tools import CheckedMasks
 from uniprune.artefacts.scores import ScoresFile
 from uniprune.common.provenance import Stopwatch, sha256
 from uniprune.comparison import sparsegpt
-from uniprune.comparison.bench import Bench, Scored
+from uniprune.comparison.calibrations import CalibrationCache, Scored
 from uniprune.errors import InputError, MismatchError
 from uniprune.job.recipe import Recipe
 from uniprune.job.settings import Sparsity
@@ -28,7 +28,7 @@ from uniprune.storage.files import path_of
 
 
 @dataclass(frozen=True)
-class Trial:
+class Candidate:
     """A method at a sparsity, spelled as it was asked for. pattern: for the model's matrices; None of masks that are there."""
 
     method: Method
@@ -66,9 +66,9 @@ class Method:
     settings: Mapping[str, Any]
     updates_weights: ClassVar[bool] = False
 
-    def calibration(self, trial: Trial) -> str:
-        """The name of the calibration that a trial needs."""
-        return str(trial)
+    def calibration(self, candidate: Candidate) -> str:
+        """The name of the calibration that a candidate needs."""
+        return str(candidate)
 
     @property
     def cuts_none(self) -> bool:
@@ -89,18 +89,18 @@ class Method:
     def check_binding(self, binding: Binding) -> None:
         """Raises MismatchError for a file that was made for other weights."""
 
-    def forget(self, bench: Bench, trial: Trial) -> None:
+    def forget(self, cache: CalibrationCache, candidate: Candidate) -> None:
         """Deletes what was kept of a calibration in case of an interruption, now that its row is written."""
-        bench.forget(self.calibration(trial))
+        cache.forget(self.calibration(candidate))
 
     @contextmanager
-    def pruned(self, bench: Bench, trial: Trial) -> Iterator[Cut]:
+    def pruned(self, cache: CalibrationCache, candidate: Candidate) -> Iterator[Cut]:
         """Inside ``with``, the model is pruned; afterwards its weights are as they were, bit for bit."""
-        cut = self.cut(bench, trial)
-        with masking.applied(bench.matrices, cut.masks):
+        cut = self.cut(cache, candidate)
+        with masking.applied(cache.matrices, cut.masks):
             yield cut
 
-    def cut(self, bench: Bench, trial: Trial) -> Cut:
+    def cut(self, cache: CalibrationCache, candidate: Candidate) -> Cut:
         """The masks."""
         raise NotImplementedError
 
@@ -109,45 +109,47 @@ class Method:
 class Local(Method):
     """A local metric: one pass over the text, for all sparsities."""
 
-    def cut(self, bench: Bench, trial: Trial) -> Cut:
-        return _cut(bench.local(trial.recipe.parsed_metric()), trial)
+    def cut(self, cache: CalibrationCache, candidate: Candidate) -> Cut:
+        return _cut(cache.local(candidate.recipe.parsed_metric()), candidate)
 
 
 @dataclass(frozen=True)
 class Corrected(Method):
     """A controller, calibrated for each sparsity alone."""
 
-    def cut(self, bench: Bench, trial: Trial) -> Cut:
-        assert trial.pattern is not None
-        return _cut(bench.corrected(trial.recipe, [trial.pattern], self.calibration(trial)), trial)
+    def cut(self, cache: CalibrationCache, candidate: Candidate) -> Cut:
+        assert candidate.pattern is not None
+        return _cut(cache.corrected(candidate.recipe, [candidate.pattern], self.calibration(candidate)), candidate)
 
 
 @dataclass(frozen=True)
 class ForAny(Method):
     """The controller, calibrated once, for sparsities of all kinds."""
 
-    def calibration(self, trial: Trial) -> str:
+    def calibration(self, candidate: Candidate) -> str:
         return self.name
 
-    def forget(self, bench: Bench, trial: Trial) -> None:
+    def forget(self, cache: CalibrationCache, candidate: Candidate) -> None:
         """Other sparsities need it still."""
 
     def recorded(self, recipe: Recipe) -> dict[str, Any]:
         return {"recipe": {name: value for name, value in recipe.record().items() if name not in Sparsity.model_fields}}
 
-    def cut(self, bench: Bench, trial: Trial) -> Cut:
-        return _cut(bench.for_any(trial.recipe, self.calibration(trial)), trial)
+    def cut(self, cache: CalibrationCache, candidate: Candidate) -> Cut:
+        return _cut(cache.for_any(candidate.recipe, self.calibration(candidate)), candidate)
 
 
 @dataclass(frozen=True)
 class ByBlock(Method):
     """Masks block after block, each calibrated on the pruned blocks before it."""
 
-    def cut(self, bench: Bench, trial: Trial) -> Cut:
-        assert trial.pattern is not None
-        by_block, watch = refined if trial.recipe.refine else sequential, Stopwatch()
+    def cut(self, cache: CalibrationCache, candidate: Candidate) -> Cut:
+        assert candidate.pattern is not None
+        by_block, watch = refined if candidate.recipe.refine else sequential, Stopwatch()
         with watch("calibrate"):
-            found = by_block(bench.calibration(self.calibration(trial)), trial.recipe.parsed_metric(), trial.pattern)
+            found = by_block(
+                cache.calibration(self.calibration(candidate)), candidate.recipe.parsed_metric(), candidate.pattern
+            )
         return Cut(dict(found), watch.seconds, reported(found.record))
 
 
@@ -171,12 +173,12 @@ class SparseGPT(Method):
         sparsegpt.check(pattern, matrices)
 
     @contextmanager
-    def pruned(self, bench: Bench, trial: Trial) -> Iterator[Cut]:
-        assert trial.pattern is not None
-        watch, given = Stopwatch(), (bench.model, bench.matrices, bench.tokens, trial.pattern)
-        with masking.preserved(bench.matrices, bench.matrices):
+    def pruned(self, cache: CalibrationCache, candidate: Candidate) -> Iterator[Cut]:
+        assert candidate.pattern is not None
+        watch, given = Stopwatch(), (cache.model, cache.matrices, cache.tokens, candidate.pattern)
+        with masking.preserved(cache.matrices, cache.matrices):
             with watch("calibrate"):
-                found = sparsegpt.sparsegpt(*given, self.damp, self.block_size, bench.progress)
+                found = sparsegpt.sparsegpt(*given, self.damp, self.block_size, cache.progress)
             yield Cut(found, watch.seconds)
 
 
@@ -209,14 +211,14 @@ class FromFile(Method):
                     f"method {self.name} was made for another model ({made_for}) than {here}, which has other weights in {name}"
                 )
 
-    def cut(self, bench: Bench, trial: Trial) -> Cut:
+    def cut(self, cache: CalibrationCache, candidate: Candidate) -> Cut:
         if isinstance(self.file, CheckedMasks):
             return Cut(dict(self.file))
-        return _cut(Scored(self.file, None, {}), trial)
+        return _cut(Scored(self.file, None, {}), candidate)
 
 
-def _cut(found: Scored, trial: Trial) -> Cut:
-    pattern, watch = trial.pattern, Stopwatch()
+def _cut(found: Scored, candidate: Candidate) -> Cut:
+    pattern, watch = candidate.pattern, Stopwatch()
     assert pattern is not None
     with watch("mask"):
         masks = dict(pattern(on_one_scale(found.saliency, pattern)))

@@ -9,7 +9,7 @@ from pydantic import AfterValidator, Field
 
 from uniprune.common.formatting import apart
 from uniprune.data.text import TextFacts
-from uniprune.evaluation.results import Comparable, Evaluation, Machine, TaskResult
+from uniprune.evaluation.results import Evaluation, FollowedProtocol, Machine, TaskResult
 from uniprune.saliency.record import ControllerRecord, Starved
 from uniprune.sparsity.structure import Structure
 from uniprune.storage.record import Count, Facts, Fraction, Record
@@ -109,7 +109,7 @@ class Comparison(Record):
     methods: list[str] = []
     sparsities: list[str] = []
     protocol: ComparisonProtocol = ComparisonProtocol()
-    comparable: list[Comparable] = []
+    comparable: list[FollowedProtocol] = []
     rows: list[ComparisonRow]
 
     @property

@@ -10,7 +10,7 @@ of the inputs X of its matrices. A step on one batch:
     Gamma <- kappa * soft_threshold(V, lambda)
 
 Masks are cut from Gamma: float32, finite and >= 0, on the scale of the local metric, unlike the duals of ``mirror_descent``. So
-cuts over the whole model need ``views.Comparable``, as with the metric itself.
+cuts over the whole model need ``views.ScaledToMeanOne``, as with the metric itself.
 
 Departures and choices, where the published values do nothing:
 

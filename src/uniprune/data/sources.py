@@ -29,7 +29,7 @@ SHARED = re.compile(r"(?P<text>.+):(?P<share>\d+\.?\d*|\.\d+)")
 
 
 @dataclass(frozen=True)
-class Source:
+class TextSource:
     """``text``: what is read, as ``data.text`` knows it, or ``self``. share: as it was given, None if it was not."""
 
     name: str
@@ -52,14 +52,14 @@ class Source:
         return Text(self.text, field, split)
 
 
-def check_asked(sources: Sequence[Source], field: str | None, split: str | None) -> None:
+def check_asked(sources: Sequence[TextSource], field: str | None, split: str | None) -> None:
     """Raises InputError for a field or a split that is for none of several texts."""
     for flag, given in (("field", field), ("split", split)):
         if given is not None and not any(getattr(source.reading(field, split, alone=False), flag) for source in sources):
             raise InputError(f"--{flag} {given}: none of the texts has {flag}s; leave it out")
 
 
-def parse(texts: str | Sequence[str]) -> list[Source]:
+def parse(texts: str | Sequence[str]) -> list[TextSource]:
     """The sources of one text or of several. Raises InputError for shares and names that do not go together.
 
     One alone has no share: what stands after its last ``:`` is part of its name, as of ``owner/name:config``.
@@ -82,7 +82,7 @@ def files_of(texts: str | Path | Sequence[str | Path] | None) -> list[Path]:
     return [path for path in found if _there(str(path))]
 
 
-def _parsed(text: str, several: bool) -> Source:
+def _parsed(text: str, several: bool) -> TextSource:
     share = None
     if several and not _there(text) and (match := SHARED.fullmatch(text)):
         text, share = match["text"], float(match["share"])
@@ -90,8 +90,8 @@ def _parsed(text: str, several: bool) -> Source:
             raise InputError(f"the share of text {text} is not positive; give a part of the tokens, e.g. {text}:0.25")
     match = None if _there(text) else SPELLED.fullmatch(text)
     if match and match["name"]:
-        return Source(match["name"], match["text"], share)
-    return Source(Path(text).name or text, text, share)
+        return TextSource(match["name"], match["text"], share)
+    return TextSource(Path(text).name or text, text, share)
 
 
 def _there(text: str) -> bool:
@@ -99,7 +99,7 @@ def _there(text: str) -> bool:
     return os.path.exists(path_of(text))  # pathlib raises for a name that is too long
 
 
-def shares(sources: Sequence[Source]) -> list[float]:
+def shares(sources: Sequence[TextSource]) -> list[float]:
     """Each source's part of the tokens; they sum to 1. Raises InputError if nothing is left for one."""
     given = [source.share for source in sources if source.share is not None]
     without = [source for source in sources if source.share is None]
@@ -128,7 +128,7 @@ def interleaved(parts: Sequence[float], count: int) -> list[int]:
     return found
 
 
-def mixed(sources: Sequence[Source], count: int, load: Callable[[Source, int], Windows]) -> Windows:
+def mixed(sources: Sequence[TextSource], count: int, load: Callable[[TextSource, int], Windows]) -> Windows:
     """``count`` windows for calibration, in which each source has its share. load: so many windows of a source.
 
     Raises InputError if a share is less than a window.
@@ -144,7 +144,7 @@ def mixed(sources: Sequence[Source], count: int, load: Callable[[Source, int], W
     return _joined(sources, [load(source, order.count(index)) for index, source in enumerate(sources)], order, parts)
 
 
-def side_by_side(sources: Sequence[Source], load: Callable[[Source], Windows]) -> Windows:
+def side_by_side(sources: Sequence[TextSource], load: Callable[[TextSource], Windows]) -> Windows:
     """The windows for evaluation, one source after the other. Raises InputError for shares, which are for calibration."""
     if given := next((source for source in sources if source.share is not None), None):
         raise InputError(
@@ -155,14 +155,14 @@ def side_by_side(sources: Sequence[Source], load: Callable[[Source], Windows]) -
     return _joined(sources, found, [index for index, one in enumerate(found) for _ in one.tokens], None)
 
 
-def common_length(sources: Sequence[Source], length: int | None, default: int) -> int:
+def common_length(sources: Sequence[TextSource], length: int | None, default: int) -> int:
     """The length of windows: a token file knows its own."""
     files = [source for source in sources if source.tokens] if length is None else []
     return token_file_shape(path_of(files[0].text))[1] if files else length or default
 
 
 def _joined(
-    sources: Sequence[Source], found: Sequence[Windows], order: Sequence[int], parts: Sequence[float] | None
+    sources: Sequence[TextSource], found: Sequence[Windows], order: Sequence[int], parts: Sequence[float] | None
 ) -> Windows:
     if any(one.pictures for one in found):
         raise InputError("images with text go with no other text; give one --text, or read the text alone: --field text")

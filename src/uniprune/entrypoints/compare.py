@@ -14,17 +14,17 @@ from uniprune.checkpoints.origin import Origin, resolve
 from uniprune.common.progress import Progress, silent
 from uniprune.common.provenance import Stopwatch, sparsity
 from uniprune.comparison import harness
-from uniprune.comparison.bench import Bench
-from uniprune.comparison.methods import Trial
+from uniprune.comparison.calibrations import CalibrationCache
+from uniprune.comparison.candidates import asked, fitted, naming
+from uniprune.comparison.methods import Candidate
 from uniprune.comparison.request import ComparisonRequest
 from uniprune.comparison.results import COMPARISON, DENSE, UNIFORM, Comparison, ComparisonProtocol, ComparisonRow
-from uniprune.comparison.trials import asked, fitted, naming
 from uniprune.data.sources import files_of
 from uniprune.data.windows import Windows
 from uniprune.errors import InputError, UniPruneError
 from uniprune.evaluation import reproduce
-from uniprune.evaluation.model import Questions, Subject
-from uniprune.evaluation.protocols import comparable
+from uniprune.evaluation.model import EvaluatedModel, Questions
+from uniprune.evaluation.protocols import followed_protocols
 from uniprune.evaluation.request import NEW_TOKENS
 from uniprune.job.inference import inferring
 from uniprune.job.options import IN_MEMORY, RunOptions
@@ -70,36 +70,36 @@ def compare(
     """
     output = files.path_of(output)
     wanted = ComparisonRequest.of(**request)
-    trials = asked(wanted)
+    candidates = asked(wanted)
     inputs = [*files_of(wanted.text), *files_of(wanted.eval_text)]
     fresh = not (resume and (output / COMPARISON).is_file())
     there: dict[str, Any] = {"mark": COMPARISON, "replaced": fresh, "instead": files.ROWS}
     files.check_output_folder(output, overwrite or resume, inputs=inputs, **there)
     earlier = _earlier(output, resume)
     _check_same(output, earlier, {"settings": wanted.protocol})
-    subject = Subject(source)
+    subject = EvaluatedModel(source)
     origin = source.origin if isinstance(source, Loaded) else resolve(source)
     files.check_output_folder(output, overwrite or resume, origin.path if origin else None, **there)
     questions = _questions(wanted, subject)
-    trials = _fitted(trials, wanted, source if isinstance(source, Loaded) else origin)  # type: ignore[arg-type]
-    job = _job(source, trials, device, progress)
+    candidates = _fitted(candidates, wanted, source if isinstance(source, Loaded) else origin)  # type: ignore[arg-type]
+    job = _job(source, candidates, device, progress)
     protocol = _protocol(wanted, job, questions)
     _check_same(output, earlier, protocol.model_dump(mode="json"))
     found = _merged(wanted, Comparison(model=str(job.loaded), protocol=protocol, rows=[]), earlier)
     identity = {"command": "compare", **protocol.model_dump(mode="json", exclude=UNCOMPARED)}
     with runs.open_run(output, identity, resume=resume, overwrite=overwrite) as run:
-        table, bench = _Table(output, run, found, _named(source, wanted)), Bench(job, run, progress)
-        missing, failed = table.missing(trials), list[UniPruneError]()
-        for trial in progress(missing, "comparing", len(missing)):
-            if trial is None:
-                table.add(_row(subject, bench, {"method": DENSE, "sparsity": 0.0}, {}))
+        table, cache = _Table(output, run, found, _named(source, wanted)), CalibrationCache(job, run, progress)
+        missing, failed = table.missing(candidates), list[UniPruneError]()
+        for candidate in progress(missing, "comparing", len(missing)):
+            if candidate is None:
+                table.add(_row(subject, cache, {"method": DENSE, "sparsity": 0.0}, {}))
                 continue
             try:
-                table.add(_pruned(trial, subject, bench))
+                table.add(_pruned(candidate, subject, cache))
             except UniPruneError as error:  # one method's trouble with this model is not the others'
                 logger.warning("no row: %s", error)
                 failed.append(error)
-            trial.method.forget(bench, trial)
+            candidate.method.forget(cache, candidate)
         table.write()
     if failed:
         raise UniPruneError(f"{len(failed)} of {len(missing)} rows could not be made; the others are in {output}: {failed[0]}")
@@ -109,7 +109,7 @@ def compare(
 # ------------------------------------------------------------------------------------------------------------- parts
 
 
-def _questions(request: ComparisonRequest, subject: Subject) -> Questions:
+def _questions(request: ComparisonRequest, subject: EvaluatedModel) -> Questions:
     """What every row is measured on, now that it is known to be possible."""
     reading = request.reading
     reading.check(compared=False)
@@ -123,10 +123,10 @@ def _questions(request: ComparisonRequest, subject: Subject) -> Questions:
     return found
 
 
-def _fitted(trials: list[Trial], request: ComparisonRequest, source: Loaded | Origin) -> list[Trial]:
-    """The trials, now that it is known which matrices they are for."""
+def _fitted(candidates: list[Candidate], request: ComparisonRequest, source: Loaded | Origin) -> list[Candidate]:
+    """The candidates, now that it is known which matrices they are for."""
     model = source.model if isinstance(source, Loaded) else skeleton(source)
-    return fitted(trials, choose_matrices(model, request.include, request.exclude), source)
+    return fitted(candidates, choose_matrices(model, request.include, request.exclude), source)
 
 
 def _protocol(request: ComparisonRequest, job: Job, questions: Questions) -> ComparisonProtocol:
@@ -140,14 +140,14 @@ def _protocol(request: ComparisonRequest, job: Job, questions: Questions) -> Com
     )
 
 
-def _job(source: Source, trials: Sequence[Trial], device: str | None, progress: Progress) -> Job:
-    """The model and the calibration samples, for the trial that takes most memory."""
-    hungriest = max(trials, key=lambda trial: (trial.recipe.cost.memory, trial.recipe.refine))
+def _job(source: Source, candidates: Sequence[Candidate], device: str | None, progress: Progress) -> Job:
+    """The model and the calibration samples, for the candidate that takes most memory."""
+    hungriest = max(candidates, key=lambda candidate: (candidate.recipe.cost.memory, candidate.recipe.refine))
     job = prepare(source, hungriest.recipe, None, RunOptions(device=device), progress=progress)
     if job.execution not in IN_MEMORY:
         raise InputError(f"compare needs the whole model in memory, and {job.loaded} does not fit; take a smaller model")
-    for trial in trials:
-        trial.method.check_binding(job.binding)
+    for candidate in candidates:
+        candidate.method.check_binding(job.binding)
     return job
 
 
@@ -176,7 +176,7 @@ def _merged(request: ComparisonRequest, empty: Comparison, earlier: Comparison |
         methods=list(dict.fromkeys([*begun.methods, *request.methods])),
         sparsities=list(dict.fromkeys([*begun.sparsities, *request.sparsities])),
         protocol=empty.protocol,
-        comparable=comparable(empty.model, empty.reading),
+        comparable=followed_protocols(empty.model, empty.reading),
         rows=rows,
     )
 
@@ -187,31 +187,33 @@ def _named(source: Source, request: ComparisonRequest) -> ComparisonRequest:
     return request.model_copy(update={"model": None if model is None else str(model)})
 
 
-def _pruned(trial: Trial, subject: Subject, bench: Bench) -> ComparisonRow:
-    method, shapes, form = trial.method, bench.job.shapes, trial.structure
-    with naming(method.name, trial.sparsity), method.pruned(bench, trial) as cut:
+def _pruned(candidate: Candidate, subject: EvaluatedModel, cache: CalibrationCache) -> ComparisonRow:
+    method, shapes, form = candidate.method, cache.job.shapes, candidate.structure
+    with naming(method.name, candidate.sparsity), method.pruned(cache, candidate) as cut:
         removed = dict.fromkeys(shapes, 0.0) | {name: bits.sparsity_of(mask) for name, mask in cut.masks.items()}
         facts = {
             "method": method.name,
-            "pattern": trial.sparsity,
+            "pattern": candidate.sparsity,
             "structure": form,
             "scope": form.scope if form else None,
             "sparsity": sparsity(removed, shapes),
             "matrices": removed if max(removed.values()) - min(removed.values()) > UNIFORM else {},
             "updates_weights": method.updates_weights,
-            "resumed": method.calibration(trial) in bench.resumed,
+            "resumed": method.calibration(candidate) in cache.resumed,
             "masks_sha256": digest(cut.masks),
-            **method.recorded(trial.recipe),
+            **method.recorded(candidate.recipe),
             **cut.record,
         }
-        return _row(subject, bench, facts, cut.seconds)
+        return _row(subject, cache, facts, cut.seconds)
 
 
-def _row(subject: Subject, bench: Bench, facts: dict[str, Any], seconds: Mapping[str, float]) -> ComparisonRow:
+def _row(
+    subject: EvaluatedModel, cache: CalibrationCache, facts: dict[str, Any], seconds: Mapping[str, float]
+) -> ComparisonRow:
     """A row of the model as it is now."""
     watch = Stopwatch()
     with watch("evaluate"):
-        found = subject.measure(bench.job.loaded, bench.progress, record=False)
+        found = subject.measure(cache.job.loaded, cache.progress, record=False)
     assert found.perplexity is not None
     names = ("perplexity", "nats_stderr", "word_perplexity", "byte_perplexity", "by_position")
     return ComparisonRow(
@@ -221,7 +223,7 @@ def _row(subject: Subject, bench: Bench, facts: dict[str, Any], seconds: Mapping
         right={
             answers.task.name: {metric: _bits(right) for metric, right in answers.right.items()} for answers in found.answers
         },
-        written=[bench.job.loaded.tokenizer.decode(tokens) for tokens in found.written],
+        written=[cache.job.loaded.tokenizer.decode(tokens) for tokens in found.written],
         seconds={**seconds, **watch.seconds},
         measured=datetime.now(timezone.utc).isoformat(timespec="seconds"),
     )
@@ -239,19 +241,21 @@ class _Table:
         self._output, self._run, self._request, self.found = output, run, request, found
         self._new = not found.rows
 
-    def missing(self, trials: Sequence[Trial]) -> list[Trial | None]:
-        """The trials that have no row yet; None is the dense model's.
+    def missing(self, candidates: Sequence[Candidate]) -> list[Candidate | None]:
+        """The candidates that have no row yet; None is the dense model's.
 
         Raises InputError if a file of scores or masks is not the one that a row was made of.
         """
         rows = {row.key: row for row in self.found.rows}
-        for trial in trials:
-            if (row := rows.get(trial.key)) and row.file_sha256 != trial.method.recorded(trial.recipe).get("file_sha256"):
+        for candidate in candidates:
+            if (row := rows.get(candidate.key)) and row.file_sha256 != candidate.method.recorded(candidate.recipe).get(
+                "file_sha256"
+            ):
                 raise InputError(
-                    f"{trial.method.name} is not the file that its row was made of; give another output, or --overwrite"
+                    f"{candidate.method.name} is not the file that its row was made of; give another output, or --overwrite"
                 )
-        dense: list[Trial | None] = [] if (DENSE, None) in rows else [None]
-        return [*dense, *(trial for trial in trials if trial.key not in rows)]
+        dense: list[Candidate | None] = [] if (DENSE, None) in rows else [None]
+        return [*dense, *(candidate for candidate in candidates if candidate.key not in rows)]
 
     def add(self, row: ComparisonRow) -> None:
         """A row is in the table when ``comparison.json`` is replaced; the other files follow it."""

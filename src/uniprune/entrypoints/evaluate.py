@@ -18,9 +18,9 @@ from uniprune.evaluation.capabilities import capabilities
 from uniprune.evaluation.divergence import check_same_tokens, closeness
 from uniprune.evaluation.generation import check_same_prompts, prompts_of, side_by_side
 from uniprune.evaluation.lm_eval import Harness, Marks
-from uniprune.evaluation.model import Measured, Questions, Subject
+from uniprune.evaluation.model import EvaluatedModel, Measured, Questions
 from uniprune.evaluation.perplexity import Documents, Perplexity
-from uniprune.evaluation.protocols import comparable
+from uniprune.evaluation.protocols import followed_protocols
 from uniprune.evaluation.request import NEW_TOKENS, EvaluationRequest
 from uniprune.evaluation.results import Check, Closeness, Compared, Evaluation, Protocol, Versions
 from uniprune.job.inference import inferring
@@ -58,7 +58,7 @@ def evaluate(
     """
     request = EvaluationRequest.of(**asked)
     request.check(compared=against is not None)
-    subject, other = Subject(source, request.masks), None if against is None else Subject(against)
+    subject, other = EvaluatedModel(source, request.masks), None if against is None else EvaluatedModel(against)
     questions = _questions(request, subject, other)
     for each in (subject, other) if other else (subject,):
         each.ask(questions)
@@ -75,7 +75,7 @@ def evaluate(
         facts: dict[str, Any] = {"model": str(loaded), "dtype": computed, "quantised": loaded.quantised, "masks": request.masks}
         facts |= vars(ours.perplexity) if ours.perplexity else {}
         if ours.perplexity:
-            facts["comparable"] = comparable(facts["model"], ours.perplexity)
+            facts["comparable"] = followed_protocols(facts["model"], ours.perplexity)
         facts |= {"sparsity": _zeros(loaded.model), "versions": versions()}
         if harness:
             facts["lm_eval"] = harness.run(loaded, request)
@@ -150,7 +150,7 @@ def check(
 # ------------------------------------------------------------------------------------------------------------- parts
 
 
-def _questions(request: EvaluationRequest, subject: Subject, other: Subject | None) -> Questions:
+def _questions(request: EvaluationRequest, subject: EvaluatedModel, other: EvaluatedModel | None) -> Questions:
     """What both models are measured on. Raises InputError if they do not read the text alike, or it cannot be read."""
     prompts, new_tokens = request.prompts, request.new_tokens
     context = min(each.context for each in (subject, other) if each)

@@ -11,8 +11,8 @@ from uniprune.errors import InputError
 from uniprune.reporting.headline import sentences, verdict
 from uniprune.reporting.html import render
 from uniprune.reporting.markdown import markdown
-from uniprune.reporting.results import Source, read_all
-from uniprune.reporting.summary import Change, Subject, Summary, Tradeoff, summarise
+from uniprune.reporting.results import ResultFile, read_all
+from uniprune.reporting.summary import Change, ReportedModel, Summary, Tradeoff, summarise
 from uniprune.storage.files import REPORT, check_output_file, path_of, replacing
 from uniprune.storage.record import Facts, Record
 
@@ -68,7 +68,7 @@ def report(paths: Sequence[str | Path], output: str | Path, *, format: Format = 
 
 def write(
     paths: Sequence[Path], output: Path, *, format: Format = "html", overwrite: bool = False
-) -> tuple[list[Source], Summary]:
+) -> tuple[list[ResultFile], Summary]:
     """As :func:`report`; returns what it read, and that put together."""
     folders = [path for path in paths if path.is_dir()]
     read = [*filter(Path.is_file, paths), *(folder / "README.md" for folder in folders if (folder / REPORT).is_file())]
@@ -83,13 +83,13 @@ def write(
     return sources, summary
 
 
-def _content(sources: Sequence[Source], summary: Summary, format: Format) -> str:
+def _content(sources: Sequence[ResultFile], summary: Summary, format: Format) -> str:
     if format == "json":
         return json.dumps(facts(sources, summary).record(), indent=1) + "\n"
     return (render if format == "html" else markdown)(_sections(sources, summary), summary)
 
 
-def _sections(sources: Sequence[Source], summary: Summary) -> list[Section]:
+def _sections(sources: Sequence[ResultFile], summary: Summary) -> list[Section]:
     try:
         from uniprune.reporting.sections import sections
     except ModuleNotFoundError as error:
@@ -99,7 +99,7 @@ def _sections(sources: Sequence[Source], summary: Summary) -> list[Section]:
     return sections(sources, summary)
 
 
-def facts(sources: Sequence[Source], summary: Summary) -> Report:
+def facts(sources: Sequence[ResultFile], summary: Summary) -> Report:
     """A report as data."""
     return Report(
         title=summary.title,
@@ -111,7 +111,7 @@ def facts(sources: Sequence[Source], summary: Summary) -> Report:
     )
 
 
-def _row(subject: Subject, summary: Summary) -> ModelRow:
+def _row(subject: ReportedModel, summary: Summary) -> ModelRow:
     return ModelRow(
         label=subject.label,
         base=subject.base,

@@ -17,7 +17,7 @@ from uniprune.data.windows import Windows
 from uniprune.errors import InputError, MismatchError
 from uniprune.evaluation import reproduce
 from uniprune.evaluation.divergence import Recording, closeness
-from uniprune.evaluation.model import Subject
+from uniprune.evaluation.model import EvaluatedModel
 from uniprune.evaluation.perplexity import Perplexity, perplexity
 from uniprune.evaluation.request import SweepRequest
 from uniprune.evaluation.results import Costs, Row, ScoresName, Sweep, SweepProtocol, TextCosts, marked
@@ -68,7 +68,7 @@ def sweep(
     check_output_file(output, overwrite or resume, scores, *files_of(request.text_source), suffix=".json", instead=ROWS)
     if not isinstance(source, Loaded):
         Sweep.check_beside(output, [path_of(str(source))])
-    subject = Subject(source)
+    subject = EvaluatedModel(source)
     windows = subject.windows("builtin" if request.text_source is None else request.text_source, request)
     loaded = subject.load(request.dtype, device)
     matrices = {name: matrix for name, matrix in find_matrices(loaded.model).items() if name in saliency}

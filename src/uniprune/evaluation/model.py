@@ -68,7 +68,7 @@ class Measured:
     written: list[list[int]] = field(default_factory=list)
 
 
-class Subject:
+class EvaluatedModel:
     """A model whose weights are loaded when everything that is asked of it was checked."""
 
     def __init__(self, source: Source, masks: str | None = None) -> None:
@@ -112,7 +112,7 @@ class Subject:
         sources.check_asked(several, asked.field, asked.split)
         length = sources.common_length(several, asked.length, min(2048, self.context))
 
-        def load(source: sources.Source) -> Windows:
+        def load(source: sources.TextSource) -> Windows:
             text = source.reading(asked.field, asked.split, alone=False)
             own = {"bos": None} if source.tokens else {}
             given = {"field": text.field, "split": text.split, "length": length, **own}

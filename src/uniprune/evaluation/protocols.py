@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from uniprune.evaluation.perplexity import Perplexity
-from uniprune.evaluation.results import Comparable, Evaluation
+from uniprune.evaluation.results import Evaluation, FollowedProtocol
 
 ROWS = "696cca6b65a171b0a358a4be6732cdfdf2dd6164a32e20fd70e3c13fc4dfae83"  # sha256 of WikiText-2's test rows, joined
 PAGES = "a96f5837dbb9ba3bd042b550ae6490e82183acbc5d02376efd878b30692f11a7"  # of its pages
@@ -145,10 +145,10 @@ PROTOCOLS: tuple[Protocol, ...] = (
 )
 
 
-def comparable(model: str, result: Measured) -> list[Comparable]:
+def followed_protocols(model: str, result: Measured) -> list[FollowedProtocol]:
     """The published protocols that a result follows, each with the dense value of the model if there is one."""
     found = [one for one in PROTOCOLS if _on_wikitext2(result) and not list(one.differences(result))]
-    return [Comparable(protocol=one.name, metric=one.metric, dense=one.dense.get(model)) for one in found]
+    return [FollowedProtocol(protocol=one.name, metric=one.metric, dense=one.dense.get(model)) for one in found]
 
 
 def sentence(result: Evaluation) -> str:

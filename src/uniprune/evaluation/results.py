@@ -132,7 +132,7 @@ class Protocol(Facts):
     against_sha256: str | None = None
 
 
-class Comparable(Facts):
+class FollowedProtocol(Facts):
     """A published protocol that a result follows. ``metric``: which of its perplexities; ``dense``: published of its model."""
 
     protocol: str
@@ -172,7 +172,7 @@ class Evaluation(Record):
     bytes: Count | None = None
     by_position: dict[str, float] | None = None
     by_text: dict[str, TextPerplexity] | None = None
-    comparable: list[Comparable] = []
+    comparable: list[FollowedProtocol] = []
     masks: str | None = None
     sparsity: float | None = None
     versions: dict[str, str] = {}

@@ -20,7 +20,7 @@ from uniprune.common import distributed
 from uniprune.common.progress import Progress, silent
 from uniprune.data import sources
 from uniprune.data.bos import Encoder, bos_of
-from uniprune.data.sources import SELF, Source
+from uniprune.data.sources import SELF, TextSource
 from uniprune.data.text import check_there
 from uniprune.data.windows import Windows, load_windows
 from uniprune.errors import InputError
@@ -41,7 +41,7 @@ def calibration_windows(recipe: Recipe, tokenizer: Any, model: nn.Module) -> Win
     length = window_length(recipe, config)
     alone, own = len(asked) == 1, self_generated(recipe)
 
-    def load(source: Source, count: int | None) -> Windows:
+    def load(source: TextSource, count: int | None) -> Windows:
         bos = recipe.bos if alone else None
         if not source.tokens:
             bos = bos_of(recipe.bos, config, tokenizer)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from uniprune.checkpoints.layout import Part
+from uniprune.checkpoints.layout import MatrixPart
 from uniprune.errors import UniPruneError
 from uniprune.models.blocks import rerouted
 
@@ -35,7 +35,7 @@ class Slice(nn.Module):
     _expert: int
     _rows: slice
 
-    def __init__(self, fused: Fused, parameter: str, part: Part) -> None:
+    def __init__(self, fused: Fused, parameter: str, part: MatrixPart) -> None:
         # Past Module.__setattr__: the fused module is no part of this one.
         vars(self).update(fused=fused, _parameter=parameter, _expert=part.expert, _rows=part.rows, flipped=part.flipped)
         rows, columns = part.region.shape
@@ -101,7 +101,7 @@ class Fused:
     parts: the stored matrices of a parameter, as ``Layout.parts`` has them. slices: by the name of the matrix.
     """
 
-    def __init__(self, name: str, module: Any, parts: Callable[[str], Iterable[Part]]) -> None:
+    def __init__(self, name: str, module: Any, parts: Callable[[str], Iterable[MatrixPart]]) -> None:
         self.name, self.module = name, module
         self.transposed = is_transposed(module)
         self.first = "gate_up_proj" if "gate_up_proj" in module._parameters else "up_proj"
@@ -201,7 +201,7 @@ class Batched(Fused):
         return gated
 
 
-def fused_experts(name: str, module: Any, parts: Callable[[str], Iterable[Part]]) -> Fused:
+def fused_experts(name: str, module: Any, parts: Callable[[str], Iterable[MatrixPart]]) -> Fused:
     """A module of fused experts, taken apart."""
     return (Batched if _arguments(module) == 1 else Fused)(name, module, parts)
 

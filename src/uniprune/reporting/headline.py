@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from uniprune.common.formatting import NOTE, count, number, percent, points, short, size
 from uniprune.comparison.results import DENSE, UNIFORM, Comparison
-from uniprune.reporting.summary import Subject, Summary, Tradeoff, alike, measure, same_model
+from uniprune.reporting.summary import ReportedModel, Summary, Tradeoff, alike, measure, same_model
 from uniprune.runtime.layout import Provenance
 from uniprune.sparsity.structure import Structure
 from uniprune.speed.kernels import ANY_MASK
@@ -89,7 +89,7 @@ def figures(summary: Summary) -> list[Figure]:
     return found
 
 
-def _about(summary: Summary, subject: Subject) -> Iterator[str]:
+def _about(summary: Summary, subject: ReportedModel) -> Iterator[str]:
     if pruning := subject.pruning:
         yield (
             f"{percent(pruning.sparsity)} of the {count(pruning.weights)} prunable weights, in {len(pruning.matrices)} "
@@ -145,7 +145,7 @@ def verdict(summary: Summary) -> str | None:
 # ------------------------------------------------------------------------------------------------- the verdict: quality
 
 
-def _pruned(summary: Summary, subject: Subject) -> str:
+def _pruned(summary: Summary, subject: ReportedModel) -> str:
     """What is left of one model's quality, beside the dense model's and the best baseline's."""
     what = short(subject.base) or subject.label
     if subject.sparsity is not None:
@@ -165,7 +165,7 @@ def _pruned(summary: Summary, subject: Subject) -> str:
     return f"{what} {' and '.join(said)}" if said else f"{what}: its quality was not measured"
 
 
-def _baseline(summary: Summary, subject: Subject) -> tuple[str, float] | None:
+def _baseline(summary: Summary, subject: ReportedModel) -> tuple[str, float] | None:
     """Method and perplexity of the best row without a controller, at the same sparsity, measured alike; whose a file is, is not
     known.
     """

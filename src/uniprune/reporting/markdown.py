@@ -12,7 +12,7 @@ from uniprune.reporting.summary import Summary
 from uniprune.reporting.tables import Grid
 
 if TYPE_CHECKING:
-    from uniprune.reporting.sections import Dialogue, Part, Section
+    from uniprune.reporting.sections import Dialogue, Panel, Section
 
 LONGEST = 100  # rows
 
@@ -31,7 +31,7 @@ def _section(section: Section) -> Iterator[str]:
         yield from _part(part)
 
 
-def _part(part: Part) -> Iterator[str]:
+def _part(part: Panel) -> Iterator[str]:
     if part.title:
         yield f"### {plain(part.title)}"
     yield from map(plain, part.paragraphs)

@@ -23,7 +23,7 @@ MEASURED = ("perplexity", "tasks", "lm_eval", "closeness", "generations")
 
 
 @dataclass(frozen=True)
-class Source:
+class ResultFile:
     """A file and what it says: ``data`` as it is written, ``result`` checked. ``path``: the folder, if it was one."""
 
     path: Path
@@ -35,7 +35,7 @@ class Source:
         return self.result.kind
 
 
-def read(path: Path) -> Source:
+def read(path: Path) -> ResultFile:
     """A source of a report: an output folder or a JSON file. Raises InputError that names the file if it is neither."""
     if path.name in (REPORT, COMPARISON):
         path = path.parent
@@ -60,10 +60,10 @@ def read(path: Path) -> Source:
     result: Result = _kind(file, data).checked(file, data)
     if isinstance(result, Sweep) and not result.rows:
         raise InputError(f"{file} is damaged: rows: there are none yet; go on with it, uniprune sweep --resume")
-    return Source(path, data, result)
+    return ResultFile(path, data, result)
 
 
-def read_all(paths: Sequence[Path]) -> list[Source]:
+def read_all(paths: Sequence[Path]) -> list[ResultFile]:
     """Every source once, in the order given."""
     if not paths:
         raise InputError("a report needs sources; give output folders of prune or apply, or JSON files of evaluate")

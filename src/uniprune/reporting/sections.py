@@ -17,8 +17,8 @@ from uniprune.reporting import comparison
 from uniprune.reporting import tables as report_tables
 from uniprune.reporting.headline import traded
 from uniprune.reporting.plots import Marker, Plot, accuracies, curves, descent, flips, heatmap, methods, tradeoff
-from uniprune.reporting.results import Source
-from uniprune.reporting.summary import Subject, Summary
+from uniprune.reporting.results import ResultFile
+from uniprune.reporting.summary import ReportedModel, Summary
 from uniprune.reporting.tables import Grid
 from uniprune.saliency.record import ControllerRecord
 
@@ -40,7 +40,7 @@ class Dialogue:
 
 
 @dataclass(frozen=True)
-class Part:
+class Panel:
     """Plots and a table of one model, say, beside each other. ``folded``: tables that are shown on demand.
 
     table_first: tables before the paragraphs, which are notes to them.
@@ -64,14 +64,14 @@ class Part:
 class Section:
     id: str
     title: str
-    parts: list[Part]
+    parts: list[Panel]
 
 
-def sections(sources: Sequence[Source], summary: Summary) -> list[Section]:
+def sections(sources: Sequence[ResultFile], summary: Summary) -> list[Section]:
     """Those that have something to show, in the order of the page."""
     models = report_tables.models(summary)
     found = [
-        Section("models", "The models", [Part(grids=[models])] if models else []),
+        Section("models", "The models", [Panel(grids=[models])] if models else []),
         Section("comparison", "Methods compared", list(_comparisons(summary))),
         Section("tradeoff", "Perplexity against sparsity", list(_tradeoffs(summary))),
         Section("sparsity", "Where the zeros are", [*_zeros(summary), *_zeros_of_rows(summary)]),
@@ -82,26 +82,26 @@ def sections(sources: Sequence[Source], summary: Summary) -> list[Section]:
         Section("closeness", "Closeness to the dense model", list(_closeness(summary))),
         Section("generations", "Generations side by side", list(_generations(summary))),
         Section("speed", "Speed of sparse products", list(_speeds(summary))),
-        Section("protocol", "Protocol", [Part(folded=[report_tables.protocol(source) for source in sources])]),
+        Section("protocol", "Protocol", [Panel(folded=[report_tables.protocol(source) for source in sources])]),
     ]
     return [section for section in found if section.parts]
 
 
-def _comparisons(summary: Summary) -> Iterator[Part]:
+def _comparisons(summary: Summary) -> Iterator[Panel]:
     for index, found in enumerate(summary.comparisons):
         drawn = methods(f"methods-{index}", found), curves(f"curves-{index}", found)
         plots = [plot for plot in drawn if plot]
-        yield Part(grids=[comparison.grid(found)], paragraphs=comparison.notes(found), plots=plots, table_first=True)
+        yield Panel(grids=[comparison.grid(found)], paragraphs=comparison.notes(found), plots=plots, table_first=True)
     if grids := comparison.sources(summary.comparisons):
         says = "What pruning is calibrated on decides what it keeps: the text of the calibration beside that of the evaluation."
-        yield Part("Calibration and evaluation text", [says], grids=grids)
+        yield Panel("Calibration and evaluation text", [says], grids=grids)
 
 
-def _tradeoffs(summary: Summary) -> Iterator[Part]:
+def _tradeoffs(summary: Summary) -> Iterator[Panel]:
     for index, facts in enumerate(summary.tradeoffs):
         drawn = (tradeoff(f"tradeoff-{index}-{by}", facts, by) for by in ("sparsity", "bytes"))
         grid = report_tables.tradeoff(facts)
-        yield Part(
+        yield Panel(
             title=short(facts.model) if len(summary.tradeoffs) > 1 else "",
             paragraphs=[f"Measured on {facts.measure}. The scale is logarithmic; lower is better.", *traded(facts)],
             plots=[plot for plot in drawn if plot],
@@ -109,50 +109,50 @@ def _tradeoffs(summary: Summary) -> Iterator[Part]:
         )
 
 
-def _zeros(summary: Summary) -> Iterator[Part]:
+def _zeros(summary: Summary) -> Iterator[Panel]:
     for index, (subject, pruning) in enumerate(_prunings(summary)):
         sparsities = [matrix.sparsity for matrix in pruning.matrices.values()]
         title, folded = _title(summary, subject), [report_tables.matrices(pruning)]
         pattern = pruning.pattern_words
         if max(sparsities) - min(sparsities) < UNIFORM:
             says = f"Each of the {len(sparsities)} matrices has sparsity {percent(pruning.sparsity)}: {pattern}."
-            yield Part(title, [says], folded=folded)
+            yield Panel(title, [says], folded=folded)
         else:
             says = f"The matrices have between {percent(min(sparsities))} and {percent(max(sparsities))}: {pattern}."
             plot = heatmap(f"sparsity-{index}", pruning.grid)
-            yield Part(title, [says], [plot], [report_tables.kinds(pruning.grid)], folded)
+            yield Panel(title, [says], [plot], [report_tables.kinds(pruning.grid)], folded)
 
 
-def _zeros_of_rows(summary: Summary) -> Iterator[Part]:
+def _zeros_of_rows(summary: Summary) -> Iterator[Panel]:
     """Of the best rows of tables, sparsity by sparsity, whose matrices differ."""
     for index, found in enumerate(summary.comparisons):
         best = [row for at, row in enumerate(comparison.ordered(found)) if at in comparison.best(found) and row.matrices]
         for order, row in enumerate(best[:MAPS]):
             grid = by_place({name: (sparsity, 1) for name, sparsity in row.matrices.items()})
             plot = heatmap(f"sparsity-of-{index}-{order}", grid)
-            yield Part(f"{found.labels[row.method]} at {row.pattern}", plots=[plot], grids=[report_tables.kinds(grid)])
+            yield Panel(f"{found.labels[row.method]} at {row.pattern}", plots=[plot], grids=[report_tables.kinds(grid)])
 
 
-def _descents(summary: Summary) -> Iterator[Part]:
+def _descents(summary: Summary) -> Iterator[Panel]:
     for index, (subject, pruning) in enumerate(_prunings(summary)):
         record = pruning.controller
         if record and record.loss:
             drawn = descent(f"descent-{index}", record), flips(f"flips-{index}", record)
-            yield Part(_title(summary, subject), [_told(record)], [plot for plot in drawn if plot])
+            yield Panel(_title(summary, subject), [_told(record)], [plot for plot in drawn if plot])
 
 
-def _readings(summary: Summary) -> Iterator[Part]:
+def _readings(summary: Summary) -> Iterator[Panel]:
     grid = report_tables.readings(summary)
     grids = [each for each in (grid, *map(comparison.readings, summary.comparisons)) if each and _more(each)]
     if grids:
         says = "Per token compares models with one tokenizer, per word and per byte all models."
-        yield Part(paragraphs=[says], grids=grids)
+        yield Panel(paragraphs=[says], grids=grids)
 
 
-def _texts(summary: Summary) -> Iterator[Part]:
+def _texts(summary: Summary) -> Iterator[Panel]:
     grids = [report_tables.texts(summary), *map(report_tables.sweep_texts, summary.sweeps)]
     if found := [grid for grid in grids if grid]:
-        yield Part(paragraphs=["What pruning keeps depends on the text: each was read by itself."], grids=found)
+        yield Panel(paragraphs=["What pruning keeps depends on the text: each was read by itself."], grids=found)
 
 
 def _more(grid: Grid) -> bool:
@@ -175,22 +175,22 @@ def _told(record: ControllerRecord) -> str:
     return f"{text}. The best masks on those samples are the result."
 
 
-def _accuracies(summary: Summary) -> Iterator[Part]:
+def _accuracies(summary: Summary) -> Iterator[Panel]:
     grid, harness = report_tables.accuracies(summary), report_tables.harness(summary)
     if grid:
         plot = accuracies("accuracies", _markers(summary))
         says = f"Bars are standard errors of {METRIC}, of the questions as a sample."
         folded = [parts for parts in (report_capabilities.parts(summary, every=True),) if parts]
         grids = [report_capabilities.capabilities(summary), grid, report_capabilities.parts(summary)]
-        yield Part("", [says] if plot else [], [plot] if plot else [], [shown for shown in grids if shown], folded)
+        yield Panel("", [says] if plot else [], [plot] if plot else [], [shown for shown in grids if shown], folded)
     if harness:
-        yield Part(grids=[harness])
+        yield Panel(grids=[harness])
     for found in summary.comparisons:
         if flipped := comparison.flips(found):
             says = (
                 "McNemar's test counts only the answers that one of two models has right; of many, one is below 0.05 by chance."
             )
-            yield Part(paragraphs=[says], grids=[flipped])
+            yield Panel(paragraphs=[says], grids=[flipped])
 
 
 def _markers(summary: Summary) -> list[Marker]:
@@ -212,30 +212,30 @@ def _markers(summary: Summary) -> list[Marker]:
     return [*dict.fromkeys(dense), *found]
 
 
-def _closeness(summary: Summary) -> Iterator[Part]:
+def _closeness(summary: Summary) -> Iterator[Panel]:
     if grid := report_tables.closeness(summary):
         says = (
             "KL is the mean over positions of the divergence of the pruned model's next-token distribution from the dense "
             "model's, 0 if they are the same."
         )
-        yield Part("", [says], grids=[grid])
+        yield Panel("", [says], grids=[grid])
 
 
-def _generations(summary: Summary) -> Iterator[Part]:
+def _generations(summary: Summary) -> Iterator[Panel]:
     for subject in summary.subjects:
         found = [dialogue(each) for evaluation in subject.evaluations for each in evaluation.generations]
         if found:
             says = "Greedy continuations of the same prompts. What only one of the models says is marked."
-            yield Part(_title(summary, subject), [says], dialogues=found)
+            yield Panel(_title(summary, subject), [says], dialogues=found)
     for table in summary.comparisons:
         if grids := comparison.written(table):
-            yield Part(paragraphs=["Greedy continuations of the same prompts."], grids=grids)
+            yield Panel(paragraphs=["Greedy continuations of the same prompts."], grids=grids)
 
 
-def _speeds(summary: Summary) -> Iterator[Part]:
+def _speeds(summary: Summary) -> Iterator[Panel]:
     for found in summary.speeds:
         title = f"{short(found.model)} on {found.device}, {found.threads} thread{'s' if found.threads > 1 else ''}"
-        yield Part(title, [*found.verdicts, *found.notes], grids=[report_tables.speeds(found)])
+        yield Panel(title, [*found.verdicts, *found.notes], grids=[report_tables.speeds(found)])
 
 
 def dialogue(facts: Generation) -> Dialogue:
@@ -261,10 +261,10 @@ def dialogue(facts: Generation) -> Dialogue:
     return Dialogue(facts.prompt, same, model, against, says)
 
 
-def _prunings(summary: Summary) -> list[tuple[Subject, Pruning]]:
+def _prunings(summary: Summary) -> list[tuple[ReportedModel, Pruning]]:
     return [(subject, subject.pruning) for subject in summary.subjects if subject.pruning]
 
 
-def _title(summary: Summary, subject: Subject) -> str:
+def _title(summary: Summary, subject: ReportedModel) -> str:
     """Whose part it is, where there are several models."""
     return subject.label if len(summary.pruned) > 1 else ""

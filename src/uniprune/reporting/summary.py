@@ -17,7 +17,7 @@ from uniprune.common.significance import paired_error
 from uniprune.comparison.results import DENSE as METHOD_DENSE
 from uniprune.comparison.results import Comparison, ComparisonProtocol
 from uniprune.evaluation.results import Closeness, Evaluation, Row, Sweep, SweepProtocol, samples
-from uniprune.reporting.results import Source
+from uniprune.reporting.results import ResultFile
 from uniprune.runtime.layout import Packing
 from uniprune.saliency.record import ControllerRecord
 from uniprune.speed.results import Speeds
@@ -40,7 +40,7 @@ class Change(Facts):
 
 
 @dataclass(frozen=True)
-class Subject:
+class ReportedModel:
     """A model: how it was pruned, if that is known, and what was measured of it."""
 
     label: str
@@ -145,7 +145,7 @@ class Tradeoff(Facts):
 class Summary:
     """All of a report but its looks. ``subjects``: pruned ones first, in the order of the sources."""
 
-    subjects: list[Subject]
+    subjects: list[ReportedModel]
     tradeoffs: list[Tradeoff]
     sweeps: list[Sweep]
     comparisons: list[Comparison] = field(default_factory=list)
@@ -153,7 +153,7 @@ class Summary:
     packings: list[Packing] = field(default_factory=list)
 
     @property
-    def pruned(self) -> list[Subject]:
+    def pruned(self) -> list[ReportedModel]:
         return [subject for subject in self.subjects if not subject.dense]
 
     @property
@@ -173,7 +173,7 @@ class Summary:
             return f"{short(self.comparisons[0].model)}: methods compared"
         return f"{short(self.speeds[0].model)}: speed on {self.speeds[0].device}" if self.speeds else "A packed model"
 
-    def dense_perplexity(self, subject: Subject) -> float | None:
+    def dense_perplexity(self, subject: ReportedModel) -> float | None:
         """The dense model's on the same text and windows, if one of the sources has it."""
         base, reading = subject.base, subject.reading
         if subject.dense or not base or not reading:
@@ -202,7 +202,7 @@ class Summary:
                     yield table.model, table.protocol, row.perplexity
 
 
-def summarise(sources: Sequence[Source]) -> Summary:
+def summarise(sources: Sequence[ResultFile]) -> Summary:
     """Sources, put together."""
     sweeps = [source.result for source in sources if isinstance(source.result, Sweep)]
     evaluations = [source.result for source in sources if isinstance(source.result, Evaluation)]
@@ -217,7 +217,7 @@ def summarise(sources: Sequence[Source]) -> Summary:
     for name in dict.fromkeys(each.name for each in left):
         found.append((name, None, tuple(each for each in left if each.name == name)))
     labels = apart(name for name, *_ in found)
-    subjects = [Subject(labels[name], pruning, mine) for name, pruning, mine in found]
+    subjects = [ReportedModel(labels[name], pruning, mine) for name, pruning, mine in found]
     subjects.sort(key=lambda subject: subject.dense)
     comparisons = [source.result for source in sources if isinstance(source.result, Comparison)]
     speeds = [source.result for source in sources if isinstance(source.result, Speeds)]
@@ -225,7 +225,7 @@ def summarise(sources: Sequence[Source]) -> Summary:
     return Summary(subjects, list(_tradeoffs(subjects, sweeps)), sweeps, comparisons, speeds, packings)
 
 
-def _place(source: Source) -> PurePath:
+def _place(source: ResultFile) -> PurePath:
     """Where an output folder is, or was: what it is called, and told from others of that name by."""
     if source.path.is_dir():
         return source.path.resolve()
@@ -233,7 +233,7 @@ def _place(source: Source) -> PurePath:
     return PurePath("/", output) if isinstance(output, str) and output else source.path.resolve().with_suffix("")
 
 
-def _is_of(evaluation: Evaluation, label: str, source: Source, labels: Sequence[str]) -> bool:
+def _is_of(evaluation: Evaluation, label: str, source: ResultFile, labels: Sequence[str]) -> bool:
     """Whether an evaluation is of this output folder: by path, by its name where no other has it; and the zeros must agree."""
     assert isinstance(source.result, Pruning)
     if evaluation.masks or (evaluation.sparsity is not None and abs(evaluation.sparsity - source.result.sparsity) > DENSE):
@@ -243,7 +243,7 @@ def _is_of(evaluation: Evaluation, label: str, source: Source, labels: Sequence[
     return PurePath(evaluation.model).name == label and labels.count(label) == 1
 
 
-def _tradeoffs(subjects: Sequence[Subject], sweeps: Sequence[Sweep]) -> Iterator[Tradeoff]:
+def _tradeoffs(subjects: Sequence[ReportedModel], sweeps: Sequence[Sweep]) -> Iterator[Tradeoff]:
     """Of each sweep, with the models that were evaluated as it was; and of evaluations that are alike."""
     left = [each for each in subjects if each.base and each.reading and each.sparsity is not None and not each.dense]
     for sweep in sweeps:
@@ -273,7 +273,7 @@ def _tradeoffs(subjects: Sequence[Subject], sweeps: Sequence[Sweep]) -> Iterator
             )
 
 
-def _point(subject: Subject) -> Point:
+def _point(subject: ReportedModel) -> Point:
     reading, sparsity = subject.reading, subject.sparsity
     assert reading is not None
     assert reading.perplexity is not None

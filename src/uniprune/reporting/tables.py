@@ -11,8 +11,8 @@ from typing import Any
 from uniprune.artefacts.reports import Pruning
 from uniprune.common.formatting import NONE, apart, count, number, percent, points, short, size
 from uniprune.evaluation.results import Compared, Row, Sweep, TaskResult
-from uniprune.reporting.results import Source
-from uniprune.reporting.summary import Subject, Summary, Tradeoff, measure
+from uniprune.reporting.results import ResultFile
+from uniprune.reporting.summary import ReportedModel, Summary, Tradeoff, measure
 from uniprune.speed.results import Speeds
 from uniprune.speed.timing import Result
 
@@ -209,7 +209,7 @@ def accuracies(summary: Summary) -> Grid | None:
     return without_empty(Grid("Accuracy on n questions ± standard error, and McNemar's test of the difference", columns, rows))
 
 
-def asked(summary: Summary) -> Iterator[tuple[Subject, str, TaskResult]]:
+def asked(summary: Summary) -> Iterator[tuple[ReportedModel, str, TaskResult]]:
     """Every task that a model was asked."""
     for subject in summary.subjects:
         for evaluation in subject.evaluations:
@@ -261,7 +261,7 @@ def closeness(summary: Summary) -> Grid | None:
     return Grid("Next-token distributions, against those of the model evaluated against", columns, rows) if rows else None
 
 
-def protocol(source: Source) -> Grid:
+def protocol(source: ResultFile) -> Grid:
     """Everything that is needed to get a result again: what the file says, but for the results themselves."""
     settings = {key: value for key, value in source.data.items() if key not in IGNORED}
     stated = settings.pop("protocol", None)

@@ -154,7 +154,7 @@ class Unstructured(BasePattern):
 
     scope: the budget group. ``row``: each output row by itself (Wanda, arXiv 2306.11695); ``matrix``: each matrix;
     ``block``: the matrices of a decoder block; ``model``: all matrices. Scores that share a budget must be on one scale
-    (``views.Comparable``).
+    (``views.ScaledToMeanOne``).
     """
 
     sparsity: float

@@ -62,7 +62,7 @@ class OnOneScale(View):
     comparable = True
 
 
-class Comparable(OnOneScale):
+class ScaledToMeanOne(OnOneScale):
     """A view of a saliency in which every matrix has mean score 1, one matrix at a time.
 
     One budget over several matrices compares their scores, but local metrics put each matrix on a scale of its own: cut by
@@ -78,7 +78,7 @@ class Comparable(OnOneScale):
 
 def on_one_scale(saliency: Scores, pattern: Pattern) -> Scores:
     """The saliency as a pattern may see it: on one scale if it compares the scores of different matrices."""
-    return saliency if pattern.local or saliency.comparable else Comparable(saliency)
+    return saliency if pattern.local or saliency.comparable else ScaledToMeanOne(saliency)
 
 
 def _with_mean_one(name: str, scores: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ SPLITS = {name: name for name in ("test", "validation", "train", "dev")} | {"val
 
 
 @dataclass(frozen=True)
-class Source:
+class TaskRows:
     """``asked``: the rows that are asked. ``examples``: the solved ones of another split; None if there is none."""
 
     asked: Callable[[], Rows]
@@ -81,7 +81,7 @@ def _first(rows: Rows, limit: int | None) -> tuple[list[tuple[str, Row]], str]:
     return [pair for group in found.values() for pair in group], form
 
 
-def _examples(found: Source, form: str, count: int) -> Examples:
+def _examples(found: TaskRows, form: str, count: int) -> Examples:
     format = FORMATS[form]
     own = found.examples is None
     pool: list[Row] = []
@@ -94,9 +94,9 @@ def _examples(found: Source, form: str, count: int) -> Examples:
 # --------------------------------------------------------------------------------------------------------- where rows are
 
 
-def _located(source: str) -> Source:
+def _located(source: str) -> TaskRows:
     if data := listed(source):
-        return Source(
+        return TaskRows(
             lambda: _hub(source, data.path, split=data.split, **data.options),
             lambda: _hub(source, data.path, split=data.examples, **data.options),
             data.fewshot,
@@ -110,7 +110,7 @@ def _located(source: str) -> Source:
         raise InputError(
             f"task {source!r} is neither one of {', '.join(NAMES)} nor an existing file of rows, .jsonl say, or a folder{other}"
         )
-    return Source(lambda: _file(path))
+    return TaskRows(lambda: _file(path))
 
 
 def _hub(source: str, path: str, **options: Any) -> Rows:
@@ -118,7 +118,7 @@ def _hub(source: str, path: str, **options: Any) -> Rows:
     return ((f"task {source}, row {number}", row) for number, row in rows)
 
 
-def _splits(folder: Path) -> Source:
+def _splits(folder: Path) -> TaskRows:
     """A data set on disk, files or folders by split: ``test.jsonl``, ``train-00000-of-00001.parquet``, ``dev/anatomy_dev.csv``.
 
     Asked is the split that lm-evaluation-harness takes of data sets of this format, if it is there.
@@ -135,7 +135,7 @@ def _splits(folder: Path) -> Source:
     usual = next((data for name, data in NAMES.items() if name.startswith(form)), NAMES["mmlu"])
     asked = splits.get(usual.split) or splits[next(name for name in wanted if splits.get(name))]
     examples = next((splits[name] for name in (usual.examples, "train", "dev") if name in splits), None)
-    return Source(lambda: _files(asked), None if examples is None else lambda: _files(examples))
+    return TaskRows(lambda: _files(asked), None if examples is None else lambda: _files(examples))
 
 
 def _has_rows(path: Path) -> bool:

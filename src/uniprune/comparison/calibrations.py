@@ -33,7 +33,7 @@ class Scored(NamedTuple):
     record: dict[str, Any]
 
 
-class Bench:
+class CalibrationCache:
     """run: where the progress of calibrations is kept, each in a part of its own, by a name."""
 
     def __init__(self, job: Job, run: Run, progress: Progress) -> None:

@@ -1,4 +1,4 @@
-"""What a request comes to: a trial for each row, its method and recipe checked before anything is loaded."""
+"""What a request comes to: a candidate for each row, its method and recipe checked before anything is loaded."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from uniprune.artefacts.masks import MasksFacts
 from uniprune.artefacts.scores import ScoresFile
 from uniprune.checkpoints.origin import Origin
 from uniprune.common import fields
-from uniprune.comparison.methods import ByBlock, Corrected, ForAny, FromFile, Local, Method, SparseGPT, Trial
+from uniprune.comparison.methods import ByBlock, Candidate, Corrected, ForAny, FromFile, Local, Method, SparseGPT
 from uniprune.comparison.request import ComparisonRequest
 from uniprune.controller.controllers import ALIASES, CONTROLLERS
 from uniprune.errors import InputError, UniPruneError
@@ -70,12 +70,12 @@ def _of_file(name: str) -> FromFile:
     return FromFile(name, {"controller": "feedback" if scores.comparable else "none"}, scores)
 
 
-def asked(request: ComparisonRequest) -> list[Trial]:
-    """The trials that a request is about, method by method. Raises InputError that names the method at fault."""
+def asked(request: ComparisonRequest) -> list[Candidate]:
+    """The candidates that a request is about, method by method. Raises InputError that names the method at fault."""
     given = request.given()
     shared = {name: given[name] for name in Settings.model_fields if name in given}
     without = {name: value for name, value in shared.items() if name not in Sparsity.model_fields}
-    found: list[Trial] = []
+    found: list[Candidate] = []
     for name in dict.fromkeys(request.methods):
         method = parse(name)
         for sparsity in dict.fromkeys(method.sparsities(request.sparsities)):
@@ -83,20 +83,20 @@ def asked(request: ComparisonRequest) -> list[Trial]:
                 cut = without if method.cuts_none else shared | {"sparsity": sparsity}
                 if not method.cuts_none and isinstance(spelling.parse(sparsity), NM):
                     cut.pop("scope", None)  # it is of fractions
-                found.append(Trial(method, sparsity, Recipe(**cut | dict(method.settings))))
+                found.append(Candidate(method, sparsity, Recipe(**cut | dict(method.settings))))
     if not found:
         raise InputError("nothing to compare; give --methods and --sparsity, such as wanda,feedback and 0.5,2:4")
     return found
 
 
-def fitted(trials: list[Trial], matrices: Matrices, source: Loaded | Origin) -> list[Trial]:
-    """The trials with their patterns, as a model's matrices can have them. Raises InputError, MismatchError if one cannot."""
+def fitted(candidates: list[Candidate], matrices: Matrices, source: Loaded | Origin) -> list[Candidate]:
+    """The candidates with their patterns, as a model's matrices can have them. Raises InputError, MismatchError if not."""
     found = []
-    for trial in trials:
-        with naming(trial.method.name, trial.sparsity):
-            pattern = aim_of(trial.recipe, matrices, source).pattern
-            trial.method.check(pattern, matrices)
-            found.append(replace(trial, pattern=pattern))
+    for candidate in candidates:
+        with naming(candidate.method.name, candidate.sparsity):
+            pattern = aim_of(candidate.recipe, matrices, source).pattern
+            candidate.method.check(pattern, matrices)
+            found.append(replace(candidate, pattern=pattern))
     return found
 
 
