@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from uniprune.artefacts import archive, archive_codec
-from uniprune.checkpoints.beside import beside
 from uniprune.checkpoints.checkpoint import Files
+from uniprune.checkpoints.companion_files import companions
 from uniprune.checkpoints.origin import Origin
 from uniprune.checkpoints.protocol import Checkpoint, Stored
 from uniprune.common.formatting import spell_size
@@ -99,7 +99,7 @@ class Estimate:
         others = checkpoint.rest(matrices)
         every = max(1, sum(_count(tensor) for tensor in others) // SAMPLE)
         self._rest = REPORT + TENSOR * (len(matrices) + len(others)) + MASK * len(matrices)
-        self._rest += sum(map(self._file, _beside(source)))
+        self._rest += sum(map(self._file, _companions(source)))
         self._rest += sum(self._other(tensor, every) for tensor in others)
 
     @property
@@ -215,18 +215,18 @@ def _checkpoint(source: Loaded | Origin) -> Checkpoint:
     return source.files
 
 
-def _beside(source: Loaded | Origin) -> Iterator[bytes]:
+def _companions(source: Loaded | Origin) -> Iterator[bytes]:
     """The files beside the weights of the checkpoint that pruning a model writes."""
     origin = source if isinstance(source, Origin) else source.origin
     if origin is not None and origin.files:
-        yield from (file.read_bytes() for file in beside(origin.files))
+        yield from (file.read_bytes() for file in companions(origin.files))
         return
     assert isinstance(source, Loaded)
     with tempfile.TemporaryDirectory() as name:
         for part in (source.model.config, source.tokenizer):
             if part is not None:
                 part.save_pretrained(name)  # type: ignore[operator, union-attr]
-        yield from (file.read_bytes() for file in beside(Files(Path(name))))
+        yield from (file.read_bytes() for file in companions(Files(Path(name))))
 
 
 def lowest(pattern: Pattern, shapes: Mapping[str, Shape]) -> float:

@@ -80,8 +80,8 @@ def from_checkpoint(
 
 def _same(pruned: Checkpoint, dense: Checkpoint, name: str, alive: Array) -> bool:
     """Whether a matrix has the same weights in two checkpoints where they are not 0, bit for bit."""
-    beside = pruned.hasher(name).digest() == dense.hasher(name).digest()
-    return beside and not (alive & (pruned.words(name) != dense.words(name))).any()
+    same_scales = pruned.hasher(name).digest() == dense.hasher(name).digest()
+    return same_scales and not (alive & (pruned.words(name) != dense.words(name))).any()
 
 
 def from_foreign(

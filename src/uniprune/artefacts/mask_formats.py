@@ -33,7 +33,7 @@ class Format:
 
     A mask's key is the weight's, without ``drops`` at its end, and ``tail``. order: of the bits that eight weights are packed
     into; None if a mask has a value for each weight. by_row: whether each row begins with a byte of its own. shape: what stands
-    in place of ``tail`` in the key of the weight's shape. beside: what does in the key of the weight itself, where weights
+    in place of ``tail`` in the key of the weight's shape. weight_tail: what does in the key of the weight itself, where weights
     other than a layer's ``weight`` may be masked. files: endings of the files that masks are exported to.
     """
 
@@ -42,13 +42,13 @@ class Format:
     order: Literal["big", "little"] | None = None
     by_row: bool = False
     shape: str | None = None
-    beside: str | None = None
+    weight_tail: str | None = None
     files: tuple[str, ...] = (".safetensors", *PICKLED)
 
     @property
     def mark(self) -> str:
         """The end of a key by which a file of this format is known."""
-        return (".weight" if self.beside else "") + (self.tail or self.shape or "")
+        return (".weight" if self.weight_tail else "") + (self.tail or self.shape or "")
 
     def key(self, weight: str, tail: str | None = None) -> str:
         """The key of a weight's mask; or of what else there is of it."""
@@ -61,7 +61,7 @@ class Format:
             if key.endswith(self.tail) and key != META and not (self.shape and key.endswith(self.shape)):
                 weight = key.removesuffix(self.tail)
                 weight += "" if weight.endswith(self.drops) else self.drops
-                if self.beside is None or weight.endswith(".weight") or weight + self.beside in keys:
+                if self.weight_tail is None or weight.endswith(".weight") or weight + self.weight_tail in keys:
                     found[weight] = key
         return found
 
@@ -96,7 +96,7 @@ class Format:
 # The first whose mark a file has counts; ``boolean`` takes any.
 FORMATS = {
     "modelopt": Format("._weight_mask", ".weight"),
-    "torch-prune": Format("_mask", beside="_orig"),
+    "torch-prune": Format("_mask", weight_tail="_orig"),
     "compressed-tensors": Format(".bitmask", ".weight", "little", by_row=True, shape=".shape", files=(".safetensors",)),
     "maskllm": Format(".mask", order="big", files=(".npz",)),
     "patch": Format(order="big", shape=".__shape__", files=(".npz",)),

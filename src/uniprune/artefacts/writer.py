@@ -21,8 +21,8 @@ import numpy as np
 import torch
 
 from uniprune.artefacts.masks import MasksFile
-from uniprune.checkpoints.beside import copy_beside
 from uniprune.checkpoints.checkpoint import Files
+from uniprune.checkpoints.companion_files import copy_companions
 from uniprune.checkpoints.layout import dequantised
 from uniprune.checkpoints.origin import Origin
 from uniprune.checkpoints.protocol import spell_digest
@@ -64,7 +64,7 @@ def write_checkpoint(
     origin = source if isinstance(source, Origin) else source.origin
     if origin is not None and origin.files:
         files = origin.files
-        _copy_beside(files, folder)
+        _copy_companions(files, folder)
     else:
         assert isinstance(source, Loaded)
         if dequantised(source.model):
@@ -212,9 +212,9 @@ def _all(transfer: Callable[[Any], int | None], piece: Array) -> None:
         rest = rest[moved:]
 
 
-def _copy_beside(files: Files, folder: Path) -> None:
+def _copy_companions(files: Files, folder: Path) -> None:
     """The files beside the weights as they are, and empty files as large as the shards."""
-    copy_beside(files, folder)
+    copy_companions(files, folder)
     for file in files.shards:
         (folder / file.name).touch()
         os.truncate(folder / file.name, file.stat().st_size)

@@ -158,7 +158,7 @@ class Files(Checkpoint):
             return entry.hasher()
         bits = hashlib.sha256()
         for key in dict.fromkeys(piece.key for piece in self.region(name).pieces):
-            for part in self.tensors[key].beside:
+            for part in self.tensors[key].auxiliary:
                 bits.update(part.array().data)
         return bits
 
@@ -179,7 +179,7 @@ class Files(Checkpoint):
         if (entry := self.entry(name)) is None:
             return super().digest(name)
         bits = hashlib.sha256()
-        for part in (*entry.beside, entry):
+        for part in (*entry.auxiliary, entry):
             for piece in part.pieces():
                 bits.update(piece.data)
                 if not part.finite(piece):

@@ -24,7 +24,7 @@ from uniprune.storage.dtypes import PLAIN
 from uniprune.storage.files import path_of
 
 # What goes with weights: no pickle, no code. Licences may ask that they do, and terms of use (*.md).
-BESIDE = ("*.json", "*.model", "*.tiktoken", "*.txt", "*.jinja", "*.md", "LICEN[CS]E*", "NOTICE*", "Notice*", "COPYING*")
+COMPANIONS = ("*.json", "*.model", "*.tiktoken", "*.txt", "*.jinja", "*.md", "LICEN[CS]E*", "NOTICE*", "Notice*", "COPYING*")
 TEMPLATES = "additional_chat_templates/*.jinja"  # chat templates with a name, in a folder of their own
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 SHOWN = 5  # names in a message
@@ -194,7 +194,7 @@ def _from_hub(address: Address) -> Origin:
     inside = f"{address.path}/" if address.path else ""
     if files is not None:
         _check_listing(address, files)
-    kinds = [f"{inside}{kind}" for kind in BESIDE]
+    kinds = [f"{inside}{kind}" for kind in COMPANIONS]
     snapshot = hub.download(address, kinds, ignored=[f"{inside}*/*"])  # the client's * matches slashes, too
     commit, folder = hub.commit_of(snapshot), snapshot / address.path
     if files is None:

@@ -95,7 +95,7 @@ def evaluate(
         inputs = [result_file] if result_file else [*files_of(request.text_source), *filter(Path.exists, others)]
         check_output_file(target.output, run.overwrite, *inputs, suffix=".json")
         folders = [path_of(each) for each in (name, comparison.against) if each]
-        (Check if result_file else Evaluation).check_beside(target.output, folders)
+        (Check if result_file else Evaluation).check_keeps_inputs(target.output, folders)
     models: dict[str, Any] = {"against": comparison.against, "device": run.device}
     if result_file:
         with Bars() as progress:

@@ -139,9 +139,9 @@ def evaluation_tables(result: Evaluation) -> list[Table | str]:
     if result.perplexity is not None:
         tables += [evaluation_table({result.model: result}), *text_tables(result), *perplexity_lines(result)]
     else:
-        beside = f", against {result.against}" if result.against else ""
+        against = f", against {result.against}" if result.against else ""
         codes = f" (dequantised from {result.quantised})" if result.quantised else ""
-        tables.append(_inert(f"{result.model}: {percent(result.sparsity)} zeros, {result.dtype}{codes}{beside}"))
+        tables.append(_inert(f"{result.model}: {percent(result.sparsity)} zeros, {result.dtype}{codes}{against}"))
     summary = summarise([ResultFile(Path(), {}, result)])
     found = accuracies(summary), parts(summary), harness(summary), capabilities(summary)
     tables += [_grid_table(grid) for grid in found if grid]

@@ -156,11 +156,11 @@ def moving(  # type: ignore[no-untyped-def]
     move *= rescale
     if FOCUS:
         above = share(tl.load(by_row + row, mask=row < rows, other=0.0), columns, noise, least)
-        beside = share(tl.load(by_column + column, mask=column < columns, other=0.0), rows, noise, least)
+        across = share(tl.load(by_column + column, mask=column < columns, other=0.0), rows, noise, least)
         band, block = tl.arange(0, BANDS), tl.arange(0, BLOCKS)
         rowwise = tl.sum(tl.load(some + band, mask=band < tl.num_programs(0), other=0.0), 0) / rows
         columnwise = tl.sum(tl.load(others + block, mask=block < tl.num_programs(1), other=0.0), 0) / columns
-        move *= tl.minimum(above[:, None] * beside[None, :] / (rowwise * columnwise), most)
+        move *= tl.minimum(above[:, None] * across[None, :] / (rowwise * columnwise), most)
     move *= unit
     dual = tl.load(duals + there, mask=inside, other=0.0)
     if starts is not None:

@@ -96,7 +96,7 @@ def evaluate(
         facts |= {"against": str(other), **_compared(ours, theirs, questions, subject.tokenizer)}
         if harness:
             harness.run(loaded, request)
-            facts["lm_eval_against"] = _beside(right, harness.right)
+            facts["lm_eval_against"] = _compared_marks(right, harness.right)
     if questions.tasks:
         pairs = zip_longest(ours.answers, theirs.answers)
         facts |= {"suite": request.suite, "tasks": {mine.task.name: mine.result(reference) for mine, reference in pairs}}
@@ -187,13 +187,13 @@ def _compared(ours: Measured, theirs: Measured, questions: Questions, tokenizer:
     found: dict[str, Any] = {}
     if isinstance(questions.windows, Windows) and ours.recording and theirs.recording and theirs.perplexity:
         near = closeness(ours.recording, theirs.recording, questions.windows)
-        found["closeness"] = _beside_reference(near, theirs.perplexity)
+        found["closeness"] = _with_reference(near, theirs.perplexity)
     if theirs.written:
         found["generations"] = side_by_side(questions.prompts, ours.written, theirs.written, tokenizer)
     return found
 
 
-def _beside_reference(near: Closeness, reference: Perplexity) -> Closeness:
+def _with_reference(near: Closeness, reference: Perplexity) -> Closeness:
     """How close a model is, with the reference's perplexity: on all texts, and on each."""
     more: dict[str, Any] = {"reference_perplexity": reference.perplexity}
     if near.by_text:
@@ -202,7 +202,7 @@ def _beside_reference(near: Closeness, reference: Perplexity) -> Closeness:
     return near.model_copy(update=more)
 
 
-def _beside(ours: Marks, theirs: Marks) -> dict[str, dict[str, Compared]]:
+def _compared_marks(ours: Marks, theirs: Marks) -> dict[str, dict[str, Compared]]:
     """The answers of two models to the harness's tasks, by task and metric, where both answered the same questions."""
     found: dict[str, dict[str, Compared]] = {}
     for task, metrics in ours.items():

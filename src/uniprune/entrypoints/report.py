@@ -74,7 +74,7 @@ def write(
     read = [*filter(Path.is_file, paths), *(folder / "README.md" for folder in folders if (folder / REPORT).is_file())]
     check_output_file(output, overwrite, *read, suffix=f".{format}")
     if format == "json":
-        Report.check_beside(output, folders)
+        Report.check_keeps_inputs(output, folders)
     sources = read_all(paths)
     summary = summarise(sources)
     content = _content(sources, summary, format)

@@ -67,7 +67,7 @@ def sweep(
     chosen = _parsed(sparsities, request.scope, saliency)
     check_output_file(output, overwrite or resume, scores, *files_of(request.text_source), suffix=".json", instead=ROWS)
     if not isinstance(source, Loaded):
-        Sweep.check_beside(output, [path_of(str(source))])
+        Sweep.check_keeps_inputs(output, [path_of(str(source))])
     subject = EvaluatedModel(source)
     windows = subject.windows("builtin" if request.text_source is None else request.text_source, request)
     loaded = subject.load(request.dtype, device)

@@ -130,11 +130,11 @@ def _leaves_padding_out(model: nn.Module, ids: Sequence[Sequence[int]], padding:
         return True
     options = {"max_new_tokens": 1, "pad_token_id": padding, "output_logits": True, "return_dict_in_generate": True}
     with text_alone(model), greedy(model):
-        beside, alone = (
+        padded, alone = (
             log_probabilities(model.generate(**_padded(model, some, padding), **options).logits[0][-1])  # type: ignore[operator]
             for some in (ids, ids[-1:])
         )
-    return bool((beside - alone).abs().mean() <= ROUNDING[dtype_of(model) == torch.float32])
+    return bool((padded - alone).abs().mean() <= ROUNDING[dtype_of(model) == torch.float32])
 
 
 def _together(

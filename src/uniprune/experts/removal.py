@@ -12,8 +12,8 @@ from typing import Any
 from torch import nn
 
 from uniprune.artefacts.reports import ExpertCounts, ExpertLayer
-from uniprune.checkpoints.beside import copy_beside
 from uniprune.checkpoints.checkpoint import Files, checkpoint_of
+from uniprune.checkpoints.companion_files import copy_companions
 from uniprune.checkpoints.origin import resolve
 from uniprune.common.progress import Progress, silent
 from uniprune.experts import files as expert_files
@@ -82,7 +82,7 @@ class Removal:
         """Writes the checkpoint with the experts that are kept into an empty folder."""
         located = self.files.layout(self.job.loaded.model).located
         kept = {layer: one.kept for layer, one in layers.items()}
-        copy_beside(self.files, folder)
+        copy_companions(self.files, folder)
         expert_files.write(self.files, self.less.tensors(self.files, located, kept), folder, self.counts.parameters)
         config = folder / "config.json"
         settings = self.less.configure(strict_json.parse(config.read_bytes()))

@@ -327,7 +327,7 @@ def progress_of(output: Path, options: RunOptions, identity: dict[str, Any]) -> 
             distributed.barrier()
     else:
         distributed.barrier()
-        with runs.beside(runs.folder_of(output), f"rank-{distributed.rank()}") as run:
+        with runs.process_run(runs.folder_of(output), f"rank-{distributed.rank()}") as run:
             yield run
         distributed.barrier()
 

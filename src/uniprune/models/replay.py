@@ -291,7 +291,7 @@ class Blocks:
             entered, slot = replay.enter(batch), _slot(number, done)
             self.flows.append(Flow.take(self._stash, slot, replay.gives) if done else entered.put(self._stash, slot))
 
-    def beside(self, windows: Tensor, stash: Stash) -> Blocks:
+    def over(self, windows: Tensor, stash: Stash) -> Blocks:
         """The same blocks over other windows, as far as these are; run them in turn."""
         return Blocks(self._replay, windows, stash, self._done)
 

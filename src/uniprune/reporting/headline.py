@@ -204,8 +204,8 @@ def _best(table: Comparison, pattern: str, dense: float | None) -> str:
         said.append(f"{number(first.perplexity / dense)} times the dense {number(dense)}")
     if others:
         said.append(f"next best {labels[others[0].method]} {number(others[0].perplexity)}")
-    beside = f" ({'; '.join(said)})" if said else ""
-    return f"at {pattern} {labels[first.method]} has {number(first.perplexity)}{beside}"
+    remarks = f" ({'; '.join(said)})" if said else ""
+    return f"at {pattern} {labels[first.method]} has {number(first.perplexity)}{remarks}"
 
 
 def _ends(facts: Tradeoff) -> str:

@@ -161,11 +161,11 @@ def _body(report: Report, results: Sequence[Evaluation], source: str, images: bo
                 "brings that into the decoder, has the bytes of the original."
             )
         yield f"> **{NOTE}** `uniprune pack` makes it smaller to store, `uniprune bench` measures speed."
-    kind, beside = ("AutoModelForImageTextToText", "AutoProcessor") if images else ("AutoModelForCausalLM", "AutoTokenizer")
+    kind, processor = ("AutoModelForImageTextToText", "AutoProcessor") if images else ("AutoModelForCausalLM", "AutoTokenizer")
     yield (
-        f"```python\nfrom transformers import {kind}, {beside}\n\n"
+        f"```python\nfrom transformers import {kind}, {processor}\n\n"
         f'model = {kind}.from_pretrained("path/of/this/folder", dtype="auto")\n'
-        f'{beside.removeprefix("Auto").lower()} = {beside}.from_pretrained("path/of/this/folder")\n```'
+        f'{processor.removeprefix("Auto").lower()} = {processor}.from_pretrained("path/of/this/folder")\n```'
     )
     if rows := list(_rows(results)):
         yield "## Results"

@@ -91,10 +91,10 @@ def tradeoff(name: str, facts: Tradeoff, by: str) -> Plot | None:
         axes.set(xlabel=unit, ylabel="perplexity")
         _legend(axes)
     told = ", ".join(f"{point.name} {number(point.perplexity)}" for point in seen)
-    beside = f"; dense {number(dense)}" if dense is not None else ""
+    dense_note = f"; dense {number(dense)}" if dense is not None else ""
     ends = [("dense", 0.0 if by == "sparsity" else facts.dense_bytes, dense)] if dense is not None else []
     data = [*ends, *((point.name, getattr(point, by), point.perplexity) for point in seen)]
-    says = f"Perplexity against {by if by == 'sparsity' else 'packed size'}: {told}{beside}."
+    says = f"Perplexity against {by if by == 'sparsity' else 'packed size'}: {told}{dense_note}."
     return made(says, ["pattern:", by, "perplexity"], data)
 
 
@@ -130,9 +130,9 @@ def methods(name: str, table: Comparison) -> Plot | None:
         axes.set(ylim=(len(patterns) - 0.5, -0.5), xlabel="perplexity")
         _legend(axes)
     told = ", ".join(f"{labels[row.method]} at {row.pattern} {number(row.perplexity)}" for row in rows)
-    beside = f"; dense {number(dense)}" if dense is not None else ""
+    dense_note = f"; dense {number(dense)}" if dense is not None else ""
     data = ((row.method, row.pattern or "", row.sparsity, row.perplexity) for row in table.rows)
-    return made(f"Perplexity by method: {told}{beside}.", ["method:", "pattern:", "sparsity", "perplexity"], data)
+    return made(f"Perplexity by method: {told}{dense_note}.", ["method:", "pattern:", "sparsity", "perplexity"], data)
 
 
 def curves(name: str, table: Comparison) -> Plot | None:

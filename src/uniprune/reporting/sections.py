@@ -55,7 +55,7 @@ class Panel:
     table_first: bool = False
 
     @property
-    def beside(self) -> bool:
+    def side_by_side(self) -> bool:
         """Whether the table is narrow enough to stand beside the plot."""
         return len(self.plots) == 1 and all(len(grid.columns) < WIDE for grid in self.grids)
 

@@ -108,8 +108,8 @@ def texts(summary: Summary) -> Grid | None:
             for name, found in (each.by_text or {}).items():
                 error = None if found.nats_stderr is None else found.perplexity * found.nats_stderr
                 other = near.get(name)
-                beside = [shown(other.reference_perplexity), shown(other.kl)] if other else [NONE, NONE]
-                rows.append([subject.label, short(name), shown(found.perplexity), shown(error), *beside])
+                reference = [shown(other.reference_perplexity), shown(other.kl)] if other else [NONE, NONE]
+                rows.append([subject.label, short(name), shown(found.perplexity), shown(error), *reference])
     columns = ["model:", "text:", "perplexity", "±", "other's", "KL"]
     compared = any(each.closeness and each.closeness.by_text for subject in summary.subjects for each in subject.evaluations)
     caption = "Perplexity by text" + (", and KL from the model evaluated against" if compared else "")
@@ -227,7 +227,7 @@ def harness(summary: Summary) -> Grid | None:
                     if isinstance(value, (int, float)) and "_stderr" not in metric:
                         error = metrics.get(f"{metric}_stderr")
                         errors: Cell = (f"{error:.4f}", error) if isinstance(error, float) else NONE
-                        other = _beside(evaluation.lm_eval_against.get(task, {}).get(metric))
+                        other = _against(evaluation.lm_eval_against.get(task, {}).get(metric))
                         rows.append([task, subject.label, metric, (f"{value:.4f}", value), errors, *other])
     columns = ["task:", "model:", "metric:", "value", "± error", "other", "gained", "lost", "p"]
     return without_empty(Grid("lm-evaluation-harness", columns, rows)) if rows else None
@@ -294,10 +294,10 @@ def _plain(value: Any) -> str:
 
 def _compared(task: TaskResult, metric: str, value: float) -> list[Cell]:
     found = shown(value) if metric == "perplexity" else fraction(value)
-    return [found, fraction(getattr(task, f"{metric}_stderr", None)), *_beside(task.against.get(metric))]
+    return [found, fraction(getattr(task, f"{metric}_stderr", None)), *_against(task.against.get(metric))]
 
 
-def _beside(other: Compared | None) -> list[Cell]:
+def _against(other: Compared | None) -> list[Cell]:
     """A reference's accuracy, the answers gained and lost, McNemar's p."""
     if other is None:
         return [NONE, NONE, NONE, NONE]

@@ -26,8 +26,8 @@ from torch import Tensor
 from uniprune.artefacts import reports
 from uniprune.artefacts.binding import fingerprint
 from uniprune.artefacts.reports import ModelFacts
-from uniprune.checkpoints.beside import copy_beside
 from uniprune.checkpoints.checkpoint import PACKED, Files
+from uniprune.checkpoints.companion_files import copy_companions
 from uniprune.checkpoints.origin import Origin, resolve
 from uniprune.checkpoints.protocol import spell_digest
 from uniprune.common.progress import Progress, silent
@@ -205,7 +205,7 @@ def pack(folder: str | Path, output: str | Path, *, overwrite: bool = False, pro
     with files.new_folder(output) as temporary:
         with watch("write"):
             _write(temporary / PACKED, tensors, facts, progress)
-            copy_beside(checkpoint, temporary, index=False)  # of files that will not be there
+            copy_companions(checkpoint, temporary, index=False)  # of files that will not be there
         report = Packing(
             source=source,
             packed=len(packed),

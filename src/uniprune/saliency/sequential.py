@@ -100,7 +100,7 @@ def _by_block(calibration: Calibration, pattern: Pattern, create: Create, firsts
     if not pattern.local:
         raise InputError(f"--sequential cuts block after block, but {pattern} needs all scores; use --scope row or matrix")
     store, runner = open_sweep(calibration)
-    first_runner = runner.beside(firsts, Stash(calibration.run.aside(FIRST) if calibration.run else None))
+    first_runner = runner.over(firsts, Stash(calibration.run.aside(FIRST) if calibration.run else None))
     masks: dict[str, Tensor] = {}
     record = dict(store.facts.get("record", {})) if store else {}
     for index in calibration.progress(runner, "pruning block by block", len(runner)):

@@ -53,12 +53,12 @@ def outlook(pruned: Realised, dtype: torch.dtype, device: torch.device) -> str:
     else:
         types = [dtype, *(other for other in DENSE_TYPES if other != dtype)]
         at = Conditions(device, types, (TOKEN,), [], [], seconds=0)
-    beside = timing.measure(some, at)[0]
+    further = timing.measure(some, at)[0]
     threads = torch.get_num_threads()
     cpu = f"a CPU with {threads} thread{'s' if threads > 1 else ''}"
     place = cpu if device.type == "cpu" else torch.get_device_module(device).get_device_name(device)
-    found = f"On {place} {verdict(results + beside, missing, sparsity, dtype_name(dtype))}"
-    busy = any(row.high > BUSY * row.low for row in results + beside)
+    found = f"On {place} {verdict(results + further, missing, sparsity, dtype_name(dtype))}"
+    busy = any(row.high > BUSY * row.low for row in results + further)
     return f"{found[:-1]} (measured on a busy machine, so it says little)." if busy else found
 
 

@@ -56,7 +56,7 @@ class Record(Facts):
         return str(cls.model_fields["kind"].default)
 
     @classmethod
-    def check_beside(cls, path: Path, folders: Iterable[Path]) -> None:
+    def check_keeps_inputs(cls, path: Path, folders: Iterable[Path]) -> None:
         """Raises InputError if a result would replace a file of the folders that are read, but for an earlier one of its kind.
 
         Results may lie in a model's folder; its ``config.json`` is not to become one.

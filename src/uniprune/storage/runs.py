@@ -113,7 +113,7 @@ def discard(output: Path) -> None:
 
 
 @contextmanager
-def beside(folder: Path, name: str) -> Iterator[Run]:
+def process_run(folder: Path, name: str) -> Iterator[Run]:
     """The run of another process of those that share the run in a folder, with room of its own, deleted afterwards."""
     own = folder / name
     shutil.rmtree(own, ignore_errors=True)
@@ -130,7 +130,7 @@ def temporary() -> Iterator[Run]:
     first = not distributed.rank()
     with tempfile.TemporaryDirectory(prefix="uniprune-") if first else nullcontext("") as folder:
         place = Path(distributed.all_gather(folder)[0])
-        with nullcontext(Run(place)) if first else beside(place, f"rank-{distributed.rank()}") as run:
+        with nullcontext(Run(place)) if first else process_run(place, f"rank-{distributed.rank()}") as run:
             yield Run(run.folder, durable=False, shared=place)
         distributed.barrier()
 

@@ -87,14 +87,14 @@ class Entry:
         return alive
 
     @property
-    def beside(self) -> tuple[Entry, ...]:
+    def auxiliary(self) -> tuple[Entry, ...]:
         """Tensors that decide on the weights, too: of plain ones, none."""
         return ()
 
     def hasher(self) -> Any:
         """A sha256 of what lies beside, to which the tensor's own bits are to be added."""
         bits = hashlib.sha256()
-        for part in self.beside:
+        for part in self.auxiliary:
             for piece in part.pieces():
                 bits.update(piece.data)
         return bits

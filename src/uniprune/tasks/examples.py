@@ -50,5 +50,5 @@ class Examples:
         return self._random.sample(range(rows), count)
 
     def _too_few(self, rows: int, which: str = "") -> InputError:
-        beside = " beside the question itself" if self._without else ""
-        return InputError(f"--num-fewshot {self._count} needs as many solved rows{beside}; there are {rows}{which}")
+        excepting = " beside the question itself" if self._without else ""
+        return InputError(f"--num-fewshot {self._count} needs as many solved rows{excepting}; there are {rows}{which}")

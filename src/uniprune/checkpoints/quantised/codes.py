@@ -130,7 +130,7 @@ class Coded(Entry):
         return alive
 
     @property
-    def beside(self) -> tuple[Entry, ...]:
+    def auxiliary(self) -> tuple[Entry, ...]:
         return self.scales
 
     def part(self, offset: int, shape: Shape) -> Coded:

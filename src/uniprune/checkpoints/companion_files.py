@@ -33,7 +33,7 @@ INDEX = re.compile(r".*\.index(\.[^.]+)?\.json")  # of weights; between its endi
 LEFT = {REPORT, "README.md", ".gitattributes"}  # not true of the pruned model
 
 
-def beside(files: Files) -> list[Path]:
+def companions(files: Files) -> list[Path]:
     """The files of a checkpoint folder that go with the weights into a pruned one: config, tokenizer and the like.
 
     An index of weights that are not those of the model would be one of files that are not there, whatever their format.
@@ -47,12 +47,12 @@ def beside(files: Files) -> list[Path]:
     return [file for file in sorted(there) if goes(file)]
 
 
-def copy_beside(files: Files, folder: Path, index: bool = True) -> None:
+def copy_companions(files: Files, folder: Path, index: bool = True) -> None:
     """Copies these files into an existing folder; index: also that of the weights, if there is one.
 
     They are as they were, but for settings that name code which is not among them.
     """
-    for file in beside(files):
+    for file in companions(files):
         if index or file != files.weights:
             target = folder / file.relative_to(files.folder)
             target.parent.mkdir(exist_ok=True)

@@ -12,8 +12,8 @@ import uniprune
 from small_models import tiny
 from uniprune import Recipe
 from uniprune.artefacts import archive
-from uniprune.checkpoints.beside import copy_beside
 from uniprune.checkpoints.checkpoint import Files
+from uniprune.checkpoints.companion_files import copy_companions
 from uniprune.checkpoints.origin import resolve
 from uniprune.data.windows import Windows, save_windows
 from uniprune.runtime import layout
@@ -78,7 +78,7 @@ def test_only_the_index_of_the_models_weights_goes(source, tmp_path):
     for name in (*others, "pytorch_model-00001-of-00002.bin"):
         (source / name).write_text("{}")
     files = Files(source)
-    copy_beside(files, tmp_path)
+    copy_companions(files, tmp_path)
     there = {file.name for file in tmp_path.glob("*")}
     assert files.weights.name == "model.safetensors.index.json"
     assert files.weights.name in there
@@ -100,7 +100,7 @@ def test_licences_and_notices_are_downloaded(source, real_hub, tmp_path):
     terms = {name: name.encode() for name in TERMS}
     real_hub.add("owner/name", local_hub.files_of(source) | terms | {"LICENSES/a.txt": b"", "tensorboard": b""})
     (tmp_path / "out").mkdir()
-    copy_beside(resolve("owner/name").files, tmp_path / "out")
+    copy_companions(resolve("owner/name").files, tmp_path / "out")
     assert {name: (tmp_path / "out" / name).read_bytes() for name in TERMS} == terms
     assert not {"LICENSES", "tensorboard"} & {path.name for path in resolve("owner/name").folder.iterdir()}
 
@@ -119,7 +119,7 @@ def test_outputs_name_no_code_that_is_not_there(source, real_hub, tmp_path):
     outs = {"here": Files(source), "hub": resolve("owner/name").files}
     for name, files in outs.items():
         (tmp_path / name).mkdir()
-        copy_beside(files, tmp_path / name)
+        copy_companions(files, tmp_path / name)
     for file in ("config.json", "tokenizer_config.json", "own.py"):
         assert (tmp_path / "here" / file).read_bytes() == (source / file).read_bytes()
     names = ("config.json", "tokenizer_config.json")
@@ -134,5 +134,5 @@ def test_outputs_name_no_code_that_is_not_there(source, real_hub, tmp_path):
 def test_settings_that_name_no_code_are_as_they_were(source, tmp_path, text):
     (source / "processor_config.json").write_text(text)
     (tmp_path / "out").mkdir()
-    copy_beside(Files(source), tmp_path / "out")
+    copy_companions(Files(source), tmp_path / "out")
     assert (tmp_path / "out" / "processor_config.json").read_text() == text
