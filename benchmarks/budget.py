@@ -52,7 +52,7 @@ import sys
 from pathlib import Path
 from uniprune.artefacts.scores import ScoresFile
 from uniprune.sparsity import spelling
-spelling.parse("0.6", "model").settle(ScoresFile(Path(sys.argv[1])))
+spelling.parse("0.6", "model").prepare(ScoresFile(Path(sys.argv[1])))
 """
 READ = """
 import sys

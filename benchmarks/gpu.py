@@ -120,7 +120,7 @@ def kernels(card: Card, size: str) -> list[Row]:
     ]
     found = [_kernel(card, *case) for case in cases]
     for target in TARGETS[1:3]:
-        cut = target.settle({})
+        cut = target.prepare({})
         found.append({"kernel": f"cut {target}", "seconds": card.seconds(lambda cut=cut: cut("a", state[1]))})  # type: ignore[misc]
     return found
 

@@ -105,7 +105,7 @@ def side(name: str, size: str, blocks: int | None, tokens: int, steps: int) -> R
             few, store = replace(calibration, windows=windows[:1]), Store(run, "descent")
             moving = descent.Descent(settings, passes, few, Wanda(), [target], run, store)
             found = [peak_of(lambda: moving.step(windows, target, 1.0)) for _ in range(steps)]
-        digest, cut = sha256(), target.settle({})
+        digest, cut = sha256(), target.prepare({})
         for matrix in matrices:
             digest.update(cut(matrix, moving.states.dual(matrix)).numpy().data)
     return {

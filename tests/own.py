@@ -79,7 +79,7 @@ class FirstInputs(BasePattern):
     def unsupported(self, rows, columns):
         return None if columns % self.of == 0 else f"{columns} inputs are not divisible by {self.of}"
 
-    def settle(self, saliency):
+    def prepare(self, saliency):
         return lambda name, scores: torch.arange(scores.shape[1]).expand(scores.shape) < scores.shape[1] * self.keep // self.of
 
 

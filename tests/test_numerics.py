@@ -166,7 +166,7 @@ def test_denormals_are_numbers_of_their_own():
         expected[0, order[:keep]] = True
         sparsity = 1 - keep / 8
         assert torch.equal(dict(Unstructured(sparsity, "row")({"a": scores}))["a"], expected)
-        assert torch.equal(thresholds({"a": scores}, keep)["a"].cut(scores), expected)
+        assert torch.equal(thresholds({"a": scores}, keep)["a"].mask(scores), expected)
     assert torch.equal(dict(NM(4, 8)({"a": scores}))["a"], torch.isin(torch.arange(8), torch.tensor(order[:4]))[None])
 
 

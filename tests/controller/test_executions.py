@@ -91,10 +91,10 @@ def test_masks_are_cut_once_a_step_and_wait_as_bits():
 
     def hard(name, dual):
         cut.append(name)
-        return NM(2, 4).settle({})(name, dual)
+        return NM(2, 4).prepare({})(name, dual)
 
     masks = PackedMasks(NM(2, 4), hard, duals.__getitem__, matrices, 0.0, CPU, stash=Stash())
-    expected = Masks(NM(2, 4), NM(2, 4).settle({}), duals.__getitem__, matrices, 0.0, CPU)
+    expected = Masks(NM(2, 4), NM(2, 4).prepare({}), duals.__getitem__, matrices, 0.0, CPU)
     for name in [*matrices, *reversed(matrices)]:
         assert torch.equal(masks[name], expected[name])
         assert len({matrices[other].block for other in masks._kept}) == 1
@@ -107,7 +107,7 @@ def test_masks_that_another_process_sends_again_take_the_place_of_the_old(monkey
     matrices = find_matrices(model)
     owners, sent = dict.fromkeys(matrices, 1), []
     monkeypatch.setattr("uniprune.common.distributed.broadcast", lambda owner, ours: torch.full_like(ours, sent[-1]))
-    masks = PackedMasks(NM(2, 4), NM(2, 4).settle({}), {}.__getitem__, matrices, 0.0, CPU, stash=Stash())
+    masks = PackedMasks(NM(2, 4), NM(2, 4).prepare({}), {}.__getitem__, matrices, 0.0, CPU, stash=Stash())
     for byte, kept in ((255, True), (0, False)):
         sent.append(byte)
         masks.share(owners)

@@ -298,7 +298,7 @@ def test_groups_are_refined_without_waiting():
     """On a GPU the host waits for none of them, but once a sweep."""
     generator = torch.Generator().manual_seed(0)
     weight, scores, x = (torch.randn(shape, generator=generator) for shape in ((8, 32), (8, 32), (64, 32)))
-    mask = NM(2, 4).settle({})("a", scores)
+    mask = NM(2, 4).prepare({})("a", scores)
     expected = descend_groups(weight, mask, x.T @ x, NM(2, 4))
     with pretend.device() as counts:
         there = [tensor.to(pretend.DEVICE) for tensor in (weight, mask, x.T @ x)]
@@ -320,6 +320,6 @@ def test_matrices_of_a_rule_are_refined_as_it_says():
     masks, plain = refined(given, Wanda(), pattern), sequential(given, Wanda(), pattern)
     first = {name: mask for name, mask in masks.items() if given.matrices[name].block == 0}
     for name, mask in first.items():
-        part = pattern.part(name)
+        part = pattern.pattern_of(name)
         assert int((~mask).sum()) == int(part.sparsity * mask.numel())
         assert torch.equal(mask, plain[name]) == ("q_proj" in name or "v_proj" in name)

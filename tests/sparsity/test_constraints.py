@@ -70,7 +70,7 @@ def test_others_make_up_for_what_rules_spare():
     assert count["layers.0.q_proj"] == count["layers.0.down_proj"] == 0
     assert count["layers.1.q_proj"] == 32
     assert bool((masks["layers.1.down_proj"].reshape(-1, 4).sum(1) == 1).all())
-    assert [str(pattern.part(name)) for name in SHAPES][2:] == ["0.25 by matrix", "1:4", "0.5 by model"]
+    assert [str(pattern.pattern_of(name)) for name in SHAPES][2:] == ["0.25 by matrix", "1:4", "0.5 by model"]
 
 
 @pytest.mark.parametrize("what", ["0.5@4x4", "0.3@4x4", "0.3333", "2:4", "dense"])
@@ -99,7 +99,7 @@ def test_local_patterns_have_exceptions_only():
 
 def test_the_first_rule_counts():
     pattern = ruled(NM(2, 4), r"0\.q=dense", "q_proj=1:4")
-    assert [pattern.part(name) for name in SHAPES] == [DENSE, NM(2, 4), NM(1, 4), NM(2, 4), NM(1, 4)]
+    assert [pattern.pattern_of(name) for name in SHAPES] == [DENSE, NM(2, 4), NM(1, 4), NM(2, 4), NM(1, 4)]
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_mixed_totals_are_met_within_one_group(seed, allowed, sparsity):
     pattern = Mixed(round(sparsity, 3), ALLOWED[allowed])
     masks = dict(pattern(random_saliency(seed)))
     short = math.floor(pattern.sparsity * total() + 1e-9) - sum(gone(masks).values())
-    assert 0 <= short < pattern.grain
+    assert 0 <= short < pattern.sample_group
     partial = 0
     for mask in masks.values():
         kept = [mask.reshape(-1, nm.m).sum(1) for nm in pattern.allow]
@@ -177,7 +177,7 @@ def test_a_sample_settles_mixed_patterns_nearly_as_all_scores_do():
     saliency = random_saliency(1, shapes)
     pattern = Mixed(0.3, (NM(2, 4), DENSE))
     sample = {name: scores.reshape(-1, 4)[::7] for name, scores in saliency.items()}
-    cut = pattern.settle_by_sample(sample)
+    cut = pattern.prepare_from_sample(sample)
     exact = dict(pattern(saliency))
     differ = sum(int((cut(name, scores) != exact[name]).sum()) for name, scores in saliency.items())
     assert differ < 0.02 * total(shapes)

@@ -25,7 +25,7 @@ def test_shapes_that_kernels_do_not_take_are_named():
 def test_unsupported_layers_get_what_was_said_and_are_reported(unsupported, part):
     pattern, reasons = fitted(NM(2, 4), SHAPES, "float16", NVIDIA, unsupported)
     assert list(reasons) == ["layers.0.k", "layers.0.down"]
-    assert [pattern.part(name) for name in SHAPES] == [NM(2, 4), part, part]
+    assert [pattern.pattern_of(name) for name in SHAPES] == [NM(2, 4), part, part]
     masks = dict(pattern({name: torch.rand(shape) for name, shape in SHAPES.items()}))
     assert bool((masks["layers.0.q"].reshape(-1, 4).sum(1) == 2).all())
 
@@ -69,14 +69,14 @@ def test_types_may_differ_by_matrix_and_are_asked_for_only_where_they_count():
     kinds = {"attention": "bfloat16", "expert": "F4_E2M1"}
     pattern, reasons = fitted(NM(2, 4), shapes, kinds.__getitem__, NVIDIA, "dense")
     assert reasons == {"expert": "weights of type F4_E2M1; the kernels take float16, bfloat16, int8"}
-    assert [pattern.part(name) for name in shapes] == [NM(2, 4), DENSE]
+    assert [pattern.pattern_of(name) for name in shapes] == [NM(2, 4), DENSE]
     assert fitted(NM(2, 4), shapes, {}.__getitem__) == (NM(2, 4), {})
 
 
 def test_rules_come_after_misfits_and_stay():
     pattern, reasons = fitted(Ruled(NM(2, 4), (Rule("down", "dense"),)), SHAPES, "bfloat16", NVIDIA, "dense")
     assert list(reasons) == ["layers.0.k"]
-    assert [pattern.part(name) for name in SHAPES] == [NM(2, 4), DENSE, DENSE]
+    assert [pattern.pattern_of(name) for name in SHAPES] == [NM(2, 4), DENSE, DENSE]
 
 
 def test_a_misfit_that_is_to_be_unstructured_keeps_the_sparsity_of_its_rule():
@@ -84,14 +84,14 @@ def test_a_misfit_that_is_to_be_unstructured_keeps_the_sparsity_of_its_rule():
     rules = Rule("q", "0.3"), Rule("down", "1:5")
     pattern, reasons = fitted(Ruled(NM(2, 4), rules), SHAPES, "bfloat16", NVIDIA, "unstructured")
     assert list(reasons) == [*SHAPES]
-    assert [pattern.part(name) for name in SHAPES] == [Unstructured(sparsity, "matrix") for sparsity in (0.3, 0.5, 0.8)]
+    assert [pattern.pattern_of(name) for name in SHAPES] == [Unstructured(sparsity, "matrix") for sparsity in (0.3, 0.5, 0.8)]
 
 
 def test_a_rule_that_only_misfits_obeyed_goes():
     rules = Rule("q", "dense"), Rule("q|k", "2:4")
     pattern, reasons = fitted(Ruled(NM(2, 4), rules), SHAPES, "bfloat16", NVIDIA, "dense")
     assert list(reasons) == ["layers.0.k", "layers.0.down"]
-    assert all(pattern.part(name) == DENSE for name in SHAPES)
+    assert all(pattern.pattern_of(name) == DENSE for name in SHAPES)
 
 
 def test_mixed_patterns_and_tiles_fit_where_their_parts_do():
@@ -115,7 +115,9 @@ def test_experts_that_cannot_have_it_share_a_rule():
     pattern, reasons = fitted(NM(2, 4), shapes, "float32", unsupported="dense")
     assert len(pattern.rules) == 63 + 1
     assert (
-        {name for name in shapes if str(pattern.part(name)) == str(DENSE)} == reasons.keys() == shapes.keys() - fitting(shapes)
+        {name for name in shapes if str(pattern.pattern_of(name)) == str(DENSE)}
+        == reasons.keys()
+        == shapes.keys() - fitting(shapes)
     )
 
 

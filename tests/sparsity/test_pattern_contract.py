@@ -50,7 +50,7 @@ def budget(pattern):
         groups = [list(SHAPES)] if getattr(pattern, "scope", "") != "block" else [list(SHAPES)[:2], list(SHAPES)[2:]]
         return sum(math.floor(pattern.sparsity * sum(sizes[name] for name in group) + 1e-6) for group in groups)
     for name, (rows, columns) in SHAPES.items():
-        part = pattern.part(name)
+        part = pattern.pattern_of(name)
         by_row = getattr(part, "scope", "") == "row"
         total += rows * math.floor(part.sparsity * columns + 1e-6) if by_row else math.floor(part.sparsity * sizes[name] + 1e-6)
     return total
@@ -69,25 +69,25 @@ def test_masks(pattern, ties):
     assert list(masks) == list(SHAPES)
     assert all((mask.dtype, mask.shape) == (torch.bool, scores[name].shape) for name, mask in masks.items())
     gone = sum(int((~mask).sum()) for mask in masks.values())
-    assert budget(pattern) - getattr(pattern, "grain", 0) * isinstance(pattern, Mixed) <= gone <= budget(pattern)
-    cut = pattern.settle(scores)
+    assert budget(pattern) - getattr(pattern, "sample_group", 0) * isinstance(pattern, Mixed) <= gone <= budget(pattern)
+    create = pattern.prepare(scores)
     louder = dict(pattern({name: 4 * one for name, one in scores.items()}))
     for name, mask in masks.items():
-        assert torch.equal(cut(name, scores[name]), mask)
+        assert torch.equal(create(name, scores[name]), mask)
         assert torch.equal(louder[name], mask)
 
 
 @pytest.mark.parametrize("pattern", ALL_PATTERNS, ids=str)
-def test_a_sample_settles_nearly_the_same(pattern):
+def test_a_sample_gives_nearly_the_same(pattern):
     """All scores are a sample, too: without ties there, no mask differs."""
     scores = saliency()
-    cut, masks = pattern.settle_by_sample(scores), dict(pattern(scores))
-    assert all(torch.equal(cut(name, scores[name]), mask) for name, mask in masks.items())
+    create, masks = pattern.prepare_from_sample(scores), dict(pattern(scores))
+    assert all(torch.equal(create(name, scores[name]), mask) for name, mask in masks.items())
 
 
 @pytest.mark.parametrize("pattern", ALL_PATTERNS, ids=str)
 def test_parts_say_what_a_matrix_gets_and_what_does_not_fit(pattern):
-    alone = {name: pattern.part(name) for name in SHAPES}
+    alone = {name: pattern.pattern_of(name) for name in SHAPES}
     assert all(part.unsupported(*SHAPES[name]) is None for name, part in alone.items())
     if pattern.local:
         masks = dict(pattern(saliency()))
@@ -141,7 +141,7 @@ def test_what_does_not_go_together_is_refused(settings, reason):
 
 def test_rules_go_with_patterns_of_ones_own():
     pattern = Recipe(sparsity=FirstInputs(), rules="down=dense").pattern()
-    assert (pattern.part("layers.0.down"), pattern.part("layers.0.q_proj")) == (DENSE, FirstInputs())
+    assert (pattern.pattern_of("layers.0.down"), pattern.pattern_of("layers.0.q_proj")) == (DENSE, FirstInputs())
 
 
 def test_scores_are_put_on_one_scale_only_where_they_are_compared():

@@ -18,7 +18,7 @@ scores_lists = st.lists(
 
 def masks_of(saliency, keep, bounds=None):
     found = thresholds(saliency, keep, bounds)
-    return {name: found[name].cut(scores) for name, scores in saliency.items()}
+    return {name: found[name].mask(scores) for name, scores in saliency.items()}
 
 
 def by_sorting(saliency, keep, bounds):

@@ -114,10 +114,11 @@ class Estimate:
     def __call__(self, pattern: Pattern, scores: Saliency | None = None) -> int:
         """Bytes of the whole archive; scores: of the sampled rows, on the scale that ``pattern`` needs."""
         scores = self._magnitudes if scores is None else scores
-        cut, size = pattern.settle_by_sample(scores), self._rest
+        create = pattern.prepare_from_sample(scores)
+        size = self._rest
         for names in self._runs:
             samples = [self._samples[name] for name in names]
-            masks = [cut(name, scores[name]).numpy() for name in names]
+            masks = [create(name, scores[name]).numpy() for name in names]
             kept = np.concatenate([sample.thinned(mask) for sample, mask in zip(samples, masks, strict=True)])
             packed = self._tensor(kept, samples[0].word) + self._masks(np.concatenate([m.ravel() for m in masks]), kept)
             size += round(packed * sum(sample.size for sample in samples) / len(kept))
@@ -179,7 +180,7 @@ class Sample:
 
     def __init__(self, matrix: Matrix, stored: Stored, every: int, pattern: Pattern) -> None:
         rows, columns = matrix.shape
-        part = pattern.part(matrix.name)
+        part = pattern.pattern_of(matrix.name)
         self.pattern = str(part)
         height = next(h for h in range(1, rows + 1) if rows % h == 0 and part.unsupported(h, columns) is None)
         bands = torch.arange(rows).reshape(-1, height)

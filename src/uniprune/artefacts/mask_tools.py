@@ -25,7 +25,7 @@ from uniprune.errors import InputError, MismatchError
 from uniprune.models import loading
 from uniprune.models.matrices import find_matrices
 from uniprune.sparsity import bits, constraints
-from uniprune.sparsity.patterns import NM, Cutter
+from uniprune.sparsity.patterns import NM, MaskFn
 from uniprune.sparsity.views import View
 from uniprune.storage import safetensors_index
 from uniprune.storage.dtypes import BY_DTYPE
@@ -96,21 +96,21 @@ def verify(
     """
     masks = path_of(masks)
     file = CheckedMasks(masks)
-    cut = _check_pattern(file)
+    create = _check_pattern(file)
     weights = None if pruned is None else find_weights(pruned, {name: file.stored(name) for name in file}, None)
     if model is not None:
         Dense(model, dtype).of(file)
     kept = 0
     for name, mask in file.items():
         kept += int(mask.sum())
-        if cut:
-            _compare(file, name, mask, cut)
+        if create:
+            _compare(file, name, mask, create)
         if weights is not None:
             alive = weights.alive(name)
             keep = (mask.T if name in file.transposed else mask).numpy().reshape(-1)
             if left := np.count_nonzero(alive & ~keep):
                 raise MismatchError(f"{pruned} was not pruned by {masks}: {name}: {left} weights that it removes are not 0")
-    asked = {"pattern": cut, "model": model, "pruned": pruned}
+    asked = {"pattern": create, "model": model, "pruned": pruned}
     return {
         "format": file.facts.format,
         **_about(file),
@@ -120,25 +120,25 @@ def verify(
     }
 
 
-def _check_pattern(file: CheckedMasks) -> Cutter | None:
-    """What cuts the pattern that masks claim to have, from themselves as scores; None for a claim that cannot be checked.
+def _check_pattern(file: CheckedMasks) -> MaskFn | None:
+    """What creates the pattern that masks claim to have, from themselves as scores; None for a claim that cannot be checked.
 
-    A mask has a pattern if, and only if, the pattern cuts that very mask from it.
+    A mask has a pattern if, and only if, the pattern creates that very mask from it.
     """
     try:
         pattern = constraints.spelled(file.facts.pattern)
         if isinstance(pattern, constraints.Ruled):
             pattern.check(file.shapes)
-        return None if pattern is None else pattern.settle(View(file, lambda _, mask: mask.float()))
+        return None if pattern is None else pattern.prepare(View(file, lambda _, mask: mask.float()))
     except InputError as error:
         raise InputError(f"{file.path}: {error}") from None
 
 
-def _compare(file: CheckedMasks, name: str, mask: Tensor, cut: Cutter) -> None:
+def _compare(file: CheckedMasks, name: str, mask: Tensor, create: MaskFn) -> None:
     """Raises InputError at the first weight of a mask that its pattern would not keep, or would."""
     claim = f"{file.path}: {name} is not {file.facts.pattern}"
     try:
-        wrong = (cut(name, mask.float()) != mask).nonzero()
+        wrong = (create(name, mask.float()) != mask).nonzero()
     except InputError as error:
         raise InputError(f"{claim}: {error}") from None
     if len(wrong):

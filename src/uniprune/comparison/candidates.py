@@ -80,10 +80,10 @@ def asked(request: ComparisonRequest) -> list[Candidate]:
         method = parse(name)
         for sparsity in dict.fromkeys(method.sparsities(request.sparsities)):
             with naming(name, sparsity):
-                cut = without if method.cuts_none else shared | {"sparsity": sparsity}
-                if not method.cuts_none and isinstance(spelling.parse(sparsity), NM):
-                    cut.pop("scope", None)  # it is of fractions
-                found.append(Candidate(method, sparsity, Recipe(**cut | dict(method.settings))))
+                settings = without if method.has_masks else shared | {"sparsity": sparsity}
+                if not method.has_masks and isinstance(spelling.parse(sparsity), NM):
+                    settings.pop("scope", None)  # it is of fractions
+                found.append(Candidate(method, sparsity, Recipe(**settings | dict(method.settings))))
     if not found:
         raise InputError("nothing to compare; give --methods and --sparsity, such as wanda,feedback and 0.5,2:4")
     return found

@@ -50,7 +50,7 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Cut:
+class CreatedMasks:
     """Masks of matrices, seconds by stage, and what a row says of the calibration."""
 
     masks: Masks
@@ -71,7 +71,7 @@ class Method:
         return str(candidate)
 
     @property
-    def cuts_none(self) -> bool:
+    def has_masks(self) -> bool:
         """Whether its masks are there already."""
         return False
 
@@ -84,7 +84,7 @@ class Method:
         return {"recipe": recipe.record()}
 
     def check(self, pattern: Pattern | None, matrices: Matrices) -> None:
-        """Raises InputError for a pattern that it cannot cut, or a file for other matrices."""
+        """Raises InputError for a pattern that it cannot create, or a file for other matrices."""
 
     def check_binding(self, binding: Binding) -> None:
         """Raises MismatchError for a file that was made for other weights."""
@@ -94,13 +94,13 @@ class Method:
         cache.forget(self.calibration(candidate))
 
     @contextmanager
-    def pruned(self, cache: CalibrationCache, candidate: Candidate) -> Iterator[Cut]:
+    def pruned(self, cache: CalibrationCache, candidate: Candidate) -> Iterator[CreatedMasks]:
         """Inside ``with``, the model is pruned; afterwards its weights are as they were, bit for bit."""
-        cut = self.cut(cache, candidate)
-        with masking.applied(cache.matrices, cut.masks):
-            yield cut
+        created = self.create(cache, candidate)
+        with masking.applied(cache.matrices, created.masks):
+            yield created
 
-    def cut(self, cache: CalibrationCache, candidate: Candidate) -> Cut:
+    def create(self, cache: CalibrationCache, candidate: Candidate) -> CreatedMasks:
         """The masks."""
         raise NotImplementedError
 
@@ -109,17 +109,17 @@ class Method:
 class Local(Method):
     """A local metric: one pass over the text, for all sparsities."""
 
-    def cut(self, cache: CalibrationCache, candidate: Candidate) -> Cut:
-        return _cut(cache.local(candidate.recipe.parsed_metric()), candidate)
+    def create(self, cache: CalibrationCache, candidate: Candidate) -> CreatedMasks:
+        return _created(cache.local(candidate.recipe.parsed_metric()), candidate)
 
 
 @dataclass(frozen=True)
 class Corrected(Method):
     """A controller, calibrated for each sparsity alone."""
 
-    def cut(self, cache: CalibrationCache, candidate: Candidate) -> Cut:
+    def create(self, cache: CalibrationCache, candidate: Candidate) -> CreatedMasks:
         assert candidate.pattern is not None
-        return _cut(cache.corrected(candidate.recipe, [candidate.pattern], self.calibration(candidate)), candidate)
+        return _created(cache.corrected(candidate.recipe, [candidate.pattern], self.calibration(candidate)), candidate)
 
 
 @dataclass(frozen=True)
@@ -135,22 +135,22 @@ class ForAny(Method):
     def recorded(self, recipe: Recipe) -> dict[str, Any]:
         return {"recipe": {name: value for name, value in recipe.record().items() if name not in Sparsity.model_fields}}
 
-    def cut(self, cache: CalibrationCache, candidate: Candidate) -> Cut:
-        return _cut(cache.for_any(candidate.recipe, self.calibration(candidate)), candidate)
+    def create(self, cache: CalibrationCache, candidate: Candidate) -> CreatedMasks:
+        return _created(cache.for_any(candidate.recipe, self.calibration(candidate)), candidate)
 
 
 @dataclass(frozen=True)
 class ByBlock(Method):
     """Masks block after block, each calibrated on the pruned blocks before it."""
 
-    def cut(self, cache: CalibrationCache, candidate: Candidate) -> Cut:
+    def create(self, cache: CalibrationCache, candidate: Candidate) -> CreatedMasks:
         assert candidate.pattern is not None
         by_block, watch = refined if candidate.recipe.refine else sequential, Stopwatch()
         with watch("calibrate"):
             found = by_block(
                 cache.calibration(self.calibration(candidate)), candidate.recipe.parsed_metric(), candidate.pattern
             )
-        return Cut(dict(found), watch.seconds, reported(found.record))
+        return CreatedMasks(dict(found), watch.seconds, reported(found.record))
 
 
 @dataclass(frozen=True)
@@ -173,23 +173,23 @@ class SparseGPT(Method):
         sparsegpt.check(pattern, matrices)
 
     @contextmanager
-    def pruned(self, cache: CalibrationCache, candidate: Candidate) -> Iterator[Cut]:
+    def pruned(self, cache: CalibrationCache, candidate: Candidate) -> Iterator[CreatedMasks]:
         assert candidate.pattern is not None
         watch, given = Stopwatch(), (cache.model, cache.matrices, cache.tokens, candidate.pattern)
         with masking.preserved(cache.matrices, cache.matrices):
             with watch("calibrate"):
                 found = sparsegpt.sparsegpt(*given, self.damp, self.block_size, cache.progress)
-            yield Cut(found, watch.seconds)
+            yield CreatedMasks(found, watch.seconds)
 
 
 @dataclass(frozen=True)
 class FromFile(Method):
-    """Masks that are there already, or scores to cut them from."""
+    """Masks that are there already, or scores to create them from."""
 
     file: ScoresFile | CheckedMasks
 
     @property
-    def cuts_none(self) -> bool:
+    def has_masks(self) -> bool:
         return isinstance(self.file, CheckedMasks)
 
     def sparsities(self, asked: tuple[str, ...]) -> tuple[str, ...]:
@@ -211,16 +211,16 @@ class FromFile(Method):
                     f"method {self.name} was made for another model ({made_for}) than {here}, which has other weights in {name}"
                 )
 
-    def cut(self, cache: CalibrationCache, candidate: Candidate) -> Cut:
+    def create(self, cache: CalibrationCache, candidate: Candidate) -> CreatedMasks:
         if isinstance(self.file, CheckedMasks):
-            return Cut(dict(self.file))
-        return _cut(Scored(self.file, None, {}), candidate)
+            return CreatedMasks(dict(self.file))
+        return _created(Scored(self.file, None, {}), candidate)
 
 
-def _cut(found: Scored, candidate: Candidate) -> Cut:
+def _created(found: Scored, candidate: Candidate) -> CreatedMasks:
     pattern, watch = candidate.pattern, Stopwatch()
     assert pattern is not None
     with watch("mask"):
         masks = dict(pattern(on_one_scale(found.saliency, pattern)))
     calibration = {} if found.seconds is None else {"calibrate": found.seconds}
-    return Cut(masks, calibration | watch.seconds, found.record)
+    return CreatedMasks(masks, calibration | watch.seconds, found.record)

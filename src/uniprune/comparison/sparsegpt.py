@@ -53,7 +53,7 @@ def sparsegpt(
             weight = matrix.weight.to(torch.float32, copy=True)
             weight[:, found[name].total.diagonal() == 0] = 0
             factor = inverse_factor(name, found[name].total, damp).float()
-            masks[name] = eliminate(weight, factor, *chooser(pattern.part(name), block_size))
+            masks[name] = eliminate(weight, factor, *chooser(pattern.pattern_of(name), block_size))
             matrix.weight.copy_(weight)
         runner.run(index, advance=True)
     return masks
@@ -65,7 +65,7 @@ def check(pattern: Pattern, matrices: Matrices) -> None:
         raise InputError(f"SparseGPT cuts block after block, but {pattern} needs all scores; use scope row or matrix")
     check_fit(((name, matrix.shape) for name, matrix in matrices.items()), pattern)
     for name in matrices:
-        if not isinstance(part := pattern.part(name), NM | Unstructured):
+        if not isinstance(part := pattern.pattern_of(name), NM | Unstructured):
             raise InputError(f"SparseGPT cuts N:M patterns and fractions, not {part}; leave it out")
     if any(matrix.spans for matrix in matrices.values()):
         raise InputError("SparseGPT cuts block after block, but blocks of this model share weights; leave it out")

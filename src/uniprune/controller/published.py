@@ -225,7 +225,7 @@ class WorkingCopy:
     def pull(self, target: Pattern, weight: float) -> None:
         """W' <- prox of ``weight`` times the N:M regulariser, for matrices that are to be N:M."""
         for name, leaf in self.weights.items() if weight else ():
-            part = target.part(name)
+            part = target.pattern_of(name)
             if isinstance(part, NM) and part.n < part.m:
                 leaf.copy_(prox_nm(leaf, weight, part.n, part.m))
 

@@ -16,7 +16,7 @@ from uniprune.common import distributed
 from uniprune.controller.prox import relaxed
 from uniprune.models.matrices import Matrices
 from uniprune.sparsity import bits
-from uniprune.sparsity.patterns import Cutter, Pattern
+from uniprune.sparsity.patterns import MaskFn, Pattern
 from uniprune.storage.runs import Pace
 from uniprune.storage.stash import Stash, give_back_memory
 from uniprune.storage.tensor_store import Store
@@ -75,7 +75,7 @@ class Masks(Mapping[str, Tensor]):
     """
 
     target: Pattern
-    hard: Cutter
+    hard: MaskFn
     dual: Callable[[str], Tensor]
     matrices: Matrices
     temperature: float
@@ -243,7 +243,7 @@ class MaskFactory:
     ) -> None:
         self._states, self._matrices, self._owners, self._device = states, matrices, owners, device
         self._every = max(SAMPLE, sum(matrix.size for matrix in matrices.values()) // SAMPLED)
-        grains = {target.grain for target in targets if not target.local}
+        grains = {target.sample_group for target in targets if not target.local}
         self._samples: dict[int, dict[str, Tensor]] = {grain: {} for grain in grains if grain}
         self._next: PackedMasks | None = None
         self._turn = 0
@@ -276,7 +276,7 @@ class MaskFactory:
         return masks
 
     def _create(self, target: Pattern, temperature: float = 0.0) -> Masks:
-        hard = target.settle_by_sample({} if target.local else self._gather_samples(target.grain))
+        hard = target.prepare_from_sample({} if target.local else self._gather_samples(target.sample_group))
         if temperature:
             units = [self._states[name].unit for name in self._matrices]
             temperature *= sum(units) / len(units)

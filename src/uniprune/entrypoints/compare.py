@@ -189,8 +189,8 @@ def _named(source: Source, request: ComparisonRequest) -> ComparisonRequest:
 
 def _pruned(candidate: Candidate, subject: EvaluatedModel, cache: CalibrationCache) -> ComparisonRow:
     method, shapes, form = candidate.method, cache.job.shapes, candidate.structure
-    with naming(method.name, candidate.sparsity), method.pruned(cache, candidate) as cut:
-        removed = dict.fromkeys(shapes, 0.0) | {name: bits.sparsity_of(mask) for name, mask in cut.masks.items()}
+    with naming(method.name, candidate.sparsity), method.pruned(cache, candidate) as created:
+        removed = dict.fromkeys(shapes, 0.0) | {name: bits.sparsity_of(mask) for name, mask in created.masks.items()}
         facts = {
             "method": method.name,
             "pattern": candidate.sparsity,
@@ -200,11 +200,11 @@ def _pruned(candidate: Candidate, subject: EvaluatedModel, cache: CalibrationCac
             "matrices": removed if max(removed.values()) - min(removed.values()) > UNIFORM else {},
             "updates_weights": method.updates_weights,
             "resumed": method.calibration(candidate) in cache.resumed,
-            "masks_sha256": digest(cut.masks),
+            "masks_sha256": digest(created.masks),
             **method.recorded(candidate.recipe),
-            **cut.record,
+            **created.record,
         }
-        return _row(subject, cache, facts, cut.seconds)
+        return _row(subject, cache, facts, created.seconds)
 
 
 def _row(

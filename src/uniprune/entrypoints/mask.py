@@ -48,8 +48,8 @@ def mask(
     pattern, unsupported = fitted(recipe.pattern(), saliency.shapes, dtype, recipe.hardware, recipe.unsupported)
     check_prunes(pattern, unsupported, saliency.shapes)
     saliency.warn_unless_for([recipe.pattern()])
-    cut = pattern(on_one_scale(saliency, pattern))
-    removed = write_masks(output, cut, saliency.shapes, saliency.facts, str(pattern))
+    masks = pattern(on_one_scale(saliency, pattern))
+    removed = write_masks(output, masks, saliency.shapes, saliency.facts, str(pattern))
     return Masked(
         pattern=str(pattern), structure=structure(pattern), unsupported=unsupported, **realised(removed, saliency.shapes)
     )

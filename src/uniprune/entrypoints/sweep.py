@@ -53,7 +53,7 @@ def sweep(
     progress: Progress = silent,
     **asked: Unpack[SweepKeywords],
 ) -> Sweep:
-    """Perplexity and packed size of a model at many sparsities, masks cut from one scores file; written to ``output``, as JSON.
+    """Perplexity and packed size of a model at many sparsities, all from one scores file; written to ``output``, as JSON.
 
     sparsities: fractions and N:M, in a list or by comma. asked: ``scope`` of fractions, as in a recipe; ``text_source``,
     ``windows``, ``length`` and ``dtype``, as in ``evaluate``. The file is rewritten after each row; resume: keep the rows that
@@ -84,13 +84,13 @@ def sweep(
     bytes_of, reading = _Estimate(loaded, matrices), _Reading(loaded, windows)
     for spec, pattern in progress(missing, "sweeping", len(missing)):
         scaled = on_one_scale(saliency, pattern)
-        cut = dict(pattern(scaled))
-        with masking.applied(matrices, cut):
+        masks = dict(pattern(scaled))
+        with masking.applied(matrices, masks):
             costs = Costs(**reading(), bytes=bytes_of(pattern, scaled))
         if pattern is DENSE:
             result = result.model_copy(update={"dense": costs})
         else:
-            removed = {name: bits.sparsity_of(mask) for name, mask in cut.items()}
+            removed = {name: bits.sparsity_of(mask) for name, mask in masks.items()}
             row = _row(spec, pattern, sparsity(removed, saliency.shapes), costs)
             result = result.model_copy(update={"rows": marked([*result.rows, row])})
         result.write(output)

@@ -190,13 +190,13 @@ def kind_of(name: str) -> str:
 def _gets(pattern: Pattern, name: str) -> str:
     """What a matrix gets, as people read it; of a budget that it shares within the range of a rule, that too."""
     rule = pattern.rule(name) if isinstance(pattern, Ruled) else None
-    return spell(pattern.part(name)) + (f", {rule.what} here" if rule and rule.span else "")
+    return spell(pattern.pattern_of(name)) + (f", {rule.what} here" if rule and rule.limits else "")
 
 
 def _removed(pattern: Pattern, matrices: Matrices) -> float:
     """How many weights a pattern will remove: of a common budget its sparsity, of others what each matrix loses."""
     if pattern.local:
-        return sum(lost(pattern.part(name), matrix.shape) for name, matrix in matrices.items())
+        return sum(lost(pattern.pattern_of(name), matrix.shape) for name, matrix in matrices.items())
     return pattern.sparsity * sum(matrix.size for matrix in matrices.values())
 
 

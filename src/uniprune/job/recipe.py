@@ -25,7 +25,15 @@ from uniprune.sparsity.patterns import NM, Pattern, Unstructured
 
 __all__ = ["LENGTH", "WINDOWS", "Recipe"]
 
-PATTERN = ("sparsity", "local", "grain", "part", "unsupported", "settle", "settle_by_sample")  # what an object has that is one
+PATTERN = (
+    "sparsity",
+    "local",
+    "sample_group",
+    "pattern_of",
+    "unsupported",
+    "prepare",
+    "prepare_from_sample",
+)  # what an object has that is one
 
 
 class Recipe(Settings):

@@ -78,7 +78,7 @@ def refined(calibration: Calibration, metric: Metric, pattern: Pattern) -> Seque
         pool(here, own)
         better = {
             name: refine(here[name].weight, mask, damped(grams[name].mean), part)
-            if by_row(part := pattern.part(name))
+            if by_row(part := pattern.pattern_of(name))
             else mask
             for name, mask in pattern(LocalSaliency(here, metric, own))
         }

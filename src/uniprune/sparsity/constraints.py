@@ -1,6 +1,6 @@
 """One budget under constraints: rules for some of the matrices, and several N:M patterns side by side.
 
-Both are patterns themselves, made of patterns: whatever cuts masks takes them.
+Both are patterns themselves, made of patterns: whatever creates masks takes them.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from uniprune.sparsity.choices import Scope
 from uniprune.sparsity.patterns import (
     NM,
     BasePattern,
-    Cutter,
+    Limits,
+    MaskFn,
     Pattern,
     Saliency,
     Search,
     Shape,
     Shared,
     Sizes,
-    Spans,
     grouped,
     lost,
     removed_count,
@@ -122,8 +122,8 @@ class Rule:
             re.compile(self.match)
         except re.error as error:
             raise InputError(f"rule {self}: {self.match!r} is not a regular expression: {error}") from None
-        if span := self.span:
-            if not 0 <= span[0] <= span[1] <= 1:
+        if limits := self.limits:
+            if not 0 <= limits[0] <= limits[1] <= 1:
                 raise InputError(f"rule {self}: a range is floor..ceiling, between 0 and 1, e.g. 0.3..0.7")
         else:
             self.pattern("matrix")
@@ -140,7 +140,7 @@ class Rule:
         return f"{self.match}={self.what}"
 
     @property
-    def span(self) -> tuple[float, float] | None:
+    def limits(self) -> tuple[float, float] | None:
         """Floor and ceiling, if the rule is a range."""
         number = r"\s*(\d*\.?\d+)\s*"
         found = re.fullmatch(rf"{number}\.\.{number}", self.what)
@@ -162,7 +162,7 @@ class Ruled(BasePattern):
     rules: tuple[Rule, ...]
 
     def __post_init__(self) -> None:
-        ranges = [rule for rule in self.rules if rule.span]
+        ranges = [rule for rule in self.rules if rule.limits]
         if ranges and self.base.local:
             raise InputError(
                 f"rule {ranges[0]}: a range needs a budget shared by matrices, and {self.base} has none; see --scope"
@@ -180,8 +180,8 @@ class Ruled(BasePattern):
         return self.base.local
 
     @property
-    def grain(self) -> int:
-        return self.base.grain
+    def sample_group(self) -> int:
+        return self.base.sample_group
 
     @property
     def shared(self) -> Shared:
@@ -191,10 +191,10 @@ class Ruled(BasePattern):
     def rule(self, name: str) -> Rule | None:
         return next((rule for rule in self.rules if re.search(rule.match, name)), None)
 
-    def part(self, name: str) -> Pattern:
+    def pattern_of(self, name: str) -> Pattern:
         rule = self.rule(name)
-        if rule is None or rule.span:
-            return self.base.part(name)
+        if rule is None or rule.limits:
+            return self.base.pattern_of(name)
         return rule.pattern("row" if getattr(self.base, "scope", None) == "row" else "matrix")
 
     def unsupported(self, rows: int, columns: int) -> str | None:
@@ -230,39 +230,39 @@ class Ruled(BasePattern):
             low, high = max(low, least / total), min(high, most / total)
         return low, high
 
-    def settle(self, saliency: Saliency) -> Cutter:
-        return self._settle(saliency, thresholds)
+    def prepare(self, saliency: Saliency) -> MaskFn:
+        return self._prepare(saliency, thresholds)
 
-    def settle_by_sample(self, sample: Saliency) -> Cutter:
-        return self._settle(sample, sampled_thresholds)
+    def prepare_from_sample(self, sample: Saliency) -> MaskFn:
+        return self._prepare(sample, sampled_thresholds)
 
-    def _settle(self, saliency: Saliency, search: Search) -> Cutter:
+    def _prepare(self, saliency: Saliency, search: Search) -> MaskFn:
         if self.local:
-            return lambda name, scores: self.part(name).settle({})(name, scores)
-        cutters: dict[str, Cutter] = {}
+            return lambda name, scores: self.pattern_of(name).prepare({})(name, scores)
+        creators: dict[str, MaskFn] = {}
         for names in grouped(saliency, self.shared.group):
-            fixed, spans = self._split(names)
-            cutters |= {name: part.settle({}) for name, part in fixed.items()}
+            fixed, limits = self._split(names)
+            creators |= {name: part.prepare({}) for name, part in fixed.items()}
             free = View(saliency, names=(name for name in names if name not in fixed))
             if free:
                 sizes = sizes_of(View(saliency, names=names))
                 shapes = {} if search is sampled_thresholds else {name: saliency[name].shape for name in fixed}
                 goes = self._goes(sizes, fixed, shapes)
-                cutters |= dict.fromkeys(free, self.shared.share(free, sizes, goes, spans, search))
-        return lambda name, scores: cutters[name](name, scores)
+                creators |= dict.fromkeys(free, self.shared.for_budget(free, sizes, goes, limits, search))
+        return lambda name, scores: creators[name](name, scores)
 
-    def _split(self, names: Iterable[str]) -> tuple[dict[str, Pattern], Spans]:
+    def _split(self, names: Iterable[str]) -> tuple[dict[str, Pattern], Limits]:
         """Of some matrices those whose pattern is fixed, and the ranges of others."""
         rules = {name: rule for name in names if (rule := self.rule(name))}
-        fixed = {name: self.part(name) for name, rule in rules.items() if not rule.span}
-        return fixed, {name: rule.span for name, rule in rules.items() if rule.span}
+        fixed = {name: self.pattern_of(name) for name, rule in rules.items() if not rule.limits}
+        return fixed, {name: rule.limits for name, rule in rules.items() if rule.limits}
 
     def _bounds(self, shapes: Mapping[str, Shape]) -> tuple[int, int, int]:
         """The fewest and the most weights that matrices of one budget can lose together, and how many they have."""
-        fixed, spans = self._split(shapes)
-        limits = [self.shared.span(shapes[name], *spans.get(name, (0.0, 1.0))) for name in shapes if name not in fixed]
+        fixed, limits = self._split(shapes)
+        bounds = [self.shared.removable(shapes[name], *limits.get(name, (0.0, 1.0))) for name in shapes if name not in fixed]
         gone = sum(lost(part, shapes[name]) for name, part in fixed.items())
-        least, most = (gone + sum(limit[side] for limit in limits) for side in (0, 1))
+        least, most = (gone + sum(bound[side] for bound in bounds) for side in (0, 1))
         return least, most, sum(map(math.prod, shapes.values()))
 
     def _goes(self, sizes: Sizes, fixed: Mapping[str, Pattern], shapes: Mapping[str, Iterable[int]]) -> int:
@@ -302,7 +302,7 @@ class Mixed(BasePattern):
         return f"{self.sparsity:g} in {', '.join(map(spell, self.allow))}"
 
     @property
-    def grain(self) -> int:
+    def sample_group(self) -> int:
         return math.lcm(*(nm.m for nm in self.allow))
 
     def unsupported(self, rows: int, columns: int) -> str | None:
@@ -312,21 +312,21 @@ class Mixed(BasePattern):
     def group(self, name: str) -> str:
         return ""
 
-    def span(self, shape: Shape, floor: float, ceiling: float) -> Bounds:
+    def removable(self, shape: Shape, floor: float, ceiling: float) -> Bounds:
         options = self._options(shape, floor, ceiling)
         size = shape[0] * shape[1]
         return round(options[0].sparsity * size), round(options[-1].sparsity * size)
 
-    def settle(self, saliency: Saliency) -> Cutter:
+    def prepare(self, saliency: Saliency) -> MaskFn:
         sizes = sizes_of(saliency)
-        return self.share(saliency, sizes, removed_count(self.sparsity, sum(sizes.values())), {})
+        return self.for_budget(saliency, sizes, removed_count(self.sparsity, sum(sizes.values())), {})
 
-    def share(self, saliency: Saliency, sizes: Sizes, removed: int, spans: Spans, search: Search = thresholds) -> Cutter:
+    def for_budget(self, saliency: Saliency, sizes: Sizes, removed: int, limits: Limits, search: Search = thresholds) -> MaskFn:
         chosen: dict[str, NM] = {}
         steps: list[tuple[float, int, str, NM, NM, int]] = []
         for order, (name, scores) in enumerate(saliency.items()):
             shape = (scores.shape[0], scores.shape[1])
-            options = self._options(shape, *spans.get(name, (0.0, 1.0)), name)
+            options = self._options(shape, *limits.get(name, (0.0, 1.0)), name)
             hull = _hull([(round(nm.sparsity * sizes[name]), self._loss(nm, name, scores), nm) for nm in options])
             chosen[name] = hull[0][2]
             removed -= hull[0][0]
@@ -335,10 +335,10 @@ class Mixed(BasePattern):
         for _, _, name, before, after, goes in sorted(steps, key=lambda step: step[:2]):
             if goes > removed:
                 partial = self._partial(name, saliency[name], before, after, removed)
-                return lambda other, scores: partial(scores) if other == name else chosen[other].settle({})(other, scores)
+                return lambda other, scores: partial(scores) if other == name else chosen[other].prepare({})(other, scores)
             chosen[name] = after
             removed -= goes
-        return lambda name, scores: chosen[name].settle({})(name, scores)
+        return lambda name, scores: chosen[name].prepare({})(name, scores)
 
     def _options(self, shape: Shape, floor: float, ceiling: float, name: str = "a matrix") -> list[NM]:
         options = [nm for nm in self.allow if nm.unsupported(*shape) is None and floor <= nm.sparsity <= ceiling]
@@ -355,10 +355,10 @@ class Mixed(BasePattern):
 
     def _lost(self, pattern: NM, name: str, scores: Tensor) -> Tensor:
         """The loss of each weight that goes. Those of scores below 0, as a controller's duals may be, are no loss."""
-        return scores.masked_fill(pattern.settle({})(name, scores), 0).clamp_min(0) ** self.power
+        return scores.masked_fill(pattern.prepare({})(name, scores), 0).clamp_min(0) ** self.power
 
     def _partial(self, name: str, scores: Tensor, before: NM, after: NM, goes: int) -> Any:
-        """Cuts a matrix of which only the cheapest groups take the step from one pattern to the next."""
+        """What creates the mask of a matrix of which only the cheapest groups take the step from one pattern to the next."""
         size = math.lcm(before.m, after.m)
         each = round(size * (after.sparsity - before.sparsity))
 
@@ -368,12 +368,12 @@ class Mixed(BasePattern):
 
         edge: Threshold = thresholds({name: costs(scores)}, goes // each)[name]
 
-        def cut(scores: Tensor) -> Tensor:
-            step = edge.cut(costs(scores))
-            sparser, denser = (nm.settle({})(name, scores).reshape(-1, size) for nm in (after, before))
+        def create(scores: Tensor) -> Tensor:
+            step = edge.mask(costs(scores))
+            sparser, denser = (nm.prepare({})(name, scores).reshape(-1, size) for nm in (after, before))
             return torch.where(step, sparser, denser).reshape(scores.shape)
 
-        return cut
+        return create
 
 
 def _hull(points: list[tuple[int, float, NM]]) -> list[tuple[int, float, NM]]:

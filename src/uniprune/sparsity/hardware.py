@@ -79,7 +79,7 @@ def fitted(
         pattern.check(shapes)
     profile, reasons = parse(hardware), {}
     for name, shape in shapes.items():
-        part = pattern.part(name)
+        part = pattern.pattern_of(name)
         kind = dtype if isinstance(dtype, str) else dtype(name) if profile.types else ""
         if reason := part.unsupported(*shape) or profile.unsupported(part, shape, kind):
             reasons[name] = reason
@@ -95,7 +95,7 @@ def fitted(
             "say what they are to be, with --unsupported or a --rule, or calibrate without them (--exclude)"
         )
     ruled = pattern if isinstance(pattern, Ruled) else Ruled(pattern, ())
-    gets = {name: "dense" if unsupported == "dense" else f"{ruled.part(name).sparsity:g}" for name in reasons}
+    gets = {name: "dense" if unsupported == "dense" else f"{ruled.pattern_of(name).sparsity:g}" for name in reasons}
     spared = tuple(
         Rule(match, what)
         for what in dict.fromkeys(gets.values())
@@ -109,7 +109,7 @@ def fitted(
 
 def check_prunes(pattern: Pattern, reasons: Mapping[str, str], shapes: Mapping[str, Shape]) -> None:
     """Raises InputError if all matrices are to stay dense; pattern, reasons: as :func:`fitted` gives them."""
-    if reasons and all(pattern.part(name) == DENSE for name in shapes):
+    if reasons and all(pattern.pattern_of(name) == DENSE for name in shapes):
         name, reason = next(iter(reasons.items()))
         raise InputError(f"nothing would be pruned: all matrices would stay dense, e.g. {name}: {reason}; change --sparsity")
 

@@ -4,8 +4,8 @@ A pattern is called with a saliency (matrix name -> scores ``[out, in]``, higher
 matrix (True = keep). Counts are exact, ``keep = n - floor(sparsity * n)`` per budget group, and among equal scores the
 lower index is kept, so that masks do not depend on the sorting algorithm.
 
-It works in two steps. ``settle`` looks at the scores of all matrices and decides what concerns several of them, such as the
-threshold of a shared budget; it returns a cutter, which then makes the mask of each matrix from that matrix's scores alone.
+It works in two steps. ``prepare`` looks at the scores of all matrices and decides what concerns several of them, such as the
+threshold of a shared budget; it returns a function that then creates each matrix's mask, from that matrix's scores alone.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ Saliency = Mapping[str, Tensor]
 Masks = Mapping[str, Tensor]
 Shape = tuple[int, int]
 Sizes = Mapping[str, int]
-Spans = Mapping[str, tuple[float, float]]
-Cutter = Callable[[str, Tensor], Tensor]
+Limits = Mapping[str, tuple[float, float]]
+MaskFn = Callable[[str, Tensor], Tensor]
 """(name of a matrix, its finite scores ``[out, in]``) -> its mask."""
 Search = Callable[[Saliency, int, Mapping[str, Bounds], Sizes], Mapping[str, Threshold]]
 """(scores, how many of them to keep, bounds by matrix, sizes by matrix) -> the threshold of each matrix."""
 
 
 class Pattern(Protocol):
-    """Cuts masks from scores. ``sparsity`` is the fraction of weights removed."""
+    """Creates masks from scores. ``sparsity`` is the fraction of weights removed."""
 
     @property
     def sparsity(self) -> float: ...
@@ -49,11 +49,11 @@ class Pattern(Protocol):
         ...
 
     @property
-    def grain(self) -> int:
-        """The number of consecutive inputs that :meth:`settle_by_sample` needs together; 0: it needs all scores."""
+    def sample_group(self) -> int:
+        """How many consecutive inputs a sample keeps together for :meth:`prepare_from_sample`; 0: it is to be all scores."""
         ...
 
-    def part(self, name: str) -> Pattern:
+    def pattern_of(self, name: str) -> Pattern:
         """The pattern of one matrix: this pattern itself, unless it combines several."""
         ...
 
@@ -61,12 +61,12 @@ class Pattern(Protocol):
         """Why a matrix of this shape cannot have the pattern, or None."""
         ...
 
-    def settle(self, saliency: Saliency) -> Cutter:
-        """A cutter, after a look at all scores; its masks have the exact sparsity."""
+    def prepare(self, saliency: Saliency) -> MaskFn:
+        """What creates masks, after a look at all scores; they have the exact sparsity."""
         ...
 
-    def settle_by_sample(self, sample: Saliency) -> Cutter:
-        """As :meth:`settle`, from a sample of each matrix's scores: about the same threshold, of which all ties are kept."""
+    def prepare_from_sample(self, sample: Saliency) -> MaskFn:
+        """As :meth:`prepare`, from a sample of each matrix's scores: about the same threshold, of which all ties are kept."""
         ...
 
     def __call__(self, saliency: Saliency) -> Iterator[tuple[str, Tensor]]:
@@ -75,29 +75,29 @@ class Pattern(Protocol):
 
 
 class BasePattern:
-    """Defaults for a pattern whose matrices are independent; a subclass adds ``sparsity`` and ``settle``."""
+    """Defaults for a pattern whose matrices are independent; a subclass adds ``sparsity`` and ``prepare``."""
 
     @property
     def local(self) -> bool:
         return True
 
     @property
-    def grain(self) -> int:
+    def sample_group(self) -> int:
         return 0
 
-    def part(self: Pattern, name: str) -> Pattern:
+    def pattern_of(self: Pattern, name: str) -> Pattern:
         return self
 
     def unsupported(self, rows: int, columns: int) -> str | None:
         return None
 
-    def settle_by_sample(self: Pattern, sample: Saliency) -> Cutter:
-        return self.settle(sample)
+    def prepare_from_sample(self: Pattern, sample: Saliency) -> MaskFn:
+        return self.prepare(sample)
 
     def __call__(self: Pattern, saliency: Saliency) -> Iterator[tuple[str, Tensor]]:
-        cut = self.settle(saliency)
+        create = self.prepare(saliency)
         for name, scores in saliency.items():
-            yield name, cut(name, finite(name, scores))
+            yield name, create(name, finite(name, scores))
 
 
 class Shared(Pattern, Protocol):
@@ -107,14 +107,14 @@ class Shared(Pattern, Protocol):
         """The name of the budget that a matrix belongs to."""
         ...
 
-    def span(self, shape: Shape, floor: float, ceiling: float) -> Bounds:
+    def removable(self, shape: Shape, floor: float, ceiling: float) -> Bounds:
         """The fewest and the most weights that a matrix can lose, if the fraction lost is from ``floor`` to ``ceiling``."""
         ...
 
-    def share(self, saliency: Saliency, sizes: Sizes, removed: int, spans: Spans, search: Search = thresholds) -> Cutter:
-        """A cutter for the matrices of one budget, which removes ``removed`` weights of them in all.
+    def for_budget(self, saliency: Saliency, sizes: Sizes, removed: int, limits: Limits, search: Search = thresholds) -> MaskFn:
+        """What creates the masks of one budget's matrices: it removes ``removed`` weights of them in all.
 
-        sizes: weights by matrix, at least of these. spans: floor and ceiling of the fraction that a matrix loses, if limited.
+        sizes: weights by matrix, at least of these. limits: floor and ceiling of the fraction that a matrix loses, if limited.
         search: :func:`thresholds`, or :func:`sampled_thresholds` where the saliency is a sample.
         """
         ...
@@ -159,7 +159,7 @@ class Unstructured(BasePattern):
 
     sparsity: float
     scope: Scope = "row"
-    grain = 1
+    sample_group = 1
 
     def __post_init__(self) -> None:
         if not 0 <= self.sparsity <= 1 or math.isnan(self.sparsity):
@@ -196,39 +196,39 @@ class Unstructured(BasePattern):
             return number[1]
         return ""
 
-    def settle(self, saliency: Saliency) -> Cutter:
-        return self._settle(saliency, thresholds)
+    def prepare(self, saliency: Saliency) -> MaskFn:
+        return self._prepare(saliency, thresholds)
 
-    def settle_by_sample(self, sample: Saliency) -> Cutter:
-        return self._settle(sample, sampled_thresholds)
+    def prepare_from_sample(self, sample: Saliency) -> MaskFn:
+        return self._prepare(sample, sampled_thresholds)
 
-    def _settle(self, saliency: Saliency, search: Search) -> Cutter:
+    def _prepare(self, saliency: Saliency, search: Search) -> MaskFn:
         if self.local:
-            return self._cut
-        cutters: dict[str, Cutter] = {}
+            return self._create
+        creators: dict[str, MaskFn] = {}
         for names in grouped(saliency, self.group):
-            part = View(saliency, names=names)
-            sizes = sizes_of(part)
+            group = View(saliency, names=names)
+            sizes = sizes_of(group)
             goes = removed_count(self.sparsity, sum(sizes.values()))
-            cutters |= dict.fromkeys(names, self.share(part, sizes, goes, {}, search))
-        return lambda name, scores: cutters[name](name, scores)
+            creators |= dict.fromkeys(names, self.for_budget(group, sizes, goes, {}, search))
+        return lambda name, scores: creators[name](name, scores)
 
-    def span(self, shape: Shape, floor: float, ceiling: float) -> Bounds:
+    def removable(self, shape: Shape, floor: float, ceiling: float) -> Bounds:
         size = shape[0] * shape[1]
         return math.ceil(Fraction(str(floor)) * size), removed_count(ceiling, size)
 
-    def share(self, saliency: Saliency, sizes: Sizes, removed: int, spans: Spans, search: Search = thresholds) -> Cutter:
+    def for_budget(self, saliency: Saliency, sizes: Sizes, removed: int, limits: Limits, search: Search = thresholds) -> MaskFn:
         sizes, bounds = {name: sizes[name] for name in saliency}, {}
-        for name, span in spans.items():
-            least, most = self.span((1, sizes[name]), *span)
+        for name, limit in limits.items():
+            least, most = self.removable((1, sizes[name]), *limit)
             bounds[name] = sizes[name] - most, sizes[name] - least
         found = search(saliency, sum(sizes.values()) - removed, bounds, sizes)
-        return lambda name, scores: found[name].cut(scores)
+        return lambda name, scores: found[name].mask(scores)
 
-    def _cut(self, name: str, scores: Tensor) -> Tensor:
+    def _create(self, name: str, scores: Tensor) -> Tensor:
         if self.scope == "row":
             return top(scores, self.keep(scores.shape[1]))
-        return thresholds({name: scores}, self.keep(scores.numel()))[name].cut(scores)
+        return thresholds({name: scores}, self.keep(scores.numel()))[name].mask(scores)
 
 
 @dataclass(frozen=True)
@@ -262,16 +262,16 @@ class NM(BasePattern):
         return 1 - self.n / self.m
 
     @property
-    def grain(self) -> int:
+    def sample_group(self) -> int:
         return self.m
 
     def unsupported(self, rows: int, columns: int) -> str | None:
         return None if columns % self.m == 0 else f"{columns} inputs are not divisible by {self.m}"
 
-    def settle(self, saliency: Saliency) -> Cutter:
-        return self._cut
+    def prepare(self, saliency: Saliency) -> MaskFn:
+        return self._create
 
-    def _cut(self, name: str, scores: Tensor) -> Tensor:
+    def _create(self, name: str, scores: Tensor) -> Tensor:
         if reason := self.unsupported(*scores.shape):
             raise InputError(f"{name}: {reason}, as {self} needs; leave it out with --exclude")
         return top(scores.reshape(-1, self.m), self.n).reshape(scores.shape)
@@ -319,7 +319,7 @@ class Tiled(BasePattern):
         return self.of.local
 
     @property
-    def grain(self) -> int:
+    def sample_group(self) -> int:
         return self.width if self.height == 1 else 0
 
     def unsupported(self, rows: int, columns: int) -> str | None:
@@ -329,20 +329,20 @@ class Tiled(BasePattern):
     def group(self, name: str) -> str:
         return self.of.group(name)
 
-    def settle(self, saliency: Saliency) -> Cutter:
-        return self._tile(self.of.settle(View(saliency, self.sums)))
+    def prepare(self, saliency: Saliency) -> MaskFn:
+        return self._tile(self.of.prepare(View(saliency, self.sums)))
 
-    def settle_by_sample(self, sample: Saliency) -> Cutter:
-        return self._tile(self.of.settle_by_sample(View(sample, self.sums)))
+    def prepare_from_sample(self, sample: Saliency) -> MaskFn:
+        return self._tile(self.of.prepare_from_sample(View(sample, self.sums)))
 
-    def span(self, shape: Shape, floor: float, ceiling: float) -> Bounds:
-        least, most = self.of.span((shape[0] // self.height, shape[1] // self.width), floor, ceiling)
+    def removable(self, shape: Shape, floor: float, ceiling: float) -> Bounds:
+        least, most = self.of.removable((shape[0] // self.height, shape[1] // self.width), floor, ceiling)
         return least * self.height * self.width, most * self.height * self.width
 
-    def share(self, saliency: Saliency, sizes: Sizes, removed: int, spans: Spans, search: Search = thresholds) -> Cutter:
+    def for_budget(self, saliency: Saliency, sizes: Sizes, removed: int, limits: Limits, search: Search = thresholds) -> MaskFn:
         area = self.height * self.width
         tiles = {name: sizes[name] // area for name in saliency}
-        return self._tile(self.of.share(View(saliency, self.sums), tiles, removed // area, spans, search))
+        return self._tile(self.of.for_budget(View(saliency, self.sums), tiles, removed // area, limits, search))
 
     def sums(self, name: str, scores: Tensor) -> Tensor:
         """The sums ``[out / height, in / width]`` of scores ``[out, in]``."""
@@ -352,9 +352,9 @@ class Tiled(BasePattern):
         tiles = scores.reshape(rows // self.height, self.height, columns // self.width, self.width)
         return tiles.sum((1, 3))
 
-    def _tile(self, cut: Cutter) -> Cutter:
+    def _tile(self, create: MaskFn) -> MaskFn:
         def tiles(name: str, scores: Tensor) -> Tensor:
-            mask = cut(name, self.sums(name, scores))
+            mask = create(name, self.sums(name, scores))
             return mask.repeat_interleave(self.height, 0).repeat_interleave(self.width, 1)
 
         return tiles

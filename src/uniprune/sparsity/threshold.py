@@ -35,7 +35,7 @@ class Threshold:
     key: int
     ties: float = math.inf
 
-    def cut(self, scores: Tensor) -> Tensor:
+    def mask(self, scores: Tensor) -> Tensor:
         """The boolean mask of scores ``[out, in]``."""
         if self.ties == math.inf and scores.dtype == torch.float32:
             return scores >= self._lowest
@@ -96,16 +96,16 @@ def thresholds(
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         for place, width in DIGITS:
             for name, one in searches.items():
-                if not one.settled:
+                if not one.decided:
                     one.count(saliency[name], place, width, pool, memory)
             digit = _last(torch.stack([one.within for one in shared]).sum(0) >= left) if shared else 0
             for one in shared:
-                one.settle(digit)
+                one.close_in(digit)
             common = (common << width) + digit
             left -= sum(one.keep for one in shared if one.keep is not None)
             shared = [one for one in shared if one.keep is None]
             for one in searches.values():
-                if not one.settled:
+                if not one.decided:
                     one.descend(digit if one.keep is None else _last(one.counts[:-1] >= one.keep), width)
     # Those left all end at the same score. What they keep above it is theirs; the places that remain go to scores equal to it.
     left -= sum(max(one.least, one.above) for one in shared)
@@ -136,7 +136,7 @@ class _Search:
     counts: Tensor = field(default_factory=lambda: torch.zeros(0))
 
     @property
-    def settled(self) -> bool:
+    def decided(self) -> bool:
         """Whether there is nothing to search for."""
         return self.free or self.keep in (0, self.size)
 
@@ -177,7 +177,7 @@ class _Search:
         from_top = found.flip(0).cumsum(0).flip(0)
         self.counts = self.above + torch.cat((from_top, torch.zeros(1, dtype=from_top.dtype)))
 
-    def settle(self, digit: int) -> None:
+    def close_in(self, digit: int) -> None:
         """What stays is known if it is the same from one end of the threshold's digit to the other."""
         above, reached = self.counts[[digit + 1, digit]].tolist()
         low, high = (min(max(count, self.least), self.most) for count in (above, reached))

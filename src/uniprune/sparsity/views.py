@@ -65,7 +65,7 @@ class OnOneScale(View):
 class ScaledToMeanOne(OnOneScale):
     """A view of a saliency in which every matrix has mean score 1, one matrix at a time.
 
-    One budget over several matrices compares their scores, but local metrics put each matrix on a scale of its own: cut by
+    One budget over several matrices compares their scores, but local metrics put each matrix on a scale of its own: masked by
     one threshold, raw Wanda scores remove whole matrices and the model collapses.
     """
 
