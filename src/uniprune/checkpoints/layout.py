@@ -89,7 +89,9 @@ class Layout:
         if all(whole) and (alone or (expert is not None and all(p.shape[1 - out] == shape[1 - out] for p in pieces))):
             rows = [slice(None) if alone else slice(p.start[out], p.start[out] + p.shape[out]) for p in pieces]
             return [
-                MatrixPart(one[0], parameter, expert, part, out, one[1]) for one, part in zip(whole, rows, strict=True) if one
+                MatrixPart(stored[0], parameter, expert, part, out, stored[1])
+                for stored, part in zip(whole, rows, strict=True)
+                if stored
             ]
         name = parameter.removesuffix(".weight") + ("" if expert is None else f".{expert}")
         flipped = all(piece.strides[0] == 1 != piece.strides[1] for piece in pieces)
@@ -132,8 +134,8 @@ class Computed:
 
     def read(self, get: Callable[[str], Tensor]) -> Tensor:
         """The values; ``get`` reads a stored tensor."""
-        found: Tensor = self._convert({key: get(key) for key in self.keys})[self._name]
-        return found
+        parameter: Tensor = self._convert({key: get(key) for key in self.keys})[self._name]
+        return parameter
 
 
 Located = dict[str, "Outline | Computed"]
@@ -195,8 +197,8 @@ def _conversions(model: nn.Module, add_legacy: bool) -> list[Any]:
 
     if not isinstance(model, PreTrainedModel):
         return []
-    found: list[Any] = get_model_conversion_mapping(model, add_legacy=add_legacy)
-    return found
+    conversions: list[Any] = get_model_conversion_mapping(model, add_legacy=add_legacy)
+    return conversions
 
 
 def _saving(model: nn.Module) -> list[Any]:
@@ -210,20 +212,24 @@ def _saving(model: nn.Module) -> list[Any]:
     used: list[Any] | None = getattr(model, "_weight_conversions", None)
     if used is not None and not dequantised(model):
         return used
-    return [one for one in _conversions(model, add_legacy=False) if not isinstance(one, PrefixChange)]
+    return [conversion for conversion in _conversions(model, add_legacy=False) if not isinstance(conversion, PrefixChange)]
 
 
 def dequantised(model: nn.Module) -> bool:
     """Whether transformers dequantised a model when it loaded it; it would save it as codes, with a configuration of none."""
-    operations = [step for one in getattr(model, "_weight_conversions", None) or () for step in getattr(one, "operations", ())]
+    operations = [
+        step
+        for conversion in getattr(model, "_weight_conversions", None) or ()
+        for step in getattr(conversion, "operations", ())
+    ]
     return any(hasattr(step, "hf_quantizer") for step in operations)
 
 
 def _sorted(conversions: list[Any]) -> tuple[list[Any], list[Any]]:
     from transformers.core_model_loading import WeightConverter, WeightRenaming
 
-    renamings = [one for one in conversions if isinstance(one, WeightRenaming)]
-    return renamings, [one for one in conversions if isinstance(one, WeightConverter)]
+    renamings = [conversion for conversion in conversions if isinstance(conversion, WeightRenaming)]
+    return renamings, [conversion for conversion in conversions if isinstance(conversion, WeightConverter)]
 
 
 def _located(model: nn.Module, shapes: Mapping[str, Shape], conversions: list[Any]) -> Located:
@@ -231,8 +237,9 @@ def _located(model: nn.Module, shapes: Mapping[str, Shape], conversions: list[An
     from transformers.core_model_loading import rename_source_key
 
     renamings, converters = _sorted(conversions)
-    state, prefix = model.state_dict(), getattr(model, "base_model_prefix", None)
-    found: Located = {}
+    state = model.state_dict()
+    prefix = getattr(model, "base_model_prefix", None)
+    located: Located = {}
     groups: dict[str, list[tuple[str, str]]] = {}
     for key in shapes:
         name, pattern = rename_source_key(key, renamings, converters, prefix, state)
@@ -241,17 +248,17 @@ def _located(model: nn.Module, shapes: Mapping[str, Shape], conversions: list[An
         if name in state and pattern is not None:
             groups.setdefault(name, []).append((pattern, key))
         elif name in state:
-            found.setdefault(name, Outline.of(key, shapes[key]))
+            located.setdefault(name, Outline.of(key, shapes[key]))
     for name, members in groups.items():
-        found |= {target: place for target, place in _converted(model, converters, name, members, shapes) if target in state}
-    return found
+        located |= {target: place for target, place in _converted(model, converters, name, members, shapes) if target in state}
+    return located
 
 
 def _converted(
     model: nn.Module, converters: list[Any], name: str, members: list[tuple[str, str]], shapes: Mapping[str, Shape]
 ) -> Iterator[tuple[str, Outline | Computed]]:
     """The parameters that one converter makes of stored tensors."""
-    converter = next(one for one in converters if members[0][0] in one.source_patterns)
+    converter = next(candidate for candidate in converters if members[0][0] in candidate.source_patterns)
 
     def convert(tensors: Mapping[str, Any]) -> dict[str, Any]:
         return _run(model, converter, name, [(pattern, tensors[key]) for pattern, key in members])
@@ -279,7 +286,7 @@ def _written(model: nn.Module, state: Mapping[str, Shape], conversions: list[Any
     """As ``revert_weight_conversion`` goes through a model's tensors, but for those that it fails on."""
     from transformers.core_model_loading import dot_natural_key, rename_source_key
 
-    renamings, converters = _sorted([one.reverse_transform() for one in conversions[::-1]])
+    renamings, converters = _sorted([conversion.reverse_transform() for conversion in conversions[::-1]])
     written: dict[str, Outline] = {}
     groups: dict[str, list[tuple[str, str]]] = {}
     for name in sorted(state, key=dot_natural_key):
@@ -289,7 +296,7 @@ def _written(model: nn.Module, state: Mapping[str, Shape], conversions: list[Any
         else:
             written[rename_source_key(name, renamings, [])[0]] = Outline.of(name, state[name])
     for first, members in groups.items():
-        converter = next(one for one in converters if members[0][0] in one.source_patterns)
+        converter = next(conversion for conversion in converters if members[0][0] in conversion.source_patterns)
         tensors = [(pattern, Outline.of(name, state[name])) for pattern, name in members]
         try:
             made = _run(model, converter, first, tensors)

@@ -31,14 +31,14 @@ def read_rows(path: Path, what: str, choose: Choice | None = None) -> Iterator[t
     it is told which file they are of.
     Raises InputError that names the row which cannot be read, or the file that has none.
     """
-    found = recognise(path, what)
+    form = recognise(path, what)
     with readable(path, what):
-        if found.columnar:
-            yield from _columnar(path, found, what, choose)
-        elif found.kind in ("csv", "tsv"):
-            yield from _table(path, found, what)
-        elif found.kind == "json":
-            yield from _json(path, found, what)
+        if form.columnar:
+            yield from _columnar(path, form, what, choose)
+        elif form.kind in ("csv", "tsv"):
+            yield from _table(path, form, what)
+        elif form.kind == "json":
+            yield from _json(path, form, what)
         else:
             raise InputError(
                 f"{what} {path}, line 1: not JSON; give rows: JSON lines or an array, .csv, .tsv, .parquet or .arrow"
@@ -48,10 +48,10 @@ def read_rows(path: Path, what: str, choose: Choice | None = None) -> Iterator[t
 # ---------------------------------------------------------------------------------------------------------------- JSON
 
 
-def is_lines(path: Path, found: Format) -> bool:
+def is_lines(path: Path, form: Format) -> bool:
     """Whether a JSON file has one value a line: whether its first line is one, and it is neither an array of rows nor all there
     is, an object around them."""
-    with closing(decompressed(path, found.compression)) as stream:
+    with closing(decompressed(path, form.compression)) as stream:
         head = stream.read(64).removeprefix(BOM).lstrip()
         if head[:1] == b"[":
             return False
@@ -92,9 +92,9 @@ def _reason(error: Exception) -> str:
     return "nested too deep" if isinstance(error, RecursionError) else str(error)
 
 
-def _json(path: Path, found: Format, what: str) -> Iterator[tuple[str, Any]]:
-    lines = is_lines(path, found)
-    with closing(decompressed(path, found.compression)) as stream:
+def _json(path: Path, form: Format, what: str) -> Iterator[tuple[str, Any]]:
+    lines = is_lines(path, form)
+    with closing(decompressed(path, form.compression)) as stream:
         name = f"{what} {path}"
         yield from _unwrapped(_by_line(stream, name) if lines else _values(decoded(blocks_of(stream)), name))
 
@@ -109,7 +109,11 @@ def _by_line(stream: BinaryIO, name: str) -> Iterator[tuple[str, Any]]:
 
 def _values(blocks: Iterator[str], name: str) -> Iterator[tuple[str, Any]]:
     """The values that stand in a JSON text one after the other: an array's elements, or objects over several lines each."""
-    decode, buffer, at, line, ended = json.JSONDecoder().raw_decode, "", 0, 1, False
+    decode = json.JSONDecoder().raw_decode
+    buffer = ""
+    at = 0
+    line = 1
+    ended = False
     while True:
         while at < len(buffer) and (buffer[at].isspace() or buffer[at] in ",[]"):
             at += 1
@@ -127,7 +131,8 @@ def _values(blocks: Iterator[str], name: str) -> Iterator[tuple[str, Any]]:
                 raise InputError(f"{where}: {_reason(error)}") from None
             line += buffer.count("\n", 0, at)
             # As much again as there is: a long value is not parsed from its start for every block.
-            more, wanted = [], max(BLOCK, len(buffer) - at)
+            more = []
+            wanted = max(BLOCK, len(buffer) - at)
             while wanted > 0 and not ended:
                 block = next(blocks, None)
                 ended = block is None
@@ -166,8 +171,8 @@ def _is_rows(value: Any) -> bool:
 # -------------------------------------------------------------------------------------------------------------- tables
 
 
-def _table(path: Path, found: Format, what: str) -> Iterator[tuple[str, Any]]:
-    rows = _cells(path, found, what)
+def _table(path: Path, form: Format, what: str) -> Iterator[tuple[str, Any]]:
+    rows = _cells(path, form, what)
     _, names = next(rows, ("", []))
     for where, row in rows:
         if any(row[len(names) :]):
@@ -179,19 +184,19 @@ def _table(path: Path, found: Format, what: str) -> Iterator[tuple[str, Any]]:
 
 def read_cells(path: Path, what: str) -> Iterator[tuple[str, list[str]]]:
     """The rows of a table as they are, the first one too; nothing of a file of another kind. Raises as :func:`read_rows`."""
-    found = recognise(path, what)
-    if found.kind in ("csv", "tsv"):
+    form = recognise(path, what)
+    if form.kind in ("csv", "tsv"):
         with readable(path, what):
-            yield from _cells(path, found, what)
+            yield from _cells(path, form, what)
 
 
-def _cells(path: Path, found: Format, what: str) -> Iterator[tuple[str, list[str]]]:
+def _cells(path: Path, form: Format, what: str) -> Iterator[tuple[str, list[str]]]:
     csv.field_size_limit(VALUE)
-    with closing(decompressed(path, found.compression)) as stream:
+    with closing(decompressed(path, form.compression)) as stream:
         lines = _lines(decoded(blocks_of(stream)))
         first = next(lines, "")
         # Half of Europe's programs write semicolons, since their commas are decimal.
-        delimiter = "\t" if found.kind == "tsv" else "," if "," in first else max(";\t|", key=first.count)
+        delimiter = "\t" if form.kind == "tsv" else "," if "," in first else max(";\t|", key=first.count)
         # In a single column nothing separates, and its texts have all of these, unquoted.
         reader = csv.reader(_again(first, lines), delimiter=delimiter if delimiter in first else NO_SEPARATOR)
         try:
@@ -199,7 +204,7 @@ def _cells(path: Path, found: Format, what: str) -> Iterator[tuple[str, list[str
                 if row or reader.line_num == 1:
                     yield f"{what} {path}, line {reader.line_num}", row
         except csv.Error as error:
-            raise InputError(f"{what} {path}, line {reader.line_num}: not {found.kind.upper()} ({error})") from None
+            raise InputError(f"{what} {path}, line {reader.line_num}: not {form.kind.upper()} ({error})") from None
 
 
 def _again(first: str, rest: Iterator[str]) -> Iterator[str]:
@@ -217,12 +222,12 @@ def _lines(blocks: Iterable[str]) -> Iterator[str]:
         yield left
 
 
-def _columnar(path: Path, found: Format, what: str, choose: Choice | None) -> Iterator[tuple[str, Any]]:
+def _columnar(path: Path, form: Format, what: str, choose: Choice | None) -> Iterator[tuple[str, Any]]:
     try:
         import pyarrow
     except ImportError:
-        raise InputError(f"{what} {path}: reading .{found.kind} needs pyarrow; pip install 'uniprune[data]'") from None
-    read = _parquet if found.kind == "parquet" else _arrow
+        raise InputError(f"{what} {path}: reading .{form.kind} needs pyarrow; pip install 'uniprune[data]'") from None
+    read = _parquet if form.kind == "parquet" else _arrow
     number = 0
     try:
         for batch in read(path, partial(choose, f"{what} {path}") if choose else None):
@@ -231,7 +236,7 @@ def _columnar(path: Path, found: Format, what: str, choose: Choice | None) -> It
                     number += 1
                     yield f"{what} {path}, row {number}", row
     except (pyarrow.ArrowException, OSError) as error:
-        kind = "a Parquet" if found.kind == "parquet" else "an Arrow"
+        kind = "a Parquet" if form.kind == "parquet" else "an Arrow"
         raise InputError(f"{what} {path} is not {kind} file, or damaged ({first_line(error)}); fetch it again") from None
 
 

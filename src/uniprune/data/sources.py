@@ -67,25 +67,26 @@ def parse(texts: str | Sequence[str]) -> list[TextSource]:
     given = (texts,) if isinstance(texts, str) else tuple(texts)
     if not given or not all(text.strip() for text in given):
         raise InputError("no text was given, or an empty one (a variable that is not set?); give one, e.g. --text c4")
-    found = [_parsed(text, several=len(given) > 1) for text in given]
-    names = [source.name for source in found]
+    sources = [_parsed(text, several=len(given) > 1) for text in given]
+    names = [source.name for source in sources]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise InputError(f"two texts are called {twice}; give one of them another name, NAME={twice}")
-    shares(found)
-    return found
+    shares(sources)
+    return sources
 
 
 def files_of(texts: str | Path | Sequence[str | Path] | None) -> list[Path]:
     """The files and folders among texts: inputs, which no output may replace."""
     given = () if texts is None else (texts,) if isinstance(texts, (str, Path)) else texts
-    found = [path_of(_parsed(str(text), several=len(given) > 1).text) for text in given]
-    return [path for path in found if _there(str(path))]
+    paths = [path_of(_parsed(str(text), several=len(given) > 1).text) for text in given]
+    return [path for path in paths if _there(str(path))]
 
 
 def _parsed(text: str, several: bool) -> TextSource:
     share = None
     if several and not _there(text) and (match := SHARED.fullmatch(text)):
-        text, share = match["text"], float(match["share"])
+        text = match["text"]
+        share = float(match["share"])
         if not 0 < share < math.inf:
             raise InputError(f"the share of text {text} is not positive; give a part of the tokens, e.g. {text}:0.25")
     match = None if _there(text) else SPELLED.fullmatch(text)
@@ -120,12 +121,13 @@ def interleaved(parts: Sequence[float], count: int) -> list[int]:
     The next window is of the source that lacks most of its part, the first of those that lack as much (as in weighted round
     robin): the first windows make a controller's start, and the last ones judge it.
     """
-    taken, found = [0] * len(parts), list[int]()
+    taken = [0] * len(parts)
+    order = list[int]()
     for number in range(1, count + 1):
         lacking = [round(part * number - had, 9) for part, had in zip(parts, taken, strict=True)]
-        found.append(lacking.index(max(lacking)))
-        taken[found[-1]] += 1
-    return found
+        order.append(lacking.index(max(lacking)))
+        taken[order[-1]] += 1
+    return order
 
 
 def mixed(sources: Sequence[TextSource], count: int, load: Callable[[TextSource, int], Windows]) -> Windows:
@@ -151,8 +153,8 @@ def side_by_side(sources: Sequence[TextSource], load: Callable[[TextSource], Win
             f"text {given.text} has a share ({given.share:g}), which is for calibration; leave it out: each text is evaluated "
             "by itself"
         )
-    found = [load(source) for source in sources]
-    return _joined(sources, found, [index for index, one in enumerate(found) for _ in one.tokens], None)
+    loaded = [load(source) for source in sources]
+    return _joined(sources, loaded, [index for index, windows in enumerate(loaded) for _ in windows.tokens], None)
 
 
 def common_length(sources: Sequence[TextSource], length: int | None, default: int) -> int:
@@ -162,28 +164,32 @@ def common_length(sources: Sequence[TextSource], length: int | None, default: in
 
 
 def _joined(
-    sources: Sequence[TextSource], found: Sequence[Windows], order: Sequence[int], parts: Sequence[float] | None
+    sources: Sequence[TextSource], loaded: Sequence[Windows], order: Sequence[int], parts: Sequence[float] | None
 ) -> Windows:
-    if any(one.pictures for one in found):
+    if any(windows.pictures for windows in loaded):
         raise InputError("images with text go with no other text; give one --text, or read the text alone: --field text")
-    first, of = found[0], torch.tensor(order)
+    first = loaded[0]
+    of = torch.tensor(order)
     tokens = first.tokens.new_zeros(len(order), first.tokens.shape[1])
-    for index, one in enumerate(found):
-        tokens[of == index] = one.tokens
+    for index, windows in enumerate(loaded):
+        tokens[of == index] = windows.tokens
     facts = {
         source.name: TextShare(
-            text=one.source, share=parts[index] if parts else None, available_windows=one.available, sample=one.sample
+            text=windows.source,
+            share=parts[index] if parts else None,
+            available_windows=windows.available,
+            sample=windows.sample,
         )
-        for index, (source, one) in enumerate(zip(sources, found, strict=True))
+        for index, (source, windows) in enumerate(zip(sources, loaded, strict=True))
     }
     return replace(
         first,
         tokens=tokens,
         source=" + ".join(facts),
-        available=sum(one.available for one in found),
+        available=sum(windows.available for windows in loaded),
         sample=ALL,
-        words=_sum([one.words for one in found]),
-        size=_sum([one.size for one in found]),
+        words=_sum([windows.words for windows in loaded]),
+        size=_sum([windows.size for windows in loaded]),
         sources=facts,
         of=of,
     )

@@ -85,11 +85,13 @@ def compare(
     job = _job(source, candidates, device, progress)
     protocol = _protocol(wanted, job, questions)
     _check_same(output, earlier, protocol.model_dump(mode="json"))
-    found = _merged(wanted, Comparison(model=str(job.loaded), protocol=protocol, rows=[]), earlier)
+    comparison = _merged(wanted, Comparison(model=str(job.loaded), protocol=protocol, rows=[]), earlier)
     identity = {"command": "compare", **protocol.model_dump(mode="json", exclude=UNCOMPARED)}
     with runs.open_run(output, identity, resume=resume, overwrite=overwrite) as run:
-        table, cache = _Table(output, run, found, _named(source, wanted)), CalibrationCache(job, run, progress)
-        missing, failed = table.missing(candidates), list[UniPruneError]()
+        table = _Table(output, run, comparison, _named(source, wanted))
+        cache = CalibrationCache(job, run, progress)
+        missing = table.missing(candidates)
+        failed = list[UniPruneError]()
         for candidate in progress(missing, "comparing", len(missing)):
             if candidate is None:
                 table.add(_row(subject, cache, {"method": DENSE, "sparsity": 0.0}, {}))
@@ -103,7 +105,7 @@ def compare(
         table.write()
     if failed:
         raise UniPruneError(f"{len(failed)} of {len(missing)} rows could not be made; the others are in {output}: {failed[0]}")
-    return table.found
+    return table.comparison
 
 
 # ------------------------------------------------------------------------------------------------------------- parts
@@ -118,9 +120,9 @@ def _questions(request: ComparisonRequest, subject: EvaluatedModel) -> Questions
     windows = subject.windows(request.eval_text, reading)
     tasks = [load_task(name, request.limit, fewshot) for name, fewshot in reading.asked.items()]
     length = NEW_TOKENS if request.new_tokens is None else request.new_tokens
-    found = Questions(windows, tasks, request.prompts if length else (), length)
-    subject.ask(found)
-    return found
+    questions = Questions(windows, tasks, request.prompts if length else (), length)
+    subject.ask(questions)
+    return questions
 
 
 def _fitted(candidates: list[Candidate], request: ComparisonRequest, source: Loaded | Origin) -> list[Candidate]:
@@ -163,14 +165,18 @@ def _check_same(output: Path, earlier: Comparison | None, protocol: Mapping[str,
         return
     there = earlier.protocol.model_dump(mode="json", include=set(protocol))
     differing = reproduce.differences({"protocol": there}, {"protocol": protocol})
-    said = [f"{one.what.split('.', 1)[1]} was {one.recorded!r:.60}, is {one.found!r:.60}" for one in differing]
+    said = [
+        f"{difference.what.split('.', 1)[1]} was {difference.recorded!r:.60}, is {difference.found!r:.60}"
+        for difference in differing
+    ]
     if said:
         raise InputError(f"output {output} is a table made otherwise: {'; '.join(said[:3])}; give another name, or --overwrite")
 
 
 def _merged(request: ComparisonRequest, empty: Comparison, earlier: Comparison | None) -> Comparison:
     """The table before the first row of this run: empty, or with the rows of an earlier one."""
-    begun, rows = earlier or empty, earlier.rows if earlier else []
+    begun = earlier or empty
+    rows = earlier.rows if earlier else []
     return Comparison(
         model=empty.model,
         methods=list(dict.fromkeys([*begun.methods, *request.methods])),
@@ -188,7 +194,9 @@ def _named(source: Source, request: ComparisonRequest) -> ComparisonRequest:
 
 
 def _pruned(candidate: Candidate, subject: EvaluatedModel, cache: CalibrationCache) -> ComparisonRow:
-    method, shapes, form = candidate.method, cache.job.shapes, candidate.structure
+    method = candidate.method
+    shapes = cache.job.shapes
+    form = candidate.structure
     with naming(method.name, candidate.sparsity), method.pruned(cache, candidate) as created:
         removed = dict.fromkeys(shapes, 0.0) | {name: bits.sparsity_of(mask) for name, mask in created.masks.items()}
         facts = {
@@ -213,17 +221,17 @@ def _row(
     """A row of the model as it is now."""
     watch = Stopwatch()
     with watch("evaluate"):
-        found = subject.measure(cache.job.loaded, cache.progress, record=False)
-    assert found.perplexity is not None
+        measured = subject.measure(cache.job.loaded, cache.progress, record=False)
+    assert measured.perplexity is not None
     names = ("perplexity", "nats_stderr", "word_perplexity", "byte_perplexity", "by_position")
     return ComparisonRow(
         **facts,
-        **{name: getattr(found.perplexity, name) for name in names},
-        tasks={answers.task.name: answers.result() for answers in found.answers},
+        **{name: getattr(measured.perplexity, name) for name in names},
+        tasks={answers.task.name: answers.result() for answers in measured.answers},
         right={
-            answers.task.name: {metric: _bits(right) for metric, right in answers.right.items()} for answers in found.answers
+            answers.task.name: {metric: _bits(right) for metric, right in answers.right.items()} for answers in measured.answers
         },
-        written=[cache.job.loaded.tokenizer.decode(tokens) for tokens in found.written],
+        written=[cache.job.loaded.tokenizer.decode(tokens) for tokens in measured.written],
         seconds={**seconds, **watch.seconds},
         measured=datetime.now(timezone.utc).isoformat(timespec="seconds"),
     )
@@ -231,22 +239,25 @@ def _row(
 
 def _bits(right: Sequence[bool]) -> str:
     """As ``ComparisonRow.right`` has them."""
-    return f"{int(''.join('01'[one] for one in right), 2):x}"
+    return f"{int(''.join('01'[answer] for answer in right), 2):x}"
 
 
 class _Table:
-    """The output folder, rewritten after each row; ``found``: what stands in it."""
+    """The output folder, rewritten after each row; ``comparison``: what stands in it."""
 
-    def __init__(self, output: Path, run: runs.Run, found: Comparison, request: ComparisonRequest) -> None:
-        self._output, self._run, self._request, self.found = output, run, request, found
-        self._new = not found.rows
+    def __init__(self, output: Path, run: runs.Run, comparison: Comparison, request: ComparisonRequest) -> None:
+        self._output = output
+        self._run = run
+        self._request = request
+        self.comparison = comparison
+        self._new = not comparison.rows
 
     def missing(self, candidates: Sequence[Candidate]) -> list[Candidate | None]:
         """The candidates that have no row yet; None is the dense model's.
 
         Raises InputError if a file of scores or masks is not the one that a row was made of.
         """
-        rows = {row.key: row for row in self.found.rows}
+        rows = {row.key: row for row in self.comparison.rows}
         for candidate in candidates:
             if (row := rows.get(candidate.key)) and row.file_sha256 != candidate.method.recorded(candidate.recipe).get(
                 "file_sha256"
@@ -259,9 +270,9 @@ class _Table:
 
     def add(self, row: ComparisonRow) -> None:
         """A row is in the table when ``comparison.json`` is replaced; the other files follow it."""
-        self.found = self.found.model_copy(update={"rows": [*self.found.rows, row]})
+        self.comparison = self.comparison.model_copy(update={"rows": [*self.comparison.rows, row]})
         self.write()
-        self._run.commit("rows", {"rows": len(self.found.rows)})
+        self._run.commit("rows", {"rows": len(self.comparison.rows)})
 
     def write(self) -> None:
         """All files; the first time, the folder appears as a whole."""
@@ -280,20 +291,20 @@ class _Table:
                     temporary.write_text(content, encoding="utf-8", errors="replace")  # half a surrogate pair is no text
 
     def _contents(self) -> Iterator[tuple[str, str]]:
-        found = self.found
-        yield COMPARISON, _json(found.record())
-        yield "comparison.md", markdown(found)
-        yield "comparison.tex", latex(found)
-        yield "recipe.yaml", _recipe(self._request, found)
-        for name, content in harness.files(found):
+        comparison = self.comparison
+        yield COMPARISON, _json(comparison.record())
+        yield "comparison.md", markdown(comparison)
+        yield "comparison.tex", latex(comparison)
+        yield "recipe.yaml", _recipe(self._request, comparison)
+        for name, content in harness.files(comparison):
             yield f"lm_eval/{name}", _json(content)
 
 
-def _recipe(request: ComparisonRequest, found: Comparison) -> str:
+def _recipe(request: ComparisonRequest, comparison: Comparison) -> str:
     """The recipe file that asks for all of the table."""
-    made = [f"{name} {version}" for name, version in found.protocol.versions.items()]
-    head = ["uniprune compare --config recipe.yaml -o again", ", ".join(made), f"weights {found.protocol.weights_sha256}"]
-    everything = request.model_copy(update={"methods": tuple(found.methods), "sparsities": tuple(found.sparsities)})
+    made = [f"{name} {version}" for name, version in comparison.protocol.versions.items()]
+    head = ["uniprune compare --config recipe.yaml -o again", ", ".join(made), f"weights {comparison.protocol.weights_sha256}"]
+    everything = request.model_copy(update={"methods": tuple(comparison.methods), "sparsities": tuple(comparison.sparsities)})
     return "".join(f"# {line}\n" for line in head) + everything.spelled
 
 

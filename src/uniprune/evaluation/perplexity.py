@@ -71,9 +71,11 @@ def perplexity(model: nn.Module, windows: Windows, progress: Progress = silent) 
     """
     losses: list[float] = []
     count, length = windows.tokens.shape
-    positions, seen = torch.zeros(length - 1, dtype=torch.float64), torch.zeros(length - 1, dtype=torch.int64)
+    positions = torch.zeros(length - 1, dtype=torch.float64)
+    seen = torch.zeros(length - 1, dtype=torch.int64)
     counted = pictures.counted(windows.pictures, windows.tokens)[:, :-1]
-    tokens, done = list[int](), 0
+    tokens = list[int]()
+    done = 0
     todo = batches(windows.tokens)
     for batch in progress(todo, "evaluating", len(todo)):
         for row in token_nats(model, batch):
@@ -113,13 +115,13 @@ def token_nats(model: nn.Module, batch: Tensor, predicts_last: bool = True) -> l
     """
     batch = batch.to(device_of(model))
     logits = chain.from_iterable(output.logits for output in called(model, model, batch if predicts_last else batch[:, :-1]))
-    return [_losses(one[: batch.shape[1] - 1], target[1:]) for one, target in zip(logits, batch, strict=True)]
+    return [_losses(row[: batch.shape[1] - 1], target[1:]) for row, target in zip(logits, batch, strict=True)]
 
 
 def _losses(logits: Tensor, target: Tensor) -> Tensor:
     """The losses of one window, a piece at a time: logits in float32, over a large vocabulary, are large."""
     pieces = zip(torch.split(logits, PIECE), torch.split(target, PIECE), strict=True)
-    return -torch.cat([log_probabilities(one, wanted) for one, wanted in pieces]).double()
+    return -torch.cat([log_probabilities(piece, wanted) for piece, wanted in pieces]).double()
 
 
 def check_finite(nats: float) -> None:
@@ -141,12 +143,12 @@ def by_unit(nats: float, words: int | None, size: int | None) -> dict[str, Any]:
 
 
 def _by_position(nats: Tensor, seen: Tensor) -> dict[str, float]:
-    found, start = {}, 0
+    perplexities, start = {}, 0
     for name, end in POSITIONS.items():
         if count := int(seen[start:end].sum()):
-            found[name] = exp(float(nats[start:end].sum()) / count)
+            perplexities[name] = exp(float(nats[start:end].sum()) / count)
         start = end
-    return found
+    return perplexities
 
 
 # ------------------------------------------------------------------------------------------------------------- documents
@@ -184,7 +186,8 @@ class Documents:
 
     def summed(self, losses: Sequence[float]) -> tuple[list[float], list[int]]:
         """By document, the losses of its pieces and its predicted tokens."""
-        totals, tokens = [0.0] * self.documents, [0] * self.documents
+        totals = [0.0] * self.documents
+        tokens = [0] * self.documents
         for loss, piece in zip(losses, self.pieces, strict=True):
             totals[piece.document] += loss
             tokens[piece.document] += piece.scored
@@ -225,7 +228,8 @@ def load_documents(text: Text, tokenizer: Any, length: int, count: int | None = 
         raise InputError("the tokenizer has neither BOS nor EOS, one of which begins every document of --rolling")
     pieces: list[Piece] = []
     documents = words = size = 0
-    second, content = False, hashlib.sha256()
+    second = False
+    content = hashlib.sha256()
     parts = open_text(text, "evaluation", tokenizer)
     for part in parts:
         for read, counted in part.pages():
@@ -235,7 +239,8 @@ def load_documents(text: Text, tokenizer: Any, length: int, count: int | None = 
             second |= ids[:1] == [first]
             content.update(((JOIN if documents else "") + counted).encode())
             pieces += _pieces(first, ids, length, documents)
-            documents, words = documents + 1, words + len(re.split(r"\s+", counted))
+            documents += 1
+            words += len(re.split(r"\s+", counted))
             size += len(counted.encode())
     if not pieces:
         raise InputError(f"text {text} is empty")
@@ -245,11 +250,12 @@ def load_documents(text: Text, tokenizer: Any, length: int, count: int | None = 
 
 def _pieces(first: int, ids: list[int], length: int, document: int) -> list[Piece]:
     """Every token once; what comes before a piece in the document fills it up."""
-    found, every = [], [first, *ids]
+    pieces = []
+    every = [first, *ids]
     for start in range(0, len(ids), length):
         end = min(start + length, len(ids))
-        found.append(Piece(every[max(0, end - length) : end + 1], end - start, document))
-    return found
+        pieces.append(Piece(every[max(0, end - length) : end + 1], end - start, document))
+    return pieces
 
 
 @torch.no_grad()
@@ -260,11 +266,12 @@ def rolling(model: nn.Module, documents: Documents, progress: Progress = silent)
     for indices in progress(todo, "evaluating", len(todo)):
         # Padding stands on the right, where no other token sees it; the last token predicts nothing that is asked.
         rows = [torch.tensor(documents.pieces[index].tokens) for index in indices]
-        found = token_nats(model, nn.utils.rnn.pad_sequence(rows, batch_first=True), predicts_last=False)
-        for index, row in zip(indices, found, strict=True):
+        nats_by_row = token_nats(model, nn.utils.rnn.pad_sequence(rows, batch_first=True), predicts_last=False)
+        for index, row in zip(indices, nats_by_row, strict=True):
             end = len(documents.pieces[index].tokens) - 1
             losses[index] = float(row[end - documents.pieces[index].scored : end].sum())
-    nats, tokens = math.fsum(losses), sum(piece.scored for piece in documents.pieces)
+    nats = math.fsum(losses)
+    tokens = sum(piece.scored for piece in documents.pieces)
     check_finite(nats)
     error = ratio_error(*documents.summed(losses))
     dtype = dtype_name(dtype_of(model))
@@ -276,9 +283,9 @@ def rolling(model: nn.Module, documents: Documents, progress: Progress = silent)
 
 def _alike(lengths: Sequence[int]) -> list[list[int]]:
     """Indices of pieces of about one length, as many as fit into a batch."""
-    found: list[list[int]] = []
+    groups: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
-        if not found or (len(found[-1]) + 1) * lengths[found[-1][0]] > BATCH_TOKENS:
-            found.append([])
-        found[-1].append(index)
-    return found
+        if not groups or (len(groups[-1]) + 1) * lengths[groups[-1][0]] > BATCH_TOKENS:
+            groups.append([])
+        groups[-1].append(index)
+    return groups

@@ -172,8 +172,8 @@ def find_matrices(model: nn.Module, include: Sequence[str] = (), exclude: Sequen
     expressions, searched in the names; ``exclude`` wins. Raises InputError if an expression matches none, or for a model with
     adapters.
     """
-    found = _discover(model)
-    return _select(found.matrices, found.left, include, exclude)
+    discovered = _discover(model)
+    return _select(discovered.matrices, discovered.left, include, exclude)
 
 
 def choose_matrices(model: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> Matrices:
@@ -181,10 +181,10 @@ def choose_matrices(model: nn.Module, include: Sequence[str] = (), exclude: Sequ
 
     Raises InputError if under 90 % of the blocks' parameters lie in matrices, unless ``include`` says which are wanted.
     """
-    found = _discover(model)
-    if found.too_few and not include:
-        raise InputError(f"{found.too_few}; to prune what is in matrices and leave the rest dense, say so: --include .")
-    return _select(found.matrices, found.left, include, exclude)
+    discovered = _discover(model)
+    if discovered.too_few and not include:
+        raise InputError(f"{discovered.too_few}; to prune what is in matrices and leave the rest dense, say so: --include .")
+    return _select(discovered.matrices, discovered.left, include, exclude)
 
 
 def left_dense(model: nn.Module) -> LeftDense:
@@ -226,7 +226,7 @@ def _discover(model: nn.Module) -> Found:
     kept |= {id(module): f"in a selector of sparse attention ({kind})" for module, kind in _in_selectors(blocks)}
     groups = {id(module): group for name, _, module in inside for module, group in expert_groups(name, module)}
     layout = checkpoint_of(model).layout(model)
-    found: Matrices = {}
+    matrices: Matrices = {}
     left: LeftDense = {}
     names: dict[int, str] = {}  # id of a weight -> name of its matrix
     covered: set[int] = set()  # ids of the parameters that count as known
@@ -234,7 +234,7 @@ def _discover(model: nn.Module) -> Found:
         if hasattr(module, "base_layer"):
             raise InputError(f"{name} has an adapter (PEFT); merge it first: model = model.merge_and_unload()")
         if is_fused(module):
-            found |= _of_experts(fused_experts(name, module, layout.parts), index)
+            matrices |= _of_experts(fused_experts(name, module, layout.parts), index)
             covered |= {id(parameter) for parameter in module.parameters(recurse=False)}
             continue
         weight = getattr(module, "weight", None)
@@ -243,7 +243,7 @@ def _discover(model: nn.Module) -> Found:
         if id(module) in kept or id(weight) not in not_linear:
             covered.add(id(weight))
         if id(weight) in names:
-            found[names[id(weight)]] = _with_user(found[names[id(weight)]], module, index)
+            matrices[names[id(weight)]] = _with_user(matrices[names[id(weight)]], module, index)
             continue
         part = next(iter(layout.parts(f"{name}.weight")), None)
         name = part.region.name if part else name
@@ -255,8 +255,8 @@ def _discover(model: nn.Module) -> Found:
         else:
             names[id(weight)] = name
             group = groups.get(id(module))
-            found[name] = Matrix(name, module, index, is_transposed(module), part.flipped, group=group)
-    return Found(found, left, _too_few(prefix, blocks, covered, not_linear))
+            matrices[name] = Matrix(name, module, index, is_transposed(module), part.flipped, group=group)
+    return Found(matrices, left, _too_few(prefix, blocks, covered, not_linear))
 
 
 def _not_linear(modules: Iterable[nn.Module]) -> dict[int, str]:
@@ -269,9 +269,9 @@ def _not_linear(modules: Iterable[nn.Module]) -> dict[int, str]:
 def _check_unquantised(model: nn.Module) -> None:
     config = getattr(model, "config", None)
     for part in (config, text_config(config)) if config is not None else ():
-        found = getattr(part, "quantization_config", None) or getattr(part, "compression_config", None)
-        facts = found if isinstance(found, dict) else getattr(found, "__dict__", {})
-        if found and not facts.get("dequantize"):
+        config = getattr(part, "quantization_config", None) or getattr(part, "compression_config", None)
+        facts = config if isinstance(config, dict) else getattr(config, "__dict__", {})
+        if config and not facts.get("dequantize"):
             method = facts.get("quant_method", "by an unnamed method")
             why, instead, files = "its weights are no plain matrices", "", checkpoint_of(model)
             if isinstance(files, Files):
@@ -296,7 +296,7 @@ def _check_not_accelerated(model: nn.Module) -> None:
 
 def _with_user(matrix: Matrix, module: nn.Module, block: int) -> Matrix:
     """The matrix with one more module that uses its weight, in this block."""
-    known = any(module is one for one in matrix.modules)
+    known = any(module is user for user in matrix.modules)
     others = matrix.others if known else (*matrix.others, module)
     return replace(matrix, others=others, spans=matrix.spans or block != matrix.block)
 
@@ -304,9 +304,9 @@ def _with_user(matrix: Matrix, module: nn.Module, block: int) -> Matrix:
 def _of_experts(fused: Fused, block: int) -> Iterator[tuple[str, Matrix]]:
     if not fused.complete:
         raise InputError(f"{fused.name}: it is not known how a checkpoint stores the weights of {type(fused.module).__name__}")
-    for name, one in fused.slices.items():
-        group = f"{fused.name}: {one.place}"
-        yield name, Matrix(name, one, block, fused.transposed, one.flipped, group=group)
+    for name, expert in fused.slices.items():
+        group = f"{fused.name}: {expert.place}"
+        yield name, Matrix(name, expert, block, fused.transposed, expert.flipped, group=group)
 
 
 def _in_selectors(blocks: nn.ModuleList) -> Iterator[tuple[nn.Module, str]]:
@@ -328,29 +328,29 @@ def _too_few(prefix: str, blocks: nn.ModuleList, covered: set[int], not_linear: 
     return f"under {COVERAGE:.0%} of the blocks' parameters are in matrices (Linear, Conv1D, experts); not: {names}"
 
 
-def _select(found: Matrices, left: LeftDense, include: Sequence[str], exclude: Sequence[str]) -> Matrices:
+def _select(matrices: Matrices, left: LeftDense, include: Sequence[str], exclude: Sequence[str]) -> Matrices:
     def matches(pattern: str, option: str) -> set[str]:
         try:
-            names = {name for name in found if re.search(pattern, name)}
+            names = {name for name in matrices if re.search(pattern, name)}
         except re.error as error:
             raise InputError(f"--{option} {pattern!r} is not a regular expression: {error}") from None
         dense = [f"{name} ({why})" for name, (_, why) in left.items() if re.search(pattern, name)]
         if not names and dense and option == "include":
             raise InputError(f"--include {pattern!r} matches only what stays dense, e.g. {dense[0]}")
         if not names and not dense:
-            example = next(iter(found))
-            raise InputError(f"--{option} {pattern!r} matches none of the {len(found)} matrices, e.g. {example}")
+            example = next(iter(matrices))
+            raise InputError(f"--{option} {pattern!r} matches none of the {len(matrices)} matrices, e.g. {example}")
         return names
 
-    if not found:
+    if not matrices:
         dense = f"; what stays dense: {', '.join(f'{name} ({why})' for name, (_, why) in [*left.items()][:5])}" if left else ""
         raise InputError(f"the model's blocks have no matrix that can be pruned (Linear, Conv1D, experts){dense}")
-    kept = set.union(*(matches(p, "include") for p in include)) if include else set(found)
+    kept = set.union(*(matches(p, "include") for p in include)) if include else set(matrices)
     for pattern in exclude:
         kept -= matches(pattern, "exclude")
     if not kept:
         raise InputError("--include and --exclude leave no matrix to prune")
-    return {name: matrix for name, matrix in found.items() if name in kept}
+    return {name: matrix for name, matrix in matrices.items() if name in kept}
 
 
 def check_loaded(model: nn.Module, matrices: Matrices) -> None:

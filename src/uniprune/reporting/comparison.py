@@ -49,35 +49,36 @@ class Calibrated(NamedTuple):
         return f"{self.windows} samples of {self.length}, seed {self.seed}"
 
 
-def grid(found: Comparison) -> Grid:
+def grid(table: Comparison) -> Grid:
     """One row for each method and sparsity, sparsity by sparsity; columns in which nothing stands are left out."""
-    tasks = list(dict.fromkeys(name for row in found.rows for name in row.tasks))
-    scoped = len(found.scopes) > 1
+    tasks = list(dict.fromkeys(name for row in table.rows for name in row.tasks))
+    scoped = len(table.scopes) > 1
     columns = ["method:", "sparsity:", *(["scope:"] if scoped else []), "zeros", PERPLEXITY, "±"]
     columns += [*apart(tasks).values(), "seconds"]
-    rows = [_cells(row, found.labels[row.method], tasks, scoped) for row in ordered(found)]
-    marked = frozenset((index, columns.index(PERPLEXITY)) for index in best(found))
-    return Grid(f"{short(found.model)}: {measure(found.protocol)}", columns, rows, sortable=True, best=marked)
+    rows = [_cells(row, table.labels[row.method], tasks, scoped) for row in ordered(table)]
+    marked = frozenset((index, columns.index(PERPLEXITY)) for index in best(table))
+    return Grid(f"{short(table.model)}: {measure(table.protocol)}", columns, rows, sortable=True, best=marked)
 
 
-def readings(found: Comparison) -> Grid:
+def readings(table: Comparison) -> Grid:
     """The same perplexities per word and byte, and by how much of a sample a prediction saw."""
-    positions = list(dict.fromkeys(place for row in found.rows for place in row.by_position or ()))
+    positions = list(dict.fromkeys(place for row in table.rows for place in row.by_position or ()))
     rows: list[list[Cell]] = []
-    for row in ordered(found):
+    for row in ordered(table):
         values = [row.word_perplexity, row.byte_perplexity, *((row.by_position or {}).get(place) for place in positions)]
-        rows.append([found.labels[row.method], row.pattern or NONE, shown(row.perplexity), *map(shown, values)])
+        rows.append([table.labels[row.method], row.pattern or NONE, shown(row.perplexity), *map(shown, values)])
     columns = ["method:", "sparsity:", "per token", "per word", "per byte", *(f"after {place} tokens" for place in positions)]
     return without_empty(
         Grid("Perplexity per token, word and byte, and by position in the sample", columns, rows, sortable=True)
     )
 
 
-def flips(found: Comparison) -> Grid | None:
+def flips(table: Comparison) -> Grid | None:
     """Answers that each row gained and lost against the dense model; None where it is not known which are right."""
-    dense = next((row for row in found.rows if row.method == DENSE), None)
-    tasks, methods = apart(name for row in found.rows for name in row.tasks), found.labels
-    rows = [cells for row in ordered(found) for cells in _flips(row, dense, methods[row.method], tasks)] if dense else []
+    dense = next((row for row in table.rows if row.method == DENSE), None)
+    tasks = apart(name for row in table.rows for name in row.tasks)
+    methods = table.labels
+    rows = [cells for row in ordered(table) for cells in _flips(row, dense, methods[row.method], tasks)] if dense else []
     columns = ["method:", "sparsity:", "task:", "metric:", "accuracy", "dense", "gained", "lost", "McNemar's p"]
     return Grid("Answers gained and lost against the dense model", columns, rows, sortable=True) if rows else None
 
@@ -85,7 +86,8 @@ def flips(found: Comparison) -> Grid | None:
 def _flips(row: ComparisonRow, dense: ComparisonRow, method: str, tasks: Mapping[str, str]) -> Iterator[list[Cell]]:
     for task, metrics in row.right.items() if row is not dense else ():
         for metric in metrics:
-            changed, asked = row.flips(dense, task, metric), (row.tasks.get(task), dense.tasks.get(task))
+            changed = row.flips(dense, task, metric)
+            asked = (row.tasks.get(task), dense.tasks.get(task))
             values = [value for each in asked if isinstance(value := getattr(each, metric, None), float)]
             if changed and len(values) == len(asked):
                 p = mcnemar(*changed)
@@ -93,12 +95,13 @@ def _flips(row: ComparisonRow, dense: ComparisonRow, method: str, tasks: Mapping
                 yield [*cells, *map(fraction, values), *map(str, changed), (f"{p:.2g}", p)]
 
 
-def written(found: Comparison) -> list[Grid]:
+def written(table: Comparison) -> list[Grid]:
     """For each prompt how every row's model goes on."""
-    grids, labels = [], found.labels
-    for index, prompt in enumerate(found.protocol.prompts):
+    grids = []
+    labels = table.labels
+    for index, prompt in enumerate(table.protocol.prompts):
         rows: list[list[Cell]] = [
-            [labels[row.method], row.pattern or NONE, row.written[index]] for row in ordered(found) if index < len(row.written)
+            [labels[row.method], row.pattern or NONE, row.written[index]] for row in ordered(table) if index < len(row.written)
         ]
         grids.append(Grid(prompt, ["method:", "sparsity:", "goes on:"], rows, prose=True))
     return [grid for grid in grids if grid.rows]
@@ -109,39 +112,46 @@ def sources(tables: Sequence[Comparison]) -> list[Grid]:
 
     Of one model, made with the same settings, on evaluation samples of one number and length: others have tables of their own.
     """
-    found: dict[tuple[Any, ...], dict[tuple[Calibrated, str], float]] = {}
+    perplexities: dict[tuple[Any, ...], dict[tuple[Calibrated, str], float]] = {}
     for table in tables:
         how = table.protocol
         alike = [how.windows, how.length, *(str(how.settings.get(name)) for name in SHARED)]
         calibrated = Calibrated.of(table)
         for row in table.rows:
             if row.pattern:
-                values = found.setdefault((table.model, row.method, row.pattern, *alike), {})
+                values = perplexities.setdefault((table.model, row.method, row.pattern, *alike), {})
                 values[calibrated, how.text.text if how.text else NONE] = row.perplexity
-    models, methods, grids = apart(model for model, *_ in found), apart(method for _, method, *_ in found), []
-    for (model, method, pattern, *_), values in found.items():
+    models = apart(model for model, *_ in perplexities)
+    methods = apart(method for _, method, *_ in perplexities)
+    grids = []
+    for (model, method, pattern, *_), values in perplexities.items():
         calibrations = list(dict.fromkeys(calibrated for calibrated, _ in values))
         read = list(dict.fromkeys(text for _, text in values))
         if len(calibrations) > 1:
-            texts, heads = apart(one.text for one in calibrations), apart(read)
+            texts, heads = apart(calibration.text for calibration in calibrations), apart(read)
             several = len(texts) < len(calibrations)
-            names = {one: f"{texts[one.text]}, {one.samples}" if several else texts[one.text] for one in calibrations}
-            rows: list[list[Cell]] = [[names[one], *(shown(values.get((one, text))) for text in read)] for one in calibrations]
+            names = {
+                calibration: f"{texts[calibration.text]}, {calibration.samples}" if several else texts[calibration.text]
+                for calibration in calibrations
+            }
+            rows: list[list[Cell]] = [
+                [names[calibration], *(shown(values.get((calibration, text))) for text in read)] for calibration in calibrations
+            ]
             what = f"{models[model]}, {methods[method]} at {pattern}"
             caption = f"{what}: perplexity on each text, by the text it was calibrated on"
             grids.append(Grid(caption, ["calibrated on:", *heads.values()], rows, sortable=True))
     return grids
 
 
-def ordered(found: Comparison) -> list[ComparisonRow]:
+def ordered(table: Comparison) -> list[ComparisonRow]:
     """The dense model, then sparsity by sparsity the methods as they were asked for."""
-    patterns = list(dict.fromkeys([None, *found.sparsities, *(row.pattern for row in found.rows)]))
-    return sorted(found.rows, key=lambda row: patterns.index(row.pattern))
+    patterns = list(dict.fromkeys([None, *table.sparsities, *(row.pattern for row in table.rows)]))
+    return sorted(table.rows, key=lambda row: patterns.index(row.pattern))
 
 
-def notes(found: Comparison) -> list[str]:
+def notes(table: Comparison) -> list[str]:
     """What is to be known beside the numbers."""
-    scopes = found.scopes
+    scopes = table.scopes
     said = []
     if scopes:
         words = " or ".join(
@@ -149,21 +159,22 @@ def notes(found: Comparison) -> list[str]:
         )
         differs = "; it differs between methods, see the column scope" if len(scopes) > 1 else ""
         said.append(f"A fraction is {words}{differs}.")
-    updating = dict.fromkeys(row.method for row in found.rows if row.updates_weights)
+    updating = dict.fromkeys(row.method for row in table.rows if row.updates_weights)
     if updating:
         said.append(f"{', '.join(updating)} updates the weights that remain; all others leave them as they are.")
-    if any(row.tasks for row in found.rows):
-        shots = sorted({task.num_fewshot or 0 for row in found.rows for task in row.tasks.values()})
+    if any(row.tasks for row in table.rows):
+        shots = sorted({task.num_fewshot or 0 for row in table.rows for task in row.tasks.values()})
         said.append(f"Tasks: {shots_words(shots)} accuracy ± standard error.")
     said.append("Seconds: of calibration, without masks and evaluation; rows that share a calibration all have its time.")
-    if any(row.resumed for row in found.rows):
+    if any(row.resumed for row in table.rows):
         said.append("Seconds after a >: of a calibration that was interrupted, the time since.")
-    return [*said, sentence(found.reading)]
+    return [*said, sentence(table.reading)]
 
 
-def best(found: Comparison) -> set[int]:
+def best(table: Comparison) -> set[int]:
     """Which of the ordered rows has the lowest perplexity of its sparsity, where there are several."""
-    rows, chosen = ordered(found), set()
+    rows = ordered(table)
+    chosen = set()
     for pattern in {row.pattern for row in rows if row.method != DENSE}:
         alike = [index for index, row in enumerate(rows) if row.pattern == pattern]
         if len(alike) > 1:
@@ -171,27 +182,30 @@ def best(found: Comparison) -> set[int]:
     return chosen
 
 
-def markdown(found: Comparison) -> str:
+def markdown(table: Comparison) -> str:
     """The table and its notes as Markdown."""
-    table, bold = grid(found), best(found)
-    heads = [name for name, _ in table.heads]
-    lines = [heads, ["---:" if numeric else "---" for _, numeric in table.heads]]
-    lines += _emphasised(table, bold, "**{}**", lambda text: text.replace("|", r"\|"))
-    said = [table.caption, "\n".join(f"| {' | '.join(line)} |" for line in lines), *notes(found)]
+    contents = grid(table)
+    bold = best(table)
+    heads = [name for name, _ in contents.heads]
+    lines = [heads, ["---:" if numeric else "---" for _, numeric in contents.heads]]
+    lines += _emphasised(contents, bold, "**{}**", lambda text: text.replace("|", r"\|"))
+    said = [contents.caption, "\n".join(f"| {' | '.join(line)} |" for line in lines), *notes(table)]
     return "\n\n".join(said) + "\n"
 
 
-def latex(found: Comparison) -> str:
+def latex(table: Comparison) -> str:
     """The table and its notes as LaTeX, for the package booktabs."""
-    table, bold = grid(found), best(found)
-    rows, patterns = _emphasised(table, bold, r"\textbf{{{}}}", _escaped), [row.pattern for row in ordered(found)]
-    lines = [r"% needs \usepackage{booktabs}", rf"\begin{{tabular}}{{{''.join('r' if n else 'l' for _, n in table.heads)}}}"]
-    lines += [r"\toprule", _line([_escaped(name) for name, _ in table.heads])]
+    contents = grid(table)
+    bold = best(table)
+    rows = _emphasised(contents, bold, r"\textbf{{{}}}", _escaped)
+    patterns = [row.pattern for row in ordered(table)]
+    lines = [r"% needs \usepackage{booktabs}", rf"\begin{{tabular}}{{{''.join('r' if n else 'l' for _, n in contents.heads)}}}"]
+    lines += [r"\toprule", _line([_escaped(name) for name, _ in contents.heads])]
     for index, row in enumerate(rows):
         if index == 0 or patterns[index] != patterns[index - 1]:
             lines.append(r"\midrule")
         lines.append(_line(row))
-    lines += [r"\bottomrule", r"\end{tabular}", *(f"% {note}" for note in [table.caption, *notes(found)])]
+    lines += [r"\bottomrule", r"\end{tabular}", *(f"% {note}" for note in [contents.caption, *notes(table)])]
     return "\n".join(lines) + "\n"
 
 

@@ -33,17 +33,17 @@ class Figure:
 def sentences(summary: Summary) -> list[str]:
     """The findings in words: much of one pruned model, little of several, of which a table says more."""
     pruned = summary.pruned
-    found: list[str] = []
+    said: list[str] = []
     if len(pruned) == 1:
-        found += _about(summary, pruned[0])
+        said += _about(summary, pruned[0])
     elif pruned:
         sparsities = [subject.sparsity for subject in pruned if subject.sparsity is not None]
         ends = list(dict.fromkeys(percent(end(sparsities)) for end in (min, max))) if sparsities else []
         between = f", {' to '.join(ends)} of their prunable weights zero" if ends else ""
-        found.append(f"{len(pruned)} pruned models{between}: {', '.join(subject.label for subject in pruned)}.")
+        said.append(f"{len(pruned)} pruned models{between}: {', '.join(subject.label for subject in pruned)}.")
     for tradeoff in summary.tradeoffs:
-        found += traded(tradeoff)
-    return [*found, NOTE]
+        said += traded(tradeoff)
+    return [*said, NOTE]
 
 
 def traded(tradeoff: Tradeoff) -> Iterator[str]:
@@ -69,24 +69,24 @@ def figures(summary: Summary) -> list[Figure]:
     if len(summary.pruned) != 1:
         return []
     (subject,) = summary.pruned
-    found = []
+    shown = []
     if subject.sparsity is not None:
         pruning = subject.pruning
         detail = f"of {count(pruning.weights)} prunable weights: {pruning.pattern_words}" if pruning else ""
-        found.append(Figure("Sparsity", percent(subject.sparsity), detail or "of the prunable weights are zero"))
+        shown.append(Figure("Sparsity", percent(subject.sparsity), detail or "of the prunable weights are zero"))
     if reading := subject.reading:
         dense = summary.dense_perplexity(subject)
         value = number(reading.perplexity)
         detail = measure(reading) + ("" if dense is None else "; dense \N{RIGHTWARDS ARROW} pruned, lower is better")
-        found.append(Figure("Perplexity", value if dense is None else f"{number(dense)} \N{RIGHTWARDS ARROW} {value}", detail))
+        shown.append(Figure("Perplexity", value if dense is None else f"{number(dense)} \N{RIGHTWARDS ARROW} {value}", detail))
     if change := subject.change:
         tasks = len(subject.changes)
         of = f"the mean of {tasks} tasks" if tasks > 1 else subject.changes[0].task
-        found.append(Figure("Accuracy", points(change.value, change.error), f"points against the dense model, {of}"))
+        shown.append(Figure("Accuracy", points(change.value, change.error), f"points against the dense model, {of}"))
     if near := subject.closeness:
         detail = f"nats per token from the dense model; the same likeliest token at {percent(near.agreement)} of positions"
-        found.append(Figure("KL divergence", number(near.kl), detail))
-    return found
+        shown.append(Figure("KL divergence", number(near.kl), detail))
+    return shown
 
 
 def _about(summary: Summary, subject: ReportedModel) -> Iterator[str]:
@@ -129,11 +129,11 @@ def verdict(summary: Summary) -> str | None:
         models = [table.model for table in tables]
         clauses = [*map(_compared, tables), _bytes(summary, models[0], forms), _speed(summary, models, forms)]
     elif len(summary.pruned) == 1:
-        (one,) = summary.pruned
-        forms = [one.pruning.structure] if one.pruning and one.pruning.structure else []
-        names = [name for name in (one.base, one.label) if name]
-        saved = _bytes(summary, one.base or one.label, forms, one.pruning.masks_sha256 if one.pruning else None)
-        clauses = [_pruned(summary, one), saved, _speed(summary, names, forms)]
+        (subject,) = summary.pruned
+        forms = [subject.pruning.structure] if subject.pruning and subject.pruning.structure else []
+        names = [name for name in (subject.base, subject.label) if name]
+        saved = _bytes(summary, subject.base or subject.label, forms, subject.pruning.masks_sha256 if subject.pruning else None)
+        clauses = [_pruned(summary, subject), saved, _speed(summary, names, forms)]
     elif summary.tradeoffs:
         clauses = [_ends(summary.tradeoffs[0])]
     else:
@@ -197,7 +197,8 @@ def _compared(table: Comparison) -> str:
 
 
 def _best(table: Comparison, pattern: str, dense: float | None) -> str:
-    rows, labels = [row for row in table.rows if row.pattern == pattern], table.labels
+    rows = [row for row in table.rows if row.pattern == pattern]
+    labels = table.labels
     first, *others = sorted(rows, key=lambda row: row.perplexity)
     said = []
     if dense:
@@ -227,7 +228,7 @@ def _bytes(summary: Summary, model: str, forms: Iterable[Structure], masks: str 
 
     model: the dense one; masks: the hash of those that it was pruned by, if there is but one pruned model.
     """
-    packings = [one for one in summary.packings if _may_be_of(one.source, model, masks)]
+    packings = [packing for packing in summary.packings if _may_be_of(packing.source, model, masks)]
     if len(packings) == 1:
         (packed,) = packings
         return f"packed to run it takes {size(packed.bytes)}, {percent(packed.ratio)} of the checkpoint"
@@ -256,10 +257,10 @@ def _speed(summary: Summary, models: Sequence[str], forms: Iterable[Structure]) 
         return said[0][0].lower() + said[0][1:].rstrip(".") if len(said) == 1 else "whether it is faster was not measured"
     faster = []
     for kind, sparsity in dict.fromkeys((_kind(form), form.sparsity) for form in forms):
-        found = speeds.fastest([ANY_MASK, kind], sparsity)
-        if found and found.low >= 1 + MARGIN:
+        best = speeds.fastest([ANY_MASK, kind], sparsity)
+        if best and best.low >= 1 + MARGIN:
             faster.append(
-                f"{kind or ANY_MASK} {found.speedup:.2f} times as fast ({found.kernel}, {found.dtype}, batch {found.batch})"
+                f"{kind or ANY_MASK} {best.speedup:.2f} times as fast ({best.kernel}, {best.dtype}, batch {best.batch})"
             )
     place = f"on {speeds.device}, {speeds.threads} thread{'s' if speeds.threads > 1 else ''},"
     if faster:

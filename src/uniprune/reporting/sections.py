@@ -70,7 +70,7 @@ class Section:
 def sections(sources: Sequence[ResultFile], summary: Summary) -> list[Section]:
     """Those that have something to show, in the order of the page."""
     models = report_tables.models(summary)
-    found = [
+    every = [
         Section("models", "The models", [Panel(grids=[models])] if models else []),
         Section("comparison", "Methods compared", list(_comparisons(summary))),
         Section("tradeoff", "Perplexity against sparsity", list(_tradeoffs(summary))),
@@ -84,14 +84,14 @@ def sections(sources: Sequence[ResultFile], summary: Summary) -> list[Section]:
         Section("speed", "Speed of sparse products", list(_speeds(summary))),
         Section("protocol", "Protocol", [Panel(folded=[report_tables.protocol(source) for source in sources])]),
     ]
-    return [section for section in found if section.parts]
+    return [section for section in every if section.parts]
 
 
 def _comparisons(summary: Summary) -> Iterator[Panel]:
-    for index, found in enumerate(summary.comparisons):
-        drawn = methods(f"methods-{index}", found), curves(f"curves-{index}", found)
+    for index, table in enumerate(summary.comparisons):
+        drawn = methods(f"methods-{index}", table), curves(f"curves-{index}", table)
         plots = [plot for plot in drawn if plot]
-        yield Panel(grids=[comparison.grid(found)], paragraphs=comparison.notes(found), plots=plots, table_first=True)
+        yield Panel(grids=[comparison.grid(table)], paragraphs=comparison.notes(table), plots=plots, table_first=True)
     if grids := comparison.sources(summary.comparisons):
         says = "What pruning is calibrated on decides what it keeps: the text of the calibration beside that of the evaluation."
         yield Panel("Calibration and evaluation text", [says], grids=grids)
@@ -112,7 +112,8 @@ def _tradeoffs(summary: Summary) -> Iterator[Panel]:
 def _zeros(summary: Summary) -> Iterator[Panel]:
     for index, (subject, pruning) in enumerate(_prunings(summary)):
         sparsities = [matrix.sparsity for matrix in pruning.matrices.values()]
-        title, folded = _title(summary, subject), [report_tables.matrices(pruning)]
+        title = _title(summary, subject)
+        folded = [report_tables.matrices(pruning)]
         pattern = pruning.pattern_words
         if max(sparsities) - min(sparsities) < UNIFORM:
             says = f"Each of the {len(sparsities)} matrices has sparsity {percent(pruning.sparsity)}: {pattern}."
@@ -125,12 +126,12 @@ def _zeros(summary: Summary) -> Iterator[Panel]:
 
 def _zeros_of_rows(summary: Summary) -> Iterator[Panel]:
     """Of the best rows of tables, sparsity by sparsity, whose matrices differ."""
-    for index, found in enumerate(summary.comparisons):
-        best = [row for at, row in enumerate(comparison.ordered(found)) if at in comparison.best(found) and row.matrices]
+    for index, table in enumerate(summary.comparisons):
+        best = [row for at, row in enumerate(comparison.ordered(table)) if at in comparison.best(table) and row.matrices]
         for order, row in enumerate(best[:MAPS]):
             grid = by_place({name: (sparsity, 1) for name, sparsity in row.matrices.items()})
             plot = heatmap(f"sparsity-of-{index}-{order}", grid)
-            yield Panel(f"{found.labels[row.method]} at {row.pattern}", plots=[plot], grids=[report_tables.kinds(grid)])
+            yield Panel(f"{table.labels[row.method]} at {row.pattern}", plots=[plot], grids=[report_tables.kinds(grid)])
 
 
 def _descents(summary: Summary) -> Iterator[Panel]:
@@ -151,8 +152,8 @@ def _readings(summary: Summary) -> Iterator[Panel]:
 
 def _texts(summary: Summary) -> Iterator[Panel]:
     grids = [report_tables.texts(summary), *map(report_tables.sweep_texts, summary.sweeps)]
-    if found := [grid for grid in grids if grid]:
-        yield Panel(paragraphs=["What pruning keeps depends on the text: each was read by itself."], grids=found)
+    if shown := [grid for grid in grids if grid]:
+        yield Panel(paragraphs=["What pruning keeps depends on the text: each was read by itself."], grids=shown)
 
 
 def _more(grid: Grid) -> bool:
@@ -176,7 +177,8 @@ def _told(record: ControllerRecord) -> str:
 
 
 def _accuracies(summary: Summary) -> Iterator[Panel]:
-    grid, harness = report_tables.accuracies(summary), report_tables.harness(summary)
+    grid = report_tables.accuracies(summary)
+    harness = report_tables.harness(summary)
     if grid:
         plot = accuracies("accuracies", _markers(summary))
         says = f"Bars are standard errors of {METRIC}, of the questions as a sample."
@@ -185,8 +187,8 @@ def _accuracies(summary: Summary) -> Iterator[Panel]:
         yield Panel("", [says] if plot else [], [plot] if plot else [], [shown for shown in grids if shown], folded)
     if harness:
         yield Panel(grids=[harness])
-    for found in summary.comparisons:
-        if flipped := comparison.flips(found):
+    for table in summary.comparisons:
+        if flipped := comparison.flips(table):
             says = (
                 "McNemar's test counts only the answers that one of two models has right; of many, one is below 0.05 by chance."
             )
@@ -198,18 +200,19 @@ def _markers(summary: Summary) -> list[Marker]:
     labels = list(dict.fromkeys(subject.label for subject, _, _ in report_tables.asked(summary)))[:DRAWN]
     names = apart(name for _, name, _ in report_tables.asked(summary))
     others = apart(each.against for subject in summary.subjects for each in subject.evaluations if each.tasks and each.against)
-    found, dense = [], list[Marker]()
+    markers = []
+    dense = list[Marker]()
     for subject in summary.subjects:
         for each in subject.evaluations:
             series = f"dense {others.get(each.against or '', '')}" if len(others) > 1 else "dense"
             for name, task in each.tasks.items():
                 if subject.label in labels:
-                    found.append(Marker(names[name], subject.label, task.acc, task.acc_stderr))
+                    markers.append(Marker(names[name], subject.label, task.acc, task.acc_stderr))
                 if other := task.against.get(METRIC):
                     right = round(other.reference * task.questions)
                     error = standard_error([index < right for index in range(task.questions)])
                     dense.append(Marker(names[name], series, other.reference, error))
-    return [*dict.fromkeys(dense), *found]
+    return [*dict.fromkeys(dense), *markers]
 
 
 def _closeness(summary: Summary) -> Iterator[Panel]:
@@ -223,19 +226,19 @@ def _closeness(summary: Summary) -> Iterator[Panel]:
 
 def _generations(summary: Summary) -> Iterator[Panel]:
     for subject in summary.subjects:
-        found = [dialogue(each) for evaluation in subject.evaluations for each in evaluation.generations]
-        if found:
+        dialogues = [dialogue(each) for evaluation in subject.evaluations for each in evaluation.generations]
+        if dialogues:
             says = "Greedy continuations of the same prompts. What only one of the models says is marked."
-            yield Panel(_title(summary, subject), [says], dialogues=found)
+            yield Panel(_title(summary, subject), [says], dialogues=dialogues)
     for table in summary.comparisons:
         if grids := comparison.written(table):
             yield Panel(paragraphs=["Greedy continuations of the same prompts."], grids=grids)
 
 
 def _speeds(summary: Summary) -> Iterator[Panel]:
-    for found in summary.speeds:
-        title = f"{short(found.model)} on {found.device}, {found.threads} thread{'s' if found.threads > 1 else ''}"
-        yield Panel(title, [*found.verdicts, *found.notes], grids=[report_tables.speeds(found)])
+    for speeds in summary.speeds:
+        title = f"{short(speeds.model)} on {speeds.device}, {speeds.threads} thread{'s' if speeds.threads > 1 else ''}"
+        yield Panel(title, [*speeds.verdicts, *speeds.notes], grids=[report_tables.speeds(speeds)])
 
 
 def dialogue(facts: Generation) -> Dialogue:

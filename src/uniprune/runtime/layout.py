@@ -150,7 +150,8 @@ class ToPack:
 
     def parts(self) -> Iterator[tuple[str, int, Array]]:
         (values, (dtype, (length,), _)), (bits, _) = self.places.items()
-        words, room = self.entry.array().reshape(self.entry.shape), torch.empty(length, dtype=PLAIN[dtype])
+        words = self.entry.array().reshape(self.entry.shape)
+        room = torch.empty(length, dtype=PLAIN[dtype])
         try:
             packed = pack_into(np.ascontiguousarray(words.T) if self.transposed else words, room, self.kept)
         except ValueError as error:
@@ -187,21 +188,22 @@ def pack(folder: str | Path, output: str | Path, *, overwrite: bool = False, pro
         )
     matrices = find_matrices(skeleton(origin))
     with watch("read"), ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = pool.map(lambda name: _examined(checkpoint, name, matrices[name]), matrices)
-        examined = dict(zip(matrices, found, strict=True))
-    left = {name: one.found for name, one in examined.items() if isinstance(one.found, str)}
-    packed = [one.found for one in examined.values() if isinstance(one.found, ToPack)]
+        results = pool.map(lambda name: _examined(checkpoint, name, matrices[name]), matrices)
+        examined = dict(zip(matrices, results, strict=True))
+    left = {name: result.found for name, result in examined.items() if isinstance(result.found, str)}
+    packed = [result.found for result in examined.values() if isinstance(result.found, ToPack)]
     if not packed:
         raise nothing_to_pack(left)
-    source = _provenance(origin, fingerprint({name: one.digest for name, one in examined.items()}))
-    taken = {one.key for one in packed}
+    source = _provenance(origin, fingerprint({name: result.digest for name, result in examined.items()}))
+    taken = {tensor.key for tensor in packed}
     others = [Kept(key, entry) for key, entry in checkpoint.entries.items() if key not in taken]
-    if twice := {key for one in packed for key in one.places} & {one.key for one in others}:
+    if twice := {key for tensor in packed for key in tensor.places} & {tensor.key for tensor in others}:
         raise InputError(f"{origin} has a tensor {min(twice)}, the name of a packed matrix; it cannot be packed")
     tensors: list[ToPack | Kept] = [*packed, *others]
-    size, dense = _bytes(tensors), sum(entry.stop - entry.start for entry in checkpoint.entries.values())
+    size = _bytes(tensors)
+    dense = sum(entry.stop - entry.start for entry in checkpoint.entries.values())
     files.check_disk_space(output, size)
-    facts = RuntimeFacts(matrices={one.name: one.facts for one in packed}, source=source, versions=versions())
+    facts = RuntimeFacts(matrices={tensor.name: tensor.facts for tensor in packed}, source=source, versions=versions())
     with files.new_folder(output) as temporary:
         with watch("write"):
             _write(temporary / PACKED, tensors, facts, progress)
@@ -212,7 +214,7 @@ def pack(folder: str | Path, output: str | Path, *, overwrite: bool = False, pro
             left_dense=left,
             bytes=size,
             ratio=size / dense,
-            ratio_of_packed=_bytes(packed) / sum(one.entry.stop - one.entry.start for one in packed),
+            ratio_of_packed=_bytes(packed) / sum(tensor.entry.stop - tensor.entry.start for tensor in packed),
             versions=versions(),
             seconds=watch.seconds,
         )
@@ -221,23 +223,26 @@ def pack(folder: str | Path, output: str | Path, *, overwrite: bool = False, pro
 
 
 def _bytes(tensors: Sequence[ToPack | Kept]) -> int:
-    return sum(size for one in tensors for _, _, size in one.places.values())
+    return sum(size for tensor in tensors for _, _, size in tensor.places.values())
 
 
 def _examined(checkpoint: Files, name: str, matrix: Matrix) -> Examined:
     """Reads a matrix, once. Raises InputError if it has NaN or infinity."""
-    entry, key = checkpoint.entry(name), checkpoint.key(name)
+    entry = checkpoint.entry(name)
+    key = checkpoint.key(name)
     alone = entry is not None and checkpoint.entries.get(key) == entry
     reason = unsupported(matrix, PLAIN.get(entry.dtype) if entry else None) if alone else "it is a part of a larger tensor"
     if entry is None or reason:
         return Examined(checkpoint.digest(name), reason or "")
-    sha256, kept, dtype = hashlib.sha256(), 0, PLAIN[entry.dtype]
+    sha256 = hashlib.sha256()
+    kept = 0
+    dtype = PLAIN[entry.dtype]
     for piece in entry.pieces():
         sha256.update(piece.data)
-        found, finite = count(piece, dtype)
+        alive, finite = count(piece, dtype)
         if not finite:
             raise InputError(f"{name}: the weights contain NaN or infinity; the checkpoint is broken, make it again")
-        kept += found
+        kept += alive
     digest = spell_digest(entry.dtype, entry.shape, sha256)
     packed = ToPack(name, key, entry, matrix.shape, matrix.stored_transposed, kept)
     return Examined(digest, too_dense(kept, matrix.size) or packed)
@@ -255,7 +260,7 @@ def _provenance(origin: Origin, fingerprint: str) -> Provenance:
 
 def _write(path: Path, tensors: Sequence[ToPack | Kept], facts: RuntimeFacts, progress: Progress) -> None:
     """The file, by several threads. Wider types come first, so that each tensor begins at a multiple of its width."""
-    places = {key: place for one in tensors for key, place in one.places.items()}
+    places = {key: place for tensor in tensors for key, place in tensor.places.items()}
     places = dict(sorted(places.items(), key=lambda item: -BY_NAME[item[1][0]].size if item[1][0] in BY_NAME else -1))
     head = tensor_file.header(places, facts)
     sizes = [len(head), *(size for _, _, size in places.values())]
@@ -265,10 +270,10 @@ def _write(path: Path, tensors: Sequence[ToPack | Kept], facts: RuntimeFacts, pr
         file.truncate(sum(sizes))
         file.flush()
 
-        def write(one: ToPack | Kept) -> None:
-            if isinstance(one, Kept) and _copied(one.entry, file.fileno(), starts[one.key]):
+        def write(tensor: ToPack | Kept) -> None:
+            if isinstance(tensor, Kept) and _copied(tensor.entry, file.fileno(), starts[tensor.key]):
                 return
-            for key, offset, part in one.parts():
+            for key, offset, part in tensor.parts():
                 _write_all(file.fileno(), part, starts[key] + offset)
 
         for _ in progress(pool.map(write, tensors), "pack", len(tensors)):
@@ -317,13 +322,13 @@ class RuntimeFiles(Files):
     @cached_property
     def entries(self) -> dict[str, Entry]:
         """Every tensor of the checkpoint; of a packed one there are no bytes."""
-        found = files_entries([self.weights])
+        entries = files_entries([self.weights])
         for name, matrix in self.facts.matrices.items():
-            values = found.pop(f"{name}.values", None)
-            if values is None or found.pop(f"{name}.bits", None) is None or matrix.key in found:
+            values = entries.pop(f"{name}.values", None)
+            if values is None or entries.pop(f"{name}.bits", None) is None or matrix.key in entries:
                 raise RuntimeFacts.damaged(self.weights, f"it lacks values or bits of {name[:80]!r}, or has its weights, too")
-            found[matrix.key] = Entry(self.weights, values.dtype, matrix.stored, 0, 0)
-        return found
+            entries[matrix.key] = Entry(self.weights, values.dtype, matrix.stored, 0, 0)
+        return entries
 
     def packed(self, name: str, dtype: torch.dtype, kind: Callable[[Tensor, Tensor, tuple[int, int]], Opened]) -> Opened:
         """A packed matrix as ``kind`` makes it of values, bits and shape; values of the type ``dtype`` are mapped."""

@@ -127,7 +127,8 @@ def _batches(questions: Sequence[Sequence[Tokens]], reach: int = UNBOUNDED) -> l
     units = sorted(_units(questions, min(JOINED_TOKENS, reach)), key=lambda unit: unit.size)
     batches = [_Batch([unit.questions], fits=False) for unit in units if unit.size > reach]
     left = [unit for unit in units if unit.size <= reach]
-    sizes, begun = [unit.size for unit in left], False
+    sizes = [unit.size for unit in left]
+    begun = False
     while left:
         length = min(reach, max(ROW_TOKENS, sizes[-1] + (sizes[0] if not begun and len(sizes) > 1 else 0)))
         rows: Rows = []
@@ -147,18 +148,21 @@ def _units(questions: Sequence[Sequence[Tokens]], most: int) -> Iterator[_Unit]:
 
     most: tokens of several that stand together.
     """
-    found: list[int] = []
-    last, size = None, 0
+    indices: list[int] = []
+    last = None
+    size = 0
     for index in sorted(range(len(questions)), key=lambda index: questions[index][0].ids):
         ids = questions[index][0].ids
         whole = _size(questions[index])
         shared = _common(last, ids) if last is not None else 0
-        if found and (2 * shared < whole or size + whole - shared > most):
-            yield _Unit(found, size)
-            found, size, shared = [], 0, 0
-        found.append(index)
+        if indices and (2 * shared < whole or size + whole - shared > most):
+            yield _Unit(indices, size)
+            indices = []
+            size = 0
+            shared = 0
+        indices.append(index)
         size, last = size + whole - shared, ids
-    yield _Unit(found, size)
+    yield _Unit(indices, size)
 
 
 def _size(question: Sequence[Tokens]) -> int:
@@ -166,8 +170,10 @@ def _size(question: Sequence[Tokens]) -> int:
     return len(_laid_out([question])[0].tokens)
 
 
-def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    return next((place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+def _common(first: Sequence[int], second: Sequence[int]) -> int:
+    return next(
+        (place for place, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second))
+    )
 
 
 # --------------------------------------------------------------------------------------------------------- two ways
@@ -183,40 +189,42 @@ def _heeds_masks(model: nn.Module, questions: Sequence[Sequence[Tokens]], batch:
     deepest = max(chain(*batch), key=lambda index: max(len(choice.ids) for choice in questions[index]))
     rows = [batch[0], *([] if deepest in batch[0] else [[deepest]])]
     try:
-        found = _as_trie(model, questions, rows)
+        by_trie = _as_trie(model, questions, rows)
     except (TypeError, ValueError, RuntimeError, IndexError) as error:  # its forward pass has no place for the mask
         logger.debug("%s refuses a trie: %s", type(model).__name__, error)
         return False
     whole = _whole(model, questions, [list({*_telling(questions, batch[0]), deepest})])
     return all(
-        _agree(model, *three) for index in whole for three in zip(found[index], whole[index], questions[index], strict=True)
+        _agree(model, *three) for index in whole for three in zip(by_trie[index], whole[index], questions[index], strict=True)
     )
 
 
 def _telling(questions: Sequence[Sequence[Tokens]], row: Sequence[int]) -> list[int]:
     """Questions of a row whose choices have most of others' tokens in between: one at least, about a batch to read."""
-    trie, gaps = _Trie(), dict[int, int]()
+    trie = _Trie()
+    gaps = dict[int, int]()
     for index in row:
         paths = [trie.insert(choice.ids[:-1]) for choice in questions[index]]
         gaps[index] = max((after - before for path in paths for before, after in pairwise(path)), default=0)
-    found, tokens = list[int](), 0
+    chosen = list[int]()
+    tokens = 0
     for index in sorted(row, key=lambda index: -gaps[index]):
-        if not found or tokens < BATCH_TOKENS:
-            found.append(index)
+        if not chosen or tokens < BATCH_TOKENS:
+            chosen.append(index)
             tokens += sum(len(choice.ids) for choice in questions[index])
-    return found
+    return chosen
 
 
-def _agree(model: nn.Module, one: Score, other: Score, choice: Tokens) -> bool:
+def _agree(model: nn.Module, first: Score, second: Score, choice: Tokens) -> bool:
     """Whether two log-likelihoods differ by no more than rounding makes them, which tokens do independently."""
     tolerance = ROUNDING[dtype_of(model) == torch.float32] * math.sqrt(choice.scored)
-    return one.nats == other.nats or abs(one.nats - other.nats) <= tolerance
+    return first.nats == second.nats or abs(first.nats - second.nats) <= tolerance
 
 
 def _reach(model: nn.Module) -> int:
     """How long a row of tries may be: layers that see the last few tokens alone count them along the row, or not at all."""
-    found = [setting(model.config, name) for name in WINDOWS]
-    return min([UNBOUNDED, *(size for size in found if isinstance(size, int) and size > 0)])
+    sizes = [setting(model.config, name) for name in WINDOWS]
+    return min([UNBOUNDED, *(size for size in sizes if isinstance(size, int) and size > 0)])
 
 
 class _Trie:
@@ -230,7 +238,8 @@ class _Trie:
 
     def insert(self, ids: Sequence[int]) -> list[int]:
         """The nodes of a sequence, made where there are none yet; a node's parent has a lower index."""
-        node, path = -1, []
+        node = -1
+        path = []
         for depth, token in enumerate(ids):
             parent, node = node, self._children.setdefault((node, token), len(self.tokens))
             if node == len(self.tokens):
@@ -242,16 +251,17 @@ class _Trie:
 
     def sees(self) -> np.ndarray:
         """Whether a node sees another, ``[nodes, nodes]``: itself and its ancestors."""
-        found = np.eye(len(self.tokens), dtype=bool)
+        visible = np.eye(len(self.tokens), dtype=bool)
         for node, parent in enumerate(self._parents):
             if parent >= 0:
-                found[node] |= found[parent]
-        return found
+                visible[node] |= visible[parent]
+        return visible
 
 
 def _as_trie(model: nn.Module, questions: Sequence[Sequence[Tokens]], batch: Rows) -> Scores:
     """The scores of all choices from one pass over the tries of a batch."""
-    device, dtype = device_of(model), dtype_of(model)
+    device = device_of(model)
+    dtype = dtype_of(model)
     tries, paths = zip(*(_laid_out([questions[index] for index in row]) for row in batch), strict=True)
     length = max(len(trie.tokens) for trie in tries)
     tokens, depths = (torch.zeros(len(tries), length, dtype=torch.int64) for _ in range(2))
@@ -270,7 +280,8 @@ def _as_trie(model: nn.Module, questions: Sequence[Sequence[Tokens]], batch: Row
             attention_mask=mask[:, None].to(device),
             use_cache=False,
         ).logits[0]
-    judge, rows = _Judge(logits), {place: row for row, place in enumerate(asked)}
+    judge = _Judge(logits)
+    rows = {place: row for row, place in enumerate(asked)}
     return {
         index: [
             judge([rows[number * length + node] for node in path], choice)
@@ -315,7 +326,7 @@ def _whole(model: nn.Module, questions: Sequence[Sequence[Tokens]], batch: Rows)
     device = device_of(model)
     choices = [(index, number) for row in batch for index in row for number in range(len(questions[index]))]
     choices.sort(key=lambda place: -len(questions[place[0]][place[1]].ids))
-    found: Scores = {index: [Score(0.0, False)] * len(questions[index]) for index, _ in choices}
+    scores: Scores = {index: [Score(0.0, False)] * len(questions[index]) for index, _ in choices}
     while choices:
         count = max(1, BATCH_TOKENS // len(questions[choices[0][0]][choices[0][1]].ids))
         together, choices = choices[:count], choices[count:]
@@ -325,8 +336,8 @@ def _whole(model: nn.Module, questions: Sequence[Sequence[Tokens]], batch: Rows)
         for (index, number), predicted in zip(together, logits, strict=True):
             choice = questions[index][number]
             end = len(choice.ids) - 1
-            found[index][number] = _Judge(predicted[end - choice.scored : end])(range(choice.scored), choice)
-    return found
+            scores[index][number] = _Judge(predicted[end - choice.scored : end])(range(choice.scored), choice)
+    return scores
 
 
 class _Judge:
@@ -335,12 +346,13 @@ class _Judge:
     def __init__(self, logits: Tensor) -> None:
         self._logits = logits
         size = CACHED if logits.device.type == "cpu" else PIECE
-        found = [(piece.float().logsumexp(-1), piece.argmax(-1)) for piece in torch.split(logits, size)]
-        total, likeliest = zip(*found, strict=True)
+        pieces = [(piece.float().logsumexp(-1), piece.argmax(-1)) for piece in torch.split(logits, size)]
+        total, likeliest = zip(*pieces, strict=True)
         self._total, self._likeliest = torch.cat(total), torch.cat(likeliest).tolist()
 
     def __call__(self, rows: Sequence[int], choice: Tokens) -> Score:
         """rows: the positions that predict the tokens of a choice, in order."""
-        wanted, places = choice.ids[-choice.scored :], list(rows)
+        wanted = choice.ids[-choice.scored :]
+        places = list(rows)
         nats = (self._logits[places, wanted].float() - self._total[places]).double().sum()
         return Score(float(nats), [self._likeliest[place] for place in places] == wanted)
