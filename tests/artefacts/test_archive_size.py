@@ -14,7 +14,7 @@ from uniprune.artefacts import archive, archive_size
 from uniprune.checkpoints.origin import resolve
 from uniprune.common.formatting import parse_size, spell_size
 from uniprune.errors import InputError
-from uniprune.job.prepare import aim_of
+from uniprune.job.aim import aim_of
 from uniprune.models.loading import skeleton
 from uniprune.models.matrices import find_matrices
 from uniprune.sparsity.constraints import DENSE, Mixed, Rule, Ruled, reach

@@ -11,7 +11,7 @@ from uniprune import InputError, Recipe
 from uniprune.checkpoints import origin as origin_module
 from uniprune.checkpoints.gguf_files import first_parts, siblings
 from uniprune.checkpoints.origin import resolve
-from uniprune.job.prepare import aim_of
+from uniprune.job.aim import aim_of
 from uniprune.models.loading import skeleton
 from uniprune.models.matrices import find_matrices
 

@@ -17,7 +17,7 @@ from uniprune.comparison.methods import ByBlock, Candidate, Corrected, ForAny, F
 from uniprune.comparison.request import ComparisonRequest
 from uniprune.controller.controllers import ALIASES, CONTROLLERS
 from uniprune.errors import InputError, UniPruneError
-from uniprune.job.prepare import aim_of
+from uniprune.job.aim import aim_of
 from uniprune.job.recipe import Recipe
 from uniprune.job.settings import Settings, Sparsity
 from uniprune.models.loading import Loaded

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from uniprune.checkpoints.origin import resolve, stored_dtype
+from uniprune.checkpoints.origin import resolve
 from uniprune.errors import InputError
 from uniprune.experts import removal
 from uniprune.job import estimate
-from uniprune.job.execution import check_execution, choose, warn_of_traffic
-from uniprune.job.memory import Work, needs
+from uniprune.job.aim import aim_of
+from uniprune.job.memory import needs
 from uniprune.job.options import Execution, RunOptions
-from uniprune.job.prepare import aim_of, check_predicts, device_of
+from uniprune.job.prepare import execution_of, outlined
 from uniprune.job.recipe import WINDOWS, Recipe
 from uniprune.job.samples import window_length
-from uniprune.models.loading import fast_dtype, load, native_dtype, parse_dtype, skeleton
-from uniprune.models.matrices import choose_matrices
+from uniprune.models.loading import load
 
 
 def plan(
@@ -31,25 +31,18 @@ def plan(
 
     It reads no weights, but samples of them for a size: from safetensors files, while a model in another format is loaded.
     """
-    origin = resolve(source)
-    model = skeleton(origin)
-    check_predicts(recipe, model)
-    matrices, more = choose_matrices(model, recipe.include, recipe.exclude), dict[str, Any]()
+    origin, options = resolve(source), RunOptions.of(device=device, max_memory=max_memory, execution=execution)
+    outline, more = outlined(origin, recipe, options), dict[str, Any]()
     if recipe.experts is not None:
-        matrices, more["experts"], more["disk"] = removal.planned(recipe.experts, model, matrices)
-    stored = stored_dtype(origin, matrices)
-    length = window_length(recipe, model.config)
-    options = RunOptions.of(device=device, max_memory=max_memory, execution=execution)
-    target = device_of(options)
-    dtype = parse_dtype(recipe.dtype) or fast_dtype(stored or native_dtype(origin), target)
-    work = Work(model, matrices, recipe, dtype, stored, length, target)
+        matrices, more["experts"], more["disk"] = removal.planned(recipe.experts, outline.model, outline.matrices)
+        outline = replace(outline, matrices=matrices)
+    length = window_length(recipe, outline.model.config)
+    work = outline.work(length)
     needed = needs(work)
     chosen: str
     to_load = recipe.size is not None and not origin.files
     try:
-        chosen = choose(origin, needed, options, target)
-        check_execution(recipe, chosen)
-        warn_of_traffic(work, chosen, needed[chosen])
+        chosen = execution_of(origin, work, needed, options)
     except InputError:
         if to_load or execution:
             raise
@@ -58,7 +51,7 @@ def plan(
     refused = recipe.unsupported == "refuse"
     if refused:  # here they are shown
         recipe = recipe.model_copy(update={"unsupported": "dense"})
-    aim = aim_of(recipe, matrices, weights)
+    aim = aim_of(recipe, outline.matrices, weights)
     tokens = (recipe.windows or WINDOWS) * length
     found = estimate.make_plan(origin, work, aim.pattern, aim.unsupported, tokens, needed, chosen, refused)
     if aim.budget:

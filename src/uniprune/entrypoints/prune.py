@@ -17,9 +17,10 @@ from uniprune.common.provenance import Stopwatch, sha256, versions
 from uniprune.entrypoints.calibrate import same_run
 from uniprune.errors import InputError, UniPruneError
 from uniprune.experts import removal
+from uniprune.job.aim import Aim
 from uniprune.job.inference import inferring
 from uniprune.job.options import RunOptions
-from uniprune.job.prepare import Aim, Job, device_of, prepare, progress_of
+from uniprune.job.prepare import Job, device_of, prepare, progress_of
 from uniprune.job.recipe import Recipe
 from uniprune.job.scoring import scored
 from uniprune.models import masking

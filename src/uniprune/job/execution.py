@@ -17,7 +17,6 @@ from uniprune.job.recipe import Recipe
 from uniprune.job.samples import check_can_generate, self_generated
 from uniprune.models import blocks
 from uniprune.models.loading import Loaded
-from uniprune.models.matrices import Matrices
 from uniprune.models.residency.sharding import Sharder
 from uniprune.storage import runs
 
@@ -59,21 +58,21 @@ def choose(
     raise InputError(f"model {origin} needs {takes} of memory; {_gigabytes(limit)} are there; raise --max-memory, or {remedy}")
 
 
-def choose_for_loaded(loaded: Loaded, recipe: Recipe, matrices: Matrices, length: int, options: RunOptions) -> Execution:
-    """The execution of a model that the caller has loaded; length: tokens of a window.
+def choose_for_loaded(loaded: Loaded, work: memory.Work, options: RunOptions) -> Execution:
+    """The execution of a model that the caller has loaded.
 
     Where nothing fits, it is run as it is: its weights are in memory already. Raises InputError for an execution that was asked
     for and is not one of a model in memory.
     """
     if loaded.residency is not blocks.resident:
         return "sharded" if isinstance(loaded.residency, Sharder) else "streamed"
-    dtype, device = next(loaded.model.parameters()).dtype, blocks.device_of(loaded.model)
-    work = memory.Work(loaded.model, matrices, recipe, dtype, dtype, length, device)
-    limit = options.max_memory or memory.free_memory(device) + memory.PROCESS + work.parameters * dtype.itemsize
-    found = {execution: needed for execution, needed in memory.needs(work).items() if execution in IN_MEMORY}
-    if options.execution is not None and options.execution not in found:
-        raise InputError(f"--execution {options.execution} is not for a model that is in memory; one of {', '.join(found)} is")
-    return options.execution or _fitting(found, limit) or "resident"
+    limit = options.max_memory or memory.free_memory(work.device) + memory.PROCESS + work.parameters * work.dtype.itemsize
+    in_memory = {execution: needed for execution, needed in memory.needs(work).items() if execution in IN_MEMORY}
+    if options.execution is not None and options.execution not in in_memory:
+        raise InputError(
+            f"--execution {options.execution} is not for a model that is in memory; one of {', '.join(in_memory)} is"
+        )
+    return options.execution or _fitting(in_memory, limit) or "resident"
 
 
 def check_execution(recipe: Recipe, execution: str) -> None:

@@ -1,6 +1,7 @@
 """What a run needs before it starts: checked input, the matrices and what they are to lose, the windows, the loaded model.
 
-The cheap checks come first and the weights last. How the model is executed is chosen in ``execution``.
+The cheap checks come first and the weights last. What is known before any text or weight is read is an :class:`Outline`: that
+is all of what ``plan`` tells. How the model is executed is chosen in ``execution``.
 """
 
 from __future__ import annotations
@@ -9,29 +10,29 @@ import hashlib
 import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from uniprune.artefacts import archive_size, writer
+from uniprune.artefacts import writer
 from uniprune.artefacts.binding import Binding
 from uniprune.artefacts.reports import ModelFacts
 from uniprune.checkpoints.origin import Origin, resolve, stored_dtype
-from uniprune.common import distributed, formatting, pictures
+from uniprune.checkpoints.protocol import Checkpoint
+from uniprune.common import distributed, pictures
 from uniprune.common.progress import Progress, silent
 from uniprune.data.sources import files_of
 from uniprune.data.windows import Windows, save_windows
 from uniprune.errors import InputError
 from uniprune.job import memory
+from uniprune.job.aim import Aim, aim_of, origin_of
 from uniprune.job.execution import check_execution, choose, choose_for_loaded, warn_of_traffic
-from uniprune.job.images import image_windows
 from uniprune.job.options import IN_MEMORY, Execution, RunOptions
 from uniprune.job.recipe import Recipe
-from uniprune.job.samples import calibration_windows, generated
+from uniprune.job.samples import generated, windows_of
 from uniprune.models import blocks
 from uniprune.models.loading import (
     Loaded,
@@ -51,33 +52,62 @@ from uniprune.models.matrices import Matrices, check_decoder, check_finite, chec
 from uniprune.models.residency.sharding import open_sharded
 from uniprune.models.residency.streaming import Streamer, attached, open_streamed
 from uniprune.saliency.calibration import OUTPUTS, SWEEP, Calibration
-from uniprune.sparsity.hardware import check_prunes, fitted
-from uniprune.sparsity.patterns import Pattern, Saliency
+from uniprune.sparsity.hardware import check_prunes
 from uniprune.storage import files, runs
-from uniprune.storage.dtypes import PLAIN
 from uniprune.storage.files import check_output_file
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Aim:
-    """What a recipe asks for, resolved for a model's matrices.
+class Outline:
+    """What is known of a run before a weight or a text is read.
 
-    unsupported: matrices that cannot have the pattern, and why. budget: if a size was asked for; sparsity: that meets it.
+    given: the model that the caller has loaded, or the files of one that is yet to be. model: that model, or a skeleton of it.
+    matrices: those to prune. device: where a model that is yet to be loaded will compute.
     """
 
-    pattern: Pattern | None
-    unsupported: dict[str, str]
-    budget: archive_size.Budget | None
-    sparsity: float | None
+    given: Loaded | Origin
+    recipe: Recipe
+    model: nn.Module
+    matrices: Matrices
+    device: torch.device
 
-    def with_scores(self, saliency: Saliency) -> Aim:
-        """For a size budget: the same at the sparsity that meets it with these scores; without scores it is an estimate."""
-        if self.budget is None:
-            return self
-        sparsity = self.budget.sparsity(saliency)
-        return replace(self, sparsity=sparsity, pattern=self.budget.at(sparsity))
+    @property
+    def origin(self) -> Origin | None:
+        return origin_of(self.given)
+
+    @property
+    def checkpoint(self) -> Checkpoint | None:
+        """What can be hashed before the model is loaded: None if it is yet to be read from a file in another format."""
+        return self.given.checkpoint if isinstance(self.given, Loaded) else self.given.files
+
+    def work(self, length: int) -> memory.Work:
+        """What memory and time depend on, with windows of ``length`` tokens."""
+        if isinstance(self.given, Loaded):
+            dtype = next(self.model.parameters()).dtype
+            return memory.Work(self.model, self.matrices, self.recipe, dtype, dtype, length, blocks.device_of(self.model))
+        stored = stored_dtype(self.given, self.matrices)
+        dtype = parse_dtype(self.recipe.dtype) or fast_dtype(stored or native_dtype(self.given), self.device)
+        return memory.Work(self.model, self.matrices, self.recipe, dtype, stored, length, self.device)
+
+
+def outlined(given: Loaded | Origin, recipe: Recipe, options: RunOptions) -> Outline:
+    """Raises InputError for a device that is not there, and for a model that has nothing to prune, or not in this way."""
+    device = device_of(options)
+    model = given.model if isinstance(given, Loaded) else skeleton(given)
+    check_predicts(recipe, model)
+    return Outline(given, recipe, model, choose_matrices(model, recipe.include, recipe.exclude), device)
+
+
+def execution_of(
+    origin: Origin, work: memory.Work, needs: memory.Needs, options: RunOptions, output: Path | None = None
+) -> Execution:
+    """How a model that is yet to be loaded will be run: as :func:`choose` says, checked. Warns if it will wait for the disk."""
+    execution = choose(origin, needs, options, work.device, output)
+    check_execution(work.recipe, execution)
+    warn_of_traffic(work, execution, needs[execution])
+    return execution
 
 
 @dataclass(frozen=True)
@@ -139,43 +169,36 @@ def prepare(
     output: an output folder, or None; scores: a scores file instead, whose name its writer checks.
     Raises InputError for anything that cannot be done as it is asked for.
     """
-    device, target = device_of(options), output or scores
+    target = output or scores
     check_execution(recipe, "resident")
-    if isinstance(source, Loaded):
-        _check_loaded(source, recipe, options)
     given = source if isinstance(source, Loaded) else resolve(source)
-    origin = given.origin if isinstance(given, Loaded) else given
-    _check_outputs(recipe, origin, options, output, scores)
-    model = given.model if isinstance(given, Loaded) else skeleton(given)
-    check_predicts(recipe, model)
+    if isinstance(given, Loaded):
+        _check_loaded(given, recipe, options)
+    _check_outputs(recipe, origin_of(given), options, output, scores)
+    outline = outlined(given, recipe, options)
     warn_of_idle(recipe)
-    matrices = choose_matrices(model, recipe.include, recipe.exclude)
-    aim = aim_of(recipe, matrices, given)
+    aim = aim_of(recipe, outline.matrices, given)
     if aim.pattern:
-        check_prunes(aim.pattern, aim.unsupported, {name: matrix.shape for name, matrix in matrices.items()})
-    disk = _output_bytes(recipe, origin, model, matrices, to_folder=output is not None)
+        check_prunes(aim.pattern, aim.unsupported, {name: matrix.shape for name, matrix in outline.matrices.items()})
+    disk = _output_bytes(outline, to_folder=output is not None)
     if target is not None:
         files.check_disk_space(target, disk)
     with ExitStack() as meanwhile:  # files are hashed by other threads; after an error they are told to stop
-        checkpoint = given.checkpoint if isinstance(given, Loaded) else given.files
-        digests = meanwhile.enter_context(checkpoint.digesting(matrices)) if checkpoint else None
+        digests = meanwhile.enter_context(outline.checkpoint.digesting(outline.matrices)) if outline.checkpoint else None
         tokenizer = given.tokenizer if isinstance(given, Loaded) else load_tokenizer(given)
-        windows = _windows(recipe, model, origin, tokenizer)
+        windows = windows_of(recipe, outline.model, outline.origin, tokenizer)
         _save_tokens(windows, options)
+        work = outline.work(windows.tokens.shape[1])
         if isinstance(given, Loaded):
-            loaded = given
-            warn_of_emulation(loaded.model)
-            execution = choose_for_loaded(loaded, recipe, matrices, windows.tokens.shape[1], options)
+            warn_of_emulation(given.model)
+            loaded, matrices, execution = given, outline.matrices, choose_for_loaded(given, work, options)
         else:
-            work = _work(given, recipe, model, matrices, windows, device)
             needs = memory.needs(work)
-            execution = choose(given, needs, options, device, target)
-            check_execution(recipe, execution)
-            warn_of_traffic(work, execution, needs[execution])
+            execution = execution_of(given, work, needs, options, target)
             _check_images(windows, execution)
             if target is not None:  # each process has files of its own beside the output
                 files.check_disk_space(target, disk + distributed.count() * needs[execution].disk)
-            loaded = _load(given, tokenizer, work.dtype, device, execution)
+            loaded = _load(given, tokenizer, work, execution)
             matrices = _found_in(loaded, recipe)
         if windows.prompts is not None:
             windows = generated(windows, loaded, recipe.seed, progress)
@@ -186,8 +209,8 @@ def prepare(
             check_loaded(loaded.model, matrices)
         if recipe.size is not None and aim.budget is None:
             aim = aim_of(recipe, matrices, loaded)
-        found = digests() if digests else loaded.checkpoint.digests(matrices)
-        return Job(loaded, matrices, windows, Binding.of(matrices, found, str(loaded)), aim, execution)
+        binding = Binding.of(matrices, digests() if digests else loaded.checkpoint.digests(matrices), str(loaded))
+        return Job(loaded, matrices, windows, binding, aim, execution)
 
 
 def _check_loaded(loaded: Loaded, recipe: Recipe, options: RunOptions) -> None:
@@ -219,29 +242,13 @@ def _check_outputs(
         files.check_output_folder(output, options.overwrite, model, texts)
 
 
-def _output_bytes(recipe: Recipe, origin: Origin | None, model: nn.Module, matrices: Matrices, to_folder: bool) -> int:
+def _output_bytes(outline: Outline, to_folder: bool) -> int:
     """The disk space that the output takes: a checkpoint's, or a scores file's."""
     if not to_folder:
-        return 4 * sum(matrix.size for matrix in matrices.values())
-    weights = sum(p.numel() for p in model.parameters()) * (parse_dtype(recipe.dtype) or torch.float32).itemsize
-    return writer.checkpoint_bytes(origin, weights) if origin else weights
-
-
-def _windows(recipe: Recipe, model: nn.Module, origin: Origin | None, tokenizer: Any) -> Windows:
-    """The calibration samples. Raises InputError if they are too few for the processes and a held-out one."""
-    windows = image_windows(recipe, model, origin, tokenizer) or calibration_windows(recipe, tokenizer, model)
-    holds_out = bool(getattr(recipe.parsed_controller(), "held_out", 0))
-    distributed.check_windows(len(windows.tokens), held_out=int(holds_out))
-    return windows
-
-
-def _work(
-    origin: Origin, recipe: Recipe, model: nn.Module, matrices: Matrices, windows: Windows, device: torch.device
-) -> memory.Work:
-    """What the forecasts of memory depend on, for a model that is yet to be loaded."""
-    stored = stored_dtype(origin, matrices)
-    dtype = parse_dtype(recipe.dtype) or fast_dtype(stored or native_dtype(origin), device)
-    return memory.Work(model, matrices, recipe, dtype, stored, windows.tokens.shape[1], device)
+        return 4 * sum(matrix.size for matrix in outline.matrices.values())
+    itemsize = (parse_dtype(outline.recipe.dtype) or torch.float32).itemsize
+    weights = sum(parameter.numel() for parameter in outline.model.parameters()) * itemsize
+    return writer.checkpoint_bytes(outline.origin, weights) if outline.origin else weights
 
 
 def _check_images(windows: Windows, execution: Execution) -> None:
@@ -249,10 +256,11 @@ def _check_images(windows: Windows, execution: Execution) -> None:
         raise InputError("images go through the whole model in memory; raise --max-memory, or take the text: --field text")
 
 
-def _load(origin: Origin, tokenizer: Any, dtype: torch.dtype, device: torch.device, execution: Execution) -> Loaded:
+def _load(origin: Origin, tokenizer: Any, work: memory.Work, execution: Execution) -> Loaded:
+    """The model for an execution: in memory as a whole, or block by block."""
     if execution in IN_MEMORY:
-        return Loaded(load_weights(origin, dtype, device), tokenizer, origin)
-    return (open_sharded if execution == "sharded" else open_streamed)(origin, tokenizer, dtype, device)
+        return Loaded(load_weights(origin, work.dtype, work.device), tokenizer, origin)
+    return (open_sharded if execution == "sharded" else open_streamed)(origin, tokenizer, work.dtype, work.device)
 
 
 def _found_in(loaded: Loaded, recipe: Recipe) -> Matrices:
@@ -265,38 +273,6 @@ def _save_tokens(windows: Windows, options: RunOptions) -> None:
     """Writes the token file, if one is asked for and the model has no sample left to write."""
     if options.save_tokens is not None and windows.prompts is None and distributed.rank() == 0:
         save_windows(windows, options.save_tokens, again=options.resume and not options.overwrite)
-
-
-def aim_of(recipe: Recipe, matrices: Matrices, source: Loaded | Origin | None) -> Aim:
-    """The pattern that a recipe asks for; and its size budget, if it has one and ``source`` has weights that can be read."""
-    origin = source.origin if isinstance(source, Loaded) else source
-
-    def at(sparsity: float | None) -> Pattern:
-        pattern, _ = _pattern_of(recipe, matrices, origin, sparsity)
-        assert pattern is not None
-        return pattern
-
-    budget = None
-    if recipe.size is not None and source is not None and (isinstance(source, Loaded) or source.files):
-        budget = archive_size.budget(formatting.parse_size(recipe.size), source, matrices, at, at(None))
-    sparsity = budget.sparsity() if budget else None
-    return Aim(*_pattern_of(recipe, matrices, origin, sparsity), budget, sparsity)
-
-
-def _pattern_of(
-    recipe: Recipe, matrices: Matrices, origin: Origin | None, sparsity: float | None
-) -> tuple[Pattern | None, dict[str, str]]:
-    """The pattern of a recipe, if it has one, with rules for the matrices that cannot have it; and those, with the reasons.
-
-    sparsity: what a size became; the lowest while that is not known.
-    """
-    shapes = {name: matrix.shape for name, matrix in matrices.items()}
-    if recipe.size is not None:
-        recipe = recipe.at(archive_size.lowest(recipe.at(recipe.lowest).pattern(), shapes) if sparsity is None else sparsity)
-    if recipe.sparsity is None:
-        return None, {}
-    dtype = partial(_written_dtype, recipe, matrices, origin)
-    return fitted(recipe.pattern(), shapes, dtype, recipe.hardware, recipe.unsupported)
 
 
 def warn_of_idle(recipe: Recipe) -> None:
@@ -339,12 +315,3 @@ def device_of(options: RunOptions) -> torch.device:
         device = torch.device("cuda", distributed.local_rank() if device.index is None else device.index)
         torch.cuda.set_device(device)  # Triton's and cuSPARSELt's kernels use the current one
     return device
-
-
-def _written_dtype(recipe: Recipe, matrices: Matrices, origin: Origin | None, name: str) -> str:
-    """The type that a matrix is written in, such as ``bfloat16``; of quantised tensors the name that safetensors has."""
-    if origin is not None and origin.files:
-        found = origin.files.stored(name).dtype
-        return dtype_name(PLAIN.get(found, found))
-    whole = matrices[name].whole
-    return dtype_name((parse_dtype(recipe.dtype) or torch.float32) if whole.is_meta else whole.dtype)  # meta: of a GGUF file

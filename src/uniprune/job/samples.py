@@ -1,4 +1,4 @@
-"""Calibration samples: of one text, of several with their shares, and those that the model generates itself (text ``self``).
+"""Calibration samples: of one text, of several with their shares, of images with text, and what the model writes (text ``self``).
 
 Self-generated samples need no data set and are close to what the model does in use (Williams et al., arXiv 2410.17170). The
 model is prompted with a few tokens of the other texts, or with BOS alone if there is no other. Prompts are left out of the
@@ -16,23 +16,38 @@ from torch import Tensor, nn
 from transformers import LogitsProcessorList
 
 from uniprune.checkpoints.configuration import check_context, check_vocabulary, context
+from uniprune.checkpoints.origin import Origin
 from uniprune.common import distributed
 from uniprune.common.progress import Progress, silent
+from uniprune.controller.mirror_descent import MirrorDescent
 from uniprune.data import sources
 from uniprune.data.bos import Encoder, bos_of
+from uniprune.data.images import windows as images
+from uniprune.data.images.rows import has_images
 from uniprune.data.sources import SELF, TextSource
-from uniprune.data.text import check_there
+from uniprune.data.text import Text, check_there
 from uniprune.data.windows import Windows, load_windows
 from uniprune.errors import InputError
 from uniprune.job.recipe import LENGTH, WINDOWS, Recipe
 from uniprune.models.blocks import device_of, resident, text_alone
 from uniprune.models.generation import greedy
-from uniprune.models.loading import Loaded
+from uniprune.models.loading import Loaded, load_processor, reads_images
 from uniprune.models.matrices import check_decoder
 
 LogitsProcessor = Callable[[Tensor, Tensor], Tensor]  # (tokens so far, logits of the next [windows, vocabulary]) -> logits
 PROMPT = 32  # tokens of another text that prompt the model
 BATCH = 16  # samples that are generated together
+
+
+def windows_of(recipe: Recipe, model: nn.Module, origin: Origin | None, tokenizer: Any) -> Windows:
+    """The calibration samples of a recipe, of images with text or of text alone.
+
+    model: may be a skeleton. Raises InputError if they are too few for the processes and for those that a controller holds out.
+    """
+    windows = _image_windows(recipe, model, origin, tokenizer) or calibration_windows(recipe, tokenizer, model)
+    holds_out = bool(getattr(recipe.parsed_controller(), "held_out", 0))
+    distributed.check_windows(len(windows.tokens), held_out=int(holds_out))
+    return windows
 
 
 def calibration_windows(recipe: Recipe, tokenizer: Any, model: nn.Module) -> Windows:
@@ -66,6 +81,28 @@ def calibration_windows(recipe: Recipe, tokenizer: Any, model: nn.Module) -> Win
         return windows
     rows = torch.cat([windows.by_source[source.name] for source in asked if source.text == SELF])
     return replace(windows, prompts=_prompts(windows, rows, tokenizer, context(config), recipe.seed))
+
+
+def _image_windows(recipe: Recipe, model: nn.Module, origin: Origin | None, tokenizer: Any) -> Windows | None:
+    """The windows of a data set of images and text, for a model of both; None if the recipe has text alone.
+
+    tokenizer: the processor, of a model in memory. Raises InputError for a recipe that cannot show images.
+    """
+    asked = sources.parse(recipe.text)
+    if len(asked) > 1 or asked[0].text == sources.SELF or not reads_images(model.config):
+        return None
+    source = Text(asked[0].text, recipe.field, recipe.split)
+    if not has_images(source, "calibration"):
+        return None
+    controller, instead = recipe.parsed_controller(), "or take the text alone: --field text"
+    if recipe.sequential or not (controller is None or isinstance(controller, MirrorDescent)):
+        raise InputError(f"--sequential, --refine and --controller unipruning read text alone; leave them out, {instead}")
+    if recipe.bos is not None:
+        raise InputError(f"--bos is for text alone; leave it out, {instead}")
+    if recipe.length is not None:
+        check_context(model.config, recipe.length)
+    eyes, count = images.Eyes(load_processor(origin, tokenizer), model.config), recipe.windows or WINDOWS
+    return images.load(source, eyes, "calibration", recipe.length, count, recipe.seed, context(model.config))
 
 
 def window_length(recipe: Recipe, config: Any) -> int:
