@@ -8,7 +8,8 @@ from uniprune.comparison.sparsegpt import chooser, eliminate, inverse_factor, sp
 from uniprune.errors import InputError, UniPruneError
 from uniprune.models.matrices import find_matrices
 from uniprune.saliency.metrics import Wanda
-from uniprune.saliency.statistics import Gram, SquaredNorm, observing
+from uniprune.saliency.observation import observing
+from uniprune.saliency.statistics import Gram, SquaredNorm
 from uniprune.sparsity.patterns import NM, Unstructured
 
 

@@ -14,7 +14,7 @@ from uniprune.errors import InputError, UniPruneError
 from uniprune.models.matrices import find_matrices
 from uniprune.saliency.calibration import Calibration, one_shot
 from uniprune.saliency.metrics import Magnitude, StochRIA, Wanda
-from uniprune.saliency.statistics import observing
+from uniprune.saliency.observation import observing
 from uniprune.sparsity.patterns import NM, Unstructured
 from uniprune.sparsity.views import ScaledToMeanOne
 

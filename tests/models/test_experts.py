@@ -22,10 +22,10 @@ from uniprune.data.windows import Windows, save_windows
 from uniprune.errors import InputError, UniPruneError
 from uniprune.models.experts import Slice, is_fused, taken_apart
 from uniprune.models.matrices import find_blocks, find_matrices, left_dense
-from uniprune.saliency import statistics as statistics_module
 from uniprune.saliency.calibration import Calibration, LocalSaliency, one_shot
 from uniprune.saliency.metrics import RIA, Wanda
-from uniprune.saliency.statistics import FEW, Gram, SquaredNorm, observing
+from uniprune.saliency.observation import FEW, fill_starved_experts, observing, starved
+from uniprune.saliency.statistics import Gram, SquaredNorm
 
 FAMILIES = ("mixtral", "qwen3_moe", "deepseek_v3", "granitemoe", "gpt_oss")
 
@@ -246,7 +246,7 @@ def test_the_stand_in_has_the_power_of_all_tokens_of_the_others(kind):
     statistics[few].update(1e3 * x[: FEW - 1])
     statistics[some].update(x[:FEW])
     statistics[many].update(3 * x[FEW:])
-    statistics_module.feed(matrices, statistics)
+    fill_starved_experts(matrices, statistics)
     expected = torch.cat([x[:FEW], 3 * x[FEW:]]).square().mean().sqrt()
     assert torch.allclose(statistics[few].rms, expected.expand(64), rtol=1e-4)
     assert statistics[some].tokens == FEW
@@ -256,9 +256,9 @@ def test_the_stand_in_has_the_power_of_all_tokens_of_the_others(kind):
 def test_with_no_token_for_any_expert_the_error_says_what_to_do():
     matrices = find_matrices(tiny("mixtral"))
     statistics = {name: SquaredNorm(matrix.shape[1], torch.device("cpu")) for name, matrix in matrices.items()}
-    statistics_module.feed(matrices, statistics)
+    fill_starved_experts(matrices, statistics)
     assert all(statistic.tokens == 0 for statistic in statistics.values())
-    assert statistics_module.starved({}, {}) == {}
+    assert starved({}, {}) == {}
 
 
 def test_a_run_on_too_little_text_says_so_in_its_report(tmp_path):

@@ -18,8 +18,9 @@ from uniprune.models import masking
 from uniprune.models.matrices import check_finite, choose_matrices, find_blocks, find_matrices, left_dense
 from uniprune.saliency.calibration import Calibration
 from uniprune.saliency.metrics import Wanda
+from uniprune.saliency.observation import observing
 from uniprune.saliency.sequential import sequential
-from uniprune.saliency.statistics import SquaredNorm, observing
+from uniprune.saliency.statistics import SquaredNorm
 from uniprune.sparsity.patterns import NM
 
 

@@ -22,9 +22,10 @@ from uniprune.models.matrices import find_blocks, find_matrices
 from uniprune.saliency import metrics, statistics
 from uniprune.saliency.calibration import Calibration, one_shot
 from uniprune.saliency.metrics import METRICS, Wanda
+from uniprune.saliency.observation import FEW
 from uniprune.saliency.refine import damped, refine
 from uniprune.saliency.sequential import WEIGHT, first_tokens, refined, sequential
-from uniprune.saliency.statistics import FEW, Gram, SquaredNorm, Statistic
+from uniprune.saliency.statistics import Gram, SquaredNorm, Statistic
 from uniprune.sparsity.patterns import NM
 
 CPU = torch.device("cpu")
@@ -158,10 +159,10 @@ def test_statistics_are_sums_over_tokens(kind):
         torch.testing.assert_close(other.total, whole.total)
     assert whole.total.nbytes == kind.nbytes(7)
     assert not kind(7, CPU).total.any()
-    whole.even(3.0)
+    whole.become_even(3.0)
     assert (whole.tokens, whole.power) == (1, pytest.approx(3))
     permuted = kind(7, CPU)
-    permuted.even(3.0)
+    permuted.become_even(3.0)
     assert torch.equal(permuted.total, whole.total)
 
 

@@ -14,9 +14,10 @@ from uniprune.models.blocks import last_hidden
 from uniprune.models.matrices import find_matrices
 from uniprune.saliency.calibration import Calibration
 from uniprune.saliency.metrics import Magnitude, Wanda
+from uniprune.saliency.observation import observing
 from uniprune.saliency.refine import SWEEPS, damped, descend_groups, errors, refine, swap_rows
 from uniprune.saliency.sequential import WEIGHT, first_tokens, refined, sequential
-from uniprune.saliency.statistics import Gram, SquaredNorm, observing
+from uniprune.saliency.statistics import Gram, SquaredNorm
 from uniprune.sparsity.constraints import Rule, Ruled
 from uniprune.sparsity.patterns import NM, Unstructured
 

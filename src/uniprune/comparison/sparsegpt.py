@@ -14,7 +14,8 @@ from uniprune.common.progress import Progress, silent
 from uniprune.errors import InputError, UniPruneError
 from uniprune.models.matrices import Matrices, find_blocks
 from uniprune.models.replay import Blocks, Replay
-from uniprune.saliency.statistics import Gram, observing
+from uniprune.saliency.observation import observing
+from uniprune.saliency.statistics import Gram
 from uniprune.sparsity.patterns import NM, Pattern, Unstructured, check_fit
 from uniprune.sparsity.top import top
 

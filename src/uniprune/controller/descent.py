@@ -29,7 +29,7 @@ from uniprune.controller.straight_through import Evener
 from uniprune.errors import InputError
 from uniprune.saliency.calibration import Calibration, LocalSaliency
 from uniprune.saliency.metrics import Metric
-from uniprune.saliency.statistics import starved
+from uniprune.saliency.observation import starved
 from uniprune.sparsity.patterns import NM, Pattern, Unstructured, check_extremes
 from uniprune.storage import runs
 from uniprune.storage.runs import Pace, Run

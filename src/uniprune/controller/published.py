@@ -50,7 +50,7 @@ from uniprune.models.experts import taken_apart
 from uniprune.models.matrices import Matrices, Matrix
 from uniprune.saliency.calibration import Calibration, one_shot
 from uniprune.saliency.metrics import Metric
-from uniprune.saliency.statistics import observing
+from uniprune.saliency.observation import observing
 from uniprune.sparsity.patterns import NM, Pattern, check_fit
 
 logger = logging.getLogger(__name__)

@@ -23,18 +23,8 @@ from uniprune.errors import InputError
 from uniprune.models.matrices import Matrices
 from uniprune.saliency.calibration import Calibration, LocalSaliency
 from uniprune.saliency.metrics import Metric
-from uniprune.saliency.statistics import (
-    Kind,
-    SquaredNorm,
-    Statistic,
-    Statistics,
-    add_up,
-    beside,
-    check_seen,
-    feed,
-    observing,
-    starved,
-)
+from uniprune.saliency.observation import check_seen, fill_starved_experts, observing, starved, sum_over_processes
+from uniprune.saliency.statistics import Kind, SquaredNorm, Statistic, Statistics, additional
 from uniprune.sparsity.patterns import Pattern, by_row
 from uniprune.storage import runs
 from uniprune.storage.runs import Run
@@ -153,7 +143,7 @@ def sensitivities(
     tokens that go through the model at once; by default one window, or all if blocks are read one at a time. The network of
     ``passes`` has no masks afterwards.
     """
-    other = beside(SquaredNorm, wanted)
+    other = additional(SquaredNorm, wanted)
     store = Store(run, "start", shared=True) if run else None
     if store is not None and store.facts:
         return _restored(store, passes, other)
@@ -194,13 +184,13 @@ def _measured(passes: Passes, windows: Tensor, other: Kind | None, batch_tokens:
     network.watch = None
     for total in totals.values():
         distributed.total(total)
-    add_up(norms)
-    add_up(own)
+    sum_over_processes(norms)
+    sum_over_processes(own)
     unreached = [name for name, norm in norms.items() if not norm.tokens and not network.matrices[name].group]
     for statistics in filter(None, (norms, own)) if unreached else ():
         _observe_forward(passes, portions, {name: statistics[name] for name in unreached})  # type: ignore[index]
-    feed(network.matrices, norms, totals)
-    feed(network.matrices, own)
+    fill_starved_experts(network.matrices, norms, totals)
+    fill_starved_experts(network.matrices, own)
     check_seen(norms)
     check_seen(own)
     gradients = {name: (total / windows.numel()).sqrt() for name, total in totals.items()}
@@ -218,7 +208,7 @@ def _observe_forward(passes: Passes, portions: list[Tensor], statistics: dict[st
     with observing(matrices, kind, passes.device) as found:
         for batch in portions:
             passes.infer(batch)
-    add_up(found)
+    sum_over_processes(found)
     for name, statistic in found.items():
         statistics[name].merge(statistic)
 

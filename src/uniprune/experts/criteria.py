@@ -12,7 +12,8 @@ from torch import Tensor
 from uniprune.models.experts import Fused, Output, Slice
 from uniprune.models.matrices import Matrices, Matrix
 from uniprune.saliency.calibration import OUTPUTS, Calibration, observed
-from uniprune.saliency.statistics import Norm, Statistic, add_up
+from uniprune.saliency.observation import sum_over_processes
+from uniprune.saliency.statistics import Norm, Statistic
 from uniprune.sparsity.views import Scores
 
 Layers = dict[str, Fused]
@@ -50,7 +51,9 @@ def observe(calibration: Calibration) -> dict[str, Observed]:
         fused.outputs = {expert: Output(fused, expert) for expert in range(fused.experts)}
         outputs |= {f"{name}.{e}": Matrix(f"{name}.{e}", one, blocks[name], False) for e, one in fused.outputs.items()}
     try:
-        seen = observed(replace(calibration, matrices=outputs), Norm, lambda _, statistics: add_up(statistics), OUTPUTS)
+        seen = observed(
+            replace(calibration, matrices=outputs), Norm, lambda _, statistics: sum_over_processes(statistics), OUTPUTS
+        )
     finally:
         for fused in layers.values():
             fused.outputs = {}

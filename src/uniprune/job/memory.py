@@ -34,7 +34,7 @@ from uniprune.models.experts import Batched, Slice
 from uniprune.models.matrices import Matrices, Matrix, find_blocks
 from uniprune.models.output_head import PIECE, output_embeddings
 from uniprune.models.residency.streaming import share_keys_and_values, shared_parameter
-from uniprune.saliency.statistics import Gram, Kind, SquaredNorm, beside
+from uniprune.saliency.statistics import Gram, Kind, SquaredNorm, additional
 
 CPU = torch.device("cpu")
 PROCESS = 350_000_000  # bytes: the interpreter and its libraries
@@ -322,7 +322,7 @@ class _Parts:
         if recipe.refine:
             kinds = Gram, wanted
         elif recipe.corrected:
-            kinds = SquaredNorm, beside(SquaredNorm, wanted)
+            kinds = SquaredNorm, additional(SquaredNorm, wanted)
         total = 0
         for kind in filter(None, kinds):
             sizes = {name: kind.nbytes(matrix.shape[1]) for name, matrix in self.work.matrices.items()}

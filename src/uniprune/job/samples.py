@@ -1,4 +1,4 @@
-"""Calibration samples: of one text, of several with their shares, of images with text, and what the model writes (text ``self``).
+"""Calibration samples: of one text, of several with their shares, of images with text, and the model's own (text ``self``).
 
 Self-generated samples need no data set and are close to what the model does in use (Williams et al., arXiv 2410.17170). The
 model is prompted with a few tokens of the other texts, or with BOS alone if there is no other. Prompts are left out of the

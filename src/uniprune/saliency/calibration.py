@@ -14,9 +14,9 @@ from uniprune.common.progress import Progress, silent
 from uniprune.models.blocks import Residency, batches, device_of, last_hidden, resident
 from uniprune.models.matrices import Matrices, find_blocks
 from uniprune.models.replay import Blocks, Replay
-from uniprune.saliency import statistics as statistics_module
 from uniprune.saliency.metrics import Metric
-from uniprune.saliency.statistics import Kind, Statistics, observing, pool
+from uniprune.saliency.observation import observing, starved, sum_and_check
+from uniprune.saliency.statistics import Kind, Statistics
 from uniprune.sparsity.views import Scores
 from uniprune.storage.runs import Run
 from uniprune.storage.stash import Stash
@@ -72,7 +72,7 @@ class LocalSaliency(Scores):
     @property
     def starved(self) -> dict[str, Any]:
         """For the report: the experts that saw too few tokens and are scored by magnitude."""
-        return statistics_module.starved(self._matrices, self._statistics)
+        return starved(self._matrices, self._statistics)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._matrices)
@@ -90,7 +90,7 @@ def one_shot(calibration: Calibration, metric: Metric) -> LocalSaliency:
 
 
 @torch.no_grad()
-def observed(calibration: Calibration, kind: Kind | None, settle: Settle = pool, stage: str = SWEEP) -> Statistics:
+def observed(calibration: Calibration, kind: Kind | None, settle: Settle = sum_and_check, stage: str = SWEEP) -> Statistics:
     """The statistics of every matrix's inputs, from one forward pass over the dense model; for ``kind`` None there is no pass.
 
     settle: is called with the finished statistics; by default they are summed over processes, experts that saw few tokens are
@@ -116,8 +116,8 @@ def _by_block(calibration: Calibration, kind: Kind, settle: Settle, stage: str) 
     matrices, device = calibration.matrices, calibration.device
     store, runner = open_sweep(calibration, stage)
     with observing(matrices, kind, device) as statistics:
-        for name, found in store.items() if store is not None else ():
-            statistics[name].add(found["total"].to(device), int(found["tokens"]))
+        for name, saved in store.items() if store is not None else ():
+            statistics[name].add(saved["total"].to(device), int(saved["tokens"]))
         for index in calibration.progress(runner, "calibrating block by block", len(runner)):
             runner.run(index, advance=True)
             here = {name: statistics[name] for name, matrix in matrices.items() if matrix.block == index}

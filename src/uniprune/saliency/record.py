@@ -19,7 +19,7 @@ class Starved(Facts):
 
 
 def reported(facts: Mapping[str, Mapping[str, Any]]) -> dict[str, Starved]:
-    """What :func:`uniprune.saliency.statistics.starved` found, as reports have it."""
+    """What :func:`uniprune.saliency.observation.starved` found, as reports have it."""
     return {name: Starved(**found) for name, found in facts.items()}
 
 

@@ -15,8 +15,9 @@ from uniprune.models import masking
 from uniprune.models.matrices import Matrices
 from uniprune.saliency.calibration import Calibration, LocalSaliency, open_sweep
 from uniprune.saliency.metrics import Metric
+from uniprune.saliency.observation import observing, starved, sum_and_check
 from uniprune.saliency.refine import check, damped, refine
-from uniprune.saliency.statistics import Gram, observing, pool, starved
+from uniprune.saliency.statistics import Gram
 from uniprune.sparsity import bits
 from uniprune.sparsity.patterns import Pattern, by_row
 from uniprune.storage.stash import Stash
@@ -44,7 +45,7 @@ def sequential(calibration: Calibration, metric: Metric, pattern: Pattern) -> Se
             return dict(pattern(LocalSaliency(here, metric, {}))), {}
         with observing(here, metric.statistic, calibration.device) as statistics:
             run()
-        pool(here, statistics)
+        sum_and_check(here, statistics)
         return dict(pattern(LocalSaliency(here, metric, statistics))), starved(here, statistics)
 
     return _by_block(calibration, pattern, create, firsts=calibration.windows[:0, :1])
@@ -74,8 +75,8 @@ def refined(calibration: Calibration, metric: Metric, pattern: Pattern) -> Seque
                 gram.tokens = 0
             with observing(here, metric.statistic, calibration.device) as own:
                 run()
-        pool(here, grams)
-        pool(here, own)
+        sum_and_check(here, grams)
+        sum_and_check(here, own)
         better = {
             name: refine(here[name].weight, mask, damped(grams[name].mean), part)
             if by_row(part := pattern.pattern_of(name))
@@ -130,7 +131,7 @@ def _added(record: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True, eq=False)
 class SequentialMasks(Mapping[str, Tensor]):
-    """Masks by matrix name. record: for the report, as :func:`uniprune.saliency.statistics.starved` has it of all blocks."""
+    """Masks by matrix name. record: for the report, as :func:`uniprune.saliency.observation.starved` has it of all blocks."""
 
     masks: Mapping[str, Tensor]
     record: Mapping[str, Any]
