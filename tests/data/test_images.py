@@ -153,12 +153,44 @@ def test_by_default_windows_are_as_long_as_the_longest_sample(source, rows):
     assert later.tokens.shape[1] % 64 == 0
 
 
+def with_texts(rows, folder, texts):
+    """The same images with other texts."""
+    lines = [{"image": str(rows.parent / f"{number}.png"), "text": text} for number, text in enumerate(texts)]
+    (folder / "others.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return folder / "others.jsonl"
+
+
+def test_images_with_the_same_text_are_left_out_and_a_warning_says_how_many(source, rows, tmp_path, caplog):
+    """One question for all pictures: a window's image is found by its tokens, so the first one's would be shown for all."""
+    alike = with_texts(rows, tmp_path, ["the house on the hill"] * 8)
+    windows, given = shown(source, alike, "evaluation", None)
+    assert len(windows.tokens) == len(given) == windows.describe().images == 1
+    assert "7 images with text are left out, which have the same tokens as another, and 1 are taken" in caplog.text
+    assert "give rows whose texts differ" in caplog.text
+    with pytest.raises(
+        InputError, match=r"1 images with text fit into 48 tokens, 6 were asked for; 7 more have the same tokens"
+    ):
+        uniprune.prune_in_place(Loaded(model_of(source), AutoProcessor.from_pretrained(source)), recipe(alike))
+    caplog.clear()
+    words = ["red", "red", "red", "red", "green", "house", "hill", "on"]
+    some, _ = shown(source, with_texts(rows, tmp_path, [f"{word} " * LENGTH for word in words]), "calibration", 5)
+    assert len(some.tokens.unique(dim=0)) == 5
+    assert "3 images with text are left out" in caplog.text
+    caplog.clear()
+    assert len(shown(source, rows, "evaluation", None)[0].tokens) == 8
+    assert not caplog.text
+
+
+def model_of(source):
+    return AutoModelForImageTextToText.from_pretrained(source).eval()
+
+
 def test_a_processor_may_be_given_with_a_model_in_memory(source, rows, tmp_path):
     uniprune.prune(source, recipe(rows), tmp_path / "disk")
-    model = AutoModelForImageTextToText.from_pretrained(source).eval()
-    uniprune.prune(Loaded(model, AutoProcessor.from_pretrained(source)), recipe(rows), tmp_path / "memory")
+    uniprune.prune(Loaded(model_of(source), AutoProcessor.from_pretrained(source)), recipe(rows), tmp_path / "memory")
     ours, theirs = (MasksFile(tmp_path / name / "pruning" / "masks.safetensors") for name in ("memory", "disk"))
     assert all(torch.equal(mask, theirs[name]) for name, mask in ours.items())
+    model = model_of(source)
     with pytest.raises(InputError, match=r"has no processor that can be read \(.*Loaded\(model, processor\)\).*--field text"):
         uniprune.prune_in_place(Loaded(model, AutoProcessor.from_pretrained(source).tokenizer), recipe(rows))
 

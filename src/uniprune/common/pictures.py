@@ -1,7 +1,8 @@
 """Images that go with windows of tokens, and the models that are given them.
 
 Everything works on token ids ``[windows, length]``. What else a model needs for a window, pixels and where they stand, is
-found by the window's ids when the model is called: so nothing between the data and that call knows of images.
+found by the window's ids when the model is called: so nothing between the data and that call knows of images. The price is that
+two windows of the same ids cannot have different images: whoever makes windows leaves the second out, and says so.
 """
 
 from __future__ import annotations
@@ -58,12 +59,12 @@ def shown(model: nn.Module) -> Pictures | None:
 
 def beside(model: nn.Module, ids: Tensor) -> Given:
     """What a model is given with a window ``[length]``, where it computes; nothing with one that has no image."""
-    found = _SHOWN[model].given.get(key(ids), {})
+    given = _SHOWN[model].given.get(key(ids), {})
     dtype = next(parameter.dtype for parameter in model.parameters())
-    return {name: value.to(ids.device, dtype if value.is_floating_point() else value.dtype) for name, value in found.items()}
+    return {name: value.to(ids.device, dtype if value.is_floating_point() else value.dtype) for name, value in given.items()}
 
 
-def counted(found: Pictures | None, ids: Tensor) -> Tensor:
+def counted(pictures: Pictures | None, ids: Tensor) -> Tensor:
     """Which predictions of the next token count ``[windows, length]``: not those of place holders of an image's tokens."""
-    tokens = torch.tensor(found.tokens if found else (), dtype=ids.dtype, device=ids.device)
+    tokens = torch.tensor(pictures.tokens if pictures else (), dtype=ids.dtype, device=ids.device)
     return ~torch.nn.functional.pad(torch.isin(ids[:, 1:], tokens), (0, 1))

@@ -68,16 +68,16 @@ def opened(pair: Pair) -> Any:
         from PIL import Image
     except ImportError:
         raise InputError(f"{pair.where}: reading images needs Pillow; pip install pillow") from None
-    found = pair.image
-    if isinstance(found, dict):  # as datasets stores images in tables
-        found = found.get("bytes") or found.get("path")
+    image = pair.image
+    if isinstance(image, dict):  # as datasets stores images in tables
+        image = image.get("bytes") or image.get("path")
     try:
-        if isinstance(found, str):
-            found = Image.open((pair.folder or Path()) / found)
-        elif isinstance(found, bytes):
-            found = Image.open(io.BytesIO(found))
-        if not isinstance(found, Image.Image):
-            raise ValueError(f"it is {type(found).__name__}, not the name of a file, or its bytes")
-        return found.convert("RGB")
+        if isinstance(image, str):
+            image = Image.open((pair.folder or Path()) / image)
+        elif isinstance(image, bytes):
+            image = Image.open(io.BytesIO(image))
+        if not isinstance(image, Image.Image):
+            raise ValueError(f"it is {type(image).__name__}, not the name of a file, or its bytes")
+        return image.convert("RGB")
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(f"{pair.where}: its image cannot be read ({first_line(error)}); leave the row out") from error

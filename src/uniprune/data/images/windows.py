@@ -6,6 +6,7 @@ where it is longer, its text is cut, never its image.
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,7 +25,10 @@ from uniprune.data.text import Sample, Text, Use
 from uniprune.data.windows import Windows
 from uniprune.errors import InputError, first_line
 
+logger = logging.getLogger(__name__)
+
 ROUND = 64  # tokens: the default length is a multiple
+DIFFER = "give rows whose texts differ, such as a question with its answer"
 SPARE = 4  # as many samples again are drawn, for those that do not fit
 
 
@@ -51,6 +55,8 @@ def load(
     """``count`` windows of a data set of images and text, drawn by ``seed``; of all rows in order to evaluate, if that is None.
 
     length: of a window; by default that of the longest sample, and ``most`` at most.
+    Of samples with the same tokens only the first is taken, whatever their images, since a window's image is found by its
+    tokens (``common.pictures``); a warning says how many are left out.
     Raises InputError for a sample that cannot be read, and if too few fit.
     """
     drawn = _drawn(pairs(text, use), use, count, seed)
@@ -58,25 +64,40 @@ def load(
         raise InputError(f"text {text} has no row with an image and a text")
     wanted = count or len(drawn)
     reader = _Reader(eyes.processor, eyes.config, text)
-    found = [reader.encode(pair) for pair in drawn[:wanted]]
-    size = length or min(most, -(-max(len(one.ids) for one in found) // ROUND) * ROUND)
-    texts, given, windows = cycle([pair.text for pair in drawn]), dict[bytes, Given](), list[Tensor]()
-    for one in chain(found, (reader.encode(pair) for pair in drawn[wanted:])):
-        if len(windows) < wanted and one.end <= size:
-            ids, along = reader.finished(one, size, texts)
-            if key(ids) not in given:  # else it could not be told from another
+    samples = [reader.encode(pair) for pair in drawn[:wanted]]
+    size = length or min(most, -(-max(len(sample.ids) for sample in samples) // ROUND) * ROUND)
+    texts = cycle([pair.text for pair in drawn])
+    given: dict[bytes, Given] = {}
+    windows: list[Tensor] = []
+    alike = 0  # samples that have the tokens of another, so that their images could not be told apart
+    for sample in chain(samples, (reader.encode(pair) for pair in drawn[wanted:])):
+        if len(windows) < wanted and sample.end <= size:
+            ids, along = reader.finished(sample, size, texts)
+            if key(ids) in given:
+                alike += 1
+            else:
                 given[key(ids)] = along
                 windows.append(ids)
     if len(windows) < (count or 1):
-        need = min(one.end for one in found)
+        need = min(sample.end for sample in samples)
+        reason = f"an image takes {need} tokens or more: raise --length, or lower --num-samples"
+        if alike:
+            reason = f"{alike} more have the same tokens as another: {DIFFER}, or lower --num-samples"
         raise InputError(
-            f"text {text}: {len(windows)} images with text fit into {size} tokens, {count or 1} were asked for; an image takes "
-            f"{need} tokens or more: raise --length, or lower --num-samples"
+            f"text {text}: {len(windows)} images with text fit into {size} tokens, {count or 1} were asked for; {reason}"
+        )
+    if alike:
+        logger.warning(
+            "text %s: %d images with text are left out, which have the same tokens as another, and %d are taken: %s",
+            text,
+            alike,
+            len(windows),
+            DIFFER,
         )
     tokens, start = torch.stack(windows), reader.bos
     bos: Bos = "each" if start is not None and bool((tokens[:, 0] == start).all()) else "none"
-    sample = Sample(whole=len(windows) == len(drawn), documents=len(drawn))
-    return Windows(tokens, text.source, len(drawn), bos, start, sample=sample, pictures=Pictures(given, reader.tokens))
+    read = Sample(whole=len(windows) == len(drawn), documents=len(drawn))
+    return Windows(tokens, text.source, len(drawn), bos, start, sample=read, pictures=Pictures(given, reader.tokens))
 
 
 def _drawn(rows: Iterator[Pair], use: Use, count: int | None, seed: int) -> list[Pair]:
@@ -100,7 +121,7 @@ class _Reader:
     def __init__(self, processor: Any, config: Any, text: Text) -> None:
         self._processor = processor
         ids = (getattr(config, name, None) for name in ("image_token_id", "image_token_index"))
-        self.tokens = tuple(one for one in ids if isinstance(one, int))
+        self.tokens = tuple(token for token in ids if isinstance(token, int))
         if not self.tokens:
             raise InputError(
                 f"text {text} has images, but the configuration of a {config.model_type} names no token that stands for one "
@@ -110,17 +131,17 @@ class _Reader:
 
     def encode(self, pair: Pair) -> Encoded:
         try:
-            found = dict(self._run(opened(pair), pair.text))
+            made = dict(self._run(opened(pair), pair.text))
         except InputError:
             raise
         except Exception as error:  # processors fail in their own ways
             raise InputError(f"{pair.where}: {type(self._processor).__name__} refuses it: {first_line(error)}") from error
-        ids = found.pop("input_ids")[0].to(torch.int64)
-        found.pop("attention_mask", None)  # all ones: there is no padding
+        ids = made.pop("input_ids")[0].to(torch.int64)
+        made.pop("attention_mask", None)  # all ones: there is no padding
         places = torch.isin(ids, torch.tensor(self.tokens)).nonzero()
         if not len(places):
             raise InputError(f"{pair.where}: {type(self._processor).__name__} made no token of its image")
-        return Encoded(ids, found, int(places[-1]) + 1)
+        return Encoded(ids, made, int(places[-1]) + 1)
 
     def _run(self, image: Any, text: str) -> Any:
         processor, options = self._processor, {"return_tensors": "pt"}
