@@ -8,7 +8,8 @@
 | sharded    | in all processes' memory  | of a block, computed again      | on disk                                  |
 | streamed   | read block by block       | of a block, computed again      | on disk                                  |
 
-All give the same masks. They are listed from the fastest to the slowest.
+They are listed from the fastest to the slowest. All give the same masks up to float32 rounding: resident and recomputed bit for
+bit on a CPU, while streamed blocks, and several processes, sum in another order.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Where and how a run computes, and what it does about earlier output, described once: all that does not change the result."""
+"""Where and how a run computes, and what it does about earlier output, described once: all that is no part of a recipe."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ Bytes = BeforeValidator(lambda value: parse_size(value) if isinstance(value, str
 
 
 class RunOptions(Options):
-    """Where and how to run; nothing of it changes the result."""
+    """Where and how to run. It changes the masks by rounding at most: where blocks are streamed, where several processes share
+    the run, and on a GPU, sums are taken in another order."""
 
     heading: ClassVar[str] = "Run"
 
