@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from uniprune.checkpoints.origin import Origin
-from uniprune.common import distributed
+from uniprune.common import distributed, formatting
 from uniprune.controller import controllers
 from uniprune.errors import InputError
 from uniprune.job import memory
@@ -50,12 +50,14 @@ def choose(
         return _fitting({name: needed for name, needed in able.items() if name in same}, limit) or asked or begun
     if (found := _fitting(able, limit)) is not None:
         return found
-    takes = ", ".join(f"{_gigabytes(needed.memory)} {name}" for name, needed in needs.items() if asked in (None, name))
+    takes = ", ".join(f"{formatting.size(needed.memory)} {name}" for name, needed in needs.items() if asked in (None, name))
     steps = needs["resident"].parts.get("masks", 0) > 0  # of a controller
     remedy = "lower the tokens of a step" if steps else "give shorter samples (--length)"
     if not origin.files:
         remedy = "convert it: only safetensors files are read block by block"
-    raise InputError(f"model {origin} needs {takes} of memory; {_gigabytes(limit)} are there; raise --max-memory, or {remedy}")
+    raise InputError(
+        f"model {origin} needs {takes} of memory; {formatting.size(limit)} are there; raise --max-memory, or {remedy}"
+    )
 
 
 def choose_for_loaded(loaded: Loaded, work: memory.Work, options: RunOptions) -> Execution:
@@ -99,19 +101,15 @@ def _everywhere(condition: bool) -> bool:
     return distributed.total_of(float(condition)) == distributed.count()
 
 
-def _gigabytes(size: int) -> str:
-    return f"{size / 1e9:.2f} GB"
-
-
 def warn_of_traffic(work: memory.Work, execution: str, needed: memory.Bytes) -> None:
     """Warns if small steps will read and write the states more often than larger steps would."""
     moved = needed.read + needed.written
     small = work.recipe.step_tokens(work.length) < memory.LARGE_STEP
     if execution in ("sharded", "streamed") and work.recipe.corrected and small and moved > TRAFFIC:
         logger.warning(
-            "each step of the controller reads %.0f GB from the disk and writes %.0f GB, however many tokens it has; larger "
+            "each step of the controller reads %s from the disk and writes %s, however many tokens it has; larger "
             "steps are fewer: --set batch_tokens=%d",
-            needed.read / 1e9,
-            needed.written / 1e9,
+            formatting.size(needed.read),
+            formatting.size(needed.written),
             memory.LARGE_STEP,
         )
