@@ -31,8 +31,10 @@ def plan(
 
     It reads no weights, but samples of them for a size: from safetensors files, while a model in another format is loaded.
     """
-    origin, options = resolve(source), RunOptions.of(device=device, max_memory=max_memory, execution=execution)
-    outline, more = outlined(origin, recipe, options), dict[str, Any]()
+    origin = resolve(source)
+    options = RunOptions.of(device=device, max_memory=max_memory, execution=execution)
+    outline = outlined(origin, recipe, options)
+    more: dict[str, Any] = {}
     if recipe.experts is not None:
         matrices, more["experts"], more["disk"] = removal.planned(recipe.experts, outline.model, outline.matrices)
         outline = replace(outline, matrices=matrices)
@@ -53,7 +55,7 @@ def plan(
         recipe = recipe.model_copy(update={"unsupported": "dense"})
     aim = aim_of(recipe, outline.matrices, weights)
     tokens = (recipe.windows or WINDOWS) * length
-    found = estimate.make_plan(origin, work, aim.pattern, aim.unsupported, tokens, needed, chosen, refused)
+    made = estimate.make_plan(origin, work, aim.pattern, aim.unsupported, tokens, needed, chosen, refused)
     if aim.budget:
         more |= {"size": aim.budget.size, "sparsity_for_size": aim.sparsity}
-    return found.model_copy(update=more)
+    return made.model_copy(update=more)

@@ -47,9 +47,9 @@ class Removal:
 
     @property
     def files(self) -> Files:
-        found = self.job.loaded.checkpoint
-        assert isinstance(found, Files)
-        return found
+        checkpoint = self.job.loaded.checkpoint
+        assert isinstance(checkpoint, Files)
+        return checkpoint
 
     def choose(self, progress: Progress, run: Run) -> tuple[dict[str, ExpertLayer], dict[str, Any]]:
         """Which experts each layer keeps, and what the report says of how their scores came to be.
@@ -57,11 +57,12 @@ class Removal:
         One forward pass over the calibration text sees what every expert puts out; another metric, or a controller, then has
         the passes that it needs.
         """
-        calibration, fraction = self.job.calibration(progress, run), self.recipe.experts
+        calibration = self.job.calibration(progress, run)
+        fraction = self.recipe.experts
         assert fraction is not None
         seen = observe(calibration)
         record: dict[str, Any] = {}
-        scores = {layer: one.reap for layer, one in seen.items()}
+        scores = {layer: experts.reap for layer, experts in seen.items()}
         if not isinstance(self.recipe.parsed_metric(), REAP):
             target = Unstructured(fraction, "model" if self.recipe.comparable else "row")
             saliency, record = scored(calibration, self.recipe, [target])
@@ -70,18 +71,18 @@ class Removal:
         layers = {
             layer: ExpertLayer(
                 kept=best(scores[layer], self.less.kept, self.less.groups),
-                tokens=one.tokens,
+                tokens=experts.tokens,
                 scores=scores[layer].tolist(),
-                reap=one.reap.tolist(),
+                reap=experts.reap.tolist(),
             )
-            for layer, one in seen.items()
+            for layer, experts in seen.items()
         }
         return layers, record
 
     def write(self, layers: Layers, folder: Path) -> None:
         """Writes the checkpoint with the experts that are kept into an empty folder."""
         located = self.files.layout(self.job.loaded.model).located
-        kept = {layer: one.kept for layer, one in layers.items()}
+        kept = {layer: experts.kept for layer, experts in layers.items()}
         copy_companions(self.files, folder)
         expert_files.write(self.files, self.less.tensors(self.files, located, kept), folder, self.counts.parameters)
         config = folder / "config.json"
@@ -105,9 +106,10 @@ def counts(less: Fewer, model: nn.Module) -> ExpertCounts:
 
 def planned(fraction: float, model: nn.Module, matrices: Matrices) -> tuple[Matrices, ExpertCounts, int]:
     """Of a run the matrices that it scores, what would be kept, and the bytes of the smaller checkpoint."""
-    less, files = fewer(fraction, model, matrices), checkpoint_of(model)
+    less = fewer(fraction, model, matrices)
+    files = checkpoint_of(model)
     assert isinstance(files, Files)
-    some = {layer: range(less.kept) for layer in less.layers}
+    some = {layer: range(less.kept) for layer in less.layers}  # whichever are kept, the size is the same
     size = expert_files.size(files, less.tensors(files, files.layout(model).located, some))
     return of_experts(matrices), counts(less, model), size
 

@@ -73,8 +73,8 @@ def _pattern_of(
 def _written_dtype(recipe: Recipe, matrices: Matrices, origin: Origin | None, name: str) -> str:
     """The type that a matrix is written in, such as ``bfloat16``; of quantised tensors the name that safetensors has."""
     if origin is not None and origin.files:
-        found = origin.files.stored(name).dtype
-        return dtype_name(PLAIN.get(found, found))
+        stored = origin.files.stored(name).dtype
+        return dtype_name(PLAIN.get(stored, stored))
     whole = matrices[name].whole
     return dtype_name((parse_dtype(recipe.dtype) or torch.float32) if whole.is_meta else whole.dtype)  # meta: of a GGUF file
 

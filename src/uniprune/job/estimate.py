@@ -153,19 +153,22 @@ def make_plan(
 
 def _forecasts(work: Work, needed: Needs, tokens: int) -> dict[str, Forecast]:
     """What each execution would take on ``tokens`` of calibration text."""
-    recipe, step = work.recipe, work.recipe.step_tokens(work.length)
+    recipe = work.recipe
+    step = recipe.step_tokens(work.length)
     steps = recipe.steps_within(work.length) or math.ceil(tokens / step)
-    worked, rate = steps * step if recipe.corrected else tokens, _flops(work.dtype, work.device)
+    worked = steps * step if recipe.corrected else tokens  # tokens that go through the model
+    rate = _flops(work.dtype, work.device)
+    times = steps if recipe.corrected else 1
     return {
         execution: Forecast(
-            memory=found.memory,
-            host=found.host,
-            disk=found.disk,
-            read=(times := steps if recipe.corrected else 1) * found.read,
-            written=times * found.written,
-            seconds=flop(work, execution) * worked / rate + times * seconds_moving(work, execution, found),
+            memory=takes.memory,
+            host=takes.host,
+            disk=takes.disk,
+            read=times * takes.read,
+            written=times * takes.written,
+            seconds=flop(work, execution) * worked / rate + times * seconds_moving(work, execution, takes),
         )
-        for execution, found in needed.items()
+        for execution, takes in needed.items()
     }
 
 
@@ -175,9 +178,9 @@ def flop(work: Work, execution: Execution) -> float:
     return (work.recipe.cost.flops + again) * work.active
 
 
-def seconds_moving(work: Work, execution: Execution, found: Bytes) -> float:
+def seconds_moving(work: Work, execution: Execution, takes: Bytes) -> float:
     """Seconds of a step in which bytes come and go: from and to the disk, and a GPU."""
-    moved = found.read + found.written
+    moved = takes.read + takes.written
     onto = (work.recipe.read + work.recipe.cost.written) * work.prunable if execution == "offloaded" else moved
     return moved / DISK + (onto / BUS if work.device.type != "cpu" else 0)
 

@@ -40,7 +40,8 @@ def choose(
     All processes choose the same, by the one with the least memory.
     Raises InputError, with the numbers, if nothing fits.
     """
-    asked, limit = options.execution, options.max_memory or memory.free_memory(device)
+    asked = options.execution
+    limit = options.max_memory or memory.free_memory(device)
     if asked is not None and asked not in needs:
         raise InputError(f"--execution {asked} is not to be had here: {UNSUITABLE[asked]}; {' or '.join(needs)} is")
     able = {name: needed for name, needed in needs.items() if asked in (None, name) and (origin.files or name in IN_MEMORY)}
@@ -48,8 +49,8 @@ def choose(
     if begun in needs:
         same = IN_MEMORY if begun == "resident" else (begun,)
         return _fitting({name: needed for name, needed in able.items() if name in same}, limit) or asked or begun
-    if (found := _fitting(able, limit)) is not None:
-        return found
+    if (fastest := _fitting(able, limit)) is not None:
+        return fastest
     takes = ", ".join(f"{formatting.size(needed.memory)} {name}" for name, needed in needs.items() if asked in (None, name))
     steps = needs["resident"].parts.get("masks", 0) > 0  # of a controller
     remedy = "lower the tokens of a step" if steps else "give shorter samples (--length)"
@@ -83,7 +84,8 @@ def check_execution(recipe: Recipe, execution: str) -> None:
     controller = recipe.parsed_controller()
     if controller is None:
         return
-    name, others = controllers.name_of(controller), "use another controller, or --controller none"
+    name = controllers.name_of(controller)
+    others = "use another controller, or --controller none"
     if controller.one_process and distributed.count() > 1:
         raise InputError(f"--controller {name} runs in one process; start it without torchrun, or {others}")
     if controller.in_memory and execution not in ("resident", "recomputed"):

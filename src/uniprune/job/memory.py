@@ -137,7 +137,7 @@ def needs(work: Work) -> Needs:
     admitted = IN_MEMORY if looped or shared_parameter(blocks) else tuple(get_args(Execution))
     if share_keys_and_values(blocks):
         admitted = ("resident",)
-    return {execution: found for execution, found in _needs(work).items() if execution in admitted}
+    return {execution: forecast for execution, forecast in _needs(work).items() if execution in admitted}
 
 
 def _needs(work: Work) -> Needs:
@@ -146,23 +146,23 @@ def _needs(work: Work) -> Needs:
     masks, packed = int(cost.masks * work.prunable), parts.bits + int(cost.masks * parts.block)
     held = {"weights": parts.weights, "statistics": parts.observed, "states": states}
     held["masks"] = masks if processes == 1 else packed
-    found: Needs = {
+    forecasts: Needs = {
         "resident": Bytes.of(held | {"working": max(parts.working, parts.resident_step if corrected else 0)}, disk=saved)
     }
     if corrected and masks:
         held |= {"masks": packed, "working": max(parts.working, parts.recomputed_step)}
-        found["recomputed"] = Bytes.of(held, disk=saved)
+        forecasts["recomputed"] = Bytes.of(held, disk=saved)
         if work.device.type != "cpu":
             here = held | {"states": 0, "working": held["working"] + parts.fetched}
             host = int(cost.memory) * sum(_pinned(matrix.size) for matrix in work.matrices.values()) // processes
-            found["offloaded"] = Bytes.of(here, host=host, disk=saved)
+            forecasts["offloaded"] = Bytes.of(here, host=host, disk=saved)
     streamed = _streamed(parts)
     if processes > 1:
         share = {"weights": streamed.parts["weights"] + int(parts.item * (parts.inside / processes + 2 * parts.block))}
         moved = {"disk": streamed.disk, "read": streamed.read - 2 * parts.on_disk, "written": streamed.written}
-        found["sharded"] = Bytes.of(streamed.parts | share, **moved)  # type: ignore[operator]
-    found["streamed"] = streamed
-    return found
+        forecasts["sharded"] = Bytes.of(streamed.parts | share, **moved)  # type: ignore[operator]
+    forecasts["streamed"] = streamed
+    return forecasts
 
 
 def _streamed(parts: _Parts) -> Bytes:
@@ -198,7 +198,7 @@ class _Parts:
         _, blocks = find_blocks(work.model)
         self.blocks = len(blocks)
         self.inside = sum(p.numel() for p in blocks.parameters())  # number of weights in all blocks
-        self.block = max(sum(p.numel() for p in one.parameters()) for one in blocks)  # number of weights of the largest block
+        self.block = max(sum(p.numel() for p in block.parameters()) for block in blocks)  # of the largest block
         self.tokens = max(work.length, work.recipe.step_tokens(work.length) // distributed.count())  # of a step, in a process
         self.largest = max(matrix.size for matrix in work.matrices.values())  # number of weights of the largest matrix
         self.width = max(matrix.shape[1] for matrix in work.matrices.values())  # channels of the widest input

@@ -229,7 +229,8 @@ def _check_outputs(
     recipe: Recipe, origin: Origin | None, options: RunOptions, output: Path | None, scores: Path | None
 ) -> None:
     """Raises InputError if a file or folder that the run writes may not be written, or is one that it reads."""
-    texts, save_tokens = files_of(recipe.text), options.save_tokens
+    texts = files_of(recipe.text)
+    save_tokens = options.save_tokens
     model = origin.path if origin else None
     if save_tokens is not None and scores is not None and save_tokens.resolve() == scores.resolve():
         raise InputError(f"output {scores} cannot hold both scores and tokens; give --save-tokens another name")

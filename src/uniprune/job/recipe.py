@@ -59,7 +59,8 @@ class Recipe(Settings):
         if self.refine and not self.sequential:
             raise InputError("--refine works block after block, but sequential is set to false; leave one of them out")
         if self.sequential and self.corrected:
-            flag, name = "--refine" if self.refine else "--sequential", controllers.name_of(controller)
+            flag = "--refine" if self.refine else "--sequential"
+            name = controllers.name_of(controller)
             raise InputError(f"{flag} and --controller {name} exclude each other; use one of them")
         parse(self.hardware)
         sources.parse(self.text)
@@ -184,8 +185,8 @@ class Recipe(Settings):
         words = isinstance(self.sparsity, str | None)
         sparsity = self.sparsity if words else fields.record(self.sparsity)
         controller = controllers.record(self.parsed_controller())
-        found = {"sparsity": sparsity, "metric": metrics.record(self.parsed_metric()), **plain, **controller}
-        return {name: found[name] for name in type(self).model_fields if name in found}
+        settings = {"sparsity": sparsity, "metric": metrics.record(self.parsed_metric()), **plain, **controller}
+        return {name: settings[name] for name in type(self).model_fields if name in settings}
 
 
 def _in_words(settings: dict[str, Any]) -> dict[str, Any]:

@@ -52,9 +52,11 @@ def windows_of(recipe: Recipe, model: nn.Module, origin: Origin | None, tokenize
 
 def calibration_windows(recipe: Recipe, tokenizer: Any, model: nn.Module) -> Windows:
     """The windows that a recipe asks for; those that the model is to generate are zeros, with prompts for :func:`generated`."""
-    asked, config = sources.parse(recipe.text), model.config
+    asked = sources.parse(recipe.text)
+    config = model.config
     length = window_length(recipe, config)
-    alone, own = len(asked) == 1, self_generated(recipe)
+    alone = len(asked) == 1
+    own = self_generated(recipe)
 
     def load(source: TextSource, count: int | None) -> Windows:
         bos = recipe.bos if alone else None
@@ -94,14 +96,16 @@ def _image_windows(recipe: Recipe, model: nn.Module, origin: Origin | None, toke
     source = Text(asked[0].text, recipe.field, recipe.split)
     if not has_images(source, "calibration"):
         return None
-    controller, instead = recipe.parsed_controller(), "or take the text alone: --field text"
+    controller = recipe.parsed_controller()
+    instead = "or take the text alone: --field text"
     if recipe.sequential or not (controller is None or isinstance(controller, MirrorDescent)):
         raise InputError(f"--sequential, --refine and --controller unipruning read text alone; leave them out, {instead}")
     if recipe.bos is not None:
         raise InputError(f"--bos is for text alone; leave it out, {instead}")
     if recipe.length is not None:
         check_context(model.config, recipe.length)
-    eyes, count = images.Eyes(load_processor(origin, tokenizer), model.config), recipe.windows or WINDOWS
+    eyes = images.Eyes(load_processor(origin, tokenizer), model.config)
+    count = recipe.windows or WINDOWS
     return images.load(source, eyes, "calibration", recipe.length, count, recipe.seed, context(model.config))
 
 
@@ -140,17 +144,19 @@ def generated(windows: Windows, loaded: Loaded, seed: int, progress: Progress = 
     """
     assert windows.prompts is not None
     check_can_generate(True, loaded.residency is resident)
-    tokens, begins = windows.tokens.clone(), windows.bos == "each"
-    own, prompts = list(windows.prompts), torch.stack(list(windows.prompts.values()))
-    found = torch.zeros(len(own), tokens.shape[1] - begins, dtype=torch.int64, device=device_of(loaded.model))
+    tokens = windows.tokens.clone()
+    begins = windows.bos == "each"
+    own = list(windows.prompts)
+    prompts = torch.stack(list(windows.prompts.values()))
+    written = torch.zeros(len(own), tokens.shape[1] - begins, dtype=torch.int64, device=device_of(loaded.model))
     if not distributed.rank():
-        sampler = _gumbel_max(torch.Generator(found.device).manual_seed(seed))
+        sampler = _gumbel_max(torch.Generator(written.device).manual_seed(seed))
         todo = list(range(0, len(own), BATCH))
         for start in progress(todo, "writing samples", len(todo)):
             some = slice(start, start + BATCH)
-            found[some] = _continuations(loaded.model, prompts[some].to(found.device), found.shape[1], sampler)
+            written[some] = _continuations(loaded.model, prompts[some].to(written.device), written.shape[1], sampler)
     distributed.barrier()
-    tokens[own, begins:] = distributed.total(found).cpu()
+    tokens[own, begins:] = distributed.total(written).cpu()
     if begins and windows.bos_token is not None:
         tokens[own, 0] = windows.bos_token
     return replace(windows, tokens=tokens, prompts=None)
@@ -199,7 +205,7 @@ def _gumbel_max(generator: torch.Generator) -> LogitsProcessor:
 def _continuations(model: nn.Module, prompts: Tensor, count: int, sampler: LogitsProcessor) -> Tensor:
     """The next ``count`` tokens of each prompt ``[n, tokens]``."""
     with text_alone(model), greedy(model):
-        found: Tensor = model.generate(  # type: ignore[operator]
+        continued: Tensor = model.generate(  # type: ignore[operator]
             prompts,
             attention_mask=torch.ones_like(prompts),
             max_new_tokens=count,
@@ -207,4 +213,4 @@ def _continuations(model: nn.Module, prompts: Tensor, count: int, sampler: Logit
             pad_token_id=0,
             logits_processor=LogitsProcessorList([sampler]),
         )
-    return found[:, prompts.shape[1] :]
+    return continued[:, prompts.shape[1] :]

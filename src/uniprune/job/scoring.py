@@ -19,8 +19,8 @@ def scored(calibration: Calibration, recipe: Recipe, targets: Sequence[Pattern])
         local = one_shot(calibration, metric)
         return local, reported(local.starved)
     steps = recipe.steps_within(calibration.windows.shape[1])
-    found, record = controller.calibrate(calibration, metric, targets, steps, recipe.seed)
-    saliency = OnOneScale(found) if controller.comparable else View(found)
+    scores, record = controller.calibrate(calibration, metric, targets, steps, recipe.seed)
+    saliency = OnOneScale(scores) if controller.comparable else View(scores)
     aimed = {"targets": [str(target) for target in targets]}
     return saliency, {"controller": ControllerRecord(**(record.model_dump() | aimed))}
 

@@ -20,7 +20,7 @@ class Starved(Facts):
 
 def reported(facts: Mapping[str, Mapping[str, Any]]) -> dict[str, Starved]:
     """What :func:`uniprune.saliency.observation.starved` found, as reports have it."""
-    return {name: Starved(**found) for name, found in facts.items()}
+    return {name: Starved(**fact) for name, fact in facts.items()}
 
 
 class ControllerRecord(Facts):

@@ -54,9 +54,9 @@ def damped(gram: Tensor, damping: float = DAMPING) -> Tensor:
     of most tokens less, but those of rare ones more: of the first token of a text, say, to which all later ones attend, and
     whose hidden state is unlike all others'. With the diagonal alone, weights are lost independently of each other.
     """
-    found = gram * (1 - damping)
-    found.diagonal().copy_(gram.diagonal())
-    return found
+    result = gram * (1 - damping)
+    result.diagonal().copy_(gram.diagonal())
+    return result
 
 
 def refine(weight: Tensor, mask: Tensor, gram: Tensor, pattern: Pattern) -> Tensor:
@@ -83,7 +83,8 @@ def descend_groups(weight: Tensor, mask: Tensor, gram: Tensor, pattern: NM, swee
         return mask
     exact = math.comb(m, n) <= CHOICES
     choices = _Choices.of(m, m - n, gram.device) if exact else None
-    mask, panel = mask.clone(), max(m, PANEL // m * m)
+    mask = mask.clone()
+    panel = max(m, PANEL // m * m)
     for _ in range(sweeps):
         before = mask.clone()
         for start in range(0, weight.shape[1], panel):

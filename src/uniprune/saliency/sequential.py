@@ -62,9 +62,8 @@ def refined(calibration: Calibration, metric: Metric, pattern: Pattern) -> Seque
     """
     check(pattern)
     mine = distributed.share(calibration.windows)
-    firsts = (
-        mine[:0, :1] if pictures.shown(calibration.model) is not None else first_tokens(mine)
-    )  # an image's part means nothing alone
+    # The first tokens of windows with images are of an image, and mean nothing alone.
+    firsts = mine[:0, :1] if pictures.shown(calibration.model) is not None else first_tokens(mine)
     weight = WEIGHT * mine.numel() / max(1, len(firsts))
 
     def create(here: Matrices, run: Run, run_first: Run) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -106,15 +105,15 @@ def _by_block(calibration: Calibration, pattern: Pattern, create: Create, firsts
     record = dict(store.facts.get("record", {})) if store else {}
     for index in calibration.progress(runner, "pruning block by block", len(runner)):
         here = {name: matrix for name, matrix in matrices.items() if matrix.block == index}
-        found, poor = create(here, partial(runner.run, index), partial(first_runner.run, index))
-        record = _added(record, poor)
-        with masking.applied(here, found):
+        created, starved_here = create(here, partial(runner.run, index), partial(first_runner.run, index))
+        record = _added(record, starved_here)
+        with masking.applied(here, created):
             runner.run(index, advance=True)
             first_runner.run(index, advance=True)
         if store is None:
-            masks |= found
+            masks |= created
         else:
-            for name, mask in found.items():
+            for name, mask in created.items():
                 store[name] = {"mask": bits.pack(mask)}
             store.commit({"done": index + 1, "record": record})
     if record:  # blocks without any say nothing of how many they have

@@ -94,7 +94,8 @@ def load(
             len(windows),
             DIFFER,
         )
-    tokens, start = torch.stack(windows), reader.bos
+    tokens = torch.stack(windows)
+    start = reader.bos
     bos: Bos = "each" if start is not None and bool((tokens[:, 0] == start).all()) else "none"
     read = Sample(whole=len(windows) == len(drawn), documents=len(drawn))
     return Windows(tokens, text.source, len(drawn), bos, start, sample=read, pictures=Pictures(given, reader.tokens))
@@ -105,7 +106,8 @@ def _drawn(rows: Iterator[Pair], use: Use, count: int | None, seed: int) -> list
     wanted = None if count is None else count * SPARE
     if use == "evaluation" or wanted is None:
         return list(islice(rows, wanted))
-    rng, kept = random.Random(seed), list[Pair]()
+    rng = random.Random(seed)
+    kept: list[Pair] = []
     for number, row in enumerate(rows):
         if number < wanted:
             kept.append(row)
@@ -144,7 +146,8 @@ class _Reader:
         return Encoded(ids, made, int(places[-1]) + 1)
 
     def _run(self, image: Any, text: str) -> Any:
-        processor, options = self._processor, {"return_tensors": "pt"}
+        processor = self._processor
+        options = {"return_tensors": "pt"}
         marker = getattr(processor, "image_token", None) or ""
         if getattr(processor, "chat_template", None) and not (marker and marker in text):
             content = [{"type": "image", "image": image}, {"type": "text", "text": text}]
@@ -154,11 +157,12 @@ class _Reader:
 
     def finished(self, sample: Encoded, length: int, texts: Iterator[str]) -> tuple[Tensor, Given]:
         """A sample as a window: cut, or filled with more text; what has a value for each of its tokens goes along."""
-        ids, most = sample.ids, len(sample.ids)
+        ids = sample.ids
+        own = len(ids)
         while len(ids) < length:
             ids = torch.cat([ids, self._plain(JOIN + next(texts))])
-        along = {name: value for name, value in sample.given.items() if tuple(value.shape[:2]) == (1, most) and value.ndim == 2}
-        padded = {name: functional.pad(value, (0, max(0, length - most)))[:, :length] for name, value in along.items()}
+        along = {name: value for name, value in sample.given.items() if tuple(value.shape[:2]) == (1, own) and value.ndim == 2}
+        padded = {name: functional.pad(value, (0, max(0, length - own)))[:, :length] for name, value in along.items()}
         return ids[:length], sample.given | padded
 
     def _plain(self, text: str) -> Tensor:
