@@ -89,7 +89,7 @@ def test_no_dense_weights_go_whatever_their_format(source, tmp_path):
     others = ["last.ckpt", "64.tflite", "model.pdparams", "x.nemo", "tf_model.h5", "weights.npz", "rust_model.ot", "a.onnx"]
     for name in others:
         (source / name).write_bytes(b"dense")
-    copy_beside(Files(source), tmp_path)
+    copy_companions(Files(source), tmp_path)
     assert not set(others) & {file.name for file in tmp_path.iterdir()}
 
 
