@@ -25,6 +25,7 @@ from uniprune.common.progress import Progress, silent
 from uniprune.errors import InputError
 from uniprune.storage import dtypes, safetensors_index, strict_json
 from uniprune.storage.files import check_disk_space, check_output_folder, new_folder, path_of, replacing
+from uniprune.storage.runs import check_none_unfinished
 
 SUFFIX = ".upz"
 MAGIC = b"\x89UPZ\r\n\x1a\n"  # as PNG's: a transfer that changes line ends is seen at once
@@ -85,6 +86,7 @@ def unpack(path: str | Path, output: str | Path, *, overwrite: bool = False, pro
     path, output = path_of(path), path_of(output)
     zstd = Zstd()
     check_output_folder(output, overwrite, path)
+    check_none_unfinished(output)
     if not path.is_file():
         raise InputError(f"archive {path} does not exist")
     with path.open("rb") as archive:

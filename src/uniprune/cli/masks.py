@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,8 +10,11 @@ from pydantic import Field
 
 from uniprune.cli.groups import Overwrite, Printed, Target
 from uniprune.cli.terminal import quiet, show
+from uniprune.common.formatting import percent
 from uniprune.common.options import Options, Positional
 from uniprune.errors import InputError
+
+DETAILS = {"matrices"}  # are for --json alone
 
 
 class Masks(Options):
@@ -78,7 +82,12 @@ def union(files: Several, target: Target, over: Overwrite, printed: Printed) -> 
 def stats(file: Masks, printed: Printed) -> None:
     from uniprune.artefacts.mask_tools import stats
 
-    _tell(stats(file.masks), printed)
+    facts = stats(file.masks)
+    lines = [
+        f"{block}: {percent(part['sparsity'])}, {part['empty_rows']} empty rows, {part['empty_columns']} empty columns"
+        for block, part in facts["blocks"].items()
+    ]
+    show(facts, printed.as_json, "\n".join([*_lines({key: facts[key] for key in facts if key != "blocks"}), *lines]))
 
 
 def import_(foreign: Foreign, dense: Dense, target: Target, over: Overwrite, printed: Printed) -> None:
@@ -101,5 +110,14 @@ def export(file: Masks, wanted: Export, dense: Dense, target: Target, over: Over
 
 def _tell(result: dict[str, Any], printed: Printed) -> None:
     """The facts of the whole in lines; those of each matrix are for --json."""
-    lines = [f"{key}: {value}" for key, value in result.items() if not isinstance(value, dict) or len(value) < 8]
-    show(result, printed.as_json, "\n".join(lines))
+    show(result, printed.as_json, "\n".join(_lines(result)))
+
+
+def _lines(facts: Mapping[str, Any], before: str = "") -> list[str]:
+    lines = []
+    for key, value in facts.items():
+        if not isinstance(value, Mapping):
+            lines.append(f"{before}{key}: {value}")
+        elif key not in DETAILS:
+            lines += _lines(value, f"{before}{key}.")
+    return lines

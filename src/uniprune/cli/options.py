@@ -107,9 +107,9 @@ def _parameter(name: str, field: FieldInfo) -> click.Parameter:
         [*spelled, name],
         type=click.STRING if read_by_model else {int: click.INT, float: click.FLOAT}.get(kind, click.STRING),
         metavar=flag.metavar or ("|".join(get_args(kind)) if get_origin(kind) is Literal else METAVARS.get(kind, "TEXT")),
-        multiple=many,
+        multiple=many or flag.once,
         required=field.is_required(),
-        callback=_pairs if get_origin(kind) is dict else _joined if Commas in field.metadata else None,
+        callback=_pairs if get_origin(kind) is dict else _joined if Commas in field.metadata else _only if flag.once else None,
         help=described(field),
     )
 
@@ -143,6 +143,12 @@ def _many(field: FieldInfo) -> bool:
 def _joined(ctx: click.Context, option: click.Parameter, texts: tuple[str, ...]) -> str | None:
     """``-s 0.5 -s 2:4`` as ``-s 0.5,2:4``: of an option given twice nothing is lost."""
     return ",".join(texts) if texts else None
+
+
+def _only(ctx: click.Context, option: click.Parameter, texts: tuple[str, ...]) -> str | None:
+    if len(texts) > 1:
+        raise click.BadParameter(f"given {len(texts)} times, and takes one value", ctx, option)
+    return texts[0] if texts else None
 
 
 def _pairs(ctx: click.Context, option: click.Parameter, texts: tuple[str, ...]) -> dict[str, str]:

@@ -137,11 +137,11 @@ def evaluation_tables(result: Evaluation) -> list[Table | str]:
     """One result of ``evaluate`` as tables and sentences: those of what it measured, accuracies as a report shows them."""
     tables: list[Table | str] = []
     if result.perplexity is not None:
-        tables += [evaluation_table({result.model: result}), *text_tables(result), *perplexity_lines(result)]
+        tables += [evaluation_table({result.name: result}), *text_tables(result), *perplexity_lines(result)]
     else:
         against = f", against {result.against}" if result.against else ""
         codes = f" (dequantised from {result.quantised})" if result.quantised else ""
-        tables.append(_inert(f"{result.model}: {percent(result.sparsity)} zeros, {result.dtype}{codes}{against}"))
+        tables.append(_inert(f"{result.name}: {percent(result.sparsity)} zeros, {result.dtype}{codes}{against}"))
     summary = summarise([ResultFile(Path(), {}, result)])
     found = accuracies(summary), parts(summary), harness(summary), capabilities(summary)
     tables += [_grid_table(grid) for grid in found if grid]
@@ -170,8 +170,8 @@ def closeness_lines(result: Evaluation) -> list[str]:
     lines = []
     if found := result.closeness:
         lines.append(
-            f"Beside {result.against} (perplexity {found.reference_perplexity:.2f}): KL {found.kl:.4f} nats per token"
-            f"{_plus_minus(found.kl_stderr)}, the same likeliest token at {found.agreement:.1%} of {found.tokens} "
+            f"Beside {result.against} (perplexity {found.reference_perplexity:.2f}): KL {number(max(found.kl, 0))} nats per "
+            f"token{_plus_minus(found.kl_stderr)}, the same likeliest token at {found.agreement:.1%} of {found.tokens} "
             f"tokens{_plus_minus(found.agreement_stderr and 100 * found.agreement_stderr, 'points')}."
         )
     for row in result.generations:

@@ -26,13 +26,15 @@ class Flag(NamedTuple):
     """How a field is spelled on the command line where ``--its-name`` is not all.
 
     also: more spellings: ``-s``, ``--dataset``; a model is made with the long ones, too: ``Recipe(dataset=...)``. name: in
-    place of the field's own. metavar: of the value. default: what a value that is left out stands for, in words.
+    place of the field's own. metavar: of the value. default: what a value that is left out stands for, in words. once: given
+    again it is an error, where another command's option of that name takes several; else the last value counts.
     """
 
     also: tuple[str, ...] = ()
     name: str | None = None
     metavar: str | None = None
     default: str = ""
+    once: bool = False
 
 
 class Positional(NamedTuple):

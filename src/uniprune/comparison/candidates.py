@@ -78,7 +78,7 @@ def asked(request: ComparisonRequest) -> list[Candidate]:
     found: list[Candidate] = []
     for name in dict.fromkeys(request.methods):
         method = parse(name)
-        for sparsity in dict.fromkeys(method.sparsities(request.sparsities)):
+        for sparsity in dict.fromkeys(map(spelling.canonical, method.sparsities(request.sparsities))):
             with naming(name, sparsity):
                 settings = without if method.has_masks else shared | {"sparsity": sparsity}
                 if not method.has_masks and isinstance(spelling.parse(sparsity), NM):

@@ -88,8 +88,8 @@ class Evaluated(Options):
 
     heading: ClassVar[str] = "Evaluation"
 
-    eval_text: Annotated[str, Flag(("--eval-dataset",)), Name] = Field(
-        default="builtin", description="Evaluation data, as --text."
+    eval_text: Annotated[str, Flag(("--eval-dataset",), once=True), Name] = Field(
+        default="builtin", description="Evaluation data: one text, of the kinds that --text takes."
     )
     eval_field: Annotated[str | None, Flag(metavar="NAME", default="text, or a conversation's fields")] = Field(
         default=None, description="Field of a row that is its text."

@@ -291,7 +291,7 @@ def _of_token_file(text: Text, length: int, count: int | None, others: dict[str,
     if useless := [f"--{name}" for name, value in given.items() if value is not None]:
         raise InputError(f"token file {path} has its tokens; leave out {', '.join(useless)}")
     if tokens.shape[1] != length:
-        raise InputError(f"token file {path} has windows of {tokens.shape[1]} tokens, not {length}; give --length")
+        raise InputError(f"token file {path} has windows of {tokens.shape[1]} tokens, not {length}; leave --length out")
     if count is not None and count > len(tokens):
         raise InputError(f"token file {path} has {len(tokens)} windows, {count} were asked for; lower --windows")
     which = facts.which or ("first" if facts.bos else "none")

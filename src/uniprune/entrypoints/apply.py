@@ -66,7 +66,10 @@ def apply(
                 "give that model, or --force"
             )
 
-    with runs.open_run(output, {"command": "apply"}) as run, files.new_folder(output, run.folder) as folder:
+    with (
+        runs.open_run(output, {"command": "apply"}, overwrite=overwrite) as run,
+        files.new_folder(output, run.folder) as folder,
+    ):
         with watch("write"):
             (folder / writer.MASKS).parent.mkdir()
             shutil.copyfile(masks, folder / writer.MASKS)

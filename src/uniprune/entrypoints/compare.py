@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
@@ -33,6 +34,7 @@ from uniprune.models.loading import Loaded, Source, skeleton
 from uniprune.models.matrices import choose_matrices
 from uniprune.reporting.comparison import latex, markdown
 from uniprune.sparsity import bits
+from uniprune.sparsity.spelling import canonical
 from uniprune.storage import files, runs
 from uniprune.tasks.loading import load_task
 
@@ -117,7 +119,10 @@ def _questions(request: ComparisonRequest, subject: EvaluatedModel) -> Questions
     reading.check(compared=False)
     if request.new_tokens is not None and not request.prompts:
         raise InputError("--new-tokens is the length of what goes on with a prompt; give --prompt, or leave it out")
-    windows = subject.windows(request.eval_text, reading)
+    try:
+        windows = subject.windows(request.eval_text, reading)
+    except InputError as error:  # which names the options as evaluate has them
+        raise InputError(re.sub(r"--(?=(windows|length|stride|bos|field|split)\b)", "--eval-", str(error))) from None
     tasks = [load_task(name, request.limit, fewshot) for name, fewshot in reading.asked.items()]
     length = NEW_TOKENS if request.new_tokens is None else request.new_tokens
     questions = Questions(windows, tasks, request.prompts if length else (), length)
@@ -170,7 +175,10 @@ def _check_same(output: Path, earlier: Comparison | None, protocol: Mapping[str,
         for difference in differing
     ]
     if said:
-        raise InputError(f"output {output} is a table made otherwise: {'; '.join(said[:3])}; give another name, or --overwrite")
+        raise InputError(
+            f"output {output} is a table made otherwise: {'; '.join(said[:3])}; give another name, or --overwrite without "
+            "--resume"
+        )
 
 
 def _merged(request: ComparisonRequest, empty: Comparison, earlier: Comparison | None) -> Comparison:
@@ -180,7 +188,7 @@ def _merged(request: ComparisonRequest, empty: Comparison, earlier: Comparison |
     return Comparison(
         model=empty.model,
         methods=list(dict.fromkeys([*begun.methods, *request.methods])),
-        sparsities=list(dict.fromkeys([*begun.sparsities, *request.sparsities])),
+        sparsities=list(dict.fromkeys([*begun.sparsities, *map(canonical, request.sparsities)])),
         protocol=empty.protocol,
         comparable=followed_protocols(empty.model, empty.reading),
         rows=rows,
@@ -301,7 +309,7 @@ class _Table:
 
 
 def _recipe(request: ComparisonRequest, comparison: Comparison) -> str:
-    """The recipe file that asks for all of the table."""
+    """The recipe file that asks for all methods of the table at all of its sparsities, the table if it was made at once."""
     made = [f"{name} {version}" for name, version in comparison.protocol.versions.items()]
     head = ["uniprune compare --config recipe.yaml -o again", ", ".join(made), f"weights {comparison.protocol.weights_sha256}"]
     everything = request.model_copy(update={"methods": tuple(comparison.methods), "sparsities": tuple(comparison.sparsities)})

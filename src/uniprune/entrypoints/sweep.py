@@ -101,7 +101,7 @@ def _parsed(sparsities: Sequence[str | float | Pattern] | str, scope: Scope | No
     """The patterns by their spelling; scope: of the sparsities among them. Raises InputError if a matrix cannot have one."""
     default: Scope = scope or ("model" if saliency.comparable else "row")
     several = sparsities.split(",") if isinstance(sparsities, str) else map(str, sparsities)
-    asked = {spec: spelling.parse(spec, default=default) for spec in filter(None, map(str.strip, several))}
+    asked = {spelling.canonical(spec): spelling.parse(spec, default=default) for spec in filter(None, map(str.strip, several))}
     if not asked:
         raise InputError("no sparsity was asked for; give fractions and N:M by comma, such as 0.5,2:4")
     for pattern in asked.values():
@@ -170,11 +170,14 @@ def _earlier(output: Path, result: Sweep) -> Sweep:
     try:
         there = Sweep.read(output)
     except InputError as error:
-        raise InputError(f"output {output} cannot be resumed as a sweep ({error}); give another name, or --overwrite") from None
+        raise InputError(
+            f"output {output} cannot be resumed as a sweep ({error}); give another name, or --overwrite without --resume"
+        ) from None
     before, now = (one.model_dump(include={"scores", "protocol"}) for one in (there, result))
     differing = [change.what for change in reproduce.differences(before, now)]
     if differing:
         raise InputError(
-            f"output {output} is a sweep made otherwise ({', '.join(differing[:3])}); give another name, or --overwrite"
+            f"output {output} is a sweep made otherwise ({', '.join(differing[:3])}); give another name, or --overwrite "
+            "without --resume"
         )
     return result.model_copy(update={"dense": there.dense, "rows": there.rows})

@@ -187,17 +187,18 @@ def prepare(
         digests = meanwhile.enter_context(outline.checkpoint.digesting(outline.matrices)) if outline.checkpoint else None
         tokenizer = given.tokenizer if isinstance(given, Loaded) else load_tokenizer(given)
         windows = windows_of(recipe, outline.model, outline.origin, tokenizer)
-        _save_tokens(windows, options)
         work = outline.work(windows.tokens.shape[1])
         if isinstance(given, Loaded):
             warn_of_emulation(given.model)
             loaded, matrices, execution = given, outline.matrices, choose_for_loaded(given, work, options)
+            _save_tokens(windows, options)
         else:
             needs = memory.needs(work)
             execution = execution_of(given, work, needs, options, target)
             _check_images(windows, execution)
             if target is not None:  # each process has files of its own beside the output
                 files.check_disk_space(target, disk + distributed.count() * needs[execution].disk)
+            _save_tokens(windows, options)  # once nothing is left to refuse: a refused run leaves no file
             loaded = _load(given, tokenizer, work, execution)
             matrices = _found_in(loaded, recipe)
         if windows.prompts is not None:
@@ -234,6 +235,8 @@ def _check_outputs(
     model = origin.path if origin else None
     if save_tokens is not None and scores is not None and save_tokens.resolve() == scores.resolve():
         raise InputError(f"output {scores} cannot hold both scores and tokens; give --save-tokens another name")
+    if save_tokens is not None and output is not None and save_tokens.resolve().is_relative_to(output.resolve()):
+        raise InputError(f"--save-tokens {save_tokens} lies in the output folder, which is made anew; give it another place")
     for file in (save_tokens, scores):
         if file is not None:
             # A token file of an interrupted run is compared later on; a scores file was checked by its writer.
@@ -247,8 +250,13 @@ def _output_bytes(outline: Outline, to_folder: bool) -> int:
     """The disk space that the output takes: a checkpoint's, or a scores file's."""
     if not to_folder:
         return 4 * sum(matrix.size for matrix in outline.matrices.values())
-    itemsize = (parse_dtype(outline.recipe.dtype) or torch.float32).itemsize
-    weights = sum(parameter.numel() for parameter in outline.model.parameters()) * itemsize
+    parameters = list(outline.model.parameters())
+    if isinstance(outline.given, Loaded):
+        weights = sum(parameter.nbytes for parameter in parameters)
+    else:
+        weights = (
+            sum(parameter.numel() for parameter in parameters) * (parse_dtype(outline.recipe.dtype) or torch.float32).itemsize
+        )
     return writer.checkpoint_bytes(outline.origin, weights) if outline.origin else weights
 
 
@@ -274,6 +282,15 @@ def _save_tokens(windows: Windows, options: RunOptions) -> None:
     """Writes the token file, if one is asked for and the model has no sample left to write."""
     if options.save_tokens is not None and windows.prompts is None and distributed.rank() == 0:
         save_windows(windows, options.save_tokens, again=options.resume and not options.overwrite)
+
+
+def check_saved(options: RunOptions, output: Path) -> None:
+    """Raises InputError if a run that is complete is resumed for tokens that it did not save."""
+    if options.save_tokens is not None and not options.save_tokens.exists():
+        raise InputError(
+            f"{output} is complete, and its calibration samples were not saved as {options.save_tokens}; leave --save-tokens "
+            "out, or make it again: --overwrite without --resume"
+        )
 
 
 def warn_of_idle(recipe: Recipe) -> None:

@@ -130,7 +130,7 @@ class Calibration(Options):
     length: Annotated[int | None, Flag(("--seq-len",), default=f"{LENGTH}; as it is in a token file")] = Field(
         default=None, ge=2, description="Sequence length: tokens per calibration sample."
     )
-    seed: int = Field(default=0, ge=0, description="Random seed for calibration sampling and stochastic metrics.")
+    seed: int = Field(default=0, ge=0, lt=1 << 63, description="Random seed for calibration sampling and stochastic metrics.")
 
 
 class Layers(Options):

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from uniprune.checkpoints.layout import MatrixPart
-from uniprune.errors import UniPruneError
-from uniprune.models.blocks import rerouted
+from uniprune.errors import InputError, UniPruneError
+from uniprune.models.blocks import OVERFLOW, rerouted
 
 Call = Callable[["Slice", Tensor], Tensor]
 
@@ -295,6 +295,8 @@ class _Apart:
     @torch.no_grad()
     def _check(self, *args: Any, **kwargs: Any) -> None:
         expected = self._own(*args, **kwargs)
+        if not bool(expected.isfinite().all()):
+            raise InputError(f"{self._fused.name} {OVERFLOW}")
         found = self._fused.run(lambda part, x: part.forward(x), *args, **kwargs)
         if not torch.allclose(found, expected, rtol=0.02, atol=0.02 * float(expected.abs().max())):
             kind = type(self._fused.module).__name__

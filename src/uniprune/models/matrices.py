@@ -393,4 +393,6 @@ def check_finite(matrices: Matrices) -> None:
     for name, matrix in matrices.items():
         least, most = torch.aminmax(matrix.stored)  # both are NaN if any weight is; 50 times as fast as isfinite on all
         if not bool(torch.isfinite(least) & torch.isfinite(most)):
+            if matrix.stored.dtype == torch.float16:
+                raise InputError(f"{name}: the weights contain NaN or infinity in float16; give --dtype bfloat16 or float32")
             raise InputError(f"{name}: the weights contain NaN or infinity; the checkpoint is broken, fetch it again")

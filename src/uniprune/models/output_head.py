@@ -12,7 +12,7 @@ from torch.nn import functional
 from uniprune.checkpoints.configuration import text_config
 from uniprune.common import pictures
 from uniprune.errors import InputError
-from uniprune.models.blocks import after_backbone, text_alone
+from uniprune.models.blocks import OVERFLOW, after_backbone, text_alone
 
 PIECE = 512  # tokens whose logits are in memory at once
 
@@ -81,6 +81,8 @@ class Head:
         with text_alone(model):
             logits: Tensor = run(model).logits.float()
         logits = logits if self._common is None else logits[..., self._common]
+        if bool(logits.isnan().any()):  # infinity is how some models rule tokens out
+            raise InputError(f"the output head of {type(model).__name__} {OVERFLOW}")
         if hidden.shape[-1] == self._weight.shape[1]:
             ours = self(hidden)
             self._scale = float((logits * ours).sum() / ours.square().sum())

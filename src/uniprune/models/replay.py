@@ -262,6 +262,8 @@ class Replay:
 
         with rerouted(self.blocks, route):
             expected = last_hidden(self._model, probe)
+        if not bool(expected.isfinite().all()):
+            raise InputError(f"{type(self._model).__name__} {OVERFLOW}")
         warn_unless_causal(self._model, expected)
         found = self.leave(alone.pop().hidden, probe)
         if not torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max())):

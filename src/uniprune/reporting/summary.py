@@ -67,13 +67,18 @@ class ReportedModel:
         return next((each.against for each in self.evaluations if each.against), None)
 
     @property
+    def _against_base(self) -> list[Evaluation]:
+        """The evaluations that compare with the dense model; others may be of two pruned ones."""
+        return [each for each in self.evaluations if same_model(each.against, self.base)]
+
+    @property
     def reading(self) -> Evaluation | None:
         """The evaluation that has the perplexity."""
         return next((each for each in self.evaluations if each.perplexity is not None), None)
 
     @property
     def closeness(self) -> Closeness | None:
-        return next((each.closeness for each in self.evaluations if each.closeness), None)
+        return next((each.closeness for each in self._against_base if each.closeness), None)
 
     @property
     def controller(self) -> ControllerRecord | None:
@@ -81,11 +86,13 @@ class ReportedModel:
 
     @property
     def changes(self) -> list[Change]:
-        """Of ``acc``, task by task, where another model answered the same questions."""
-        found = []
-        for each in self.evaluations:
+        """Of ``acc``, task by task, where the dense model answered the same questions; a task in several evaluations once."""
+        found, seen = [], set()
+        for each in self._against_base:
             for name, task in each.tasks.items():
-                if other := task.against.get("acc"):
+                this = task.sha256 or name, task.num_fewshot
+                if (other := task.against.get("acc")) and this not in seen:
+                    seen.add(this)
                     value, error = task.acc - other.reference, paired_error(other.gained, other.lost, task.questions)
                     found.append(Change(task=short(name), value=value, error=error))
         return found

@@ -210,11 +210,15 @@ def accuracies(summary: Summary) -> Grid | None:
 
 
 def asked(summary: Summary) -> Iterator[tuple[ReportedModel, str, TaskResult]]:
-    """Every task that a model was asked."""
+    """Every task that a model was asked, once where several evaluations asked the same questions in the same way."""
     for subject in summary.subjects:
+        seen = set()
         for evaluation in subject.evaluations:
             for name, task in evaluation.tasks.items():
-                yield subject, name, task
+                this = name, task.sha256, task.num_fewshot, evaluation.against
+                if task.sha256 is None or this not in seen:
+                    yield subject, name, task
+                seen.add(this)
 
 
 def harness(summary: Summary) -> Grid | None:

@@ -41,6 +41,7 @@ from uniprune.runtime.packed import count, pack_into
 from uniprune.storage import files, tensor_file
 from uniprune.storage.dtypes import BY_NAME, PLAIN
 from uniprune.storage.record import Count, Facts, Record, Shape
+from uniprune.storage.runs import check_none_unfinished
 from uniprune.storage.safetensors_index import Entry
 from uniprune.storage.safetensors_index import entries as files_entries
 
@@ -178,6 +179,7 @@ def pack(folder: str | Path, output: str | Path, *, overwrite: bool = False, pro
     library()
     origin = resolve(folder)
     files.check_output_folder(output, overwrite, origin.path)
+    check_none_unfinished(output)
     checkpoint = origin.files
     if checkpoint is None:
         raise InputError(f"{origin} is no pruned checkpoint folder; give one, as prune and apply write it")

@@ -89,6 +89,8 @@ class StochRIA:
             raise InputError(f"stochria: the exponent a = {self.a} is negative, or no number")
         if not 0 < self.beta <= 1:
             raise InputError(f"stochria: beta = {self.beta} is not in (0, 1]")
+        if not 0 <= self.seed < 1 << 63:
+            raise InputError(f"stochria: the seed {self.seed} is negative, or 2**63 or more")
 
     def __call__(self, weight: Tensor, inputs: SquaredNorm) -> Tensor:
         size = weight.float().abs()

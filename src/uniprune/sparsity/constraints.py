@@ -31,11 +31,10 @@ from uniprune.sparsity.patterns import (
     grouped,
     lost,
     removed_count,
-    sampled_thresholds,
     sizes_of,
 )
 from uniprune.sparsity.spelling import PATTERNS, parse
-from uniprune.sparsity.threshold import Bounds, Threshold, thresholds
+from uniprune.sparsity.threshold import Bounds, Threshold, sampled_thresholds, thresholds
 from uniprune.sparsity.views import View
 
 DENSE = NM(1, 1)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from uniprune.errors import InputError
 from uniprune.sparsity.choices import Scope
-from uniprune.sparsity.threshold import Bounds, Threshold, thresholds
+from uniprune.sparsity.threshold import Bounds, Threshold, sampled_thresholds, thresholds
 from uniprune.sparsity.top import top
 from uniprune.sparsity.views import View
 
@@ -132,15 +132,6 @@ def sizes_of(saliency: Saliency) -> dict[str, int]:
     """How many weights each matrix has; where the saliency has no ``size``, this reads (or computes) all scores."""
     tell = getattr(saliency, "size", None)
     return {name: tell(name) if tell else saliency[name].numel() for name in saliency}
-
-
-def sampled_thresholds(sample: Saliency, keep: int, bounds: Mapping[str, Bounds], sizes: Sizes) -> dict[str, Threshold]:
-    """As :func:`thresholds`, from a sample of the scores; of those equal to the threshold all are kept."""
-    if not bounds:  # one search over all: each search waits for the GPU
-        together = torch.cat([scores.flatten() for scores in sample.values()])
-        return dict.fromkeys(sample, Threshold(thresholds({"the sample": together}, keep)["the sample"].key))
-    found = thresholds(sample, keep, bounds, sizes)
-    return {name: Threshold(one.key) if 0 < one.ties < math.inf else one for name, one in found.items()}
 
 
 def removed_count(sparsity: float, size: int) -> int:
@@ -259,7 +250,7 @@ class NM(BasePattern):
 
     @property
     def sparsity(self) -> float:
-        return 1 - self.n / self.m
+        return (self.m - self.n) / self.m  # 1 - 4 / 5 is not 0.2
 
     @property
     def sample_group(self) -> int:

@@ -26,6 +26,15 @@ class Spelled(Pattern, Protocol):
 PATTERNS: tuple[type[Spelled], ...] = (NM, Tiled, Unstructured)
 
 
+def canonical(spec: str) -> str:
+    """A pattern as records spell it: 0.50 and .5 are 0.5. What is none is left to whoever needs the pattern."""
+    try:
+        pattern = parse(spec)
+    except InputError:
+        return spec
+    return pattern.spelling[0] if isinstance(pattern, PATTERNS) else spec  # type: ignore[arg-type]
+
+
 def parse(spec: str | float | Pattern, scope: Scope | None = None, default: Scope = "row") -> Pattern:
     """A pattern from its spelling: a sparsity (``0.6``), N of M kept (``2:4``) or a sparsity of tiles (``0.8@16x16``).
 

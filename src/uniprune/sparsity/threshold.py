@@ -116,6 +116,23 @@ def thresholds(
     return {name: Threshold(common - (1 << 31)) if one.free else one.threshold for name, one in searches.items()}
 
 
+def sampled_thresholds(
+    sample: Mapping[str, Tensor], keep: int, bounds: Mapping[str, Bounds], sizes: Mapping[str, int]
+) -> dict[str, Threshold]:
+    """As :func:`thresholds`, from a sample of the scores; of those equal to the threshold all are kept.
+
+    Bounds that matrices can meet may be a few scores out of reach of their samples, which then keep what comes nearest.
+    """
+    if not bounds:  # one search over all: each search waits for the GPU
+        together = torch.cat([scores.flatten() for scores in sample.values()])
+        return dict.fromkeys(sample, Threshold(thresholds({"the sample": together}, keep)["the sample"].key))
+    bounds = {name: (min(bound), max(bound)) for name, bound in bounds.items()}
+    limits = [bounds.get(name, (0, sizes[name])) for name in sample]
+    keep = min(max(keep, sum(least for least, _ in limits)), sum(most for _, most in limits))
+    found = thresholds(sample, keep, bounds, sizes)
+    return {name: Threshold(one.key) if 0 < one.ties < math.inf else one for name, one in found.items()}
+
+
 @dataclass
 class _Search:
     """The search for one matrix's threshold: the digits found so far, and how many scores lie above all that begin with them.

@@ -82,6 +82,12 @@ def open_run(output: Path, identity: Mapping[str, Any], *, resume: bool = False,
         _delete(folder)
 
 
+def check_none_unfinished(output: Path) -> None:
+    """Raises InputError if there is an interrupted run of ``output``: for what writes a folder at once, without a run."""
+    if identity_of(output) is not None:
+        _refuse(output, {})
+
+
 def _refuse(output: Path, identity: Mapping[str, Any]) -> NoReturn:
     """Raises InputError that says how to go on with what was interrupted: as what it began."""
     begun, ways = (identity_of(output) or {}).get("command"), "--resume continues it, --overwrite restarts"
