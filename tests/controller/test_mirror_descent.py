@@ -1,5 +1,7 @@
 """The controller against plain autograd, torch's Adam, and its own promises."""
 
+import math
+from dataclasses import dataclass, field
 from urllib.parse import unquote
 
 import pytest
@@ -325,15 +327,119 @@ def test_held_out_windows_judge_no_more_often_than_the_budget_counts(steps):
     assert len(record.held_out_loss) <= 1 + 4  # the start, and as often as asked
 
 
-def test_a_diverging_descent_backs_off_and_keeps_the_start():
-    model, matrices, ids, metric, settings = setting(step_size=1000.0)
-    duals, record = settings.calibrate(Calibration(model, matrices, ids), metric, [NM(2, 4)], 8)
-    assert record.best_held_out_loss <= record.held_out_loss[0]
-    if record.best_held_out_loss == record.held_out_loss[0]:
-        with StraightThrough(matrices) as network:
-            norms, gradients, *_ = sensitivities(resident(model, network), ids[:28], SquaredNorm)
-        for name in matrices:
-            assert torch.equal(duals[name], settings.init(metric(matrices[name].weight, norms[name]), gradients[name]).dual)
+@dataclass
+class Script:
+    """The held-out KL of each check as a test wants it; what the descent had when it was checked, and before each step."""
+
+    values: list[float]
+    checked: list[dict] = field(default_factory=list)  # the duals
+    stepped: list[dict] = field(default_factory=list)  # the states
+    sizes: list[float] = field(default_factory=list)  # of each step, in all matrices
+    stops_before: int = -1  # the step that is not taken any more
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """Has every descent follow a script."""
+    followed, step, update = Script([]), Descent.step, MirrorDescent.step
+
+    def held_out_kl(self, targets, windows):
+        followed.checked.append({name: self.states.dual(name).clone() for name in self.states})
+        return followed.values[len(self.history)]
+
+    def stepped(self, *arguments):
+        if len(self.record["loss"]) == followed.stops_before:
+            raise KeyboardInterrupt
+        followed.stepped.append(dict(self.states))
+        return step(self, *arguments)
+
+    def updated(self, state, gradient, size, start=None):
+        if size not in followed.sizes:
+            followed.sizes.append(size)
+        return update(self, state, gradient, size, start)
+
+    monkeypatch.setattr(Descent, "held_out_kl", held_out_kl)
+    monkeypatch.setattr(Descent, "step", stepped)
+    monkeypatch.setattr(MirrorDescent, "step", updated)
+    return followed
+
+
+def followed_by(script, values, checks, run=None):
+    """The result of a descent that is checked after every second step, and its matrices."""
+    script.values = values
+    model, matrices, ids, metric, settings = setting(checks=checks)
+    duals, record = settings.calibrate(Calibration(model, matrices, ids, run=run), metric, [NM(2, 4)], 2 * checks)
+    return {name: duals[name].clone() for name in matrices}, record
+
+
+def test_a_descent_that_always_diverges_ends_where_it_started(script):
+    duals, record = followed_by(script, [1.0, 2.0, 2.0, 2.0], checks=3)
+    assert record.backed_off == 3
+    assert record.best_held_out_loss == 1.0
+    full = [MirrorDescent().step_size * left / 6 for left in (6, 5, 4, 3, 2, 1)]
+    assert script.sizes == pytest.approx([*full[:2], full[2] / 2, full[3] / 2, full[4] / 4, full[5] / 4])
+    model, matrices, ids, metric, settings = setting()
+    with StraightThrough(matrices) as network:
+        norms, gradients, *_ = sensitivities(resident(model, network), ids[:28], SquaredNorm)
+    for name in matrices:
+        assert torch.equal(duals[name], settings.init(metric(matrices[name].weight, norms[name]), gradients[name]).dual)
+
+
+@pytest.mark.parametrize("diverged", [1.51, math.inf, math.nan])
+def test_a_descent_that_diverges_goes_on_from_the_best_at_half_the_step(script, caplog, diverged):
+    duals, record = followed_by(script, [1.0, 0.8, diverged, 0.7], checks=3)
+    assert record.backed_off == 1
+    assert "the controller diverged" in caplog.text
+    full = [MirrorDescent().step_size * left / 6 for left in (6, 5, 4, 3, 2, 1)]
+    assert script.sizes == pytest.approx([*full[:4], full[4] / 2, full[5] / 2])
+    _, best, left, last = script.checked
+    for name, state in script.stepped[4].items():  # right after it backed off
+        assert torch.equal(state.dual, best[name])
+        assert not torch.equal(state.dual, left[name])
+        assert (state.steps, bool(state.ratio.any()), bool(state.rms.any())) == (0, False, False)
+        assert torch.equal(duals[name], last[name])
+    assert record.best_held_out_loss == 0.7
+    assert len(record.loss) == 6
+
+
+@pytest.mark.parametrize(
+    ("values", "taken", "best"),
+    [
+        ([1.0, 1.1, 1.1], 4, 0),
+        ([1.0, 1.5, 1.5], 4, 0),  # not yet divergence
+        ([1.0, 1.0, 1.0], 4, 0),  # nor improvement
+        ([1.0, 1.1, 2.0, 1.1], 6, 0),  # a divergence between them neither counts nor begins anew
+        ([1.0, 1.1, 0.9, 1.1, 1.1], 8, 2),  # an improvement does begin anew
+        ([1.0, 1.1, 0.9, 1.1, 0.8, 0.9], 10, 4),
+    ],
+)
+def test_a_descent_ends_after_two_checks_without_improvement(script, values, taken, best):
+    duals, record = followed_by(script, values, checks=5)
+    assert record.steps == 10
+    assert len(record.loss) == len(record.flips) == taken
+    assert record.held_out_loss == values
+    assert record.best_held_out_loss == values[best]
+    assert record.backed_off == (2.0 in values)
+    assert all(torch.equal(dual, script.checked[best][name]) for name, dual in duals.items())
+
+
+@pytest.mark.parametrize("stops_before", [1, 3, 4, 5])
+def test_a_descent_that_is_resumed_knows_its_checks(script, tmp_path, monkeypatch, stops_before):
+    """How often it backed off, and how long it has not improved: it diverges before the 3rd step, and ends after the 6th."""
+    monkeypatch.setattr(runs.Pace, "due", lambda self: True)
+    values, run = [1.0, 2.0, 1.1, 1.1], Run(tmp_path)
+    expected, record = followed_by(script, values, checks=5)
+    assert (record.backed_off, len(record.loss)) == (1, 6)
+    script.sizes.clear()
+    script.stops_before = stops_before
+    with pytest.raises(KeyboardInterrupt):
+        followed_by(script, values, checks=5, run=run)
+    script.stops_before = -1
+    found, again = followed_by(script, values, checks=5, run=run)
+    assert again == record
+    assert all(torch.equal(found[name], dual) for name, dual in expected.items())
+    assert len(script.sizes) == 6
+    followed_by(script, [], checks=5, run=run)  # is over, although not all steps were taken
 
 
 def test_same_seed_same_duals():

@@ -28,7 +28,8 @@ class ControllerRecord(Facts):
 
     objective, unit: what ``loss`` is, e.g. KL in nats per token. loss: at each step. held_out_loss: on windows that no step
     saw, the start's first; best_held_out_loss: that of the result. judged_every: steps between two of them. flips: the share of
-    masks that each step changed. targets: the patterns that it was calibrated for. steps: as planned; it may end sooner.
+    masks that each step changed. backed_off: how often the descent diverged and went on from the best state at half the step
+    size. targets: the patterns that it was calibrated for. steps: as planned; it may end sooner.
     without_gradient: matrices that no step could move.
     """
 
@@ -43,6 +44,7 @@ class ControllerRecord(Facts):
     best_held_out_loss: float | None = None
     judged_every: int | None = None
     flips: list[float] = []
+    backed_off: int = Field(0, ge=0)
     targets: list[str] = []
     without_gradient: list[str] = []
     starved: Starved | None = None
