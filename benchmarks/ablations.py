@@ -14,7 +14,7 @@ from typing import Any
 
 from common import DATA, FAST, load, save
 from quality import Bench
-from uniprune.controller.descent import any_sparsity
+from uniprune.controller.controllers import any_sparsity
 from uniprune.controller.mirror_descent import MirrorDescent
 from uniprune.data.windows import load_windows
 from uniprune.evaluation import perplexity as perplexity_module

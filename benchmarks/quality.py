@@ -39,7 +39,8 @@ import baselines
 import uniprune
 from common import CALIBRATION, DATA, EVALUATION, FAST, load, peak_memory, processor, qwen, relative, save, smollm2
 from uniprune.comparison.sparsegpt import sparsegpt
-from uniprune.controller import descent
+from uniprune.controller import controllers
+from uniprune.controller.descent import loop
 from uniprune.controller.mirror_descent import MirrorDescent
 from uniprune.controller.published import UniPruning
 from uniprune.controller.start import Fisher
@@ -209,7 +210,7 @@ class Bench:
             yield spec, pattern, dict(pattern(saliency)), tokens
 
     def any(self, specs: list[str]) -> Cut:
-        saliency, tokens = self.descend(descent.any_sparsity())
+        saliency, tokens = self.descend(controllers.any_sparsity())
         return cut_from(saliency, specs, tokens, "model")
 
     def descend(self, targets: Any, budget: int | None = None, **settings: Any) -> tuple[dict[str, torch.Tensor], int]:
@@ -218,7 +219,7 @@ class Bench:
         tuned = MirrorDescent(**settings)
         held_out = max(tuned.held_out, len(targets))
         judged = held_out * LENGTH * (tuned.checks + 1)
-        steps = ((budget or self.budget) - descent.START_TOKENS - judged) // tuned.batch_tokens
+        steps = ((budget or self.budget) - loop.START_TOKENS - judged) // tuned.batch_tokens
         wanted = steps * tuned.batch_tokens // LENGTH
         windows = self.text(min(wanted, (self.fresh or wanted * LENGTH) // LENGTH) + held_out)
         distinct = len(windows) - held_out
@@ -228,7 +229,7 @@ class Bench:
             found, record = tuned.calibrate(calibration, metrics.Wanda(), targets, steps, self.seed)
             saliency = {name: dual.clone() for name, dual in found.items()}
         print(record, flush=True)
-        return saliency, record.tokens + descent.START_TOKENS + judged
+        return saliency, record.tokens + loop.START_TOKENS + judged
 
     @contextmanager
     def kept(self, targets: Any, windows: torch.Tensor, settings: dict[str, Any]) -> Iterator[Run | None]:

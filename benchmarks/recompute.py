@@ -28,7 +28,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from common import load, save
 from shards import SIZES, STD
 from uniprune import Recipe
-from uniprune.controller import descent
+from uniprune.controller.descent import loop
 from uniprune.controller.mirror_descent import MirrorDescent
 from uniprune.controller.passes import open_passes
 from uniprune.job.memory import Work, needs
@@ -103,7 +103,7 @@ def side(name: str, size: str, blocks: int | None, tokens: int, steps: int) -> R
         passes = open_passes(calibration, run)
         with passes.network:
             few, store = replace(calibration, windows=windows[:1]), Store(run, "descent")
-            moving = descent.Descent(settings, passes, few, Wanda(), [target], run, store)
+            moving = loop.Descent(settings, passes, few, Wanda(), [target], run, store)
             found = [peak_of(lambda: moving.step(windows, target, 1.0)) for _ in range(steps)]
         digest, cut = sha256(), target.prepare({})
         for matrix in matrices:

@@ -16,7 +16,7 @@ import uniprune
 from conftest import VOCABULARY, tiny_model
 from uniprune.artefacts.writer import MASKS
 from uniprune.common import distributed
-from uniprune.controller import descent, states
+from uniprune.controller.descent import loop, states
 from uniprune.controller.mirror_descent import MirrorDescent
 from uniprune.controller.start import in_steps
 from uniprune.data import text
@@ -238,7 +238,7 @@ class Gate(torch.nn.Module):
 def reached(place, opens):
     """A descent in which gradients reach some matrices only in the steps, if at all."""
     with distributed.joined(CPU):
-        model, gate, step = tiny_model(), Gate(), descent.Descent.step
+        model, gate, step = tiny_model(), Gate(), loop.Descent.step
         for layer in model.model.layers:
             layer.mlp.act_fn = gate
 
@@ -246,7 +246,7 @@ def reached(place, opens):
             gate.opened = opens
             return step(self, *arguments)
 
-        descent.Descent.step = stepped
+        loop.Descent.step = stepped
         tokens = torch.randint(0, VOCABULARY, (10, 16), generator=torch.Generator().manual_seed(0))
         calibration = Calibration(model, find_matrices(model), tokens)
         _, record = MirrorDescent(batch_tokens=64).calibrate(calibration, Wanda(), [NM(2, 4)], 2)

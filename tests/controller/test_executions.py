@@ -12,9 +12,9 @@ from conftest import Stopped, Stops, kept_bytes
 from small_models import MATRICES, Looped, tiny
 from uniprune import Recipe
 from uniprune.checkpoints.origin import resolve
+from uniprune.controller.descent.states import Masks, PackedMasks
 from uniprune.controller.mirror_descent import MirrorDescent
 from uniprune.controller.passes import Resident, open_passes
-from uniprune.controller.states import Masks, PackedMasks
 from uniprune.errors import InputError
 from uniprune.job import memory
 from uniprune.job.execution import choose

@@ -10,8 +10,9 @@ from torch.nn import functional
 
 from conftest import VOCABULARY, tiny_model
 from small_models import MATRICES, tiny
-from uniprune.controller.descent import Descent, any_sparsity
-from uniprune.controller.loss import Loss
+from uniprune.controller.controllers import any_sparsity
+from uniprune.controller.descent.loop import Descent
+from uniprune.controller.descent.loss import Loss
 from uniprune.controller.mirror_descent import MirrorDescent, confidence, dither, from_ue5m3, noise_of, to_ue5m3
 from uniprune.controller.passes import Resident, Streamed
 from uniprune.controller.start import sensitivities
@@ -460,7 +461,7 @@ def test_a_descent_that_is_over_is_not_made_again(tmp_path, monkeypatch):
     found, record = settings.calibrate(calibration, metric, [NM(2, 4)], 2)
     kept = {unquote(path.name).split("/")[0] for path in (tmp_path / "descent").iterdir()}
     assert kept == {"best"}
-    monkeypatch.setattr("uniprune.controller.descent.Descent", None)
+    monkeypatch.setattr("uniprune.controller.descent.loop.Descent", None)
     again, same_record = settings.calibrate(calibration, metric, [NM(2, 4)], 2)
     assert same_record == record
     assert all(torch.equal(found[name], again[name]) for name in matrices)

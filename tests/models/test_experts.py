@@ -14,7 +14,7 @@ from small_models import VOCABULARY, kind_of, tiny
 from uniprune import Loaded, Recipe
 from uniprune.checkpoints.checkpoint import Files, checkpoint_of
 from uniprune.cli.tables import plan_lines
-from uniprune.controller.loss import Loss
+from uniprune.controller.descent.loss import Loss
 from uniprune.controller.passes import Resident
 from uniprune.controller.start import sensitivities
 from uniprune.controller.straight_through import StraightThrough

@@ -12,7 +12,7 @@ from conftest import tiny_model
 from families import same_files
 from small_models import VOCABULARY, save, tiny
 from uniprune import Recipe
-from uniprune.controller.descent import Descent
+from uniprune.controller.descent.loop import Descent
 from uniprune.data.windows import Windows, save_windows
 from uniprune.errors import InputError
 from uniprune.models import matrices

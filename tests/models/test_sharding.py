@@ -16,7 +16,7 @@ from conftest import VOCABULARY, Stopped, Stops, tiny_model
 from uniprune import Recipe
 from uniprune.checkpoints.origin import Origin, resolve
 from uniprune.common import distributed
-from uniprune.controller.loss import Loss
+from uniprune.controller.descent.loss import Loss
 from uniprune.controller.passes import Streamed
 from uniprune.controller.straight_through import StraightThrough
 from uniprune.job.execution import choose

@@ -19,11 +19,12 @@ from small_models import MATRICES, Looped, kind_of, tiny
 from uniprune import Recipe
 from uniprune.checkpoints.origin import Origin, resolve
 from uniprune.common.formatting import parse_size
-from uniprune.controller import descent
-from uniprune.controller.loss import Loss
+from uniprune.controller import controllers
+from uniprune.controller.descent import loop
+from uniprune.controller.descent.loss import Loss
+from uniprune.controller.descent.states import OnDisk
 from uniprune.controller.mirror_descent import MirrorDescent
 from uniprune.controller.passes import Resident, Streamed
-from uniprune.controller.states import OnDisk
 from uniprune.controller.straight_through import StraightThrough
 from uniprune.errors import InputError, MismatchError, UniPruneError
 from uniprune.job.execution import choose
@@ -200,7 +201,7 @@ def test_descents_agree(tmp_path):
     loaded = open_streamed(resolve(tmp_path), None, torch.float32, CPU)
     hollow = attached(find_matrices(loaded.model), loaded.residency)
     ids, settings = tokens(32, 32, VOCABULARY), MirrorDescent(step_size=0.05, batch_tokens=128)
-    targets = descent.any_sparsity()
+    targets = controllers.any_sparsity()
     expected, record = settings.calibrate(Calibration(model, find_matrices(model), ids), Wanda(), targets, 8)
     found, again = settings.calibrate(Calibration(loaded.model, hollow, ids, loaded.residency), Wanda(), targets, 8)
     assert again.held_out_loss == pytest.approx(record.held_out_loss, rel=1e-4)
@@ -226,7 +227,7 @@ def test_the_states_take_the_disk_that_was_forecast(tmp_path, monkeypatch):
         return [1.0, 0.9, 0.5, 0.9, 0.8][len(judged) - 1]
 
     monkeypatch.setattr("uniprune.storage.tensor_store.sync", sync)
-    monkeypatch.setattr(descent.Descent, "held_out_kl", held_out_kl)
+    monkeypatch.setattr(loop.Descent, "held_out_kl", held_out_kl)
     monkeypatch.setattr("uniprune.job.memory.BATCH_TOKENS", 1)
     ids, settings = tokens(32, 32, VOCABULARY), MirrorDescent(batch_tokens=128)
     expected = needs(Work(loaded.model, hollow, Recipe(controller=settings), torch.float32, torch.float32, 32))["streamed"].disk

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from uniprune.common.progress import Progress
 from uniprune.common.provenance import Stopwatch
-from uniprune.controller.descent import any_sparsity
+from uniprune.controller.controllers import any_sparsity
 from uniprune.job.prepare import Job
 from uniprune.job.recipe import Recipe
 from uniprune.job.scoring import fitting, scored

@@ -1,4 +1,4 @@
-"""The controllers by name, and their spelling in recipes and on the command line."""
+"""The controllers by name, their spelling in recipes and on the command line, and what they aim at for any sparsity."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from uniprune.controller.protocol import Controller
 from uniprune.controller.published import UniPruning
 from uniprune.controller.start import Fisher
 from uniprune.errors import InputError
+from uniprune.sparsity.patterns import NM, Pattern, Unstructured
 
 CONTROLLERS: dict[str, type[Controller]] = {
     "feedback": MirrorDescent,
@@ -58,3 +59,8 @@ def check(controller: Any) -> None:
     """Raises InputError, with the reason, unless an object can be the controller of a run."""
     members = ("cost", "in_memory", "one_process", "comparable", "step_tokens", "calibrate")
     fields.check_object(controller, "controller", members)
+
+
+def any_sparsity() -> tuple[Pattern, ...]:
+    """The targets, in turn, of a calibration whose scores are for any sparsity; 2:4 twice: it learns least from the others."""
+    return *(Unstructured(sparsity, "model") for sparsity in (0.5, 0.6, 0.7)), NM(2, 4), NM(4, 8), NM(2, 4)

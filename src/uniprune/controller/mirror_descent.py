@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from uniprune.common.fused import fused
-from uniprune.controller import descent
+from uniprune.controller.descent import loop
 from uniprune.controller.protocol import ControllerRecord, Cost
 from uniprune.controller.start import step_windows
 from uniprune.errors import InputError
@@ -146,8 +146,8 @@ class MirrorDescent:
         steps: int | None = None,
         seed: int = 0,
     ) -> tuple[Mapping[str, Tensor], ControllerRecord]:
-        """The best duals of a descent, see ``descent.descend``."""
-        return descent.descend(self, calibration, metric, targets, steps, seed)
+        """The best duals of a descent, see ``loop.descend``."""
+        return loop.descend(self, calibration, metric, targets, steps, seed)
 
     def init(self, local: Tensor, output_gradient: Tensor) -> State:
         """The first state. local: scores ``[out, in]``, >= 0. output_gradient: RMS ``[out]`` of dL/dy over the tokens."""

@@ -13,7 +13,7 @@ from uniprune.checkpoints.origin import spelled
 from uniprune.common import distributed
 from uniprune.common.progress import Progress, silent
 from uniprune.common.provenance import versions
-from uniprune.controller.descent import any_sparsity
+from uniprune.controller.controllers import any_sparsity
 from uniprune.data.sources import files_of
 from uniprune.errors import InputError
 from uniprune.job.inference import inferring

@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from uniprune.common import distributed
-from uniprune.controller.loss import Loss
+from uniprune.controller.descent.loss import Loss
+from uniprune.controller.descent.states import Best, InMemory, MaskFactory, OnDisk, Rule, State, States
 from uniprune.controller.passes import Passes, open_passes
 from uniprune.controller.protocol import ControllerRecord
 from uniprune.controller.start import in_steps, sensitivities, warn_without_gradient
-from uniprune.controller.states import Best, InMemory, MaskFactory, OnDisk, Rule, State, States
 from uniprune.controller.straight_through import Evener
 from uniprune.errors import InputError
 from uniprune.saliency.calibration import Calibration, LocalSaliency
@@ -319,11 +319,6 @@ def _record(steps: int, every: int, facts: Mapping[str, Any]) -> ControllerRecor
         best_held_out_loss=facts["best"],
         **facts["record"],
     )
-
-
-def any_sparsity() -> tuple[Pattern, ...]:
-    """The targets, in turn, of a calibration whose scores are for any sparsity; 2:4 twice: it learns least from the others."""
-    return *(Unstructured(sparsity, "model") for sparsity in (0.5, 0.6, 0.7)), NM(2, 4), NM(4, 8), NM(2, 4)
 
 
 def _split(windows: Tensor, held_out: int) -> tuple[Tensor, Tensor]:
