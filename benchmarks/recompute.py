@@ -29,6 +29,8 @@ from common import load, save
 from shards import SIZES, STD
 from uniprune import Recipe
 from uniprune.controller.descent import loop
+from uniprune.controller.descent.position import Position
+from uniprune.controller.descent.teacher import TeacherCache
 from uniprune.controller.mirror_descent import MirrorDescent
 from uniprune.controller.passes import open_passes
 from uniprune.job.memory import Work, needs
@@ -37,7 +39,7 @@ from uniprune.saliency.calibration import Calibration
 from uniprune.saliency.metrics import Wanda
 from uniprune.sparsity.patterns import NM
 from uniprune.storage.runs import Run
-from uniprune.storage.stash import give_back_memory
+from uniprune.storage.stash import Stash, give_back_memory
 from uniprune.storage.tensor_store import Store
 
 SIDES = ("resident", "recomputed")
@@ -103,11 +105,12 @@ def side(name: str, size: str, blocks: int | None, tokens: int, steps: int) -> R
         passes = open_passes(calibration, run)
         with passes.network:
             few, store = replace(calibration, windows=windows[:1]), Store(run, "descent")
-            moving = loop.Descent(settings, passes, few, Wanda(), [target], run, store)
+            position = Position(settings, few, [target], run, store)
+            moving = loop.Descent(settings, passes, few, Wanda(), position, TeacherCache(passes, Stash(run.aside())))
             found = [peak_of(lambda: moving.step(windows, target, 1.0)) for _ in range(steps)]
         digest, cut = sha256(), target.prepare({})
         for matrix in matrices:
-            digest.update(cut(matrix, moving.states.dual(matrix)).numpy().data)
+            digest.update(cut(matrix, position.states.dual(matrix)).numpy().data)
     return {
         "peak_bytes": max(peak for peak, _, _ in found),
         "seconds": statistics.median(seconds for _, seconds, _ in found[1:] or found),

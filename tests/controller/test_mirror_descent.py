@@ -13,6 +13,8 @@ from small_models import MATRICES, tiny
 from uniprune.controller.controllers import any_sparsity
 from uniprune.controller.descent.loop import Descent
 from uniprune.controller.descent.loss import Loss
+from uniprune.controller.descent.position import Position
+from uniprune.controller.descent.teacher import TeacherCache
 from uniprune.controller.mirror_descent import MirrorDescent, confidence, dither, from_ue5m3, noise_of, to_ue5m3
 from uniprune.controller.passes import Resident, Streamed
 from uniprune.controller.start import sensitivities
@@ -26,6 +28,7 @@ from uniprune.saliency.statistics import SquaredNorm
 from uniprune.sparsity.patterns import NM, Tiled, Unstructured
 from uniprune.storage import runs
 from uniprune.storage.runs import Run
+from uniprune.storage.stash import Stash
 from uniprune.storage.tensor_store import Store
 
 
@@ -248,8 +251,13 @@ def test_sampled_thresholds_are_close_to_the_exact_ones(tmp_path):
 
 def opened(settings, model, network, ids, metric, targets, run):
     """A descent before its first step."""
-    calibration = Calibration(model, network.matrices, ids)
-    return Descent(settings, resident(model, network), calibration, metric, targets, run, Store(run, "descent"))
+    return over(settings, resident(model, network), Calibration(model, network.matrices, ids), metric, targets, run)
+
+
+def over(settings, passes, calibration, metric, targets, run):
+    """As :func:`opened`, by these passes."""
+    position = Position(settings, calibration, targets, run, Store(run, "descent"))
+    return Descent(settings, passes, calibration, metric, position, TeacherCache(passes, Stash(run.aside())))
 
 
 def setting(**changes):
@@ -345,13 +353,13 @@ def script(monkeypatch):
     followed, step, update = Script([]), Descent.step, MirrorDescent.step
 
     def held_out_kl(self, targets, windows):
-        followed.checked.append({name: self.states.dual(name).clone() for name in self.states})
-        return followed.values[len(self.history)]
+        followed.checked.append({name: self.position.states.dual(name).clone() for name in self.position.own})
+        return followed.values[len(self.log.held_out_loss)]
 
     def stepped(self, *arguments):
-        if len(self.record["loss"]) == followed.stops_before:
+        if len(self.log.loss) == followed.stops_before:
             raise KeyboardInterrupt
-        followed.stepped.append(dict(self.states))
+        followed.stepped.append(dict(self.position.states))
         return step(self, *arguments)
 
     def updated(self, state, gradient, size, start=None):
@@ -487,7 +495,7 @@ def test_windows_that_judge_see_the_dense_model_once(execution, tmp_path, monkey
     with StraightThrough(matrices) as network:
         run, blocks = Run(tmp_path), find_blocks(model)[1]
         ways = Resident(model, blocks, network) if passes is Resident else Streamed(model, Replay(model, blocks), network)
-        descent = Descent(settings, ways, Calibration(model, matrices, ids), metric, targets, run, Store(run, "descent"))
+        descent = over(settings, ways, Calibration(model, matrices, ids), metric, targets, run)
         infer = passes.infer
         monkeypatch.setattr(passes, "infer", lambda self, batch: seen.append(len(batch)) or infer(self, batch))
         first = descent.held_out_kl(targets, ids[:6])
@@ -498,7 +506,7 @@ def test_windows_that_judge_see_the_dense_model_once(execution, tmp_path, monkey
         assert sum(seen) == 10
         kept = {path.name for path in run.aside().iterdir()}
         ids = ids.clone()  # as in another process, which goes on with the run
-        again = Descent(settings, ways, Calibration(model, matrices, ids), metric, targets, run, Store(run, "descent"))
+        again = over(settings, ways, Calibration(model, matrices, ids), metric, targets, run)
         assert again.held_out_kl(targets, ids[:6]) == first
         assert {path.name for path in run.aside().iterdir()} == kept
 

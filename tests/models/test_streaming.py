@@ -223,7 +223,7 @@ def test_the_states_take_the_disk_that_was_forecast(tmp_path, monkeypatch):
         taken.append(sum(512 * file.stat().st_blocks for file in run.folder.rglob("*") if file.is_file()))
 
     def held_out_kl(self, targets, windows):
-        judged.append({name: self.states.dual(name).clone() for name in hollow})
+        judged.append({name: self.position.states.dual(name).clone() for name in hollow})
         return [1.0, 0.9, 0.5, 0.9, 0.8][len(judged) - 1]
 
     monkeypatch.setattr("uniprune.storage.tensor_store.sync", sync)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -309,17 +308,13 @@ class Best(Mapping[str, Tensor]):
 
     own: the matrices that this process owns; the duals of the others can be read after the last commit. They are committed
     with the states, so that a resumed descent finds the best duals as of the commit that it resumes from.
-
-    value: the held-out KL of the state, in nats per token.
     """
 
     def __init__(self, store: Store, matrices: Matrices, device: torch.device, own: Iterable[str]) -> None:
         self._store, self._matrices, self._device, self._own = store, matrices, device, list(own)
-        self.value = math.inf
 
-    def keep(self, value: float, states: States) -> None:
-        """Makes the present state the best one."""
-        self.value = value
+    def keep(self, states: States) -> None:
+        """Makes the present duals the best ones."""
         for name in self._own:
             states.keep_dual(name, f"best/{name}")
 
