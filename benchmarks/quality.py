@@ -41,9 +41,9 @@ from common import CALIBRATION, DATA, EVALUATION, FAST, load, peak_memory, proce
 from uniprune.comparison.sparsegpt import sparsegpt
 from uniprune.controller import controllers
 from uniprune.controller.descent import loop
+from uniprune.controller.fisher import Fisher
 from uniprune.controller.mirror_descent import MirrorDescent
-from uniprune.controller.published import UniPruning
-from uniprune.controller.start import Fisher
+from uniprune.controller.unipruning import UniPruning
 from uniprune.data.windows import load_windows
 from uniprune.evaluation import perplexity as perplexity_module
 from uniprune.models import masking

@@ -17,7 +17,7 @@ __version__ = "0.1.0"
 _HOME = {
     "controller.mirror_descent": ("MirrorDescent",),
     "controller.protocol": ("Controller", "ControllerRecord", "Cost"),
-    "controller.published": ("UniPruning",),
+    "controller.unipruning": ("UniPruning",),
     "entrypoints.apply": ("apply",),
     "entrypoints.bench": ("bench",),
     "entrypoints.calibrate": ("calibrate",),
@@ -45,7 +45,7 @@ _MODULE = {name: module for module, names in _HOME.items() for name in names}
 if TYPE_CHECKING:
     from uniprune.controller.mirror_descent import MirrorDescent
     from uniprune.controller.protocol import Controller, ControllerRecord, Cost
-    from uniprune.controller.published import UniPruning
+    from uniprune.controller.unipruning import UniPruning
     from uniprune.entrypoints.apply import apply
     from uniprune.entrypoints.bench import bench
     from uniprune.entrypoints.calibrate import calibrate

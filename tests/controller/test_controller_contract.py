@@ -16,7 +16,7 @@ from uniprune.common import distributed
 from uniprune.controller import controllers
 from uniprune.controller.controllers import CONTROLLERS
 from uniprune.controller.mirror_descent import MirrorDescent
-from uniprune.controller.published import UniPruning
+from uniprune.controller.unipruning import UniPruning
 from uniprune.errors import InputError
 from uniprune.job import prepare as job
 from uniprune.models.matrices import find_matrices

@@ -12,9 +12,9 @@ from small_models import tiny
 from uniprune import Recipe
 from uniprune.controller.mirror_descent import MirrorDescent
 from uniprune.controller.passes import Resident
-from uniprune.controller.published import UniPruning
 from uniprune.controller.start import sensitivities
 from uniprune.controller.straight_through import StraightThrough
+from uniprune.controller.unipruning import UniPruning
 from uniprune.errors import InputError
 from uniprune.models import masking
 from uniprune.models.blocks import last_hidden

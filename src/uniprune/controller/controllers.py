@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from uniprune.common import fields
+from uniprune.controller.fisher import Fisher
 from uniprune.controller.mirror_descent import MirrorDescent
 from uniprune.controller.protocol import Controller
-from uniprune.controller.published import UniPruning
-from uniprune.controller.start import Fisher
+from uniprune.controller.unipruning import UniPruning
 from uniprune.errors import InputError
 from uniprune.sparsity.patterns import NM, Pattern, Unstructured
 

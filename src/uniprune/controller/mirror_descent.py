@@ -14,8 +14,8 @@ at the start, and rho the strength of the anchor, a pull back to the start. The 
 all weights would move by the same factor, at 1 by the same amount. The loss is that of ``loss.Loss``, by default the divergence
 from the dense model's predictions. The weights are never changed.
 
-The idea is UniPruning's (arXiv 2510.03291). Departure: there the gradient comes from a copy of the weights that is trained
-meanwhile; here it comes from the pruned model itself, and there is no copy. (``published`` is the variant as it was published.)
+The idea is UniPruning's (arXiv 2510.03291; ``unipruning`` is the variant as it was published). Departure: there the gradient
+comes from a copy of the weights that is trained meanwhile; here it comes from the pruned model itself, and there is no copy.
 
 On few tokens, the noise of the gradients is what limits the descent. Three things reduce it. Rows and columns move only as far
 as their gradients agree from step to step (:func:`confidence`). And so that a few tokens with large gradients do not drown the

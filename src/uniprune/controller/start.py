@@ -1,32 +1,23 @@
 """What a descent starts from: input statistics and output gradients of one pass of the dense model, forwards and backwards.
 
-And the controller that uses these alone (:class:`Fisher`).
+``fisher`` is the controller that uses these alone.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Collection
 from statistics import median
-from typing import ClassVar, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from uniprune.common import distributed
 from uniprune.common.progress import Progress, silent
-from uniprune.controller.passes import Passes, open_passes
-from uniprune.controller.protocol import ControllerRecord, Cost
-from uniprune.errors import InputError
-from uniprune.models.matrices import Matrices
-from uniprune.saliency.calibration import Calibration, LocalSaliency
-from uniprune.saliency.metrics import Metric
-from uniprune.saliency.observation import check_seen, fill_starved_experts, observing, starved, sum_over_processes
+from uniprune.controller.passes import Passes
+from uniprune.saliency.observation import check_seen, fill_starved_experts, observing, sum_over_processes
 from uniprune.saliency.statistics import Kind, SquaredNorm, Statistic, Statistics, additional
-from uniprune.sparsity.patterns import Pattern, by_row
-from uniprune.storage import runs
 from uniprune.storage.runs import Run
 from uniprune.storage.tensor_store import Store
 
@@ -48,70 +39,6 @@ class Start(NamedTuple):
     gradients: dict[str, Tensor]
     statistics: Statistics
     without_gradient: list[str]
-
-
-@dataclass(frozen=True)
-class Fisher:
-    """The local score times the RMS of the loss's gradient at a weight's output, and no descent.
-
-    With Wanda as the local metric, the square of a score is the squared weight times the diagonal of the Fisher information, if
-    inputs and output gradients are taken to be independent (as in K-FAC, arXiv 1503.05671). The factor is the same for a whole
-    row, so N:M masks and budgets by row are those of the metric alone. A budget for a matrix or the model is distributed over
-    rows by what their outputs are worth to the loss, the idea of F-Wanda (arXiv 2608.00481).
-
-    batch_tokens: tokens that go through the model at once. The result does not depend on it. More take more memory; a model
-    that is read block by block is then read fewer times.
-    """
-
-    cost: ClassVar[Cost] = Cost(flops=4)
-    in_memory: ClassVar[bool] = False
-    one_process: ClassVar[bool] = False
-    comparable: ClassVar[bool] = True
-
-    batch_tokens: int = 1024
-
-    def __post_init__(self) -> None:
-        if self.batch_tokens < 1:
-            raise InputError("fisher: batch_tokens must be above 0")
-
-    def step_tokens(self, length: int) -> int:
-        """Tokens of one batch of windows of ``length``."""
-        return step_windows(self.batch_tokens, length) * length
-
-    def calibrate(
-        self,
-        calibration: Calibration,
-        metric: Metric,
-        targets: Sequence[Pattern],
-        steps: int | None = None,
-        seed: int = 0,
-    ) -> tuple[Mapping[str, Tensor], ControllerRecord]:
-        """The scores, computed when they are asked for, and the record. steps: the most batches to use."""
-        if targets and all(by_row(target.pattern_of(name)) for target in targets for name in calibration.matrices):
-            logger.warning(
-                "--controller fisher changes nothing at %s, which is decided within rows: none is faster", targets[0]
-            )
-        batches = in_steps(calibration.windows, self.batch_tokens)[:steps]
-        windows = torch.cat(batches)
-        with ExitStack() as stack:
-            passes = open_passes(calibration, calibration.run or stack.enter_context(runs.temporary()))
-            stack.enter_context(passes.network)
-            found = sensitivities(passes, windows, metric.statistic, calibration.run, self.batch_tokens, calibration.progress)
-        warn_without_gradient(found.without_gradient)
-        facts = starved(calibration.matrices, found.norms) | {"without_gradient": found.without_gradient}
-        record = ControllerRecord(objective="cross-entropy", steps=len(batches), tokens=windows.numel(), **facts)
-        return _Weighted(calibration.matrices, metric, found.statistics, found.gradients), record
-
-
-class _Weighted(LocalSaliency):
-    """Local scores, each row times its factor (``factors``: matrix name -> ``[out]``)."""
-
-    def __init__(self, matrices: Matrices, metric: Metric, statistics: Statistics, factors: Mapping[str, Tensor]) -> None:
-        super().__init__(matrices, metric, statistics)
-        self._factors = factors
-
-    def __getitem__(self, name: str) -> Tensor:
-        return super().__getitem__(name).float() * self._factors[name].float()[:, None]
 
 
 def step_windows(tokens: int, length: int) -> int:

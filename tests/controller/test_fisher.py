@@ -6,7 +6,7 @@ from torch.nn import functional
 
 from conftest import VOCABULARY, tiny_model
 from small_models import tiny
-from uniprune.controller.start import Fisher
+from uniprune.controller.fisher import Fisher
 from uniprune.models.matrices import find_matrices
 from uniprune.saliency.calibration import Calibration, one_shot
 from uniprune.saliency.metrics import RIA, Wanda

@@ -9,7 +9,7 @@ from torch.nn import functional
 from conftest import VOCABULARY, tiny_model
 from uniprune.common.progress import Silent
 from uniprune.controller.prox import prox_nm
-from uniprune.controller.published import State, UniPruning, WorkingCopy
+from uniprune.controller.unipruning import State, UniPruning, WorkingCopy
 from uniprune.errors import InputError, UniPruneError
 from uniprune.models.matrices import find_matrices
 from uniprune.saliency.calibration import Calibration, one_shot
