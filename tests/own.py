@@ -95,7 +95,7 @@ class Signs(MirrorDescent):
 class Halved:
     """The local metric of the first half of the windows: a controller without any descent."""
 
-    cost: ClassVar = Cost(flops=1)
+    cost: ClassVar = Cost(flops_per_token=1)
     in_memory: ClassVar = False
     one_process: ClassVar = True
     comparable: ClassVar = False

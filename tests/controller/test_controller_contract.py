@@ -164,9 +164,9 @@ def test_the_state_takes_the_memory_that_is_said():
     """Mirror descent: the state, and one byte of mask beside; the published one: copy, gradient, Adam's two moments, and V."""
     state = MirrorDescent().init(torch.ones(64, 128), torch.ones(64))
     held = state.dual.nbytes + sum(part.nbytes for part in state.rest().values() if part.shape == state.dual.shape)
-    assert held / (64 * 128) == MirrorDescent.cost.memory
-    assert NM(2, 4).prepare({})("a", state.dual).nbytes / (64 * 128) == MirrorDescent.cost.masks
-    assert UniPruning.cost.memory == 4 * torch.float32.itemsize + UniPruning().init(torch.ones(64, 128)).dual.nbytes / (
+    assert held / (64 * 128) == MirrorDescent.cost.state_bytes
+    assert NM(2, 4).prepare({})("a", state.dual).nbytes / (64 * 128) == MirrorDescent.cost.mask_bytes
+    assert UniPruning.cost.state_bytes == 4 * torch.float32.itemsize + UniPruning().init(torch.ones(64, 128)).dual.nbytes / (
         64 * 128
     )
 

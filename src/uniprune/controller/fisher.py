@@ -39,7 +39,7 @@ class Fisher:
     that is read block by block is then read fewer times.
     """
 
-    cost: ClassVar[Cost] = Cost(flops=4)
+    cost: ClassVar[Cost] = Cost(flops_per_token=4)
     in_memory: ClassVar[bool] = False
     one_process: ClassVar[bool] = False
     comparable: ClassVar[bool] = True

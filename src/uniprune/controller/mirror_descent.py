@@ -95,9 +95,15 @@ class MirrorDescent:
     ``states.State``.
     """
 
-    # memory: float32 dual and two moments of 8 bits. disk: two versions of the states, and the best duals. read: a step reads
-    # each state once, and its dual again (shared) if masks can only be created when the duals of all matrices have moved.
-    cost: ClassVar[Cost] = Cost(flops=8, memory=6, disk=2 * 6 + 4, read=6, written=6, shared=4, masks=1)
+    cost: ClassVar[Cost] = Cost(
+        flops_per_token=8,  # student forwards and backwards, teacher forwards
+        state_bytes=6,  # a float32 dual and two moments of 8 bits
+        disk_bytes=2 * 6 + 4,  # two versions of the states, and the best duals
+        read_bytes=6,  # each state once
+        written_bytes=6,
+        shared_budget_read_bytes=4,  # each dual again: masks can only be created when the duals of all matrices have moved
+        mask_bytes=1,
+    )
     in_memory: ClassVar[bool] = False
     one_process: ClassVar[bool] = False
     comparable: ClassVar[bool] = True

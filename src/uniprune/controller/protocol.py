@@ -18,31 +18,34 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a calibration takes beside the model, for forecasts.
+    """What a calibration takes beside the model, for forecasts: all of it per prunable weight.
 
-    flops: floating-point operations per prunable weight and token; a forward pass takes 2, a backward pass 4. memory: bytes per
-    prunable weight that are held all the time: state, a copy of the weights. disk: bytes per prunable weight that lie on disk,
-    beside the memory or, where the model is read block by block, instead; read, written: of them in each step then, and shared:
-    how many more are read where matrices share a budget. masks: bytes per prunable weight of masks, of all matrices; of a
-    block, and bits of all, where ``calibration.recompute`` is asked for, which only a controller with masks is.
+    flops_per_token: floating-point operations per token of text; a forward pass takes 2, a backward pass 4.
+    state_bytes: held in memory all the time, e.g. optimizer states or a copy of the weights; unless they lie on disk.
+    disk_bytes: on disk; where blocks are read one at a time, they take the place of ``state_bytes``.
+    read_bytes: read in each step of states that lie on disk, or in host memory beside a GPU's.
+    written_bytes: written to them in each step.
+    shared_budget_read_bytes: read besides, in each step at whose target matrices share a budget.
+    mask_bytes: of the masks of a step, one byte a mask bit; 0 if there are none. Where activations are computed again
+        (``calibration.recompute``, for controllers with masks only), of one block's; those of all blocks then take bits.
     """
 
-    flops: float
-    memory: float = 0
-    disk: float = 0
-    read: float = 0
-    written: float = 0
-    shared: float = 0
-    masks: float = 0
+    flops_per_token: float
+    state_bytes: float = 0
+    disk_bytes: float = 0
+    read_bytes: float = 0
+    written_bytes: float = 0
+    shared_budget_read_bytes: float = 0
+    mask_bytes: float = 0
 
 
-LOCAL = Cost(flops=2)  # of the local metric alone
+LOCAL = Cost(flops_per_token=2)  # of the local metric alone: one forward pass
 
 
 class Controller(Protocol):
     """Corrects a local metric by what pruning does to the model; a frozen dataclass, whose fields are its settings.
 
-    cost: per weight, see :class:`Cost`. in_memory: whether it needs the whole model in memory; else the blocks may be there one
+    cost: see :class:`Cost`. in_memory: whether it needs the whole model in memory; else the blocks may be there one
     at a time (``calibration.residency``). one_process: whether it runs in one process only; else several may share the windows
     (``common.distributed``). comparable: whether its scores are on one scale, so that one budget may compare those of
     different matrices; then that is the default scope.

@@ -71,7 +71,7 @@ class UniPruning:
     for N:M targets; others have none. alpha: the step of V. kappa: the scale of Gamma. batch_windows: windows per step.
     """
 
-    cost: ClassVar[Cost] = Cost(flops=6, memory=20)
+    cost: ClassVar[Cost] = Cost(flops_per_token=6, state_bytes=20)  # copy, gradient, two moments and V, float32
     in_memory: ClassVar[bool] = True
     one_process: ClassVar[bool] = True
     comparable: ClassVar[bool] = False

@@ -175,13 +175,13 @@ def _forecasts(work: Work, needed: Needs, tokens: int) -> dict[str, Forecast]:
 def flop(work: Work, execution: Execution) -> float:
     """Floating-point operations per token of a calibration."""
     again = FORWARD if work.recipe.corrected and execution != "resident" else 0
-    return (work.recipe.cost.flops + again) * work.active
+    return (work.recipe.cost.flops_per_token + again) * work.active
 
 
 def seconds_moving(work: Work, execution: Execution, takes: Bytes) -> float:
     """Seconds of a step in which bytes come and go: from and to the disk, and a GPU."""
     moved = takes.read + takes.written
-    onto = (work.recipe.read + work.recipe.cost.written) * work.prunable if execution == "offloaded" else moved
+    onto = (work.recipe.read + work.recipe.cost.written_bytes) * work.prunable if execution == "offloaded" else moved
     return moved / DISK + (onto / BUS if work.device.type != "cpu" else 0)
 
 

@@ -142,8 +142,10 @@ def needs(work: Work) -> Needs:
 
 def _needs(work: Work) -> Needs:
     parts, corrected, cost, processes = _Parts(work), work.recipe.corrected, work.recipe.cost, distributed.count()
-    states, saved = int(cost.memory * work.prunable / processes), int(cost.disk * work.prunable / processes) + parts.finals
-    masks, packed = int(cost.masks * work.prunable), parts.bits + int(cost.masks * parts.block)
+    states = int(cost.state_bytes * work.prunable / processes)
+    saved = int(cost.disk_bytes * work.prunable / processes) + parts.finals
+    masks = int(cost.mask_bytes * work.prunable)
+    packed = parts.bits + int(cost.mask_bytes * parts.block)
     held = {"weights": parts.weights, "statistics": parts.observed, "states": states}
     held["masks"] = masks if processes == 1 else packed
     forecasts: Needs = {
@@ -154,7 +156,7 @@ def _needs(work: Work) -> Needs:
         forecasts["recomputed"] = Bytes.of(held, disk=saved)
         if work.device.type != "cpu":
             here = held | {"states": 0, "working": held["working"] + parts.fetched}
-            host = int(cost.memory) * sum(_pinned(matrix.size) for matrix in work.matrices.values()) // processes
+            host = int(cost.state_bytes) * sum(_pinned(matrix.size) for matrix in work.matrices.values()) // processes
             forecasts["offloaded"] = Bytes.of(here, host=host, disk=saved)
     streamed = _streamed(parts)
     if processes > 1:
@@ -172,9 +174,11 @@ def _streamed(parts: _Parts) -> Bytes:
     held = {"weights": weights, "statistics": parts.observed}
     if not work.recipe.corrected:
         return Bytes.of(held | {"working": parts.working}, disk=parts.hidden, read=2 * parts.on_disk)
-    states, read, written = (int(size * work.prunable / processes) for size in (cost.disk, work.recipe.read, cost.written))
+    states, read, written = (
+        int(size * work.prunable / processes) for size in (cost.disk_bytes, work.recipe.read, cost.written_bytes)
+    )
     return Bytes.of(
-        held | {"masks": int(cost.masks * parts.block), "working": max(parts.working, parts.streamed_step)},
+        held | {"masks": int(cost.mask_bytes * parts.block), "working": max(parts.working, parts.streamed_step)},
         disk=states + parts.bits + parts.hidden + parts.finals,
         read=2 * parts.on_disk + read,
         written=written,
@@ -224,7 +228,7 @@ class _Parts:
     @property
     def bits(self) -> int:
         """Packed masks: all of this step's, and the share of the next step's that this process creates meanwhile."""
-        packed = int(self.work.recipe.cost.masks * self.work.prunable) // 8
+        packed = int(self.work.recipe.cost.mask_bytes * self.work.prunable) // 8
         return packed + packed // distributed.count()
 
     @property
@@ -263,7 +267,7 @@ class _Parts:
     @property
     def fetched(self) -> int:
         """The state of the largest matrix: where states lie on disk or in host memory, one at a time is fetched."""
-        return int(self.work.recipe.cost.memory) * self.largest
+        return int(self.work.recipe.cost.state_bytes) * self.largest
 
     @property
     def logits(self) -> int:
