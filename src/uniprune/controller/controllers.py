@@ -41,8 +41,8 @@ def name_of(controller: Controller | None) -> str:
     """The name of a controller, that of its class if it is in no table."""
     if controller is None:
         return NONE
-    found = next((name for name, kind in CONTROLLERS.items() if kind is type(controller)), None)
-    return found or type(controller).__name__
+    names = {kind: name for name, kind in CONTROLLERS.items()}
+    return names.get(type(controller), type(controller).__name__)
 
 
 def record(controller: Controller | None) -> dict[str, Any]:

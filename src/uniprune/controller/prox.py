@@ -189,10 +189,10 @@ def prox_nm(z: Tensor, lam: float, n: int, m: int) -> Tensor:
         # The Hessian is 1 on the diagonal and lam * e_(n-1)(the others) off it, in a row at most lam * (m - n) * e_(n-1)(all
         # but the least) together. Below 1 the objective is convex between 0 and z, where the descent stays.
         bent = lam * (m - n) * _symmetric(size[:, :-1].unbind(1), n - 1) >= 1
-        found = torch.empty_like(size)
-        found[~bent] = _lowest(size[~bent], lam, n, [(m, 1.0)])
-        found[bent] = _lowest(size[bent], lam, n, [(m, 1.0), (n, 1.0), (n + 1, 1.0), *product((m, n + 1), SHRUNK)])
-        solved[start : start + CHUNK] = torch.zeros_like(found).scatter_(1, order, found) * chunk.sign()
+        lowest = torch.empty_like(size)
+        lowest[~bent] = _lowest(size[~bent], lam, n, [(m, 1.0)])
+        lowest[bent] = _lowest(size[bent], lam, n, [(m, 1.0), (n, 1.0), (n + 1, 1.0), *product((m, n + 1), SHRUNK)])
+        solved[start : start + CHUNK] = torch.zeros_like(lowest).scatter_(1, order, lowest) * chunk.sign()
     return solved.reshape(z.shape)
 
 

@@ -80,7 +80,7 @@ def sensitivities(
             store["inputs"] = {name: norm.total for name, norm in start.norms.items()}
             store["gradients"] = start.gradients
             if other:
-                store["statistics"] = {name: one.total for name, one in start.statistics.items()}
+                store["statistics"] = {name: statistic.total for name, statistic in start.statistics.items()}
         store.commit({"tokens": {name: norm.tokens for name, norm in start.norms.items()}, "still": start.without_gradient})
     return start
 
@@ -90,16 +90,17 @@ def _measured(passes: Passes, windows: Tensor, other: Kind | None, batch_tokens:
     network = passes.network
     columns = {name: matrix.shape[1] for name, matrix in network.matrices.items()}
     norms = {name: SquaredNorm(count, passes.device) for name, count in columns.items()}
-    own = {name: other(count, passes.device) for name, count in columns.items()} if other else {}
+    others = {name: other(count, passes.device) for name, count in columns.items()} if other else {}
     totals = {name: torch.zeros(matrix.shape[0], device=passes.device) for name, matrix in network.matrices.items()}
 
     def watch(name: str, x: Tensor, gradient: Tensor) -> None:
         norms[name].update(x)
         totals[name] += gradient.float().square().sum(0)
-        if own:
-            own[name].update(x)
+        if others:
+            others[name].update(x)
 
-    network.masks, network.watch = {}, watch
+    network.masks = {}
+    network.watch = watch
     head = passes.head(windows)
     portions = [
         portion
@@ -112,31 +113,31 @@ def _measured(passes: Passes, windows: Tensor, other: Kind | None, batch_tokens:
     for total in totals.values():
         distributed.total(total)
     sum_over_processes(norms)
-    sum_over_processes(own)
+    sum_over_processes(others)
     unreached = [name for name, norm in norms.items() if not norm.tokens and not network.matrices[name].group]
-    for statistics in filter(None, (norms, own)) if unreached else ():
+    for statistics in filter(None, (norms, others)) if unreached else ():
         _observe_forward(passes, portions, {name: statistics[name] for name in unreached})  # type: ignore[index]
     fill_starved_experts(network.matrices, norms, totals)
-    fill_starved_experts(network.matrices, own)
+    fill_starved_experts(network.matrices, others)
     check_seen(norms)
-    check_seen(own)
+    check_seen(others)
     gradients = {name: (total / windows.numel()).sqrt() for name, total in totals.items()}
     without_gradient = [name for name, gradient in gradients.items() if not bool(gradient.any())]
     _fill_with_median(gradients, without_gradient)
     for gradient in gradients.values():
         gradient.clamp_min_(FLOOR * gradient.max())
-    return Start(norms, gradients, own or norms, without_gradient)
+    return Start(norms, gradients, others or norms, without_gradient)
 
 
 def _observe_forward(passes: Passes, portions: list[Tensor], statistics: dict[str, Statistic]) -> None:
     """Adds the inputs of matrices that no gradient reaches, from forward passes: the backward pass never comes to them."""
     kind = type(next(iter(statistics.values())))
     matrices = {name: passes.network.matrices[name] for name in statistics}
-    with observing(matrices, kind, passes.device) as found:
+    with observing(matrices, kind, passes.device) as observed:
         for batch in portions:
             passes.infer(batch)
-    sum_over_processes(found)
-    for name, statistic in found.items():
+    sum_over_processes(observed)
+    for name, statistic in observed.items():
         statistics[name].merge(statistic)
 
 
@@ -161,10 +162,10 @@ def _restored(store: Store, passes: Passes, other: Kind | None) -> Start:
     """What an earlier run saved; other: as for :func:`_measured`."""
 
     def statistics(kind: type[S], key: str) -> dict[str, S]:
-        found = {name: kind(matrix.shape[1], passes.device) for name, matrix in passes.network.matrices.items()}
+        restored = {name: kind(matrix.shape[1], passes.device) for name, matrix in passes.network.matrices.items()}
         for name, total in store[key].items():
-            found[name].add(total.to(passes.device), store.facts["tokens"][name])
-        return found
+            restored[name].add(total.to(passes.device), store.facts["tokens"][name])
+        return restored
 
     norms = statistics(SquaredNorm, "inputs")
     gradients = {name: rms.to(passes.device) for name, rms in store["gradients"].items()}

@@ -150,7 +150,8 @@ class UniPruning:
                 if not order:
                     order = torch.randperm(len(targets), generator=generator).tolist()
                 target = targets[order.pop()]
-                batch, rate = todo[index % len(todo)], self.rate(index, steps)
+                batch = todo[index % len(todo)]
+                rate = self.rate(index, steps)
                 with observing(matrices, metric.statistic) as statistics:
                     loss = copy.step(batch, rate)
                 if not math.isfinite(loss):
@@ -184,7 +185,8 @@ class WorkingCopy:
     """
 
     def __init__(self, model: nn.Module, matrices: Matrices) -> None:
-        self._model, self._matrices = model, matrices
+        self._model = model
+        self._matrices = matrices
         self.weights = {name: _copy(matrix) for name, matrix in matrices.items()}
         self.without_gradient = [name for name, matrix in matrices.items() if not matrix.group]
         self._adam = torch.optim.Adam(self.weights.values(), foreach=False)  # foreach would need another copy
@@ -211,7 +213,7 @@ class WorkingCopy:
         tokens = ids[:, 1:].numel()
         by_name = dict(zip(self.weights, gradients, strict=True))
         self.without_gradient = [
-            name for name in self.without_gradient if (one := by_name[name]) is None or not bool(one.any())
+            name for name in self.without_gradient if (gradient := by_name[name]) is None or not bool(gradient.any())
         ]
         for leaf, gradient in zip(leaves, gradients, strict=True):
             leaf.grad = None if gradient is None else gradient.div_(tokens)

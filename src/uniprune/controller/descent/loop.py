@@ -45,7 +45,7 @@ logger = logging.getLogger(__name__)
 
 START_TOKENS = 8192  # of the calibration text, from whose statistics the first duals are made
 HELD_OUT_TOKENS = 1024  # in one batch of held-out windows
-SAMPLE = 5  # flips are counted in every fifth matrix
+COUNT_EVERY = 5  # flips are counted in every so many matrices
 
 
 def descend(
@@ -82,7 +82,8 @@ def descend(
         position = Position(settings, calibration, targets, run, store)
         teacher = TeacherCache(passes, Stash(run.aside()), repeats=steps > len(todo))
         descent = Descent(settings, passes, replace(calibration, windows=windows), metric, position, teacher)
-        log, first = position.log, position.log.done
+        log = position.log
+        first = log.done
         if not position.resumed:
             descent.check(targets, held_out)
         order = _shuffled_rounds(targets, seed)
@@ -130,7 +131,7 @@ class Descent:
         self._passes = passes
         self._teacher = teacher
         self._matrices = calibration.matrices
-        self._sampled = set(list(self._matrices)[::SAMPLE])
+        self._sampled = set(list(self._matrices)[::COUNT_EVERY])
         self._reached = set[str]()  # matrices that a gradient has reached only in a step
         windows = calibration.windows
         head = passes.head(windows, None if settings.labels else settings.vocabulary)

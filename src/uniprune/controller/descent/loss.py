@@ -25,12 +25,16 @@ class Loss:
     """
 
     def __init__(self, head: Head, labels: float = 0.0, evenness: float = 0.0, hidden: float = 0.0) -> None:
-        self._head, self._labels, self._evenness, self._hidden = head, labels, evenness, hidden
+        self._head = head
+        self._labels = labels
+        self._evenness = evenness
+        self._hidden = hidden
 
     def gradient(self, student: Tensor, teacher: Tensor, ids: Tensor) -> tuple[float, Tensor]:
         """KL summed over the tokens, in nats, and the gradient of the loss's sum with respect to ``student``."""
         # Sums over the tokens, not means: the step does not see the scale, and float16 would lose small gradients.
-        total, gradient = 0.0, torch.zeros_like(student)
+        total = 0.0
+        gradient = torch.zeros_like(student)
         counted = self._head.counted(ids.to(student.device))
         for ours, theirs, counts, into in zip(student, teacher, counted, gradient, strict=True):
             for piece in pieces(len(ours)):

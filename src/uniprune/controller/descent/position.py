@@ -30,7 +30,8 @@ class Position:
     """
 
     def __init__(self, rule: Rule, calibration: Calibration, targets: Sequence[Pattern], run: Run, store: Store) -> None:
-        matrices, device = calibration.matrices, calibration.device
+        matrices = calibration.matrices
+        device = calibration.device
         self._rule = rule
         self.owners = distributed.owners({name: matrix.size for name, matrix in matrices.items()})
         self.own = [name for name, owner in self.owners.items() if owner == distributed.rank()]

@@ -20,9 +20,9 @@ from uniprune.storage.runs import Pace
 from uniprune.storage.stash import Stash, give_back_memory
 from uniprune.storage.tensor_store import Store
 
-# While descending, the threshold of a budget that matrices share is found from a sample: every 37th dual, or fewer, so that
-# the sample of all matrices has about 4 million.
-SAMPLE, SAMPLED = 37, 1 << 22
+# While descending, the threshold of a budget that matrices share is found from a sample of the duals.
+SAMPLE_EVERY = 37  # every so many; more in large models, so that there are no more than
+SAMPLE_SIZE = 1 << 22  # of all matrices together, about
 
 
 class State(Protocol):
@@ -166,7 +166,10 @@ class InMemory(dict[str, State]):
         self, store: Store, rule: Rule, pace: Pace | None, home: torch.device, packed: bool, names: Iterable[str]
     ) -> None:
         super().__init__()
-        self._store, self._saved, self._pace, self._home = store, OnDisk(store, rule), pace, home
+        self._store = store
+        self._saved = OnDisk(store, rule)
+        self._pace = pace
+        self._home = home
         self.masks: Callable[..., Masks] = partial(PackedMasks, stash=Stash()) if packed else Masks
         if store.facts:
             self.update((name, self._saved[name].to(home)) for name in names)
@@ -199,7 +202,8 @@ class OnDisk:
     """
 
     def __init__(self, store: Store, rule: Rule, folder: Path | None = None) -> None:
-        self._store, self._rule = store, rule
+        self._store = store
+        self._rule = rule
         self.masks: Callable[..., Masks] = partial(PackedMasks, stash=Stash(folder))
 
     def __getitem__(self, name: str) -> State:
@@ -240,8 +244,11 @@ class MaskFactory:
     def __init__(
         self, states: States, matrices: Matrices, owners: Mapping[str, int], targets: Sequence[Pattern], device: torch.device
     ) -> None:
-        self._states, self._matrices, self._owners, self._device = states, matrices, owners, device
-        self._every = max(SAMPLE, sum(matrix.size for matrix in matrices.values()) // SAMPLED)
+        self._states = states
+        self._matrices = matrices
+        self._owners = owners
+        self._device = device
+        self._every = max(SAMPLE_EVERY, sum(matrix.size for matrix in matrices.values()) // SAMPLE_SIZE)
         grains = {target.sample_group for target in targets if not target.local}
         self._samples: dict[int, dict[str, Tensor]] = {grain: {} for grain in grains if grain}
         self._next: PackedMasks | None = None
@@ -261,7 +268,8 @@ class MaskFactory:
             masks = self._create(target)
             if isinstance(masks, PackedMasks):
                 self._turn = 1 - self._turn
-                self._next, masks.label = masks, f"mask-{self._turn}"
+                masks.label = f"mask-{self._turn}"
+                self._next = masks
 
     def masks(self, target: Pattern, temperature: float = 0.0) -> Masks:
         """The masks of the present duals. temperature: of relaxed masks, in units of the mean dual at the start; 0: boolean."""
@@ -285,22 +293,22 @@ class MaskFactory:
         """The samples of all duals, or the duals themselves if ``grain`` is 0, from all processes."""
         if distributed.count() == 1:
             return self._samples[grain] if grain else {name: self._states.dual(name) for name in self._matrices}
-        found = {}
+        gathered = {}
         for name, owner in self._owners.items():
             if owner == distributed.rank():
                 mine = self._samples[grain][name] if grain else self._states.dual(name).to(self._device)
             else:
                 mine = self._sample(torch.empty(self._matrices[name].shape, device="meta"), grain)
                 mine = torch.empty(mine.shape, device=self._device)
-            found[name] = distributed.broadcast(owner, mine)
-        return {name: found[name] for name in self._matrices}
+            gathered[name] = distributed.broadcast(owner, mine)
+        return {name: gathered[name] for name in self._matrices}
 
     def _sample(self, dual: Tensor, grain: int) -> Tensor:
         """A sample of a dual that consists of whole runs of ``grain`` inputs; all of it if ``grain`` is 0."""
         if not grain:
             return dual
-        runs = dual.reshape(-1, grain) if dual.shape[1] % grain == 0 else dual
-        return runs[:: self._every]
+        grains = dual.reshape(-1, grain) if dual.shape[1] % grain == 0 else dual
+        return grains[:: self._every]
 
 
 class Best(Mapping[str, Tensor]):
@@ -311,7 +319,10 @@ class Best(Mapping[str, Tensor]):
     """
 
     def __init__(self, store: Store, matrices: Matrices, device: torch.device, own: Iterable[str]) -> None:
-        self._store, self._matrices, self._device, self._own = store, matrices, device, list(own)
+        self._store = store
+        self._matrices = matrices
+        self._device = device
+        self._own = list(own)
 
     def keep(self, states: States) -> None:
         """Makes the present duals the best ones."""
