@@ -1,7 +1,7 @@
 """The controller against plain autograd, torch's Adam, and its own promises."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from urllib.parse import unquote
 
 import pytest
@@ -11,6 +11,7 @@ from torch.nn import functional
 from conftest import VOCABULARY, tiny_model
 from small_models import MATRICES, tiny
 from uniprune.controller.controllers import any_sparsity
+from uniprune.controller.descent.logbook import Logbook
 from uniprune.controller.descent.loop import Descent
 from uniprune.controller.descent.loss import Loss
 from uniprune.controller.descent.position import Position
@@ -449,6 +450,14 @@ def test_a_descent_that_is_resumed_knows_its_checks(script, tmp_path, monkeypatc
     assert all(torch.equal(found[name], dual) for name, dual in expected.items())
     assert len(script.sizes) == 6
     followed_by(script, [], checks=5, run=run)  # is over, although not all steps were taken
+
+
+def test_progress_of_another_version_is_refused():
+    facts = asdict(Logbook(done=2, loss=[1.0, 0.9]))
+    assert asdict(Logbook.of(facts)) == facts
+    assert Logbook.of({}) == Logbook()
+    with pytest.raises(InputError, match="of an earlier version of uniprune; --overwrite restarts it"):
+        Logbook.of(facts | {"scale": 0.5})
 
 
 def test_same_seed_same_duals():
