@@ -63,7 +63,7 @@ class Fisher:
         seed: int = 0,
     ) -> tuple[Mapping[str, Tensor], ControllerRecord]:
         """The scores, computed when they are asked for, and the record. steps: the most batches to use."""
-        if targets and all(by_row(target.part(name)) for target in targets for name in calibration.matrices):
+        if targets and all(by_row(target.pattern_of(name)) for target in targets for name in calibration.matrices):
             logger.warning(
                 "--controller fisher changes nothing at %s, which is decided within rows: none is faster", targets[0]
             )

@@ -215,7 +215,7 @@ class Step(NamedTuple):
     @property
     def least(self) -> float:
         """The least signal that a row or column is taken to have, as a mean square."""
-        return LEAST * (1 - (self.noise or 0))
+        return least_signal(self.noise or 0)
 
     @property
     def most(self) -> float:
@@ -320,6 +320,11 @@ def noise_of(decay: float, steps: int) -> float:
     return (1 - decay) / (1 + decay) * (1 + decay**steps) / (1 - decay**steps)
 
 
+def least_signal(noise: float) -> float:
+    """The least signal that a row or column is taken to have, above 0 where all may be noise (without a running mean)."""
+    return max(LEAST * (1 - noise), TINY)
+
+
 def confidence(rows: Tensor, columns: Tensor, noise: float) -> tuple[Tensor, Tensor]:
     """Factors of rows and of columns, each with mean 1: how far the gradients in them agree from step to step.
 
@@ -327,6 +332,6 @@ def confidence(rows: Tensor, columns: Tensor, noise: float) -> tuple[Tensor, Ten
     gradients were pure noise (:func:`noise_of`). The excess is signal. A weight's factor is that of its row times that of its
     column, as in a Wiener filter whose signal is estimated from whole rows and columns.
     """
-    shares = ((energy - noise).clamp_min_(LEAST * (1 - noise)) for energy in (rows, columns))
+    shares = ((energy - noise).clamp_min_(least_signal(noise)) for energy in (rows, columns))
     by_row, by_column = (share / share.mean() for share in shares)
     return by_row, by_column

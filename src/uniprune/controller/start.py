@@ -142,10 +142,13 @@ def _observe_forward(passes: Passes, portions: list[Tensor], statistics: dict[st
 
 
 def _fill_with_median(gradients: dict[str, Tensor], names: Collection[str]) -> None:
-    """Gives matrices without a gradient the median of the others: at 0, a shared budget would remove their weights first."""
+    """Gives matrices without a gradient the median of the others: at 0, a shared budget would remove their weights first.
+
+    Where no matrix has one, all have the same: their scores are then the local metric's.
+    """
     others = [float(gradient.mean()) for name, gradient in gradients.items() if name not in names]
-    for name in names if others else ():
-        gradients[name].fill_(median(others))
+    for name in names:
+        gradients[name].fill_(median(others) if others else 1.0)
 
 
 def warn_without_gradient(names: Collection[str]) -> None:
@@ -154,7 +157,8 @@ def warn_without_gradient(names: Collection[str]) -> None:
         logger.warning(
             "no gradient reached %d matrices, e.g. %s: they choose, or what they compute is not used; their masks are the "
             "local metric's alone, unless they are left dense (--exclude)",
-            *(len(names), next(iter(names))),
+            len(names),
+            next(iter(names)),
         )
 
 
