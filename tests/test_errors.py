@@ -4,7 +4,9 @@ import pickle
 
 import pytest
 
+from uniprune import Recipe
 from uniprune.errors import LONGEST, InputError, MismatchError, UniPruneError
+from uniprune.saliency import metrics
 
 
 @pytest.mark.parametrize("kind", [UniPruneError, InputError, MismatchError])
@@ -20,3 +22,11 @@ def test_errors_travel_between_processes():
     error = pickle.loads(pickle.dumps(InputError("y" * 3000 + "; do this")))
     assert type(error) is InputError
     assert str(error).endswith("; do this")
+
+
+@pytest.mark.parametrize("seed", [-1, 1 << 63, 1 << 64])
+def test_seeds_that_no_generator_takes_are_refused_at_once(seed):
+    with pytest.raises(InputError, match="seed"):
+        Recipe(sparsity="0.5", seed=seed)
+    with pytest.raises(InputError, match="seed"):
+        metrics.parse(f"stochria:seed={seed}")

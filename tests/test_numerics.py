@@ -1,11 +1,15 @@
 """Numbers at the edges: half precision, overflow, denormals, nothing at all, singular matrices, sums in another order."""
 
+import math
+from functools import partial
+
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import uniprune
-from conftest import tiny_model
+from conftest import VOCABULARY, tiny_model
+from small_models import tiny
 from uniprune import Loaded, Recipe
 from uniprune.artefacts.reports import Gain
 from uniprune.comparison.sparsegpt import inverse_factor, sparsegpt
@@ -87,6 +91,44 @@ def broken(dtype, block):
 def test_an_overflow_is_named_by_matrix_and_block(tokenizer, settings):
     with pytest.raises(UniPruneError, match=r"(model\.layers\.1\.\S+: its inputs overflowed|block 1 puts out NaN).*--dtype"):
         uniprune.prune_in_place(Loaded(broken(torch.float16, 1), tokenizer), Recipe(sparsity="2:4", **SMALL, **settings))
+
+
+def overflowing_experts():
+    model = tiny("mixtral", vocab_size=VOCABULARY)
+    model.model.layers[0].mlp.experts.gate_up_proj.mul_(1e5)
+    return model.to(torch.float16)
+
+
+def not_a_number(name):
+    """A model of which one weight beside the matrices is NaN."""
+    model = tiny_model(tie_word_embeddings=False)
+    model.get_parameter(name).view(-1)[0] = math.nan
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "settings", "said"),
+    [
+        (overflowing_experts, {"controller": "none"}, r"experts puts out NaN or infinity.*--dtype"),
+        (overflowing_experts, {}, r"experts puts out NaN or infinity.*--dtype"),
+        (partial(not_a_number, "lm_head.weight"), {}, r"the output head of LlamaForCausalLM puts out NaN"),
+        (partial(not_a_number, "model.norm.weight"), {"sequential": True}, r"LlamaForCausalLM puts out NaN or infinity"),
+    ],
+)
+def test_what_is_not_finite_is_an_error_of_one_line(tokenizer, make, settings, said):
+    with pytest.raises(InputError, match=said):
+        uniprune.prune_in_place(Loaded(make(), tokenizer), Recipe(sparsity="2:4", **SMALL, **settings))
+
+
+def test_weights_that_are_too_large_for_float16_are_not_called_broken(tokenizer, tmp_path):
+    model = tiny_model()
+    model.model.layers[0].mlp.down_proj.weight[0, 0] = 1e6
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    with pytest.raises(InputError, match=r"infinity in float16; give --dtype bfloat16 or float32"):
+        uniprune.prune(
+            tmp_path / "model", Recipe(sparsity="2:4", controller="none", dtype="float16", **SMALL), tmp_path / "out"
+        )
 
 
 def test_an_overflow_in_evaluation_is_no_perplexity(tokenizer):

@@ -328,3 +328,15 @@ def test_progress_says_nothing_where_nobody_looks(capsys):
         assert list(progress(range(3), "descending", 3)) == [0, 1, 2]
         progress.note("KL 1", 1000)
     assert capsys.readouterr() == ("", "")
+
+
+def test_masks_stats_shows_each_block(capsys, monkeypatch, folder, tmp_path):
+    command = ["prune", folder, "-s", "2:4", "--controller", "none", "--windows", 2, "--length", 32, "-o", tmp_path / "out"]
+    assert run(capsys, monkeypatch, *command)[0] == 0
+    code, printed, _ = run(capsys, monkeypatch, "masks", "stats", tmp_path / "out" / "pruning" / "masks.safetensors")
+    assert code == 0
+    assert [line for line in printed.splitlines() if line.startswith("model.layers.")] == [
+        f"model.layers.{block}: 50.0%, 0 empty rows, 0 empty columns" for block in range(3)
+    ]
+    assert "at_most.2:4: True" in printed
+    assert "{" not in printed

@@ -68,3 +68,18 @@ def test_within_a_row_the_metric_decides_and_across_rows_the_loss(metric, caplog
     masks = dict(Unstructured(0.5, "model")(OnOneScale(found)))
     kept = torch.stack([mask.float().mean() for mask in masks.values()])
     assert float(kept.std()) > 0.05
+
+
+def test_where_no_matrix_has_a_gradient_the_metric_decides():
+    """Queries and keys alone, of values that are all 0: at 0 each, some would keep everything and others nothing."""
+    model = tiny_model()
+    for block in model.model.layers:
+        block.self_attn.v_proj.weight.zero_()
+    given = Calibration(model, find_matrices(model, ["[qk]_proj"]), calibration().windows)
+    found, record = Fisher().calibrate(given, Wanda(), [])
+    assert len(record.without_gradient) == len(given.matrices)
+    pattern = Unstructured(0.5, "row")
+    expected = dict(pattern(one_shot(given, Wanda())))
+    assert all(torch.equal(mask, expected[name]) for name, mask in pattern(found))
+    kept = [float(mask.float().mean()) for mask in dict(Unstructured(0.5, "model")(OnOneScale(found))).values()]
+    assert 0.2 < min(kept) <= max(kept) < 0.8

@@ -397,6 +397,8 @@ def test_the_recipe_replays_the_table(capsys, monkeypatch, folder, tmp_path):
         (["--new-tokens", "3"], "give --prompt"),
         (["--text", "nowhere.txt"], "nowhere.txt"),
         (["--eval-text", "nowhere.txt"], "nowhere.txt"),
+        (["--eval-text", "builtin", "--eval-text", "c4"], "given 2 times, and takes one value"),
+        (["--eval-windows", "9999999"], "lower --eval-windows or --eval-length"),
         (["--rule", "nowhere=dense", "-m", "wanda"], "rule nowhere=dense matches none"),
     ],
 )
@@ -438,3 +440,10 @@ def test_a_scope_is_of_fractions(loaded, tmp_path):
     found = compare(loaded, tmp_path / "table", **asked, **SMALL)
     assert [row.scope for row in found.rows] == [None, "matrix", None, "matrix", None]
     assert found.scopes == ["matrix"]
+
+
+def test_one_sparsity_in_several_spellings_has_one_row(folder, tmp_path):
+    compare(str(folder), tmp_path / "table", methods=("magnitude",), sparsities=(".5",), **SMALL)
+    found = compare(str(folder), tmp_path / "table", methods=("magnitude",), sparsities=("0.50", "0.5"), resume=True, **SMALL)
+    assert [row.sparsity for row in found.rows][1:] == [pytest.approx(0.5, abs=1e-3)]
+    assert found.sparsities == ["0.5"]

@@ -10,12 +10,15 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, RwkvConfig
 
 import uniprune
-from conftest import VOCABULARY, shared, tiny_model, write_gguf
+from conftest import VOCABULARY, Stopped, Stops, shared, tiny_model, write_gguf
 from processes import Forked
 from uniprune import Loaded, Recipe
+from uniprune.artefacts import archive
 from uniprune.errors import InputError, MismatchError, UniPruneError
 from uniprune.models.loading import dtype_name, fast_dtype
 from uniprune.models.matrices import find_matrices
+from uniprune.runtime import layout
+from uniprune.storage import files, runs
 
 SMALL = {"windows": 8, "length": 32}
 
@@ -387,3 +390,74 @@ def test_inference_mode_is_no_hindrance_unless_the_model_was_made_in_it(tokenize
     assert uniprune.prune_in_place(Loaded(made_in_it, tokenizer), Recipe(**local)).sparsity == 0.5
     with pytest.raises(InputError, match=r"made in torch\.inference_mode and cannot be differentiated"):
         uniprune.prune_in_place(Loaded(made_in_it, tokenizer), recipe)
+
+
+# ------------------------------------------------------------------------------------------------- files beside the output
+
+
+def test_tokens_are_not_saved_into_the_output(folder, tmp_path):
+    """It is made as a whole, and with it what lay there before is gone."""
+    recipe, out = Recipe(sparsity="0.5", controller="none", **SMALL), tmp_path / "out"
+    for name in ("tokens.safetensors", "pruning/tokens.safetensors"):
+        with pytest.raises(InputError, match="lies in the output folder"):
+            uniprune.prune(str(folder), recipe, out, save_tokens=out / name)
+    assert not list(tmp_path.iterdir())
+    uniprune.prune(str(folder), recipe, out)
+    with pytest.raises(InputError, match="lies in the output folder"):
+        uniprune.prune(str(folder), recipe, out, save_tokens=out / "tokens.safetensors", overwrite=True)
+
+
+def test_a_refused_run_saves_no_tokens(folder, tmp_path):
+    recipe, tokens = Recipe(sparsity="0.5", controller="none", **SMALL), tmp_path / "tokens.safetensors"
+    with pytest.raises(InputError, match="needs"):
+        uniprune.prune(str(folder), recipe, tmp_path / "out", save_tokens=tokens, max_memory=1000)
+    assert not list(tmp_path.iterdir())
+    uniprune.prune(str(folder), recipe, tmp_path / "out", save_tokens=tokens)
+    assert tokens.exists()
+
+
+def test_a_finished_run_that_is_resumed_says_that_it_kept_no_tokens(folder, tmp_path):
+    recipe, tokens = Recipe(sparsity="0.5", controller="none", **SMALL), tmp_path / "tokens.safetensors"
+    for entry, output in ((uniprune.prune, tmp_path / "out"), (uniprune.calibrate, tmp_path / "scores.safetensors")):
+        entry(str(folder), recipe, output)
+        entry(str(folder), recipe, output, resume=True)
+        with pytest.raises(InputError, match="is complete, and its calibration samples were not saved"):
+            entry(str(folder), recipe, output, resume=True, save_tokens=tokens)
+
+
+def test_as_much_disk_is_asked_for_as_is_written(folder, tokenizer, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(files, "check_disk_space", lambda path, size: asked.append(size))
+    recipe = Recipe(sparsity="0.5", controller="none", **SMALL)
+    write_gguf(tiny_model(tie_word_embeddings=False), tokenizer, tmp_path / "model.gguf")
+    sources = {"memory": Loaded(tiny_model().to(torch.bfloat16), tokenizer), "gguf": str(tmp_path / "model.gguf")}
+    for name, source in sources.items():
+        uniprune.prune(source, recipe, tmp_path / name)
+        written = sum(file.stat().st_size for file in (tmp_path / name).glob("*.safetensors"))
+        assert asked[0] == pytest.approx(written, rel=0.15)
+        asked.clear()
+
+
+def test_budgets_at_the_limit_of_their_ranges_are_met(tokenizer):
+    """Of a sample of the scores they cannot be, so nearly."""
+    loaded = Loaded(tiny_model(hidden_size=36, intermediate_size=54, head_dim=6), tokenizer)
+    recipe = Recipe(sparsity="0.5", rules=(".=0.5..0.7",), tuning={"batch_tokens": 64}, steps=1, **SMALL)
+    report = uniprune.prune_in_place(loaded, recipe)
+    assert report.sparsity == pytest.approx(0.5, abs=1e-3)
+
+
+def test_apply_discards_an_interrupted_run_if_told_to_and_packing_does_not(folder, tmp_path):
+    recipe, out, inter = Recipe(sparsity="2:4", controller="none", **SMALL), tmp_path / "out", tmp_path / "inter"
+    uniprune.prune(str(folder), recipe, out)
+    with pytest.raises(Stopped):
+        uniprune.prune(str(folder), recipe, inter, execution="streamed", progress=Stops(1))
+    assert runs.folder_of(inter).exists()
+    archive.pack(out, tmp_path / "a.upz")
+    for make in (layout.pack, lambda source, output: archive.unpack(tmp_path / "a.upz", output)):
+        with pytest.raises(InputError, match="unfinished run of"):
+            make(str(out), inter)
+    masks = out / "pruning" / "masks.safetensors"
+    with pytest.raises(InputError, match="unfinished run of"):
+        uniprune.apply(str(folder), masks, inter)
+    uniprune.apply(str(folder), masks, inter, overwrite=True)
+    assert not runs.folder_of(inter).exists()

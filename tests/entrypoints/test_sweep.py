@@ -142,3 +142,9 @@ def test_the_front_is_what_no_other_beats():
         Row(pattern="d", perplexity=4.0, bytes=6, sparsity=0.7),  # larger and worse
     ]
     assert [row.pareto for row in marked(rows)] == [True, False, True, False]
+
+
+def test_one_sparsity_in_several_spellings_has_one_row(folder, scores, tmp_path):
+    sweep(str(folder), scores, tmp_path / "sweep.json", "0.5,2:4", **TEXT)
+    found = sweep(str(folder), scores, tmp_path / "sweep.json", "0.50,.5,2:4", resume=True, **TEXT)
+    assert [row.pattern for row in found.rows] == ["0.5", "2:4"]

@@ -201,6 +201,29 @@ def test_the_mean_change_of_accuracy_and_its_error(tmp_path):
     assert change.error == pytest.approx(math.hypot(paired_error(2, 12, 100), paired_error(5, 6, 100)) / 2)
 
 
+def test_a_task_that_two_results_have_counts_once(tmp_path):
+    once = made_up.evaluation("pruned", 0.5, tasks=made_up.tasks(), against=made_up.BASE)
+    again = made_up.evaluation("pruned", 0.5, tasks={"rte": made_up.tasks()["rte"]}, against=made_up.BASE)
+    first, both = (
+        put_together(*(made_up.write(tmp_path / f"{number}.json", facts) for number, facts in enumerate(all_of)))
+        for all_of in ([once], [once, again])
+    )
+    assert both.subjects[0].change == first.subjects[0].change
+    assert len(tables.accuracies(both).rows) == len(tables.accuracies(first).rows)
+
+
+def test_what_is_compared_with_another_pruned_model_is_not_called_a_change_from_the_dense_one(tmp_path):
+    pruned = written(tmp_path, made_up.pruning(uniform=0.5))
+    facts = {"tasks": made_up.tasks(), "closeness": made_up.closeness()}
+    other = made_up.write(tmp_path / "other.json", made_up.evaluation("pruned", 0.5, against="/another/pruned", **facts))
+    dense = made_up.write(tmp_path / "dense.json", made_up.evaluation("pruned", 0.5, against=made_up.BASE, **facts))
+    found = put_together(pruned, other).subjects[0]
+    assert (found.change, found.closeness) == (None, None)
+    found = put_together(pruned, dense).subjects[0]
+    assert found.change is not None
+    assert found.closeness is not None
+
+
 def test_paired_error_is_that_of_the_differences():
     values = [1] * 2 + [-1] * 12 + [0] * 86
     mean = sum(values) / 100

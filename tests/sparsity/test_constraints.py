@@ -215,3 +215,10 @@ def test_tiles_take_rules():
     assert sum(count.values()) == total() // 2
     assert count["layers.0.q_proj"] <= 32
     assert count["layers.1.q_proj"] == 0
+
+
+@pytest.mark.parametrize(("sparsity", "nm"), [(0.2, NM(4, 5)), (0.3, NM(7, 10)), (0.1, NM(9, 10))])
+def test_the_sparsity_of_a_pattern_is_the_number_that_people_write(sparsity, nm):
+    """1 - 4 / 5 is a little less than 0.2 in floats."""
+    assert nm.sparsity == sparsity
+    Mixed(sparsity, (nm, DENSE))

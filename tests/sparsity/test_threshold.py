@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from uniprune.errors import InputError
-from uniprune.sparsity.threshold import ordered, thresholds
+from uniprune.sparsity.threshold import ordered, sampled_thresholds, thresholds
 
 SPECIAL = [0.0, -0.0, 1.0, -1.0, 1e-45, 3.4e38, 0.1, 0.5, 0.5, 2.0]
 scores_lists = st.lists(
@@ -92,3 +92,13 @@ def test_scores_that_are_not_finite_are_named(bad):
 def test_budgets_outside_the_bounds_are_refused():
     with pytest.raises(InputError, match="between 1 and 2"):
         thresholds({"a": torch.ones(2, 2)}, 3, {"a": (1, 2)})
+
+
+def test_a_sample_comes_as_near_to_bounds_as_it_can():
+    """Half to 0.7 of 13 scores is no whole number of them: what all matrices can keep, their samples cannot."""
+    sample = {name: torch.rand(13, generator=torch.Generator().manual_seed(seed)) for seed, name in enumerate("ab")}
+    bounds = dict.fromkeys(sample, (4, 6))
+    found = sampled_thresholds(sample, 13, bounds, dict.fromkeys(sample, 13))
+    assert [int(found[name].mask(scores).sum()) for name, scores in sample.items()] == [6, 6]
+    found = sampled_thresholds(sample, 13, dict.fromkeys(sample, (7, 6)), dict.fromkeys(sample, 13))
+    assert all(6 <= int(found[name].mask(scores).sum()) <= 7 for name, scores in sample.items())
