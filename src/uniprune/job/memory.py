@@ -174,9 +174,8 @@ def _streamed(parts: _Parts) -> Bytes:
     held = {"weights": weights, "statistics": parts.observed}
     if not work.recipe.corrected:
         return Bytes.of(held | {"working": parts.working}, disk=parts.hidden, read=2 * parts.on_disk)
-    states, read, written = (
-        int(size * work.prunable / processes) for size in (cost.disk_bytes, work.recipe.read, cost.written_bytes)
-    )
+    per_weight = cost.disk_bytes, work.recipe.read, cost.written_bytes
+    states, read, written = (int(size * work.prunable / processes) for size in per_weight)
     return Bytes.of(
         held | {"masks": int(cost.mask_bytes * parts.block), "working": max(parts.working, parts.streamed_step)},
         disk=states + parts.bits + parts.hidden + parts.finals,

@@ -69,7 +69,7 @@ class ReportedModel:
     @property
     def _against_base(self) -> list[Evaluation]:
         """The evaluations that compare with the dense model; others may be of two pruned ones."""
-        return [each for each in self.evaluations if same_model(each.against, self.base)]
+        return [each for each in self.evaluations if each.against is None or same_model(each.against, self.base)]
 
     @property
     def reading(self) -> Evaluation | None:

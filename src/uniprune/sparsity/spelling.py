@@ -32,7 +32,7 @@ def canonical(spec: str) -> str:
         pattern = parse(spec)
     except InputError:
         return spec
-    return pattern.spelling[0] if isinstance(pattern, PATTERNS) else spec  # type: ignore[arg-type]
+    return pattern.spelling[0].removesuffix(".0") if isinstance(pattern, PATTERNS) else spec  # type: ignore[arg-type]
 
 
 def parse(spec: str | float | Pattern, scope: Scope | None = None, default: Scope = "row") -> Pattern:
