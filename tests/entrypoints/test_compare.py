@@ -447,3 +447,18 @@ def test_one_sparsity_in_several_spellings_has_one_row(folder, tmp_path):
     found = compare(str(folder), tmp_path / "table", methods=("magnitude",), sparsities=("0.50", "0.5"), resume=True, **SMALL)
     assert [row.sparsity for row in found.rows][1:] == [pytest.approx(0.5, abs=1e-3)]
     assert found.sparsities == ["0.5"]
+
+
+def test_a_calibration_that_fails_is_not_tried_for_every_row(folder, tmp_path, monkeypatch):
+    tried = []
+
+    def fails(*given):
+        tried.append(given)
+        raise InputError("block 1 puts out NaN")
+
+    monkeypatch.setattr(calibrations, "observed", fails)
+    monkeypatch.setattr(calibrations, "scored", fails)
+    asked = {"methods": ("wanda", "ria", "any"), "sparsities": ("0.5", "0.6", "2:4"), **SMALL}
+    with pytest.raises(UniPruneError, match="9 of 10 rows"):
+        compare(str(folder), tmp_path / "table", **asked)
+    assert len(tried) == 2

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from uniprune.common.progress import Progress
 from uniprune.common.provenance import Stopwatch
 from uniprune.controller.controllers import any_sparsity
+from uniprune.errors import UniPruneError
 from uniprune.job.prepare import Job
 from uniprune.job.recipe import Recipe
 from uniprune.job.scoring import fitting, scored
@@ -40,6 +42,7 @@ class CalibrationCache:
         self.job, self._run, self.progress = job, run, progress
         self._statistics: dict[Kind, tuple[Statistics, float]] = {}
         self._for_any: dict[str, Scored] = {}
+        self._failed: dict[object, UniPruneError] = {}
         self.resumed: set[str] = set()  # calibrations that an earlier run began
 
     @property
@@ -66,7 +69,7 @@ class CalibrationCache:
             return {}, None
         if kind not in self._statistics:
             watch = Stopwatch()
-            with watch("pass"):
+            with self._tried_once(kind), watch("pass"):
                 found = observed(self.job.calibration(self.progress), kind)
             self._statistics[kind] = found, watch.seconds["pass"]
         return self._statistics[kind]
@@ -81,8 +84,20 @@ class CalibrationCache:
     def for_any(self, recipe: Recipe, name: str) -> Scored:
         """Scores by the recipe's controller for sparsities of all kinds, calibrated once."""
         if name not in self._for_any:
-            self._for_any[name] = self.corrected(recipe, fitting(any_sparsity(), self.job.shapes), name)
+            with self._tried_once(name):
+                self._for_any[name] = self.corrected(recipe, fitting(any_sparsity(), self.job.shapes), name)
         return self._for_any[name]
+
+    @contextmanager
+    def _tried_once(self, calibration: object) -> Iterator[None]:
+        """What fails inside ``with`` is not tried again for another row: the same error is raised at once."""
+        if calibration in self._failed:
+            raise self._failed[calibration]
+        try:
+            yield
+        except UniPruneError as error:
+            self._failed[calibration] = error
+            raise
 
     def calibration(self, name: str) -> Calibration:
         """A calibration that is interrupted goes on, under the same name."""
