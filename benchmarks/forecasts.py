@@ -23,8 +23,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from common import save
 from uniprune.common import distributed
-from uniprune.job.estimate import BUS, DISK, flop, seconds_moving
-from uniprune.job.memory import LARGE_STEP, Work, needs
+from uniprune.job.forecast.estimate import BUS, DISK, flop, seconds_moving
+from uniprune.job.forecast.memory import LARGE_STEP, Work, needs
 from uniprune.job.recipe import Recipe
 from uniprune.models.matrices import find_matrices
 

@@ -28,7 +28,7 @@ from uniprune.common import fused
 from uniprune.common.fused import Fused, agree
 from uniprune.controller.mirror_descent import MirrorDescent, Step, updated
 from uniprune.controller.straight_through import evened
-from uniprune.job import memory
+from uniprune.job.forecast import machine, memory
 from uniprune.models.matrices import find_matrices
 from uniprune.saliency.calibration import Calibration, one_shot
 from uniprune.saliency.metrics import Wanda
@@ -157,7 +157,7 @@ def steps(card: Card, size: str) -> list[Row]:
         work = memory.Work(model, find_matrices(model), recipe, torch.bfloat16, torch.bfloat16, LENGTH[size], card.device)
         forecast = memory.needs(work)[execution].memory - memory.PROCESS  # type: ignore[index]
         row: Row = {"execution": execution, "size": size, "tokens": tokens, "forecast": forecast}
-        if card.cuda and forecast > memory.free_memory(card.device):
+        if card.cuda and forecast > machine.free_memory(card.device):
             found.append(row | {"left_out": "it does not fit"})
         else:
             found.append(row | _step(card, model.to(card.device), execution, recipe, LENGTH[size]))

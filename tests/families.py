@@ -45,7 +45,9 @@ class Walk:
         self.outputs: dict[str, Path] = {}
 
     def plan(self) -> None:
-        with mock.patch("uniprune.job.estimate._flops", return_value=1e9):  # how fast this machine is does not matter here
+        with mock.patch(
+            "uniprune.job.forecast.estimate._flops", return_value=1e9
+        ):  # how fast this machine is does not matter here
             check_plan(uniprune.plan(self.source, self.recipes["local"]), self.model)
 
     def prune(self, name: str) -> None:

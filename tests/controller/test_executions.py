@@ -16,9 +16,9 @@ from uniprune.controller.descent.states import Masks, PackedMasks
 from uniprune.controller.mirror_descent import MirrorDescent
 from uniprune.controller.passes import Resident, open_passes
 from uniprune.errors import InputError
-from uniprune.job import memory
 from uniprune.job.execution import choose
-from uniprune.job.memory import PROCESS, Work, _Parts, needs
+from uniprune.job.forecast import machine
+from uniprune.job.forecast.memory import PROCESS, Work, _Parts, needs
 from uniprune.job.options import RunOptions
 from uniprune.models.blocks import last_hidden
 from uniprune.models.loading import skeleton
@@ -172,7 +172,7 @@ def test_a_model_in_memory_is_recomputed_where_memory_is_short(loaded, tmp_path,
     there = PROCESS + sum(parameter.nbytes for parameter in loaded.model.parameters())
     for execution in ("resident", "recomputed"):
         free = needed[execution].memory - there
-        monkeypatch.setattr("uniprune.job.memory.free_memory", lambda device, free=free: free)
+        monkeypatch.setattr("uniprune.job.forecast.machine.free_memory", lambda device, free=free: free)
         uniprune.prune(loaded, recipe, tmp_path / execution)
         assert bool(seen) == (execution == "recomputed")
 
@@ -255,12 +255,12 @@ def test_a_container_has_less_memory_than_its_machine(tmp_path, monkeypatch, cas
     for name, text in (files | ours).items():
         (tmp_path / "mounted" / place / name).write_text(f"{text}\n")
     (tmp_path / "cgroup").write_text(f"{line}\n")
-    monkeypatch.setattr(memory, "GROUPS", tmp_path / "cgroup")
-    monkeypatch.setattr(memory, "MOUNTED", tmp_path / "mounted")
-    assert memory.left_by_groups() == left
-    assert left == math.inf or memory.free_memory(CPU) == left
-    monkeypatch.setattr(memory, "GROUPS", tmp_path / "nowhere")
-    assert memory.left_by_groups() == math.inf
+    monkeypatch.setattr(machine, "GROUPS", tmp_path / "cgroup")
+    monkeypatch.setattr(machine, "MOUNTED", tmp_path / "mounted")
+    assert machine.left_by_groups() == left
+    assert left == math.inf or machine.free_memory(CPU) == left
+    monkeypatch.setattr(machine, "GROUPS", tmp_path / "nowhere")
+    assert machine.left_by_groups() == math.inf
 
 
 @pytest.mark.parametrize(

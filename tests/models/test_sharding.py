@@ -20,7 +20,7 @@ from uniprune.controller.descent.loss import Loss
 from uniprune.controller.passes import Streamed
 from uniprune.controller.straight_through import StraightThrough
 from uniprune.job.execution import choose
-from uniprune.job.memory import Bytes, Work, needs
+from uniprune.job.forecast.memory import Bytes, Work, needs
 from uniprune.job.options import RunOptions
 from uniprune.models import loading
 from uniprune.models.matrices import find_blocks, find_matrices

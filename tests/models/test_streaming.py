@@ -28,7 +28,7 @@ from uniprune.controller.passes import Resident, Streamed
 from uniprune.controller.straight_through import StraightThrough
 from uniprune.errors import InputError, MismatchError, UniPruneError
 from uniprune.job.execution import choose
-from uniprune.job.memory import Bytes, Work, needs
+from uniprune.job.forecast.memory import Bytes, Work, needs
 from uniprune.job.options import RunOptions
 from uniprune.job.prepare import progress_of
 from uniprune.models.blocks import last_hidden
@@ -228,7 +228,7 @@ def test_the_states_take_the_disk_that_was_forecast(tmp_path, monkeypatch):
 
     monkeypatch.setattr("uniprune.storage.tensor_store.sync", sync)
     monkeypatch.setattr(loop.Descent, "held_out_kl", held_out_kl)
-    monkeypatch.setattr("uniprune.job.memory.BATCH_TOKENS", 1)
+    monkeypatch.setattr("uniprune.job.forecast.memory.BATCH_TOKENS", 1)
     ids, settings = tokens(32, 32, VOCABULARY), MirrorDescent(batch_tokens=128)
     expected = needs(Work(loaded.model, hollow, Recipe(controller=settings), torch.float32, torch.float32, 32))["streamed"].disk
     found, _ = settings.calibrate(Calibration(loaded.model, hollow, ids, loaded.residency, run), Wanda(), [NM(2, 4)], 5)

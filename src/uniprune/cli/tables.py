@@ -13,7 +13,7 @@ from uniprune.common.formatting import NOTE, count, number, percent, size
 from uniprune.comparison.results import Comparison
 from uniprune.evaluation.protocols import sentence
 from uniprune.evaluation.results import Check, Evaluation, Row, Sweep, samples
-from uniprune.job.estimate import Plan, kind_of
+from uniprune.job.forecast.estimate import Plan, kind_of
 from uniprune.reporting import comparison
 from uniprune.reporting.capabilities import capabilities, parts
 from uniprune.reporting.headline import sentences, verdict

@@ -9,9 +9,9 @@ from typing import Any
 from uniprune.checkpoints.origin import resolve
 from uniprune.errors import InputError
 from uniprune.experts import removal
-from uniprune.job import estimate
 from uniprune.job.aim import aim_of
-from uniprune.job.memory import needs
+from uniprune.job.forecast import estimate
+from uniprune.job.forecast.memory import needs
 from uniprune.job.options import Execution, RunOptions
 from uniprune.job.prepare import execution_of, outlined
 from uniprune.job.recipe import WINDOWS, Recipe

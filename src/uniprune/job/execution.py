@@ -11,7 +11,7 @@ from uniprune.checkpoints.origin import Origin
 from uniprune.common import distributed, formatting
 from uniprune.controller import controllers
 from uniprune.errors import InputError
-from uniprune.job import memory
+from uniprune.job.forecast import machine, memory
 from uniprune.job.options import IN_MEMORY, Execution, RunOptions
 from uniprune.job.recipe import Recipe
 from uniprune.job.samples import check_can_generate, self_generated
@@ -41,7 +41,7 @@ def choose(
     Raises InputError, with the numbers, if nothing fits.
     """
     asked = options.execution
-    limit = options.max_memory or memory.free_memory(device)
+    limit = options.max_memory or machine.free_memory(device)
     if asked is not None and asked not in needs:
         raise InputError(f"--execution {asked} is not to be had here: {UNSUITABLE[asked]}; {' or '.join(needs)} is")
     able = {name: needed for name, needed in needs.items() if asked in (None, name) and (origin.files or name in IN_MEMORY)}
@@ -69,7 +69,7 @@ def choose_for_loaded(loaded: Loaded, work: memory.Work, options: RunOptions) ->
     """
     if loaded.residency is not blocks.resident:
         return "sharded" if isinstance(loaded.residency, Sharder) else "streamed"
-    limit = options.max_memory or memory.free_memory(work.device) + memory.PROCESS + work.parameters * work.dtype.itemsize
+    limit = options.max_memory or machine.free_memory(work.device) + memory.PROCESS + work.parameters * work.dtype.itemsize
     in_memory = {execution: needed for execution, needed in memory.needs(work).items() if execution in IN_MEMORY}
     if options.execution is not None and options.execution not in in_memory:
         raise InputError(
@@ -94,7 +94,7 @@ def check_execution(recipe: Recipe, execution: str) -> None:
 
 def _fitting(able: memory.Needs, limit: int) -> Execution | None:
     """The fastest execution that fits into the memory of every process."""
-    host = memory.free_memory(torch.device("cpu"))
+    host = machine.free_memory(torch.device("cpu"))
     return next((name for name, needed in able.items() if _everywhere(needed.memory <= limit and needed.host <= host)), None)
 
 

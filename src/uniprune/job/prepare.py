@@ -27,9 +27,9 @@ from uniprune.common.progress import Progress, silent
 from uniprune.data.sources import files_of
 from uniprune.data.windows import Windows, save_windows
 from uniprune.errors import InputError
-from uniprune.job import memory
 from uniprune.job.aim import Aim, aim_of, origin_of
 from uniprune.job.execution import check_execution, choose, choose_for_loaded, warn_of_traffic
+from uniprune.job.forecast import memory
 from uniprune.job.options import IN_MEMORY, Execution, RunOptions
 from uniprune.job.recipe import Recipe
 from uniprune.job.samples import generated, windows_of

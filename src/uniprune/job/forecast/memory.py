@@ -15,12 +15,10 @@ bit on a CPU, while streamed blocks, and several processes, sum in another order
 from __future__ import annotations
 
 import math
-import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import NamedTuple, get_args
 
 import torch
@@ -45,10 +43,9 @@ STEPPING = 24  # bytes per weight of the largest matrix while a step moves its d
 NORMS = 6  # bytes per token and hidden channel that autograd keeps of a block's norms (float32), beside what matrices need
 RECOMPUTED = 3  # a block's activations when they are computed again, and what a pass backwards makes of them / what is kept
 AT_WORK = 1.25  # memory that a step has taken when its activations are largest / what autograd keeps of them by then
+ROUTED = 1.2  # more with routed experts: each gets another number of tokens, and what is freed fits no other's tensors
 FRAGMENTATION = 1.2  # memory taken from the system / memory asked of the allocator, for tensors that come and go
 LARGE_STEP = 16_384  # tokens of a step that computes about as long as its states take to be read and written
-GROUPS, MOUNTED = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")  # on Linux: this process's control groups; all of them
-LIMITS = {"": ("memory.max", "memory.current"), "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes")}  # cgroup v2, v1
 
 
 @dataclass(frozen=True)
@@ -245,7 +242,8 @@ class _Parts:
     def kept(self) -> Kept:
         """As counted; or, of a model that cannot be, matrices' inputs and outputs, one more of the widest, and the norms."""
         if counted := self.work.activations:
-            taken, state = AT_WORK / self.work.length, counted.state / self.work.length
+            routed = any(_routed(matrix) for matrix in self.work.matrices.values())
+            taken, state = AT_WORK * (ROUTED if routed else 1) / self.work.length, counted.state / self.work.length
             return Kept(taken * sum(counted.kept), taken * max(counted.kept), len(counted.kept) * state, state)
         beside = self.item * self.width + NORMS * self.hidden_size
         whole = self.item * sum(self.widths.values()) + self.blocks * beside
@@ -353,48 +351,3 @@ def _most_of_a_block(matrices: Matrices, sizes: Mapping[str, int]) -> int:
     for name, size in sizes.items():
         totals[matrices[name].block] += size
     return max(totals.values())
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that a process may take on a device. ``torchrun``'s processes share the memory of their machine."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    import psutil  # type: ignore[import-untyped]
-
-    free = min(int(psutil.virtual_memory().available), left_by_groups())
-    return int(free) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-
-
-def left_by_groups() -> float:
-    """Bytes that this process's control groups leave it: a container, or the job of a batch system, may have less than the
-    machine, and whoever takes more is killed. Infinity where there is no limit."""
-    try:
-        groups = [line.split(":", 2) for line in GROUPS.read_text().splitlines()]
-    except OSError:  # no Linux
-        return math.inf
-    left = math.inf
-    for _, kinds, path in groups:
-        kind = "memory" if "memory" in kinds.split(",") else kinds
-        if kind in LIMITS:
-            root = MOUNTED / kind
-            place = root / path.lstrip("/")  # inside a container it may not be there, but the root is then the container's
-            inside = [folder for folder in (place, *place.parents) if folder.is_relative_to(root)]
-            left = min(left, *(_left(folder, *LIMITS[kind]) for folder in inside))
-    return left
-
-
-def _left(group: Path, limit: str, taken: str) -> float:
-    """Of one control group; what it holds of files is dropped where there is need of room."""
-    try:
-        most, held = (group / limit).read_text().strip(), int((group / taken).read_text())
-    except (OSError, ValueError):
-        return math.inf
-    return math.inf if most == "max" else max(0, int(most) - held + _files(group / "memory.stat"))
-
-
-def _files(stat: Path) -> int:
-    try:
-        facts = dict(line.split() for line in stat.read_text().splitlines())
-        return sum(int(facts.get(f"total_{name}", facts.get(name, 0))) for name in ("active_file", "inactive_file"))
-    except (OSError, ValueError):
-        return 0

@@ -13,7 +13,7 @@ import torch
 
 from uniprune.artefacts.reports import ExpertCounts
 from uniprune.checkpoints.origin import Origin
-from uniprune.job.memory import Bytes, Needs, Work
+from uniprune.job.forecast.memory import Bytes, Needs, Work
 from uniprune.job.options import Execution
 from uniprune.models.loading import dtype_name
 from uniprune.models.matrices import Matrices, left_dense
