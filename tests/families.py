@@ -45,9 +45,7 @@ class Walk:
         self.outputs: dict[str, Path] = {}
 
     def plan(self) -> None:
-        with mock.patch(
-            "uniprune.job.forecast.estimate._flops", return_value=1e9
-        ):  # how fast this machine is does not matter here
+        with mock.patch("uniprune.job.forecast.estimate._flops", return_value=1e9):  # this machine's speed does not matter
             check_plan(uniprune.plan(self.source, self.recipes["local"]), self.model)
 
     def prune(self, name: str) -> None:
