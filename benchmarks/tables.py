@@ -9,6 +9,7 @@ import itertools
 import math
 import re
 import statistics
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,10 @@ def table(head: list[str], rows: list[list[str]]) -> str:
         raise ValueError(f"no rows for the table of {', '.join(head)}")
     rule = ["---"] + ["---:"] * (len(head) - 1)
     return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, rule, *rows])
+
+
+def fill_lines(sentence: str) -> str:
+    return textwrap.fill(sentence, 138, break_long_words=False, break_on_hyphens=False)
 
 
 def number(value: float | None, digits: int = 1) -> str:
@@ -334,6 +339,16 @@ def defaults(results: dict[str, Any]) -> str:
     return table([*heads, "two cores of"], lines)
 
 
+def by_default(results: dict[str, Any]) -> str:
+    """What default settings give, in a sentence."""
+    found = " and ".join(f"{row['perplexity']:.1f} ({MODELS[row['model']]})" for row in reversed(results["rows"]))
+    tokens = results["rows"][0]["tokens"]
+    return fill_lines(
+        f"With all settings at their defaults, {tokens:,} tokens of the builtin text, 2:4 has {found}: give text like what the "
+        "model is for (`--text`), and more tokens (`--budget-tokens`)."
+    )
+
+
 def sizes(results: dict[str, Any]) -> str:
     names = {"folder": "bfloat16", "gguf": "GGUF"}
     lines = [
@@ -624,6 +639,21 @@ def dense_types(results: dict[str, Any]) -> str:
     return table(["tokens a second", "threads", "float32", "bfloat16", "float16", "2:4, best type", "70%, best type"], rows)
 
 
+def faster(results: dict[str, Any]) -> str:
+    """How much faster text is generated at 2:4, in a sentence."""
+    rows = [row for row in results["rows"] if row["pattern"] == "2:4"]
+    alike = [row["decode"]["speedup"] for row in rows]
+    best = []
+    for entry in results["dense"]:
+        chosen = [row for row in rows if (row["model"], row["threads"]) == (entry["model"], entry["threads"])]
+        best.append(min(entry["seconds"].values()) / min(row["decode"]["sparse"] for row in chosen))
+    return fill_lines(
+        f"Measured on one CPU, a model at 2:4 generates text {min(best):.1f} to {max(best):.1f} times as fast with "
+        f"`uniprune.accelerate` as the dense model in its fastest type, and {min(alike):.1f} to {max(alike):.1f} times as fast "
+        "as in the same type ([docs/runtime.md](docs/runtime.md))."
+    )
+
+
 def packing(results: dict[str, Any]) -> str:
     rows = [
         [
@@ -844,7 +874,8 @@ def main() -> None:
     for name, page_of, write in (("quantise", "quantisation", quantised), ("loads", "runtime", readers)):
         if results := load(name):
             fill(ROOT / "docs" / f"{page_of}.md", {name: write(results)})
-    fill(ROOT / "README.md", sections | {"results": sections["perplexities"]})
+    sentences = {"by-default": by_default(load("defaults")), "faster": faster(load("runtime"))}
+    fill(ROOT / "README.md", sections | sentences | {"results": sections["perplexities"]})
 
 
 if __name__ == "__main__":
