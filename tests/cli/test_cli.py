@@ -340,3 +340,11 @@ def test_masks_stats_shows_each_block(capsys, monkeypatch, folder, tmp_path):
     ]
     assert "at_most.2:4: True" in printed
     assert "{" not in printed
+
+
+@pytest.mark.parametrize("words", [["-s", "2:4"], ["--metric", "wanda", "--metric", "ria"], ["--controller", "none"] * 2])
+def test_options_that_other_commands_take_several_of_are_refused_twice(capsys, monkeypatch, folder, words):
+    """The last one counted, and a run was made of another sparsity than the first."""
+    code, _, errors = run(capsys, monkeypatch, "plan", folder, "-s", "0.5", *words)
+    assert code == 2
+    assert "given 2 times, and takes one value" in errors

@@ -456,7 +456,7 @@ def test_progress_of_another_version_is_refused():
     facts = asdict(Logbook(done=2, loss=[1.0, 0.9]))
     assert asdict(Logbook.of(facts)) == facts
     assert Logbook.of({}) == Logbook()
-    with pytest.raises(InputError, match="of an earlier version of uniprune; --overwrite restarts it"):
+    with pytest.raises(InputError, match="of an earlier version of uniprune; --overwrite without --resume restarts it"):
         Logbook.of(facts | {"scale": 0.5})
 
 

@@ -276,6 +276,11 @@ CORPORA = {
         lines({"system": "Be kind.", "conversations": chat("How?", "So.", names=("from", "value"), roles=("human", "gpt"))}),
         "[user] Be kind.\n\nHow?[assistant] So.",
     ),
+    "a system beside an answer that has the question": file(
+        "a.jsonl",
+        lines({"system": "Be kind.", "prompt": [], "chosen": chat("How?", "So.")}),
+        "[user] Be kind.\n\nHow?[assistant] So.",
+    ),
     "a system beside a conversation that has one": file(
         "a.jsonl",
         lines({"system": "Be rude.", "messages": [{"role": "system", "content": "Be kind."}, *chat("How?", "So.")]}),

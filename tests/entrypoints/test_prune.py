@@ -407,10 +407,15 @@ def test_tokens_are_not_saved_into_the_output(folder, tmp_path):
         uniprune.prune(str(folder), recipe, out, save_tokens=out / "tokens.safetensors", overwrite=True)
 
 
-def test_a_refused_run_saves_no_tokens(folder, tmp_path):
+def test_a_refused_run_saves_no_tokens(folder, tokenizer, tmp_path):
     recipe, tokens = Recipe(sparsity="0.5", controller="none", **SMALL), tmp_path / "tokens.safetensors"
     with pytest.raises(InputError, match="needs"):
         uniprune.prune(str(folder), recipe, tmp_path / "out", save_tokens=tokens, max_memory=1000)
+    assert not list(tmp_path.iterdir())
+    broken = tiny_model()
+    broken.model.layers[0].mlp.up_proj.weight[0, 0] = torch.nan
+    with pytest.raises(InputError, match="NaN or infinity"):
+        uniprune.prune(Loaded(broken, tokenizer), recipe, tmp_path / "out", save_tokens=tokens)
     assert not list(tmp_path.iterdir())
     uniprune.prune(str(folder), recipe, tmp_path / "out", save_tokens=tokens)
     assert tokens.exists()

@@ -210,15 +210,19 @@ def test_a_task_that_two_results_have_counts_once(tmp_path):
     )
     assert both.subjects[0].change == first.subjects[0].change
     assert len(tables.accuracies(both).rows) == len(tables.accuracies(first).rows)
+    assert sections._markers(both) == sections._markers(first)
 
 
 def test_what_is_compared_with_another_pruned_model_is_not_called_a_change_from_the_dense_one(tmp_path):
     pruned = written(tmp_path, made_up.pruning(uniform=0.5))
     facts = {"tasks": made_up.tasks(), "closeness": made_up.closeness()}
-    other = made_up.write(tmp_path / "other.json", made_up.evaluation("pruned", 0.5, against="/another/pruned", **facts))
+    other = made_up.write(tmp_path / "other.json", made_up.evaluation("pruned", 0.5, against="/another/rival", **facts))
     dense = made_up.write(tmp_path / "dense.json", made_up.evaluation("pruned", 0.5, against=made_up.BASE, **facts))
-    found = put_together(pruned, other).subjects[0]
+    summary = put_together(pruned, other)
+    found = summary.subjects[0]
     assert (found.change, found.closeness) == (None, None)
+    assert [row[1] for row in tables.closeness(summary).rows] == ["rival"]  # but what was measured is shown
+    assert {marker.series for marker in sections._markers(summary)} == {"rival", found.label}
     found = put_together(pruned, dense).subjects[0]
     assert found.change is not None
     assert found.closeness is not None

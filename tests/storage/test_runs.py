@@ -102,6 +102,17 @@ def test_what_has_no_resume_is_begun_again(tmp_path, command):
         pass
 
 
+def test_what_writes_at_once_does_not_write_beside_an_interrupted_run(tmp_path):
+    runs.check_none_unfinished(tmp_path / "out")
+    for command, said in (
+        ("permute", "uniprune permute --overwrite restarts it$"),
+        ("prune", "uniprune prune --resume continues"),
+    ):
+        interrupt(tmp_path / command, identity={"command": command})
+        with pytest.raises(InputError, match=said):
+            runs.check_none_unfinished(tmp_path / command)
+
+
 def test_another_identity_is_refused_with_what_differs(tmp_path):
     folder = interrupt(tmp_path / "out")
     other = {"recipe": {"sparsity": 0.6, "targets": ["0.5", "4:8"]}, "model": "b" * 64, "format": 1, "seed": None}

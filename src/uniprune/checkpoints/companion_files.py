@@ -10,25 +10,10 @@ from typing import Any
 
 from uniprune.checkpoints.checkpoint import Files
 from uniprune.checkpoints.origin import TEMPLATES
+from uniprune.checkpoints.weight_files import has_weights
 from uniprune.storage import strict_json
 from uniprune.storage.files import FILE, REPORT
 
-WEIGHTS = {
-    ".safetensors",
-    ".bin",
-    ".pt",
-    ".pth",
-    ".ckpt",
-    ".gguf",
-    ".h5",
-    ".msgpack",
-    ".onnx",
-    ".ot",
-    ".tflite",
-    ".nemo",
-    ".npz",
-}
-WEIGHTS |= {".pdparams", ".params", ".mlmodel"}
 INDEX = re.compile(r".*\.index(\.[^.]+)?\.json")  # of weights; between its endings may be a variant (fp16)
 LEFT = {REPORT, "README.md", ".gitattributes"}  # not true of the pruned model
 
@@ -41,7 +26,7 @@ def companions(files: Files) -> list[Path]:
 
     def goes(file: Path) -> bool:
         index = INDEX.fullmatch(file.name) and file != files.weights
-        return file.is_file() and file.name not in LEFT and file.suffix not in WEIGHTS and not index
+        return file.is_file() and file.name not in LEFT and not has_weights(file.name) and not index
 
     there = [*files.folder.iterdir(), *files.folder.glob(TEMPLATES)]
     return [file for file in sorted(there) if goes(file)]

@@ -170,7 +170,7 @@ def closeness_lines(result: Evaluation) -> list[str]:
     lines = []
     if found := result.closeness:
         lines.append(
-            f"Beside {result.against} (perplexity {found.reference_perplexity:.2f}): KL {number(max(found.kl, 0))} nats per "
+            f"Beside {result.against} (perplexity {found.reference_perplexity:.2f}): KL {number(found.kl)} nats per "
             f"token{_plus_minus(found.kl_stderr)}, the same likeliest token at {found.agreement:.1%} of {found.tokens} "
             f"tokens{_plus_minus(found.agreement_stderr and 100 * found.agreement_stderr, 'points')}."
         )

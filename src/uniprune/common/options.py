@@ -26,8 +26,8 @@ class Flag(NamedTuple):
     """How a field is spelled on the command line where ``--its-name`` is not all.
 
     also: more spellings: ``-s``, ``--dataset``; a model is made with the long ones, too: ``Recipe(dataset=...)``. name: in
-    place of the field's own. metavar: of the value. default: what a value that is left out stands for, in words. once: given
-    again it is an error, where another command's option of that name takes several; else the last value counts.
+    place of the field's own. metavar: of the value. default: what a value that is left out stands for, in words. once: a
+    second value is an error, as another command's option of that name takes several; else the last one counts.
     """
 
     also: tuple[str, ...] = ()

@@ -36,13 +36,16 @@ class Scored(NamedTuple):
 
 
 class CalibrationCache:
-    """run: where the progress of calibrations is kept, each in a part of its own, by a name."""
+    """The calibrations that rows ask for, each made once.
+
+    run: where the progress of calibrations is kept, each in a part of its own, by a name.
+    """
 
     def __init__(self, job: Job, run: Run, progress: Progress) -> None:
         self.job, self._run, self.progress = job, run, progress
         self._statistics: dict[Kind, tuple[Statistics, float]] = {}
         self._for_any: dict[str, Scored] = {}
-        self._failed: dict[object, UniPruneError] = {}
+        self._failed: dict[object, tuple[type[UniPruneError], str]] = {}  # no errors: they hold what their frames held
         self.resumed: set[str] = set()  # calibrations that an earlier run began
 
     @property
@@ -92,11 +95,12 @@ class CalibrationCache:
     def _tried_once(self, calibration: object) -> Iterator[None]:
         """What fails inside ``with`` is not tried again for another row: the same error is raised at once."""
         if calibration in self._failed:
-            raise self._failed[calibration]
+            kind, message = self._failed[calibration]
+            raise kind(message)
         try:
             yield
         except UniPruneError as error:
-            self._failed[calibration] = error
+            self._failed[calibration] = type(error), str(error)
             raise
 
     def calibration(self, name: str) -> Calibration:

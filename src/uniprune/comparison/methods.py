@@ -29,7 +29,7 @@ from uniprune.storage.files import path_of
 
 @dataclass(frozen=True)
 class Candidate:
-    """A method at a sparsity, spelled as it was asked for. pattern: for the model's matrices; None of masks that are there."""
+    """A method at a sparsity, spelled as records spell it. pattern: for the model's matrices; None of masks that are there."""
 
     method: Method
     sparsity: str

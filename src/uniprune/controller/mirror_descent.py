@@ -41,6 +41,7 @@ from uniprune.errors import InputError
 from uniprune.saliency.calibration import Calibration
 from uniprune.saliency.metrics import Metric
 from uniprune.sparsity.patterns import Pattern
+from uniprune.storage.runs import OLDER
 from uniprune.storage.stash import moved
 
 TINY = 1e-20
@@ -167,7 +168,7 @@ class MirrorDescent:
     def restore(self, dual: Tensor, rest: Mapping[str, Tensor]) -> State:
         """A state that was saved as its dual and :meth:`State.rest`."""
         if "ratio" not in rest:
-            raise InputError("the interrupted run is of an earlier version of uniprune; --overwrite restarts it")
+            raise InputError(OLDER)
         unit, steps = rest["facts"].tolist()
         return State(dual, rest["ratio"], rest["rms"], rest["top"], unit, int(steps))
 

@@ -23,7 +23,7 @@ class Cost:
     flops_per_token: floating-point operations per token of text; a forward pass takes 2, a backward pass 4.
     state_bytes: held in memory all the time, e.g. optimizer states or a copy of the weights; unless they lie on disk.
     disk_bytes: on disk; where blocks are read one at a time, they take the place of ``state_bytes``.
-    read_bytes: read in each step of states that lie on disk, or in host memory beside a GPU's.
+    read_bytes: read in each step of states that lie on disk, or in host memory where a GPU computes.
     written_bytes: written to them in each step.
     shared_budget_read_bytes: read besides, in each step at whose target matrices share a budget.
     mask_bytes: of the masks of a step, one byte a mask bit; 0 if there are none. Where activations are computed again

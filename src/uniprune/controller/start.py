@@ -32,7 +32,7 @@ class Start(NamedTuple):
     norms: squared norms of the inputs in the dense model. gradients: RMS over the tokens ``[out]`` of the gradient of the
     next-token loss at the outputs. statistics: of the inputs, of the kind that the metric wants; ``norms`` itself if that kind
     is squared norms. without_gradient: matrices that saw tokens, but got no gradient; their ``gradients`` are the median of the
-    other matrices'.
+    other matrices', or 1 where no matrix has one.
     """
 
     norms: dict[str, SquaredNorm]

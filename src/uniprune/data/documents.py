@@ -263,12 +263,10 @@ def _turns(form: Form, row: dict[str, Any], where: str) -> list[Message]:
     if isinstance(asked, list) or isinstance(answer, list):
         before = _messages([{"role": "user", "content": asked}] if isinstance(asked, str) else asked or [], where)
         after = _messages([{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer or [], where)
-        if not any(message["role"] == "system" for message in after):
-            before = _with_system(row, before)
         said, again = ([message for message in some if message["role"] != "system"] for some in (before, after))
         if said and again[: len(said)] == said:  # an answer may begin with what was asked
             before = [message for message in before if message["role"] == "system" and message not in after]
-        return [*before, *after]
+        return _with_system(row, [*before, *after])
     if not isinstance(asked, str) or not isinstance(answer, str | None):
         raise InputError(f"{where}: {' and '.join(form.fields)} are not text; say with --field which field is")
     extra = [value for name in form.optional if name not in ("system", "tools") and (value := row.get(name))]

@@ -38,6 +38,8 @@ from uniprune.sparsity.spelling import canonical
 from uniprune.storage import files, runs
 from uniprune.tasks.loading import load_task
 
+READS = r"--(?=(text|windows|num-samples|length|stride|bos|field|split)\b)"  # options that are --eval-... here
+
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
@@ -93,7 +95,7 @@ def compare(
         table = _Table(output, run, comparison, _named(source, wanted))
         cache = CalibrationCache(job, run, progress)
         missing = table.missing(candidates)
-        failed = list[UniPruneError]()
+        failed = list[str]()
         for candidate in progress(missing, "comparing", len(missing)):
             if candidate is None:
                 table.add(_row(subject, cache, {"method": DENSE, "sparsity": 0.0}, {}))
@@ -102,7 +104,7 @@ def compare(
                 table.add(_pruned(candidate, subject, cache))
             except UniPruneError as error:  # one method's trouble with this model is not the others'
                 logger.warning("no row: %s", error)
-                failed.append(error)
+                failed.append(str(error))
             candidate.method.forget(cache, candidate)
         table.write()
     if failed:
@@ -122,7 +124,7 @@ def _questions(request: ComparisonRequest, subject: EvaluatedModel) -> Questions
     try:
         windows = subject.windows(request.eval_text, reading)
     except InputError as error:  # which names the options as evaluate has them
-        raise InputError(re.sub(r"--(?=(windows|length|stride|bos|field|split)\b)", "--eval-", str(error))) from None
+        raise InputError(re.sub(READS, "--eval-", str(error))) from None
     tasks = [load_task(name, request.limit, fewshot) for name, fewshot in reading.asked.items()]
     length = NEW_TOKENS if request.new_tokens is None else request.new_tokens
     questions = Questions(windows, tasks, request.prompts if length else (), length)
@@ -271,7 +273,8 @@ class _Table:
                 "file_sha256"
             ):
                 raise InputError(
-                    f"{candidate.method.name} is not the file that its row was made of; give another output, or --overwrite"
+                    f"{candidate.method.name} is not the file that its row was made of; give another output, or --overwrite "
+                    "without --resume"
                 )
         dense: list[Candidate | None] = [] if (DENSE, None) in rows else [None]
         return [*dense, *(candidate for candidate in candidates if candidate.key not in rows)]

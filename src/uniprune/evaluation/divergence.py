@@ -101,7 +101,7 @@ def _mean(seen: Sequence[_Seen]) -> dict[str, Any]:
     """Of :class:`Closeness` what is measured."""
     divergences, agreements = [one.kl for one in seen], [one.agreement for one in seen]
     return {
-        "kl": math.fsum(divergences) / len(seen),
+        "kl": max(0.0, math.fsum(divergences) / len(seen)),  # of a model and itself rounding may make a little less
         "kl_stderr": standard_error(divergences),
         "agreement": math.fsum(agreements) / len(seen),
         "agreement_stderr": standard_error(agreements),

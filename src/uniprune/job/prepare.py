@@ -85,7 +85,7 @@ class Outline:
     def work(self, length: int) -> memory.Work:
         """What memory and time depend on, with windows of ``length`` tokens."""
         if isinstance(self.given, Loaded):
-            dtype = next(self.model.parameters()).dtype
+            dtype = blocks.dtype_of(self.model)
             return memory.Work(self.model, self.matrices, self.recipe, dtype, dtype, length, blocks.device_of(self.model))
         stored = stored_dtype(self.given, self.matrices)
         dtype = parse_dtype(self.recipe.dtype) or fast_dtype(stored or native_dtype(self.given), self.device)
@@ -145,7 +145,7 @@ class Job:
     def identity(self, recipe: Recipe, **more: Any) -> dict[str, Any]:
         """What a run must have in common with the interrupted one that it resumes."""
         tokens = hashlib.sha256(self.windows.tokens.contiguous().numpy().data).hexdigest()
-        dtype = dtype_name(next(self.loaded.model.parameters()).dtype)
+        dtype = dtype_name(blocks.dtype_of(self.loaded.model))
         settings = {
             "recipe": recipe.record(),
             "model": self.binding.base,
@@ -191,19 +191,16 @@ def prepare(
         if isinstance(given, Loaded):
             warn_of_emulation(given.model)
             loaded, matrices, execution = given, outline.matrices, choose_for_loaded(given, work, options)
-            _save_tokens(windows, options)
         else:
             needs = memory.needs(work)
             execution = execution_of(given, work, needs, options, target)
             _check_images(windows, execution)
             if target is not None:  # each process has files of its own beside the output
                 files.check_disk_space(target, disk + distributed.count() * needs[execution].disk)
-            _save_tokens(windows, options)  # once nothing is left to refuse: a refused run leaves no file
             loaded = _load(given, tokenizer, work, execution)
             matrices = _found_in(loaded, recipe)
         if windows.prompts is not None:
             windows = generated(windows, loaded, recipe.seed, progress)
-            _save_tokens(windows, options)
         pictures.show(loaded.model, windows.pictures)
         if loaded.residency is blocks.resident:
             check_finite(matrices)  # of the weights in the type computed in; those in the files are checked as they are hashed
@@ -211,6 +208,7 @@ def prepare(
         if recipe.size is not None and aim.budget is None:
             aim = aim_of(recipe, matrices, loaded)
         binding = Binding.of(matrices, digests() if digests else loaded.checkpoint.digests(matrices), str(loaded))
+        _save_tokens(windows, options)  # once nothing is left to refuse
         return Job(loaded, matrices, windows, binding, aim, execution)
 
 
@@ -279,8 +277,8 @@ def _found_in(loaded: Loaded, recipe: Recipe) -> Matrices:
 
 
 def _save_tokens(windows: Windows, options: RunOptions) -> None:
-    """Writes the token file, if one is asked for and the model has no sample left to write."""
-    if options.save_tokens is not None and windows.prompts is None and distributed.rank() == 0:
+    """Writes the token file, if one is asked for."""
+    if options.save_tokens is not None and distributed.rank() == 0:
         save_windows(windows, options.save_tokens, again=options.resume and not options.overwrite)
 
 

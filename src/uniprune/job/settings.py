@@ -26,7 +26,7 @@ class Sparsity(Options):
 
     heading: ClassVar[str] = "Sparsity"
 
-    sparsity: Annotated[str | Pattern | None, Flag(("-s",)), Number] = Field(
+    sparsity: Annotated[str | Pattern | None, Flag(("-s",), once=True), Number] = Field(
         default=None,
         description="Fraction of the weights to remove (0.6; 0.8@16x16 in tiles), or N:M: N of every M consecutive inputs "
         "are kept (2:4).",
@@ -72,17 +72,17 @@ class Method(Options):
 
     heading: ClassVar[str] = "Method"
 
-    metric: str | Metric = Field(
+    metric: Annotated[str | Metric, Flag(once=True)] = Field(
         default="wanda",
         description="Saliency metric: magnitude, wanda, ria:a=0.5 or stochria:a=0.5,beta=0.1; of whole experts also reap.",
     )
-    controller: Annotated[str | Controller | None, Flag(metavar="NAME", default="feedback; none with --sequential or reap")] = (
-        Field(
-            default=None,
-            description="Corrects the metric's scores by the loss of the whole pruned model: feedback (mirror descent), "
-            "fisher (what each output is worth to it: one pass, no descent), unipruning (the published objective, for "
-            "comparison) or none (the metric alone).",
-        )
+    controller: Annotated[
+        str | Controller | None, Flag(metavar="NAME", default="feedback; none with --sequential or reap", once=True)
+    ] = Field(
+        default=None,
+        description="Corrects the metric's scores by the loss of the whole pruned model: feedback (mirror descent), "
+        "fisher (each output weighted by its loss gradient: one backward pass, no descent), unipruning (the published "
+        "objective, for comparison) or none (the metric alone).",
     )
     budget_tokens: Annotated[int | None, Flag(default="each calibration sample once")] = Field(
         default=None, ge=1024, description="Tokens for the controller, repeats included: more time, better masks."

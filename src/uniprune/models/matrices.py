@@ -269,9 +269,9 @@ def _not_linear(modules: Iterable[nn.Module]) -> dict[int, str]:
 def _check_unquantised(model: nn.Module) -> None:
     config = getattr(model, "config", None)
     for part in (config, text_config(config)) if config is not None else ():
-        config = getattr(part, "quantization_config", None) or getattr(part, "compression_config", None)
-        facts = config if isinstance(config, dict) else getattr(config, "__dict__", {})
-        if config and not facts.get("dequantize"):
+        settings = getattr(part, "quantization_config", None) or getattr(part, "compression_config", None)
+        facts = settings if isinstance(settings, dict) else getattr(settings, "__dict__", {})
+        if settings and not facts.get("dequantize"):
             method = facts.get("quant_method", "by an unnamed method")
             why, instead, files = "its weights are no plain matrices", "", checkpoint_of(model)
             if isinstance(files, Files):

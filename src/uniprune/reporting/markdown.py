@@ -42,7 +42,7 @@ def _part(part: Panel) -> Iterator[str]:
 
 
 def _dialogue(facts: Dialogue) -> str:
-    lines = {"prompt": facts.prompt, "dense": facts.same + facts.against, "pruned": facts.same + facts.model}
+    lines = {"prompt": facts.prompt, facts.other: facts.same + facts.against, "pruned": facts.same + facts.model}
     return "\n".join(f"- {name}: {plain(text)}" for name, text in lines.items())
 
 

@@ -14,6 +14,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from uniprune.artefacts.reports import ExpertRemoval, Permutation, Pruning, read_report
 from uniprune.checkpoints.origin import Origin
+from uniprune.checkpoints.weight_files import PATTERNS
 from uniprune.common.fields import replays
 from uniprune.common.formatting import NOTE, percent
 from uniprune.data.sources import SELF
@@ -26,7 +27,6 @@ from uniprune.storage.files import REPORT, path_of, replacing
 
 MARK = "<!-- Written by uniprune: `uniprune card` replaces this file. -->"
 CARD = "README.md"
-WEIGHTS = ["*.safetensors", "*.index.json", "*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.gguf"]
 METRICS = {"acc": "accuracy", "acc_norm": "accuracy, per character", "perplexity": "perplexity of the answers"}
 
 Report = Pruning | Permutation | ExpertRemoval
@@ -124,7 +124,7 @@ def push(folder: Path, repository: str, *, overwrite: bool = False) -> str:
             folder_path=folder,
             commit_message="Pruned by uniprune",
             ignore_patterns=[".*"],
-            delete_patterns=WEIGHTS,
+            delete_patterns=[*PATTERNS, "*.index.json"],
         )
     except (OSError, ValueError) as error:  # the hub client's errors are among them
         raise UniPruneError(f"{folder} is complete, but was not uploaded to {repository}: {first_line(error)}") from error

@@ -37,6 +37,7 @@ class Dialogue:
     model: str
     against: str
     says: str
+    other: str
 
 
 @dataclass(frozen=True)
@@ -204,7 +205,9 @@ def _markers(summary: Summary) -> list[Marker]:
     dense = list[Marker]()
     for subject in summary.subjects:
         for each in subject.evaluations:
-            series = f"dense {others.get(each.against or '', '')}" if len(others) > 1 else "dense"
+            series = subject.other(each)
+            if series == "dense" and len(others) > 1:
+                series = f"dense {others.get(each.against or '', '')}"
             for name, task in each.tasks.items():
                 if subject.label in labels:
                     markers.append(Marker(names[name], subject.label, task.acc, task.acc_stderr))
@@ -212,21 +215,23 @@ def _markers(summary: Summary) -> list[Marker]:
                     right = round(other.reference * task.questions)
                     error = standard_error([index < right for index in range(task.questions)])
                     dense.append(Marker(names[name], series, other.reference, error))
-    return [*dict.fromkeys(dense), *markers]
+    return [*dict.fromkeys([*dense, *markers])]  # a task may stand in several evaluations
 
 
 def _closeness(summary: Summary) -> Iterator[Panel]:
     if grid := report_tables.closeness(summary):
         says = (
-            "KL is the mean over positions of the divergence of the pruned model's next-token distribution from the dense "
-            "model's, 0 if they are the same."
+            "KL is the mean over positions of the divergence of the model's next-token distribution from the other's, 0 if "
+            "they are the same."
         )
         yield Panel("", [says], grids=[grid])
 
 
 def _generations(summary: Summary) -> Iterator[Panel]:
     for subject in summary.subjects:
-        dialogues = [dialogue(each) for evaluation in subject.evaluations for each in evaluation.generations]
+        dialogues = [
+            dialogue(each, subject.other(evaluation)) for evaluation in subject.evaluations for each in evaluation.generations
+        ]
         if dialogues:
             says = "Greedy continuations of the same prompts. What only one of the models says is marked."
             yield Panel(_title(summary, subject), [says], dialogues=dialogues)
@@ -241,8 +246,8 @@ def _speeds(summary: Summary) -> Iterator[Panel]:
         yield Panel(title, [*speeds.verdicts, *speeds.notes], grids=[report_tables.speeds(speeds)])
 
 
-def dialogue(facts: Generation) -> Dialogue:
-    """Two continuations, cut where the first word differs."""
+def dialogue(facts: Generation, other: str = "dense") -> Dialogue:
+    """Two continuations, cut where the first word differs. other: whose the second one is."""
     sides = [facts.model, facts.against]
     if all(side.startswith(" ") for side in sides):
         sides = [side[1:] for side in sides]
@@ -261,7 +266,7 @@ def dialogue(facts: Generation) -> Dialogue:
     else:
         says = ""
     model, against = (side[len(same) :] for side in sides)
-    return Dialogue(facts.prompt, same, model, against, says)
+    return Dialogue(facts.prompt, same, model, against, says, other)
 
 
 def _prunings(summary: Summary) -> list[tuple[ReportedModel, Pruning]]:

@@ -66,10 +66,14 @@ class ReportedModel:
             return masked
         return next((each.against for each in self.evaluations if each.against), None)
 
+    def other(self, evaluation: Evaluation) -> str:
+        """What an evaluation compares with, in a word: the dense model, or another, pruned one say, by its name."""
+        against = evaluation.against
+        return "dense" if against is None or same_model(against, self.base) else short(against)
+
     @property
     def _against_base(self) -> list[Evaluation]:
-        """The evaluations that compare with the dense model; others may be of two pruned ones."""
-        return [each for each in self.evaluations if each.against is None or same_model(each.against, self.base)]
+        return [each for each in self.evaluations if self.other(each) == "dense"]
 
     @property
     def reading(self) -> Evaluation | None:

@@ -253,16 +253,18 @@ def bench_rows(results: Sequence[Result]) -> list[list[str]]:
 
 
 def closeness(summary: Summary) -> Grid | None:
-    """How far each model is from the one that it was evaluated against, as a rule the dense one."""
+    """How far each model is from the one that it was evaluated against, which is named unless it is the dense one."""
     rows: list[list[Cell]] = []
     for subject in summary.subjects:
-        if near := subject.closeness:
-            text = short(near.text.text) if near.text else NONE
-            agreement = fraction(near.agreement), fraction(near.agreement_stderr)
-            tokens: Cell = (f"{near.tokens:,}", near.tokens) if near.tokens is not None else NONE
-            rows.append([subject.label, shown(near.kl), shown(near.kl_stderr), *agreement, tokens, text])
-    columns = ["model:", "KL, nats per token", "± error", "same likeliest token", "± error", "tokens", "text:"]
-    return Grid("Next-token distributions, against those of the model evaluated against", columns, rows) if rows else None
+        for evaluation in subject.evaluations:
+            if near := evaluation.closeness:
+                text = short(near.text.text) if near.text else NONE
+                agreement = fraction(near.agreement), fraction(near.agreement_stderr)
+                tokens: Cell = (f"{near.tokens:,}", near.tokens) if near.tokens is not None else NONE
+                other = subject.other(evaluation)
+                rows.append([subject.label, other, shown(near.kl), shown(near.kl_stderr), *agreement, tokens, text])
+    columns = ["model:", "against:", "KL, nats per token", "± error", "same likeliest token", "± error", "tokens", "text:"]
+    return Grid("Next-token distributions, compared with those of another model", columns, rows) if rows else None
 
 
 def protocol(source: ResultFile) -> Grid:

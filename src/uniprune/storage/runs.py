@@ -39,6 +39,7 @@ DONE = "done.json"  # committed when the output is complete
 PARTIAL = ".partial"  # ends the name of a JSON file that is being written; the lock lets no two write the same
 STAGE = re.compile(r"(?!identity$|lock$)[a-z][a-z0-9_-]*")
 SHOWN = 60  # characters of a value in an error message
+OLDER = "the interrupted run is of an earlier version of uniprune; --overwrite without --resume restarts it"
 
 logger = logging.getLogger(__name__)
 _absent = object()
@@ -90,9 +91,10 @@ def check_none_unfinished(output: Path) -> None:
 
 def _refuse(output: Path, identity: Mapping[str, Any]) -> NoReturn:
     """Raises InputError that says how to go on with what was interrupted: as what it began."""
-    begun, ways = (identity_of(output) or {}).get("command"), "--resume continues it, --overwrite restarts"
+    begun = (identity_of(output) or {}).get("command")
+    ways = "--resume continues it, --overwrite restarts"
     if begun == "permute":  # whose pass is short: it has no --resume
-        ways = "--overwrite restarts"
+        ways = "--overwrite restarts" if "command" in identity else "uniprune permute --overwrite restarts it"
     elif begun not in (None, identity.get("command")):
         ways = f"uniprune {begun} --resume continues it; or give another output"
     raise InputError(f"unfinished run of {output} found in {folder_of(output)}: {ways}")

@@ -11,6 +11,7 @@ from uniprune.controller.protocol import ControllerRecord
 from uniprune.controller.start import warn_without_gradient
 from uniprune.errors import InputError
 from uniprune.saliency.record import Starved
+from uniprune.storage.runs import OLDER
 
 Verdict = Literal["better", "worse", "diverged"]
 
@@ -25,7 +26,7 @@ class Logbook:
     done: steps that need not be taken any more. tokens: descended on. loss: of each step the KL in nats per token. flips: of
     each step the share of mask bits that it changed. held_out_loss: of each check, in nats per token, the start's first; best:
     the lowest. stale: checks since the best one that found neither improvement nor divergence. backed_off: how often the
-    descent diverged. without_gradient: matrices that no gradient has reached. starved: see ``statistics.starved``.
+    descent diverged. without_gradient: matrices that no gradient has reached. starved: see ``observation.starved``.
     """
 
     done: int = 0
@@ -47,7 +48,7 @@ class Logbook:
         """
         names = {entry.name for entry in fields(cls)}
         if facts and facts.keys() != names:
-            raise InputError("the interrupted run is of an earlier version of uniprune; --overwrite restarts it")
+            raise InputError(OLDER)
         return cls(**facts)
 
     def judge(self, held_out_loss: float) -> Verdict:

@@ -43,7 +43,7 @@ STEPPING = 24  # bytes per weight of the largest matrix while a step moves its d
 NORMS = 6  # bytes per token and hidden channel that autograd keeps of a block's norms (float32), beside what matrices need
 RECOMPUTED = 3  # a block's activations when they are computed again, and what a pass backwards makes of them / what is kept
 AT_WORK = 1.25  # memory that a step has taken when its activations are largest / what autograd keeps of them by then
-ROUTED = 1.2  # more with routed experts: each gets another number of tokens, and what is freed fits no other's tensors
+ROUTED = 1.2  # more with routed experts: their tensors have other sizes in every step, which freed memory seldom fits
 FRAGMENTATION = 1.2  # memory taken from the system / memory asked of the allocator, for tensors that come and go
 LARGE_STEP = 16_384  # tokens of a step that computes about as long as its states take to be read and written
 
@@ -245,9 +245,9 @@ class _Parts:
             routed = any(_routed(matrix) for matrix in self.work.matrices.values())
             taken, state = AT_WORK * (ROUTED if routed else 1) / self.work.length, counted.state / self.work.length
             return Kept(taken * sum(counted.kept), taken * max(counted.kept), len(counted.kept) * state, state)
-        beside = self.item * self.width + NORMS * self.hidden_size
-        whole = self.item * sum(self.widths.values()) + self.blocks * beside
-        largest = self.item * _most_of_a_block(self.work.matrices, self.widths) + beside
+        norms = self.item * self.width + NORMS * self.hidden_size
+        whole = self.item * sum(self.widths.values()) + self.blocks * norms
+        largest = self.item * _most_of_a_block(self.work.matrices, self.widths) + norms
         return Kept(whole, largest, self.blocks * self.item * self.hidden_size, self.item * self.hidden_size)
 
     @property

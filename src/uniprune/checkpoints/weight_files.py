@@ -1,0 +1,18 @@
+"""Files of weights, in whatever format they are: what a pruned checkpoint takes none of from the dense one."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+
+PATTERNS = (
+    *("*.safetensors", "*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt", "*.ckpt.*", "*.npy", "*.npz", "*.pte"),  # PyTorch, NumPy
+    *("*.h5", "*.msgpack", "*.tflite", "saved_model.pb"),  # TensorFlow, Flax
+    *("*.gguf", "*.ggml", "*.llamafile", "*.ot", "*.onnx", "*.onnx.data", "*.onnx_data*"),
+    *("*.nemo", "*.pdparams", "*.params", "*.mlmodel"),  # NeMo, Paddle, MXNet, Core ML
+)
+"""Of file names in lower case."""
+
+
+def has_weights(name: str) -> bool:
+    """Whether a file of this name holds weights."""
+    return any(fnmatchcase(name.lower(), pattern) for pattern in PATTERNS)
