@@ -57,7 +57,7 @@ def shown(model: nn.Module) -> Pictures | None:
     return _SHOWN.get(model)
 
 
-def beside(model: nn.Module, ids: Tensor) -> Given:
+def inputs_of(model: nn.Module, ids: Tensor) -> Given:
     """What a model is given with a window ``[length]``, where it computes; nothing with one that has no image."""
     given = _SHOWN[model].given.get(key(ids), {})
     dtype = next(parameter.dtype for parameter in model.parameters())

@@ -257,17 +257,25 @@ def _say(text: Text, parts: Sequence[Part], encoder: Encoder, count: int, sample
 # ---------------------------------------------------------------------------------------------------------- token files
 
 
+def check_savable(windows: Windows, path: Path, again: bool = False) -> None:
+    """Raises InputError for windows of images, which a token file has no place for, and for a file with other tokens.
+
+    again: as for :func:`save_windows`.
+    """
+    if windows.pictures:
+        raise InputError("--save-tokens has no place for images; leave it out, or take the text alone: --field text")
+    if again and path.exists() and not torch.equal(_read(path)[0], windows.tokens):
+        raise InputError(f"output {path} exists, and has other tokens; give another name, or --overwrite")
+
+
 def save_windows(windows: Windows, path: Path, again: bool = False) -> None:
     """Writes the token ids as safetensors (``tokens``: int32 ``[windows, length]``), for runs on the very same tokens.
 
     again: whether an earlier try of the same run may have written the file, which then stays.
-    Raises InputError for windows of images, which have no place there, and for a file that is there with other tokens.
+    Raises InputError as :func:`check_savable`.
     """
-    if windows.pictures:
-        raise InputError("--save-tokens has no place for images; leave it out, or take the text alone: --field text")
+    check_savable(windows, path, again)
     if again and path.exists():
-        if not torch.equal(_read(path)[0], windows.tokens):
-            raise InputError(f"output {path} exists, and has other tokens; give another name, or --overwrite")
         return
     facts = TokenFacts(
         source=windows.source,

@@ -25,7 +25,7 @@ from uniprune.checkpoints.protocol import Checkpoint
 from uniprune.common import distributed, pictures
 from uniprune.common.progress import Progress, silent
 from uniprune.data.sources import files_of
-from uniprune.data.windows import Windows, save_windows
+from uniprune.data.windows import Windows, check_savable, save_windows
 from uniprune.errors import InputError
 from uniprune.job.aim import Aim, aim_of, origin_of
 from uniprune.job.execution import check_execution, choose, choose_for_loaded, warn_of_traffic
@@ -187,6 +187,8 @@ def prepare(
         digests = meanwhile.enter_context(outline.checkpoint.digesting(outline.matrices)) if outline.checkpoint else None
         tokenizer = given.tokenizer if isinstance(given, Loaded) else load_tokenizer(given)
         windows = windows_of(recipe, outline.model, outline.origin, tokenizer)
+        if options.save_tokens is not None and windows.prompts is None:
+            check_savable(windows, options.save_tokens, _kept_tokens(options))
         work = outline.work(windows.tokens.shape[1])
         if isinstance(given, Loaded):
             warn_of_emulation(given.model)
@@ -279,7 +281,12 @@ def _found_in(loaded: Loaded, recipe: Recipe) -> Matrices:
 def _save_tokens(windows: Windows, options: RunOptions) -> None:
     """Writes the token file, if one is asked for."""
     if options.save_tokens is not None and distributed.rank() == 0:
-        save_windows(windows, options.save_tokens, again=options.resume and not options.overwrite)
+        save_windows(windows, options.save_tokens, _kept_tokens(options))
+
+
+def _kept_tokens(options: RunOptions) -> bool:
+    """Whether a token file that is there may be of this run, which was interrupted, and is not to be replaced."""
+    return options.resume and not options.overwrite
 
 
 def check_saved(options: RunOptions, output: Path) -> None:

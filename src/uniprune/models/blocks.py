@@ -56,7 +56,7 @@ def called(module: nn.Module, model: nn.Module, batch: Tensor) -> list[Any]:
     with text_alone(model):
         if pictures.shown(model) is None:
             return [module(input_ids=batch, use_cache=False)]
-        return [module(input_ids=ids[None], use_cache=False, **pictures.beside(model, ids)) for ids in batch]
+        return [module(input_ids=ids[None], use_cache=False, **pictures.inputs_of(model, ids)) for ids in batch]
 
 
 def after_backbone(model: nn.Module, hidden: Tensor) -> Tensor:

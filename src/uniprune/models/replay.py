@@ -53,7 +53,7 @@ class Flow(NamedTuple):
         """The same, kept in a stash."""
         handed: dict[int, Tensor | None] = {}
         for place, tensor in self.handed.items():
-            slot = _beside(name, place)
+            slot = _place_of(name, place)
             if tensor is None:
                 stash.forget(slot)
             handed[place] = None if tensor is None else stash.put(slot, tensor)
@@ -62,11 +62,11 @@ class Flow(NamedTuple):
     @classmethod
     def take(cls, stash: Stash, name: str, places: Iterable[int]) -> Flow:
         """What an earlier process put, with what was handed on at some places."""
-        slots = {place: _beside(name, place) for place in places}
+        slots = {place: _place_of(name, place) for place in places}
         return cls(stash.take(name), {place: stash.take(slot) if slot in stash else None for place, slot in slots.items()})
 
 
-def _beside(name: str, place: int) -> str:
+def _place_of(name: str, place: int) -> str:
     return f"{name}-{place}"
 
 

@@ -22,7 +22,7 @@ from uniprune.storage.runs import Run
 from uniprune.storage.stash import Stash
 from uniprune.storage.tensor_store import Store
 
-Settle = Callable[[Matrices, Statistics], None]
+Finish = Callable[[Matrices, Statistics], None]
 """Finishes the statistics of some matrices, in place, when all tokens have been seen."""
 SWEEP, OUTPUTS = "sweep", "outputs"  # stages of a run that go block by block: over inputs of matrices, outputs of experts
 
@@ -90,10 +90,10 @@ def one_shot(calibration: Calibration, metric: Metric) -> LocalSaliency:
 
 
 @torch.no_grad()
-def observed(calibration: Calibration, kind: Kind | None, settle: Settle = sum_and_check, stage: str = SWEEP) -> Statistics:
+def observed(calibration: Calibration, kind: Kind | None, finish: Finish = sum_and_check, stage: str = SWEEP) -> Statistics:
     """The statistics of every matrix's inputs, from one forward pass over the dense model; for ``kind`` None there is no pass.
 
-    settle: is called with the finished statistics; by default they are summed over processes, experts that saw few tokens are
+    finish: is called with the finished statistics; by default they are summed over processes, experts that saw few tokens are
     filled in, and all are checked. stage: the name in the run that progress is kept under.
     A model whose blocks are in memory one at a time keeps hidden states and statistics in the run: when it is resumed, finished
     blocks are not run again. The pass of a model in memory is short, and starts again.
@@ -103,16 +103,16 @@ def observed(calibration: Calibration, kind: Kind | None, settle: Settle = sum_a
     if kind is None:
         return {}
     if calibration.streamed:
-        return _by_block(calibration, kind, settle, stage)
+        return _by_block(calibration, kind, finish, stage)
     todo = batches(distributed.share(calibration.windows))
     with observing(matrices, kind, calibration.device) as statistics:
         for batch in calibration.progress(todo, "calibrating", len(todo)):
             last_hidden(calibration.model, batch)
-    settle(matrices, statistics)
+    finish(matrices, statistics)
     return statistics
 
 
-def _by_block(calibration: Calibration, kind: Kind, settle: Settle, stage: str) -> Statistics:
+def _by_block(calibration: Calibration, kind: Kind, finish: Finish, stage: str) -> Statistics:
     matrices, device = calibration.matrices, calibration.device
     store, runner = open_sweep(calibration, stage)
     with observing(matrices, kind, device) as statistics:
@@ -121,7 +121,7 @@ def _by_block(calibration: Calibration, kind: Kind, settle: Settle, stage: str) 
         for index in calibration.progress(runner, "calibrating block by block", len(runner)):
             runner.run(index, advance=True)
             here = {name: statistics[name] for name, matrix in matrices.items() if matrix.block == index}
-            settle(matrices, here)
+            finish(matrices, here)
             if store is not None:
                 for name, statistic in here.items():
                     store[name] = {"total": statistic.total, "tokens": torch.tensor(statistic.tokens)}
