@@ -339,6 +339,19 @@ def defaults(results: dict[str, Any]) -> str:
     return table([*heads, "two cores of"], lines)
 
 
+def types(results: dict[str, Any]) -> str:
+    """How many types of models can be pruned, in a sentence."""
+    tried = [steps for steps in results["walk"].values() if "made" not in steps]
+    whole = [steps for steps in tried if all(state == "yes" for state in steps.values())]
+    planned = [row for row in results["plan"].values() if "matrices" in row]
+    return fill_lines(
+        f"Of the {len(results['plan'])} types of models that transformers {results['versions']['transformers']} has a causal "
+        f"class or one of images and text for, hybrids and mixtures of experts included, {len(planned)} can be pruned with their "
+        f"default configuration, and {len(whole)} of the {len(tried)} that can be made small go through every step, from "
+        "calibration to evaluation ([each of them, and why the others do not](docs/families.md))."
+    )
+
+
 def by_default(results: dict[str, Any]) -> str:
     """What default settings give, in a sentence."""
     found = " and ".join(f"{row['perplexity']:.1f} ({MODELS[row['model']]})" for row in reversed(results["rows"]))
@@ -874,7 +887,11 @@ def main() -> None:
     for name, page_of, write in (("quantise", "quantisation", quantised), ("loads", "runtime", readers)):
         if results := load(name):
             fill(ROOT / "docs" / f"{page_of}.md", {name: write(results)})
-    sentences = {"by-default": by_default(load("defaults")), "faster": faster(load("runtime"))}
+    sentences = {
+        "types": types(load("families")),
+        "by-default": by_default(load("defaults")),
+        "faster": faster(load("runtime")),
+    }
     fill(ROOT / "README.md", sections | sentences | {"results": sections["perplexities"]})
 
 
