@@ -346,8 +346,8 @@ def types(results: dict[str, Any]) -> str:
     planned = [row for row in results["plan"].values() if "matrices" in row]
     return fill_lines(
         f"Of the {len(results['plan'])} types of models that transformers {results['versions']['transformers']} has a causal "
-        f"class or one of images and text for, hybrids and mixtures of experts included, {len(planned)} can be pruned with their "
-        f"default configuration, and {len(whole)} of the {len(tried)} that can be made small go through every step, from "
+        f"class or one of images and text for, hybrids and mixtures of experts included, {len(planned)} can be pruned with "
+        f"their default configuration, and {len(whole)} of the {len(tried)} that can be made small go through every step, from "
         "calibration to evaluation ([each of them, and why the others do not](docs/families.md))."
     )
 
