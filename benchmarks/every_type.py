@@ -17,7 +17,7 @@ import traceback
 import warnings
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig
@@ -107,12 +107,27 @@ def walk(kind: str, folder: Path) -> dict[str, str]:
     return families.steps(families.Walk(*saved, folder))
 
 
+class Counts(NamedTuple):
+    """How many types can be pruned, how many were made small, and how many of those go through every step."""
+
+    planned: int
+    tried: int
+    whole: int
+
+    @classmethod
+    def of(cls, known: dict[str, dict[str, Any]]) -> Counts:
+        walks = known["walk"].values()
+        return cls(
+            planned=sum("matrices" in row for row in known["plan"].values()),
+            tried=sum("made" not in row for row in walks),
+            whole=sum(all(row.get(step) == "yes" for step in families.STEPS) for row in walks),
+        )
+
+
 def page(known: dict[str, dict[str, Any]]) -> str:
     """docs/families.md: a line for each type."""
     plans, walks = known["plan"], known["walk"]
-    planned = [kind for kind, row in plans.items() if "matrices" in row]
-    whole = [kind for kind, row in walks.items() if all(row.get(step) == "yes" for step in families.STEPS)]
-    tried = [kind for kind, row in walks.items() if "made" not in row]
+    planned, tried, whole = Counts.of(known)
     return "\n".join(
         [
             "# Every type of transformers",
@@ -121,9 +136,9 @@ def page(known: dict[str, dict[str, Any]]) -> str:
             "images and text for; written by `python benchmarks/every_type.py` from benchmarks/results/families.json.",
             "",
             "- `plan`, with the controller, on the default configuration, by files of that size without content:",
-            f"  {len(planned)} can be pruned, the others are refused with the reason; some transformers itself cannot make.",
+            f"  {planned} can be pruned, the others are refused with the reason; some transformers itself cannot make.",
             "- A tiny random model of each that transformers can make here, through the steps of [models.md](models.md):",
-            f"  {len(whole)} of {len(tried)} go through all (yes); of others the steps that do not are named, with the reason.",
+            f"  {whole} of {tried} go through all (yes); of others the steps that do not are named, with the reason.",
             "",
             "| type | parameters | prunable | matrices | tiny model | why not, and what stays dense |",
             "| --- | ---: | ---: | ---: | --- | --- |",

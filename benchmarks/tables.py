@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 
 from ablations import VARIANTS
 from common import ROOT, load
+from every_type import Counts
 from uniprune.comparison.results import Comparison
 from uniprune.reporting.comparison import markdown
 from uniprune.reporting.tables import bench_rows
@@ -341,13 +342,11 @@ def defaults(results: dict[str, Any]) -> str:
 
 def types(results: dict[str, Any]) -> str:
     """How many types of models can be pruned, in a sentence."""
-    tried = [steps for steps in results["walk"].values() if "made" not in steps]
-    whole = [steps for steps in tried if all(state == "yes" for state in steps.values())]
-    planned = [row for row in results["plan"].values() if "matrices" in row]
+    planned, tried, whole = Counts.of(results)
     return fill_lines(
         f"Of the {len(results['plan'])} types of models that transformers {results['versions']['transformers']} has a causal "
-        f"class or one of images and text for, hybrids and mixtures of experts included, {len(planned)} can be pruned with "
-        f"their default configuration, and {len(whole)} of the {len(tried)} that can be made small go through every step, from "
+        f"class or one of images and text for, hybrids and mixtures of experts included, {planned} can be pruned with "
+        f"their default configuration, and {whole} of the {tried} that can be made small go through every step, from "
         "calibration to evaluation ([each of them, and why the others do not](docs/families.md))."
     )
 

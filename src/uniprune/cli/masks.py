@@ -14,7 +14,7 @@ from uniprune.common.formatting import percent
 from uniprune.common.options import Options, Positional
 from uniprune.errors import InputError
 
-DETAILS = {"matrices"}  # are for --json alone
+DETAILS = {"blocks", "matrices"}  # have lines of their own, or are for --json alone
 
 
 class Masks(Options):
@@ -87,7 +87,7 @@ def stats(file: Masks, printed: Printed) -> None:
         f"{block}: {percent(part['sparsity'])}, {part['empty_rows']} empty rows, {part['empty_columns']} empty columns"
         for block, part in facts["blocks"].items()
     ]
-    show(facts, printed.as_json, "\n".join([*_lines({key: facts[key] for key in facts if key != "blocks"}), *lines]))
+    show(facts, printed.as_json, "\n".join([*_lines(facts), *lines]))
 
 
 def import_(foreign: Foreign, dense: Dense, target: Target, over: Overwrite, printed: Printed) -> None:

@@ -153,7 +153,8 @@ class File(_CountingRows):
         with readable(self.path, "text"):
             head = sampling.plain_at(self.path, 0, 1 << 16)
             in_bytes = max(1, length * len(head.encode()) // max(1, len(head)))
-            met, size = set[tuple[int, int]](), self.path.stat().st_size
+            met = set[tuple[int, int]]()
+            size = self.path.stat().st_size
             self._begin()
             # Lines may have little text among their fields: as many places as are wanted, all of the file's if need be.
             for offset in sampling.places(size, in_bytes, size if lines else budget, seed):

@@ -18,7 +18,7 @@ from uniprune.data.sources import files_of
 from uniprune.errors import InputError
 from uniprune.job.inference import inferring
 from uniprune.job.options import RunOptions
-from uniprune.job.prepare import check_saved, device_of, prepare, progress_of
+from uniprune.job.prepare import check_tokens_kept, device_of, prepare, progress_of
 from uniprune.job.recipe import Recipe
 from uniprune.job.scoring import fitting, scored
 from uniprune.models.loading import Source
@@ -53,7 +53,7 @@ def calibrate(
     asked = RunOptions.of(**options)
     with distributed.joined(device_of(asked)):
         if asked.resume and (facts := _finished(output, recipe, source)):
-            check_saved(asked, output)
+            check_tokens_kept(asked, output)
             return facts
         files.check_output_file(output, asked.overwrite)
         job = prepare(source, recipe, None, asked, scores=output, progress=progress)

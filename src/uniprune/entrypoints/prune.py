@@ -20,7 +20,7 @@ from uniprune.experts import removal
 from uniprune.job.aim import Aim
 from uniprune.job.inference import inferring
 from uniprune.job.options import RunOptions
-from uniprune.job.prepare import Job, check_saved, device_of, prepare, progress_of
+from uniprune.job.prepare import Job, check_tokens_kept, device_of, prepare, progress_of
 from uniprune.job.recipe import Recipe
 from uniprune.job.scoring import scored
 from uniprune.models import masking
@@ -60,7 +60,7 @@ def prune(
     watch, asked = Stopwatch(), RunOptions.of(**options)
     with distributed.joined(device_of(asked)):
         if asked.resume and (report := _finished(output, recipe, source)):
-            check_saved(asked, output)
+            check_tokens_kept(asked, output)
             return report
         if recipe.experts is not None:
             return _without_experts(source, recipe, output, asked, progress)

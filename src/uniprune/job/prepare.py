@@ -289,7 +289,7 @@ def _kept_tokens(options: RunOptions) -> bool:
     return options.resume and not options.overwrite
 
 
-def check_saved(options: RunOptions, output: Path) -> None:
+def check_tokens_kept(options: RunOptions, output: Path) -> None:
     """Raises InputError if a run that is complete is resumed for tokens that it did not save."""
     if options.save_tokens is not None and not options.save_tokens.exists():
         raise InputError(

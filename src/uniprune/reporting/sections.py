@@ -206,7 +206,7 @@ def _markers(summary: Summary) -> list[Marker]:
     for subject in summary.subjects:
         for each in subject.evaluations:
             series = subject.other(each)
-            if series == "dense" and len(others) > 1:
+            if subject.is_against_dense(each) and len(others) > 1:
                 series = f"dense {others.get(each.against or '', '')}"
             for name, task in each.tasks.items():
                 if subject.label in labels:

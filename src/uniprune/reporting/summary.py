@@ -66,14 +66,17 @@ class ReportedModel:
             return masked
         return next((each.against for each in self.evaluations if each.against), None)
 
+    def is_against_dense(self, evaluation: Evaluation) -> bool:
+        """Whether an evaluation compares with the dense model, and not with another, pruned one say."""
+        return evaluation.against is None or same_model(evaluation.against, self.base)
+
     def other(self, evaluation: Evaluation) -> str:
-        """What an evaluation compares with, in a word: the dense model, or another, pruned one say, by its name."""
-        against = evaluation.against
-        return "dense" if against is None or same_model(against, self.base) else short(against)
+        """What an evaluation compares with, in a word."""
+        return "dense" if self.is_against_dense(evaluation) else short(evaluation.against)
 
     @property
-    def _against_base(self) -> list[Evaluation]:
-        return [each for each in self.evaluations if self.other(each) == "dense"]
+    def _against_dense(self) -> list[Evaluation]:
+        return list(filter(self.is_against_dense, self.evaluations))
 
     @property
     def reading(self) -> Evaluation | None:
@@ -82,7 +85,7 @@ class ReportedModel:
 
     @property
     def closeness(self) -> Closeness | None:
-        return next((each.closeness for each in self._against_base if each.closeness), None)
+        return next((each.closeness for each in self._against_dense if each.closeness), None)
 
     @property
     def controller(self) -> ControllerRecord | None:
@@ -92,7 +95,7 @@ class ReportedModel:
     def changes(self) -> list[Change]:
         """Of ``acc``, task by task, where the dense model answered the same questions; a task in several evaluations once."""
         found, seen = [], set()
-        for each in self._against_base:
+        for each in self._against_dense:
             for name, task in each.tasks.items():
                 this = task.sha256 or name, task.num_fewshot
                 if (other := task.against.get("acc")) and this not in seen:
