@@ -483,7 +483,10 @@ INSIDES: dict[str, Callable[[bytes, random.Random], bytes]] = {
 
 @contextmanager
 def guarded() -> Iterator[None]:
-    """Inside ``with``, the process may take MEMORY bytes of addresses more than it has, and alarms end what hangs."""
+    """Inside ``with``, the process may take MEMORY bytes of addresses more than it has, and alarms end what hangs.
+
+    Memory that malloc holds free counts as what it has: a case may take that as well.
+    """
 
     def stop(*_: Any) -> None:
         raise Hang(f"more than {SECONDS} s of processor time, or {PATIENCE} s")
