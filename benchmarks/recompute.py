@@ -32,7 +32,7 @@ from uniprune.controller.descent import loop
 from uniprune.controller.descent.position import Position
 from uniprune.controller.descent.teacher import TeacherCache
 from uniprune.controller.mirror_descent import MirrorDescent
-from uniprune.controller.passes import open_passes
+from uniprune.controller.passes.opening import open_passes
 from uniprune.job.forecast.memory import Work, needs
 from uniprune.models.matrices import find_matrices
 from uniprune.saliency.calibration import Calibration

@@ -20,7 +20,7 @@ import local_hub
 import processes
 import quick
 from uniprune import Loaded
-from uniprune.controller.passes import open_passes
+from uniprune.controller.passes.opening import open_passes
 from uniprune.data.text import read
 from uniprune.errors import InputError
 from uniprune.models.matrices import find_matrices

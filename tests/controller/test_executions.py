@@ -14,7 +14,8 @@ from uniprune import Recipe
 from uniprune.checkpoints.origin import resolve
 from uniprune.controller.descent.states import Masks, PackedMasks
 from uniprune.controller.mirror_descent import MirrorDescent
-from uniprune.controller.passes import Resident, open_passes
+from uniprune.controller.passes.opening import open_passes
+from uniprune.controller.passes.resident import Resident
 from uniprune.errors import InputError
 from uniprune.job.execution import choose
 from uniprune.job.forecast import machine

@@ -15,7 +15,7 @@ from uniprune import Loaded, Recipe
 from uniprune.checkpoints.checkpoint import Files, checkpoint_of
 from uniprune.cli.tables import plan_lines
 from uniprune.controller.descent.loss import Loss
-from uniprune.controller.passes import Resident
+from uniprune.controller.passes.resident import Resident
 from uniprune.controller.start import sensitivities
 from uniprune.controller.straight_through import StraightThrough
 from uniprune.data.windows import Windows, save_windows

@@ -11,7 +11,7 @@ import uniprune
 from conftest import tiny_model
 from small_models import MATRICES, tiny
 from uniprune import Recipe
-from uniprune.controller.passes import Resident
+from uniprune.controller.passes.resident import Resident
 from uniprune.controller.straight_through import StraightThrough
 from uniprune.errors import InputError
 from uniprune.models import masking

@@ -17,7 +17,7 @@ from uniprune import Recipe
 from uniprune.checkpoints.origin import Origin, resolve
 from uniprune.common import distributed
 from uniprune.controller.descent.loss import Loss
-from uniprune.controller.passes import Streamed
+from uniprune.controller.passes.streamed import Streamed
 from uniprune.controller.straight_through import StraightThrough
 from uniprune.job.execution import choose
 from uniprune.job.forecast.memory import Bytes, Work, needs

@@ -24,7 +24,8 @@ from uniprune.controller.descent import loop
 from uniprune.controller.descent.loss import Loss
 from uniprune.controller.descent.states import OnDisk
 from uniprune.controller.mirror_descent import MirrorDescent
-from uniprune.controller.passes import Resident, Streamed
+from uniprune.controller.passes.resident import Resident
+from uniprune.controller.passes.streamed import Streamed
 from uniprune.controller.straight_through import StraightThrough
 from uniprune.errors import InputError, MismatchError, UniPruneError
 from uniprune.job.execution import choose
@@ -167,7 +168,7 @@ def check_gradients(pair, tmp_path, monkeypatch, rounding=1e-5, least=1e-12):
     (model, matrices), (streamed, hollow, residency) = pair
     ids = tokens()
     kl, expected = gradients(Resident(model, find_blocks(model)[1], StraightThrough(matrices)), ids)
-    monkeypatch.setattr("uniprune.controller.passes.PART_TOKENS", 64)
+    monkeypatch.setattr("uniprune.controller.passes.streamed.PART_TOKENS", 64)
     blocks = find_blocks(streamed)[1]
     assert all(parameter.is_meta for parameter in blocks.parameters())
     passes = Streamed(streamed, Replay(streamed, blocks, residency), StraightThrough(hollow), Stash(tmp_path))

@@ -11,7 +11,7 @@ from own import AbsoluteSum, Blind, Correlated, Largest, Loud
 from small_models import tiny
 from uniprune import Recipe
 from uniprune.controller.mirror_descent import MirrorDescent
-from uniprune.controller.passes import Resident
+from uniprune.controller.passes.resident import Resident
 from uniprune.controller.start import sensitivities
 from uniprune.controller.straight_through import StraightThrough
 from uniprune.controller.unipruning import UniPruning

@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from uniprune.controller.passes import open_passes
+from uniprune.controller.passes.opening import open_passes
 from uniprune.controller.protocol import ControllerRecord, Cost
 from uniprune.controller.start import in_steps, sensitivities, step_windows, warn_without_gradient
 from uniprune.errors import InputError

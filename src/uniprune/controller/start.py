@@ -15,7 +15,7 @@ from torch import Tensor
 
 from uniprune.common import distributed
 from uniprune.common.progress import Progress, silent
-from uniprune.controller.passes import Passes
+from uniprune.controller.passes.protocol import Passes
 from uniprune.saliency.observation import check_seen, fill_starved_experts, observing, sum_over_processes
 from uniprune.saliency.statistics import Kind, SquaredNorm, Statistic, Statistics, additional
 from uniprune.storage.runs import Run

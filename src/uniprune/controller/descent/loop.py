@@ -25,7 +25,8 @@ from uniprune.controller.descent.loss import Loss
 from uniprune.controller.descent.position import Position
 from uniprune.controller.descent.states import Best, Masks, Rule, State
 from uniprune.controller.descent.teacher import TeacherCache
-from uniprune.controller.passes import Passes, open_passes
+from uniprune.controller.passes.opening import open_passes
+from uniprune.controller.passes.protocol import Passes
 from uniprune.controller.protocol import ControllerRecord
 from uniprune.controller.start import in_steps, sensitivities
 from uniprune.controller.straight_through import Evener

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from uniprune.controller.passes import Passes
+from uniprune.controller.passes.protocol import Passes
 from uniprune.storage.stash import Stash
 
 

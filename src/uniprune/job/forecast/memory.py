@@ -24,7 +24,7 @@ from typing import NamedTuple, get_args
 import torch
 
 from uniprune.common import distributed
-from uniprune.controller.passes import PART_TOKENS
+from uniprune.controller.passes.streamed import PART_TOKENS
 from uniprune.job.options import IN_MEMORY, Execution
 from uniprune.job.recipe import WINDOWS, Recipe
 from uniprune.models import activations
