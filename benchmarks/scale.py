@@ -12,6 +12,7 @@
 - shared: one, two and four processes of one thread each, which divide the controller's state: memory of each, and time.
 - versions: a streamed step of 16,384 tokens beside that of 3cca470, the version that issues compare with: time, memory, bytes.
   Only with --other, a checkout of it. An hour and a half at 1e9 weights and 3e9; --size takes one of them.
+- mask: `uniprune mask` of SmolLM2 from a scores file beside that of 3cca470, start-up included. Only with --other.
 
 Every run is a process of its own, looked at every 10 ms: its peak is that of anonymous and shared memory; pages of mapped
 files, which the system may drop, stand beside it. Sides of a ratio alternate, because the machine's speed drifts; the median
@@ -274,11 +275,9 @@ class Bench:
 
     def versions(self) -> Iterator[Row]:
         """Both sides take Wanda's scores on 36 samples, one step on 32 of them, and judge by the others before and after."""
-        if not self.other:
-            raise Failed("versions needs --other FOLDER, a checkout of the version to compare with")
         step = ["--set", f"batch_tokens={STEP_TOKENS}", *STREAMED]
-        elsewhere = os.environ | {"PYTHONPATH": str(self.other.resolve() / "src")}
-        sides = {"this": (UNIPRUNE, step, os.environ), "other": (["-c", OTHER], [], elsewhere)}
+        both = self.both()
+        sides = {"this": (UNIPRUNE, step, os.environ), "other": (["-c", OTHER], [], both["other"][1])}
         for model in self.models:
             limit = self.limited(VERSION_LIMITS[model])
             shared = ["-s", "2:4", "--controller", "feedback", "--steps", "1", "--dtype", "bfloat16", *flags(limit)]
@@ -300,6 +299,36 @@ class Bench:
                 **ratios,
                 **{side: summary(costs[side]) for side in costs},
             }
+
+    def mask(self) -> Iterator[Row]:
+        """Each version cuts the scores that it has written itself; magnitudes, for the time does not depend on them."""
+        sides = self.both()
+        with self.outputs() as folder:
+            for name, (start, environment) in sides.items():
+                scored = ["calibrate", str(self.smollm2()), "--metric", "magnitude", "--controller", "none", *self.windows(8)]
+                command = [sys.executable, *start, *scored, "-o", str(folder / f"{name}.safetensors")]
+                measured(command, environment=environment)
+
+            def side(name: str, pattern: str) -> Cost:
+                start, environment = sides[name]
+                cut = ["mask", str(folder / f"{name}.safetensors"), "-s", pattern, "-o", str(folder / "cut.safetensors")]
+                return measured([sys.executable, *start, *cut, "--overwrite"], environment=environment)
+
+            for pattern in ("2:4", "0.5"):
+                costs = alternate(self.rounds, {name: partial(side, name, pattern) for name in sides})
+                key = {"part": "mask", "model": "smollm2", "run": pattern}
+                yield (
+                    key
+                    | {"seconds_ratio": ratio(costs["this"], costs["other"], "seconds")}
+                    | {name: summary(cost) for name, cost in costs.items()}
+                )
+
+    def both(self) -> dict[str, tuple[list[str], Mapping[str, str]]]:
+        """How this version and the other are started, and with which environment."""
+        if not self.other:
+            raise Failed("this part needs --other FOLDER, a checkout of the version to compare with")
+        elsewhere = os.environ | {"PYTHONPATH": str(self.other.resolve() / "src")}
+        return {"this": (UNIPRUNE, os.environ), "other": (["-m", "uniprune"], elsewhere)}
 
     def within(self, run: str, model: Path, masks: Path | None = None, limits: Mapping[str, str] = LIMITS) -> Row:
         """2:4 masks of a model within the memory of a kind of run."""
@@ -390,7 +419,7 @@ def main() -> None:
     parser.add_argument("--other", type=Path)
     parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)  # does it work at all? Records nothing
     chosen = parser.parse_args()
-    parts = ("local", "step", "depth", "sweep", "apply", "ranks", "shared", "versions")
+    parts = ("local", "step", "depth", "sweep", "apply", "ranks", "shared", "versions", "mask")
     if unknown := set(chosen.parts) - set(parts):
         raise SystemExit(f"no part {', '.join(unknown)}; they are {', '.join(parts)}")
     failed = []
@@ -398,7 +427,7 @@ def main() -> None:
         scratch = chosen.scratch or Path(temporary)
         scratch.mkdir(parents=True, exist_ok=True)
         bench = Bench(scratch, chosen)
-        for part in chosen.parts or [part for part in parts if part != "versions" or chosen.other]:
+        for part in chosen.parts or [part for part in parts if part not in ("versions", "mask") or chosen.other]:
             try:
                 for row in getattr(bench, part)():
                     print(json.dumps(row), flush=True)

@@ -403,6 +403,9 @@ def ratios(results: dict[str, Any]) -> str:
             start = f"streamed 2:4, one step of 16,384 tokens, {row['model'].upper()} weights, this version / 3cca470"
             named = {"seconds": "whole process", "peak_bytes": "peak memory", "written_bytes": "bytes written, output included"}
             lines += [[f"{start}: {name}", f"{row[f'{key}_ratio']:.2f}"] for key, name in named.items()]
+        elif row["part"] == "mask":
+            what = f"`mask` of SmolLM2, {row['run']}, start-up included, this version / 3cca470"
+            lines.append([what, f"{row['seconds_ratio']:.2f}"])
     return table(["what", ""], lines)
 
 
