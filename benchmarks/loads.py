@@ -22,8 +22,8 @@ import peers
 import quantise
 from common import EVALUATION, load, save
 from uniprune.checkpoints.origin import resolve
+from uniprune.checkpoints.tokenizer import load_tokenizer
 from uniprune.data.windows import load_windows
-from uniprune.models.loading import load_tokenizer
 
 PROMPT, NEW, LENGTH = "The capital of France is Paris, and the capital of Italy is", 32, 256
 TRANSFORMERS = "transformers==5.23.0"

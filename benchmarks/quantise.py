@@ -29,9 +29,9 @@ import uniprune
 from common import CALIBRATION, EVALUATION, load, relative, save, smollm2, smollm2_folder
 from uniprune.artefacts.masks import MasksFile
 from uniprune.checkpoints.origin import resolve
+from uniprune.checkpoints.tokenizer import load_tokenizer
 from uniprune.data.windows import load_windows
 from uniprune.evaluation import perplexity as perplexity_module
-from uniprune.models.loading import load_tokenizer
 from uniprune.models.matrices import find_matrices
 
 NUMPY, SAFETENSORS = "numpy==2.4.6", "safetensors==0.8.0"

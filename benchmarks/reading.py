@@ -26,8 +26,8 @@ import zstandard
 
 from common import save, smollm2
 from uniprune.checkpoints.origin import resolve
+from uniprune.checkpoints.tokenizer import load_tokenizer
 from uniprune.data.windows import Windows, load_windows
-from uniprune.models.loading import load_tokenizer
 
 WINDOWS, LENGTH, ROUNDS = 128, 512, 3
 WORDS, BLOCK = 20_000, 10_000

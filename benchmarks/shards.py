@@ -22,8 +22,9 @@ from transformers import LlamaConfig
 
 from common import smollm2
 from uniprune.checkpoints.origin import Origin, resolve
+from uniprune.checkpoints.tokenizer import load_tokenizer
 from uniprune.errors import InputError
-from uniprune.models.loading import load_tokenizer, skeleton
+from uniprune.models.loading import skeleton
 from uniprune.storage.files import check_disk_space, new_folder
 
 SIZES = {

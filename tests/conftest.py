@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -112,8 +112,15 @@ def loaded(tokenizer: PreTrainedTokenizerFast) -> Loaded:
     return Loaded(tiny_model(), tokenizer)
 
 
-def write_gguf(model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, path: Path, kind: str = "F32") -> Path:
-    """A llama as a GGUF file, the other format of models. kind: of GGUF's types, that of the matrices in the blocks."""
+def write_gguf(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerFast,
+    path: Path,
+    kind: str = "F32",
+    more: Callable[[object], object] = lambda writer: None,
+) -> Path:
+    """A llama as a GGUF file, the other format of models. kind: of GGUF's types, that of the matrices in the blocks. more:
+    writes whatever else it is to have."""
     gguf = pytest.importorskip("gguf")
     config, inner = model.config, json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -143,6 +150,7 @@ def write_gguf(model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, path:
         stored = gguf.GGMLQuantizationType[kind if ".layers." in name and tensor.dim() == 2 else "F32"]
         array = gguf.quants.quantize(tensor.float().contiguous().numpy(), stored)
         writer.add_tensor(names.get_name(name, (".weight",)), array, raw_dtype=stored)
+    more(writer)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

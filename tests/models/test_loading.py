@@ -164,13 +164,13 @@ def test_a_tokenizer_that_needs_packages(folder, tmp_path, monkeypatch):
     (tmp_path / "tokenizer.model").write_bytes(b"\x0a\x0e\x0a\x05<unk>\x15\x00\x00\x00\x00\x18\x02")
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
     missing = {"sentencepiece", "google"}
-    monkeypatch.setattr("uniprune.models.loading.find_spec", lambda name: None if name in missing else find_spec(name))
+    monkeypatch.setattr("uniprune.checkpoints.tokenizer.find_spec", lambda name: None if name in missing else find_spec(name))
     with pytest.raises(InputError, match=r"tokenizer\.model, needs packages that are not installed; pip install sent"):
         uniprune.load(tmp_path, device="cpu")
     missing.clear()
     if find_spec("sentencepiece") is None:
         with pytest.raises(InputError, match=r"cannot be read \(.*\); fetch it again, or move its files away"):
-            monkeypatch.setattr("uniprune.models.loading.find_spec", lambda name: True)
+            monkeypatch.setattr("uniprune.checkpoints.tokenizer.find_spec", lambda name: True)
             uniprune.load(tmp_path, device="cpu")
 
 

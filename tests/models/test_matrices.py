@@ -15,7 +15,8 @@ from uniprune.controller.passes.resident import Resident
 from uniprune.controller.straight_through import StraightThrough
 from uniprune.errors import InputError
 from uniprune.models import masking
-from uniprune.models.matrices import check_finite, choose_matrices, find_blocks, find_matrices, left_dense
+from uniprune.models.checks import check_finite
+from uniprune.models.matrices import choose_matrices, find_blocks, find_matrices, left_dense
 from uniprune.saliency.calibration import Calibration
 from uniprune.saliency.metrics import Wanda
 from uniprune.saliency.observation import observing

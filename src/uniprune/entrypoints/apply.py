@@ -13,9 +13,10 @@ from uniprune.artefacts.mask_tools import CheckedMasks, check_type
 from uniprune.artefacts.masks import MasksFile
 from uniprune.artefacts.reports import ModelFacts, Pruning, realised
 from uniprune.checkpoints.origin import Origin, resolve
+from uniprune.checkpoints.tokenizer import load_tokenizer
 from uniprune.common.provenance import Stopwatch, sha256, versions
 from uniprune.errors import InputError, MismatchError
-from uniprune.models.loading import Loaded, find_names, load_tokenizer, load_weights, parse_dtype
+from uniprune.models.loading import Loaded, find_names, load_weights, parse_dtype
 from uniprune.models.matrices import Matrices, find_matrices
 from uniprune.reporting import model_card
 from uniprune.sparsity.structure import claimed

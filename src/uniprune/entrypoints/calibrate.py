@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from uniprune.artefacts.binding import fingerprint
 from uniprune.artefacts.scores import ScoresFacts, ScoresFile, write_scores
 from uniprune.checkpoints.origin import spelled
 from uniprune.common import distributed
@@ -21,7 +22,8 @@ from uniprune.job.options import RunOptions
 from uniprune.job.prepare import check_tokens_kept, device_of, prepare, progress_of
 from uniprune.job.recipe import Recipe
 from uniprune.job.scoring import fitting, scored
-from uniprune.models.loading import Source
+from uniprune.models.loading import Loaded, Source
+from uniprune.models.matrices import choose_matrices
 from uniprune.storage import files, runs
 
 if TYPE_CHECKING:
@@ -83,17 +85,25 @@ def _finished(output: Path, recipe: Recipe, source: Source) -> ScoresFacts | Non
     if runs.pending(output) or not output.is_file():
         return None
     facts = ScoresFile(output).facts
-    return facts if same_run(facts.recipe, facts.base_name, output, recipe, source) else None
+    known = facts.base_name, facts.base
+    return facts if same_run(facts.recipe, known, output, recipe, source) else None
 
 
-def same_run(settings: Mapping[str, Any], name: str, output: Path, recipe: Recipe, source: Source) -> bool:
+def same_run(settings: Mapping[str, Any], model: tuple[str, str | None], output: Path, recipe: Recipe, source: Source) -> bool:
     """Whether an output is of these settings and this model; what is left of its run is then deleted.
+
+    model: the name and the fingerprint of the output's. A model that is in memory alone is told by its weights.
 
     To read the model and the text again would take as long as many runs do, so of files that were written since, a warning
     tells: they may be copies of what was there.
     """
+    name, base = model
     if settings != json.loads(json.dumps(recipe.record())) or name != spelled(source):
         return False
+    if isinstance(source, Loaded) and not (source.origin and source.origin.files):
+        matrices = choose_matrices(source.model, recipe.include, recipe.exclude)
+        if fingerprint(source.checkpoint.digests(matrices)) != base:
+            return False
     runs.discard(output)
     inputs = [path for path in (files.path_of(spelled(source)), *files_of(recipe.text)) if path.exists()]
     if newer := [str(path) for path in inputs if files.changed(path) > files.changed(output)]:

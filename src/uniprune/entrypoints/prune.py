@@ -196,7 +196,8 @@ def _finished(output: Path, recipe: Recipe, source: Source) -> Pruning | ExpertR
         raise InputError(f"{error} (--overwrite without --resume)") from None
     if not isinstance(report, Pruning | ExpertRemoval):
         return None
-    return report if same_run(report.recipe, report.model.name, output, recipe, source) else None
+    model = report.model.name, report.model.fingerprint
+    return report if same_run(report.recipe, model, output, recipe, source) else None
 
 
 def _report(

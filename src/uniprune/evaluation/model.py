@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from uniprune.artefacts.mask_tools import CheckedMasks, check_type
 from uniprune.checkpoints.configuration import UNBOUNDED, check_context, check_vocabulary, context
 from uniprune.checkpoints.origin import Origin, resolve
+from uniprune.checkpoints.tokenizer import load_processor, load_tokenizer, reads_images
 from uniprune.common.pictures import showing
 from uniprune.common.progress import Progress
 from uniprune.data import sources
@@ -30,13 +31,10 @@ from uniprune.models.loading import (
     Source,
     check_one_device,
     fast_dtype,
-    load_processor,
-    load_tokenizer,
     load_weights,
     native_dtype,
     parse_device,
     parse_dtype,
-    reads_images,
     skeleton,
     warn_of_emulation,
 )

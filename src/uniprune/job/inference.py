@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import wraps
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import nn
 
+from uniprune.checkpoints.configuration import text_config
 from uniprune.models.loading import Loaded
 
 P = ParamSpec("P")
@@ -27,6 +28,8 @@ def inferring(function: Callable[P, T]) -> Callable[P, T]:
     @wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> T:
         with torch.inference_mode(False), ExitStack() as stack:
+            if torch.get_default_device().type != "cpu":  # tokens and generators are made there
+                stack.enter_context(torch.device("cpu"))
             for given in (*args, *kwargs.values()):
                 if isinstance(given, Loaded):
                     stack.enter_context(evaluating(given.model))
@@ -37,15 +40,23 @@ def inferring(function: Callable[P, T]) -> Callable[P, T]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Inside ``with``, the model is in evaluation mode and no parameter requires a gradient; afterwards all is as before."""
+    """Inside ``with``, the model is in evaluation mode, gives outputs by name, and no parameter requires a gradient; afterwards
+    all is as before."""
+    config: Any = getattr(model, "config", None)
+    parts = (config, text_config(config)) if hasattr(config, "get_text_config") else (config,)
+    tuples = [part for part in parts if getattr(part, "return_dict", True) is False]
     training = [module for module in model.modules() if module.training]
     trainable = [each for each in model.parameters() if each.requires_grad and not each.is_inference()]
     model.eval()
+    for part in tuples:
+        part.return_dict = True
     for parameter in trainable:
         parameter.requires_grad_(False)
     try:
         yield
     finally:
+        for part in tuples:
+            part.return_dict = False
         for parameter in trainable:
             parameter.requires_grad_()
         for module in training:

@@ -22,6 +22,7 @@ from uniprune.artefacts.binding import Binding
 from uniprune.artefacts.reports import ModelFacts
 from uniprune.checkpoints.origin import Origin, resolve, stored_dtype
 from uniprune.checkpoints.protocol import Checkpoint
+from uniprune.checkpoints.tokenizer import load_tokenizer
 from uniprune.common import distributed, pictures
 from uniprune.common.progress import Progress, silent
 from uniprune.data.sources import files_of
@@ -34,13 +35,13 @@ from uniprune.job.options import IN_MEMORY, Execution, RunOptions
 from uniprune.job.recipe import Recipe
 from uniprune.job.samples import generated, windows_of
 from uniprune.models import blocks
+from uniprune.models.checks import check_finite, check_loaded, check_uncompiled, check_writable
 from uniprune.models.loading import (
     Loaded,
     Source,
     check_one_device,
     dtype_name,
     fast_dtype,
-    load_tokenizer,
     load_weights,
     native_dtype,
     parse_device,
@@ -48,7 +49,7 @@ from uniprune.models.loading import (
     skeleton,
     warn_of_emulation,
 )
-from uniprune.models.matrices import Matrices, check_decoder, check_finite, check_loaded, choose_matrices, find_matrices
+from uniprune.models.matrices import Matrices, check_decoder, choose_matrices, find_matrices
 from uniprune.models.residency.sharding import open_sharded
 from uniprune.models.residency.streaming import Streamer, attached, open_streamed
 from uniprune.saliency.calibration import OUTPUTS, SWEEP, Calibration
@@ -174,6 +175,10 @@ def prepare(
     given = source if isinstance(source, Loaded) else resolve(source)
     if isinstance(given, Loaded):
         _check_loaded(given, recipe, options)
+        if target is not None:
+            check_uncompiled(given.model)
+        if output is not None and (given.origin is None or not given.origin.files):
+            check_writable(given.model)
     _check_outputs(recipe, origin_of(given), options, output, scores)
     outline = outlined(given, recipe, options)
     warn_of_idle(recipe)
@@ -206,7 +211,7 @@ def prepare(
         pictures.show(loaded.model, windows.pictures)
         if loaded.residency is blocks.resident:
             check_finite(matrices)  # of the weights in the type computed in; those in the files are checked as they are hashed
-            check_loaded(loaded.model, matrices)
+            check_loaded(loaded.model)
         if recipe.size is not None and aim.budget is None:
             aim = aim_of(recipe, matrices, loaded)
         binding = Binding.of(matrices, digests() if digests else loaded.checkpoint.digests(matrices), str(loaded))

@@ -177,13 +177,17 @@ class Recipe(Settings):
         return metrics.parse(self.metric, self.seed) if isinstance(self.metric, str) else self.metric
 
     def record(self) -> dict[str, Any]:
-        """The settings as JSON data, defaults included; ``Recipe(**record)`` is the same recipe.
+        """The settings as JSON data, defaults included; ``Recipe(**record)`` is the same recipe, and recipes that are the same
+        have the same record, however they were spelled.
 
         Unless it has an object of a class that is in none of the tables: of those, class and fields are recorded.
         """
         plain = self.model_dump(mode="json", exclude={"sparsity", "metric", "controller", "tuning"})
-        words = isinstance(self.sparsity, str | None)
-        sparsity = self.sparsity if words else fields.record(self.sparsity)
+        plain["allow"] = [spec.strip() for text in self.allow for spec in text.split(",")]
+        if isinstance(self.sparsity, str):
+            sparsity: Any = spelling.canonical(self.sparsity)
+        else:
+            sparsity = None if self.sparsity is None else fields.record(self.sparsity)
         controller = controllers.record(self.parsed_controller())
         settings = {"sparsity": sparsity, "metric": metrics.record(self.parsed_metric()), **plain, **controller}
         return {name: settings[name] for name in type(self).model_fields if name in settings}

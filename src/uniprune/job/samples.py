@@ -17,6 +17,7 @@ from transformers import LogitsProcessorList
 
 from uniprune.checkpoints.configuration import check_context, check_vocabulary, context
 from uniprune.checkpoints.origin import Origin
+from uniprune.checkpoints.tokenizer import load_processor, reads_images
 from uniprune.common import distributed
 from uniprune.common.progress import Progress, silent
 from uniprune.controller.mirror_descent import MirrorDescent
@@ -31,7 +32,7 @@ from uniprune.errors import InputError
 from uniprune.job.recipe import LENGTH, WINDOWS, Recipe
 from uniprune.models.blocks import device_of, resident, text_alone
 from uniprune.models.generation import greedy
-from uniprune.models.loading import Loaded, load_processor, reads_images
+from uniprune.models.loading import Loaded
 from uniprune.models.matrices import check_decoder
 
 LogitsProcessor = Callable[[Tensor, Tensor], Tensor]  # (tokens so far, logits of the next [windows, vocabulary]) -> logits

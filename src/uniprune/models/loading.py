@@ -6,7 +6,6 @@ import logging
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -14,12 +13,14 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+from uniprune.checkpoints import gguf_files
 from uniprune.checkpoints.checkpoint import Files, bind, checkpoint_of
 from uniprune.checkpoints.configuration import setting, text_config
 from uniprune.checkpoints.origin import Origin, resolve
 from uniprune.checkpoints.protocol import Checkpoint
 from uniprune.checkpoints.quantised.formats import plain
 from uniprune.checkpoints.shards import lacking
+from uniprune.checkpoints.tokenizer import load_tokenizer
 from uniprune.errors import InputError, UniPruneError, first_line
 from uniprune.models.blocks import Residency, resident
 from uniprune.models.residency.filling import fill, loaded_dtypes
@@ -28,7 +29,6 @@ from uniprune.storage.outline import Outline
 
 logger = logging.getLogger(__name__)
 
-TOKENIZERS = ("tokenizer*", "*.model", "vocab.json", "vocab.txt", "merges.txt")  # files that are, or are of, one
 KINDS = ("cpu", "cuda")  # of devices
 
 
@@ -45,6 +45,9 @@ class Loaded:
     residency: Residency = resident
 
     def __post_init__(self) -> None:
+        inner = getattr(self.model, "_orig_mod", None)
+        if isinstance(inner, nn.Module):  # torch.compile(model), which has the same weights by other names
+            self.model = inner
         if self.origin:
             bind(self.model, self.origin.files)
 
@@ -154,6 +157,8 @@ def skeleton(origin: Origin) -> nn.Module:
             f"model {origin} is an encoder-decoder ({config.model_type}); only decoders (causal models) are supported"
         )
     model: nn.Module = _guarded(origin, lambda: on_meta(config, origin.files))
+    if origin.gguf:
+        gguf_files.check(origin.path, model)
     bind(model, origin.files)
     return model
 
@@ -218,6 +223,8 @@ def _config(origin: Origin) -> Any:
     entries = origin.files.entries if origin.files else {}
     if isinstance(layers, int) and entries and layers > len(entries):  # they would all be built
         raise InputError(f"model {origin}: config.json says {layers} layers, its files have fewer tensors; fetch it again")
+    if origin.gguf:
+        config = _guarded(origin, lambda: gguf_files.with_scaling(origin.path, config))
     return _set_aside(plain(config) if origin.files and origin.files.quantised.understood else config)
 
 
@@ -269,58 +276,6 @@ def _set_aside(config: Any) -> Any:
     return config
 
 
-def load_tokenizer(origin: Origin) -> Any:
-    """The model's tokenizer, or None if it has none. Raises InputError for one that is there, but cannot be read."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(origin.folder, **origin.options())
-    except Exception as error:  # transformers and tokenizers raise all kinds for a file that they cannot read
-        reason = first_line(error)
-        if origin.gguf is None and any(file for kind in TOKENIZERS for file in origin.folder.glob(kind)):
-            raise InputError(f"model {origin}: {_what_helps(origin, reason)}") from error
-        note = logging.WARNING if origin.gguf else logging.INFO  # which always has one
-        logger.log(note, "model %s has no usable tokenizer (%s)", origin, reason)
-        return None
-
-
-def _what_helps(origin: Origin, reason: str) -> str:
-    """Why a tokenizer cannot be read, and what to do."""
-    models = sorted(file.name for file in origin.folder.glob("*.model"))
-    if models and not (origin.folder / "tokenizer.json").exists() and not (find_spec("sentencepiece") and find_spec("google")):
-        return f"its tokenizer, {models[0]}, needs packages that are not installed; pip install sentencepiece protobuf"
-    return f"its tokenizer cannot be read ({reason}); fetch it again, or move its files away and give a token file"
-
-
-def reads_images(config: Any) -> bool:
-    """Whether a configuration is of a model of images and text."""
-    return getattr(config, "vision_config", None) is not None
-
-
-def load_processor(origin: Origin | None, given: Any = None) -> Any:
-    """What makes images and text ready for a model: its own processor. given: as the caller's tokenizer.
-
-    Raises InputError if there is none.
-    """
-    from transformers import AutoProcessor
-
-    if getattr(given, "image_processor", None) is not None:
-        return given
-    reason = "a model in memory is given it as its tokenizer: Loaded(model, processor)"
-    if origin is not None:
-        try:
-            found = AutoProcessor.from_pretrained(origin.folder, **origin.options())
-            if getattr(found, "image_processor", None) is not None:
-                return found
-            reason = "it has a tokenizer alone"
-        except Exception as error:  # as of a tokenizer
-            reason = first_line(error)
-    raise InputError(
-        f"the text has images, but model {origin or 'in memory'} has no processor that can be read ({reason}); take the text "
-        "alone: --field text"
-    )
-
-
 def load(source: str | Path | Origin, dtype: str | None = None, device: str | None = None) -> Loaded:
     """Loads a model for inference, with its tokenizer.
 
@@ -343,7 +298,7 @@ def load_weights(origin: Origin, dtype: torch.dtype | None, device: torch.device
         from transformers import GgufConfig
 
         # Without this the model keeps quantised layers, which are no matrices and cannot be saved.
-        options |= {"quantization_config": GgufConfig(dequantize=True), "dtype": dtype or torch.float32}
+        options |= {"quantization_config": GgufConfig(dequantize=True), "dtype": dtype or torch.float32, "config": config}
     else:
         options |= {"dtype": dtype or "auto", "use_safetensors": True, "config": config}
     model: nn.Module
@@ -354,6 +309,7 @@ def load_weights(origin: Origin, dtype: torch.dtype | None, device: torch.device
     if missing := sorted(about["missing_keys"]):  # they were drawn at random
         raise lacking(str(origin), model.config, missing)
     if origin.gguf:
+        gguf_files.check(origin.path, model)
         # The file's free-form title would travel into every saved config as if it were a path.
         model.config.name_or_path = ""  # type: ignore[union-attr]
     model.requires_grad_(False)
