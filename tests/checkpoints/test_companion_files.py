@@ -94,6 +94,42 @@ def test_no_dense_weights_go_whatever_their_format(source, tmp_path):
     assert not set(others) & {file.name for file in tmp_path.iterdir()}
 
 
+MODULES = {
+    "modules.json": json.dumps([{"path": path} for path in ("", "1_Pooling", "2_Dense", "../up", "/etc", "a/b", None, "gone")]),
+    "1_Pooling/config.json": '{"embedding_dimension": 64}',
+    "2_Dense/config.json": "{}",
+    "2_Dense/model.safetensors": "dense, and not the model's",
+}
+
+
+def with_modules(source):
+    """The folder of a model as sentence-transformers saves it, and a file where it must not look."""
+    for name, text in MODULES.items():
+        (source / name).parent.mkdir(exist_ok=True)
+        (source / name).write_text(text)
+    (source.parent / "up").mkdir()
+    (source.parent / "up" / "config.json").write_text("{}")
+
+
+def modules_of(folder):
+    return {file.relative_to(folder).as_posix(): file.read_text() for file in folder.glob("[12]_*/*")}
+
+
+def test_modules_of_sentence_transformers_go(source, tmp_path, real_hub):
+    with_modules(source)
+    expected = {name: text for name, text in MODULES.items() if "/" in name}
+    recipe = Recipe(sparsity="2:4", metric="magnitude", controller="none", windows=2, length=16)
+    uniprune.prune(source, recipe, tmp_path / "out")
+    assert modules_of(tmp_path / "out") == expected
+    assert not (tmp_path / "out" / "up").exists()
+    archive.pack(tmp_path / "out", tmp_path / "a.upz")
+    archive.unpack(tmp_path / "a.upz", tmp_path / "again")
+    assert modules_of(tmp_path / "again") == expected
+    files = local_hub.files_of(source) | {name: text.encode() for name, text in expected.items()}
+    real_hub.add("owner/embedder", files | {"2_Dense/code.py": b"", "3_Other/config.json": b"{}"})
+    assert modules_of(resolve("owner/embedder").folder) == expected
+
+
 TERMS = ["LICENSE", "LICENSE-MODEL", "LICENCE.txt", "NOTICE", "Notice", "COPYING", "USE_POLICY.md"]
 
 

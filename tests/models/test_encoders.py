@@ -1,5 +1,7 @@
 """Encoders, whose tokens see those that follow, are said to be some: they predict no next token."""
 
+import json
+
 import pytest
 import torch
 from test_selectors import prune, tokens  # noqa: F401
@@ -37,6 +39,27 @@ def test_an_encoder_is_refused_where_a_next_token_is_needed(kind, tokens, tmp_pa
     encoder(kind, is_decoder=True).save_pretrained(tmp_path / "model")  # a remedy that works
     prune(tmp_path / "model", tokens, tmp_path / "out")
     assert uniprune.evaluate(tmp_path / "out", text_source=tokens, windows=2).perplexity
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"architectures": ["LlamaForSequenceClassification"]}, "is a LlamaForSequenceClassification, whose head predicts no"),
+        ({"architectures": ["LlamaForRewardModel"]}, "is a LlamaForRewardModel, whose head predicts no tokens"),
+        ({"is_causal": False}, "LlamaForCausalLM is an encoder: its configuration lets each token see those that follow"),
+        ({"use_bidirectional_attention": True}, "is an encoder: its configuration lets each token see those that follow"),
+    ],
+)
+def test_tied_embeddings_do_not_make_it_a_language_model(settings, reason, tokens, tmp_path):  # noqa: F811
+    """Of classifiers and embedding models without them, the head's weights are missing, which is refused elsewhere."""
+    tiny_model(tie_word_embeddings=True).save_pretrained(tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+    with pytest.raises(InputError, match=rf"{reason}.*--controller none"):
+        prune(tmp_path / "model", tokens, tmp_path / "out")
+    with pytest.raises(InputError, match=reason):
+        uniprune.evaluate(tmp_path / "model", text_source=tokens, windows=2)
+    assert prune(tmp_path / "model", tokens, tmp_path / "out", **LOCAL).sparsity == 0.5
 
 
 def test_a_decoder_that_does_not_say_so_of_its_blocks_is_none():

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from uniprune.checkpoints.checkpoint import Files
-from uniprune.checkpoints.origin import TEMPLATES
+from uniprune.checkpoints.origin import TEMPLATES, module_folders
 from uniprune.checkpoints.weight_files import has_weights
 from uniprune.storage import strict_json
 from uniprune.storage.files import FILE, REPORT
@@ -21,6 +21,7 @@ LEFT = {REPORT, "README.md", ".gitattributes"}  # not true of the pruned model
 def companions(files: Files) -> list[Path]:
     """The files of a checkpoint folder that go with the weights into a pruned one: config, tokenizer and the like.
 
+    Of sentence-transformers they are also all files of its other modules, whose weights are not the model's.
     An index of weights that are not those of the model would be one of files that are not there, whatever their format.
     """
 
@@ -29,7 +30,8 @@ def companions(files: Files) -> list[Path]:
         return file.is_file() and file.name not in LEFT and not has_weights(file.name) and not index
 
     there = [*files.folder.iterdir(), *files.folder.glob(TEMPLATES)]
-    return [file for file in sorted(there) if goes(file)]
+    modules = [file for name in module_folders(files.folder) for file in files.folder.glob(f"{name}/*") if file.is_file()]
+    return sorted([*filter(goes, there), *modules])
 
 
 def copy_companions(files: Files, folder: Path, index: bool = True) -> None:

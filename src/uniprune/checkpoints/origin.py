@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 import tempfile
 import weakref
@@ -25,6 +27,7 @@ from uniprune.storage.files import path_of
 
 # What goes with weights: no pickle, no code. Licences may ask that they do, and terms of use (*.md).
 COMPANIONS = ("*.json", "*.model", "*.tiktoken", "*.txt", "*.jinja", "*.md", "LICEN[CS]E*", "NOTICE*", "Notice*", "COPYING*")
+MODULE = re.compile(r"\w[\w.-]*")  # a folder right inside the model's
 TEMPLATES = "additional_chat_templates/*.jinja"  # chat templates with a name, in a folder of their own
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 SHOWN = 5  # names in a message
@@ -203,11 +206,23 @@ def _from_hub(address: Address) -> Origin:
         _check_files(str(address), _names(folder))
     here = files if files is not None else [f"{inside}{file}" for file in _names(folder)]
     weights = [f"{inside}{name}" for name in _weights(folder, whole=f"{inside}{WHOLE}" in here)]
+    modules = [f"{inside}{module}/{kind}" for module in module_folders(folder) for kind in (*COMPANIONS, "*.safetensors")]
     if weights:
-        hub.download(address._replace(revision=commit or address.revision), [*weights, f"{inside}{TEMPLATES}"])
+        hub.download(address._replace(revision=commit or address.revision), [*weights, f"{inside}{TEMPLATES}", *modules])
     origin = Origin(str(address), folder, None, address.repository, commit)
     _check_folder(origin)
     return origin
+
+
+def module_folders(folder: Path) -> list[str]:
+    """The folders inside a model's that sentence-transformers has further modules in (pooling, dense layers), as its
+    ``modules.json`` names them."""
+    try:
+        modules = json.loads((folder / "modules.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return []
+    paths = [module.get("path") for module in modules if isinstance(module, dict)] if isinstance(modules, list) else []
+    return [path for path in paths if isinstance(path, str) and MODULE.fullmatch(path)]
 
 
 def _weights(folder: Path, whole: bool) -> list[str]:
