@@ -207,7 +207,7 @@ def comparison(**changes):
         }
         if spec is not None:
             made = structure(parse(spec, scope) if scope else parse(spec)).model_dump(exclude_unset=True)
-            row |= {"pattern": spec, "scope": scope, "structure": made, "masks_sha256": "c" * 64}
+            row |= {"pattern": spec, "scope": scope, "structure": made, "masks_digest": "c" * 64}
             row |= {"updates_weights": method == "sparsegpt", "seconds": {"calibrate": 12.34, "mask": 0.5, "evaluate": 2.0}}
         row |= {"word_perplexity": 3 * value, "byte_perplexity": 1.5, "by_position": {"1-512": value}}
         row |= {"right": {"data/arc_easy.jsonl": {"acc": "ff" if spec is None else "f1"}}, "written": [f"{method} goes on"]}

@@ -594,6 +594,27 @@ def test_a_stack_of_experts_has_one_mask(tmp_path, family):
         mask_conversion.import_masks(plain, dense, tmp_path / "other.safetensors")
 
 
+def test_square_matrices_that_lie_the_other_way_round_are_refused(tmp_path):
+    """gpt-oss has experts of as many inputs as outputs, stored by input in bfloat16 and by output in MXFP4."""
+    dense, path, turned = tmp_path / "model", tmp_path / "m.safetensors", tmp_path / "turned.safetensors"
+    tiny("gpt_oss", hidden_size=64, intermediate_size=64).save_pretrained(dense)
+    masks = cut(dense, NM(2, 4), path, tmp_path / "pruned")
+    square = {name: mask for name, mask in masks.items() if "down_proj" in name}
+    facts, shapes = masks_file.MasksFile(path).facts, dict.fromkeys(square, (64, 64))
+    assert {*square} <= {*facts.transposed}
+    digests = {name: facts.digests[name] for name in square}
+    for file, transposed in ((path, list(square)), (turned, [])):
+        binding = Binding(base=fingerprint(digests), base_name="m", digests=digests, transposed=transposed)
+        masks_file.write_masks(file, square.items(), shapes, binding, "2:4")
+    mask_tools.verify(path, pruned=tmp_path / "pruned")
+    uniprune.apply(dense, path, tmp_path / "out", force=True)
+    with pytest.raises(MismatchError, match=r"stores \S+down_proj\S* the other way round, inputs for outputs"):
+        mask_tools.verify(turned, pruned=tmp_path / "pruned")
+    with pytest.raises(MismatchError, match="the other way round"):
+        uniprune.apply(dense, turned, tmp_path / "other", force=True)
+    assert not (tmp_path / "other").exists()
+
+
 def test_a_pruned_checkpoint_of_the_hub_is_taken(folder, tmp_path, real_hub):
     path, pruned, out = tmp_path / "m.safetensors", tmp_path / "pruned", tmp_path / "out.safetensors"
     cut(folder, NM(2, 4), path, pruned)

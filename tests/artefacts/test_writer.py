@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import tiny_model, train_tokenizer
+from small_models import tiny
 from uniprune import Loaded
 from uniprune.artefacts import masks as masks_file
 from uniprune.artefacts import writer
@@ -211,6 +212,13 @@ def test_what_transformers_5_saves_is_spelled_as_before_too(tmp_path, tokenizer,
     ids = torch.arange(40)[None]
     torch.testing.assert_close(AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits, model(ids).logits)
     assert AutoTokenizer.from_pretrained(tmp_path)("some words").input_ids == tokenizer("some words").input_ids
+
+
+def test_so_is_the_text_model_of_one_with_images(tmp_path):
+    writer.write_checkpoint(Loaded(tiny("qwen2_5_vl"), None), None, tmp_path)
+    text = json.loads((tmp_path / "config.json").read_text())["text_config"]
+    assert text["rope_theta"] == text["rope_parameters"]["rope_theta"]
+    assert text["rope_scaling"]["mrope_section"] == text["rope_parameters"]["mrope_section"]
 
 
 def test_settings_are_utf_8_whatever_the_locale(tmp_path, monkeypatch):

@@ -66,7 +66,7 @@ def test_the_dense_model_comes_first(table, folder):
 def test_rows_are_what_prune_and_evaluate_give(table, folder, tmp_path, method):
     for row in rows_of(table[0], method):
         uniprune.prune(str(folder), Recipe(**row.recipe), tmp_path / "pruned", overwrite=True)
-        assert digest(MasksFile(tmp_path / "pruned" / "pruning" / "masks.safetensors")) == row.masks_sha256
+        assert digest(MasksFile(tmp_path / "pruned" / "pruning" / "masks.safetensors")) == row.masks_digest
         pruned = uniprune.evaluate(str(tmp_path / "pruned"), dtype="float32", **READ)
         assert row.perplexity == pruned.perplexity
         assert row.sparsity == pytest.approx(pruned.sparsity, abs=1e-3)
@@ -80,7 +80,7 @@ def test_rows_of_one_calibration_are_what_calibrate_and_mask_give(table, folder,
     uniprune.calibrate(str(folder), Recipe(**first.recipe), scores)
     for row in (first, second):
         uniprune.mask(scores, row.pattern, masks, overwrite=True)
-        assert digest(MasksFile(masks)) == row.masks_sha256
+        assert digest(MasksFile(masks)) == row.masks_digest
         uniprune.apply(str(folder), masks, tmp_path / "pruned", overwrite=True)
         assert row.perplexity == uniprune.evaluate(str(tmp_path / "pruned"), dtype="float32", **READ).perplexity
 
@@ -92,7 +92,16 @@ def test_one_calibration_under_rules_is_what_calibrate_and_mask_give(folder, tmp
     (row,) = rows_of(found, "any")
     uniprune.calibrate(str(folder), Recipe(**row.recipe), scores)
     uniprune.mask(scores, row.pattern, masks, rules=rules, scope=row.scope)
-    assert digest(MasksFile(masks)) == row.masks_sha256
+    assert digest(MasksFile(masks)) == row.masks_digest
+
+
+def test_scores_of_another_sparsity_are_warned_of(folder, tmp_path, caplog):
+    scores = tmp_path / "scores.safetensors"
+    uniprune.calibrate(str(folder), Recipe(sparsity="0.5", steps=1, windows=8, length=16), scores)
+    for spec, warned in (("0.5", False), ("0.7", True)):
+        caplog.clear()
+        compare(str(folder), tmp_path / spec, methods=[str(scores)], sparsities=[spec], scope="model", **SMALL)
+        assert ("was calibrated for 0.5 by model alone; masks of 0.7 by model would be better" in caplog.text) is warned
 
 
 def test_sparsegpt_is_that_of_its_own_function(table, folder):
@@ -100,7 +109,7 @@ def test_sparsegpt_is_that_of_its_own_function(table, folder):
         loaded = uniprune.load(str(folder), dtype="float32")
         windows = load_windows("builtin", loaded.tokenizer, use="calibration", length=16, count=8)
         masks = sparsegpt(loaded.model, find_matrices(loaded.model), windows.tokens, pattern)
-        assert row.masks_sha256 == digest(masks)
+        assert row.masks_digest == digest(masks)
         assert row.perplexity == uniprune.evaluate(loaded, **READ).perplexity
         assert row.updates_weights
         assert row.recipe == {}
@@ -265,7 +274,7 @@ def test_scores_and_masks_files_have_rows(folder, ours, tmp_path):
         if row.method == str(scores):
             uniprune.mask(scores, row.pattern, tmp_path / "own.safetensors", overwrite=True)
         own = tmp_path / "own.safetensors" if row.method == str(scores) else masks
-        assert row.masks_sha256 == digest(MasksFile(own))
+        assert row.masks_digest == digest(MasksFile(own))
         uniprune.apply(str(folder), own, tmp_path / "pruned", overwrite=True)
         assert row.perplexity == uniprune.evaluate(str(tmp_path / "pruned"), dtype="float32", **READ).perplexity
     assert [row.scope for row in found.rows] == [None, "row", None, "matrix"]

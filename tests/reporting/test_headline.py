@@ -9,8 +9,8 @@ import pytest
 import made_up
 from command import run
 from uniprune.entrypoints.report import report
-from uniprune.reporting.headline import verdict
-from uniprune.reporting.results import read_all
+from uniprune.reporting.headline import sentences, verdict
+from uniprune.reporting.results import read, read_all
 from uniprune.reporting.summary import summarise
 
 SAME = {"text": made_up.TEXT, "windows": 4, "length": 64}
@@ -133,6 +133,16 @@ def test_a_sweep(tmp_path):
     assert "pruned in one way: perplexity on toy.txt, 4 samples of 64 tokens is 13.00 at 0.4 by model, dense 12.50." in said(
         tmp_path, sweep=made_up.sweep(rows=rows[:1])
     )
+
+
+def test_of_two_that_are_as_sparse_the_better_is_named(tmp_path):
+    one, other = (
+        {"pattern": spec, "scope": None, "sparsity": 0.5, "perplexity": value} for spec, value in (("a", 13), ("b", 12.6))
+    )
+    found = made_up.sweep(rows=[made_up.sweep()["rows"][0] | one, made_up.sweep()["rows"][0] | other])
+    (tmp_path / "sweep.json").write_text(json.dumps(found))
+    (best,) = [line for line in sentences(summarise([read(tmp_path / "sweep.json")])) if line.startswith("The sparsest")]
+    assert "is b: 12.60 at 50.0%" in best
 
 
 # ------------------------------------------------------------------------------------------------------------ formats

@@ -15,6 +15,7 @@ from command import run
 from uniprune import Recipe
 from uniprune.artefacts.reports import ModelFacts, Pruning
 from uniprune.checkpoints.origin import resolve
+from uniprune.errors import InputError
 from uniprune.reporting import model_card
 
 ASKED = ("--text", "builtin", "--windows", 2, "--length", 32)
@@ -57,6 +58,43 @@ def test_a_hub_name_is_the_base_model():
     assert ModelCard(text).data.base_model == "owner/model"
     assert f"[owner/model](https://huggingface.co/owner/model/tree/{'1' * 40})" in text
     assert "of owner/model@v1 at commit 1111" in text
+
+
+def test_what_the_head_says_of_licence_and_languages_is_kept(folder, tmp_path):
+    source, out = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(folder, source)
+    head = {"license": "other", "license_name": "llama3.2", "license_link": "https://example.org/LICENSE", "language": ["en"]}
+    (source / "README.md").write_text(f"---\n{yaml.safe_dump(head | {'tags': ['dense'], 'base_model': 'x/y'})}---\n\nA card.\n")
+    recipe = Recipe(sparsity="2:4", metric="magnitude", controller="none", windows=2, length=16)
+    uniprune.prune(source, recipe, out)
+    written = ModelCard.load(out / "README.md").data.to_dict()
+    assert {name: written[name] for name in head} == head
+    assert "dense" not in written["tags"]
+    assert "base_model" not in written
+    model_card.rewrite(out, [])
+    assert {name: ModelCard.load(out / "README.md").data.to_dict()[name] for name in head} == head
+
+
+def test_results_of_what_was_in_the_folder_before_are_refused(folder, tmp_path):
+    out, result, asked = tmp_path / "out", tmp_path / "r.json", {"windows": 2, "length": 16}
+    recipe = {"metric": "magnitude", "controller": "none", **asked}
+    uniprune.prune(folder, Recipe(sparsity=0.5, exclude="down_proj", **recipe), out)
+    uniprune.evaluate(out, **asked).write(result)
+    assert "token perplexity" in model_card.rewrite(out, [result])
+    uniprune.prune(folder, Recipe(sparsity=0.6, **recipe), out, overwrite=True)
+    with pytest.raises(InputError, match=r"was measured when other weights of \S+ were zero \(3\d\.\d%, not (59|60)\.\d%\)"):
+        model_card.rewrite(out, [result])
+
+
+def test_a_card_says_with_what_it_was_compared(folder, tmp_path):
+    asked = {"windows": 2, "length": 16}
+    for name in ("out", "other"):
+        uniprune.prune(folder, Recipe(sparsity="2:4", metric="magnitude", controller="none", **asked), tmp_path / name)
+    for rival, said in ((folder, "(dense)"), (tmp_path / "other", "(other)")):
+        result = tmp_path / f"{rival.name}.json"
+        uniprune.evaluate(tmp_path / "out", against=rival, **asked).write(result)
+        (row,) = [line for line in model_card.rewrite(tmp_path / "out", [result]).splitlines() if "token perplexity" in line]
+        assert row.endswith(f" {said} |")
 
 
 def test_results_are_shown_as_they_are(capsys, monkeypatch, pruned, tmp_path):

@@ -10,7 +10,7 @@ import pytest
 import made_up
 import uniprune
 from command import run
-from uniprune import InputError
+from uniprune import InputError, Recipe
 from uniprune.artefacts.reports import Pruning
 from uniprune.common.formatting import NOTE, number, points, short
 from uniprune.common.significance import paired_error
@@ -132,6 +132,23 @@ def test_evaluations_go_to_the_model_they_are_of(tmp_path):
         ("tenth", [13.0]),
         ("half", [14.0]),
     ]
+
+
+def test_a_model_of_which_some_layers_stayed_dense_is_one_model(folder, tmp_path):
+    """Its zeros are counted among all prunable weights, as evaluate, sweep and compare count them."""
+    asked = {"windows": 2, "length": 16}
+    recipe = Recipe(sparsity=0.5, metric="magnitude", controller="none", exclude=r"layers\.0\.", **asked)
+    report = uniprune.prune(folder, recipe, tmp_path / "out")
+    assert report.zeros == pytest.approx(0.5 * report.weights / report.prunable)
+    assert report.zeros < 0.4
+    uniprune.evaluate(tmp_path / "out", **asked).write(tmp_path / "r.json")
+    uniprune.calibrate(folder, recipe.model_copy(update={"sparsity": None}), tmp_path / "s.safetensors")
+    swept = uniprune.sweep(folder, tmp_path / "s.safetensors", tmp_path / "sweep.json", "0.5", scope="model", **asked)
+    assert swept.rows[0].sparsity == pytest.approx(report.zeros, abs=1e-3)
+    found = uniprune.report([tmp_path / "out", tmp_path / "r.json"], tmp_path / "page.md", format="md")
+    (one,) = found.pruned
+    assert one.sparsity == report.zeros
+    assert one.reading is not None
 
 
 def test_a_name_that_two_folders_have_is_no_sign(tmp_path):

@@ -5,7 +5,8 @@ import torch
 
 import uniprune
 from made_up import timed
-from uniprune import Recipe
+from small_models import tiny
+from uniprune import Loaded, Recipe
 from uniprune.artefacts.reports import PrunedMatrix, Realised
 from uniprune.speed.outlook import outlook, verdict
 from uniprune.speed.timing import Missing
@@ -68,3 +69,18 @@ def test_prune_and_apply_say_it(folder, tmp_path):
 
 def test_nothing_removed_nothing_said(folder, tmp_path):
     assert uniprune.prune(str(folder), Recipe(sparsity="0", **SMALL), tmp_path / "out").speed is None
+
+
+@pytest.mark.parametrize(("include", "said"), [(("experts",), "all that was pruned is in them."), ((), " of what was pruned.")])
+def test_fused_experts_are_not_promised_a_speed_that_they_do_not_have(tokenizer, tmp_path, include, said):
+    recipe = Recipe(sparsity=0.5, metric="magnitude", controller="none", include=include, **SMALL)
+    report = uniprune.prune(Loaded(tiny("mixtral", vocab_size=512), tokenizer), recipe, tmp_path / "out")
+    assert "Fused experts run dense, also with uniprune.accelerate" in report.speed
+    assert report.speed.endswith(said)
+    assert ("multiplies its matrices" in report.speed) is not include
+    assert any(
+        "fused experts, which uniprune.accelerate leaves dense" in note
+        for note in uniprune.bench(
+            tmp_path / "out", dtypes=["float32"], batches=[1], sparsities=[0.5], device="cpu", seconds=0
+        ).notes
+    )

@@ -98,6 +98,8 @@ def verify(
     file = CheckedMasks(masks)
     create = _check_pattern(file)
     weights = None if pruned is None else find_weights(pruned, {name: file.stored(name) for name in file}, None)
+    if pruned is not None:
+        check_orientation(pruned, file)
     if model is not None:
         Dense(model, dtype).of(file)
     kept = 0
@@ -165,6 +167,20 @@ def find_weights(source: ModelPath, shapes: Mapping[str, tuple[int, ...]], dtype
         if name in missing or checkpoint.region(name).shape != shape:
             raise MismatchError(f"{source} has no matrix {name} of shape {shape}")
     return checkpoint
+
+
+def check_orientation(source: ModelPath, file: CheckedMasks) -> None:
+    """Raises MismatchError if a model stores a square matrix the other way round than the one that masks were made for.
+
+    Its shape does not tell: gpt-oss has experts of as many inputs as outputs, as [in, out] in bfloat16, [out, in] in MXFP4.
+    """
+    square = [name for name in file if len({*file.shapes[name]}) == 1]
+    matrices = find_matrices(loading.skeleton(resolve(source))) if square else {}
+    for name in square:
+        if name in matrices and matrices[name].stored_transposed != (name in file.transposed):
+            raise MismatchError(
+                f"{source} stores {name} the other way round, inputs for outputs, than {file.path} was made for"
+            )
 
 
 def diff(a: str | Path, b: str | Path, *, force: bool = False) -> Record:

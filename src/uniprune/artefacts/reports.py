@@ -124,7 +124,7 @@ class Pruning(Realised, Record):
     """``pruning.json`` of ``prune`` and ``apply``.
 
     size: if one was asked for. controller: if one ran. masks_sha256: of the masks file; None for a model that was pruned in
-    place. differs: matrices with other weights than the masks were made for (``apply --force``). speed: whether it is
+    place. prunable: weights of the model that could have been chosen, if they were counted. differs: matrices with other weights than the masks were made for (``apply --force``). speed: whether it is
     faster on the machine that wrote it, in a sentence. seconds: by stage.
     Of ``apply``, which has masks only, neither recipe nor calibration is known.
     """
@@ -138,10 +138,16 @@ class Pruning(Realised, Record):
     controller: ControllerRecord | None = None
     starved: Starved | None = None
     masks_sha256: str | None = None
+    prunable: Count | None = None
     differs: list[str] = []
     speed: str | None = None
     versions: dict[str, str] = {}
     seconds: dict[str, float] = {}
+
+    @property
+    def zeros(self) -> float:
+        """The fraction removed of all prunable weights: of those that were chosen if no more were counted."""
+        return self.sparsity * self.weights / self.prunable if self.prunable else self.sparsity
 
 
 class Gain(Facts):

@@ -110,12 +110,13 @@ def _spell_as_before(folder: Path, tokenizer: Any) -> None:
     the one that it has in its place hands out token types unless it is told, which ``generate`` then refuses.
     """
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    rotary = dict(config.get("rope_parameters") or {})
-    if "rope_theta" in rotary:  # else there are several, by type of layer
-        config.setdefault("rope_theta", rotary.pop("rope_theta"))
-        if rotary.get("rope_type", "default") != "default":
-            config.setdefault("rope_scaling", rotary)
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    for part in (config, config.get("text_config") or {}):
+        rotary = dict(part.get("rope_parameters") or {})
+        if "rope_theta" in rotary:  # else there are several, by type of layer
+            part.setdefault("rope_theta", rotary.pop("rope_theta"))
+            if rotary.get("rope_type", "default") != "default" or "mrope_section" in rotary:
+                part.setdefault("rope_scaling", rotary)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     file = folder / "tokenizer_config.json"
     if file.exists():
         facts = json.loads(file.read_text(encoding="utf-8"))

@@ -202,6 +202,8 @@ class FromFile(Method):
         for name, shape in self.file.shapes.items():
             if name not in matrices or matrices[name].shape != shape:
                 raise MismatchError(f"it was made for another model, or other layers, which have {name} of shape {shape}")
+        if isinstance(self.file, ScoresFile) and pattern is not None:
+            self.file.warn_unless_for([pattern])
 
     def check_binding(self, binding: Binding) -> None:
         for name, digest in self.file.facts.digests.items():

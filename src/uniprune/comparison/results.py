@@ -31,7 +31,7 @@ class ComparisonRow(Facts):
     method, pattern: as they were asked for; of a masks file the pattern is its own, of the dense model there is none.
     structure: what the pattern is. scope: the budget group of a fraction. updates_weights: whether kept weights were changed.
     recipe: what ``uniprune prune`` needs for the same masks, ``calibrate`` where it has no sparsity; empty where neither makes
-    them. masks_sha256: of the masks (``artefacts.masks.digest``). file_sha256: of a scores or masks file.
+    them. masks_digest: of the masks alone (``artefacts.masks.digest``). file_sha256: of a scores or masks file.
     by_position: perplexity by how many tokens of its sample a prediction saw. right: task -> metric -> which questions are
     answered rightly, a bit for each as a hexadecimal number, the last question the lowest. matrices: sparsity of each, where
     they differ by more than rounding. written: greedy continuations of the protocol's prompts.
@@ -59,7 +59,7 @@ class ComparisonRow(Facts):
     recipe: dict[str, Any] = {}
     controller: ControllerRecord | None = None
     starved: Starved | None = None
-    masks_sha256: str | None = None
+    masks_digest: str | None = None
     file_sha256: str | None = None
     measured: Annotated[str, AfterValidator(_moment)]
 

@@ -9,7 +9,7 @@ import torch
 
 from uniprune.artefacts import writer
 from uniprune.artefacts.binding import fingerprint
-from uniprune.artefacts.mask_tools import CheckedMasks, check_type
+from uniprune.artefacts.mask_tools import CheckedMasks, check_orientation, check_type
 from uniprune.artefacts.masks import MasksFile
 from uniprune.artefacts.reports import ModelFacts, Pruning, realised
 from uniprune.checkpoints.origin import Origin, resolve
@@ -54,6 +54,8 @@ def apply(
             loaded = Loaded(weights, load_tokenizer(origin), origin)
             matrices = find_matrices(weights)
         _check_names(origin, file, matrices, masks)
+        if force:  # else the weights themselves must be the same
+            check_orientation(source, file)
         size = sum(matrix.parameter.nbytes for matrix in matrices.values()) if matrices else 0
         files.check_disk_space(output, writer.checkpoint_bytes(origin, size))
     found: dict[str, str] = {}

@@ -13,6 +13,7 @@ from uniprune.checkpoints.origin import resolve
 from uniprune.common.progress import Progress, silent
 from uniprune.common.provenance import Stopwatch, versions
 from uniprune.errors import InputError
+from uniprune.models.experts import Slice
 from uniprune.models.loading import DTYPES, parse_device, skeleton
 from uniprune.models.matrices import find_matrices
 from uniprune.speed import timing
@@ -24,6 +25,10 @@ from uniprune.speed.timing import Conditions, Missing, Result
 DEFAULTS = Measurement()
 BUSY = 1.25  # upper quartile / lower of a usual result, from which on the machine does something else as well
 RESTLESS = "Rounds differed widely: the machine is busy. Measure again when it is idle."
+EXPERTS = (
+    "{} of {} matrices are parts of fused experts, which uniprune.accelerate leaves dense: what is measured of them is no "
+    "speed-up of the model."
+)
 COVERAGE = (
     "Measured: the products of the prunable matrices in eager PyTorch. Not measured: attention, norms, embeddings and output "
     "head, which dilute any speed-up, and other runtimes."
@@ -50,7 +55,9 @@ def bench(
     _check(dtypes, batches, sparsities)
     place = parse_device(device)
     origin = resolve(source)
-    shapes = Counter(matrix.shape for matrix in find_matrices(skeleton(origin)).values())
+    matrices = find_matrices(skeleton(origin))
+    shapes = Counter(matrix.shape for matrix in matrices.values())
+    fused = sum(isinstance(matrix.module, Slice) for matrix in matrices.values())
     at, watch = Conditions(place, [DTYPES[name] for name in dtypes], batches, sparsities, seconds=seconds), Stopwatch()
     with watch("measure"):
         results, missing = timing.measure(shapes, at, progress)
@@ -65,7 +72,7 @@ def bench(
         results=results,
         missing=missing,
         verdicts=verdicts(results, missing),
-        notes=[COVERAGE, *([RESTLESS] if busy else [])],
+        notes=[COVERAGE, *([EXPERTS.format(fused, len(matrices))] if fused else []), *([RESTLESS] if busy else [])],
         seconds=watch.seconds["measure"],
         versions=versions(),
     )

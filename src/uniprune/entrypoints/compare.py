@@ -218,7 +218,7 @@ def _pruned(candidate: Candidate, subject: EvaluatedModel, cache: CalibrationCac
             "matrices": removed if max(removed.values()) - min(removed.values()) > UNIFORM else {},
             "updates_weights": method.updates_weights,
             "resumed": method.calibration(candidate) in cache.resumed,
-            "masks_sha256": digest(created.masks),
+            "masks_digest": digest(created.masks),
             **method.recorded(candidate.recipe),
             **created.record,
         }

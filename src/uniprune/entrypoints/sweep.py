@@ -71,7 +71,9 @@ def sweep(
     subject = EvaluatedModel(source)
     windows = subject.windows("builtin" if request.text_source is None else request.text_source, request)
     loaded = subject.load(request.dtype, device)
-    matrices = {name: matrix for name, matrix in find_matrices(loaded.model).items() if name in saliency}
+    every = find_matrices(loaded.model)
+    shapes = {name: matrix.shape for name, matrix in every.items()}
+    matrices = {name: matrix for name, matrix in every.items() if name in saliency}
     _check_model(loaded, matrices, saliency, scores)
     saliency.warn_unless_for(chosen.values())
     protocol = SweepProtocol(scope=request.scope, **reproduce.conditions(loaded.model, windows))
@@ -90,8 +92,8 @@ def sweep(
         if pattern is DENSE:
             result = result.model_copy(update={"dense": costs})
         else:
-            removed = {name: bits.sparsity_of(mask) for name, mask in masks.items()}
-            row = _row(spec, pattern, sparsity(removed, saliency.shapes), costs)
+            removed = dict.fromkeys(shapes, 0.0) | {name: bits.sparsity_of(mask) for name, mask in masks.items()}
+            row = _row(spec, pattern, sparsity(removed, shapes), costs)
             result = result.model_copy(update={"rows": marked([*result.rows, row])})
         result.write(output)
     return result

@@ -11,12 +11,13 @@ from dataclasses import dataclass
 
 from uniprune.common.formatting import NOTE, count, number, percent, points, short, size
 from uniprune.comparison.results import DENSE, UNIFORM, Comparison
-from uniprune.reporting.summary import ReportedModel, Summary, Tradeoff, alike, measure, same_model
+from uniprune.reporting.summary import CLOSE, ReportedModel, Summary, Tradeoff, alike, measure, same_model
 from uniprune.runtime.layout import Provenance
 from uniprune.sparsity.structure import Structure
 from uniprune.speed.kernels import ANY_MASK
 from uniprune.speed.results import MARGIN
 
+ALIKE = 0.02  # of the prunable weights: of one pattern, about the same archive
 NEAR = 1.1  # times the dense perplexity, that is hardly worse
 FEW = 3  # sparsities, or tables, that are named one by one
 
@@ -57,7 +58,7 @@ def traded(tradeoff: Tradeoff) -> Iterator[str]:
     dense = tradeoff.dense
     near = [point for point in tradeoff.points if dense is not None and point.perplexity <= NEAR * dense]
     if near:
-        best = max(near, key=lambda point: point.sparsity)
+        best = max(near, key=lambda point: (point.sparsity, -point.perplexity))
         yield (
             f"The sparsest whose perplexity is within {NEAR - 1:.0%} of the dense {number(dense)} is {best.name}: "
             f"{number(best.perplexity)} at {percent(best.sparsity)}."
@@ -72,7 +73,8 @@ def figures(summary: Summary) -> list[Figure]:
     shown = []
     if subject.sparsity is not None:
         pruning = subject.pruning
-        detail = f"of {count(pruning.weights)} prunable weights: {pruning.pattern_words}" if pruning else ""
+        weights = (pruning.prunable or pruning.weights) if pruning else 0
+        detail = f"of {count(weights)} prunable weights: {pruning.pattern_words}" if pruning else ""
         shown.append(Figure("Sparsity", percent(subject.sparsity), detail or "of the prunable weights are zero"))
     if reading := subject.reading:
         dense = summary.dense_perplexity(subject)
@@ -132,7 +134,7 @@ def verdict(summary: Summary) -> str | None:
         (subject,) = summary.pruned
         forms = [subject.pruning.structure] if subject.pruning and subject.pruning.structure else []
         names = [name for name in (subject.base, subject.label) if name]
-        saved = _bytes(summary, subject.base or subject.label, forms, subject.pruning.masks_sha256 if subject.pruning else None)
+        saved = _bytes(summary, subject.base or subject.label, forms, subject)
         clauses = [_pruned(summary, subject), saved, _speed(summary, names, forms)]
     elif summary.tradeoffs:
         clauses = [_ends(summary.tradeoffs[0])]
@@ -223,18 +225,24 @@ def _ends(facts: Tradeoff) -> str:
 # ----------------------------------------------------------------------------------------- the verdict: bytes and speed
 
 
-def _bytes(summary: Summary, model: str, forms: Iterable[Structure], masks: str | None = None) -> str:
+def _bytes(summary: Summary, model: str, forms: Iterable[Structure], subject: ReportedModel | None = None) -> str:
     """What pruning saves where it is known: of a folder that was packed to run, of archives that a sweep estimated.
 
-    model: the dense one; masks: the hash of those that it was pruned by, if there is but one pruned model.
+    model: the dense one; subject: the pruned one, if there is but one.
     """
+    masks = subject.pruning.masks_sha256 if subject and subject.pruning else None
+    zeros = subject.sparsity if subject else None
     packings = [packing for packing in summary.packings if _may_be_of(packing.source, model, masks)]
     if len(packings) == 1:
         (packed,) = packings
         return f"packed to run it takes {size(packed.bytes)}, {percent(packed.ratio)} of the checkpoint"
     wanted = {form.spelling for form in forms}
     for facts in summary.tradeoffs:
-        known = [point for point in facts.points if point.bytes and point.name in wanted]
+        known = [
+            point
+            for point in facts.points
+            if point.bytes and point.name in wanted and (zeros is None or abs(point.sparsity - zeros) < CLOSE)
+        ]
         if known and facts.dense_bytes and same_model(facts.model, model):
             sizes = " or ".join(f"{size(point.bytes)} ({point.name})" for point in known)
             return f"its archive takes {sizes}, not {size(facts.dense_bytes)}"

@@ -16,12 +16,13 @@ from uniprune.artefacts.reports import ExpertRemoval, Permutation, Pruning, read
 from uniprune.checkpoints.origin import Origin
 from uniprune.checkpoints.weight_files import PATTERNS
 from uniprune.common.fields import replays
-from uniprune.common.formatting import NOTE, percent
+from uniprune.common.formatting import NOTE, percent, short
 from uniprune.data.sources import SELF
 from uniprune.data.text import TextFacts
 from uniprune.errors import InputError, UniPruneError, first_line
 from uniprune.evaluation import reproduce
 from uniprune.evaluation.results import Evaluation, samples
+from uniprune.reporting.summary import agree, same_model
 from uniprune.storage import strict_json
 from uniprune.storage.files import REPORT, path_of, replacing
 
@@ -32,21 +33,23 @@ METRICS = {"acc": "accuracy", "acc_norm": "accuracy, per character", "perplexity
 Report = Pruning | Permutation | ExpertRemoval
 
 
-def card(report: Report, results: Sequence[Evaluation] = (), licence: str | None = None, images: bool = False) -> str:
+def card(
+    report: Report, results: Sequence[Evaluation] = (), inherited: Mapping[str, Any] | None = None, images: bool = False
+) -> str:
     """The card of a checkpoint: markdown after a YAML head.
 
-    report: what pruning.json says. results: what ``evaluate`` said of this checkpoint. licence: the base model's. images:
-    whether it is of images and text.
+    report: what pruning.json says. results: what ``evaluate`` said of this checkpoint. inherited: what stands in
+    the head of the base model's card as well, as :func:`_inherited` gives it. images: whether it is of images and text.
     """
     repository, pattern = report.model.repository, getattr(report, "structure", None)
     data = ModelCardData(
         base_model=repository,
         library_name="transformers",
         pipeline_tag="image-text-to-text" if images else "text-generation",
-        license=licence,
         tags=["pruned", "sparse", "uniprune", *(["n-m-sparsity"] if pattern and pattern.nm else [])],
         model_name=f"{report.model.title}, {_title(report)}",
         eval_results=list(_eval_results(results)) or None,
+        **(inherited or {}),
     )
     page = f"https://huggingface.co/{repository}" + (f"/tree/{report.model.commit}" if report.model.commit else "")
     name = f"[{repository}]({page})" if repository else report.model.title
@@ -57,7 +60,7 @@ def card(report: Report, results: Sequence[Evaluation] = (), licence: str | None
 def write(folder: Path, report: Report, source: Origin | None = None) -> None:
     """Writes the card of a new checkpoint into its folder. source: the base model, for its licence."""
     (folder / CARD).write_text(
-        card(report, (), _licence(source.folder if source else None), sees_images(folder)), encoding="utf-8"
+        card(report, (), _inherited(source.folder if source else None), sees_images(folder)), encoding="utf-8"
     )
 
 
@@ -77,8 +80,13 @@ def rewrite(folder: Path, results: Sequence[Path], *, overwrite: bool = False) -
     for result, file in zip(read, results, strict=True):
         if "\0" in result.model or result.masks or path_of(result.model).resolve() != folder.resolve():
             raise InputError(f"result {file} is of {result.name}, not of {folder}")
+        if isinstance(report, Pruning) and not agree(result.sparsity, report):
+            raise InputError(
+                f"result {file} was measured when other weights of {folder} were zero ({result.sparsity or 0:.1%}, not "
+                f"{report.zeros:.1%}); evaluate the folder again"
+            )
     try:
-        text = card(report, read, _licence(folder) or _licence(path_of(report.model.name)), sees_images(folder))
+        text = card(report, read, _inherited(folder) or _inherited(path_of(report.model.name)), sees_images(folder))
     except (ValueError, RecursionError) as error:
         raise InputError(f"{folder / REPORT}, or a result, cannot be shown ({first_line(error)}); make it again") from None
     with replacing(path) as temporary:
@@ -167,7 +175,7 @@ def _body(report: Report, results: Sequence[Evaluation], source: str, images: bo
         f'model = {kind}.from_pretrained("path/of/this/folder", dtype="auto")\n'
         f'{processor.removeprefix("Auto").lower()} = {processor}.from_pretrained("path/of/this/folder")\n```'
     )
-    if rows := list(_rows(results)):
+    if rows := list(_rows(results, report.model.name)):
         yield "## Results"
         head = "| measured | on | this model | compared with |\n| --- | --- | ---: | ---: |"
         yield "\n".join([head, *("| " + " | ".join(row) + " |" for row in rows)])
@@ -209,25 +217,27 @@ def _of_experts(report: ExpertRemoval, source: str) -> Iterator[str]:
         yield f"No calibration token{name} was routed to {count} of the original's experts; `{REPORT}` names them."
 
 
-def _rows(results: Sequence[Evaluation]) -> Iterator[tuple[str, str, str, str]]:
+def _rows(results: Sequence[Evaluation], base: str) -> Iterator[tuple[str, str, str, str]]:
+    """What was measured, on what, of this model, and of the one that it was compared with: the dense one, or which."""
     for result in results:
+        rival = "" if not result.against else " (dense)" if same_model(result.against, base) else f" ({short(result.against)})"
         reference = result.closeness.reference_perplexity if result.closeness else None
         if result.perplexity is not None:
             where = f"{_name(result)}, {samples(result)}"
-            other = "" if reference is None else f"{reference:.2f}"
+            other = "" if reference is None else f"{reference:.2f}{rival}"
             yield "token perplexity", where, f"{result.perplexity:.2f}", other
         near = (result.closeness.by_text if result.closeness else None) or {}
         for name, text in (result.by_text or {}).items():
             dense = near[name].reference_perplexity if name in near else None
             where = f"{name}, {text.windows} samples of {result.length} tokens"
-            yield "token perplexity", where, f"{text.perplexity:.2f}", "" if dense is None else f"{dense:.2f}"
+            yield "token perplexity", where, f"{text.perplexity:.2f}", "" if dense is None else f"{dense:.2f}{rival}"
         for name, facts in result.tasks.items():
             for metric, label in METRICS.items():
                 value, error = getattr(facts, metric), getattr(facts, f"{metric}_stderr", None)
                 if value is not None:
                     spread = "" if error is None else f" ± {error:.3f}"
                     against = facts.against.get(metric)
-                    compared = f"{against.reference:.3f}" if against else ""
+                    compared = f"{against.reference:.3f}{rival}" if against else ""
                     yield label, f"{Path(name).stem}, {facts.questions} questions", f"{value:.3f}{spread}", compared
 
 
@@ -268,15 +278,18 @@ def sees_images(folder: Path) -> bool:
         return False
 
 
-def _licence(folder: Path | None) -> str | None:
-    """What the card in a folder says."""
+def _inherited(folder: Path | None) -> dict[str, Any]:
+    """What the card in a folder says of the model's licence, which may have a name and an address, and of its languages."""
     if folder is None or not os.path.isfile(folder / CARD):  # pathlib raises for a name that is too long
-        return None
+        return {}
     try:
-        licence = ModelCard.load(folder / CARD, ignore_metadata_errors=True).data.license
+        head = ModelCard.load(folder / CARD, ignore_metadata_errors=True).data.to_dict()
     except (OSError, ValueError, TypeError, yaml.YAMLError):
-        return None
-    return licence if isinstance(licence, str) else None
+        return {}
+    found = {name: head[name] for name in ("license", "license_name", "license_link") if isinstance(head.get(name), str)}
+    languages = head.get("language")
+    listed = isinstance(languages, list) and all(isinstance(language, str) for language in languages)
+    return found | ({"language": languages} if isinstance(languages, str) or (listed and languages) else {})
 
 
 def _yaml(content: Mapping[str, Any]) -> str:

@@ -26,7 +26,7 @@ from uniprune.storage.record import Facts
 
 Measured = Evaluation | SweepProtocol | ComparisonProtocol  # all say on which windows of which text
 
-DENSE = 0.005  # a model with fewer zeros is nobody's pruned one
+CLOSE = 0.005  # of the weights: a model with fewer zeros is nobody's pruned one, and two this close may be one
 
 EVALUATED = "evaluated"
 
@@ -50,12 +50,12 @@ class ReportedModel:
     @property
     def sparsity(self) -> float | None:
         """Fraction removed of the prunable weights."""
-        known = [self.pruning.sparsity] if self.pruning else []
+        known = [self.pruning.zeros] if self.pruning else []
         return next(iter([*known, *(each.sparsity for each in self.evaluations if each.sparsity is not None)]), None)
 
     @property
     def dense(self) -> bool:
-        return self.pruning is None and self.sparsity is not None and self.sparsity < DENSE
+        return self.pruning is None and self.sparsity is not None and self.sparsity < CLOSE
 
     @property
     def base(self) -> str | None:
@@ -250,11 +250,16 @@ def _place(source: ResultFile) -> PurePath:
 def _is_of(evaluation: Evaluation, label: str, source: ResultFile, labels: Sequence[str]) -> bool:
     """Whether an evaluation is of this output folder: by path, by its name where no other has it; and the zeros must agree."""
     assert isinstance(source.result, Pruning)
-    if evaluation.masks or (evaluation.sparsity is not None and abs(evaluation.sparsity - source.result.sparsity) > DENSE):
+    if evaluation.masks or not agree(evaluation.sparsity, source.result):
         return False
     if source.path.is_dir() and abspath(evaluation.model) == abspath(source.path):
         return True
     return PurePath(evaluation.model).name == label and labels.count(label) == 1
+
+
+def agree(zeros: float | None, pruning: Pruning) -> bool:
+    """Whether so many of the prunable weights are zero in what was pruned so; None: it is not known."""
+    return zeros is None or abs(zeros - pruning.zeros) <= CLOSE
 
 
 def _tradeoffs(subjects: Sequence[ReportedModel], sweeps: Sequence[Sweep]) -> Iterator[Tradeoff]:

@@ -14,7 +14,9 @@ import torch
 from uniprune.artefacts.reports import Pruning, Realised
 from uniprune.checkpoints.origin import Origin, stored_dtype
 from uniprune.models.blocks import dtype_of
-from uniprune.models.loading import Loaded, dtype_name
+from uniprune.models.experts import Slice
+from uniprune.models.loading import Loaded, dtype_name, skeleton
+from uniprune.models.matrices import find_matrices
 from uniprune.sparsity.patterns import Shape
 from uniprune.speed import timing
 from uniprune.speed.kernels import BITMASK, DENSE, SEMI_STRUCTURED, TWO_OF_FOUR
@@ -26,6 +28,8 @@ MATRICES = 32  # of this shape, as a model has: they come from memory
 TOKEN, PROMPT = 1, 64  # tokens at a time
 BUSY = 1.5  # upper quartile / lower of a result, from which on the machine does something else as well
 SPARSER = (0.7, 0.9)  # where it might be faster, if it is not at the model's own sparsity
+EXPERTS = "expert"  # in the names of experts' matrices
+NO_KERNEL = "Fused experts run dense, also with uniprune.accelerate"
 DENSE_TYPES = (torch.bfloat16, torch.float32)  # that a dense model could be run in instead
 
 
@@ -34,7 +38,23 @@ def with_speed(report: Pruning, source: Loaded | Origin, device: torch.device) -
     dtype = _written_dtype(source, report.matrices)
     if dtype is None or not report.sparsity:
         return report
-    return report.model_copy(update={"speed": outlook(report, dtype, device)})
+    experts = _fused(source, report.matrices)
+    others = {name: matrix for name, matrix in report.matrices.items() if name not in experts}
+    share = 1 - sum(matrix.size for matrix in others.values()) / report.weights
+    if not others:
+        said = f"{NO_KERNEL}; all that was pruned is in them."
+    else:
+        said = outlook(report.model_copy(update={"matrices": others}), dtype, device)
+        said += f" {NO_KERNEL}: {share:.0%} of what was pruned." if experts else ""
+    return report.model_copy(update={"speed": said})
+
+
+def _fused(source: Loaded | Origin, names: Iterable[str]) -> set[str]:
+    """Those of the pruned matrices that are parts of a layer's fused experts, which no kernel here multiplies sparsely."""
+    if not any(EXPERTS in name for name in names):
+        return set()
+    model = source.model if isinstance(source, Loaded) else skeleton(source)
+    return {name for name, matrix in find_matrices(model).items() if isinstance(matrix.module, Slice)}
 
 
 def outlook(pruned: Realised, dtype: torch.dtype, device: torch.device) -> str:
