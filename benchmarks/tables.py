@@ -165,12 +165,13 @@ class Quality:
 
     def costs(self) -> str:
         """Medians over calibration seeds of ratios to Wanda's row of the same seed; of the rows in their commonest type.
+        Rows without seconds were had beside other work on the machine.
 
         Of the methods that go block by block, whose machine was another than Wanda's, only their ratio to each other.
         """
         starts, lines, by_block = self.starts("2:4"), [], ("refine", "sequential")
         for method in (method for method in self.methods() if method not in by_block):
-            if rows := [row for row in self.rows.get((method, "2:4"), []) if row["seed"] in starts]:
+            if rows := [row for row in self.rows.get((method, "2:4"), []) if row["seed"] in starts and row["seconds"]]:
                 dtype = statistics.mode(row["dtype"] for row in rows)
                 rows = [row for row in rows if row["dtype"] == dtype]
                 ratios = [

@@ -145,8 +145,7 @@ def test_a_model_of_which_some_layers_stayed_dense_is_one_model(folder, tmp_path
     uniprune.calibrate(folder, recipe.model_copy(update={"sparsity": None}), tmp_path / "s.safetensors")
     swept = uniprune.sweep(folder, tmp_path / "s.safetensors", tmp_path / "sweep.json", "0.5", scope="model", **asked)
     assert swept.rows[0].sparsity == pytest.approx(report.zeros, abs=1e-3)
-    found = uniprune.report([tmp_path / "out", tmp_path / "r.json"], tmp_path / "page.md", format="md")
-    (one,) = found.pruned
+    (one,) = put_together(tmp_path / "out", tmp_path / "r.json").pruned
     assert one.sparsity == report.zeros
     assert one.reading is not None
 

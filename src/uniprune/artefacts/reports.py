@@ -124,8 +124,9 @@ class Pruning(Realised, Record):
     """``pruning.json`` of ``prune`` and ``apply``.
 
     size: if one was asked for. controller: if one ran. masks_sha256: of the masks file; None for a model that was pruned in
-    place. prunable: weights of the model that could have been chosen, if they were counted. differs: matrices with other weights than the masks were made for (``apply --force``). speed: whether it is
-    faster on the machine that wrote it, in a sentence. seconds: by stage.
+    place. prunable: weights of the model that could have been chosen, if they were counted. differs: matrices with other
+    weights than the masks were made for (``apply --force``). speed: whether it is faster on the machine that wrote it, in a
+    sentence. seconds: by stage.
     Of ``apply``, which has masks only, neither recipe nor calibration is known.
     """
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from uniprune.common.formatting import NOTE, count, number, percent, points, short, size
 from uniprune.comparison.results import DENSE, UNIFORM, Comparison
-from uniprune.reporting.summary import CLOSE, ReportedModel, Summary, Tradeoff, alike, measure, same_model
+from uniprune.reporting.summary import ReportedModel, Summary, Tradeoff, alike, measure, same_model
 from uniprune.runtime.layout import Provenance
 from uniprune.sparsity.structure import Structure
 from uniprune.speed.kernels import ANY_MASK
@@ -241,7 +241,7 @@ def _bytes(summary: Summary, model: str, forms: Iterable[Structure], subject: Re
         known = [
             point
             for point in facts.points
-            if point.bytes and point.name in wanted and (zeros is None or abs(point.sparsity - zeros) < CLOSE)
+            if point.bytes and point.name in wanted and (zeros is None or abs(point.sparsity - zeros) < ALIKE)
         ]
         if known and facts.dense_bytes and same_model(facts.model, model):
             sizes = " or ".join(f"{size(point.bytes)} ({point.name})" for point in known)
