@@ -160,7 +160,8 @@ def check_decoder(model: nn.Module, instead: str) -> None:
     class that predicts no tokens: with tied embeddings no head is missing in them. instead: what the user can do."""
     config = getattr(model, "config", None)
     named = list(getattr(config, "architectures", None) or ())
-    if named and all(re.search(OTHER_HEADS, str(name)) for name in named):
+    tied = getattr(config, "tie_word_embeddings", False)  # else tensors are missing, which is refused for any run
+    if tied and named and all(re.search(OTHER_HEADS, str(name)) for name in named):
         raise InputError(f"the model is a {named[0]}, whose head predicts no tokens; {instead}")
     sees_images = getattr(config, "vision_config", None) is not None  # PaliGemma: of images and prompts alone
     if not sees_images and any(getattr(config, name, None) is value for name, value in BOTH_WAYS.items()):
