@@ -88,6 +88,7 @@ def test_only_the_index_of_the_models_weights_goes(source, tmp_path):
 def test_no_dense_weights_go_whatever_their_format(source, tmp_path):
     others = ["last.ckpt", "64.tflite", "model.pdparams", "x.nemo", "tf_model.h5", "weights.npz", "rust_model.ot", "a.onnx"]
     others += ["model.onnx_data", "model.onnx.data", "saved_model.pb", "model.ckpt.data-00000-of-00001", "a.PT", "a.pkl"]
+    others += ["model.task", "m.litertlm", "m.keras", "m.engine", "pytorch_model.bin.zst", "m.gguf.part1of2"]
     for name in others:
         (source / name).write_bytes(b"dense")
     copy_companions(Files(source), tmp_path)

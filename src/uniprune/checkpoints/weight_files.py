@@ -9,6 +9,9 @@ PATTERNS = (
     *("*.h5", "*.msgpack", "*.tflite", "saved_model.pb"),  # TensorFlow, Flax
     *("*.gguf", "*.ggml", "*.llamafile", "*.ot", "*.onnx", "*.onnx.data", "*.onnx_data*"),
     *("*.nemo", "*.pdparams", "*.params", "*.mlmodel"),  # NeMo, Paddle, MXNet, Core ML
+    *("*.keras", "*.task", "*.litertlm", "*.ptl", "*.t7", "*.joblib", "*.dduf"),  # Keras, LiteRT, PyTorch Mobile, Torch 7
+    *("*.engine", "*.trt"),  # TensorRT
+    *("*.bin.*", "*.gguf.*", "*.mlmodelc.zip"),  # parts of them, or packed
 )
 """Of file names in lower case."""
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from uniprune.artefacts.reports import Pruning, read_report
 from uniprune.common.progress import Progress, silent
 from uniprune.common.provenance import sparsity, versions
 from uniprune.data.windows import Windows
@@ -26,9 +27,9 @@ from uniprune.evaluation.results import Check, Closeness, Compared, Evaluation, 
 from uniprune.job.inference import inferring
 from uniprune.models import masking
 from uniprune.models.blocks import dtype_of
-from uniprune.models.loading import Source, dtype_name
+from uniprune.models.loading import Loaded, Source, dtype_name
 from uniprune.models.matrices import find_matrices
-from uniprune.storage.files import path_of
+from uniprune.storage.files import REPORT, path_of
 from uniprune.tasks.loading import load_task
 
 if TYPE_CHECKING:
@@ -86,6 +87,7 @@ def evaluate(
             "request": _recorded(request, questions, computed, compared=other is not None),
             "weights_sha256": reproduce.weights_sha256(loaded.model),
             "machine": reproduce.machine(loaded.model),
+            "masks_sha256": _masks_of(loaded),
         }
     theirs = Measured()
     if other:
@@ -211,6 +213,15 @@ def _compared_marks(ours: Marks, theirs: Marks) -> dict[str, dict[str, Compared]
             if right.keys() == other.keys():
                 found.setdefault(task, {})[metric] = compared(list(right.values()), [other[question] for question in right])
     return found
+
+
+def _masks_of(loaded: Loaded) -> str | None:
+    """The hash of the masks that a folder says its model was pruned by; None if it says nothing."""
+    try:
+        report = read_report(loaded.origin.folder / REPORT) if loaded.origin else None
+    except InputError:
+        return None
+    return report.masks_sha256 if isinstance(report, Pruning) else None
 
 
 def _zeros(model: torch.nn.Module) -> float | None:

@@ -123,13 +123,15 @@ class Machine(Facts):
 class Protocol(Facts):
     """How a result was measured: what was asked, of which weights, on which machine.
 
-    A request of another version, with settings that this one does not know, is kept as it is.
+    A request of another version, with settings that this one does not know, is kept as it is. masks_sha256: of the masks that
+    the model's folder said it was pruned by.
     """
 
     request: Annotated[EvaluationRequest | dict[str, Any] | None, Field(union_mode="left_to_right")] = None
     weights_sha256: str | None = None
     machine: Machine | None = None
     against_sha256: str | None = None
+    masks_sha256: str | None = None
 
 
 class FollowedProtocol(Facts):

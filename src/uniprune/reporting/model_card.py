@@ -80,11 +80,8 @@ def rewrite(folder: Path, results: Sequence[Path], *, overwrite: bool = False) -
     for result, file in zip(read, results, strict=True):
         if "\0" in result.model or result.masks or path_of(result.model).resolve() != folder.resolve():
             raise InputError(f"result {file} is of {result.name}, not of {folder}")
-        if isinstance(report, Pruning) and not agree(result.sparsity, report):
-            raise InputError(
-                f"result {file} was measured when other weights of {folder} were zero ({result.sparsity or 0:.1%}, not "
-                f"{report.zeros:.1%}); evaluate the folder again"
-            )
+        if isinstance(report, Pruning) and not agree(result, report):
+            raise InputError(f"result {file} was measured before {folder} was pruned by other masks; evaluate the folder again")
     try:
         text = card(report, read, _inherited(folder) or _inherited(path_of(report.model.name)), sees_images(folder))
     except (ValueError, RecursionError) as error:

@@ -250,16 +250,19 @@ def _place(source: ResultFile) -> PurePath:
 def _is_of(evaluation: Evaluation, label: str, source: ResultFile, labels: Sequence[str]) -> bool:
     """Whether an evaluation is of this output folder: by path, by its name where no other has it; and the zeros must agree."""
     assert isinstance(source.result, Pruning)
-    if evaluation.masks or not agree(evaluation.sparsity, source.result):
+    if evaluation.masks or not agree(evaluation, source.result):
         return False
     if source.path.is_dir() and abspath(evaluation.model) == abspath(source.path):
         return True
     return PurePath(evaluation.model).name == label and labels.count(label) == 1
 
 
-def agree(zeros: float | None, pruning: Pruning) -> bool:
-    """Whether so many of the prunable weights are zero in what was pruned so; None: it is not known."""
-    return zeros is None or abs(zeros - pruning.zeros) <= CLOSE
+def agree(evaluation: Evaluation, pruning: Pruning) -> bool:
+    """Whether what was measured can be what was pruned so, by its masks and its zeros as far as they are known."""
+    measured = evaluation.protocol.masks_sha256
+    if measured and pruning.masks_sha256:
+        return measured == pruning.masks_sha256
+    return evaluation.sparsity is None or abs(evaluation.sparsity - pruning.zeros) <= CLOSE
 
 
 def _tradeoffs(subjects: Sequence[ReportedModel], sweeps: Sequence[Sweep]) -> Iterator[Tradeoff]:
