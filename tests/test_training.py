@@ -247,6 +247,19 @@ def test_adapters_of_fused_experts_are_merged_with_masks(tmp_path):
     assert same(alive(merge_adapters(model)), masks)
 
 
+def test_biases_without_a_place_are_said_at_the_beginning_and_not_merged(tmp_path, caplog):
+    """PEFT raises a RuntimeError for the first such layer, when others are merged already."""
+    model, _ = pruned(tiny_model(vocab_size=VOCABULARY))
+    model = adapted(model, lora_bias=True)
+    with caplog.at_level(logging.WARNING):
+        train(model, tmp_path, KeepZeros())
+    assert "adapters learn biases (lora_bias) for layers without one" in caplog.text
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(InputError, match="into which PEFT merges none; save the adapters as they are"):
+        merge_adapters(model)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
 def test_a_layer_that_is_trained_as_a_copy_keeps_its_zeros(tmp_path):
     model, masks = pruned(tiny_model(vocab_size=VOCABULARY))
     model = adapted(model, target_modules=["q_proj"], modules_to_save=["layers.0.mlp.up_proj", "lm_head"])

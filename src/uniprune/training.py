@@ -27,6 +27,8 @@ from uniprune.storage.files import path_of
 
 logger = logging.getLogger(__name__)
 
+NO_PLACE = "adapters learn biases (lora_bias) for layers without one, into which PEFT merges none"
+
 Masks = str | Path | Mapping[str, Tensor]
 
 
@@ -77,6 +79,8 @@ class KeepZeros(TrainerCallback):  # type: ignore[misc]
                 adapter.forward = MaskedUpdate(adapter, mask)
         if others := sorted({_kind(one) for one, _ in masked if not _is_plain_lora(one)}):
             logger.warning("adapters %s are trained without masks; merge_adapters() masks them at the end", ", ".join(others))
+        if any(map(_has_no_place, adapters)):
+            logger.warning("%s: they can be saved, but not merged", NO_PLACE)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._zero()
@@ -113,6 +117,8 @@ def merge_adapters(model: Any, masks: Masks | None = None) -> nn.Module:
     if not hasattr(model, "merge_and_unload"):
         raise _nothing_to_merge(model)
     with without_adapters(model) as (base, adapters):
+        if any(map(_has_no_place, adapters)):
+            raise InputError(f"{NO_PLACE}; save the adapters as they are, or train them without it")
         matrices = find_matrices(base)
         kept = _masks(masks, matrices)
         adapted = {id(_adapted(one)) for one in adapters}
@@ -174,6 +180,12 @@ def _adapted(adapter: Any) -> Tensor | None:
     """The parameter that an adapter changes."""
     weight: Tensor | None = getattr(adapter.get_base_layer(), getattr(adapter, "parameter_name", "weight"), None)
     return weight
+
+
+def _has_no_place(adapter: Any) -> bool:
+    """Whether an adapter learns a bias for a layer that has none to merge it into."""
+    learns = getattr(adapter, "lora_bias", None) or {}
+    return any(learns.values()) and getattr(adapter.get_base_layer(), "bias", None) is None
 
 
 def _masks(given: Masks | None, matrices: Matrices) -> Mapping[str, Tensor]:
