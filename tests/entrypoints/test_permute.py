@@ -67,6 +67,8 @@ def test_a_model_in_memory_is_reordered_and_saved(tokenizer, tmp_path):
     torch.testing.assert_close(logits(tmp_path / "out"), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
     weight = model.model.layers[0].mlp.down_proj.weight
     assert not torch.equal(weight, tiny_model().model.layers[0].mlp.down_proj.weight)
+    with pytest.raises(InputError, match="has channels in another order and no zeros; prune it"):
+        uniprune.report([tmp_path / "out"], tmp_path / "page.html")
 
 
 def test_same_seed_same_bytes_and_an_output_is_not_overwritten(folder, tmp_path):

@@ -105,6 +105,10 @@ def test_evaluate_shows_two_models_side_by_side(tokenizer):
         ({"against": True, "prompts": [""]}, "--prompt is empty"),
         ({"against": True, "prompts": ["x"], "new_tokens": 1000}, "do not fit the model's context of 128"),
         ({"against": True, "prompts": ["x"], "new_tokens": -1}, "--new-tokens -1 is negative"),
+        (
+            {"against": True, "prompts": ["x"], "new_tokens": 0},
+            "--new-tokens 0 writes nothing after a prompt, and nothing else",
+        ),
     ],
 )
 def test_bad_requests(loaded, options, message):

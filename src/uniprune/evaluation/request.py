@@ -104,6 +104,8 @@ class EvaluationRequest(Reading):
                 raise InputError(f"--{name} is for a text, and only tasks or prompts were asked for; give --text, too")
         if not compared and (self.prompts or self.new_tokens is not None):
             raise InputError("--prompt and --new-tokens are for two models side by side; give --against")
+        if self.prompts and self.new_tokens == 0 and self.text is None and not asked:
+            raise InputError("--new-tokens 0 writes nothing after a prompt, and nothing else was asked for; leave it out")
         if self.rolling and (compared or self.stride is not None or self.text is None):
             raise InputError("--rolling reads documents one by one; it goes with --text, and not with --against or --stride")
         if isinstance(self.text, tuple) and (self.rolling or self.stride is not None):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from uniprune.artefacts.reports import ExpertRemoval, Pruning
+from uniprune.artefacts.reports import ExpertRemoval, Permutation, Pruning
 from uniprune.comparison.results import COMPARISON, Comparison
 from uniprune.errors import InputError
 from uniprune.evaluation.results import Evaluation, Sweep
@@ -75,6 +75,8 @@ def _kind(file: Path, data: Mapping[str, Any]) -> type[Result]:
     if "kind" in data:
         if isinstance(data["kind"], str) and data["kind"] in KINDS:
             return KINDS[data["kind"]]
+        if data["kind"] == Permutation.kind_name():
+            raise InputError(f"{file} has channels in another order and no zeros; prune it, and give that output")
         if data["kind"] == ExpertRemoval.kind_name():
             raise InputError(f"{file} has fewer experts, which a report of sparsity does not show; give results of evaluate")
     elif {"sweep", "rows"} <= data.keys():
