@@ -52,6 +52,7 @@ def as_yarn(writer, model):
     writer.add_rope_scaling_type(_types().YARN)
     writer.add_rope_scaling_factor(4.0)
     writer.add_rope_scaling_orig_ctx_len(32)
+    writer.add_rope_scaling_attn_factors(1.0)
 
 
 def _types():

@@ -27,6 +27,7 @@ FACTORS = "rope_freqs.weight"  # of Llama 3.1 and later: what the frequency of e
 OTHER_FACTORS = ("rope_factors_long.weight", "rope_factors_short.weight")  # of Phi 3 and later
 CONTEXTS = (8192, 4096, 2048, 16384, 32768)  # that Llamas were trained on before their positions were scaled; most on the first
 KNOWN = {"type", "factor", "original_context_length", "finetuned"}  # settings of scaling that are put back
+NEUTRAL = {"attn_factor": 1, "yarn_attn_factor": 1, "yarn_beta_fast": 32, "yarn_beta_slow": 1}  # others that change nothing so
 
 
 def siblings(name: str) -> list[str]:
@@ -134,7 +135,11 @@ def _is_scaled(rope: dict[str, Any]) -> bool:
 def _scaling(facts: Facts, config: Any, plain: dict[str, Any]) -> dict[str, Any] | None:
     """The scaling in transformers' words; None where it has none, or another."""
     kind, factor, context = (facts.scaling.get(name) for name in ("type", "factor", "original_context_length"))
-    if facts.others or "rope_theta" not in plain or set(facts.scaling) - KNOWN:
+    if (
+        facts.others
+        or "rope_theta" not in plain
+        or any(NEUTRAL.get(name) != value for name, value in facts.scaling.items() if name not in KNOWN)
+    ):
         return None
     if facts.factors is not None:
         return _llama3(facts.factors, config, plain)
