@@ -47,6 +47,11 @@ def as_linear(writer, model):
     writer.add_rope_scaling_factor(8.0)
 
 
+def as_older_linear(writer, model):
+    writer.add_rope_freq_base(500_000.0)
+    writer.add_float32("llama.rope.scale_linear", 8.0)
+
+
 def as_yarn(writer, model):
     writer.add_rope_freq_base(500_000.0)
     writer.add_rope_scaling_type(_types().YARN)
@@ -59,7 +64,9 @@ def _types():
     return pytest.importorskip("gguf").RopeScalingType
 
 
-@pytest.mark.parametrize(("rope", "more"), [(LLAMA3, as_llama3), (LINEAR, as_linear), (YARN, as_yarn)])
+@pytest.mark.parametrize(
+    ("rope", "more"), [(LLAMA3, as_llama3), (LINEAR, as_linear), (LINEAR, as_older_linear), (YARN, as_yarn)]
+)
 def test_positions_are_scaled_as_the_file_says(tokenizer, tmp_path, rope, more):
     model = scaled(rope)
     file = write_gguf(model, tokenizer, tmp_path / "m.gguf", more=lambda writer: more(writer, model))

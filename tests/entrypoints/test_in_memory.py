@@ -1,10 +1,12 @@
 """Models that a caller has in memory: of his own making, compiled, changed since they were loaded, set up in other ways."""
 
 import copy
+import shutil
 
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import uniprune
 from conftest import tiny_model
@@ -33,13 +35,20 @@ def tokens(loaded, tmp_path):
     return str(file)
 
 
-@pytest.mark.parametrize("change", [lambda layer: layer.self_attn.q_proj.weight, lambda layer: layer.input_layernorm.weight])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model, layer: layer.self_attn.q_proj.weight,
+        lambda model, layer: layer.input_layernorm.weight,
+        lambda model, layer: model.model.embed_tokens.weight,
+    ],
+)
 def test_what_is_left_dense_must_be_what_the_files_have_as_well(folder, tmp_path, change):
     """A run prunes the files: what a first run, or a training, did to other weights in memory would be lost without a word."""
     loaded = uniprune.load(str(folder), dtype="float32")
     with torch.no_grad():
         for layer in loaded.model.model.layers:
-            change(layer).mul_(0.5)
+            change(loaded.model, layer).mul_(0.5)
     with pytest.raises(InputError, match="is not in memory what it is in"):
         uniprune.prune(loaded, Recipe(sparsity=0.5, include="up_proj", **SMALL), tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -101,6 +110,26 @@ def test_what_save_pretrained_refuses_is_refused_before_the_work(loaded, tmp_pat
     uniprune.prune_in_place(Loaded(copy.deepcopy(loaded.model), loaded.tokenizer), recipe)  # which saves nothing
     layers[2].mlp.up_proj.weight = own
     uniprune.prune(loaded, recipe, tmp_path / "out")
+
+
+def test_a_generation_config_as_it_was_published_is_no_reason(folder, tmp_path):
+    """Of a model that is used as it was loaded transformers saves it back, whatever it says."""
+    source = tmp_path / "model"
+    shutil.copytree(folder, source)
+    (source / "generation_config.json").write_text('{"temperature": 0.9, "top_p": 0.6}')
+    model = AutoModelForCausalLM.from_pretrained(source, dtype="float32")
+    recipe = Recipe(sparsity="2:4", **SMALL)
+    uniprune.prune(Loaded(model, AutoTokenizer.from_pretrained(source)), recipe, tmp_path / "out")
+    model.generation_config = None
+    with pytest.raises(InputError, match="generation_config is None"):
+        uniprune.prune(Loaded(model, AutoTokenizer.from_pretrained(source)), recipe, tmp_path / "other")
+
+
+def test_embeddings_that_are_tied_unsaid_are_told(tokenizer, tmp_path):
+    loaded = Loaded(tiny_model(tie_word_embeddings=False), tokenizer)
+    loaded.model.lm_head.weight = loaded.model.model.embed_tokens.weight
+    with pytest.raises(InputError, match="the config says they are not tied; set tie_word_embeddings"):
+        uniprune.prune(loaded, Recipe(sparsity="2:4", **SMALL), tmp_path / "out")
 
 
 def test_tied_embeddings_are_no_such_weights(tokenizer, tmp_path):

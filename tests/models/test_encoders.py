@@ -47,7 +47,6 @@ def test_an_encoder_is_refused_where_a_next_token_is_needed(kind, tokens, tmp_pa
         ({"architectures": ["LlamaForSequenceClassification"]}, "is a LlamaForSequenceClassification, whose head predicts no"),
         ({"architectures": ["LlamaForRewardModel"]}, "is a LlamaForRewardModel, whose head predicts no tokens"),
         ({"is_causal": False}, "LlamaForCausalLM is an encoder: its configuration lets each token see those that follow"),
-        ({"use_bidirectional_attention": True}, "is an encoder: its configuration lets each token see those that follow"),
     ],
 )
 def test_tied_embeddings_do_not_make_it_a_language_model(settings, reason, tokens, tmp_path):  # noqa: F811
@@ -60,6 +59,28 @@ def test_tied_embeddings_do_not_make_it_a_language_model(settings, reason, token
     with pytest.raises(InputError, match=reason):
         uniprune.evaluate(tmp_path / "model", text_source=tokens, windows=2)
     assert prune(tmp_path / "model", tokens, tmp_path / "out", **LOCAL).sparsity == 0.5
+
+
+def test_an_embedding_model_of_gemma_is_an_encoder(tokens, tmp_path):  # noqa: F811
+    save("gemma3_text", tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"use_bidirectional_attention": True}))
+    with pytest.raises(InputError, match="is an encoder: its configuration lets each token see those that follow"):
+        prune(tmp_path / "model", tokens, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "settings", [{"architectures": ["RewardModelingLlamaForCausalLM"]}, {"use_bidirectional_attention": True}]
+)
+def test_what_only_sounds_like_it_is_a_language_model(settings, tokens, tmp_path):  # noqa: F811
+    """No class of transformers but Gemma's heeds the latter."""
+    model = tiny_model(tie_word_embeddings=True)
+    model.save_pretrained(tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+    assert prune(tmp_path / "model", tokens, tmp_path / "out").sparsity == 0.5
+    model.config.architectures = ["LlamaForSequenceClassification"]  # what it was made from, perhaps
+    uniprune.prune_in_place(uniprune.Loaded(model, None), Recipe(sparsity="2:4", text=str(tokens), steps=1))
 
 
 def test_a_decoder_that_does_not_say_so_of_its_blocks_is_none():

@@ -182,6 +182,9 @@ def _read(file: Path, changed: int, size: int) -> Facts:
         for name, field in reader.fields.items()
         if ".rope.scaling." in name
     }
+    older = next((field.contents() for name, field in reader.fields.items() if name.endswith(".rope.scale_linear")), 1)
+    if older != 1:
+        scaling = {"type": "linear", "factor": older} | scaling
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     factors = np.array(tensors[FACTORS].data, dtype=np.float64).reshape(-1) if FACTORS in tensors else None
     biases = sum(name.endswith(".bias") for name in tensors)

@@ -24,6 +24,7 @@ from uniprune.storage.record import parsed
 
 # Not what a model does: its name may be another, and versions and machines are compared apart.
 IGNORED = {"kind", "format", "model", "against", "versions", "protocol.versions", "protocol.machine", "protocol.request"}
+IGNORED |= {"protocol.masks_sha256"}  # of what the folder says; the weights themselves are compared
 TOLERANCE = 1e-2  # relative, between machines of different kinds: their kernels add in another order
 
 

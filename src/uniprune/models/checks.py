@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from uniprune.checkpoints.layout import names_of
 from uniprune.errors import InputError
 from uniprune.models.matrices import Matrices, Matrix, find_matrices
 
+ROWS = 64  # of a tensor outside the prunable matrices that are compared, about
 KINDS = 16  # of a block's matrices that are compared at least, in one block or another
 COMPILED = "_orig_mod"  # where torch.compile puts the module that it stands for
 
@@ -20,16 +22,18 @@ def check_loaded(model: nn.Module) -> None:
     """Raises InputError if a model in memory is not what its files have, which will be pruned.
 
     A matrix of each block and of each kind, every vector (norms, biases) and every persistent buffer are compared, bit for bit,
-    in the type that the model has them in; those that stay dense as well, for a run prunes the files.
+    in the type that the model has them in; of what else stays dense (embeddings, head, routers) some ROWS.
     """
     files = checkpoint_of(model)
     if not isinstance(files, Files):
         return
     layout = files.layout(model)
     blocks: dict[int, list[Matrix]] = {}
-    for matrix in find_matrices(model).values():
+    matrices = find_matrices(model)
+    for matrix in matrices.values():
         blocks.setdefault(matrix.block, []).append(matrix)
     inside = list(blocks.values())
+    prunable = {id(matrix.parameter) for matrix in matrices.values()}
 
     def stored() -> Iterator[tuple[str, Tensor, Tensor]]:
         for turn in range(max(len(inside), min(KINDS, max(map(len, inside))))):
@@ -38,10 +42,12 @@ def check_loaded(model: nn.Module) -> None:
             loaded = matrix.stored
             read = files.read_matrix(matrix.name, loaded.dtype, loaded.device)
             yield matrix.name, loaded, read.T if matrix.flipped else read
-        vectors = ((name, parameter) for name, parameter in model.named_parameters() if parameter.ndim == 1)
-        for name, tensor in (*vectors, *model.named_buffers()):
+        others = ((name, parameter) for name, parameter in model.named_parameters() if id(parameter) not in prunable)
+        for name, tensor in (*others, *model.named_buffers()):
             if name in layout.located:
-                yield name, tensor, files.read(layout.located[name], tensor.dtype, tensor.device)
+                read = files.read(layout.located[name], tensor.dtype, torch.device("cpu"))
+                every = 1 if tensor.ndim < 2 else max(1, len(tensor) // ROWS)
+                yield name, tensor[::every].cpu() if tensor.ndim else tensor.cpu(), read[::every] if tensor.ndim else read
 
     for name, loaded, read in stored():
         if not torch.equal(_bits(loaded), _bits(read)):
@@ -76,17 +82,26 @@ def check_uncompiled(model: nn.Module) -> None:
 
 
 def check_writable(model: nn.Module) -> None:
-    """Raises InputError for a model that ``save_pretrained`` refuses: after the work it would be too late."""
+    """Raises InputError for a model that ``save_pretrained`` refuses, or that would not load again: after the work it would be
+    too late."""
     tied = getattr(model, "all_tied_weights_keys", None) or {}
+    known = getattr(model, "_tied_weights_keys", None) or {}
     for names in names_of(model).values():
         if len(untied := [name for name in names if name not in tied]) > 1:
+            what, kind = f"{untied[0]} and {untied[1]} are one parameter", type(model).__name__
+            if any(name in known for name in untied):
+                raise InputError(f"{what}, but the config says they are not tied; set tie_word_embeddings, or clone one")
             raise InputError(
-                f"{untied[0]} and {untied[1]} are one parameter, which {type(model).__name__} does not say, so transformers "
-                "saves no such model; give each its own (a clone), or prune in memory: prune_in_place"
+                f"{what}, which {kind} does not say, so transformers saves no such model; give each its own (a clone), or "
+                "prune in memory: prune_in_place"
             )
-    try:
-        if (settings := getattr(model, "generation_config", None)) is not None:
-            settings.validate(strict=True)
+    if not getattr(model, "can_generate", lambda: False)():
+        return
+    settings: Any = getattr(model, "generation_config", None)
+    if settings is None:
+        raise InputError("the model's generation_config is None, which transformers does not save; give it a GenerationConfig")
+    try:  # as it was published it is saved, whatever it says
+        settings.validate(strict=getattr(settings, "_original_object_hash", None) != hash(settings))
     except ValueError as error:
         said = " ".join(str(error).split())[:300]
         raise InputError(f"the model's generation_config cannot be saved; correct it on the model: {said}") from None

@@ -28,8 +28,7 @@ from uniprune.models.linear import Probe, is_linear, is_transposed
 # the choice is not differentiable, so no gradient tells what their weights are worth.
 SELECTORS = re.compile("Indexer|Compressor")
 # Classes of models, as config.json names them, whose head is no language model's.
-OTHER_HEADS = r"For(Sequence|Token|Image|Audio)\w*Classification$|ForQuestionAnswering$|ForMultipleChoice$|Reward\w*$"
-BOTH_WAYS = {"is_causal": False, "use_bidirectional_attention": True}  # what configurations of encoders say (EmbeddingGemma)
+OTHER_HEADS = r"For(Sequence|Token|Image|Audio)\w*Classification$|ForQuestionAnswering$|ForMultipleChoice$|RewardModel$"
 COVERAGE = 0.9  # least fraction of the blocks' parameters that must lie in matrices that we know how to prune
 
 
@@ -159,12 +158,15 @@ def check_decoder(model: nn.Module, instead: str) -> None:
     """Raises InputError for an encoder, by what its blocks and its configuration say, and for a model whose files are of a
     class that predicts no tokens: with tied embeddings no head is missing in them. instead: what the user can do."""
     config = getattr(model, "config", None)
-    named = list(getattr(config, "architectures", None) or ())
+    from_files = isinstance(checkpoint_of(model), Files)  # else the configuration may be of the model that it was made from
+    named = list(getattr(config, "architectures", None) or ()) if from_files else [type(model).__name__]
     tied = getattr(config, "tie_word_embeddings", False)  # else tensors are missing, which is refused for any run
     if tied and named and all(re.search(OTHER_HEADS, str(name)) for name in named):
         raise InputError(f"the model is a {named[0]}, whose head predicts no tokens; {instead}")
     sees_images = getattr(config, "vision_config", None) is not None  # PaliGemma: of images and prompts alone
-    if not sees_images and any(getattr(config, name, None) is value for name, value in BOTH_WAYS.items()):
+    embeds = "gemma" in (getattr(config, "model_type", None) or "")  # others do not heed the setting
+    both_ways = embeds and getattr(config, "use_bidirectional_attention", None) is True
+    if not sees_images and (both_ways or getattr(config, "is_causal", None) is False):
         raise InputError(
             f"{type(model).__name__} is an encoder: its configuration lets each token see those that follow, so it does not "
             f"predict the next; {instead}"

@@ -258,7 +258,7 @@ def _title(report: Report) -> str:
         return f"channels ordered for {report.pattern}"
     if isinstance(report, ExpertRemoval):
         return f"{report.experts.kept} of {report.experts.of} experts"
-    return f"{percent(report.sparsity)} sparse".replace(".0%", "%")
+    return f"{percent(report.zeros)} sparse".replace(".0%", "%")
 
 
 def sees_images(folder: Path) -> bool:

@@ -260,8 +260,8 @@ def _is_of(evaluation: Evaluation, label: str, source: ResultFile, labels: Seque
 def agree(evaluation: Evaluation, pruning: Pruning) -> bool:
     """Whether what was measured can be what was pruned so, by its masks and its zeros as far as they are known."""
     measured = evaluation.protocol.masks_sha256
-    if measured and pruning.masks_sha256:
-        return measured == pruning.masks_sha256
+    if measured and pruning.masks_sha256 and measured != pruning.masks_sha256:
+        return False
     return evaluation.sparsity is None or abs(evaluation.sparsity - pruning.zeros) <= CLOSE
 
 
