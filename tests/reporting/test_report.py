@@ -150,6 +150,17 @@ def test_a_model_of_which_some_layers_stayed_dense_is_one_model(folder, tmp_path
     assert one.reading is not None
 
 
+def test_apply_counts_zeros_as_prune_does(folder, tmp_path):
+    recipe = Recipe(metric="magnitude", controller="none", include="up_proj", windows=2, length=16)
+    uniprune.calibrate(folder, recipe, tmp_path / "s.safetensors")
+    uniprune.mask(tmp_path / "s.safetensors", "2:4", tmp_path / "m.safetensors")
+    applied = uniprune.apply(folder, tmp_path / "m.safetensors", tmp_path / "out")
+    measured = uniprune.evaluate(tmp_path / "out", windows=2, length=16)
+    assert applied.sparsity == 0.5
+    assert applied.zeros == pytest.approx(measured.sparsity, abs=1e-3)
+    assert applied.zeros < 0.2
+
+
 def test_a_name_that_two_folders_have_is_no_sign(tmp_path):
     paths = [written(tmp_path, made_up.pruning(uniform=0.5), f"{parent}/half") for parent in ("a", "b")]
     paths += [made_up.write(tmp_path / "1.json", made_up.evaluation("half", 0.5, 15.0))]

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from uniprune.storage.record import Facts
+from uniprune.storage.record import Count, Facts
 
 if TYPE_CHECKING:
     from uniprune.models.matrices import Matrices
@@ -16,19 +16,22 @@ class Binding(Facts):
     """A model's pruned matrices, by the bits of their weights.
 
     base: their fingerprint. base_name: what the model was called, for people. digests: matrix name -> dtype, shape and hash of
-    the stored tensor. transposed: the matrices that the checkpoint stores as ``[in, out]``.
+    the stored tensor. transposed: the matrices that the checkpoint stores as ``[in, out]``. prunable: weights of the model that
+    could have been chosen, these included, if they were counted.
     """
 
     base: str
     base_name: str
     digests: dict[str, str]
     transposed: list[str]
+    prunable: Count | None = None
 
     @classmethod
-    def of(cls, matrices: Matrices, digests: Mapping[str, str], name: str) -> Binding:
+    def of(cls, matrices: Matrices, digests: Mapping[str, str], name: str, prunable: int) -> Binding:
         """The binding to these matrices of a model called ``name``. digests: as ``Checkpoint.digests`` gives them."""
         transposed = [key for key, matrix in matrices.items() if matrix.stored_transposed]
-        return cls(base=fingerprint(digests), base_name=name, digests=dict(digests), transposed=transposed)
+        found = dict(digests)
+        return cls(base=fingerprint(found), base_name=name, digests=found, transposed=transposed, prunable=prunable)
 
     @property
     def made_for(self) -> str:

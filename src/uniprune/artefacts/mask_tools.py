@@ -350,7 +350,12 @@ class Dense:
         """Writes masks ``[out, in]``, in the order of ``names``, as a file bound to this model; returns what was written."""
         masked = {name: self.matrices[name] for name in names}
         shapes = {name: matrix.shape for name, matrix in masked.items()}
-        binding = Binding.of(masked, self.checkpoint.digests(names), str(self.origin))
+        binding = Binding.of(
+            masked,
+            self.checkpoint.digests(names),
+            str(self.origin),
+            prunable=sum(matrix.size for matrix in self.matrices.values()),
+        )
         removed = write_masks(output, masks, shapes, binding, pattern)
         size = sum(matrix.size for matrix in masked.values())
         return {

@@ -88,6 +88,7 @@ def write_masks(
         base_name=binding.base_name,
         digests=binding.digests,
         transposed=binding.transposed,
+        prunable=binding.prunable,
         pattern=pattern,
         shapes=dict(shapes),
     )

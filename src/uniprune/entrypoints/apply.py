@@ -16,7 +16,7 @@ from uniprune.checkpoints.origin import Origin, resolve
 from uniprune.checkpoints.tokenizer import load_tokenizer
 from uniprune.common.provenance import Stopwatch, sha256, versions
 from uniprune.errors import InputError, MismatchError
-from uniprune.models.loading import Loaded, find_names, load_weights, parse_dtype, skeleton
+from uniprune.models.loading import Loaded, find_names, load_weights, parse_dtype
 from uniprune.models.matrices import Matrices, find_matrices
 from uniprune.reporting import model_card
 from uniprune.sparsity.structure import claimed
@@ -84,7 +84,7 @@ def apply(
             structure=claimed(file.facts.pattern),
             **realised(removed, file.shapes),
             masks_sha256=sha256(masks),
-            prunable=sum(matrix.size for matrix in (matrices or find_matrices(skeleton(origin))).values()),
+            prunable=file.facts.prunable,
             differs=sorted(name for name in found if found[name] != file.facts.digests[name]),
             versions=versions(),
             seconds=watch.seconds,

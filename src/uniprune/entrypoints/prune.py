@@ -25,7 +25,6 @@ from uniprune.job.recipe import Recipe
 from uniprune.job.scoring import scored
 from uniprune.models import masking
 from uniprune.models.loading import Loaded, Source
-from uniprune.models.matrices import find_matrices
 from uniprune.reporting import model_card
 from uniprune.saliency.calibration import Calibration
 from uniprune.saliency.record import reported
@@ -218,7 +217,7 @@ def _report(
         "structure": structure(aim.pattern),
         "unsupported": aim.unsupported,
         **realised(removed, job.shapes),
-        "prunable": sum(matrix.size for matrix in find_matrices(job.loaded.model).values()),
+        "prunable": job.binding.prunable,
         "calibration": job.windows.describe(),
         "versions": versions(),
         "seconds": watch.seconds,

@@ -214,7 +214,8 @@ def prepare(
             check_loaded(loaded.model)
         if recipe.size is not None and aim.budget is None:
             aim = aim_of(recipe, matrices, loaded)
-        binding = Binding.of(matrices, digests() if digests else loaded.checkpoint.digests(matrices), str(loaded))
+        prunable = sum(matrix.size for matrix in find_matrices(loaded.model).values())
+        binding = Binding.of(matrices, digests() if digests else loaded.checkpoint.digests(matrices), str(loaded), prunable)
         _save_tokens(windows, options)  # once nothing is left to refuse
         return Job(loaded, matrices, windows, binding, aim, execution)
 
