@@ -7,35 +7,9 @@ packages torch==2.13.0 transformers==5.24.0 gguf==0.19.0 accelerate==1.15.0 nump
 check <<'PY'
 import gguf
 import numpy as np
+import tiny_gguf
 import torch
 from transformers import AutoModelForCausalLM
-
-width, hidden, vocabulary = 32, 64, 64
-
-
-def written(name, scale):
-    torch.manual_seed(0)
-    writer = gguf.GGUFWriter(name, "llama")
-    for add, value in (
-        (writer.add_block_count, 2), (writer.add_context_length, 4096), (writer.add_embedding_length, width),
-        (writer.add_feed_forward_length, hidden), (writer.add_head_count, 4), (writer.add_head_count_kv, 4),
-        (writer.add_layer_norm_rms_eps, 1e-5), (writer.add_vocab_size, vocabulary), (writer.add_bos_token_id, 1),
-        (writer.add_eos_token_id, 2), (writer.add_tokenizer_model, "gpt2"), (writer.add_token_list, [str(i) for i in range(vocabulary)]),
-    ):
-        add(value)
-    scale(writer)
-    shapes = {"token_embd": (vocabulary, width)}
-    for block in range(2):
-        shapes |= {f"blk.{block}.attn_{name}": (width, width) for name in ("q", "k", "v", "output")}
-        shapes |= {f"blk.{block}.ffn_{name}": (hidden, width) for name in ("gate", "up")} | {f"blk.{block}.ffn_down": (width, hidden)}
-        shapes |= {f"blk.{block}.{name}_norm": (width,) for name in ("attn", "ffn")}
-    shapes |= {"output_norm": (width,), "output": (vocabulary, width)}
-    for key, shape in shapes.items():
-        writer.add_tensor(f"{key}.weight", torch.randn(shape).numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 def linear(writer):
@@ -54,7 +28,7 @@ def factors(writer):  # as llama.cpp's converter writes Llama 3.1: what each fre
 
 
 for scale in (linear, yarn, factors):
-    written(f"{scale.__name__}.gguf", scale)
+    tiny_gguf.write(f"{scale.__name__}.gguf", scale)
     model, about = AutoModelForCausalLM.from_pretrained(".", gguf_file=f"{scale.__name__}.gguf", output_loading_info=True)
     print(scale.__name__, model.config.rope_parameters, {key: sorted(keys) for key, keys in about.items() if "keys" in key})
     assert model.config.rope_parameters["rope_type"] == "default"

@@ -246,27 +246,29 @@ def test_a_model_in_memory_that_is_not_what_its_files_have_is_refused(tmp_path, 
     tiny("deepseek_v3").save_pretrained(tmp_path / "model")
     origin = resolve(tmp_path / "model")
     model = loading.load_weights(origin, torch.float32, CPU)
-    check_loaded(model)
+    matrices = find_matrices(model)
+    check_loaded(model, matrices)
     name, buffer = next((name, buffer) for name, buffer in model.named_buffers() if "e_score_correction_bias" in name)
     buffer[1] += 1
     with pytest.raises(InputError, match=rf"{name} is not in memory what it is in .*model, whose weights would be pruned"):
-        check_loaded(model)
+        check_loaded(model, matrices)
     buffer[1] -= 1
     model.model.layers[0].self_attn.q_a_proj.weight[3, 5] += 1
     with pytest.raises(InputError, match=r"layers\.0\.self_attn\.q_a_proj is not in memory"):
         uniprune.prune(Loaded(model, None, origin), recipe, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    check_loaded(tiny("llama"))  # has no files
+    check_loaded(tiny("llama"), find_matrices(tiny("llama")))  # has no files
 
 
 def test_the_guard_looks_at_another_kind_in_each_block(tmp_path):
     """So an error that all blocks have in one kind of matrices is seen."""
     tiny("qwen3_moe, fused", num_hidden_layers=12).save_pretrained(tmp_path, save_original_format=False)
     model = loading.load_weights(resolve(tmp_path), torch.float32, CPU)
+    matrices = find_matrices(model)
     for layer in model.model.layers:
         layer.mlp.experts.down_proj.copy_(layer.mlp.experts.down_proj.flip(0))
     with pytest.raises(InputError, match=r"experts\.down_proj\.\d is not in memory"):
-        check_loaded(model)
+        check_loaded(model, matrices)
 
 
 @pytest.mark.parametrize("kind", [LlamaModel, LlamaForSequenceClassification])

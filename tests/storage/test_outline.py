@@ -64,6 +64,16 @@ def test_an_outline_says_where_every_element_came_from(name):
     assert torch.equal(assembled(found, tensors), expected)
 
 
+@pytest.mark.parametrize("step", [1, 2, 3, 5, 100])
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_one_in_so_many_rows(name, step):
+    tensors = numbers()
+    found = OPERATIONS[name](*(Outline.of(key, shape) for key, shape in SHAPES.items())).thinned(step)
+    expected = OPERATIONS[name](*tensors.values())[::step]
+    assert found.shape == tuple(expected.shape)
+    assert torch.equal(assembled(found, tensors), expected)
+
+
 def test_interleaved_rows_are_two_views():
     found = OPERATIONS["rows of two interleaved"](*(Outline.of(key, shape) for key, shape in SHAPES.items()))
     assert [(p.offset, p.shape, p.strides, p.start) for p in found.pieces] == [

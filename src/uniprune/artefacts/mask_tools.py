@@ -97,9 +97,11 @@ def verify(
     masks = path_of(masks)
     file = CheckedMasks(masks)
     create = _check_pattern(file)
-    weights = None if pruned is None else find_weights(pruned, {name: file.stored(name) for name in file}, None)
+    weights = None
     if pruned is not None:
-        check_orientation(pruned, file)
+        found = resolve(pruned)
+        weights = find_weights(found, {name: file.stored(name) for name in file}, None)
+        check_orientation(found, file)
     if model is not None:
         Dense(model, dtype).of(file)
     kept = 0
@@ -155,7 +157,7 @@ def kept_per(mask: Tensor, run: int) -> Array:
     return counts
 
 
-def find_weights(source: ModelPath, shapes: Mapping[str, tuple[int, ...]], dtype: str | None) -> Checkpoint:
+def find_weights(source: ModelPath | Origin, shapes: Mapping[str, tuple[int, ...]], dtype: str | None) -> Checkpoint:
     """A pruned checkpoint, if it has these matrices in these shapes: as it stores them, or dequantised from a GGUF file."""
     origin = resolve(source)
     if origin.files is None:
@@ -169,17 +171,17 @@ def find_weights(source: ModelPath, shapes: Mapping[str, tuple[int, ...]], dtype
     return checkpoint
 
 
-def check_orientation(source: ModelPath, file: CheckedMasks) -> None:
+def check_orientation(origin: Origin, file: CheckedMasks) -> None:
     """Raises MismatchError if a model stores a square matrix the other way round than the one that masks were made for.
 
     Its shape does not tell: gpt-oss has experts of as many inputs as outputs, as [in, out] in bfloat16, [out, in] in MXFP4.
     """
     square = [name for name in file if len({*file.shapes[name]}) == 1]
-    matrices = find_matrices(loading.skeleton(resolve(source))) if square else {}
+    matrices = find_matrices(loading.skeleton(origin)) if square else {}
     for name in square:
         if name in matrices and matrices[name].stored_transposed != (name in file.transposed):
             raise MismatchError(
-                f"{source} stores {name} the other way round, inputs for outputs, than {file.path} was made for"
+                f"{origin} stores {name} the other way round, inputs for outputs, than {file.path} was made for"
             )
 
 
@@ -311,7 +313,7 @@ def check_type(file: CheckedMasks, origin: Origin, name: str, digest: str) -> No
 class Dense:
     """The dense model that masks belong to: its matrices by structure, its weights as they are stored."""
 
-    def __init__(self, source: ModelPath, dtype: str | None) -> None:
+    def __init__(self, source: ModelPath | Origin, dtype: str | None) -> None:
         self.origin = origin = resolve(source)
         chosen, cpu = loading.parse_dtype(dtype), torch.device("cpu")
         model = loading.skeleton(origin) if origin.files else loading.load_weights(origin, chosen, cpu)

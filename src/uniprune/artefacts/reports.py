@@ -12,10 +12,12 @@ from pydantic import Field
 from uniprune.checkpoints.origin import Origin
 from uniprune.common.provenance import sparsity
 from uniprune.data.text import TextFacts
+from uniprune.errors import InputError
 from uniprune.models.blocks import dtype_of
 from uniprune.models.loading import Loaded, dtype_name
 from uniprune.saliency.record import ControllerRecord, Starved
 from uniprune.sparsity.structure import Structure
+from uniprune.storage.files import REPORT
 from uniprune.storage.record import Count, Facts, Fraction, Record, Shape, parsed
 
 OUTSIDE = "none"  # the block of a matrix whose name has no number
@@ -228,6 +230,14 @@ def realised(removed: Mapping[str, float], shapes: Mapping[str, tuple[int, int]]
         "sparsity": sparsity(removed, shapes),
         "matrices": {name: PrunedMatrix(shape=shapes[name], sparsity=removed[name]) for name in removed},
     }
+
+
+def report_of(folder: Path) -> Pruning | Permutation | ExpertRemoval | None:
+    """What a model's folder says of how it was made; None of a dense one, and of one that somebody else made."""
+    try:
+        return read_report(folder / REPORT)
+    except InputError:
+        return None
 
 
 def read_report(path: Path) -> Pruning | Permutation | ExpertRemoval:

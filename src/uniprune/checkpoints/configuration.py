@@ -25,6 +25,11 @@ def setting(config: Any, name: str) -> Any:
         return None
 
 
+def reads_images(config: Any) -> bool:
+    """Whether a configuration is of a model of images and text."""
+    return getattr(config, "vision_config", None) is not None
+
+
 def context(config: Any) -> int:
     """The most tokens that a model can read at once."""
     limit = setting(config, "max_position_embeddings")

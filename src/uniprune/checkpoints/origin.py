@@ -70,11 +70,13 @@ class Origin:
         return {"trust_remote_code": False} | ({"gguf_file": self.gguf} if self.gguf else {})
 
 
-def resolve(source: str | Path) -> Origin:
+def resolve(source: str | Path | Origin) -> Origin:
     """Finds a model: a folder, a .gguf file, or one on the Hub (from the cache if it is there, else downloaded).
 
-    Raises InputError that says what was tried.
+    One that was found stays as it is. Raises InputError that says what was tried.
     """
+    if isinstance(source, Origin):
+        return source
     path = path_of(source)
     if path.is_file():
         return _of_gguf(Origin(str(source), path.parent, path.name))

@@ -37,11 +37,6 @@ def _what_helps(origin: Origin, reason: str) -> str:
     return f"its tokenizer cannot be read ({reason}); fetch it again, or move its files away and give a token file"
 
 
-def reads_images(config: Any) -> bool:
-    """Whether a configuration is of a model of images and text."""
-    return getattr(config, "vision_config", None) is not None
-
-
 def load_processor(origin: Origin | None, given: Any = None) -> Any:
     """What makes images and text ready for a model: its own processor. given: as the caller's tokenizer.
 

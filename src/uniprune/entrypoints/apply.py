@@ -55,7 +55,7 @@ def apply(
             matrices = find_matrices(weights)
         _check_names(origin, file, matrices, masks)
         if force:  # else the weights themselves must be the same
-            check_orientation(source, file)
+            check_orientation(origin, file)
         size = sum(matrix.parameter.nbytes for matrix in matrices.values()) if matrices else 0
         files.check_disk_space(output, writer.checkpoint_bytes(origin, size))
     found: dict[str, str] = {}

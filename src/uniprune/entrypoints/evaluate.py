@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from uniprune.artefacts.reports import Pruning, read_report
+from uniprune.artefacts.reports import Pruning, report_of
 from uniprune.common.progress import Progress, silent
 from uniprune.common.provenance import sparsity, versions
 from uniprune.data.windows import Windows
@@ -29,7 +29,7 @@ from uniprune.models import masking
 from uniprune.models.blocks import dtype_of
 from uniprune.models.loading import Loaded, Source, dtype_name
 from uniprune.models.matrices import find_matrices
-from uniprune.storage.files import REPORT, path_of
+from uniprune.storage.files import path_of
 from uniprune.tasks.loading import load_task
 
 if TYPE_CHECKING:
@@ -217,10 +217,7 @@ def _compared_marks(ours: Marks, theirs: Marks) -> dict[str, dict[str, Compared]
 
 def _masks_of(loaded: Loaded) -> str | None:
     """The hash of the masks that a folder says its model was pruned by; None if it says nothing."""
-    try:
-        report = read_report(loaded.origin.folder / REPORT) if loaded.origin else None
-    except InputError:
-        return None
+    report = report_of(loaded.origin.folder) if loaded.origin else None
     return report.masks_sha256 if isinstance(report, Pruning) else None
 
 

@@ -8,9 +8,9 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 
 from uniprune.artefacts.mask_tools import CheckedMasks, check_type
-from uniprune.checkpoints.configuration import UNBOUNDED, check_context, check_vocabulary, context
+from uniprune.checkpoints.configuration import UNBOUNDED, check_context, check_vocabulary, context, reads_images
 from uniprune.checkpoints.origin import Origin, resolve
-from uniprune.checkpoints.tokenizer import load_processor, load_tokenizer, reads_images
+from uniprune.checkpoints.tokenizer import load_processor, load_tokenizer
 from uniprune.common.pictures import showing
 from uniprune.common.progress import Progress
 from uniprune.data import sources

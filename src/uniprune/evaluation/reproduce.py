@@ -22,9 +22,9 @@ from uniprune.models.blocks import device_of, dtype_of
 from uniprune.models.loading import dtype_name
 from uniprune.storage.record import parsed
 
-# Not what a model does: its name may be another, and versions and machines are compared apart.
-IGNORED = {"kind", "format", "model", "against", "versions", "protocol.versions", "protocol.machine", "protocol.request"}
-IGNORED |= {"protocol.masks_sha256"}  # of what the folder says; the weights themselves are compared
+# Not what a model does: its name may be another, versions and machines are compared apart, and weights instead of masks.
+IGNORED = {"kind", "format", "model", "against", "versions"}
+IGNORED |= {f"protocol.{name}" for name in ("versions", "machine", "request", "masks_sha256")}
 TOLERANCE = 1e-2  # relative, between machines of different kinds: their kernels add in another order
 
 

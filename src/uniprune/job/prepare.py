@@ -209,12 +209,13 @@ def prepare(
         if windows.prompts is not None:
             windows = generated(windows, loaded, recipe.seed, progress)
         pictures.show(loaded.model, windows.pictures)
+        every = find_matrices(loaded.model)
         if loaded.residency is blocks.resident:
             check_finite(matrices)  # of the weights in the type computed in; those in the files are checked as they are hashed
-            check_loaded(loaded.model)
+            check_loaded(loaded.model, every)
         if recipe.size is not None and aim.budget is None:
             aim = aim_of(recipe, matrices, loaded)
-        prunable = sum(matrix.size for matrix in find_matrices(loaded.model).values())
+        prunable = sum(matrix.size for matrix in every.values())
         binding = Binding.of(matrices, digests() if digests else loaded.checkpoint.digests(matrices), str(loaded), prunable)
         _save_tokens(windows, options)  # once nothing is left to refuse
         return Job(loaded, matrices, windows, binding, aim, execution)

@@ -117,8 +117,12 @@ class Recipe(Settings):
         return min((pattern.sparsity for pattern in self._choices), default=0.0)
 
     @property
+    def _allowed(self) -> list[str]:
+        return [spec.strip() for text in self.allow for spec in text.split(",")]
+
+    @property
     def _choices(self) -> tuple[NM, ...]:
-        return tuple(choice(spec.strip()) for text in self.allow for spec in text.split(","))
+        return tuple(map(choice, self._allowed))
 
     def pattern(self) -> Pattern:
         """The sparsity pattern; InputError if none was asked for."""
@@ -183,7 +187,7 @@ class Recipe(Settings):
         Unless it has an object of a class that is in none of the tables: of those, class and fields are recorded.
         """
         plain = self.model_dump(mode="json", exclude={"sparsity", "metric", "controller", "tuning"})
-        plain["allow"] = [spec.strip() for text in self.allow for spec in text.split(",")]
+        plain["allow"] = self._allowed
         if isinstance(self.sparsity, str):
             sparsity: Any = spelling.canonical(self.sparsity)
         else:

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from transformers import LogitsProcessorList
 
-from uniprune.checkpoints.configuration import check_context, check_vocabulary, context
+from uniprune.checkpoints.configuration import check_context, check_vocabulary, context, reads_images
 from uniprune.checkpoints.origin import Origin
-from uniprune.checkpoints.tokenizer import load_processor, reads_images
+from uniprune.checkpoints.tokenizer import load_processor
 from uniprune.common import distributed
 from uniprune.common.progress import Progress, silent
 from uniprune.controller.mirror_descent import MirrorDescent

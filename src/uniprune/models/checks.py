@@ -11,16 +11,18 @@ from torch import Tensor, nn
 from uniprune.checkpoints.checkpoint import Files, checkpoint_of
 from uniprune.checkpoints.layout import names_of
 from uniprune.errors import InputError
-from uniprune.models.matrices import Matrices, Matrix, find_matrices
+from uniprune.models.matrices import Matrices, Matrix
+from uniprune.storage.outline import Outline
 
 ROWS = 64  # of a tensor outside the prunable matrices that are compared, about
 KINDS = 16  # of a block's matrices that are compared at least, in one block or another
 COMPILED = "_orig_mod"  # where torch.compile puts the module that it stands for
 
 
-def check_loaded(model: nn.Module) -> None:
+def check_loaded(model: nn.Module, matrices: Matrices) -> None:
     """Raises InputError if a model in memory is not what its files have, which will be pruned.
 
+    matrices: all that could be pruned, for those that stay dense are written as the files have them, too.
     A matrix of each block and of each kind, every vector (norms, biases) and every persistent buffer are compared, bit for bit,
     in the type that the model has them in; of what else stays dense (embeddings, head, routers) some ROWS.
     """
@@ -29,7 +31,6 @@ def check_loaded(model: nn.Module) -> None:
         return
     layout = files.layout(model)
     blocks: dict[int, list[Matrix]] = {}
-    matrices = find_matrices(model)
     for matrix in matrices.values():
         blocks.setdefault(matrix.block, []).append(matrix)
     inside = list(blocks.values())
@@ -44,10 +45,11 @@ def check_loaded(model: nn.Module) -> None:
             yield matrix.name, loaded, read.T if matrix.flipped else read
         others = ((name, parameter) for name, parameter in model.named_parameters() if id(parameter) not in prunable)
         for name, tensor in (*others, *model.named_buffers()):
-            if name in layout.located:
-                read = files.read(layout.located[name], tensor.dtype, torch.device("cpu"))
-                every = 1 if tensor.ndim < 2 else max(1, len(tensor) // ROWS)
-                yield name, tensor[::every].cpu() if tensor.ndim else tensor.cpu(), read[::every] if tensor.ndim else read
+            if (place := layout.located.get(name)) is not None:
+                step = len(tensor) // ROWS if tensor.ndim > 1 else 1
+                if step > 1 and isinstance(place, Outline):
+                    tensor, place = tensor[::step], place.thinned(step)
+                yield name, tensor.cpu(), files.read(place, tensor.dtype, torch.device("cpu"))
 
     for name, loaded, read in stored():
         if not torch.equal(_bits(loaded), _bits(read)):

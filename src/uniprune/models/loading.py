@@ -285,7 +285,7 @@ def load(source: str | Path | Origin, dtype: str | None = None, device: str | No
     Raises InputError if the model cannot be found, read or understood.
     """
     chosen, target = parse_dtype(dtype), parse_device(device)
-    origin = source if isinstance(source, Origin) else resolve(source)
+    origin = resolve(source)
     return Loaded(load_weights(origin, chosen, target), load_tokenizer(origin), origin)
 
 

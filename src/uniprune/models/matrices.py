@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from uniprune.checkpoints.checkpoint import Files, checkpoint_of
-from uniprune.checkpoints.configuration import text_config
+from uniprune.checkpoints.configuration import reads_images, text_config
 from uniprune.errors import InputError
 from uniprune.models.experts import Fused, Slice, expert_groups, fused_experts, is_fused, routers
 from uniprune.models.linear import Probe, is_linear, is_transposed
@@ -163,10 +163,9 @@ def check_decoder(model: nn.Module, instead: str) -> None:
     tied = getattr(config, "tie_word_embeddings", False)  # else tensors are missing, which is refused for any run
     if tied and named and all(re.search(OTHER_HEADS, str(name)) for name in named):
         raise InputError(f"the model is a {named[0]}, whose head predicts no tokens; {instead}")
-    sees_images = getattr(config, "vision_config", None) is not None  # PaliGemma: of images and prompts alone
     embeds = "gemma" in (getattr(config, "model_type", None) or "")  # others do not heed the setting
     both_ways = embeds and getattr(config, "use_bidirectional_attention", None) is True
-    if not sees_images and (both_ways or getattr(config, "is_causal", None) is False):
+    if not reads_images(config) and (both_ways or getattr(config, "is_causal", None) is False):  # PaliGemma: images and prompts
         raise InputError(
             f"{type(model).__name__} is an encoder: its configuration lets each token see those that follow, so it does not "
             f"predict the next; {instead}"

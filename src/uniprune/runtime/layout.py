@@ -251,9 +251,8 @@ def _examined(checkpoint: Files, name: str, matrix: Matrix) -> Examined:
 
 
 def _provenance(origin: Origin, fingerprint: str) -> Provenance:
-    try:
-        report = reports.read_report(origin.folder / files.REPORT)
-    except InputError:  # somebody else pruned it
+    report = reports.report_of(origin.folder)
+    if report is None:
         return Provenance(fingerprint=fingerprint)
     pattern = None if isinstance(report, reports.ExpertRemoval) else report.pattern
     pruning = {"masks_sha256": report.masks_sha256} if isinstance(report, reports.Pruning) else {}

@@ -6,8 +6,8 @@ checkpointing): one more forward pass, and the same bits.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -52,13 +52,8 @@ class Resident:
             target = self._dense(batch)
             return self.forward_student(batch), target
         target, states = self._dense_states(batch)
-        add = self._add_gradient(states, hidden_gradient)
-        handles = [block.register_forward_hook(add) for block in self._blocks[:-1]]
-        try:
+        with self._after_blocks(self._add_gradient(states, hidden_gradient)):
             return self.forward_student(batch), target
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def forward_student(self, batch: Tensor) -> Tensor:
         with ExitStack() as stack, torch.enable_grad():
@@ -116,9 +111,15 @@ class Resident:
         def after(module: nn.Module, args: object, output: Any) -> None:
             states.append(hidden_of(output))
 
-        handles = [block.register_forward_hook(after) for block in self._blocks[:-1]]
-        try:
+        with self._after_blocks(after):
             return self._dense(batch), states
+
+    @contextmanager
+    def _after_blocks(self, hook: Callable[..., None]) -> Iterator[None]:
+        """Inside ``with``, a hook sees what each block but the last puts out."""
+        handles = [block.register_forward_hook(hook) for block in self._blocks[:-1]]
+        try:
+            yield
         finally:
             for handle in handles:
                 handle.remove()
