@@ -411,22 +411,30 @@ def test_the_output_is_a_model_like_any_other(tmp_path, tokens):
     assert uniprune.evaluate(tmp_path / "c", text_source=str(tokens)).perplexity > 1
 
 
-def test_heads_that_predict_several_tokens_go(tmp_path, tokens):
+@pytest.mark.parametrize(
+    ("family", "layer", "beside", "setting"),
+    [
+        ("deepseek_v3", "model.layers.2.", "model.layers.2.eh_proj.weight", "num_nextn_predict_layers"),
+        ("qwen3_next", "mtp.layers.0.", "mtp.fc.weight", "mtp_num_hidden_layers"),
+    ],
+)
+def test_heads_that_predict_several_tokens_go(tmp_path, tokens, family, layer, beside, setting):
     """They have experts of their own, as many as config.json says, and nothing scores them."""
-    source = saved("deepseek_v3", tmp_path / "model")
+    source = saved(family, tmp_path / "model")
     shard = sorted(source.glob("*.safetensors"))[-1]
     state = {key: tensor for file in source.glob("*.safetensors") for key, tensor in load_file(file).items()}
-    extra = {key.replace("layers.1.", "layers.2."): tensor.clone() for key, tensor in state.items() if "layers.1." in key}
-    save_file(load_file(shard) | extra | {"model.layers.2.eh_proj.weight": torch.ones(2, 2)}, shard, {"format": "pt"})
+    last = "model.layers.1."
+    extra = {key.replace(last, layer): tensor.clone() for key, tensor in state.items() if key.startswith(last)}
+    save_file(load_file(shard) | extra | {beside: torch.ones(2, 2)}, shard, {"format": "pt"})
     index = json.loads((source / "model.safetensors.index.json").read_bytes())
-    index["weight_map"] |= dict.fromkeys([*extra, "model.layers.2.eh_proj.weight"], shard.name)
+    index["weight_map"] |= dict.fromkeys([*extra, beside], shard.name)
     (source / "model.safetensors.index.json").write_text(json.dumps(index))
     config = json.loads((source / "config.json").read_bytes())
-    (source / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 1}))
+    (source / "config.json").write_text(json.dumps(config | {setting: 1}))
     report = uniprune.prune(source, recipe(tokens), tmp_path / "out")
     assert report.experts.left_out == len(extra) + 1
-    assert not any("layers.2." in key for key in resolve(tmp_path / "out").files.entries)
-    assert json.loads((tmp_path / "out" / "config.json").read_bytes())["num_nextn_predict_layers"] == 0
+    assert not any(key == beside or key.startswith(layer) for key in resolve(tmp_path / "out").files.entries)
+    assert json.loads((tmp_path / "out" / "config.json").read_bytes())[setting] == 0
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 

@@ -330,7 +330,11 @@ def test_an_interrupted_run_goes_on_to_the_same_masks(folder, tmp_path, way, mon
         assert (tmp_path / name / "identity.json").is_file()
         with pytest.raises(InputError, match=r"unfinished run of .* --resume continues it"):
             start(f"out{after}")
-        assert start(f"out{after}", resume=True) == expected
+        with monkeypatch.context() as seen:
+            asked = []
+            seen.setattr("uniprune.storage.files.check_disk_space", lambda path, needed, held: asked.append(held))
+            assert start(f"out{after}", resume=True) == expected
+        assert asked and all(asked)  # what the run has on the disk already is not asked for again
         assert not (tmp_path / name).exists()
 
 

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import sys
 import time
@@ -14,7 +15,7 @@ import torch
 
 from processes import die, said, start, stop, touches
 from uniprune.errors import InputError, MismatchError
-from uniprune.storage import runs
+from uniprune.storage import files, runs
 from uniprune.storage.tensor_store import Store
 
 IDENTITY = {"format": 1, "recipe": {"sparsity": 0.5, "targets": ["0.5", "2:4"]}, "model": "a" * 64}
@@ -47,6 +48,19 @@ def test_an_interrupted_run_goes_on(tmp_path):
     with runs.open_run(tmp_path / "out", IDENTITY, resume=True) as run:
         assert run.facts("sweep") == {"done": 1}
         assert run.facts("descent") is None
+
+
+def test_what_an_interrupted_run_holds_counts_as_free(tmp_path):
+    """Who goes on uses it, who begins anew frees it; a name more of the same file takes no more of the disk."""
+    output = tmp_path / "out"
+    assert runs.held(output) == 0
+    folder = interrupt(output, lambda run: ((run.aside() / "a").write_bytes(os.urandom(1 << 20)), run.commit("sweep", {})))
+    os.link(folder / "stash" / "a", folder / "stash" / "b")
+    assert 1 << 20 <= runs.held(output) < 1.5 * (1 << 20)
+    needed = shutil.disk_usage(tmp_path).free + (1 << 40)
+    with pytest.raises(InputError, match="of disk"):
+        files.check_disk_space(output, needed)
+    files.check_disk_space(output, needed, 1 << 41)
 
 
 def test_without_a_commit_there_is_nothing_to_go_on_with(tmp_path):

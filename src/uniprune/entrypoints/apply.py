@@ -57,7 +57,7 @@ def apply(
         if force:  # else the weights themselves must be the same
             check_orientation(origin, file)
         size = sum(matrix.parameter.nbytes for matrix in matrices.values()) if matrices else 0
-        files.check_disk_space(output, writer.checkpoint_bytes(origin, size))
+        files.check_disk_space(output, writer.checkpoint_bytes(origin, size), runs.held(output))
     found: dict[str, str] = {}
 
     def check(name: str, digest: str) -> None:

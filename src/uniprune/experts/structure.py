@@ -29,6 +29,7 @@ from uniprune.storage import strict_json
 from uniprune.storage.outline import Outline
 
 NUMBER = re.compile(r"(?!.*(per_tok|top|shared|group|layer|capacity|freq|offset)).*experts.*")  # a setting: how many there are
+HEADS = re.compile(r"num_nextn_predict_layers|(num_mtp|mtp_num)(_hidden)?_layers")  # a setting: heads for further tokens
 BY_NUMBER = re.compile(r"experts\.\d")  # the name of an expert
 TOKENS = 64  # that a router is tried on
 FAR = -1e4  # weights of a router for experts that are never chosen, of inputs that are positive
@@ -70,8 +71,9 @@ class Fewer:
             there = [(part, spelled) for part in (text, found) for spelled in spellings if spelled in part]
             for part, spelled in there or [(text, name)]:
                 part[spelled] = self.kept
-        if self.left_out and text.get("num_nextn_predict_layers"):
-            text["num_nextn_predict_layers"] = 0
+        if self.left_out:
+            for part in (text, found):
+                part.update((name, 0) for name, value in part.items() if HEADS.fullmatch(name) and value)
         return found
 
 
@@ -165,22 +167,26 @@ def _is_of(layer: str, key: str) -> bool:
 
 
 def _left_out(files: Files, located: Located, axes: Mapping[str, int]) -> frozenset[str]:
-    """Stored tensors that the model does not load, of layers that are like those of its experts."""
+    """Stored tensors of layers of experts that the model loads nothing of, and of the heads that those layers are a part of:
+    DeepSeek's come after the last layer (``model.layers.61.``), Qwen's lie apart (``mtp.layers.0.``, ``mtp.fc``)."""
     used = {key for place in located.values() for key in keys_of(place)}
-    alike = {_pattern(key) for name in axes if name in located for key in keys_of(located[name])}
+    alike = {_within(key) for name in axes if name in located for key in keys_of(located[name])}
     others = files.tensors.keys() - used
-    layers = {_first_number(key) for key in others if _pattern(key) in alike}
-    return frozenset(key for key in others if _first_number(key) in layers)
+    layers = {_layer(key) for key in others if _layer(key) and (_within(key) in alike or ".experts." in key)}
+    heads = {layer.rsplit(".", 3)[0] + "." for layer in layers if layer.count(".") > 2}
+    apart = tuple(place for place in layers | heads if not any(key.startswith(place) for key in used))
+    return frozenset(key for key in others if key.startswith(apart))
 
 
-def _pattern(key: str) -> str:
-    return re.sub(r"\d+", "*", key)
-
-
-def _first_number(key: str) -> str:
-    """A key up to its first number: the name of a layer."""
+def _layer(key: str) -> str:
+    """A key up to its first number, which is a layer's; empty if it has none."""
     found = re.match(r".*?\.\d+\.", key)
-    return found[0] if found else key
+    return found[0] if found else ""
+
+
+def _within(key: str) -> str:
+    """The rest of a key, the same in each layer and of each expert."""
+    return re.sub(r"\d+", "*", key.removeprefix(_layer(key)))
 
 
 def _check_loads(name: str, small: nn.Module, located: Located, axes: Mapping[str, int]) -> None:

@@ -187,7 +187,7 @@ def prepare(
         check_prunes(aim.pattern, aim.unsupported, {name: matrix.shape for name, matrix in outline.matrices.items()})
     disk = _output_bytes(outline, to_folder=output is not None)
     if target is not None:
-        files.check_disk_space(target, disk)
+        files.check_disk_space(target, disk, runs.held(target))
     with ExitStack() as meanwhile:  # files are hashed by other threads; after an error they are told to stop
         digests = meanwhile.enter_context(outline.checkpoint.digesting(outline.matrices)) if outline.checkpoint else None
         tokenizer = given.tokenizer if isinstance(given, Loaded) else load_tokenizer(given)
@@ -203,7 +203,8 @@ def prepare(
             execution = execution_of(given, work, needs, options, target)
             _check_images(windows, execution)
             if target is not None:  # each process has files of its own beside the output
-                files.check_disk_space(target, disk + distributed.count() * needs[execution].disk)
+                needed = disk + distributed.count() * needs[execution].disk
+                files.check_disk_space(target, needed, runs.held(target))
             loaded = _load(given, tokenizer, work, execution)
             matrices = _found_in(loaded, recipe)
         if windows.prompts is not None:

@@ -162,12 +162,15 @@ def _check_replaceable(path: Path, mark: str) -> None:
         raise InputError(f"output folder {path} exists and was not written by uniprune; give another name")
 
 
-def check_disk_space(path: Path, needed: int) -> None:
-    """Raises InputError if the disk that ``path`` lies on has less than ``needed`` bytes free."""
+def check_disk_space(path: Path, needed: int, held: int = 0) -> None:
+    """Raises InputError if the disk that ``path`` lies on has less than ``needed`` bytes free.
+
+    held: bytes on it that an interrupted run has, which the run that goes on or begins anew uses or frees.
+    """
     parent = path.resolve().parent
     while not parent.exists():
         parent = parent.parent
-    free = shutil.disk_usage(parent).free
+    free = shutil.disk_usage(parent).free + held
     if free < needed:
         raise InputError(f"output {path} needs {-(-needed // 10**6):,} MB of disk, {free // 10**6:,} MB are free; make room")
 

@@ -112,6 +112,16 @@ def pending(output: Path) -> bool:
     return folder.is_dir() and _committed(folder) and not (folder / DONE).is_file()
 
 
+def held(output: Path) -> int:
+    """Bytes of disk that the folder of an interrupted run of ``output`` takes; a file with several names counts once."""
+    sizes = {}
+    for path in folder_of(output).rglob("*"):
+        with suppress(FileNotFoundError):  # of a process that works there, which will be found out when the run is opened
+            file = path.lstat()
+            sizes[file.st_ino] = file.st_blocks * 512
+    return sum(sizes.values())
+
+
 def discard(output: Path) -> None:
     """Deletes what is left of a run of ``output``, if anything is."""
     folder = folder_of(output)
