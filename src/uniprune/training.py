@@ -22,6 +22,7 @@ from transformers import TrainerCallback
 from uniprune.artefacts.mask_tools import CheckedMasks
 from uniprune.errors import InputError, MismatchError
 from uniprune.models import masking
+from uniprune.models.loading import is_sharded
 from uniprune.models.matrices import Matrices, find_matrices
 from uniprune.storage.files import path_of
 
@@ -57,7 +58,8 @@ class KeepZeros(TrainerCallback):  # type: ignore[misc]
         self._undo: list[Callable[[], None]] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, *, model: nn.Module, **_: Any) -> None:
-        if args.fsdp or args.deepspeed or getattr(args, "deepspeed_plugin", None) or _is_sharded(model):
+        # accelerate launch says of FSDP in none of the arguments
+        if args.fsdp or args.deepspeed or getattr(args, "deepspeed_plugin", None) or is_sharded(model):
             raise InputError(
                 "KeepZeros needs whole weights in each process; train without FSDP, DeepSpeed, tensor parallelism; DDP will do"
             )
@@ -97,12 +99,6 @@ class KeepZeros(TrainerCallback):  # type: ignore[misc]
         for undo in self._undo:
             undo()
         self._removed, self._undo = [], []
-
-
-def _is_sharded(model: nn.Module) -> bool:
-    """Whether this process has parts of weights alone: ``accelerate launch`` says so to none of the Trainer's arguments."""
-    wrapped = any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules())
-    return wrapped or any(hasattr(parameter, "to_local") for parameter in model.parameters())
 
 
 def merge_adapters(model: Any, masks: Masks | None = None) -> nn.Module:

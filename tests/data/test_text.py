@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from uniprune.data import mixture, text
+from uniprune.data.documents import Reader
+from uniprune.data.rows import read_rows
 from uniprune.data.text import read
 from uniprune.data.windows import load_windows, save_windows, window_length
 from uniprune.errors import InputError
@@ -80,6 +82,61 @@ def test_wikitext_raw_rows_are_those_of_datasets(tmp_path):
     file = tmp_path / "wiki.raw"
     file.write_text(" \n = Title = \n \n Text @-@ here \n")
     assert read(file, "evaluation") == "\n\n = Title = \n\n\n\n\n Text @-@ here \n"
+
+
+@pytest.mark.parametrize("written", ["{}", "\ufeff{}"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_line_ends_and_marks_are_no_text(tmp_path, written, end):
+    content = " \n = Title = \n Text \u2028 here \n"
+    (tmp_path / "wiki.raw").write_bytes(written.format(content).replace("\n", end).encode())
+    assert read(tmp_path / "wiki.raw", "evaluation") == "\n\n = Title = \n\n\n Text \u2028 here \n"
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
+def test_a_byte_order_mark_of_a_file_that_passages_are_drawn_from(tmp_path, monkeypatch, name):
+    """Of files put together there are several."""
+    monkeypatch.setattr(mixture.Wanted, "whole", 100)
+    monkeypatch.setattr(mixture.Wanted, "share", 400)
+    lines = "".join(json.dumps({"text": f"row {number} " * 9}) + "\n" for number in range(60)).encode("utf-8-sig") * 2
+    (tmp_path / name).write_bytes(gzip.compress(lines) if name.endswith(".gz") else lines)
+    for seed in range(9):
+        load_windows(tmp_path / name, Letters(), use="calibration", length=20, count=9, seed=seed)
+
+
+TURNS = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+
+
+@pytest.mark.parametrize("form", ["{0}\n{0}\n", "[{0},\n{0}]", "\n{0}\n\n{0}"])
+def test_a_list_of_messages_is_a_conversation(tmp_path, form):
+    class Chat(Letters):
+        chat_template = bos_token = ""
+
+        def apply_chat_template(self, messages, **options):
+            return "".join(f"<{message['role']}>{message['content']}" for message in messages)
+
+    (tmp_path / "a.jsonl").write_text(form.format(json.dumps(TURNS)))
+    rows = read_rows(tmp_path / "a.jsonl", "text")
+    assert list(Reader(tokenizer=Chat())(rows)) == ["<user>q<assistant>a"] * 2
+
+
+def test_rows_that_are_other_lists_are_none(tmp_path):
+    (tmp_path / "a.json").write_text('[["a", "b"],\n["c"]]\n')
+    with pytest.raises(InputError, match=r"line 1: a row is an object with a field of text, or a string, not a list"):
+        read(tmp_path / "a.json", "calibration")
+    (tmp_path / "a.json").write_text('["a",\n"b"]\n[{"text": "c"}]')  # arrays of rows
+    assert read(tmp_path / "a.json", "calibration") == "a\n\nb\n\nc"
+    (tmp_path / "a.json").write_text('["a", "b"]]')
+    with pytest.raises(InputError, match="not JSON"):
+        read(tmp_path / "a.json", "calibration")
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_the_field_that_is_asked_for_makes_a_row(tmp_path, rows):
+    """Of a file with one, too, in which another field has a list of objects."""
+    row = {"turns": TURNS, "meta": {"text": "inner"}, "more": "said"}
+    (tmp_path / "a.jsonl").write_text("\n".join([json.dumps(row)] * rows))
+    for field, expected in (("more", "said"), ("meta.text", "inner"), ("turns", "q\n\na")):
+        assert read(text.Text(str(tmp_path / "a.jsonl"), field), "calibration").count(expected) == rows
 
 
 def test_builtin_parts_are_disjoint(monkeypatch):

@@ -6,7 +6,7 @@ The processes are ``torchrun``'s and talk through ``torch.distributed``; without
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -118,6 +118,24 @@ def all_gather(value: Object) -> list[Object]:
         with _others():
             distributed.all_gather_object(found, value, group=_waiting)
     return found
+
+
+def of_first(decide: Callable[[], Object]) -> Object:
+    """What the first process decides, in all processes."""
+    return all_gather(None if rank() else decide())[0]  # type: ignore[return-value]
+
+
+def check_alike(facts: Mapping[str, Any]) -> None:
+    """Raises InputError, in every process, unless all have the same facts: else they wait for each other, or mix their work."""
+    first, *others = all_gather(facts)
+    for number, other in enumerate(others, 1):
+        for name in {**first, **other}:
+            there, here = first.get(name), other.get(name)
+            if there != here:
+                raise InputError(
+                    f"process {number} has another {name} than process 0 ({here!r:.60} and {there!r:.60}); start all with the "
+                    "same command, and the same files on each machine"
+                )
 
 
 def total_of(value: float) -> float:

@@ -9,12 +9,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 from uniprune.common.formatting import apart, short
 from uniprune.comparison.results import Comparison, ComparisonRow
 from uniprune.evaluation.results import TaskResult
+from uniprune.storage import strict_json
 
+SOURCE = "uniprune"
 METRICS = {"acc": True, "acc_norm": True, "perplexity": False, "word_perplexity": False, "byte_perplexity": False}
 """Whether higher is better."""
 
@@ -24,6 +27,14 @@ def files(found: Comparison) -> Iterator[tuple[str, dict[str, Any]]]:
     for row in found.rows:
         content, date = results(found, row), datetime.fromisoformat(row.measured).isoformat().replace(":", "-")
         yield f"{content['model_name_sanitized']}/results_{date}.json", content
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a file is one of these, and none of lm-evaluation-harness itself."""
+    try:
+        return bool(strict_json.parse(path.read_bytes()).get("model_source") == SOURCE)
+    except (OSError, ValueError):
+        return False
 
 
 def results(found: Comparison, row: ComparisonRow) -> dict[str, Any]:
@@ -57,7 +68,7 @@ def results(found: Comparison, row: ComparisonRow) -> dict[str, Any]:
         "transformers_version": versions.get("transformers"),
         "lm_eval_version": None,
         "task_hashes": {name: digest for name, digest in found.protocol.tasks.items() if digest},
-        "model_source": "uniprune",
+        "model_source": SOURCE,
         "model_name": model,
         "model_name_sanitized": _folder(model),
         "total_evaluation_time_seconds": str(row.seconds.get("evaluate", 0.0)),

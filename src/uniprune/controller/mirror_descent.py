@@ -99,7 +99,8 @@ class MirrorDescent:
     cost: ClassVar[Cost] = Cost(
         flops_per_token=8,  # student forwards and backwards, teacher forwards
         state_bytes=6,  # a float32 dual and two moments of 8 bits
-        disk_bytes=2 * 6 + 4,  # two versions of the states, and the best duals
+        disk_bytes=2 * 6 + 4,  # two versions of the states, and the best duals, which share files with them
+        best_bytes=4,
         read_bytes=6,  # each state once
         written_bytes=6,
         shared_budget_read_bytes=4,  # each dual again: masks can only be created when the duals of all matrices have moved

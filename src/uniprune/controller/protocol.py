@@ -23,6 +23,7 @@ class Cost:
     flops_per_token: floating-point operations per token of text; a forward pass takes 2, a backward pass 4.
     state_bytes: held in memory all the time, e.g. optimizer states or a copy of the weights; unless they lie on disk.
     disk_bytes: on disk; where blocks are read one at a time, they take the place of ``state_bytes``.
+    best_bytes: on disk besides, where the states are in memory: the best so far, while an earlier best is to be kept.
     read_bytes: read in each step of states that lie on disk, or in host memory where a GPU computes.
     written_bytes: written to them in each step.
     shared_budget_read_bytes: read besides, in each step at whose target matrices share a budget.
@@ -33,6 +34,7 @@ class Cost:
     flops_per_token: float
     state_bytes: float = 0
     disk_bytes: float = 0
+    best_bytes: float = 0
     read_bytes: float = 0
     written_bytes: float = 0
     shared_budget_read_bytes: float = 0

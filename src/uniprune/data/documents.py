@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from datetime import date
 from typing import Any, Literal, NamedTuple
 
+from uniprune.data.rows import SPEAKER, is_conversation
 from uniprune.errors import InputError, first_line
 
 logger = logging.getLogger(__name__)
@@ -41,7 +42,6 @@ FORMS = (  # the first whose fields are all there
     Form("turns", ("question", "answer"), ("system",)),
     Form("text", ("content",)),
 )
-SPEAKER = {"role", "from"}
 SPOKEN = SPEAKER | {"content", "value"}  # of a message; what else it has, tool calls say, goes to the template as it is
 ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "chatgpt": "assistant"}
 
@@ -90,6 +90,8 @@ class Reader:
         """The document of a row, None if it has none. Raises InputError, with what there is, if it is of another form."""
         if isinstance(row, str) and self.wanted is None:
             return row
+        if self.wanted is None and is_conversation(row):
+            row = {"messages": row}
         if not isinstance(row, dict):
             raise InputError(f"{where}: a row is an object with a field of text, or a string, not {_kind(row)}")
         form = self.form or self._form(list(row), where)
@@ -99,7 +101,7 @@ class Reader:
         if values[0] is None:
             return None
         self.form = form
-        if form.kind == "text" and not (self.wanted and _is_conversation(values[0])):
+        if form.kind == "text" and not (self.wanted and is_conversation(values[0])):
             return self._text(values[0], row, where)
         messages = _turns(form, row, where) if form.kind == "turns" else _with_system(row, _messages(values[0], where))
         return self._written(messages, _tools(row) if "tools" in form.optional else [], where) if messages else None
@@ -204,10 +206,6 @@ def _messages(value: Any, where: str) -> list[Message]:
             raise InputError(f"{where}: a message needs role and content (or from and value), this has {', '.join(turn)}")
         messages.append({"role": ROLES.get(role, role), "content": content or "", **more})
     return messages
-
-
-def _is_conversation(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(turn, dict) and turn.keys() & SPEAKER for turn in value)
 
 
 def _without_nulls(value: Any) -> Any:

@@ -109,7 +109,7 @@ class File(_CountingRows):
         return _themselves(iter(["".join(self._plain())]) if self.format.kind == "plain" else self._documents())
 
     def passages(self, length: int, budget: int, seed: str) -> Iterator[str]:
-        lines = self.format.kind == "json" and is_lines(self.path, self.format)
+        lines = self.format.kind == "json" and is_lines(self.path, self.format, self.reader.wanted)
         if self.format.compression is None and (lines or self.format.kind == "plain"):
             return self._sought(lines, length, budget, seed)
         if lines:
@@ -124,12 +124,16 @@ class File(_CountingRows):
     def _documents(self) -> Iterator[str]:
         if self.format.kind == "wikitext":
             return wikitext.rows(self._lines())
-        return self.reader(read_rows(self.path, "text", self.reader.choose))
+        return self.reader(read_rows(self.path, "text", self.reader.choose, self.reader.wanted))
 
     def _lines(self) -> Iterator[str]:
-        """WikiText's lines, which a line feed alone ends."""
-        with readable(self.path, "text"), closing(decompressed(self.path, self.format.compression)) as stream:
-            yield from (line.decode("utf-8") for line in stream)
+        """WikiText's lines, with what ends them; that is no other character than a line's end."""
+        rest = ""
+        for block in self._plain():
+            *lines, rest = (rest + block).split("\n")
+            yield from (f"{line}\n" for line in lines)
+        if rest:
+            yield rest
 
     def _drawn(self, length: int, budget: int, seed: str) -> Iterator[str]:
         """From compressed lines, most of which are skipped without being parsed."""

@@ -21,14 +21,17 @@ VALUE = 1 << 28  # characters of one JSON value, at most
 BOM = b"\xef\xbb\xbf"
 NO_SEPARATOR = "\x1f"  # stands in no text
 ROWS = {"text", "messages", "conversations", "conversation", "prompt", "article"}  # an object with one of these is a row itself
+SPEAKER = {"role", "from"}  # of a message
 TEXTS = {"content", "instruction", "question", "completion", "response", "output"}  # so is one with one of these that is a text
 
 
-def read_rows(path: Path, what: str, choose: Choice | None = None) -> Iterator[tuple[str, Any]]:
+def read_rows(
+    path: Path, what: str, choose: Choice | None = None, wanted: str | None = None
+) -> Iterator[tuple[str, Any]]:
     """The rows of a file, each with where it stands, for messages: JSON values, or table rows as objects by column.
 
     what: what the file is to the user (``text``, ``task``). choose: of the names of all columns, those to read; all by default;
-    it is told which file they are of.
+    it is told which file they are of. wanted: a field (dots for fields in fields) that makes an object a row.
     Raises InputError that names the row which cannot be read, or the file that has none.
     """
     form = recognise(path, what)
@@ -38,7 +41,7 @@ def read_rows(path: Path, what: str, choose: Choice | None = None) -> Iterator[t
         elif form.kind in ("csv", "tsv"):
             yield from _table(path, form, what)
         elif form.kind == "json":
-            yield from _json(path, form, what)
+            yield from _json(path, form, what, wanted)
         else:
             raise InputError(
                 f"{what} {path}, line 1: not JSON; give rows: JSON lines or an array, .csv, .tsv, .parquet or .arrow"
@@ -48,26 +51,38 @@ def read_rows(path: Path, what: str, choose: Choice | None = None) -> Iterator[t
 # ---------------------------------------------------------------------------------------------------------------- JSON
 
 
-def is_lines(path: Path, form: Format) -> bool:
-    """Whether a JSON file has one value a line: whether its first line is one, and it is neither an array of rows nor all there
-    is, an object around them."""
+def is_lines(path: Path, form: Format, wanted: str | None = None) -> bool:
+    """Whether a JSON file has one value a line: whether its first line is one, and it is neither an array of rows (that may be
+    the first conversation of several) nor all there is, an object around them. wanted: as for :func:`read_rows`."""
     with closing(decompressed(path, form.compression)) as stream:
         head = stream.read(64).removeprefix(BOM).lstrip()
-        if head[:1] == b"[":
-            return False
-        first, _, rest = (head if b"\n" in head else head + stream.readline(VALUE)).partition(b"\n")
-        alone = not (rest + stream.read(64)).strip()
+        array = head[:1] == b"["
+        longest = BLOCK if array else VALUE
+        first, _, rest = (head if b"\n" in head else head + stream.readline(longest)).partition(b"\n")
+        follows = (rest + stream.read(64)).strip()
+    if array and follows[:1] != b"[":
+        return False
     try:
         value = json.loads(first)
     except (ValueError, RecursionError):
         return False
-    return not (alone and _around(value))
+    if array:
+        return bool(value) and is_conversation(value)
+    return bool(follows) or not _around(value, wanted)
+
+
+def is_conversation(value: Any) -> bool:
+    """Whether a value is a list of messages."""
+    return isinstance(value, list) and all(isinstance(turn, dict) and turn.keys() & SPEAKER for turn in value)
 
 
 def parse_line(line: bytes, where: str) -> Any:
-    """The JSON value of a line. Raises InputError for anything else, and for what no tokenizer takes."""
+    """The JSON value of a line, which may begin with a byte order mark: the first one of a file, or of files put together.
+
+    Raises InputError for anything else, and for what no tokenizer takes.
+    """
     try:
-        text = line.decode("utf-8")
+        text = line.removeprefix(BOM).decode("utf-8")
     except UnicodeDecodeError as error:
         raise InputError(f"{where} is not UTF-8 ({error.reason}); convert the file: iconv -f latin1 -t UTF-8") from None
     try:
@@ -92,30 +107,31 @@ def _reason(error: Exception) -> str:
     return "nested too deep" if isinstance(error, RecursionError) else str(error)
 
 
-def _json(path: Path, form: Format, what: str) -> Iterator[tuple[str, Any]]:
-    lines = is_lines(path, form)
+def _json(path: Path, form: Format, what: str, wanted: str | None) -> Iterator[tuple[str, Any]]:
+    lines = is_lines(path, form, wanted)
     with closing(decompressed(path, form.compression)) as stream:
         name = f"{what} {path}"
-        yield from _unwrapped(_by_line(stream, name) if lines else _values(decoded(blocks_of(stream)), name))
+        yield from _unwrapped(_by_line(stream, name) if lines else _values(decoded(blocks_of(stream)), name), wanted)
 
 
 def _by_line(stream: BinaryIO, name: str) -> Iterator[tuple[str, Any]]:
     for number, line in enumerate(stream, 1):
-        line = line.removeprefix(BOM) if number == 1 else line
-        if line.strip():
+        if line.removeprefix(BOM).strip():
             where = f"{name}, line {number}"
             yield where, parse_line(line, where)
 
 
 def _values(blocks: Iterator[str], name: str) -> Iterator[tuple[str, Any]]:
-    """The values that stand in a JSON text one after the other: an array's elements, or objects over several lines each."""
+    """The values that stand in a JSON text one after the other: an array's elements, or objects over several lines each. An
+    array in an array is a value."""
     decode = json.JSONDecoder().raw_decode
     buffer = ""
     at = 0
     line = 1
-    ended = False
+    ended = inside = False
     while True:
-        while at < len(buffer) and (buffer[at].isspace() or buffer[at] in ",[]"):
+        while at < len(buffer) and (buffer[at].isspace() or buffer[at] in (",]" if inside else ",[")):
+            inside = buffer[at] != "]" if buffer[at] in "[]" else inside
             at += 1
         if at == len(buffer) and ended:
             return
@@ -141,13 +157,13 @@ def _values(blocks: Iterator[str], name: str) -> Iterator[tuple[str, Any]]:
             buffer, at = buffer[at:] + "".join(more), 0
 
 
-def _unwrapped(values: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+def _unwrapped(values: Iterator[tuple[str, Any]], wanted: str | None) -> Iterator[tuple[str, Any]]:
     """The same; of a file that is one object around a list of rows (``{"data": [...]}``) the rows."""
     first, second = next(values, None), next(values, None)
     if first is None:
         return
     where, value = first
-    if second is None and (name := _around(value)):
+    if second is None and (name := _around(value, wanted)):
         yield from ((f'{where}, "{name}" {number}', row) for number, row in enumerate(value[name], 1))
         return
     yield first
@@ -156,16 +172,18 @@ def _unwrapped(values: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
         yield from values
 
 
-def _around(value: Any) -> str | None:
+def _around(value: Any, wanted: str | None) -> str | None:
     """The field with the rows of an object that is around a list of them, and none itself."""
     if not isinstance(value, dict) or ROWS & value.keys() or any(isinstance(value.get(name), str) for name in TEXTS):
+        return None
+    if wanted is not None and {wanted, wanted.partition(".")[0]} & value.keys():
         return None
     lists = [name for name, inner in value.items() if _is_rows(inner)]
     return lists[0] if len(lists) == 1 else None
 
 
 def _is_rows(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(row, dict) for row in value)
+    return isinstance(value, list) and all(isinstance(row, dict) for row in value)
 
 
 # -------------------------------------------------------------------------------------------------------------- tables

@@ -157,10 +157,16 @@ def side_by_side(sources: Sequence[TextSource], load: Callable[[TextSource], Win
     return _joined(sources, loaded, [index for index, windows in enumerate(loaded) for _ in windows.tokens], None)
 
 
-def common_length(sources: Sequence[TextSource], length: int | None, default: int) -> int:
-    """The length of windows: a token file knows its own."""
-    files = [source for source in sources if source.tokens] if length is None else []
-    return token_file_shape(path_of(files[0].text))[1] if files else length or default
+def common_shape(
+    sources: Sequence[TextSource], count: int | None, length: int | None, default: tuple[int, int]
+) -> tuple[int, int]:
+    """How many windows are read, and their length: a token file knows its length, and alone it is read whole.
+
+    default: of what nothing is known of.
+    """
+    shapes = [token_file_shape(path_of(source.text)) for source in sources if source.tokens and None in (count, length)]
+    whole = shapes[0][0] if shapes and len(sources) == 1 else default[0]
+    return count or whole, length or (shapes[0][1] if shapes else default[1])
 
 
 def _joined(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,7 +55,7 @@ def calibrate(
         )
     asked = RunOptions.of(**options)
     with distributed.joined(device_of(asked)):
-        if asked.resume and (facts := _finished(output, recipe, source)):
+        if asked.resume and (facts := distributed.of_first(partial(_finished, output, recipe, source))):
             check_tokens_kept(asked, output)
             return facts
         files.check_output_file(output, asked.overwrite)

@@ -6,6 +6,7 @@ import json
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 
     from uniprune.comparison.request import ComparisonKeywords
 
+HARNESS = "lm_eval"  # the folder of the results files
 UNCOMPARED = {"versions", "machine"}  # of the protocol: a table may go on with others
 
 logger = logging.getLogger(__name__)
@@ -95,6 +97,8 @@ def compare(
         table = _Table(output, run, comparison, _named(source, wanted))
         cache = CalibrationCache(job, run, progress)
         missing = table.missing(candidates)
+        if missing and comparison.rows:  # so that a calibration that is interrupted goes on, in the first row of this run, too
+            run.commit("rows", {"rows": len(comparison.rows)})
         failed = list[str]()
         for candidate in progress(missing, "comparing", len(missing)):
             if candidate is None:
@@ -295,7 +299,13 @@ class _Table:
         self._new = False
 
     def _fill(self, folder: Path) -> None:
-        for name, content in self._contents():
+        contents = dict(self._contents())
+        for path in folder.glob(f"{HARNESS}/*/results_*.json"):  # of rows that have another label now
+            if str(path.relative_to(folder)) not in contents and harness.is_ours(path):
+                path.unlink()
+                with suppress(OSError):  # there is something else in it
+                    path.parent.rmdir()
+        for name, content in contents.items():
             path = folder / name
             if path.parent == folder or not path.exists():  # a row's own file stays as it is
                 with files.replacing(path, self._run.folder / "partial") as temporary:
@@ -308,7 +318,7 @@ class _Table:
         yield "comparison.tex", latex(comparison)
         yield "recipe.yaml", _recipe(self._request, comparison)
         for name, content in harness.files(comparison):
-            yield f"lm_eval/{name}", _json(content)
+            yield f"{HARNESS}/{name}", _json(content)
 
 
 def _recipe(request: ComparisonRequest, comparison: Comparison) -> str:

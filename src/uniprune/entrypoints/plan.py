@@ -13,9 +13,9 @@ from uniprune.job.aim import aim_of
 from uniprune.job.forecast import estimate
 from uniprune.job.forecast.memory import needs
 from uniprune.job.options import Execution, RunOptions
-from uniprune.job.prepare import execution_of, outlined
-from uniprune.job.recipe import WINDOWS, Recipe
-from uniprune.job.samples import window_length
+from uniprune.job.prepare import execution_of, prospect_of
+from uniprune.job.recipe import Recipe
+from uniprune.job.samples import shape_of_windows
 from uniprune.models.loading import load
 
 
@@ -33,13 +33,13 @@ def plan(
     """
     origin = resolve(source)
     options = RunOptions.of(device=device, max_memory=max_memory, execution=execution)
-    outline = outlined(origin, recipe, options)
+    prospect = prospect_of(origin, recipe, options)
     more: dict[str, Any] = {}
     if recipe.experts is not None:
-        matrices, more["experts"], more["disk"] = removal.planned(recipe.experts, outline.model, outline.matrices)
-        outline = replace(outline, matrices=matrices)
-    length = window_length(recipe, outline.model.config)
-    work = outline.work(length)
+        matrices, more["experts"], more["disk"] = removal.planned(recipe.experts, prospect.model, prospect.matrices)
+        prospect = replace(prospect, matrices=matrices)
+    windows, length = shape_of_windows(recipe, prospect.model.config)
+    work = prospect.work(windows, length)
     needed = needs(work)
     chosen: str
     to_load = recipe.size is not None and not origin.files
@@ -53,9 +53,8 @@ def plan(
     refused = recipe.unsupported == "refuse"
     if refused:  # here they are shown
         recipe = recipe.model_copy(update={"unsupported": "dense"})
-    aim = aim_of(recipe, outline.matrices, weights)
-    tokens = (recipe.windows or WINDOWS) * length
-    made = estimate.make_plan(origin, work, aim.pattern, aim.unsupported, tokens, needed, chosen, refused)
+    aim = aim_of(recipe, prospect.matrices, weights)
+    made = estimate.make_plan(origin, work, aim.pattern, aim.unsupported, windows * length, needed, chosen, refused)
     if aim.budget:
         more |= {"size": aim.budget.size, "sparsity_for_size": aim.sparsity}
     return made.model_copy(update=more)

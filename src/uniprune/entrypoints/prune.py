@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -59,7 +60,7 @@ def prune(
     _check_budget(recipe)
     watch, asked = Stopwatch(), RunOptions.of(**options)
     with distributed.joined(device_of(asked)):
-        if asked.resume and (report := _finished(output, recipe, source)):
+        if asked.resume and (report := distributed.of_first(partial(_finished, output, recipe, source))):
             check_tokens_kept(asked, output)
             return report
         if recipe.experts is not None:

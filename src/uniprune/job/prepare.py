@@ -1,6 +1,6 @@
 """What a run needs before it starts: checked input, the matrices and what they are to lose, the windows, the loaded model.
 
-The cheap checks come first and the weights last. What is known before any text or weight is read is an :class:`Outline`: that
+The cheap checks come first and the weights last. What is known before any text or weight is read is an :class:`Prospect`: that
 is all of what ``plan`` tells. How the model is executed is chosen in ``execution``.
 """
 
@@ -61,7 +61,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Outline:
+class Prospect:
     """What is known of a run before a weight or a text is read.
 
     given: the model that the caller has loaded, or the files of one that is yet to be. model: that model, or a skeleton of it.
@@ -83,22 +83,22 @@ class Outline:
         """What can be hashed before the model is loaded: None if it is yet to be read from a file in another format."""
         return self.given.checkpoint if isinstance(self.given, Loaded) else self.given.files
 
-    def work(self, length: int) -> memory.Work:
-        """What memory and time depend on, with windows of ``length`` tokens."""
+    def work(self, windows: int, length: int) -> memory.Work:
+        """What memory and time depend on, with so many windows of ``length`` tokens."""
         if isinstance(self.given, Loaded):
-            dtype = blocks.dtype_of(self.model)
-            return memory.Work(self.model, self.matrices, self.recipe, dtype, dtype, length, blocks.device_of(self.model))
+            dtype, device = blocks.dtype_of(self.model), blocks.device_of(self.model)
+            return memory.Work(self.model, self.matrices, self.recipe, dtype, dtype, length, device, windows)
         stored = stored_dtype(self.given, self.matrices)
         dtype = parse_dtype(self.recipe.dtype) or fast_dtype(stored or native_dtype(self.given), self.device)
-        return memory.Work(self.model, self.matrices, self.recipe, dtype, stored, length, self.device)
+        return memory.Work(self.model, self.matrices, self.recipe, dtype, stored, length, self.device, windows)
 
 
-def outlined(given: Loaded | Origin, recipe: Recipe, options: RunOptions) -> Outline:
+def prospect_of(given: Loaded | Origin, recipe: Recipe, options: RunOptions) -> Prospect:
     """Raises InputError for a device that is not there, and for a model that has nothing to prune, or not in this way."""
     device = device_of(options)
     model = given.model if isinstance(given, Loaded) else skeleton(given)
     check_predicts(recipe, model)
-    return Outline(given, recipe, model, choose_matrices(model, recipe.include, recipe.exclude), device)
+    return Prospect(given, recipe, model, choose_matrices(model, recipe.include, recipe.exclude), device)
 
 
 def execution_of(
@@ -145,14 +145,12 @@ class Job:
 
     def identity(self, recipe: Recipe, **more: Any) -> dict[str, Any]:
         """What a run must have in common with the interrupted one that it resumes."""
-        tokens = hashlib.sha256(self.windows.tokens.contiguous().numpy().data).hexdigest()
-        dtype = dtype_name(blocks.dtype_of(self.loaded.model))
         settings = {
             "recipe": recipe.record(),
             "model": self.binding.base,
-            "tokens": tokens,
+            "tokens": _sha256(self.windows.tokens),
             "execution": "resident" if self.execution in IN_MEMORY else self.execution,  # those have the same states
-            "dtype": dtype,
+            "dtype": dtype_name(blocks.dtype_of(self.loaded.model)),
         }
         return settings | {"processes": distributed.count()} | more
 
@@ -180,24 +178,25 @@ def prepare(
         if output is not None and (given.origin is None or not given.origin.files):
             check_writable(given.model)
     _check_outputs(recipe, origin_of(given), options, output, scores)
-    outline = outlined(given, recipe, options)
+    prospect = prospect_of(given, recipe, options)
     warn_of_idle(recipe)
-    aim = aim_of(recipe, outline.matrices, given)
+    aim = aim_of(recipe, prospect.matrices, given)
     if aim.pattern:
-        check_prunes(aim.pattern, aim.unsupported, {name: matrix.shape for name, matrix in outline.matrices.items()})
-    disk = _output_bytes(outline, to_folder=output is not None)
+        check_prunes(aim.pattern, aim.unsupported, {name: matrix.shape for name, matrix in prospect.matrices.items()})
+    disk = _output_bytes(prospect, to_folder=output is not None)
     if target is not None:
         files.check_disk_space(target, disk, runs.held(target))
     with ExitStack() as meanwhile:  # files are hashed by other threads; after an error they are told to stop
-        digests = meanwhile.enter_context(outline.checkpoint.digesting(outline.matrices)) if outline.checkpoint else None
+        digests = meanwhile.enter_context(prospect.checkpoint.digesting(prospect.matrices)) if prospect.checkpoint else None
         tokenizer = given.tokenizer if isinstance(given, Loaded) else load_tokenizer(given)
-        windows = windows_of(recipe, outline.model, outline.origin, tokenizer)
+        windows = windows_of(recipe, prospect.model, prospect.origin, tokenizer)
+        distributed.check_alike(recipe.record() | {"calibration text": _sha256(windows.tokens)})
         if options.save_tokens is not None and windows.prompts is None:
             check_savable(windows, options.save_tokens, _kept_tokens(options))
-        work = outline.work(windows.tokens.shape[1])
+        work = prospect.work(*windows.tokens.shape)
         if isinstance(given, Loaded):
             warn_of_emulation(given.model)
-            loaded, matrices, execution = given, outline.matrices, choose_for_loaded(given, work, options)
+            loaded, matrices, execution = given, prospect.matrices, choose_for_loaded(given, work, options)
         else:
             needs = memory.needs(work)
             execution = execution_of(given, work, needs, options, target)
@@ -218,6 +217,7 @@ def prepare(
             aim = aim_of(recipe, matrices, loaded)
         prunable = sum(matrix.size for matrix in every.values())
         binding = Binding.of(matrices, digests() if digests else loaded.checkpoint.digests(matrices), str(loaded), prunable)
+        distributed.check_alike({"model": binding.base, "type": dtype_name(blocks.dtype_of(loaded.model))})
         _save_tokens(windows, options)  # once nothing is left to refuse
         return Job(loaded, matrices, windows, binding, aim, execution)
 
@@ -254,18 +254,18 @@ def _check_outputs(
         files.check_output_folder(output, options.overwrite, model, texts)
 
 
-def _output_bytes(outline: Outline, to_folder: bool) -> int:
+def _output_bytes(prospect: Prospect, to_folder: bool) -> int:
     """The disk space that the output takes: a checkpoint's, or a scores file's."""
     if not to_folder:
-        return 4 * sum(matrix.size for matrix in outline.matrices.values())
-    parameters = list(outline.model.parameters())
-    if isinstance(outline.given, Loaded):
+        return 4 * sum(matrix.size for matrix in prospect.matrices.values())
+    parameters = list(prospect.model.parameters())
+    if isinstance(prospect.given, Loaded):
         weights = sum(parameter.nbytes for parameter in parameters)
     else:
         weights = (
-            sum(parameter.numel() for parameter in parameters) * (parse_dtype(outline.recipe.dtype) or torch.float32).itemsize
+            sum(parameter.numel() for parameter in parameters) * (parse_dtype(prospect.recipe.dtype) or torch.float32).itemsize
         )
-    return writer.checkpoint_bytes(outline.origin, weights) if outline.origin else weights
+    return writer.checkpoint_bytes(prospect.origin, weights) if prospect.origin else weights
 
 
 def _check_images(windows: Windows, execution: Execution) -> None:
@@ -295,6 +295,10 @@ def _save_tokens(windows: Windows, options: RunOptions) -> None:
 def _kept_tokens(options: RunOptions) -> bool:
     """Whether a token file that is there may be of this run, which was interrupted, and is not to be replaced."""
     return options.resume and not options.overwrite
+
+
+def _sha256(tokens: torch.Tensor) -> str:
+    return hashlib.sha256(tokens.contiguous().numpy().data).hexdigest()
 
 
 def check_tokens_kept(options: RunOptions, output: Path) -> None:

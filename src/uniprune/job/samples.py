@@ -55,7 +55,7 @@ def calibration_windows(recipe: Recipe, tokenizer: Any, model: nn.Module) -> Win
     """The windows that a recipe asks for; those that the model is to generate are zeros, with prompts for :func:`generated`."""
     asked = sources.parse(recipe.text)
     config = model.config
-    length = window_length(recipe, config)
+    _, length = shape_of_windows(recipe, config)
     alone = len(asked) == 1
     own = self_generated(recipe)
 
@@ -110,8 +110,8 @@ def _image_windows(recipe: Recipe, model: nn.Module, origin: Origin | None, toke
     return images.load(source, eyes, "calibration", recipe.length, count, recipe.seed, context(model.config))
 
 
-def window_length(recipe: Recipe, config: Any) -> int:
-    """Tokens of a window, before any text is read.
+def shape_of_windows(recipe: Recipe, config: Any) -> tuple[int, int]:
+    """How many windows there will be, and their length in tokens, before any text is read.
 
     Raises InputError if it is more than the model takes, and for texts that cannot be there.
     """
@@ -119,9 +119,9 @@ def window_length(recipe: Recipe, config: Any) -> int:
     for source in asked:
         if source.text != SELF and not source.tokens:
             check_there(source.text)
-    length = sources.common_length(asked, recipe.length, min(LENGTH, context(config)))
+    count, length = sources.common_shape(asked, recipe.windows, recipe.length, (WINDOWS, min(LENGTH, context(config))))
     check_context(config, length)
-    return length
+    return count, length
 
 
 def self_generated(recipe: Recipe) -> bool:

@@ -114,8 +114,19 @@ def warn_of_emulation(model: nn.Module) -> None:
         logger.warning("this CPU only emulates %s, %s", dtype_name(first.dtype), advice)
 
 
+def is_sharded(model: nn.Module) -> bool:
+    """Whether this process has parts of weights alone (FSDP)."""
+    wrapped = any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules())
+    return wrapped or any(hasattr(parameter, "to_local") for parameter in model.parameters())
+
+
 def check_one_device(model: nn.Module) -> None:
-    """Raises InputError for a model that somebody else has spread over several devices, or offloaded (``device_map``)."""
+    """Raises InputError for a model that somebody else has divided among processes, spread over devices or offloaded."""
+    if is_sharded(model):
+        raise InputError(
+            "the model is divided among processes (FSDP); give its folder instead: uniprune, started with torchrun, divides a "
+            "model that does not fit by itself"
+        )
     devices = sorted({str(parameter.device) for parameter in model.parameters()})
     if len(devices) > 1 or devices == ["meta"]:
         raise InputError(

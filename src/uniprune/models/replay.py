@@ -314,6 +314,10 @@ class Blocks:
             if advance:
                 self.flows[number] = output.put(self._stash, _slot(number, index + 1))
 
+    def sync(self) -> None:
+        """Returns when the inputs of the next block are on the disk, if that is where they are kept."""
+        self._stash.sync()
+
 
 def _slot(batch: int, block: int) -> str:
     """Inputs of one block never overwrite those of the block before: until it is known to be done, they may be needed again."""

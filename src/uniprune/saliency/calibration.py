@@ -125,6 +125,7 @@ def _by_block(calibration: Calibration, kind: Kind, finish: Finish, stage: str) 
             if store is not None:
                 for name, statistic in here.items():
                     store[name] = {"total": statistic.total, "tokens": torch.tensor(statistic.tokens)}
+                runner.sync()
                 store.commit({"done": index + 1})
     return statistics
 
@@ -135,5 +136,5 @@ def open_sweep(calibration: Calibration, stage: str = SWEEP) -> tuple[Store | No
     mine = distributed.share(calibration.windows)
     if calibration.run is None:
         return None, Blocks(replay, mine)
-    store, stash = Store(calibration.run, stage), Stash(calibration.run.aside(f"{stage}-stash"))
+    store, stash = Store(calibration.run, stage), Stash(calibration.run.aside(f"{stage}-stash"), calibration.run.durable)
     return store, Blocks(replay, mine, stash, done=store.facts.get("done", 0))

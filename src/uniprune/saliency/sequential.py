@@ -100,7 +100,8 @@ def _by_block(calibration: Calibration, pattern: Pattern, create: Create, firsts
     if not pattern.local:
         raise InputError(f"--sequential cuts block after block, but {pattern} needs all scores; use --scope row or matrix")
     store, runner = open_sweep(calibration)
-    first_runner = runner.over(firsts, Stash(calibration.run.aside(FIRST) if calibration.run else None))
+    run = calibration.run
+    first_runner = runner.over(firsts, Stash(run.aside(FIRST), run.durable) if run else Stash())
     masks: dict[str, Tensor] = {}
     record = dict(store.facts.get("record", {})) if store else {}
     for index in calibration.progress(runner, "pruning block by block", len(runner)):
@@ -115,6 +116,8 @@ def _by_block(calibration: Calibration, pattern: Pattern, create: Create, firsts
         else:
             for name, mask in created.items():
                 store[name] = {"mask": bits.pack(mask)}
+            runner.sync()
+            first_runner.sync()
             store.commit({"done": index + 1, "record": record})
     if record:  # blocks without any say nothing of how many they have
         record["starved"]["of"] = sum(bool(matrix.group) for matrix in matrices.values())

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from uniprune.errors import UniPruneError
+from uniprune.storage.files import sync
 
 M_MMAP_THRESHOLD, LARGE = -3, 32 << 20  # bytes; smaller ones are better kept: activations come and go all the time
 
@@ -25,11 +26,15 @@ class Stash:
     """Tensors put aside: in memory, or in files of a folder that are mapped, so that the system may page them out.
 
     Beside a file lies another with the tensor's type and shape, for a process that takes up where this one stopped.
+
+    durable: whether it is to outlive a loss of power, once :meth:`sync` has returned.
     """
 
-    def __init__(self, folder: Path | None = None) -> None:
+    def __init__(self, folder: Path | None = None, durable: bool = False) -> None:
         self._folder = folder
+        self._durable = durable
         self._kept: dict[str, tuple[Shape, Tensor]] = {}
+        self._unsynced: set[str] = set()
 
     def put(self, name: str, tensor: Tensor) -> Tensor:
         """A copy of ``tensor`` that lasts until something else is put under its name."""
@@ -43,7 +48,16 @@ class Stash:
                 if hasattr(os, "posix_fallocate") and tensor.nbytes:  # a full disk is an error here, but a crash in a mapping
                     os.posix_fallocate(file.fileno(), 0, tensor.nbytes)
             kept = self._map(name, shape)
+        self._unsynced.add(name)
         return kept.copy_(tensor.detach())
+
+    def sync(self) -> None:
+        """Returns when what was put aside is on the disk, as it has to be before a commit that goes on from it."""
+        if self._folder is not None and self._durable:
+            for path in [self._folder / file for name in self._unsynced for file in (name, f"{name}.json")]:
+                sync(path)
+            sync(self._folder)
+        self._unsynced.clear()
 
     def take(self, name: str) -> Tensor:
         """What an earlier process put under a name."""
@@ -69,6 +83,7 @@ class Stash:
         self._kept.pop(name, None)
         if self._folder is not None:
             (self._folder / f"{name}.json").unlink(missing_ok=True)
+            self._unsynced.discard(name)
 
     def _map(self, name: str, shape: Shape) -> Tensor:
         assert self._folder is not None

@@ -80,7 +80,7 @@ class Work:
     """What memory and time depend on.
 
     model: may be on the meta device. dtype: computed in; stored: the checkpoint's, None if it stores codes (quantised). length:
-    tokens of a window. device: that computes.
+    tokens of a window. device: that computes. windows: how many there are.
     """
 
     model: torch.nn.Module
@@ -90,6 +90,7 @@ class Work:
     stored: torch.dtype | None
     length: int
     device: torch.device = CPU
+    windows: int = WINDOWS
 
     @property
     def prunable(self) -> int:
@@ -140,7 +141,7 @@ def needs(work: Work) -> Needs:
 def _needs(work: Work) -> Needs:
     parts, corrected, cost, processes = _Parts(work), work.recipe.corrected, work.recipe.cost, distributed.count()
     states = int(cost.state_bytes * work.prunable / processes)
-    saved = int(cost.disk_bytes * work.prunable / processes) + parts.finals
+    saved = int((cost.disk_bytes + cost.best_bytes) * work.prunable / processes) + parts.finals
     masks = int(cost.mask_bytes * work.prunable)
     packed = parts.bits + int(cost.mask_bytes * parts.block)
     held = {"weights": parts.weights, "statistics": parts.observed, "states": states}
@@ -313,8 +314,8 @@ class _Parts:
 
     @property
     def text(self) -> int:
-        """Tokens of the calibration text."""
-        return (self.work.recipe.windows or WINDOWS) * self.work.length
+        """Tokens of the calibration text that a process reads."""
+        return -(-self.work.windows // distributed.count()) * self.work.length
 
     @cached_property
     def observed(self) -> int:
