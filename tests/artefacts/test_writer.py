@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from conftest import tiny_model, train_tokenizer
 from small_models import tiny
@@ -219,6 +219,27 @@ def test_so_is_the_text_model_of_one_with_images(tmp_path):
     text = json.loads((tmp_path / "config.json").read_text())["text_config"]
     assert text["rope_theta"] == text["rope_parameters"]["rope_theta"]
     assert text["rope_scaling"]["mrope_section"] == text["rope_parameters"]["mrope_section"]
+
+
+@pytest.mark.parametrize(
+    ("family", "rope", "expected"),
+    [
+        ("stablelm", {"partial_rotary_factor": 0.5}, {"partial_rotary_factor": 0.5}),
+        ("gpt_neox", {"partial_rotary_factor": 0.5}, {"rotary_pct": 0.5}),
+        ("gemma3_text", None, {"rope_local_base_freq": 1e4, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}),
+    ],
+)
+def test_so_are_the_share_of_a_head_that_is_rotated_and_positions_by_layer(tmp_path, family, rope, expected):
+    local = {"rope_type": "default", "rope_theta": 1e4}
+    by_layer = {"sliding_attention": local, "full_attention": {"rope_type": "linear", "rope_theta": 5e5, "factor": 8.0}}
+    model = tiny(family, rope_parameters=by_layer if rope is None else {"rope_type": "default", "rope_theta": 5e5, **rope})
+    writer.write_checkpoint(Loaded(model), None, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config.items() >= {"rope_theta": 5e5, **expected}.items()
+    again = AutoConfig.from_pretrained(tmp_path)
+    assert again.rope_parameters == model.config.rope_parameters
+    ids = torch.arange(40)[None]
+    torch.testing.assert_close(AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits, model(ids).logits)
 
 
 def test_settings_are_utf_8_whatever_the_locale(tmp_path, monkeypatch):

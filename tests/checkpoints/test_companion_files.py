@@ -9,12 +9,15 @@ from transformers import AutoConfig, AutoTokenizer
 
 import local_hub
 import uniprune
+from conftest import tiny_model
 from small_models import tiny
-from uniprune import Recipe
+from uniprune import Loaded, Recipe
 from uniprune.artefacts import archive
+from uniprune.artefacts.writer import write_checkpoint
+from uniprune.checkpoints import origin as origin_module
 from uniprune.checkpoints.checkpoint import Files
 from uniprune.checkpoints.companion_files import copy_companions
-from uniprune.checkpoints.origin import resolve
+from uniprune.checkpoints.origin import Origin, resolve
 from uniprune.data.windows import Windows, save_windows
 from uniprune.runtime import layout
 
@@ -141,6 +144,27 @@ def test_licences_and_notices_are_downloaded(source, real_hub, tmp_path):
     copy_companions(resolve("owner/name").files, tmp_path / "out")
     assert {name: (tmp_path / "out" / name).read_bytes() for name in TERMS} == terms
     assert not {"LICENSES", "tensorboard"} & {path.name for path in resolve("owner/name").folder.iterdir()}
+
+
+@pytest.mark.parametrize("name", ["owner/name/step-1000", "owner/name/files/m.gguf"])
+def test_of_a_part_of_a_repository_card_and_licence_are_the_repositorys(source, real_hub, tmp_path, name, monkeypatch):
+    """Of a GGUF file nothing else goes along. In the Hub's cache the folder is the same."""
+    monkeypatch.setattr(origin_module, "_of_gguf", lambda origin: origin)
+    part = {f"step-1000/{file}": data for file, data in local_hub.files_of(source).items()} | {"files/m.gguf": b"GGUF"}
+    whole = {"README.md": b"---\nlicense: llama3.2\n---\n", "MODEL_LICENSE": b"root", "License.pdf": b"root"}
+    real_hub.add("owner/name", part | whole | {"files/LICENSE": b"x", "other/LICENSE": b""})
+    origin = resolve(name)
+    assert origin.card.read_bytes() == whole["README.md"]
+    assert {"License.pdf", "MODEL_LICENSE"} <= {file.name for file in origin.terms}
+    cached = resolve(origin.path)
+    assert (cached.repository, cached.commit) == ("owner/name", origin.commit)
+
+
+def test_a_licence_beside_a_gguf_file_goes_along(tmp_path):
+    (tmp_path / "LICENSE").write_text("terms")
+    (tmp_path / "out").mkdir()
+    write_checkpoint(Loaded(tiny_model(), None, Origin("m.gguf", tmp_path, "m.gguf")), None, tmp_path / "out")
+    assert (tmp_path / "out" / "LICENSE").read_text() == "terms"
 
 
 def change(file, **settings):

@@ -8,11 +8,11 @@ import re
 import pytest
 import torch
 
-from uniprune.data import mixture, text
+from uniprune.data import mixture, sources, text
 from uniprune.data.documents import Reader
 from uniprune.data.rows import read_rows
 from uniprune.data.text import read
-from uniprune.data.windows import load_windows, save_windows, window_length
+from uniprune.data.windows import load_windows, save_windows
 from uniprune.errors import InputError
 from uniprune.tasks.loading import load_task
 
@@ -174,7 +174,7 @@ def test_a_token_file_may_lie_at_home(abc, tmp_path, monkeypatch):
     windows = load_windows(abc, Letters(), use="calibration", length=3, count=3)
     save_windows(windows, tmp_path / "tokens.safetensors")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert window_length("~/tokens.safetensors", None, 7) == 3
+    assert sources.common_shape(sources.parse("~/tokens.safetensors"), None, None, (9, 7)) == (3, 3)
     assert load_windows("~/tokens.safetensors", None, use="calibration", length=3).describe().sha256 == windows.sha256
 
 

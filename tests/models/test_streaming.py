@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -331,10 +332,10 @@ def test_an_interrupted_run_goes_on_to_the_same_masks(folder, tmp_path, way, mon
         with pytest.raises(InputError, match=r"unfinished run of .* --resume continues it"):
             start(f"out{after}")
         with monkeypatch.context() as seen:
-            asked = []
-            seen.setattr("uniprune.storage.files.check_disk_space", lambda path, needed, held: asked.append(held))
+            seen.setattr("uniprune.storage.files.check_disk_space", checked := Mock())
             assert start(f"out{after}", resume=True) == expected
-        assert asked and all(asked)  # what the run has on the disk already is not asked for again
+        assert all(call.args[2] > 0 for call in checked.call_args_list)  # what the run has on the disk already
+        assert checked.called
         assert not (tmp_path / name).exists()
 
 

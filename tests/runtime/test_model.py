@@ -17,7 +17,7 @@ from uniprune import Loaded, accelerate
 from uniprune.errors import InputError
 from uniprune.models.matrices import find_matrices
 from uniprune.runtime import layout, native
-from uniprune.runtime.linear import BitmaskLinear, KernelLinear
+from uniprune.runtime.linear import BitmaskLinear, KernelLinear, unsupported
 from uniprune.runtime.packed import Packed, pack
 
 pytestmark = pytest.mark.usefixtures("compiled")
@@ -347,7 +347,7 @@ def test_a_graph_without_the_kernel_is_refused():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in ("t5", "falcon")])
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "t5"])
 def test_families_in_the_runtime_layout(family, tmp_path):
     """Renamed keys, fused experts (which stay dense), shared weights, odd heads."""
     expected = prune(tiny(family), "0.5")
@@ -364,10 +364,21 @@ def test_families_in_the_runtime_layout(family, tmp_path):
             close(found(input_ids=tokens).logits, logits)
 
 
-def test_a_family_with_linear_layers_of_its_own_is_refused(tmp_path):
+def test_linear_layers_of_a_familys_own_class_are_packed(tmp_path):
+    """Those that compute what nn.Linear does, which nothing else is pruned for."""
     prune(tiny("falcon"), "0.5").save_pretrained(tmp_path / "pruned")
-    with pytest.raises(InputError, match=r"in a FalconLinear, which need not compute what nn.Linear does"):
-        layout.pack(tmp_path / "pruned", tmp_path / "out")
+    assert layout.pack(tmp_path / "pruned", tmp_path / "out").left_dense == {}
+
+
+def test_a_linear_layer_that_has_parts_of_its_own_stays_dense():
+    class Adapted(torch.nn.Linear):
+        def __init__(self, *shape):
+            super().__init__(*shape)
+            self.more = torch.nn.Identity()
+
+    layer = Adapted(8, 8)
+    matrix = SimpleNamespace(modules=[layer])
+    assert "it is in a Adapted, which is more than an nn.Linear" in unsupported(matrix, torch.float32)
 
 
 @pytest.mark.slow

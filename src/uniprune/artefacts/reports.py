@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from uniprune.checkpoints.origin import Origin
+from uniprune.checkpoints.origin import Origin, called
 from uniprune.common.provenance import sparsity
 from uniprune.data.text import TextFacts
 from uniprune.errors import InputError
@@ -47,10 +47,7 @@ class ModelFacts(Facts):
             facts["dtype"] = dtype_name(dtype_of(source.model))
         if origin and origin.repository:
             facts |= {"repository": origin.repository, "commit": origin.commit}
-        name = str(source)
-        if Path(name).name in ("", ".."):  # "." says where somebody stood, not which model it is
-            name = Path(name).resolve().name or name
-        return cls(name=name, fingerprint=fingerprint, **facts)
+        return cls(name=called(str(source)), fingerprint=fingerprint, **facts)
 
     @property
     def title(self) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
@@ -75,6 +76,10 @@ def write_checkpoint(
         _spell_as_before(folder, source.tokenizer)
         files = Files(folder)
         files.layout(source.model)
+    for file in origin.terms if origin is not None else ():
+        if not (folder / file.name).exists():
+            shutil.copyfile(file, folder / file.name)
+            (folder / file.name).chmod(FILE)
     if masks is not None:
         _check_shapes(files, masks)
     pieces = list(_pieces(files, masks or ()))
@@ -106,14 +111,20 @@ def write_checkpoint(
 def _spell_as_before(folder: Path, tokenizer: Any) -> None:
     """Adds to what transformers 5 has saved how version 4 spells it, which other readers look for.
 
-    Without ``rope_theta`` of its own MLX and transformers 4 take 10,000 for it, silently; the tokenizer's class 4 lacks, and
-    the one that it has in its place hands out token types unless it is told, which ``generate`` then refuses.
+    Without ``rope_theta`` of its own MLX and transformers 4 take 10,000 for it, silently, and without the share of a head that
+    is rotated another one; the tokenizer's class 4 lacks, and the one that it has in its place hands out token types unless it
+    is told, which ``generate`` then refuses.
     """
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     for part in (config, config.get("text_config") or {}):
         rotary = dict(part.get("rope_parameters") or {})
-        if "rope_theta" in rotary:  # else there are several, by type of layer
+        if part.get("model_type", "").startswith("gemma3") and "sliding_attention" in rotary:  # others, too, have one by layer
+            part.setdefault("rope_local_base_freq", rotary["sliding_attention"]["rope_theta"])
+            rotary = dict(rotary["full_attention"])
+        if "rope_theta" in rotary:
             part.setdefault("rope_theta", rotary.pop("rope_theta"))
+            if (share := rotary.pop("partial_rotary_factor", None)) is not None:
+                part.setdefault("rotary_pct" if part["model_type"].startswith("gpt_neox") else "partial_rotary_factor", share)
             if rotary.get("rope_type", "default") != "default" or "mrope_section" in rotary:
                 part.setdefault("rope_scaling", rotary)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

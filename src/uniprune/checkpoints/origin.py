@@ -26,7 +26,10 @@ from uniprune.storage.dtypes import PLAIN
 from uniprune.storage.files import path_of
 
 # What goes with weights: no pickle, no code. Licences may ask that they do, and terms of use (*.md).
-COMPANIONS = ("*.json", "*.model", "*.tiktoken", "*.txt", "*.jinja", "*.md", "LICEN[CS]E*", "NOTICE*", "Notice*", "COPYING*")
+CARD = "README.md"
+TERMS = ("*LICEN[CS]E*", "*Licen[cs]e*", "*licen[cs]e*", "NOTICE*", "Notice*", "COPYING*")
+COMPANIONS = ("*.json", "*.model", "*.tiktoken", "*.txt", "*.jinja", "*.md", *TERMS)
+SNAPSHOT = re.compile(r".*/models--(?P<repository>[^/]+)/snapshots/(?P<commit>[0-9a-f]{40})(/.*)?")  # in the Hub's cache
 MODULE = re.compile(r"\w[\w.-]*")  # a folder right inside the model's
 TEMPLATES = "additional_chat_templates/*.jinja"  # chat templates with a name, in a folder of their own
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
@@ -37,7 +40,8 @@ SHOWN = 5  # names in a message
 class Origin:
     """Where a model lies on this machine. ``gguf`` is the file's name inside ``folder``, or None for a Hugging Face folder.
 
-    Of one from the Hub, repository: ``owner/name``; commit: whose files these are.
+    Of one from the Hub, repository: ``owner/name``; commit: whose files these are. home: another folder that may have its card
+    and its licence: the repository's of a part of one, the files' of those that were put together.
     """
 
     name: str
@@ -45,6 +49,7 @@ class Origin:
     gguf: str | None = None
     repository: str | None = None
     commit: str | None = None
+    home: Path | None = None
 
     def __str__(self) -> str:
         return self.name
@@ -53,6 +58,19 @@ class Origin:
     def path(self) -> Path:
         """The folder, or the GGUF file: what an output must keep away from."""
         return self.folder / self.gguf if self.gguf else self.folder
+
+    @property
+    def card(self) -> Path | None:
+        """The model's card, if there is one."""
+        places = (self.folder, self.home) if self.home else (self.folder,)
+        return next((place / CARD for place in places if (place / CARD).is_file()), None)
+
+    @property
+    def terms(self) -> list[Path]:
+        """Licences and notices that do not lie among the files of a checkpoint folder, which go with it anyway."""
+        places = [place for place in (self.folder if self.gguf else None, self.home) if place is not None]
+        found = {file.name: file for place in reversed(places) for kind in TERMS for file in place.glob(kind) if file.is_file()}
+        return sorted(found.values())
 
     @cached_property
     def files(self) -> Files | None:
@@ -79,9 +97,9 @@ def resolve(source: str | Path | Origin) -> Origin:
         return source
     path = path_of(source)
     if path.is_file():
-        return _of_gguf(Origin(str(source), path.parent, path.name))
+        return _of_gguf(Origin(str(source), path.parent, path.name, *_cached(path)))
     if path.is_dir():
-        origin = Origin(str(source), path)
+        origin = Origin(str(source), path, None, *_cached(path))
         _check_files(str(source), _names(path))
         _check_folder(origin)
         return origin
@@ -89,6 +107,17 @@ def resolve(source: str | Path | Origin) -> Origin:
     if address is None:
         raise InputError(f"model {str(source)[:200]!r} does not exist here, and is not a Hub name of the form {hub.FORMS}")
     return _from_hub(address)
+
+
+def _cached(path: Path) -> tuple[str | None, str | None]:
+    """Repository and commit of what lies in the Hub's cache, as ``snapshot_download`` gives its place."""
+    found = SNAPSHOT.fullmatch(path.absolute().as_posix())
+    return (found["repository"].replace("--", "/"), found["commit"]) if found else (None, None)
+
+
+def called(name: str) -> str:
+    """What a model is called in what is written about it: "." says where somebody stood, not which model it is."""
+    return Path(name).resolve().name or name if Path(name).name in ("", "..") else name
 
 
 def spelled(source: object) -> str:
@@ -123,7 +152,7 @@ def _of_gguf(origin: Origin) -> Origin:
             "free there; make room, set TMPDIR to another place, or merge them with llama.cpp: llama-gguf-split --merge"
         )
     folder = Path(tempfile.mkdtemp(prefix="uniprune-", dir=place))
-    merged = replace(origin, folder=folder, gguf=files[0].name)
+    merged = replace(origin, folder=folder, gguf=files[0].name, home=origin.home or origin.folder)
     weakref.finalize(merged, shutil.rmtree, folder, ignore_errors=True)  # at the latest when Python ends
     gguf_files.merge(files, merged.path)
     return merged
@@ -181,7 +210,7 @@ def _check_folder(origin: Origin) -> None:
                 f"model folder {origin} is in the runtime layout, which uniprune.accelerate opens; give the pruned checkpoint "
                 "that it was made of"
             )
-        others = sorted(file.name for file in folder.glob("*.safetensors"))
+        others = sorted(file.name for file in folder.glob("*.safetensors")) or ["weights by other names"]
         raise InputError(
             f"model folder {origin} has {', '.join(others[:3])}, but neither {WHOLE} nor {INDEX}, the names "
             "that transformers loads; rename it"
@@ -201,6 +230,7 @@ def _from_hub(address: Address) -> Origin:
         _check_listing(address, files)
     kinds = [f"{inside}{kind}" for kind in COMPANIONS]
     snapshot = hub.download(address, kinds, ignored=[f"{inside}*/*"])  # the client's * matches slashes, too
+    _fetch_terms(address)
     commit, folder = hub.commit_of(snapshot), snapshot / address.path
     if files is None:
         if not folder.is_dir():
@@ -211,7 +241,7 @@ def _from_hub(address: Address) -> Origin:
     modules = [f"{inside}{module}/{kind}" for module in module_folders(folder) for kind in (*COMPANIONS, "*.safetensors")]
     if weights:
         hub.download(address._replace(revision=commit or address.revision), [*weights, f"{inside}{TEMPLATES}", *modules])
-    origin = Origin(str(address), folder, None, address.repository, commit)
+    origin = Origin(str(address), folder, None, address.repository, commit, snapshot if inside else None)
     _check_folder(origin)
     return origin
 
@@ -256,7 +286,14 @@ def _gguf_from_hub(address: Address, files: Collection[str] | None) -> Origin:
     file = snapshot / address.path
     if not file.is_file():
         raise _absent(address, [])
-    return _of_gguf(Origin(str(address), file.parent, file.name, address.repository, hub.commit_of(snapshot)))
+    _fetch_terms(address)
+    return _of_gguf(Origin(str(address), file.parent, file.name, address.repository, hub.commit_of(snapshot), snapshot))
+
+
+def _fetch_terms(address: Address) -> None:
+    """The repository's card and licences, of what is a part of it."""
+    if address.path:
+        hub.download(address, [CARD, *TERMS], ignored=["*/*"])
 
 
 def _absent(address: Address, there: Sequence[str]) -> InputError:

@@ -71,11 +71,12 @@ def unpack(source: Archive, target: Target, over: Overwrite, printed: Printed) -
 
 
 def card(source: Folder, more: Results, push: Push, over: Overwrite, printed: Printed) -> None:
+    from uniprune.checkpoints.origin import CARD
     from uniprune.reporting import model_card
 
     upload = push_of(push, over)
     text = model_card.rewrite(source.folder, more.results, **over.given())
-    result = {"card": str(source.folder / model_card.CARD), "text": text, **upload(source.folder)}
+    result = {"card": str(source.folder / CARD), "text": text, **upload(source.folder)}
     lines = [f"{result['card']}: written", *([f"uploaded to {result['uploaded']}"] if "uploaded" in result else [])]
     show(result, printed.as_json, *lines)
 

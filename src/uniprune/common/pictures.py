@@ -7,6 +7,7 @@ two windows of the same ids cannot have different images: whoever makes windows 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,6 +30,13 @@ class Pictures:
 
     given: Mapping[bytes, Given]
     tokens: tuple[int, ...]
+
+    def add_to(self, digest: hashlib._Hash, windows: Tensor) -> None:
+        """Adds what windows ``[windows, length]`` are given to a hash of them."""
+        for ids in windows:
+            for name, value in sorted(self.given.get(key(ids), {}).items()):
+                digest.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
+                digest.update(value.contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
 _SHOWN: WeakKeyDictionary[nn.Module, Pictures] = WeakKeyDictionary()

@@ -16,6 +16,7 @@ from uniprune.comparison import sparsegpt
 from uniprune.comparison.calibrations import CalibrationCache, Scored
 from uniprune.errors import InputError, MismatchError
 from uniprune.job.recipe import Recipe
+from uniprune.job.samples import TEXT_ALONE, check_takes_images
 from uniprune.job.settings import Sparsity
 from uniprune.models import masking
 from uniprune.models.matrices import Matrices
@@ -65,6 +66,10 @@ class Method:
     name: str
     settings: Mapping[str, Any]
     updates_weights: ClassVar[bool] = False
+
+    def check_images(self, recipe: Recipe) -> None:
+        """Raises InputError if it cannot be calibrated on images."""
+        check_takes_images(recipe)
 
     def calibration(self, candidate: Candidate) -> str:
         """The name of the calibration that a candidate needs."""
@@ -167,6 +172,9 @@ class SparseGPT(Method):
 
     def recorded(self, recipe: Recipe) -> dict[str, Any]:
         return {}
+
+    def check_images(self, recipe: Recipe) -> None:
+        raise InputError(f"{self.name} reads text alone; leave it out, {TEXT_ALONE}")
 
     def check(self, pattern: Pattern | None, matrices: Matrices) -> None:
         assert pattern is not None

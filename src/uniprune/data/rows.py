@@ -25,9 +25,7 @@ SPEAKER = {"role", "from"}  # of a message
 TEXTS = {"content", "instruction", "question", "completion", "response", "output"}  # so is one with one of these that is a text
 
 
-def read_rows(
-    path: Path, what: str, choose: Choice | None = None, wanted: str | None = None
-) -> Iterator[tuple[str, Any]]:
+def read_rows(path: Path, what: str, choose: Choice | None = None, wanted: str | None = None) -> Iterator[tuple[str, Any]]:
     """The rows of a file, each with where it stands, for messages: JSON values, or table rows as objects by column.
 
     what: what the file is to the user (``text``, ``task``). choose: of the names of all columns, those to read; all by default;

@@ -71,9 +71,12 @@ class Windows:
 
     @property
     def sha256(self) -> str:
-        """Hash of the token ids and their shape: equal hashes mean equal windows, whatever the source was called."""
+        """Hash of the token ids, their shape and images: equal hashes mean equal windows, whatever the source was called."""
         data = self.tokens.to(torch.int64).contiguous()
-        return hashlib.sha256(repr(tuple(data.shape)).encode() + data.numpy().tobytes()).hexdigest()
+        digest = hashlib.sha256(repr(tuple(data.shape)).encode() + data.numpy().tobytes())
+        if self.pictures is not None:
+            self.pictures.add_to(digest, data)
+        return digest.hexdigest()
 
     @property
     def with_bos(self) -> int:
@@ -82,7 +85,7 @@ class Windows:
 
     @property
     def scored(self) -> list[int]:
-        """Of each window, how many tokens are predicted: the last ones, which no earlier window has."""
+        """Of each window, how many tokens are predicted: the last ones, which the window before does not predict."""
         count, length = self.tokens.shape
         return [length - 1, *[min(self.stride or length, length - 1)] * (count - 1)]
 
@@ -332,10 +335,3 @@ def token_file_shape(path: Path) -> tuple[int, int]:
     """(windows, length) of a saved token file."""
     count, length = _read(path)[0].shape
     return count, length
-
-
-def window_length(source: str | Path, length: int | None, default: int) -> int:
-    """A token file knows its own length."""
-    if length is None and Text(str(source)).is_token_file:
-        return token_file_shape(path_of(source))[1]
-    return length or default

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from uniprune.artefacts.binding import fingerprint
 from uniprune.artefacts.scores import ScoresFacts, ScoresFile, write_scores
-from uniprune.checkpoints.origin import spelled
+from uniprune.checkpoints.origin import called, spelled
 from uniprune.common import distributed
 from uniprune.common.progress import Progress, silent
 from uniprune.common.provenance import versions
@@ -99,7 +99,7 @@ def same_run(settings: Mapping[str, Any], model: tuple[str, str | None], output:
     tells: they may be copies of what was there.
     """
     name, base = model
-    if settings != json.loads(json.dumps(recipe.record())) or name != spelled(source):
+    if settings != json.loads(json.dumps(recipe.record())) or name != called(spelled(source)):
         return False
     if isinstance(source, Loaded) and not (source.origin and source.origin.files):
         matrices = choose_matrices(source.model, recipe.include, recipe.exclude)

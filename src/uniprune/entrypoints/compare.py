@@ -160,6 +160,8 @@ def _job(source: Source, candidates: Sequence[Candidate], device: str | None, pr
     if job.execution not in IN_MEMORY:
         raise InputError(f"compare needs the whole model in memory, and {job.loaded} does not fit; take a smaller model")
     for candidate in candidates:
+        if job.windows.pictures is not None:
+            candidate.method.check_images(candidate.recipe)
         candidate.method.check_binding(job.binding)
     return job
 

@@ -20,6 +20,7 @@ from uniprune.checkpoints.checkpoint import Files
 from uniprune.checkpoints.layout import keys_of, names_of
 from uniprune.checkpoints.origin import resolve
 from uniprune.common import distributed
+from uniprune.common.pictures import showing
 from uniprune.common.progress import Progress, silent
 from uniprune.common.provenance import Stopwatch, versions
 from uniprune.errors import InputError, UniPruneError
@@ -124,7 +125,8 @@ def find(job: Job, pattern: NM) -> list[Channels]:
     found = find_hidden(job.loaded.model, job.matrices)
     others = job.matrices.keys() - {name for channels in found for name in channels.consumers}
     try:
-        found += _between_modules(job, others, pattern)
+        with showing(job.loaded.model, None):  # where channels lie, text alone tells
+            found += _between_modules(job, others, pattern)
     except InputError:
         raise
     except UniPruneError as error:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from uniprune.common import pictures
-from uniprune.common.significance import standard_error
+from uniprune.common.significance import ratio_error
 from uniprune.data.windows import Windows
 from uniprune.errors import InputError
 from uniprune.evaluation.results import Closeness
@@ -68,7 +68,8 @@ def check_same_tokens(ours: Windows, theirs: Windows, reference: str) -> None:
 def closeness(ours: Recording, theirs: Recording, windows: Windows) -> Closeness:
     """Compares what two models predicted for the same windows; ``theirs`` is the reference.
 
-    As for perplexity, a window's last token predicts nothing that counts. Raises InputError if the vocabularies differ.
+    The predictions are those that perplexity counts: a window's last token predicts none, and of overlapping windows each has
+    those that no earlier one has. Raises InputError if the vocabularies differ.
     """
     if ours.vocabulary != theirs.vocabulary:
         raise InputError(
@@ -76,36 +77,36 @@ def closeness(ours: Recording, theirs: Recording, windows: Windows) -> Closeness
         )
     seen: list[_Seen] = []
     counted = pictures.counted(windows.pictures, windows.tokens)[:, :-1]
-    for mine, other, counts in zip(ours.hidden, theirs.hidden, counted, strict=True):
-        kl, same, length, number = 0.0, 0, len(mine) - 1, int(counts.sum())
-        for start in range(0, length, PIECE):
+    for mine, other, counts, scored in zip(ours.hidden, theirs.hidden, counted, windows.scored, strict=True):
+        kl, same, length = 0.0, 0, len(mine) - 1
+        for start in range(length - scored, length, PIECE):
             a, b = (log_probabilities(one) for one in _logits(ours, mine, theirs, other, start, length))
             here = counts[start : start + len(a)].to(a.device)
             kl += float((functional.kl_div(a, b, log_target=True, reduction="none").sum(-1) * here).double().sum())
             same += int(((a.argmax(-1) == b.argmax(-1)) & here).sum())
-        seen.append(_Seen(kl / number, same / number, number))
+        seen.append(_Seen(kl, same, int(counts[length - scored :].sum())))
     by_text = {name: Closeness(**_mean([seen[row] for row in rows.tolist()])) for name, rows in windows.by_source.items()}
     found = Closeness(**_mean(seen), length=windows.tokens.shape[1], text=windows.describe())
     return found.model_copy(update={"by_text": by_text}) if by_text else found
 
 
 class _Seen(NamedTuple):
-    """What two models predicted for one window, per token, and how many tokens."""
+    """What two models predicted for one window: the sum of the divergences, how many tokens they agree on, and of how many."""
 
     kl: float
-    agreement: float
+    same: int
     tokens: int
 
 
 def _mean(seen: Sequence[_Seen]) -> dict[str, Any]:
     """Of :class:`Closeness` what is measured."""
-    divergences, agreements = [one.kl for one in seen], [one.agreement for one in seen]
+    divergences, same, tokens = zip(*seen, strict=True)
     return {
-        "kl": max(0.0, math.fsum(divergences) / len(seen)),  # of a model and itself rounding may make a little less
-        "kl_stderr": standard_error(divergences),
-        "agreement": math.fsum(agreements) / len(seen),
-        "agreement_stderr": standard_error(agreements),
-        "tokens": sum(one.tokens for one in seen),
+        "kl": max(0.0, math.fsum(divergences) / sum(tokens)),  # of a model and itself rounding may make a little less
+        "kl_stderr": ratio_error(divergences, tokens),
+        "agreement": sum(same) / sum(tokens),
+        "agreement_stderr": ratio_error(same, tokens),
+        "tokens": sum(tokens),
         "windows": len(seen),
     }
 

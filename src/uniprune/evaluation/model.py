@@ -18,7 +18,7 @@ from uniprune.data.bos import bos_of
 from uniprune.data.images import windows as images
 from uniprune.data.images.rows import has_images
 from uniprune.data.text import Text
-from uniprune.data.windows import Windows, load_windows, window_length
+from uniprune.data.windows import Windows, load_windows
 from uniprune.errors import InputError, MismatchError
 from uniprune.evaluation.answers import Answers, answer, cut_of, tokenise
 from uniprune.evaluation.divergence import Recording
@@ -33,6 +33,7 @@ from uniprune.models.loading import (
     fast_dtype,
     load_weights,
     native_dtype,
+    origin_of,
     parse_device,
     parse_dtype,
     skeleton,
@@ -106,28 +107,30 @@ class EvaluatedModel:
                 "and give that file"
             )
         if len(several) == 1:
-            return self._windows(several[0].text, asked)
+            return self._windows(several[0], asked)
+        if asked.stride is not None:
+            raise InputError("--stride is for one text; give one --text at a time")
         sources.check_asked(several, asked.field, asked.split)
-        length = sources.common_length(several, asked.length, min(2048, self.context))
+        _, length = sources.common_shape(several, None, asked.length, (0, min(2048, self.context)))
 
         def load(source: sources.TextSource) -> Windows:
             text = source.reading(asked.field, asked.split, alone=False)
             own = {"bos": None} if source.tokens else {}
             given = {"field": text.field, "split": text.split, "length": length, **own}
-            return self._windows(source.text, asked.model_copy(update=given))
+            return self._windows(source, asked.model_copy(update=given))
 
         return sources.side_by_side(several, load)
 
-    def _windows(self, text: str, asked: Reading) -> Windows:
+    def _windows(self, source: sources.TextSource, asked: Reading) -> Windows:
+        text = source.text
         if reads_images(self._config) and has_images(Text(text, asked.field, asked.split), "evaluation"):
             return self._images(text, asked)
-        length = window_length(text, asked.length, min(2048, self.context))
+        _, length = sources.common_shape([source], None, asked.length, (0, min(2048, self.context)))
         check_context(self._config, length)
         options = {"count": asked.windows, "bos": asked.bos, "stride": asked.stride}
-        source = Text(text, asked.field, asked.split)
-        if not source.is_token_file:
+        if not source.tokens:
             options["bos"] = bos_of(asked.bos, self._config, self.tokenizer)
-        found = load_windows(source, self.tokenizer, use="evaluation", length=length, **options)  # type: ignore[arg-type]
+        found = load_windows(Text(text, asked.field, asked.split), self.tokenizer, use="evaluation", length=length, **options)  # type: ignore[arg-type]
         check_vocabulary(self._config, int(found.tokens.max()), text)
         return found
 
@@ -137,8 +140,7 @@ class EvaluatedModel:
             raise InputError("--stride and --bos are for text alone; leave them out, or take the text alone: --field text")
         if asked.length is not None:
             check_context(self._config, asked.length)
-        origin = None if isinstance(self._source, Loaded) else self._source
-        eyes = images.Eyes(load_processor(origin, self.tokenizer), self._config)
+        eyes = images.Eyes(load_processor(origin_of(self._source), self.tokenizer), self._config)
         source = Text(text, asked.field, asked.split)
         return images.load(source, eyes, "evaluation", asked.length, asked.windows, most=self.context)
 

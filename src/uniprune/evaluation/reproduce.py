@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from uniprune.common.provenance import processor, versions
 from uniprune.data.windows import Windows
@@ -29,12 +29,30 @@ TOLERANCE = 1e-2  # relative, between machines of different kinds: their kernels
 
 
 def weights_sha256(model: nn.Module) -> str:
-    """Of all parameters' names, shapes, types and bits, as the model computes with them."""
+    """Of the names, shapes, types and bits of all parameters and persistent buffers, as the model computes with them.
+
+    An accelerated layer counts by its dense matrix. Buffers that are no part of a checkpoint follow from the configuration, and
+    may differ in their last bit from machine to machine.
+    """
     digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
-        digest.update(parameter.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy().data)
+    for name, tensor in _tensors(model):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        digest.update(tensor.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """What :func:`weights_sha256` counts; what several modules share, once."""
+    seen = set[int]()
+    for path, module in model.named_modules():
+        own = dict(module.named_parameters(recurse=False))
+        own |= {name: t for name, t in module.named_buffers(recurse=False) if name not in module._non_persistent_buffers_set}
+        for name, tensor in own.items():
+            if id(tensor) not in seen:
+                yield f"{path}.{name}" if path else name, tensor
+        seen.update(map(id, own.values()))
+        if getattr(module, "accelerated", False) and "weight" not in own:
+            yield f"{path}.weight", module.weight
 
 
 def machine(model: nn.Module) -> Machine:

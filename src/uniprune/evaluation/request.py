@@ -108,8 +108,8 @@ class EvaluationRequest(Reading):
             raise InputError("--new-tokens 0 writes nothing after a prompt, and nothing else was asked for; leave it out")
         if self.rolling and (compared or self.stride is not None or self.text is None):
             raise InputError("--rolling reads documents one by one; it goes with --text, and not with --against or --stride")
-        if isinstance(self.text, tuple) and (self.rolling or self.stride is not None):
-            raise InputError("--rolling and --stride are for one text; give one --text at a time")
+        if isinstance(self.text, tuple) and self.rolling:
+            raise InputError("--rolling is for one text; give one --text at a time")
 
     @property
     def text(self) -> str | tuple[str, ...] | None:

@@ -11,7 +11,7 @@ from uniprune.artefacts import archive_size
 from uniprune.checkpoints.origin import Origin
 from uniprune.common import formatting
 from uniprune.job.recipe import Recipe
-from uniprune.models.loading import Loaded, dtype_name, parse_dtype
+from uniprune.models.loading import Loaded, dtype_name, origin_of, parse_dtype
 from uniprune.models.matrices import Matrices
 from uniprune.sparsity.hardware import fitted
 from uniprune.sparsity.patterns import Pattern, Saliency
@@ -77,8 +77,3 @@ def _written_dtype(recipe: Recipe, matrices: Matrices, origin: Origin | None, na
         return dtype_name(PLAIN.get(stored, stored))
     whole = matrices[name].whole
     return dtype_name((parse_dtype(recipe.dtype) or torch.float32) if whole.is_meta else whole.dtype)  # meta: of a GGUF file
-
-
-def origin_of(given: Loaded | Origin | None) -> Origin | None:
-    """The files that a model comes from, if any."""
-    return given.origin if isinstance(given, Loaded) else given

@@ -15,9 +15,7 @@ from uniprune.job.forecast import machine, memory
 from uniprune.job.options import IN_MEMORY, Execution, RunOptions
 from uniprune.job.recipe import Recipe
 from uniprune.job.samples import check_can_generate, self_generated
-from uniprune.models import blocks
 from uniprune.models.loading import Loaded
-from uniprune.models.residency.sharding import Sharder
 from uniprune.storage import runs
 
 logger = logging.getLogger(__name__)
@@ -67,8 +65,6 @@ def choose_for_loaded(loaded: Loaded, work: memory.Work, options: RunOptions) ->
     Where nothing fits, it is run as it is: its weights are in memory already. Raises InputError for an execution that was asked
     for and is not one of a model in memory.
     """
-    if loaded.residency is not blocks.resident:
-        return "sharded" if isinstance(loaded.residency, Sharder) else "streamed"
     limit = options.max_memory or machine.free_memory(work.device) + memory.PROCESS + work.parameters * work.dtype.itemsize
     in_memory = {execution: needed for execution, needed in memory.needs(work).items() if execution in IN_MEMORY}
     if options.execution is not None and options.execution not in in_memory:

@@ -6,7 +6,6 @@ is all of what ``plan`` tells. How the model is executed is chosen in ``executio
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -20,7 +19,7 @@ from torch import nn
 from uniprune.artefacts import writer
 from uniprune.artefacts.binding import Binding
 from uniprune.artefacts.reports import ModelFacts
-from uniprune.checkpoints.origin import Origin, resolve, stored_dtype
+from uniprune.checkpoints.origin import Origin, called, resolve, stored_dtype
 from uniprune.checkpoints.protocol import Checkpoint
 from uniprune.checkpoints.tokenizer import load_tokenizer
 from uniprune.common import distributed, pictures
@@ -28,7 +27,7 @@ from uniprune.common.progress import Progress, silent
 from uniprune.data.sources import files_of
 from uniprune.data.windows import Windows, check_savable, save_windows
 from uniprune.errors import InputError
-from uniprune.job.aim import Aim, aim_of, origin_of
+from uniprune.job.aim import Aim, aim_of
 from uniprune.job.execution import check_execution, choose, choose_for_loaded, warn_of_traffic
 from uniprune.job.forecast import memory
 from uniprune.job.options import IN_MEMORY, Execution, RunOptions
@@ -44,6 +43,7 @@ from uniprune.models.loading import (
     fast_dtype,
     load_weights,
     native_dtype,
+    origin_of,
     parse_device,
     parse_dtype,
     skeleton,
@@ -148,7 +148,7 @@ class Job:
         settings = {
             "recipe": recipe.record(),
             "model": self.binding.base,
-            "tokens": _sha256(self.windows.tokens),
+            "tokens": self.windows.sha256,
             "execution": "resident" if self.execution in IN_MEMORY else self.execution,  # those have the same states
             "dtype": dtype_name(blocks.dtype_of(self.loaded.model)),
         }
@@ -190,7 +190,7 @@ def prepare(
         digests = meanwhile.enter_context(prospect.checkpoint.digesting(prospect.matrices)) if prospect.checkpoint else None
         tokenizer = given.tokenizer if isinstance(given, Loaded) else load_tokenizer(given)
         windows = windows_of(recipe, prospect.model, prospect.origin, tokenizer)
-        distributed.check_alike(recipe.record() | {"calibration text": _sha256(windows.tokens)})
+        distributed.check_alike(recipe.record() | {"calibration text": windows.sha256})
         if options.save_tokens is not None and windows.prompts is None:
             check_savable(windows, options.save_tokens, _kept_tokens(options))
         work = prospect.work(*windows.tokens.shape)
@@ -216,7 +216,8 @@ def prepare(
         if recipe.size is not None and aim.budget is None:
             aim = aim_of(recipe, matrices, loaded)
         prunable = sum(matrix.size for matrix in every.values())
-        binding = Binding.of(matrices, digests() if digests else loaded.checkpoint.digests(matrices), str(loaded), prunable)
+        found = digests() if digests else loaded.checkpoint.digests(matrices)
+        binding = Binding.of(matrices, found, called(str(loaded)), prunable)
         distributed.check_alike({"model": binding.base, "type": dtype_name(blocks.dtype_of(loaded.model))})
         _save_tokens(windows, options)  # once nothing is left to refuse
         return Job(loaded, matrices, windows, binding, aim, execution)
@@ -224,8 +225,6 @@ def prepare(
 
 def _check_loaded(loaded: Loaded, recipe: Recipe, options: RunOptions) -> None:
     """Raises InputError for a model in memory that cannot be run as the recipe and the options ask for it."""
-    if loaded.residency is not blocks.resident:
-        return
     check_one_device(loaded.model)
     loaded.check(recipe.dtype, options.device)
     if recipe.parsed_controller() is not None and next(loaded.model.parameters()).is_inference():
@@ -295,10 +294,6 @@ def _save_tokens(windows: Windows, options: RunOptions) -> None:
 def _kept_tokens(options: RunOptions) -> bool:
     """Whether a token file that is there may be of this run, which was interrupted, and is not to be replaced."""
     return options.resume and not options.overwrite
-
-
-def _sha256(tokens: torch.Tensor) -> str:
-    return hashlib.sha256(tokens.contiguous().numpy().data).hexdigest()
 
 
 def check_tokens_kept(options: RunOptions, output: Path) -> None:

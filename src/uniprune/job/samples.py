@@ -20,6 +20,7 @@ from uniprune.checkpoints.origin import Origin
 from uniprune.checkpoints.tokenizer import load_processor
 from uniprune.common import distributed
 from uniprune.common.progress import Progress, silent
+from uniprune.controller import controllers
 from uniprune.controller.mirror_descent import MirrorDescent
 from uniprune.data import sources
 from uniprune.data.bos import Encoder, bos_of
@@ -37,6 +38,7 @@ from uniprune.models.matrices import check_decoder
 
 LogitsProcessor = Callable[[Tensor, Tensor], Tensor]  # (tokens so far, logits of the next [windows, vocabulary]) -> logits
 PROMPT = 32  # tokens of another text that prompt the model
+TEXT_ALONE = "or take the text alone: --field text"
 BATCH = 16  # samples that are generated together
 
 
@@ -86,6 +88,15 @@ def calibration_windows(recipe: Recipe, tokenizer: Any, model: nn.Module) -> Win
     return replace(windows, prompts=_prompts(windows, rows, tokenizer, context(config), recipe.seed))
 
 
+def check_takes_images(recipe: Recipe) -> None:
+    """Raises InputError for a recipe whose way to masks reads text alone."""
+    controller = recipe.parsed_controller()
+    if recipe.sequential:
+        raise InputError(f"--sequential and --refine read text alone; leave them out, {TEXT_ALONE}")
+    if not (controller is None or isinstance(controller, MirrorDescent)):
+        raise InputError(f"--controller {controllers.name_of(controller)} reads text alone; leave it out, {TEXT_ALONE}")
+
+
 def _image_windows(recipe: Recipe, model: nn.Module, origin: Origin | None, tokenizer: Any) -> Windows | None:
     """The windows of a data set of images and text, for a model of both; None if the recipe has text alone.
 
@@ -97,12 +108,9 @@ def _image_windows(recipe: Recipe, model: nn.Module, origin: Origin | None, toke
     source = Text(asked[0].text, recipe.field, recipe.split)
     if not has_images(source, "calibration"):
         return None
-    controller = recipe.parsed_controller()
-    instead = "or take the text alone: --field text"
-    if recipe.sequential or not (controller is None or isinstance(controller, MirrorDescent)):
-        raise InputError(f"--sequential, --refine and --controller unipruning read text alone; leave them out, {instead}")
+    check_takes_images(recipe)
     if recipe.bos is not None:
-        raise InputError(f"--bos is for text alone; leave it out, {instead}")
+        raise InputError(f"--bos is for text alone; leave it out, {TEXT_ALONE}")
     if recipe.length is not None:
         check_context(model.config, recipe.length)
     eyes = images.Eyes(load_processor(origin, tokenizer), model.config)

@@ -120,6 +120,11 @@ def is_sharded(model: nn.Module) -> bool:
     return wrapped or any(hasattr(parameter, "to_local") for parameter in model.parameters())
 
 
+def origin_of(given: Loaded | Origin | None) -> Origin | None:
+    """The files that a model comes from, if any."""
+    return given.origin if isinstance(given, Loaded) else given
+
+
 def check_one_device(model: nn.Module) -> None:
     """Raises InputError for a model that somebody else has divided among processes, spread over devices or offloaded."""
     if is_sharded(model):

@@ -13,7 +13,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from uniprune.artefacts.reports import ExpertRemoval, Permutation, Pruning, read_report
-from uniprune.checkpoints.origin import Origin
+from uniprune.checkpoints.origin import CARD, Origin
 from uniprune.checkpoints.weight_files import PATTERNS
 from uniprune.common.fields import replays
 from uniprune.common.formatting import NOTE, percent, short
@@ -27,7 +27,6 @@ from uniprune.storage import strict_json
 from uniprune.storage.files import REPORT, path_of, replacing
 
 MARK = "<!-- Written by uniprune: `uniprune card` replaces this file. -->"
-CARD = "README.md"
 METRICS = {"acc": "accuracy", "acc_norm": "accuracy, per character", "perplexity": "perplexity of the answers"}
 
 Report = Pruning | Permutation | ExpertRemoval
@@ -59,9 +58,8 @@ def card(
 
 def write(folder: Path, report: Report, source: Origin | None = None) -> None:
     """Writes the card of a new checkpoint into its folder. source: the base model, for its licence."""
-    (folder / CARD).write_text(
-        card(report, (), _inherited(source.folder if source else None), sees_images(folder)), encoding="utf-8"
-    )
+    inherited = _inherited(source.card if source else None)
+    (folder / CARD).write_text(card(report, (), inherited, sees_images(folder)), encoding="utf-8")
 
 
 def rewrite(folder: Path, results: Sequence[Path], *, overwrite: bool = False) -> str:
@@ -83,7 +81,7 @@ def rewrite(folder: Path, results: Sequence[Path], *, overwrite: bool = False) -
         if isinstance(report, Pruning) and not agree(result, report):
             raise InputError(f"result {file} was measured before {folder} was pruned by other masks; evaluate the folder again")
     try:
-        text = card(report, read, _inherited(folder) or _inherited(path_of(report.model.name)), sees_images(folder))
+        text = card(report, read, _inherited(path) or _inherited(path_of(report.model.name) / CARD), sees_images(folder))
     except (ValueError, RecursionError) as error:
         raise InputError(f"{folder / REPORT}, or a result, cannot be shown ({first_line(error)}); make it again") from None
     with replacing(path) as temporary:
@@ -275,12 +273,12 @@ def sees_images(folder: Path) -> bool:
         return False
 
 
-def _inherited(folder: Path | None) -> dict[str, Any]:
-    """What the card in a folder says of the model's licence, which may have a name and an address, and of its languages."""
-    if folder is None or not os.path.isfile(folder / CARD):  # pathlib raises for a name that is too long
+def _inherited(path: Path | None) -> dict[str, Any]:
+    """What a card says of the model's licence, which may have a name and an address, and of its languages."""
+    if path is None or not os.path.isfile(path):  # pathlib raises for a name that is too long
         return {}
     try:
-        head = ModelCard.load(folder / CARD, ignore_metadata_errors=True).data.to_dict()
+        head = ModelCard.load(path, ignore_metadata_errors=True).data.to_dict()
     except (OSError, ValueError, TypeError, yaml.YAMLError):
         return {}
     found = {name: head[name] for name in ("license", "license_name", "license_link") if isinstance(head.get(name), str)}

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from uniprune.errors import InputError
-from uniprune.models.linear import conv1d
+from uniprune.models.linear import Probe
 from uniprune.models.loading import dtype_name
 from uniprune.models.matrices import Matrix
 from uniprune.runtime import gpu
@@ -21,6 +21,8 @@ WORTH = 0.25  # from this fraction of zeros on, a matrix is smaller packed, and 
 LARGE = 1 << 20  # weights of a dense matrix that are worth the kernel
 BY_KERNEL = (torch.float32, torch.bfloat16)  # types in which the kernel multiplies dense matrices no slower than PyTorch does
 UNPACKED = 8 << 20  # bytes of rows that are unpacked together: few enough to be in a cache when they are multiplied
+
+_is_linear = Probe()
 
 
 class BitmaskLinear(nn.Module):
@@ -172,8 +174,8 @@ def multiply(handle: Handle, x: Tensor, rows: int) -> Tensor:
 
 def unsupported(matrix: Matrix, dtype: torch.dtype | None) -> str | None:
     """Why a matrix cannot be packed, whatever its weights, or None. dtype: of them; None if PyTorch does not have it."""
-    if odd := next((type(module) for module in matrix.modules if type(module) not in (nn.Linear, conv1d())), None):
-        return f"it is in a {odd.__name__}, which need not compute what nn.Linear does"
+    if odd := next((type(module) for module in matrix.modules if next(module.children(), None) or not _is_linear(module)), None):
+        return f"it is in a {odd.__name__}, which is more than an nn.Linear"
     return None if dtype in TYPES else f"its weights are of another type than {', '.join(map(dtype_name, TYPES))}"
 
 

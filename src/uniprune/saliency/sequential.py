@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from uniprune.common import distributed, pictures
+from uniprune.common import distributed
 from uniprune.errors import InputError
 from uniprune.models import masking
 from uniprune.models.matrices import Matrices
@@ -61,10 +61,8 @@ def refined(calibration: Calibration, metric: Metric, pattern: Pattern) -> Seque
     Raises InputError, too, if the pattern has no budget by row.
     """
     check(pattern)
-    mine = distributed.share(calibration.windows)
-    # The first tokens of windows with images are of an image, and mean nothing alone.
-    firsts = mine[:0, :1] if pictures.shown(calibration.model) is not None else first_tokens(mine)
-    weight = WEIGHT * mine.numel() / max(1, len(firsts))
+    firsts = first_tokens(calibration.windows)
+    weight = WEIGHT * calibration.windows.numel() / len(firsts)
 
     def create(here: Matrices, run: Run, run_first: Run) -> tuple[dict[str, Tensor], dict[str, Any]]:
         with observing(here, Gram, calibration.device) as grams:
@@ -84,7 +82,7 @@ def refined(calibration: Calibration, metric: Metric, pattern: Pattern) -> Seque
         }
         return better, starved(here, grams)
 
-    return _by_block(calibration, pattern, create, firsts)
+    return _by_block(calibration, pattern, create, firsts[distributed.rank() :: distributed.count()])
 
 
 def first_tokens(windows: Tensor) -> Tensor:
