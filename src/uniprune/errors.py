@@ -26,7 +26,7 @@ class InputError(UniPruneError):
 
 
 class MismatchError(InputError):
-    """Scores or masks were made for another model than the one given."""
+    """What was made before, scores, masks or an interrupted run, is of another model or other settings than those given."""
 
 
 def first_line(error: Exception) -> str:

@@ -47,11 +47,20 @@ def _parsed(content: bytes) -> dict[str, Any]:
     node = yaml.compose(text, Loader=yaml.BaseLoader)
     if not isinstance(node, yaml.MappingNode):
         raise ValueError("it is not a mapping of settings")
-    names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-    if len(names) < len(node.value) or len({*names}) < len(names):
-        raise ValueError(f"it has a setting twice, or one without a name: {', '.join(names)}")
+    _check_names(node)
     defaults = {key.value for key, value in node.value if _is_null(value)}
     return {name: value for name, value in yaml.load(text, Loader=yaml.BaseLoader).items() if name not in defaults}
+
+
+def _check_names(node: yaml.Node) -> None:
+    """Raises ValueError for a mapping, here or inside, that has a name twice, or something else in the place of one."""
+    inside = [value for _, value in node.value] if isinstance(node, yaml.MappingNode) else []
+    if isinstance(node, yaml.MappingNode):
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if len(names) < len(node.value) or len({*names}) < len(names):
+            raise ValueError(f"it has a setting twice, or one without a name: {', '.join(names)}")
+    for part in node.value if isinstance(node, yaml.SequenceNode) else inside:
+        _check_names(part)
 
 
 def _is_null(node: yaml.Node) -> bool:

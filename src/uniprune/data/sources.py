@@ -174,7 +174,7 @@ def _joined(
 ) -> Windows:
     if any(windows.pictures for windows in loaded):
         raise InputError("images with text go with no other text; give one --text, or read the text alone: --field text")
-    first = loaded[0]
+    first = next((windows for windows in loaded if windows.bos_token is not None), loaded[0])  # a token file may have none
     of = torch.tensor(order)
     tokens = first.tokens.new_zeros(len(order), first.tokens.shape[1])
     for index, windows in enumerate(loaded):

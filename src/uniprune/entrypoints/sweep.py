@@ -55,8 +55,8 @@ def sweep(
 ) -> Sweep:
     """Perplexity and packed size of a model at many sparsities, all from one scores file; written to ``output``, as JSON.
 
-    sparsities: fractions and N:M, in a list or by comma. asked: ``scope`` of fractions, as in a recipe; ``text_source``,
-    ``windows``, ``length`` and ``dtype``, as in ``evaluate``. The file is rewritten after each row; resume: keep the rows that
+    sparsities: fractions and N:M, in a list or by comma. asked: ``scope`` of fractions, as in a recipe; what is
+    read of a text and ``dtype``, as in ``evaluate``. The file is rewritten after each row; resume: keep the rows that
     it has, if they were measured in the same way, and add those that are missing. A row's ``bytes`` are what ``pack`` would
     make, estimated from samples; None without the zstandard package, and of a quantised model. ``pareto``: no other row is both
     smaller and better. ``by_text``: of several texts, perplexity on each, and the divergence from the dense model there.

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from uniprune.checkpoints.configuration import text_config
+from uniprune.common.pictures import showing, shown
 from uniprune.models.loading import Loaded
 
 P = ParamSpec("P")
@@ -18,7 +19,8 @@ T = TypeVar("T")
 
 
 def inferring(function: Callable[P, T]) -> Callable[P, T]:
-    """Decorator: while the function runs, each ``Loaded`` model among its arguments is as in :func:`evaluating`.
+    """Decorator: while the function runs, each ``Loaded`` model among its arguments is as in :func:`evaluating`; afterwards
+    it is given the images that it was given before, none as a rule.
 
     ``Trainer`` leaves a model in training mode. With dropout on, losses would be those of another model, and different in each
     call; and a backward pass of the controller would leave gradients in ``.grad``, which the caller's next optimizer step would
@@ -33,6 +35,7 @@ def inferring(function: Callable[P, T]) -> Callable[P, T]:
             for given in (*args, *kwargs.values()):
                 if isinstance(given, Loaded):
                     stack.enter_context(evaluating(given.model))
+                    stack.enter_context(showing(given.model, shown(given.model)))
             return function(*args, **kwargs)
 
     return wrapper

@@ -67,8 +67,8 @@ class Recipe(Settings):
         self._check_experts()
         if self.size is not None:
             self._check_size()
-        elif self.sparsity is None and (self.allow or self.rules):
-            raise InputError("--allow and --rule shape a budget; give it with --sparsity, e.g. 0.45, or --size")
+        elif self.sparsity is None and (given := self._given("scope", "allow", "rules", "hardware", "unsupported")):
+            raise InputError(f"{', '.join(given)}: these shape a budget; give it with --sparsity, e.g. 0.45, or --size")
         if self.sparsity is not None:
             pattern = self.pattern()
             if self.refine:
@@ -91,12 +91,17 @@ class Recipe(Settings):
             raise InputError("--metric reap scores whole experts by themselves; give it with --experts and --controller none")
         if self.experts is None:
             return
-        others = ("sparsity", "size", "scope", "allow", "rules", "sequential", "refine", "include", "exclude")
-        if given := [name for name in others if getattr(self, name)]:
+        budgets = ("sparsity", "size", "scope", "allow", "rules", "hardware", "unsupported")
+        if given := self._given(*budgets, "sequential", "refine", "include", "exclude"):
             raise InputError(
                 f"--experts removes whole experts of all layers and nothing else; leave out {', '.join(given)}, and prune its "
                 "output afterwards"
             )
+
+    def _given(self, *names: str) -> list[str]:
+        """Those of the settings that are not as they are by default."""
+        fields = type(self).model_fields
+        return [name for name in names if getattr(self, name) not in (False, fields[name].default)]
 
     def _check_size(self) -> None:
         parse_size(str(self.size))

@@ -93,9 +93,10 @@ def figures(summary: Summary) -> list[Figure]:
 
 def _about(summary: Summary, subject: ReportedModel) -> Iterator[str]:
     if pruning := subject.pruning:
+        every = "prunable weights" if pruning.prunable in (None, pruning.weights) else "weights that were chosen"
         yield (
-            f"{percent(pruning.sparsity)} of the {count(pruning.weights)} prunable weights, in {len(pruning.matrices)} "
-            f"matrices, are zero: {pruning.pattern_words}."
+            f"{percent(pruning.sparsity)} of the {count(pruning.weights)} {every}, in {len(pruning.matrices)} matrices, are "
+            f"zero: {pruning.pattern_words}."
         )
     elif subject.sparsity is not None:
         yield f"{percent(subject.sparsity)} of the prunable weights are zero."

@@ -19,7 +19,6 @@ from uniprune.comparison.results import Comparison, ComparisonProtocol
 from uniprune.evaluation.results import Closeness, Evaluation, Row, Sweep, SweepProtocol, samples
 from uniprune.reporting.results import ResultFile
 from uniprune.runtime.layout import Packing
-from uniprune.saliency.record import ControllerRecord
 from uniprune.speed.results import Speeds
 from uniprune.storage.files import path_of
 from uniprune.storage.record import Facts
@@ -86,10 +85,6 @@ class ReportedModel:
     @property
     def closeness(self) -> Closeness | None:
         return next((each.closeness for each in self._against_dense if each.closeness), None)
-
-    @property
-    def controller(self) -> ControllerRecord | None:
-        return self.pruning.controller if self.pruning else None
 
     @property
     def changes(self) -> list[Change]:
@@ -260,8 +255,8 @@ def _is_of(evaluation: Evaluation, label: str, source: ResultFile, labels: Seque
 def agree(evaluation: Evaluation, pruning: Pruning) -> bool:
     """Whether what was measured can be what was pruned so, by its masks and its zeros as far as they are known."""
     measured = evaluation.protocol.masks_sha256
-    if measured and pruning.masks_sha256 and measured != pruning.masks_sha256:
-        return False
+    if measured and pruning.masks_sha256:  # a model that was pruned before has more zeros than these masks
+        return measured == pruning.masks_sha256
     return evaluation.sparsity is None or abs(evaluation.sparsity - pruning.zeros) <= CLOSE
 
 

@@ -22,6 +22,7 @@ Cell = str | tuple[str, float]
 METRICS = ("acc", "acc_norm", "perplexity")
 LOSSES = {"nats", "nats_stderr", "tokens"}
 RESULTS = {"matrices", "controller", "tasks", "lm_eval", "closeness", "generations", "rows", "dense", "by_text"}
+RESULTS |= {"perplexity", "word_perplexity", "byte_perplexity", "by_position", "capabilities", "lm_eval_against", "sparsity"}
 IGNORED = LOSSES | RESULTS | {"kind", "format", "structure"}  # no settings
 LONGEST = 4  # values of a list that are shown one by one
 
@@ -270,8 +271,9 @@ def closeness(summary: Summary) -> Grid | None:
 def protocol(source: ResultFile) -> Grid:
     """Everything that is needed to get a result again: what the file says, but for the results themselves."""
     settings = {key: value for key, value in source.data.items() if key not in IGNORED}
-    stated = settings.pop("protocol", None)
-    rows: list[list[Cell]] = [[key, value] for key, value in _flat(stated or settings)]
+    tasks = {name: facts.get("sha256") for name, facts in (source.data.get("tasks") or {}).items()}
+    stated = {"tasks": tasks, **(settings.pop("protocol", None) or {})}
+    rows: list[list[Cell]] = [[key, value] for key, value in _flat(settings | stated)]
     return Grid(
         f"How {source.path.name} was {'made' if source.kind == 'pruning' else 'measured'}", ["setting:", "value:"], rows
     )

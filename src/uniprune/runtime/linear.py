@@ -174,7 +174,9 @@ def multiply(handle: Handle, x: Tensor, rows: int) -> Tensor:
 
 def unsupported(matrix: Matrix, dtype: torch.dtype | None) -> str | None:
     """Why a matrix cannot be packed, whatever its weights, or None. dtype: of them; None if PyTorch does not have it."""
-    if odd := next((type(module) for module in matrix.modules if next(module.children(), None) or not _is_linear(module)), None):
+    if odd := next(
+        (type(module) for module in matrix.modules if next(module.children(), None) or not _is_linear(module)), None
+    ):
         return f"it is in a {odd.__name__}, which is more than an nn.Linear"
     return None if dtype in TYPES else f"its weights are of another type than {', '.join(map(dtype_name, TYPES))}"
 

@@ -91,9 +91,6 @@ class Packed:
         """The matrix with its zeros."""
         return self.rows(0, self.shape[0], path=path)
 
-    def clone(self) -> Packed:
-        return Packed(self.values.clone(), self.bits.clone(), self.shape)
-
 
 def unpack(values: Tensor, bits: Tensor, shape: tuple[int, int]) -> Tensor:
     """The dense matrix ``[rows, columns]``, by PyTorch alone: on any device, and where the kernel is not there.

@@ -306,6 +306,10 @@ class Tiled(BasePattern):
         return self.of.sparsity
 
     @property
+    def scope(self) -> Scope:
+        return self.of.scope
+
+    @property
     def local(self) -> bool:
         return self.of.local
 

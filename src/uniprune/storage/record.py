@@ -25,7 +25,6 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0, le=LARGEST)]
 Size = Annotated[int, Field(ge=1, le=LARGEST)]
 Shape = Annotated[tuple[Size, Size], Field(strict=False)]  # a list in JSON
-Texts = Annotated[tuple[str, ...], Field(strict=False)]
 
 
 class Facts(BaseModel):

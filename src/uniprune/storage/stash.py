@@ -37,7 +37,7 @@ class Stash:
         self._unsynced: set[str] = set()
 
     def put(self, name: str, tensor: Tensor) -> Tensor:
-        """A copy of ``tensor`` that lasts until something else is put under its name."""
+        """A copy of ``tensor`` that lasts until something else is put under its name; in memory it is the tensor itself."""
         if self._folder is None:
             return tensor.detach()
         shape = (str(tensor.dtype).removeprefix("torch."), *tensor.shape)
@@ -75,7 +75,7 @@ class Stash:
         return self._map(name, (dtype, *sizes))
 
     def __contains__(self, name: object) -> bool:
-        """Whether there is something under a name, of this process or an earlier one."""
+        """Whether a file has something under a name, of this process or an earlier one."""
         return self._folder is not None and (self._folder / f"{name}.json").is_file()
 
     def forget(self, name: str) -> None:

@@ -48,7 +48,7 @@ def find(config: Config, entries: Mapping[str, Entry]) -> Iterator[Found]:
     for key, entry in entries.items():
         layer, _, kind = key.rpartition("weight")
         if kind in ("", "_packed") and f"{layer}{SCALE}" in entries:
-            _check(layer, config, entries)
+            _check(layer, entries)
             parts = {f"{layer}{part}" for part in (SCALE, GLOBAL, SHAPE, OFFSET, *OTHERS)} | {key}
             yield Found(f"{layer}weight", _tensor(f"{layer}weight", entry, layer, entries, block), parts)
 
@@ -71,7 +71,7 @@ def _block(config: Config) -> tuple[int, int] | None:
     return next((found for one in weights if (found := pair(one.get("block_structure")))), None)
 
 
-def _check(layer: str, config: Config, entries: Mapping[str, Entry]) -> None:
+def _check(layer: str, entries: Mapping[str, Entry]) -> None:
     """Raises Refused for weights whose code of zero, or whose scale, is not told by their place."""
     offset = entries.get(f"{layer}{OFFSET}")
     if offset and np.fromfile(offset.file, np.uint8, offset.stop - offset.start, offset=offset.start).any():

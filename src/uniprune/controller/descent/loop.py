@@ -178,7 +178,7 @@ class Descent:
             reached = set[str]().union(*distributed.all_gather(self._reached))
             self.log.without_gradient = [name for name in self.log.without_gradient if name not in reached]
         share = flips.share()
-        kl = distributed.total_of(kl) / batch.numel()
+        kl = distributed.total_of(kl) / self._loss.count(batch)
         self.log.tokens += batch.numel()
         self.log.loss.append(kl)
         self.log.flips.append(share)
@@ -201,7 +201,7 @@ class Descent:
             for batch in self._passes.in_batches(mine, HELD_OUT_TOKENS):
                 student, teacher = self._teacher.infer(batch)
                 kl += self._loss.kl(student, teacher, batch)
-            total += distributed.total_of(kl) / part.numel()
+            total += distributed.total_of(kl) / self._loss.count(part)
         return total / len(targets)
 
     def check(self, targets: Sequence[Pattern], windows: Tensor) -> None:

@@ -56,6 +56,10 @@ class Loss:
             float((self._kl(a[piece], b[piece]) * counts[piece]).sum()) for a, b, counts in windows for piece in pieces(len(a))
         )
 
+    def count(self, ids: Tensor) -> int:
+        """Of how many tokens of ``ids`` the divergence is summed."""
+        return int(self._head.counted(ids).sum())
+
     def hidden_gradient(self, student: Tensor, teacher: Tensor, blocks: int) -> Tensor:
         """The gradient of the hidden states' distance after one of ``blocks`` blocks, with respect to ``student``."""
         with torch.enable_grad():

@@ -36,7 +36,7 @@ class TeacherCache:
         self, batch: Tensor, both: Callable[[Tensor], tuple[Tensor, Tensor]], alone: Callable[[Tensor], Tensor], keep: bool
     ) -> tuple[Tensor, Tensor]:
         """both: the pass of both models. alone: that of the student. keep: whether the teacher's states are kept."""
-        key = f"final-{hashlib.sha256(batch.cpu().numpy().tobytes()).hexdigest()[:16]}"  # the same in a resumed run
+        key = f"final-{hashlib.sha256(batch.cpu().numpy().tobytes()).hexdigest()[:16]}"
         if key in self._states:
             return alone(batch), self._states[key].to(self._passes.device)
         student, teacher = both(batch)
