@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -14,12 +15,15 @@ import torch
 import processes
 import uniprune
 from conftest import VOCABULARY, tiny_model
+from uniprune import Loaded
+from uniprune.artefacts.masks import MasksFile
 from uniprune.artefacts.writer import MASKS
 from uniprune.common import distributed
 from uniprune.controller.descent import loop, states
 from uniprune.controller.mirror_descent import MirrorDescent
 from uniprune.controller.start import in_steps
 from uniprune.data import text
+from uniprune.data.windows import Windows, save_windows
 from uniprune.errors import InputError
 from uniprune.job import prepare as job
 from uniprune.models.matrices import find_matrices
@@ -150,6 +154,90 @@ def test_the_others_say_why_they_end(folder, tmp_path):
     first, second = processes.together(2, ended_by, processes.die, 40, tmp_path, *command)
     assert (first.code, second.code) == (1, -9)
     assert re.fullmatch("error: another process has ended.* --resume continues it\n", first.err)
+
+
+def ranks_own(place, *words):
+    """A command of two processes in a folder each, where the same names may be of other files."""
+    os.chdir(place / str(distributed.local_rank()))
+    processes.command(*words)
+
+
+@pytest.mark.parametrize("controller", ["none", "feedback"])
+@pytest.mark.parametrize(
+    ("differs", "said"), [("text", "another calibration text than process 0"), ("model", "another model than process 0")]
+)
+def test_processes_with_other_files_are_refused(folder, tmp_path, controller, differs, said):
+    """They would wait for each other without end, or mix what they have found."""
+    for rank in range(2):
+        words = text.read("builtin", "calibration")
+        (tmp_path / str(rank)).mkdir()
+        (tmp_path / str(rank) / "text.txt").write_text(words.upper() if rank and differs == "text" else words)
+        if differs == "model":
+            shutil.copytree(folder, tmp_path / str(rank) / "model")
+    if differs == "model":
+        tiny_model(initializer_range=0.3).save_pretrained(tmp_path / "1" / "model")
+    model = "model" if differs == "model" else folder
+    words = "prune", model, *SHORT[:6], "--dataset", "text.txt", "--controller", controller, "-o", tmp_path / "out"
+    for done in processes.together(2, ranks_own, tmp_path, *words):
+        assert done.code == 2
+        assert said in done.err.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_of_other_settings_the_first_one_is_named(monkeypatch):
+    monkeypatch.setattr(distributed, "all_gather", lambda facts: [facts, facts | {"seed": 1}])
+    with pytest.raises(InputError, match="process 1 has another seed than process 0 \\(1 and 0\\); start all with the same"):
+        distributed.check_alike({"metric": "wanda", "seed": 0})
+
+
+def test_a_complete_run_is_resumed_by_many(folder, tmp_path, whole):
+    """All that is left of it is deleted once."""
+    command = "prune", folder, *SHORT, "-o", tmp_path / "out"
+    assert [done.code for done in processes.together(2, processes.command, *command)] == [0, 0]
+    left = tmp_path / ".run-out"
+    (left / "descent").mkdir(parents=True)
+    (left / "identity.json").write_text('{"uniprune": "run", "identity": {}}')
+    (left / "done.json").write_text('{"facts": {}}')
+    for number in range(200):
+        (left / "descent" / str(number)).touch()
+    for done in processes.together(4, processes.command, *command, "--resume"):
+        assert done.code == 0, done.err
+    assert not left.exists()
+
+
+@pytest.mark.parametrize("begins", [False, True])
+def test_refined_masks_of_two_processes_are_those_of_one(folder, tmp_path, begins):
+    """First tokens, too, are those of all samples."""
+    tokens = torch.randint(1, VOCABULARY, (12, 16), generator=torch.Generator().manual_seed(0))
+    if begins:
+        tokens[:, 0] = 0
+    save_windows(Windows(tokens, "made up", 12, "none"), tmp_path / "tokens.safetensors")
+    words = "prune", folder, "-s", "2:4", "--refine", "--dataset", tmp_path / "tokens.safetensors", "-o"
+    for count in (1, 2):
+        for done in processes.together(count, processes.command, *words, tmp_path / str(count)):
+            assert done.code == 0, done.err
+    one, two = (MasksFile(tmp_path / str(count) / MASKS) for count in (1, 2))
+    differ = [float((one[name] != two[name]).float().mean()) for name in one]
+    assert sum(differ) / len(differ) < 2e-3
+
+
+def wrapped(place):
+    """A model in memory that FSDP2 has divided."""
+    from torch.distributed.fsdp import fully_shard
+
+    with distributed.joined(CPU):
+        model = tiny_model()
+        fully_shard(model)
+        try:
+            uniprune.prune_in_place(Loaded(model), uniprune.Recipe(sparsity="2:4", metric="magnitude", controller="none"))
+        except InputError as error:
+            (place / str(distributed.rank())).write_text(str(error))
+
+
+def test_a_model_that_is_divided_already_is_refused(tmp_path):
+    assert [done.code for done in processes.together(2, wrapped, tmp_path)] == [0, 0]
+    for rank in "01":
+        assert "the model is divided among processes (FSDP); give its folder instead" in (tmp_path / rank).read_text()
 
 
 def test_work_is_divided_evenly(monkeypatch):

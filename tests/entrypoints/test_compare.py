@@ -26,6 +26,7 @@ from uniprune.errors import UniPruneError
 from uniprune.evaluation import reproduce
 from uniprune.models.matrices import find_matrices
 from uniprune.sparsity.patterns import NM, Unstructured
+from uniprune.storage import runs
 
 READ = {"text_source": "builtin", "windows": 2, "length": 32}
 SMALL = {"windows": 8, "length": 16, "eval_windows": 2, "eval_length": 32, "dtype": "float32"}
@@ -207,6 +208,38 @@ def test_an_interrupted_table_goes_on(folder, tmp_path):
     assert [row.key for row in more.rows] == [*(row.key for row in found.rows), ("magnitude", "0.3")]
     assert more.rows[:-1] == found.rows
     assert ComparisonRequest.load(output / "recipe.yaml").methods == ("wanda", "feedback", "any", "magnitude")
+
+
+def test_a_calibration_that_is_added_to_a_table_goes_on(folder, tmp_path, monkeypatch):
+    """As in a table that has no row yet."""
+    monkeypatch.setattr(runs.Pace, "due", lambda self: True)
+    output, asked = tmp_path / "table", {"sparsities": ("2:4",), **SMALL}
+    compare(str(folder), output, methods=("magnitude",), **asked)
+    with pytest.raises(Stopped):
+        compare(str(folder), output, methods=("feedback:batch_tokens=16",), resume=True, progress=StopsIn("descending", 2), **asked)
+    begun = list((tmp_path / ".run-table").glob("row-*/descent.json"))
+    assert json.loads(begun[0].read_bytes())["facts"]["done"] == 2
+    assert compare(str(folder), output, methods=("feedback:batch_tokens=16",), resume=True, **asked).rows[-1].resumed
+    assert not (tmp_path / ".run-table").exists()
+
+
+def test_a_row_has_one_file_for_the_harness_whatever_it_is_called(folder, tmp_path):
+    """A file of scores is called by its name, and by more of its path once there is another one of that name."""
+    asked, files = {"sparsities": ("0.5",), **SMALL}, []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        files.append(str(tmp_path / name / "scores.safetensors"))
+        uniprune.calibrate(str(folder), Recipe(controller="none", metric="magnitude"), Path(files[-1]))
+    compare(str(folder), tmp_path / "table", methods=files[:1], **asked)
+    strange = tmp_path / "table" / "lm_eval" / "other" / "results_2026.json"
+    strange.parent.mkdir()
+    strange.write_text('{"model_source": "hf"}')
+    compare(str(folder), tmp_path / "table", methods=files[1:], resume=True, **asked)
+    found = {path.parent.name for path in (tmp_path / "table" / "lm_eval").rglob("results_*.json")}
+    assert len(found) == 4
+    assert {"other"} <= found
+    assert len([name for name in found if "a__scores" in name]) == 1
+    assert {path.name for path in (tmp_path / "table" / "lm_eval").iterdir()} == found
 
 
 def test_a_killed_table_goes_on(folder, tmp_path):

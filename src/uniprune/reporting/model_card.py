@@ -239,8 +239,8 @@ def _rows(results: Sequence[Evaluation], base: str) -> Iterator[tuple[str, str, 
 def _eval_results(results: Sequence[Evaluation]) -> Iterator[EvalResult]:
     """As the hub's model index has them."""
     for result in results:
-        found = [(name, "perplexity", facts.perplexity) for name, facts in (result.by_text or {}).items()]
-        found = found or [(_name(result), "perplexity", result.perplexity)]  # there is no data set of several texts together
+        read: Mapping[str, Any] = result.by_text or {_name(result): result}  # there is no data set of several texts together
+        found = [(name, "perplexity", facts.perplexity) for name, facts in read.items()]
         found += [(task, metric, getattr(facts, metric)) for task, facts in result.tasks.items() for metric in METRICS]
         for name, metric, value in found:
             if value is not None:
