@@ -333,6 +333,7 @@ CASES = {
     "recipe: wrong type": (write("recipe.yaml", "sparsity: 0.5\nwindows: [1]\n"), RECIPE.replace(SMALL, ""), "windows"),
     "recipe: unknown key": (write("recipe.yaml", "sparsty: 0.5\n"), RECIPE, "sparsty"),
     "recipe: a key twice": (write("recipe.yaml", "sparsity: 0.5\nsparsity: 0.6\n"), RECIPE, "sparsity"),
+    "recipe: a key twice inside": (write("recipe.yaml", "sparsity: 0.5\ntuning: {a: 1, a: 2}\n"), RECIPE, "a setting twice"),
     "recipe: a key that is a list": (write("recipe.yaml", "? [a]\n: b\n"), RECIPE, "recipe.yaml"),
     "recipe: not UTF-8": (write("recipe.yaml", b"text: \xff\xfe\xfd\n"), RECIPE, "UTF-8"),
     "recipe: NUL": (write("recipe.yaml", b"text: \0\n"), RECIPE, "recipe.yaml"),

@@ -327,6 +327,13 @@ def experts_and_a_sparsity(world):
     yield "prune", world.path / "a", "-s", "2:4", *SMALL, "-o", world.path / "b"
 
 
+def experts_and_hardware(world):
+    """--experts removes whole experts of all layers and nothing else; leave out hardware, unsupported, and prune its output"""
+    command = ["prune", mixture(world), "--experts", "0.5", *SMALL, "-o", world.path / "a"]
+    yield *command, "--hardware", "nvidia-semi-structured", "--unsupported", "dense"
+    yield command
+
+
 def no_experts(world):
     """has no experts that transformers holds together; leave --experts out"""
     yield "plan", world.folder, "--experts", "0.5"

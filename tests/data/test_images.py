@@ -1,6 +1,7 @@
 """Data sets of images and text, through the model's own processor: what the model sees is what plain transformers shows it."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -18,6 +19,8 @@ from command import run
 from pictures import gemma3, llava, write_model, write_rows
 from uniprune import Loaded, Recipe
 from uniprune.artefacts.masks import MasksFile
+from uniprune.common import pictures
+from uniprune.controller.descent import loop
 from uniprune.data.images.windows import Eyes, load
 from uniprune.data.text import Text
 from uniprune.errors import InputError
@@ -116,13 +119,62 @@ def test_the_controller_sees_them_too_and_place_holders_are_not_predicted(source
         counts = ids[1:] != token
         a, b = (logits[:-1].log_softmax(-1) for logits in (ours, theirs))
         nats -= float(a[counts].gather(1, ids[1:][counts, None]).sum())
-        kl.append(float((b.exp() * (b - a)).sum(-1)[counts].mean()))
+        kl.append(float((b.exp() * (b - a)).sum(-1)[counts].sum()))
         count += int(counts.sum())
     assert count < 4 * (LENGTH - 1)
     assert result.tokens == result.closeness.tokens == count
     assert result.perplexity == pytest.approx(np.exp(nats / count), rel=1e-4)
-    assert result.closeness.kl == pytest.approx(np.mean(kl), rel=1e-3, abs=1e-9)
+    assert result.closeness.kl == pytest.approx(sum(kl) / count, rel=1e-3, abs=1e-9)
     assert not result.generations
+
+
+def test_the_controllers_divergence_is_that_of_the_tokens_that_count(source, rows):
+    loaded = uniprune.load(source, dtype="float32", device="cpu")
+    asked = recipe(rows, controller="feedback", steps=1, tuning={"held_out": 1})
+    windows, _ = shown(source, rows, "calibration", COUNT)
+    counts = (windows.tokens[-1:, 1:] != image_token(source)).sum() + 1
+    seen, kl = [], loop.Loss.kl
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop.Loss, "kl", lambda *given: seen.append(kl(*given)) or seen[-1])
+        report = uniprune.prune_in_place(loaded, asked)
+    assert report.controller.held_out_loss[0] == pytest.approx(seen[0] / int(counts))
+
+
+def test_a_model_that_was_loaded_reads_images_by_its_own_processor(source, rows):
+    loaded = uniprune.load(source, dtype="float32", device="cpu")
+    asked = {"text_source": rows, "windows": 2, "length": LENGTH}
+    assert uniprune.evaluate(loaded, **asked).perplexity == uniprune.evaluate(source, dtype="float32", **asked).perplexity
+    uniprune.prune_in_place(loaded, recipe(rows))
+    assert pictures.shown(loaded.model) is None
+
+
+def test_other_pixels_are_other_samples(source, rows, tmp_path):
+    """Of as many tokens: the size of an image decides that."""
+    shutil.copytree(rows.parent, tmp_path / "other")
+    for file in (tmp_path / "other").glob("*.png"):
+        Image.fromarray(255 - np.asarray(Image.open(file).convert("RGB"))).save(file)
+    one, other = (shown(source, file, "evaluation", 4)[0] for file in (rows, tmp_path / "other" / rows.name))
+    again, _ = shown(source, rows, "evaluation", 4)
+    assert torch.equal(one.tokens, other.tokens)
+    assert one.sha256 == again.sha256 != other.sha256
+
+
+def test_methods_that_read_text_alone_have_no_row(source, rows, tmp_path):
+    """That is said before the first row is made."""
+    asked = {"text": str(rows), "eval_text": str(rows), "windows": COUNT, "length": LENGTH, "sparsities": ("2:4",)}
+    for method, said in (("sparsegpt", "sparsegpt reads text alone"), ("refine", "--sequential and --refine read text alone")):
+        with pytest.raises(InputError, match=f"{said}; leave (it|them) out, or take the text alone: --field text"):
+            uniprune.compare(source, tmp_path / "table", methods=("wanda", method), **asked)
+    assert not (tmp_path / "table").exists()
+
+
+def test_channels_are_found_as_with_text(source, rows, tmp_path):
+    """Where they lie does not depend on what is read."""
+    found = [
+        uniprune.permute(source, recipe(rows, field=field), tmp_path / str(field)).permuted.keys() for field in (None, "text")
+    ]
+    assert found[0] == found[1]
+    assert any("o_proj" in name for name in found[0])
 
 
 def test_a_table_with_images_in_it_and_a_folder_are_read_alike(source, rows, tmp_path):
@@ -212,7 +264,7 @@ def test_what_cannot_be_shown_is_refused_before_the_weights_are_read(source, row
     refused(r"0 images with text fit into 3 tokens, 6 were asked for; .*raise --length", length=3)
     refused(r"8 images with text fit into 48 tokens, 9 were asked for", windows=9)
     refused("read text alone; leave them out, or take the text alone: --field text", sequential=True)
-    refused("read text alone", controller="unipruning", steps=1)
+    refused("--controller unipruning reads text alone; leave it out", controller="unipruning", steps=1)
     refused("--bos is for text alone", bos="none")
     refused("--save-tokens has no place for images", save_tokens=tmp_path / "tokens.safetensors")
     refused("512 tokens do not fit the model's context of 256", length=512)

@@ -216,7 +216,9 @@ def test_a_calibration_that_is_added_to_a_table_goes_on(folder, tmp_path, monkey
     output, asked = tmp_path / "table", {"sparsities": ("2:4",), **SMALL}
     compare(str(folder), output, methods=("magnitude",), **asked)
     with pytest.raises(Stopped):
-        compare(str(folder), output, methods=("feedback:batch_tokens=16",), resume=True, progress=StopsIn("descending", 2), **asked)
+        compare(
+            str(folder), output, methods=("feedback:batch_tokens=16",), resume=True, progress=StopsIn("descending", 2), **asked
+        )
     begun = list((tmp_path / ".run-table").glob("row-*/descent.json"))
     assert json.loads(begun[0].read_bytes())["facts"]["done"] == 2
     assert compare(str(folder), output, methods=("feedback:batch_tokens=16",), resume=True, **asked).rows[-1].resumed

@@ -174,8 +174,8 @@ def test_tables_and_reports_show_each_text(capsys, monkeypatch, folder, pruned, 
     [
         ({"text_source": ("builtin", "self")}, "is what the dense model writes"),
         ({"text_source": ("builtin", "TEXT:0.5")}, "is for calibration; leave it out"),
-        ({"text_source": ("builtin", "TEXT"), "stride": 4}, "are for one text"),
-        ({"text_source": ("builtin", "TEXT"), "rolling": True}, "are for one text"),
+        ({"text_source": ("builtin", "TEXT"), "stride": 4}, "--stride is for one text"),
+        ({"text_source": ("builtin", "TEXT"), "rolling": True}, "--rolling is for one text"),
         ({"text_source": ("builtin", "builtin")}, "two texts are called builtin"),
     ],
 )

@@ -74,6 +74,13 @@ def test_the_stride_is_recorded_and_tells_perplexities_apart(folder, scores, tmp
     )
 
 
+def test_the_stride_is_for_one_text(folder, scores, tmp_path):
+    (tmp_path / "b.txt").write_text("words and others " * 200)
+    asked = {**TEXT, "text_source": ("builtin", str(tmp_path / "b.txt"))}
+    with pytest.raises(InputError, match="--stride is for one text; give one --text at a time"):
+        sweep(str(folder), scores, tmp_path / "s.json", ["0.5"], stride=16, **asked)
+
+
 def test_the_model_is_not_replaced(folder, scores, tmp_path):
     shutil.copytree(folder, tmp_path / "model")
     with pytest.raises(InputError, match="is a file of the input"):

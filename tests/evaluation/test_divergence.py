@@ -1,6 +1,7 @@
 """How close two models' predictions are, against full distributions; and what they write."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -46,6 +47,16 @@ def test_divergence_and_agreement_are_those_of_the_logits(windows, family):
     assert found.kl_stderr == pytest.approx(float(means.std() / math.sqrt(3)), rel=1e-3)
     assert found.agreement == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).float().mean()))
     assert found.tokens == 3 * 19
+
+
+def test_of_overlapping_windows_the_predictions_are_those_of_the_perplexity(windows):
+    overlapping = replace(windows, tokens=windows.tokens.flatten().unfold(0, 20, 5)[:4], stride=5)
+    ours, theirs = noisy(), tiny_model()
+    found = closeness(recorded(ours, overlapping), recorded(theirs, overlapping), overlapping)
+    p, q = (functional.log_softmax(model(overlapping.tokens).logits[:, :-1].float(), -1) for model in (theirs, ours))
+    kl = (p.exp() * (p - q)).sum(-1)
+    assert found.tokens == perplexity(ours, overlapping).tokens == 19 + 3 * 5
+    assert found.kl == pytest.approx(float((kl[0].sum() + kl[1:, -5:].sum()) / found.tokens), rel=1e-4)
 
 
 def test_a_model_is_close_to_itself(windows):

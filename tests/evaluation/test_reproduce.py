@@ -8,8 +8,10 @@ import torch
 import uniprune
 from command import run
 from conftest import tiny_model
+from small_models import tiny
 from task_rows import ROWS
-from uniprune import Recipe
+from uniprune import Loaded, Recipe
+from uniprune.data.windows import Windows, save_windows
 from uniprune.evaluation.reproduce import differences, weights_sha256
 
 ASKED = ("--text", "builtin", "--windows", 2, "--length", 32)
@@ -142,6 +144,26 @@ def test_one_bit_of_any_parameter_changes_the_hash():
     assert weights_sha256(model) == weights_sha256(other)
     other.model.norm.weight.view(torch.int32)[3] ^= 1
     assert weights_sha256(model) != weights_sha256(other)
+
+
+def test_so_does_one_of_a_buffer_that_a_checkpoint_has():
+    """The biases of routers are buffers; rotary frequencies follow from the configuration."""
+    model, other = tiny("deepseek_v3"), tiny("deepseek_v3")
+    next(buffer for name, buffer in other.named_buffers() if name.endswith("inv_freq")).mul_(1 + 1e-6)
+    assert weights_sha256(model) == weights_sha256(other)
+    next(buffer for name, buffer in other.named_buffers() if name.endswith("e_score_correction_bias")).add_(1e-3)
+    assert weights_sha256(model) != weights_sha256(other)
+
+
+def test_an_accelerated_model_has_the_hash_of_its_weights(tmp_path):
+    tokens = tmp_path / "tokens.safetensors"
+    save_windows(Windows(torch.arange(64).reshape(4, 16), "made up", 4, "none"), tokens)
+    model, other = tiny_model(), tiny_model()
+    for one, sparsity in ((model, "0.5"), (other, "2:4")):
+        uniprune.prune_in_place(Loaded(one), Recipe(sparsity=sparsity, text=str(tokens), controller="none"))
+    plain = [weights_sha256(one) for one in (model, other)]
+    assert plain[0] != plain[1]
+    assert [weights_sha256(uniprune.accelerate(one)) for one in (model, other)] == plain
 
 
 def test_differences_are_leaf_by_leaf():

@@ -10,12 +10,13 @@ import pytest
 import made_up
 import uniprune
 from command import run
+from task_rows import ROWS
 from uniprune import InputError, Recipe
 from uniprune.artefacts.reports import Pruning
 from uniprune.common.formatting import NOTE, number, points, short
 from uniprune.common.significance import paired_error
 from uniprune.evaluation.results import Generation
-from uniprune.reporting import plots, sections, tables
+from uniprune.reporting import model_card, plots, sections, tables
 from uniprune.reporting.headline import figures, sentences
 from uniprune.reporting.results import read, read_all
 from uniprune.reporting.sections import dialogue
@@ -148,6 +149,38 @@ def test_a_model_of_which_some_layers_stayed_dense_is_one_model(folder, tmp_path
     (one,) = put_together(tmp_path / "out", tmp_path / "r.json").pruned
     assert one.sparsity == report.zeros
     assert one.reading is not None
+
+
+def test_a_model_that_was_pruned_before_is_told_by_its_masks(folder, tmp_path):
+    """It has more zeros than the last masks removed, and another model may have as many."""
+    asked = {"windows": 2, "length": 16}
+    recipe = Recipe(sparsity=0.5, metric="magnitude", controller="none", include="self_attn", **asked)
+    uniprune.prune(folder, recipe, tmp_path / "a")
+    uniprune.prune(tmp_path / "a", recipe.model_copy(update={"include": ("mlp",)}), tmp_path / "b")
+    uniprune.evaluate(tmp_path / "b", **asked).write(tmp_path / "r.json")
+    (one,) = put_together(tmp_path / "b", tmp_path / "r.json").pruned
+    assert one.reading is not None
+    model_card.rewrite(tmp_path / "b", [tmp_path / "r.json"])
+
+
+def test_the_protocol_of_an_evaluation_is_all_that_it_takes(folder, tmp_path):
+    questions = tmp_path / "piqa.jsonl"
+    questions.write_text(json.dumps(ROWS["piqa"]))
+    result = uniprune.evaluate(folder, windows=2, length=16, tasks=[str(questions)], text_source="builtin")
+    result.write(tmp_path / "r.json")
+    settings = dict(tables.protocol(read(tmp_path / "r.json")).rows)
+    assert settings["text / sha256"] in result.text.sha256 + "..."
+    assert {
+        "versions / torch",
+        "length",
+        "stride",
+        "text / bos",
+        "dtype",
+        "weights_sha256",
+        "machine / device",
+    } <= settings.keys()
+    assert any(name.startswith("tasks / ") for name in settings)
+    assert "perplexity" not in settings
 
 
 def test_apply_counts_zeros_as_prune_does(folder, tmp_path):
