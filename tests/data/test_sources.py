@@ -13,7 +13,7 @@ import uniprune
 from conftest import GENERATION_SETTINGS, prose_and_numbers, tiny_model
 from uniprune import InputError, Loaded, Recipe
 from uniprune.data.sources import TextSource, interleaved, parse, shares
-from uniprune.data.windows import load_windows, save_windows
+from uniprune.data.windows import Windows, load_windows, save_windows
 from uniprune.job.samples import calibration_windows, generated
 
 LENGTH = 16
@@ -135,6 +135,13 @@ def test_the_seed_draws_all_of_them(loaded, both):
         assert not torch.equal(first.tokens[rows], other.tokens[rows])
 
 
+@pytest.mark.parametrize("count", [None, 3])
+def test_a_plan_knows_how_much_a_token_file_has(folder, tmp_path, count):
+    save_windows(Windows(torch.ones(9, LENGTH, dtype=torch.int64), "made up", 9, "none"), tmp_path / "a.safetensors")
+    recipe = Recipe(sparsity="2:4", controller="none", text=str(tmp_path / "a.safetensors"), windows=count)
+    assert uniprune.plan(folder, recipe).tokens == (count or 9) * LENGTH
+
+
 def test_a_token_file_keeps_the_source_of_each_window(loaded, both, tmp_path):
     windows, path = windows_of(loaded, (*both, "self:0.25")), tmp_path / "tokens.safetensors"
     save_windows(windows, path)
@@ -251,6 +258,15 @@ def test_windows_of_its_own_begin_with_bos_where_all_do(tokenizer):
     found = windows_of(loaded, ("builtin", "self"), bos="each")
     assert (found.tokens[:, 0] == tokenizer.bos_token_id).all()
     assert found.with_bos == 16
+
+
+@pytest.mark.parametrize("first", ["tokens", "self"])
+def test_a_token_file_beside_it_does_not_say_how_they_begin(tokenizer, tmp_path, first):
+    tokenizer = type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer, eos_token="<eos>", bos_token="<eos>")
+    save_windows(Windows(torch.ones(16, LENGTH, dtype=torch.int64), "made up", 16, "none"), tmp_path / "a.safetensors")
+    texts = [str(tmp_path / "a.safetensors"), "self"]
+    found = windows_of(Loaded(tiny_model(), tokenizer), texts if first == "tokens" else texts[::-1], bos="each")
+    assert (found.tokens[found.by_source["self"], 0] == tokenizer.bos_token_id).all()
 
 
 def test_a_models_own_generation_settings_do_not_count(loaded, both):

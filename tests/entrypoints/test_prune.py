@@ -1,6 +1,7 @@
 """The commands end to end, on a tiny model in a folder."""
 
 import json
+import shutil
 from functools import partial
 
 import huggingface_hub
@@ -419,6 +420,19 @@ def test_a_refused_run_saves_no_tokens(folder, tokenizer, tmp_path):
     assert not list(tmp_path.iterdir())
     uniprune.prune(str(folder), recipe, tmp_path / "out", save_tokens=tokens)
     assert tokens.exists()
+
+
+@pytest.mark.parametrize("model", [".", "../model"])
+def test_a_finished_run_of_where_one_stands_has_nothing_to_do(folder, tmp_path, monkeypatch, model):
+    shutil.copytree(folder, tmp_path / "model")
+    monkeypatch.chdir(tmp_path / "model")
+    for entry, sparsity in ((uniprune.prune, "0.5"), (uniprune.calibrate, None)):
+        asked = Recipe(sparsity=sparsity, metric="magnitude", controller="none", windows=2, length=16)
+        output = tmp_path / f"{entry.__name__}.safetensors"
+        entry(model, asked, output)
+        before = files.changed(output)
+        entry(model, asked, output, resume=True)
+        assert files.changed(output) == before
 
 
 def test_a_finished_run_that_is_resumed_says_that_it_kept_no_tokens(folder, tmp_path):

@@ -240,6 +240,25 @@ def test_the_states_take_the_disk_that_was_forecast(tmp_path, monkeypatch):
     assert not any(torch.equal(judged[2][name], judged[3][name]) for name in hollow)
 
 
+def test_the_best_duals_lie_beside_earlier_ones_where_states_are_in_memory(tmp_path, monkeypatch):
+    model = tiny_model(initializer_range=0.3, hidden_size=64, intermediate_size=256)
+    matrices, taken, commit = find_matrices(model), [], Store.commit
+
+    def noted(self, facts):
+        taken.append(sum(file.stat().st_size for file in (tmp_path / "run" / "descent").glob("*.safetensors")))
+        commit(self, facts)
+
+    monkeypatch.setattr(runs.Pace, "due", lambda self: True)
+    monkeypatch.setattr(Store, "commit", noted)
+    monkeypatch.setattr(loop.Descent, "held_out_kl", lambda self, *_: 1 / (1 + len(taken)))  # always better
+    (tmp_path / "run").mkdir()
+    settings = MirrorDescent(batch_tokens=64)
+    calibration = Calibration(model, matrices, tokens(16, 16, VOCABULARY), run=runs.Run(tmp_path / "run"))
+    settings.calibrate(calibration, Wanda(), [NM(2, 4)], 4)
+    work = Work(model, matrices, Recipe(sparsity="2:4", tuning={"batch_tokens": 64}), torch.float32, torch.float32, 16)
+    assert 0.9 * max(taken) < needs(work)["resident"].disk <= 1.02 * max(taken)
+
+
 @pytest.mark.parametrize(("target", "again"), [(NM(2, 4), 0), (Unstructured(0.5, "row"), 0), (Unstructured(0.5, "model"), 2)])
 def test_a_step_reads_the_duals_once(tmp_path, monkeypatch, target, again):
     """To move them; the masks of the next step are created then. A budget that all share is known only when all have moved."""
@@ -337,6 +356,33 @@ def test_an_interrupted_run_goes_on_to_the_same_masks(folder, tmp_path, way, mon
         assert all(call.args[2] > 0 for call in checked.call_args_list)  # what the run has on the disk already
         assert checked.called
         assert not (tmp_path / name).exists()
+
+
+@pytest.mark.parametrize("way", ["local, streamed", "sequential", "refine"])
+def test_hidden_states_are_on_the_disk_before_the_commit_that_goes_on_from_them(folder, tmp_path, monkeypatch, way):
+    """After a loss of power a file may have its size and not its content."""
+    changes, execution = WAYS[way]
+    synced, written, missing = set(), {}, []
+    put, commit = Stash.put, Store.commit
+    monkeypatch.setattr("uniprune.storage.stash.sync", lambda path: synced.add(path))
+
+    def noted(self, name, tensor):
+        kept = put(self, name, tensor)
+        if self._folder is not None:
+            synced.discard(self._folder / name)
+            written[self._folder / name] = True
+        return kept
+
+    def checked(self, facts):
+        missing.extend(path for path in written if path not in synced and self._stage == "sweep")
+        commit(self, facts)
+
+    monkeypatch.setattr(Stash, "put", noted)
+    monkeypatch.setattr(Store, "commit", checked)
+    recipe = Recipe(sparsity="2:4", dtype="float32", **SMALL | changes)
+    uniprune.prune(str(folder), recipe, tmp_path / "out", execution=execution)
+    assert written
+    assert not missing
 
 
 def test_hidden_states_that_are_gone_are_an_error(tmp_path):

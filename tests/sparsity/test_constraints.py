@@ -61,6 +61,13 @@ def test_masks_are_nested_under_the_same_rules(seed, one, other):
     assert not any(bool((more[name] & ~less[name]).any()) for name in saliency)
 
 
+@pytest.mark.parametrize("scope", ["row", "matrix"])
+def test_a_fraction_of_a_rule_has_the_budget_of_the_base(scope):
+    """Of tiles, too, whose rows are rows of tiles."""
+    for base in (Unstructured(0.5, scope), Tiled(Unstructured(0.5, scope), 2, 2)):
+        assert ruled(base, "mlp=0.25").pattern_of("mlp").scope == scope
+
+
 def test_others_make_up_for_what_rules_spare():
     pattern = ruled(Unstructured(0.5, "model"), r"layers\.0\.=dense", "1.down_proj=1:4", "1.q_proj=0.25")
     pattern.check(SHAPES)
