@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from uniprune.artefacts.binding import fingerprint
 from uniprune.artefacts.scores import ScoresFacts, ScoresFile, write_scores
-from uniprune.checkpoints.origin import called, spelled
 from uniprune.common import distributed
 from uniprune.common.progress import Progress, silent
 from uniprune.common.provenance import versions
 from uniprune.controller.controllers import any_sparsity
-from uniprune.data.sources import files_of
 from uniprune.errors import InputError
+from uniprune.job.finished import check_tokens_kept, same_run
 from uniprune.job.inference import inferring
 from uniprune.job.options import RunOptions
-from uniprune.job.prepare import check_tokens_kept, device_of, prepare, progress_of
+from uniprune.job.prepare import device_of, prepare, progress_of
 from uniprune.job.recipe import Recipe
 from uniprune.job.scoring import fitting, scored
-from uniprune.models.loading import Loaded, Source
-from uniprune.models.matrices import choose_matrices
+from uniprune.models.loading import Source
 from uniprune.storage import files, runs
 
 if TYPE_CHECKING:
@@ -88,30 +83,3 @@ def _finished(output: Path, recipe: Recipe, source: Source) -> ScoresFacts | Non
     facts = ScoresFile(output).facts
     known = facts.base_name, facts.base
     return facts if same_run(facts.recipe, known, output, recipe, source) else None
-
-
-def same_run(settings: Mapping[str, Any], model: tuple[str, str | None], output: Path, recipe: Recipe, source: Source) -> bool:
-    """Whether an output is of these settings and this model; what is left of its run is then deleted.
-
-    model: the name and the fingerprint of the output's. A model that is in memory alone is told by its weights.
-
-    To read the model and the text again would take as long as many runs do, so of files that were written since, a warning
-    tells: they may be copies of what was there.
-    """
-    name, base = model
-    if settings != json.loads(json.dumps(recipe.record())) or name != called(spelled(source)):
-        return False
-    if isinstance(source, Loaded) and not (source.origin and source.origin.files):
-        matrices = choose_matrices(source.model, recipe.include, recipe.exclude)
-        if fingerprint(source.checkpoint.digests(matrices)) != base:
-            return False
-    runs.discard(output)
-    inputs = [path for path in (files.path_of(spelled(source)), *files_of(recipe.text)) if path.exists()]
-    if newer := [str(path) for path in inputs if files.changed(path) > files.changed(output)]:
-        logger.warning(
-            "%s is complete, so there is nothing to do; but this has been written since: %s; if it is no copy of what it was, "
-            "make the output again (--overwrite without --resume)",
-            output,
-            ", ".join(newer),
-        )
-    return True

@@ -15,13 +15,13 @@ from uniprune.artefacts.reports import ExpertRemoval, Pruning, SizeBudget, read_
 from uniprune.common import distributed
 from uniprune.common.progress import Progress, silent
 from uniprune.common.provenance import Stopwatch, sha256, versions
-from uniprune.entrypoints.calibrate import same_run
 from uniprune.errors import InputError, UniPruneError
 from uniprune.experts import removal
 from uniprune.job.aim import Aim
+from uniprune.job.finished import check_tokens_kept, same_run
 from uniprune.job.inference import inferring
 from uniprune.job.options import RunOptions
-from uniprune.job.prepare import Job, check_tokens_kept, device_of, prepare, progress_of
+from uniprune.job.prepare import Job, device_of, prepare, progress_of
 from uniprune.job.recipe import Recipe
 from uniprune.job.scoring import scored
 from uniprune.models import masking

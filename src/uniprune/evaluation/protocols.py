@@ -19,7 +19,7 @@ Measured = Perplexity | Evaluation
 
 
 @dataclass(frozen=True)
-class Protocol:
+class PublishedProtocol:
     """``dense``: published values of models, by their hub names. ``metric``: which perplexity it is."""
 
     name: str
@@ -52,7 +52,7 @@ class Protocol:
 
 
 @dataclass(frozen=True)
-class Rolling(Protocol):
+class Rolling(PublishedProtocol):
     """Pages read one by one, in pieces of the model's context. ``second_bos``: whether a tokenizer may add one more BOS."""
 
     second_bos: bool = False
@@ -73,8 +73,8 @@ class Rolling(Protocol):
             yield "two BOS" if text.second_bos else "one BOS"
 
 
-PROTOCOLS: tuple[Protocol, ...] = (
-    Protocol(
+PROTOCOLS: tuple[PublishedProtocol, ...] = (
+    PublishedProtocol(
         "WikiText-2, sequence length 2048",
         "perplexity",
         2048,
@@ -94,7 +94,7 @@ PROTOCOLS: tuple[Protocol, ...] = (
         },
         "SparseGPT, Wanda (LLaMA, issue 7), AWQ, RIA, PermLLM",
     ),
-    Protocol(
+    PublishedProtocol(
         "WikiText-2, sequence length 4096",
         "perplexity",
         4096,
@@ -109,7 +109,7 @@ PROTOCOLS: tuple[Protocol, ...] = (
         },
         "Wanda (LLaMA-2), MaskLLM, PATCH",
     ),
-    Protocol(
+    PublishedProtocol(
         "WikiText-2, sequence length 8192",
         "perplexity",
         8192,
@@ -117,7 +117,7 @@ PROTOCOLS: tuple[Protocol, ...] = (
         {"meta-llama/Meta-Llama-3-8B": 5.54},
         "AQLM, KVQuant",
     ),
-    Protocol(
+    PublishedProtocol(
         "WikiText-2, sequence length 1024",
         "perplexity",
         1024,
@@ -125,7 +125,7 @@ PROTOCOLS: tuple[Protocol, ...] = (
         {"openai-community/gpt2-large": 19.44},
         "documentation of transformers",
     ),
-    Protocol(
+    PublishedProtocol(
         "WikiText-2, sequence length 1024, stride 512",
         "perplexity",
         1024,

@@ -9,18 +9,18 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from uniprune.models.experts import Fused, Output, Slice
+from uniprune.models.experts import FusedExperts, Output, Slice
 from uniprune.models.matrices import Matrices, Matrix
 from uniprune.saliency.calibration import OUTPUTS, Calibration, observed
 from uniprune.saliency.observation import sum_over_processes
 from uniprune.saliency.statistics import Norm, Statistic
 from uniprune.sparsity.views import Scores
 
-Layers = dict[str, Fused]
+ExpertLayers = dict[str, FusedExperts]
 """Layers of experts, by the name of the module that holds them."""
 
 
-def layers_of(matrices: Matrices) -> Layers:
+def layers_of(matrices: Matrices) -> ExpertLayers:
     """The layers of fused experts that matrices are of."""
     return {matrix.module.fused.name: matrix.module.fused for matrix in matrices.values() if isinstance(matrix.module, Slice)}
 

@@ -30,7 +30,7 @@ from uniprune.sparsity.patterns import Unstructured
 from uniprune.storage import strict_json
 from uniprune.storage.runs import Run
 
-Layers = Mapping[str, ExpertLayer]
+KeptLayers = Mapping[str, ExpertLayer]
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Removal:
         }
         return layers, record
 
-    def write(self, layers: Layers, folder: Path) -> None:
+    def write(self, layers: KeptLayers, folder: Path) -> None:
         """Writes the checkpoint with the experts that are kept into an empty folder."""
         located = self.files.layout(self.job.loaded.model).located
         kept = {layer: experts.kept for layer, experts in layers.items()}

@@ -296,15 +296,6 @@ def _kept_tokens(options: RunOptions) -> bool:
     return options.resume and not options.overwrite
 
 
-def check_tokens_kept(options: RunOptions, output: Path) -> None:
-    """Raises InputError if a run that is complete is resumed for tokens that it did not save."""
-    if options.save_tokens is not None and not options.save_tokens.exists():
-        raise InputError(
-            f"{output} is complete, and its calibration samples were not saved as {options.save_tokens}; leave --save-tokens "
-            "out, or make it again: --overwrite without --resume"
-        )
-
-
 def warn_of_idle(recipe: Recipe) -> None:
     """Warns if there are settings for the steps of a controller, but no controller runs."""
     if not recipe.corrected and (recipe.steps or recipe.budget_tokens):

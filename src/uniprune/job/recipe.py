@@ -14,7 +14,7 @@ from uniprune.controller import controllers
 from uniprune.controller.protocol import LOCAL, Controller, Cost
 from uniprune.data import sources
 from uniprune.errors import InputError
-from uniprune.job.settings import LENGTH, WINDOWS, Method, Settings
+from uniprune.job.settings import Method, Settings
 from uniprune.saliency import metrics
 from uniprune.saliency.metrics import Metric
 from uniprune.saliency.refine import check
@@ -22,8 +22,6 @@ from uniprune.sparsity import constraints, spelling
 from uniprune.sparsity.constraints import Mixed, Rule, Ruled, choice
 from uniprune.sparsity.hardware import parse
 from uniprune.sparsity.patterns import NM, Pattern, Unstructured
-
-__all__ = ["LENGTH", "WINDOWS", "Recipe"]
 
 PATTERN = (
     "sparsity",

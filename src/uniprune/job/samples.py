@@ -30,7 +30,8 @@ from uniprune.data.sources import SELF, TextSource
 from uniprune.data.text import Text, check_there
 from uniprune.data.windows import Windows, load_windows
 from uniprune.errors import InputError
-from uniprune.job.recipe import LENGTH, WINDOWS, Recipe
+from uniprune.job.recipe import Recipe
+from uniprune.job.settings import LENGTH, WINDOWS
 from uniprune.models.blocks import device_of, resident, text_alone
 from uniprune.models.generation import greedy
 from uniprune.models.loading import Loaded

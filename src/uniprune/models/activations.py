@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from uniprune.models.blocks import hidden_in, last_hidden, rerouted, with_hidden
-from uniprune.models.experts import Fused, Slice
+from uniprune.models.experts import FusedExperts, Slice
 from uniprune.models.matrices import Matrices, find_blocks
 
 logger = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ def _hollow_copy(model: nn.Module, dtype: torch.dtype, wanted: Collection[int]) 
     return copy.deepcopy(model, contents)
 
 
-def _counted(model: nn.Module, experts: Sequence[Fused], length: int) -> Activations:
+def _counted(model: nn.Module, experts: Sequence[FusedExperts], length: int) -> Activations:
     """Of blocks that look alike the first is run; the others hand their input on."""
     _, blocks = find_blocks(model)
     found: dict[Any, tuple[int, Any]] = {}  # what a block looks like -> bytes kept, output

@@ -28,14 +28,14 @@ Call = Callable[["Slice", Tensor], Tensor]
 class Slice(nn.Module):
     """Some rows of one expert's matrix. Its weight is a view, whatever the parameter is at the time; it owns nothing."""
 
-    fused: Fused
+    fused: FusedExperts
     flipped: bool
     shape: tuple[int, int]
     _parameter: str
     _expert: int
     _rows: slice
 
-    def __init__(self, fused: Fused, parameter: str, part: MatrixPart) -> None:
+    def __init__(self, fused: FusedExperts, parameter: str, part: MatrixPart) -> None:
         # Past Module.__setattr__: the fused module is no part of this one.
         vars(self).update(fused=fused, _parameter=parameter, _expert=part.expert, _rows=part.rows, flipped=part.flipped)
         rows, columns = part.region.shape
@@ -87,7 +87,7 @@ class Slice(nn.Module):
 class Output(Slice):
     """An identity on an expert's output times the router's weight: a place for hooks that observe it."""
 
-    def __init__(self, fused: Fused, expert: int) -> None:
+    def __init__(self, fused: FusedExperts, expert: int) -> None:
         width = fused.width
         vars(self).update(fused=fused, _parameter="down_proj", _expert=expert, flipped=False, shape=(width, width))
 
@@ -95,7 +95,7 @@ class Output(Slice):
         return x
 
 
-class Fused:
+class FusedExperts:
     """A module of fused experts, taken apart.
 
     parts: the stored matrices of a parameter, as ``Layout.parts`` has them. slices: by the name of the matrix.
@@ -103,7 +103,7 @@ class Fused:
 
     def __init__(self, name: str, module: Any, parts: Callable[[str], Iterable[MatrixPart]]) -> None:
         self.name, self.module = name, module
-        self.transposed = is_transposed(module)
+        self.transposed = has_inputs_first(module)
         self.first = "gate_up_proj" if "gate_up_proj" in module._parameters else "up_proj"
         self.experts = len(module._parameters["down_proj"])
         self.slices: dict[str, Slice] = {}
@@ -129,7 +129,7 @@ class Fused:
         """Whether it is known how the checkpoint stores them."""
         return all(self._up) and all(self._down)
 
-    def first_of(self, module: Any) -> Fused:
+    def first_of(self, module: Any) -> FusedExperts:
         """The first expert, for :meth:`run_first`, of a copy of the module."""
         twin = copy.copy(self)
         twin.module, twin._up, twin._down = module, [[]], [[]]
@@ -180,11 +180,11 @@ class Fused:
         return torch.cat([call(part, y) for part in self._down[expert]], -1)
 
 
-class Batched(Fused):
+class Batched(FusedExperts):
     """Experts that are each given all tokens, ``[experts * tokens, width]``, zeros where they are not chosen (Llama 4)."""
 
     def run(self, call: Call, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
-        """As :meth:`Fused.run`; an expert sees the tokens that are not zeros."""
+        """As :meth:`FusedExperts.run`; an expert sees the tokens that are not zeros."""
         tokens = hidden_states.view(self.experts, -1, hidden_states.shape[-1])
         output = torch.zeros_like(tokens)
         for expert, mine in enumerate(tokens):
@@ -201,9 +201,9 @@ class Batched(Fused):
         return gated
 
 
-def fused_experts(name: str, module: Any, parts: Callable[[str], Iterable[MatrixPart]]) -> Fused:
+def fused_experts(name: str, module: Any, parts: Callable[[str], Iterable[MatrixPart]]) -> FusedExperts:
     """A module of fused experts, taken apart."""
-    return (Batched if _arguments(module) == 1 else Fused)(name, module, parts)
+    return (Batched if _arguments(module) == 1 else FusedExperts)(name, module, parts)
 
 
 def is_fused(module: nn.Module) -> bool:
@@ -226,7 +226,7 @@ def _arguments(module: nn.Module) -> int:
     return len(inspect.signature(type(module).forward).parameters) - 1
 
 
-def is_transposed(module: Any) -> bool:
+def has_inputs_first(module: Any) -> bool:
     """Whether fused experts have their matrices as ``[in, out]``."""
     if hasattr(module, "is_transposed"):
         return bool(module.is_transposed)
@@ -283,7 +283,7 @@ def taken_apart(modules: Iterable[nn.Module]) -> Iterator[None]:
 class _Apart:
     """The forward of a module of experts that runs them one by one; at the first tokens compared with its own."""
 
-    def __init__(self, fused: Fused, own: Callable[..., Tensor]) -> None:
+    def __init__(self, fused: FusedExperts, own: Callable[..., Tensor]) -> None:
         self._fused, self._own, self._checked = fused, own, False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:

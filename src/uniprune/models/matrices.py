@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from uniprune.checkpoints.checkpoint import Files, checkpoint_of
 from uniprune.checkpoints.configuration import reads_images, text_config
 from uniprune.errors import InputError
-from uniprune.models.experts import Fused, Slice, expert_groups, fused_experts, is_fused, routers
+from uniprune.models.experts import FusedExperts, Slice, expert_groups, fused_experts, is_fused, routers
 from uniprune.models.linear import Probe, is_linear, is_transposed
 
 # Classes of sparse attention (DeepSeek-V3.2 and V4) that choose which tokens it sees, or compress the others. They stay dense:
@@ -317,7 +317,7 @@ def _with_user(matrix: Matrix, module: nn.Module, block: int) -> Matrix:
     return replace(matrix, others=others, spans=matrix.spans or block != matrix.block)
 
 
-def _of_experts(fused: Fused, block: int) -> Iterator[tuple[str, Matrix]]:
+def _of_experts(fused: FusedExperts, block: int) -> Iterator[tuple[str, Matrix]]:
     if not fused.complete:
         raise InputError(f"{fused.name}: it is not known how a checkpoint stores the weights of {type(fused.module).__name__}")
     for name, expert in fused.slices.items():

@@ -26,7 +26,8 @@ import torch
 from uniprune.common import distributed
 from uniprune.controller.passes.streamed import PART_TOKENS
 from uniprune.job.options import IN_MEMORY, Execution
-from uniprune.job.recipe import WINDOWS, Recipe
+from uniprune.job.recipe import Recipe
+from uniprune.job.settings import WINDOWS
 from uniprune.models import activations
 from uniprune.models.blocks import BATCH_TOKENS
 from uniprune.models.experts import Batched, Slice
