@@ -50,6 +50,14 @@ def test_an_interrupted_run_goes_on(tmp_path):
         assert run.facts("descent") is None
 
 
+def test_a_folder_that_another_machine_does_not_see_is_said_to_be_one(tmp_path):
+    with (
+        pytest.raises(InputError, match="which process 0 has made, is not there for this one"),
+        runs.process_run(tmp_path / "a", "b"),
+    ):
+        pass
+
+
 def test_what_an_interrupted_run_holds_counts_as_free(tmp_path):
     """Who goes on uses it, who begins anew frees it; a name more of the same file takes no more of the disk."""
     output = tmp_path / "out"

@@ -56,7 +56,7 @@ def apply(
         _check_names(origin, file, matrices, masks)
         if force:  # else the weights themselves must be the same
             check_orientation(origin, file)
-        size = sum(matrix.parameter.nbytes for matrix in matrices.values()) if matrices else 0
+        size = sum(parameter.nbytes for parameter in loaded.model.parameters()) if isinstance(loaded, Loaded) else 0
         files.check_disk_space(output, writer.checkpoint_bytes(origin, size), runs.held(output))
     found: dict[str, str] = {}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,8 +25,6 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from uniprune.job.options import RunKeywords
-
-logger = logging.getLogger(__name__)
 
 
 @inferring

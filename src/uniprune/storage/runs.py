@@ -132,7 +132,15 @@ def discard(output: Path) -> None:
 
 @contextmanager
 def process_run(folder: Path, name: str) -> Iterator[Run]:
-    """The run of another process of those that share the run in a folder, with room of its own, deleted afterwards."""
+    """The run of another process of those that share the run in a folder, with room of its own, deleted afterwards.
+
+    Raises InputError if the folder is not there, as on another machine.
+    """
+    if not folder.is_dir():
+        raise InputError(
+            f"{folder}, which process 0 has made, is not there for this one; on several machines give an output, and set "
+            "TMPDIR to a folder, that all of them see"
+        )
     own = folder / name
     shutil.rmtree(own, ignore_errors=True)
     own.mkdir(mode=0o700)
