@@ -6,6 +6,8 @@ import ctypes
 import json
 import math
 import os
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +29,14 @@ class Stash:
 
     Beside a file lies another with the tensor's type and shape, for a process that takes up where this one stopped.
 
-    durable: whether it is to outlive a loss of power, once :meth:`sync` has returned.
+    durable: whether it is to outlive a loss of power, once :meth:`sync` has returned; it is written while the process works on.
     """
 
     def __init__(self, folder: Path | None = None, durable: bool = False) -> None:
         self._folder = folder
-        self._durable = durable
+        self._disk = ThreadPoolExecutor(1) if folder is not None and durable else None
+        self._syncs: list[Future[None]] = []
         self._kept: dict[str, tuple[Shape, Tensor]] = {}
-        self._unsynced: set[str] = set()
 
     def put(self, name: str, tensor: Tensor) -> Tensor:
         """A copy of ``tensor`` that lasts until something else is put under its name; in memory it is the tensor itself."""
@@ -48,16 +50,17 @@ class Stash:
                 if hasattr(os, "posix_fallocate") and tensor.nbytes:  # a full disk is an error here, but a crash in a mapping
                     os.posix_fallocate(file.fileno(), 0, tensor.nbytes)
             kept = self._map(name, shape)
-        self._unsynced.add(name)
-        return kept.copy_(tensor.detach())
+        kept.copy_(tensor.detach())
+        if self._disk is not None:
+            new = () if known == shape else (self._folder / f"{name}.json", self._folder)
+            self._syncs += [self._disk.submit(_sync, path) for path in (self._folder / name, *new)]
+        return kept
 
     def sync(self) -> None:
         """Returns when what was put aside is on the disk, as it has to be before a commit that goes on from it."""
-        if self._folder is not None and self._durable:
-            for path in [self._folder / file for name in self._unsynced for file in (name, f"{name}.json")]:
-                sync(path)
-            sync(self._folder)
-        self._unsynced.clear()
+        for done in self._syncs:
+            done.result()
+        self._syncs.clear()
 
     def take(self, name: str) -> Tensor:
         """What an earlier process put under a name."""
@@ -83,7 +86,6 @@ class Stash:
         self._kept.pop(name, None)
         if self._folder is not None:
             (self._folder / f"{name}.json").unlink(missing_ok=True)
-            self._unsynced.discard(name)
 
     def _map(self, name: str, shape: Shape) -> Tensor:
         assert self._folder is not None
@@ -92,6 +94,11 @@ class Stash:
         kept: Tensor = flat.view(sizes)
         self._kept[name] = shape, kept
         return kept
+
+
+def _sync(path: Path) -> None:
+    with suppress(FileNotFoundError):  # it was forgotten meanwhile
+        sync(path)
 
 
 def moved(tensor: Tensor, device: torch.device) -> Tensor:
