@@ -130,6 +130,13 @@ def test_rows_that_are_other_lists_are_none(tmp_path):
         read(tmp_path / "a.json", "calibration")
 
 
+def test_an_empty_list_beside_the_rows_is_not_them(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps({"data": [{"text": "one"}, {"text": "two"}], "warnings": []}))
+    assert read(tmp_path / "a.json", "calibration") == "one\n\ntwo"
+    (tmp_path / "a.jsonl").write_text(json.dumps({"question": "q", "choices": []}))
+    assert [row for _, row in read_rows(tmp_path / "a.jsonl", "task")] == [{"question": "q", "choices": []}]
+
+
 @pytest.mark.parametrize("rows", [1, 2])
 def test_the_field_that_is_asked_for_makes_a_row(tmp_path, rows):
     """Of a file with one, too, in which another field has a list of objects."""

@@ -155,10 +155,11 @@ def test_so_does_one_of_a_buffer_that_a_checkpoint_has():
     assert weights_sha256(model) != weights_sha256(other)
 
 
-def test_an_accelerated_model_has_the_hash_of_its_weights(tmp_path):
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])
+def test_an_accelerated_model_has_the_hash_of_its_weights(tmp_path, family):
     tokens = tmp_path / "tokens.safetensors"
     save_windows(Windows(torch.arange(64).reshape(4, 16), "made up", 4, "none"), tokens)
-    model, other = tiny_model(), tiny_model()
+    model, other = tiny_model(family), tiny_model(family)
     for one, sparsity in ((model, "0.5"), (other, "2:4")):
         uniprune.prune_in_place(Loaded(one), Recipe(sparsity=sparsity, text=str(tokens), controller="none"))
     plain = [weights_sha256(one) for one in (model, other)]

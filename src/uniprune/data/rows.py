@@ -181,7 +181,7 @@ def _around(value: Any, wanted: str | None) -> str | None:
 
 
 def _is_rows(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(row, dict) for row in value)
+    return isinstance(value, list) and bool(value) and all(isinstance(row, dict) for row in value)
 
 
 # -------------------------------------------------------------------------------------------------------------- tables

@@ -47,12 +47,12 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for path, module in model.named_modules():
         own = dict(module.named_parameters(recurse=False))
         own |= {name: t for name, t in module.named_buffers(recurse=False) if name not in module._non_persistent_buffers_set}
+        if getattr(module, "accelerated", False) and "weight" not in own:
+            yield f"{path}.weight", module.weight  # unpacked; a Linear has it before its bias
         for name, tensor in own.items():
             if id(tensor) not in seen:
                 yield f"{path}.{name}" if path else name, tensor
         seen.update(map(id, own.values()))
-        if getattr(module, "accelerated", False) and "weight" not in own:
-            yield f"{path}.weight", module.weight
 
 
 def machine(model: nn.Module) -> Machine:
