@@ -225,7 +225,7 @@ def test_so_is_the_text_model_of_one_with_images(tmp_path):
     ("family", "rope", "expected"),
     [
         ("stablelm", {"partial_rotary_factor": 0.5}, {"partial_rotary_factor": 0.5}),
-        ("gpt_neox", {"partial_rotary_factor": 0.5}, {"rotary_pct": 0.5}),
+        ("gpt_neox", {"partial_rotary_factor": 0.5}, {"rotary_pct": 0.5, "rotary_emb_base": 5e5}),
         ("gemma3_text", None, {"rope_local_base_freq": 1e4, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}),
     ],
 )

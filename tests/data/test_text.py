@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from uniprune.data import mixture, sources, text
+from uniprune.data import rows as rows_module
 from uniprune.data.documents import Reader
 from uniprune.data.rows import read_rows
 from uniprune.data.text import read
@@ -106,27 +107,35 @@ def test_a_byte_order_mark_of_a_file_that_passages_are_drawn_from(tmp_path, monk
 TURNS = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
 
 
-@pytest.mark.parametrize("form", ["{0}\n{0}\n", "[{0},\n{0}]", "\n{0}\n\n{0}"])
-def test_a_list_of_messages_is_a_conversation(tmp_path, form):
+@pytest.mark.parametrize("form", ["{0}\n{0}\n", "[{0},\n{0}]", "\n{0}\n\n{0}", "[{0}]\n[{0}]"])
+@pytest.mark.parametrize("indent", [None, 1])
+def test_a_list_of_messages_is_a_conversation(tmp_path, form, indent):
     class Chat(Letters):
         chat_template = bos_token = ""
 
         def apply_chat_template(self, messages, **options):
             return "".join(f"<{message['role']}>{message['content']}" for message in messages)
 
-    (tmp_path / "a.jsonl").write_text(form.format(json.dumps(TURNS)))
+    (tmp_path / "a.jsonl").write_text(form.format(json.dumps(TURNS, indent=indent)))
     rows = read_rows(tmp_path / "a.jsonl", "text")
     assert list(Reader(tokenizer=Chat())(rows)) == ["<user>q<assistant>a"] * 2
 
 
-def test_rows_that_are_other_lists_are_none(tmp_path):
-    (tmp_path / "a.json").write_text('[["a", "b"],\n["c"]]\n')
-    with pytest.raises(InputError, match=r"line 1: a row is an object with a field of text, or a string, not a list"):
-        read(tmp_path / "a.json", "calibration")
-    (tmp_path / "a.json").write_text('["a",\n"b"]\n[{"text": "c"}]')  # arrays of rows
-    assert read(tmp_path / "a.json", "calibration") == "a\n\nb\n\nc"
-    (tmp_path / "a.json").write_text('["a", "b"]]')
-    with pytest.raises(InputError, match="not JSON"):
+def test_conversations_over_several_blocks_of_a_file(tmp_path, monkeypatch):
+    monkeypatch.setattr("uniprune.data.rows.BLOCK", 256)
+    blocks = rows_module.blocks_of
+    monkeypatch.setattr("uniprune.data.rows.blocks_of", lambda stream: blocks(stream, 64))
+    turns = [TURNS] * 50 + [[{"role": "user", "content": "é" * 20}]] * 20
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, turns)))
+    assert [row for _, row in read_rows(tmp_path / "a.jsonl", "text")] == turns
+
+
+def test_other_arrays_are_taken_apart(tmp_path):
+    for content in ('["a",\n"b"]\n[{"text": "c"}]', '[["a", "b"],\n["c"]]\n', '[[["a"]], [{"text": "b"}, {"text": "c"}]]'):
+        (tmp_path / "a.json").write_text(content)
+        assert read(tmp_path / "a.json", "calibration") == "a\n\nb\n\nc"
+    (tmp_path / "a.json").write_text("[" * 100_000)
+    with pytest.raises(InputError, match="is empty"):
         read(tmp_path / "a.json", "calibration")
 
 

@@ -446,7 +446,7 @@ def test_a_finished_run_that_is_resumed_says_that_it_kept_no_tokens(folder, tmp_
 
 def test_as_much_disk_is_asked_for_as_is_written(folder, tokenizer, tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(files, "check_disk_space", lambda path, size: asked.append(size))
+    monkeypatch.setattr(files, "check_disk_space", lambda path, size, held=0: asked.append(size))
     recipe = Recipe(sparsity="0.5", controller="none", **SMALL)
     write_gguf(tiny_model(tie_word_embeddings=False), tokenizer, tmp_path / "model.gguf")
     sources = {"memory": Loaded(tiny_model().to(torch.bfloat16), tokenizer), "gguf": str(tmp_path / "model.gguf")}

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
@@ -23,7 +22,7 @@ import torch
 
 from uniprune.artefacts.masks import MasksFile
 from uniprune.checkpoints.checkpoint import Files
-from uniprune.checkpoints.companion_files import copy_companions
+from uniprune.checkpoints.companion_files import copy_companions, copy_terms
 from uniprune.checkpoints.layout import dequantised
 from uniprune.checkpoints.origin import Origin
 from uniprune.checkpoints.protocol import spell_digest
@@ -76,10 +75,7 @@ def write_checkpoint(
         _spell_as_before(folder, source.tokenizer)
         files = Files(folder)
         files.layout(source.model)
-    for file in origin.terms if origin is not None else ():
-        if not (folder / file.name).exists():
-            shutil.copyfile(file, folder / file.name)
-            (folder / file.name).chmod(FILE)
+    copy_terms(origin, folder)
     if masks is not None:
         _check_shapes(files, masks)
     pieces = list(_pieces(files, masks or ()))
@@ -123,8 +119,11 @@ def _spell_as_before(folder: Path, tokenizer: Any) -> None:
             rotary = dict(rotary["full_attention"])
         if "rope_theta" in rotary:
             part.setdefault("rope_theta", rotary.pop("rope_theta"))
+            neox = part["model_type"].startswith("gpt_neox")
+            if neox:
+                part.setdefault("rotary_emb_base", part["rope_theta"])
             if (share := rotary.pop("partial_rotary_factor", None)) is not None:
-                part.setdefault("rotary_pct" if part["model_type"].startswith("gpt_neox") else "partial_rotary_factor", share)
+                part.setdefault("rotary_pct" if neox else "partial_rotary_factor", share)
             if rotary.get("rope_type", "default") != "default" or "mrope_section" in rotary:
                 part.setdefault("rope_scaling", rotary)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

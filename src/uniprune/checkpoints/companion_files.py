@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from uniprune.checkpoints.checkpoint import Files
-from uniprune.checkpoints.origin import TEMPLATES, module_folders
+from uniprune.checkpoints.origin import TEMPLATES, Origin, module_folders
 from uniprune.checkpoints.weight_files import has_weights
 from uniprune.storage import strict_json
 from uniprune.storage.files import FILE, REPORT
@@ -47,6 +47,14 @@ def copy_companions(files: Files, folder: Path, index: bool = True) -> None:
             target.chmod(FILE)
     for file in folder.glob("*config.json"):
         _drop_absent_code(file)
+
+
+def copy_terms(origin: Origin | None, folder: Path) -> None:
+    """Copies the licences that lie elsewhere than the checkpoint's files into an output folder that has none by their names."""
+    for file in origin.terms if origin is not None else ():
+        if not (folder / file.name).exists():
+            shutil.copyfile(file, folder / file.name)
+            (folder / file.name).chmod(FILE)
 
 
 def _drop_absent_code(file: Path) -> None:

@@ -27,9 +27,12 @@ from uniprune.storage.files import path_of
 
 # What goes with weights: no pickle, no code. Licences may ask that they do, and terms of use (*.md).
 CARD = "README.md"
-TERMS = ("*LICEN[CS]E*", "*Licen[cs]e*", "*licen[cs]e*", "NOTICE*", "Notice*", "COPYING*")
+WORDS = ("LICEN[CS]E", "Licen[cs]e", "licen[cs]e")
+TERMS = (*(f"{start}{word}*" for word in WORDS for start in ("", "*[-_]")), "NOTICE*", "Notice*", "COPYING*")
+CODE = ("*.py", "*.sh", "*.exe", "*.so", "*.dll")
+WRITTEN = ("", ".txt", ".md", ".rst", ".html", ".pdf")  # endings of terms
 COMPANIONS = ("*.json", "*.model", "*.tiktoken", "*.txt", "*.jinja", "*.md", *TERMS)
-SNAPSHOT = re.compile(r".*/models--(?P<repository>[^/]+)/snapshots/(?P<commit>[0-9a-f]{40})(/.*)?")  # in the Hub's cache
+SNAPSHOT = re.compile(r"(?P<home>.*/models--(?P<repository>[^/]+)/snapshots/(?P<commit>[0-9a-f]{40}))(/.*)?")  # in the cache
 MODULE = re.compile(r"\w[\w.-]*")  # a folder right inside the model's
 TEMPLATES = "additional_chat_templates/*.jinja"  # chat templates with a name, in a folder of their own
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
@@ -68,9 +71,10 @@ class Origin:
     @property
     def terms(self) -> list[Path]:
         """Licences and notices that do not lie among the files of a checkpoint folder, which go with it anyway."""
-        places = [place for place in (self.folder if self.gguf else None, self.home) if place is not None]
-        found = {file.name: file for place in reversed(places) for kind in TERMS for file in place.glob(kind) if file.is_file()}
-        return sorted(found.values())
+        home = None if self.home == self.folder else self.home
+        places = [place for place in (self.folder if self.gguf else None, home) if place is not None]
+        every = (file for place in reversed(places) for kind in TERMS for file in place.glob(kind))
+        return sorted({file.name: file for file in every if file.is_file() and file.suffix.lower() in WRITTEN}.values())
 
     @cached_property
     def files(self) -> Files | None:
@@ -109,10 +113,10 @@ def resolve(source: str | Path | Origin) -> Origin:
     return _from_hub(address)
 
 
-def _cached(path: Path) -> tuple[str | None, str | None]:
-    """Repository and commit of what lies in the Hub's cache, as ``snapshot_download`` gives its place."""
+def _cached(path: Path) -> tuple[str | None, str | None, Path | None]:
+    """Repository, commit and home of what lies in the Hub's cache, as ``snapshot_download`` gives its place."""
     found = SNAPSHOT.fullmatch(path.absolute().as_posix())
-    return (found["repository"].replace("--", "/"), found["commit"]) if found else (None, None)
+    return (found["repository"].replace("--", "/"), found["commit"], Path(found["home"])) if found else (None, None, None)
 
 
 def called(name: str) -> str:
@@ -229,7 +233,7 @@ def _from_hub(address: Address) -> Origin:
     if files is not None:
         _check_listing(address, files)
     kinds = [f"{inside}{kind}" for kind in COMPANIONS]
-    snapshot = hub.download(address, kinds, ignored=[f"{inside}*/*"])  # the client's * matches slashes, too
+    snapshot = hub.download(address, kinds, ignored=[f"{inside}*/*", *CODE])  # the client's * matches slashes, too
     _fetch_terms(address)
     commit, folder = hub.commit_of(snapshot), snapshot / address.path
     if files is None:
@@ -293,7 +297,7 @@ def _gguf_from_hub(address: Address, files: Collection[str] | None) -> Origin:
 def _fetch_terms(address: Address) -> None:
     """The repository's card and licences, of what is a part of it."""
     if address.path:
-        hub.download(address, [CARD, *TERMS], ignored=["*/*"])
+        hub.download(address, [CARD, *TERMS], ignored=["*/*", *CODE])
 
 
 def _absent(address: Address, there: Sequence[str]) -> InputError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from functools import partial
@@ -18,6 +19,7 @@ Choice = Callable[[str, Sequence[str]], Sequence[str]]
 Chosen = Callable[[Sequence[str]], Sequence[str]]
 BATCH = 256  # rows of a columnar file in memory at once
 VALUE = 1 << 28  # characters of one JSON value, at most
+MESSAGE = re.compile(r"\[\s*\{")  # how an array of objects begins
 BOM = b"\xef\xbb\xbf"
 NO_SEPARATOR = "\x1f"  # stands in no text
 ROWS = {"text", "messages", "conversations", "conversation", "prompt", "article"}  # an object with one of these is a row itself
@@ -50,23 +52,19 @@ def read_rows(path: Path, what: str, choose: Choice | None = None, wanted: str |
 
 
 def is_lines(path: Path, form: Format, wanted: str | None = None) -> bool:
-    """Whether a JSON file has one value a line: whether its first line is one, and it is neither an array of rows (that may be
-    the first conversation of several) nor all there is, an object around them. wanted: as for :func:`read_rows`."""
+    """Whether a JSON file has one value a line: whether its first line is one, and it is neither an array nor all there is, an
+    object around rows. wanted: as for :func:`read_rows`."""
     with closing(decompressed(path, form.compression)) as stream:
         head = stream.read(64).removeprefix(BOM).lstrip()
-        array = head[:1] == b"["
-        longest = BLOCK if array else VALUE
-        first, _, rest = (head if b"\n" in head else head + stream.readline(longest)).partition(b"\n")
-        follows = (rest + stream.read(64)).strip()
-    if array and follows[:1] != b"[":
-        return False
+        if head[:1] == b"[":
+            return False
+        first, _, rest = (head if b"\n" in head else head + stream.readline(VALUE)).partition(b"\n")
+        alone = not (rest + stream.read(64)).strip()
     try:
         value = json.loads(first)
     except (ValueError, RecursionError):
         return False
-    if array:
-        return bool(value) and is_conversation(value)
-    return bool(follows) or not _around(value, wanted)
+    return not (alone and _around(value, wanted))
 
 
 def is_conversation(value: Any) -> bool:
@@ -120,25 +118,30 @@ def _by_line(stream: BinaryIO, name: str) -> Iterator[tuple[str, Any]]:
 
 
 def _values(blocks: Iterator[str], name: str) -> Iterator[tuple[str, Any]]:
-    """The values that stand in a JSON text one after the other: an array's elements, or objects over several lines each. An
-    array in an array is a value."""
+    """The values that stand in a JSON text one after the other: the elements of arrays, or objects over several lines each.
+
+    An array of messages, of less than a BLOCK, is a value: a conversation.
+    """
     decode = json.JSONDecoder().raw_decode
     buffer = ""
     at = 0
     line = 1
-    ended = inside = False
+    ended = False
     while True:
-        while at < len(buffer) and (buffer[at].isspace() or buffer[at] in (",]" if inside else ",[")):
-            inside = buffer[at] != "]" if buffer[at] in "[]" else inside
+        while at < len(buffer) and (buffer[at].isspace() or buffer[at] in ",]"):
             at += 1
         if at == len(buffer) and ended:
             return
         where = f"{name}, line {line + buffer.count(chr(10), 0, at)}"
+        array = buffer[at : at + 1] == "["
         try:
-            value, end = decode(buffer, at)
+            if array and len(buffer) - at < BLOCK and not ended:  # it may go on
+                raise ValueError
+            value, end = _conversation(buffer, at) if array else decode(buffer, at)
             if end == len(buffer) and not ended:  # a number may go on
                 raise ValueError
-            yield where, _checked(value, buffer[at:end])
+            if value is not None or not array:
+                yield where, _checked(value, buffer[at:end])
             at = end
         except (ValueError, RecursionError) as error:
             if ended or len(buffer) - at > VALUE or isinstance(error, RecursionError):
@@ -153,6 +156,18 @@ def _values(blocks: Iterator[str], name: str) -> Iterator[tuple[str, Any]]:
                 more.append(block or "")
                 wanted -= len(more[-1])
             buffer, at = buffer[at:] + "".join(more), 0
+
+
+def _conversation(buffer: str, at: int) -> tuple[Any, int]:
+    """The conversation that the array at ``at`` is, and where it ends; None, and where its elements begin, if it is none."""
+    if MESSAGE.match(buffer, at):
+        try:
+            value, end = json.JSONDecoder().raw_decode(buffer, at)
+        except (ValueError, RecursionError):
+            return None, at + 1
+        if is_conversation(value):
+            return value, end
+    return None, at + 1
 
 
 def _unwrapped(values: Iterator[tuple[str, Any]], wanted: str | None) -> Iterator[tuple[str, Any]]:

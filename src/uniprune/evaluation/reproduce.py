@@ -31,8 +31,8 @@ TOLERANCE = 1e-2  # relative, between machines of different kinds: their kernels
 def weights_sha256(model: nn.Module) -> str:
     """Of the names, shapes, types and bits of all parameters and persistent buffers, as the model computes with them.
 
-    An accelerated layer counts by its dense matrix. Buffers that are no part of a checkpoint follow from the configuration, and
-    may differ in their last bit from machine to machine.
+    An accelerated layer counts by its dense matrix, whose zeros have no sign. Buffers that are no part of a checkpoint follow
+    from the configuration, and may differ in their last bit from machine to machine.
     """
     digest = hashlib.sha256()
     for name, tensor in _tensors(model):

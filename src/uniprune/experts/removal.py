@@ -13,7 +13,7 @@ from torch import nn
 
 from uniprune.artefacts.reports import ExpertCounts, ExpertLayer
 from uniprune.checkpoints.checkpoint import Files, checkpoint_of
-from uniprune.checkpoints.companion_files import copy_companions
+from uniprune.checkpoints.companion_files import copy_companions, copy_terms
 from uniprune.checkpoints.origin import resolve
 from uniprune.common.progress import Progress, silent
 from uniprune.experts import files as expert_files
@@ -84,6 +84,7 @@ class Removal:
         located = self.files.layout(self.job.loaded.model).located
         kept = {layer: experts.kept for layer, experts in layers.items()}
         copy_companions(self.files, folder)
+        copy_terms(self.job.loaded.origin, folder)
         expert_files.write(self.files, self.less.tensors(self.files, located, kept), folder, self.counts.parameters)
         config = folder / "config.json"
         settings = self.less.configure(strict_json.parse(config.read_bytes()))

@@ -30,6 +30,7 @@ from uniprune.storage.outline import Outline
 
 NUMBER = re.compile(r"(?!.*(per_tok|top|shared|group|layer|capacity|freq|offset)).*experts.*")  # a setting: how many there are
 HEADS = re.compile(r"num_nextn_predict_layers|(num_mtp|mtp_num)(_hidden)?_layers")  # a setting: heads for further tokens
+APART = re.compile(r"(.*?\.)?(mtp|nextn)\w*\.")  # the part of a checkpoint that has such heads
 BY_NUMBER = re.compile(r"experts\.\d")  # the name of an expert
 TOKENS = 64  # that a router is tried on
 FAR = -1e4  # weights of a router for experts that are never chosen, of inputs that are positive
@@ -167,26 +168,30 @@ def _is_of(layer: str, key: str) -> bool:
 
 
 def _left_out(files: Files, located: Located, axes: Mapping[str, int]) -> frozenset[str]:
-    """Stored tensors of layers of experts that the model loads nothing of, and of the heads that those layers are a part of:
-    DeepSeek's come after the last layer (``model.layers.61.``), Qwen's lie apart (``mtp.layers.0.``, ``mtp.fc``)."""
+    """Stored tensors of heads that the model loads nothing of and that have experts like its own layers: DeepSeek's are layers
+    after the last one (``model.layers.61.``), Qwen's lie apart (``mtp.layers.0.``, ``mtp.fc``)."""
     used = {key for place in located.values() for key in keys_of(place)}
-    alike = {_within(key) for name in axes if name in located for key in keys_of(located[name])}
-    others = files.tensors.keys() - used
-    layers = {_layer(key) for key in others if _layer(key) and (_within(key) in alike or ".experts." in key)}
-    heads = {layer.rsplit(".", 3)[0] + "." for layer in layers if layer.count(".") > 2}
-    apart = tuple(place for place in layers | heads if not any(key.startswith(place) for key in used))
-    return frozenset(key for key in others if key.startswith(apart))
+    own = {key for name in axes if name in located for key in keys_of(located[name])}
+    alike, within = {_pattern(key) for key in own}, {_pattern(key.removeprefix(_layer(key))) for key in own}
+    heads = set[str]()
+    for key in files.tensors.keys() - used:
+        if _pattern(key) in alike:
+            heads.add(_layer(key))
+        elif (apart := APART.match(key)) and (_pattern(key.removeprefix(_layer(key))) in within or ".experts." in key):
+            heads.add(apart[0])
+    unused = tuple(head for head in heads if head and not any(key.startswith(head) for key in used))
+    return frozenset(key for key in files.tensors.keys() - used if key.startswith(unused))
+
+
+def _pattern(key: str) -> str:
+    """A key without its numbers, the same in each layer and of each expert."""
+    return re.sub(r"\d+", "*", key)
 
 
 def _layer(key: str) -> str:
     """A key up to its first number, which is a layer's; empty if it has none."""
     found = re.match(r".*?\.\d+\.", key)
     return found[0] if found else ""
-
-
-def _within(key: str) -> str:
-    """The rest of a key, the same in each layer and of each expert."""
-    return re.sub(r"\d+", "*", key.removeprefix(_layer(key)))
 
 
 def _check_loads(name: str, small: nn.Module, located: Located, axes: Mapping[str, int]) -> None:

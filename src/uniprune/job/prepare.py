@@ -190,7 +190,7 @@ def prepare(
         digests = meanwhile.enter_context(prospect.checkpoint.digesting(prospect.matrices)) if prospect.checkpoint else None
         tokenizer = given.tokenizer if isinstance(given, Loaded) else load_tokenizer(given)
         windows = windows_of(recipe, prospect.model, prospect.origin, tokenizer)
-        distributed.check_alike(recipe.record() | {"calibration text": windows.sha256})
+        distributed.check_alike(recipe.record() | {"text": windows.sha256})  # which may lie in another folder on each machine
         if options.save_tokens is not None and windows.prompts is None:
             check_savable(windows, options.save_tokens, _kept_tokens(options))
         work = prospect.work(*windows.tokens.shape)
@@ -218,7 +218,7 @@ def prepare(
         prunable = sum(matrix.size for matrix in every.values())
         found = digests() if digests else loaded.checkpoint.digests(matrices)
         binding = Binding.of(matrices, found, called(str(loaded)), prunable)
-        distributed.check_alike({"model": binding.base, "type": dtype_name(blocks.dtype_of(loaded.model))})
+        distributed.check_alike({"model": binding.base, "--dtype": dtype_name(blocks.dtype_of(loaded.model))})
         _save_tokens(windows, options)  # once nothing is left to refuse
         return Job(loaded, matrices, windows, binding, aim, execution)
 

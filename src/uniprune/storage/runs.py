@@ -115,10 +115,11 @@ def pending(output: Path) -> bool:
 def held(output: Path) -> int:
     """Bytes of disk that the folder of an interrupted run of ``output`` takes; a file with several names counts once."""
     sizes = {}
-    for path in folder_of(output).rglob("*"):
-        with suppress(FileNotFoundError):  # of a process that works there, which will be found out when the run is opened
-            file = path.lstat()
-            sizes[file.st_ino] = file.st_blocks * 512
+    for folder, _, names in os.walk(folder_of(output)):
+        for name in names:
+            with suppress(FileNotFoundError):  # of a process that works there, which will be found out when the run is opened
+                file = os.lstat(os.path.join(folder, name))
+                sizes[file.st_ino] = file.st_blocks * 512
     return sum(sizes.values())
 
 

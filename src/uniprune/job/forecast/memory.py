@@ -310,7 +310,7 @@ class _Parts:
     def finals(self) -> int:
         """On disk: the dense model's final hidden states, if the controller comes to the same windows more than once."""
         recipe, length = self.work.recipe, self.work.length
-        again = (recipe.steps_within(length) or 0) * recipe.step_tokens(length) > self.text
+        again = (recipe.steps_within(length) or 0) * recipe.step_tokens(length) > self.work.windows * length
         return self.text * self.item * self.hidden_size if recipe.corrected and again else 0
 
     @property
