@@ -152,7 +152,7 @@ def test_names_that_other_tools_have():
 
 
 def test_one_setting_has_one_value():
-    with pytest.raises(InputError, match="'dataset' sets 'text', which is given as well"):
+    with pytest.raises(InputError, match="'text' and 'dataset' both set 'text'; leave one of them out"):
         Recipe(text="c4", dataset="builtin")
 
 

@@ -164,7 +164,7 @@ def ranks_own(place, *words):
 
 @pytest.mark.parametrize("controller", ["none", "feedback"])
 @pytest.mark.parametrize(
-    ("differs", "said"), [("text", "another calibration text than process 0"), ("model", "another model than process 0")]
+    ("differs", "said"), [("text", "another text than process 0"), ("model", "another model than process 0")]
 )
 def test_processes_with_other_files_are_refused(folder, tmp_path, controller, differs, said):
     """They would wait for each other without end, or mix what they have found."""

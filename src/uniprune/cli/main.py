@@ -100,6 +100,9 @@ app = Commands(
 
 def main() -> NoReturn:
     """Runs the command line: exit code 0 done, 2 bad input (one line on stderr), 1 anything else."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # who started this has closed it
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):  # results are shown, and some are nowhere else, whatever the locale can write
         sys.stdout.reconfigure(errors="backslashreplace")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")

@@ -85,6 +85,8 @@ def check_object(given: Any, what: str, members: tuple[str, ...]) -> None:
     if not dataclasses.is_dataclass(given):
         name = type(given).__name__
         raise InputError(f"{what} {name} is no dataclass, so its settings could not be recorded; use @dataclass(frozen=True)")
+    if type(given).__module__.startswith("uniprune."):  # another's may be of any types
+        build(type(given), values_of(given), f"{what} {type(given).__name__}")
 
 
 def _is_plain(value: Any) -> bool:

@@ -95,11 +95,12 @@ class Options(BaseModel):
         fields = cls.model_fields
         names = {_identifier(flag): name for name, field in fields.items() for flag in spellings(name, field)}
         found: dict[str, Any] = {}
+        first: dict[str, str] = {}
         for spelled, value in given.items():
             name = spelled if spelled in fields else names.get(_identifier(spelled), spelled)
             if name in found:
-                raise InputError(f"{spelled!r} sets {name!r}, which is given as well; leave one of them out")
-            found[name] = value
+                raise InputError(f"{first[name]!r} and {spelled!r} both set {name!r}; leave one of them out")
+            found[name], first[name] = value, spelled
         return found
 
     @field_validator("*")

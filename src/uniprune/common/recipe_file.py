@@ -13,8 +13,9 @@ SIZE, DEPTH = 1 << 20, 4  # of a recipe: bytes, collections in each other; at mo
 NULL = {"", "~", "null", "Null", "NULL"}  # in YAML 1.2, unquoted
 
 
-def read(path: Path) -> dict[str, Any]:
+def read(path: str | Path) -> dict[str, Any]:
     """The settings that a recipe file gives, scalars as text. Raises InputError that names the file."""
+    path = Path(path).expanduser()
     if not path.is_file():
         raise InputError(f"recipe {path} is not a file; give a YAML file with settings")
     try:

@@ -51,14 +51,16 @@ def bench(
     ``bfloat16``, ``float16``. batches: tokens at a time. sparsities: fractions removed. seconds: for each kernel, dtype,
     sparsity and batch, at least. Raises InputError for settings that cannot be measured.
     """
-    dtypes, batches, sparsities = list(dict.fromkeys(dtypes)), list(dict.fromkeys(batches)), list(dict.fromkeys(sparsities))
-    _check(dtypes, batches, sparsities)
+    asked = Measurement.of(dtypes=dtypes, batches=batches, sparsities=sparsities, device=device)
+    types = list(dict.fromkeys(asked.dtypes))
+    counts, fractions = list(dict.fromkeys(asked.batches)), list(dict.fromkeys(asked.sparsities))
+    _check(types, counts, fractions)
     place = parse_device(device)
     origin = resolve(source)
     matrices = find_matrices(skeleton(origin))
     shapes = Counter(matrix.shape for matrix in matrices.values())
     fused = sum(isinstance(matrix.module, Slice) for matrix in matrices.values())
-    at, watch = Conditions(place, [DTYPES[name] for name in dtypes], batches, sparsities, seconds=seconds), Stopwatch()
+    at, watch = Conditions(place, [DTYPES[name] for name in types], counts, fractions, seconds=seconds), Stopwatch()
     with watch("measure"):
         results, missing = timing.measure(shapes, at, progress)
     busy = results and median(result.high / result.low for result in results) > BUSY
@@ -67,8 +69,8 @@ def bench(
         device="CPU" if place.type == "cpu" else torch.cuda.get_device_name(place),
         threads=torch.get_num_threads(),
         shapes={f"{rows} x {columns}": count for (rows, columns), count in shapes.items()},
-        dtypes=dtypes,
-        batches=batches,
+        dtypes=types,
+        batches=counts,
         results=results,
         missing=missing,
         verdicts=verdicts(results, missing),

@@ -16,7 +16,7 @@ from uniprune.job.finished import check_tokens_kept, same_run
 from uniprune.job.inference import inferring
 from uniprune.job.options import RunOptions
 from uniprune.job.prepare import device_of, prepare, progress_of
-from uniprune.job.recipe import Recipe
+from uniprune.job.recipe import Recipe, check_recipe
 from uniprune.job.scoring import fitting, scored
 from uniprune.models.loading import Source
 from uniprune.storage import files, runs
@@ -36,6 +36,7 @@ def calibrate(
     options: as in :func:`prune`. Returns the facts that stand in the file's metadata, in every process of a run.
     """
     output = files.path_of(output)
+    check_recipe(recipe)
     if recipe.sequential:
         flag = "--refine" if recipe.refine else "--sequential"
         raise InputError(f"{flag} needs the masks while it calibrates; use it with prune")

@@ -19,6 +19,8 @@ from uniprune.sparsity.views import on_one_scale
 from uniprune.storage import files
 from uniprune.storage.dtypes import PLAIN
 
+BUDGET = ("sparsity_type", "allow", "rules", "hardware", "unsupported")
+
 
 def mask(
     scores: str | Path,
@@ -31,8 +33,11 @@ def mask(
 ) -> Masked:
     """Cuts masks of one sparsity from a scores file and writes them; returns the realised sparsity.
 
-    budget: ``sparsity_type``, ``allow``, ``rules``, ``hardware`` and ``unsupported``, as in :class:`Recipe`.
+    budget: ``sparsity_type``, ``allow``, ``rules``, ``hardware`` and ``unsupported``, as in :class:`Recipe`. Raises InputError
+    for other settings: scores say already how they were made, and of which matrices.
     """
+    if other := sorted(Recipe.named(budget).keys() - set(BUDGET)):
+        raise InputError(f"mask: {other[0]} is no setting of masks; it has: {', '.join(('scope', *BUDGET))}")
     scores, output = files.path_of(scores), files.path_of(output)
     files.check_output_file(output, overwrite, scores)
     if sparsity is None:

@@ -27,7 +27,7 @@ from uniprune.errors import InputError, UniPruneError
 from uniprune.job.inference import inferring
 from uniprune.job.options import RunOptions
 from uniprune.job.prepare import Job, device_of, prepare, progress_of
-from uniprune.job.recipe import Recipe
+from uniprune.job.recipe import Recipe, check_recipe
 from uniprune.models.channels.folding import Channels, fold, folding, reorder
 from uniprune.models.channels.heads import find_heads
 from uniprune.models.channels.hidden import find_hidden
@@ -71,6 +71,7 @@ def permute(
     Raises InputError for a pattern other than N:M, and for a model in which no reordering could be proved to be harmless.
     """
     output = files.path_of(output)
+    check_recipe(recipe)
     pattern = recipe.pattern()
     if not isinstance(pattern, NM):
         raise InputError(f"{pattern}: the order of channels matters to N:M patterns only; use --sparsity 2:4")

@@ -14,7 +14,7 @@ from uniprune.job.forecast import estimate
 from uniprune.job.forecast.memory import needs
 from uniprune.job.options import Execution, RunOptions
 from uniprune.job.prepare import execution_of, prospect_of
-from uniprune.job.recipe import Recipe
+from uniprune.job.recipe import Recipe, check_recipe
 from uniprune.job.samples import shape_of_windows
 from uniprune.models.loading import load
 
@@ -31,6 +31,7 @@ def plan(
 
     It reads no weights, but samples of them for a size: from safetensors files, while a model in another format is loaded.
     """
+    check_recipe(recipe)
     origin = resolve(source)
     options = RunOptions.of(device=device, max_memory=max_memory, execution=execution)
     prospect = prospect_of(origin, recipe, options)

@@ -22,7 +22,7 @@ from uniprune.job.finished import check_tokens_kept, same_run
 from uniprune.job.inference import inferring
 from uniprune.job.options import RunOptions
 from uniprune.job.prepare import Job, device_of, prepare, progress_of
-from uniprune.job.recipe import Recipe
+from uniprune.job.recipe import Recipe, check_recipe
 from uniprune.job.scoring import scored
 from uniprune.models import masking
 from uniprune.models.loading import Loaded, Source
@@ -91,10 +91,14 @@ def prune_in_place(loaded: Loaded, recipe: Recipe, *, save_tokens: Path | None =
 
     Kept weights keep their bits. Raises InputError before the heavy work starts if anything asked for cannot be done.
     """
+    if not isinstance(loaded, Loaded):
+        raise InputError(
+            "prune_in_place takes a model in memory: Loaded(model, tokenizer), or uniprune.load(...); or use prune"
+        )
     _check_budget(recipe)
     if recipe.experts is not None:
         raise InputError("--experts leaves a smaller model, which is written: use prune, not prune_in_place")
-    watch, options = Stopwatch(), RunOptions(save_tokens=save_tokens)
+    watch, options = Stopwatch(), RunOptions.of(save_tokens=save_tokens)
     with distributed.joined(device_of(options)):
         with watch("prepare"):
             job = prepare(loaded, recipe, None, options, progress=progress)
@@ -110,6 +114,7 @@ def prune_in_place(loaded: Loaded, recipe: Recipe, *, save_tokens: Path | None =
 
 def _check_budget(recipe: Recipe) -> None:
     """Raises InputError unless a recipe says how much is to go."""
+    check_recipe(recipe)
     if recipe.size is None and recipe.experts is None:
         recipe.pattern()
 

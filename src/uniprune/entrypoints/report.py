@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from uniprune.errors import InputError
 from uniprune.reporting.headline import sentences, verdict
@@ -55,15 +55,18 @@ class Report(Record):
     sources: list[SourceFacts]
 
 
-def report(paths: Sequence[str | Path], output: str | Path, *, format: Format = "html", overwrite: bool = False) -> Report:
+def report(
+    paths: str | Path | Sequence[str | Path], output: str | Path, *, format: Format = "html", overwrite: bool = False
+) -> Report:
     """Writes a page of what the sources say, and returns the same as data.
 
     paths: output folders of ``prune``, ``apply``, ``compare`` and ``pack --runtime``, JSON files of ``evaluate --json``,
-    ``sweep`` and ``bench --json``; any number. format: ``html``, ``md`` (the verdict and the tables) or ``json`` (what is
-    returned); the output's suffix. Raises InputError if a source is none of these, naming it, if the output exists and is not
-    to be replaced, and if there is no matplotlib.
+    ``sweep`` and ``bench --json``; one, or any number. format: ``html``, ``md`` (the verdict and the tables) or ``json``
+    (what is returned); the output's suffix. Raises InputError if a source is none of these, naming it, if the output exists
+    and is not to be replaced, and if there is no matplotlib.
     """
-    return facts(*write(list(map(path_of, paths)), path_of(output), format=format, overwrite=overwrite))
+    several = [paths] if isinstance(paths, (str, Path)) else paths
+    return facts(*write(list(map(path_of, several)), path_of(output), format=format, overwrite=overwrite))
 
 
 def write(
@@ -72,6 +75,8 @@ def write(
     """As :func:`report`; returns what it read, and that put together."""
     folders = [path for path in paths if path.is_dir()]
     read = [*filter(Path.is_file, paths), *(folder / "README.md" for folder in folders if (folder / REPORT).is_file())]
+    if format not in get_args(Format):
+        raise InputError(f"format {format!r} is unknown; use one of {', '.join(get_args(Format))}")
     check_output_file(output, overwrite, *read, suffix=f".{format}")
     if format == "json":
         Report.check_keeps_inputs(output, folders)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -102,8 +103,15 @@ def sweep(
 def _parsed(sparsities: Sequence[str | float | Pattern] | str, scope: Scope | None, saliency: ScoresFile) -> dict[str, Pattern]:
     """The patterns by their spelling; scope: of the sparsities among them. Raises InputError if a matrix cannot have one."""
     default: Scope = scope or ("model" if saliency.comparable else "row")
-    several = sparsities.split(",") if isinstance(sparsities, str) else map(str, sparsities)
-    asked = {spelling.canonical(spec): spelling.parse(spec, default=default) for spec in filter(None, map(str.strip, several))}
+    several = sparsities.split(",") if isinstance(sparsities, str) else sparsities
+    if not isinstance(several, Iterable):
+        several = [] if several is None else [several]
+    asked = {}
+    for one in several:
+        if not isinstance(one, (str, Real)):
+            asked[str(one)] = spelling.parse(one, default=default)
+        elif spec := str(one).strip():
+            asked[spelling.canonical(spec)] = spelling.parse(spec, default=default)
     if not asked:
         raise InputError("no sparsity was asked for; give fractions and N:M by comma, such as 0.5,2:4")
     for pattern in asked.values():

@@ -41,6 +41,10 @@ def check_prompts(prompts: Sequence[str], tokenizer: Any, tokens: int, config: A
     if tokens < 0:
         raise InputError(f"--new-tokens {tokens} is negative")
     for prompt in prompts:
+        try:
+            prompt.encode()
+        except UnicodeEncodeError:
+            raise InputError(f"--prompt {prompt!r:.60} is not UTF-8; set a locale that is, such as LC_ALL=C.UTF-8") from None
         ids, room = tokenizer.encode(prompt), context(config)
         if not ids:
             raise InputError("--prompt is empty; give some text to go on with")

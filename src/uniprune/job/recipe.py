@@ -23,6 +23,13 @@ from uniprune.sparsity.constraints import Mixed, Rule, Ruled, choice
 from uniprune.sparsity.hardware import parse
 from uniprune.sparsity.patterns import NM, Pattern, Unstructured
 
+
+def check_recipe(recipe: object) -> None:
+    """Raises InputError for what is no recipe."""
+    if not isinstance(recipe, Recipe):
+        raise InputError(f"the recipe is a {type(recipe).__name__}; give a Recipe, e.g. Recipe(sparsity=0.5), or Recipe(**it)")
+
+
 PATTERN = (
     "sparsity",
     "local",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from uniprune.common.options import Alone, Flag, Number, Options, Several
+from uniprune.common.options import Alone, Flag, Name, Number, Options, Several
 from uniprune.sparsity.choices import Scope, Unsupported
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ class Calibration(Options):
 
     heading: ClassVar[str] = "Calibration samples"
 
-    text: Annotated[tuple[str, ...] | str, Flag(("--dataset",)), Alone] = Field(
+    text: Annotated[tuple[str, ...] | str, Flag(("--dataset",)), Alone, Name] = Field(
         default="builtin",
         description="Calibration data: builtin (Python's language reference, which every Python has), wikitext2, c4, a file or "
         "folder of text, JSON, CSV, Parquet, ..., a Hub dataset (owner/name, owner/name:config), a token file, or self (what "

@@ -45,6 +45,8 @@ class Loaded:
     residency: Residency = resident
 
     def __post_init__(self) -> None:
+        if not isinstance(self.model, nn.Module):
+            raise InputError(f"Loaded({self.model!r:.60}, ...) is no model; give one in memory, or uniprune.load its folder")
         inner = getattr(self.model, "_orig_mod", None)
         if isinstance(inner, nn.Module):  # torch.compile(model), which has the same weights by other names
             self.model = inner

@@ -32,6 +32,7 @@ from uniprune.sparsity.patterns import (
     lost,
     removed_count,
     sizes_of,
+    spell_fraction,
 )
 from uniprune.sparsity.spelling import PATTERNS, parse
 from uniprune.sparsity.threshold import Bounds, Threshold, sampled_thresholds, thresholds
@@ -298,7 +299,7 @@ class Mixed(BasePattern):
             raise InputError(f"sparsity {self.sparsity:g} is out of reach: {self} are between {low:g} and {high:g}")
 
     def __str__(self) -> str:
-        return f"{self.sparsity:g} in {', '.join(map(spell, self.allow))}"
+        return f"{spell_fraction(self.sparsity)} in {', '.join(map(spell, self.allow))}"
 
     @property
     def sample_group(self) -> int:

@@ -15,6 +15,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
+from numbers import Integral, Real
 from typing import Any, Protocol, get_args
 
 import torch
@@ -135,8 +136,18 @@ def sizes_of(saliency: Saliency) -> dict[str, int]:
 
 
 def removed_count(sparsity: float, size: int) -> int:
-    """``floor(sparsity * size)``, exactly: 0.29 of 100 are 29, though 0.29 * 100 < 29 in floats."""
-    return math.floor(Fraction(str(sparsity)) * size)
+    """``floor(sparsity * size)``, exactly: 0.29 of 100 are 29, though 0.29 * 100 < 29 in floats; 1 - 0.8 is 0.2."""
+    return math.floor(Fraction(f"{sparsity:.15g}") * size)
+
+
+def spell_fraction(sparsity: float) -> str:
+    """A fraction in up to six digits; all six of one that has more, so that it is known to be rounded."""
+    short = f"{sparsity:g}"
+    return short if float(short) == float(f"{sparsity:.15g}") else f"{sparsity:#g}"
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)
@@ -153,13 +164,13 @@ class Unstructured(BasePattern):
     sample_group = 1
 
     def __post_init__(self) -> None:
-        if not 0 <= self.sparsity <= 1 or math.isnan(self.sparsity):
+        if not isinstance(self.sparsity, Real) or not 0 <= self.sparsity <= 1 or math.isnan(self.sparsity):
             raise InputError(f"sparsity {self.sparsity} is not between 0 and 1; give the fraction to remove, e.g. 0.5")
         if self.scope not in get_args(Scope):
             raise InputError(f"scope {self.scope!r} is unknown; use one of {', '.join(get_args(Scope))}")
 
     def __str__(self) -> str:
-        return f"{self.sparsity:g} by {self.scope}"
+        return f"{spell_fraction(self.sparsity)} by {self.scope}"
 
     @classmethod
     def read(cls, text: str, scope: Scope | None, default: Scope) -> Unstructured | None:
@@ -231,7 +242,7 @@ class NM(BasePattern):
     local = True
 
     def __post_init__(self) -> None:
-        if not 1 <= self.n <= self.m:
+        if not (_is_count(self.n) and _is_count(self.m) and 1 <= self.n <= self.m):
             raise InputError(f"pattern {self} is impossible: N:M keeps N of every M inputs, so 1 <= N <= M (e.g. 2:4)")
 
     def __str__(self) -> str:
@@ -285,7 +296,9 @@ class Tiled(BasePattern):
     width: int
 
     def __post_init__(self) -> None:
-        if min(self.height, self.width) < 1:
+        if not isinstance(self.of, Unstructured):
+            raise InputError(f"of tiles a fraction goes, not {self.of}; give Tiled(Unstructured(0.8), 16, 16)")
+        if not (_is_count(self.height) and _is_count(self.width)) or min(self.height, self.width) < 1:
             raise InputError(f"pattern {self} is impossible: tiles have 1 row and 1 input at least (e.g. 0.8@16x16)")
 
     def __str__(self) -> str:

@@ -114,9 +114,9 @@ def check_place(path: Path) -> None:
         raise InputError(f"output {path} cannot be made: nothing can be written in {parent}; give another place")
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
+def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
     """Writes a result file, at once or not at all."""
-    with replacing(path) as temporary:
+    with replacing(path_of(path)) as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from uniprune.errors import InputError
 from uniprune.storage import strict_json
-from uniprune.storage.files import write_json
+from uniprune.storage.files import path_of, write_json
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -104,8 +104,9 @@ def _kind(path: Path) -> Any:
         return None
 
 
-def parsed(path: Path) -> dict[str, Any]:
+def parsed(path: str | Path) -> dict[str, Any]:
     """The JSON object in a file. Raises InputError that names the file."""
+    path = path_of(path)
     try:
         return strict_json.parse(path.read_bytes())
     except OSError as error:
