@@ -161,7 +161,7 @@ def test_a_flag_overrides_the_file_under_either_name(tmp_path):
     recipe.write_text("dataset: c4\nnum-samples: 8\nseq_len: 64\n")
     assert RecipeOptions(config=recipe, windows=4, text="builtin").recipe() == Recipe(text="builtin", windows=4, length=64)
     recipe.write_text("text: c4\ndataset: builtin\n")
-    with pytest.raises(InputError, match="'dataset' sets 'text'"):
+    with pytest.raises(InputError, match="both set 'text'"):
         Recipe.load(recipe)
 
 

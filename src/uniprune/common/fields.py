@@ -31,6 +31,11 @@ def build(kind: type[T], values: Mapping[str, Any], what: str) -> T:
 
     what: the beginning of errors. Raises InputError for a name that is no field, and for a value of another type.
     """
+    return kind(**_converted(kind, values, what))
+
+
+def _converted(kind: type, values: Mapping[str, Any], what: str) -> dict[str, Any]:
+    """The values for :func:`build`."""
     types, found = types_of(kind), {}
     for name, value in values.items():
         if name not in types:
@@ -40,7 +45,7 @@ def build(kind: type[T], values: Mapping[str, Any], what: str) -> T:
             found[name] = TypeAdapter(wanted, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
         except ValidationError as error:
             raise InputError(f"{what}: {name} = {value}: {error.errors()[0]['msg']}") from None
-    return kind(**found)
+    return found
 
 
 def parse_pairs(texts: Iterable[str], example: str) -> dict[str, str]:
@@ -86,7 +91,9 @@ def check_object(given: Any, what: str, members: tuple[str, ...]) -> None:
         name = type(given).__name__
         raise InputError(f"{what} {name} is no dataclass, so its settings could not be recorded; use @dataclass(frozen=True)")
     if type(given).__module__.startswith("uniprune."):  # another's may be of any types
-        build(type(given), values_of(given), f"{what} {type(given).__name__}")
+        kind, values = type(given), values_of(given)
+        numbers = {name: values[name] for name, type in types_of(kind).items() if type in (int, float, bool)}
+        _converted(kind, numbers, f"{what} {kind.__name__}")
 
 
 def _is_plain(value: Any) -> bool:

@@ -15,6 +15,12 @@ NOTE = (
 MINUS, NONE = "\N{MINUS SIGN}", "\N{EN DASH}"
 
 
+def spell_fraction(sparsity: float) -> str:
+    """A fraction in up to six digits; all six of one that has more, so that it is known to be rounded."""
+    short = f"{sparsity:g}"
+    return short if float(short) == float(f"{sparsity:.15g}") else f"{sparsity:#g}"
+
+
 def short(name: str | None) -> str:
     """A model, text or task without this machine's folders; hub names are as they are."""
     name = name or ""

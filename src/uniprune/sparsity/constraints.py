@@ -15,6 +15,7 @@ from typing import Any, cast, get_args
 import torch
 from torch import Tensor
 
+from uniprune.common.formatting import spell_fraction
 from uniprune.errors import InputError
 from uniprune.sparsity.choices import Scope
 from uniprune.sparsity.patterns import (
@@ -32,7 +33,6 @@ from uniprune.sparsity.patterns import (
     lost,
     removed_count,
     sizes_of,
-    spell_fraction,
 )
 from uniprune.sparsity.spelling import PATTERNS, parse
 from uniprune.sparsity.threshold import Bounds, Threshold, sampled_thresholds, thresholds

@@ -21,6 +21,7 @@ from typing import Any, Protocol, get_args
 import torch
 from torch import Tensor
 
+from uniprune.common.formatting import spell_fraction
 from uniprune.errors import InputError
 from uniprune.sparsity.choices import Scope
 from uniprune.sparsity.threshold import Bounds, Threshold, sampled_thresholds, thresholds
@@ -140,16 +141,6 @@ def removed_count(sparsity: float, size: int) -> int:
     return math.floor(Fraction(f"{sparsity:.15g}") * size)
 
 
-def spell_fraction(sparsity: float) -> str:
-    """A fraction in up to six digits; all six of one that has more, so that it is known to be rounded."""
-    short = f"{sparsity:g}"
-    return short if float(short) == float(f"{sparsity:.15g}") else f"{sparsity:#g}"
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
-
-
 @dataclass(frozen=True)
 class Unstructured(BasePattern):
     """Removes ``floor(sparsity * n)`` weights of each budget group, wherever they are.
@@ -242,7 +233,7 @@ class NM(BasePattern):
     local = True
 
     def __post_init__(self) -> None:
-        if not (_is_count(self.n) and _is_count(self.m) and 1 <= self.n <= self.m):
+        if not (isinstance(self.n, Integral) and isinstance(self.m, Integral) and 1 <= self.n <= self.m):
             raise InputError(f"pattern {self} is impossible: N:M keeps N of every M inputs, so 1 <= N <= M (e.g. 2:4)")
 
     def __str__(self) -> str:
@@ -298,7 +289,7 @@ class Tiled(BasePattern):
     def __post_init__(self) -> None:
         if not isinstance(self.of, Unstructured):
             raise InputError(f"of tiles a fraction goes, not {self.of}; give Tiled(Unstructured(0.8), 16, 16)")
-        if not (_is_count(self.height) and _is_count(self.width)) or min(self.height, self.width) < 1:
+        if not (isinstance(self.height, Integral) and isinstance(self.width, Integral)) or min(self.height, self.width) < 1:
             raise InputError(f"pattern {self} is impossible: tiles have 1 row and 1 input at least (e.g. 0.8@16x16)")
 
     def __str__(self) -> str:

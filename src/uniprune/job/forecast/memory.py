@@ -34,6 +34,7 @@ from uniprune.models.experts import Batched, Slice
 from uniprune.models.matrices import Matrices, Matrix, find_blocks
 from uniprune.models.output_head import PIECE, output_embeddings
 from uniprune.models.residency.streaming import share_keys_and_values, shared_parameter
+from uniprune.saliency.sequential import SHARE
 from uniprune.saliency.statistics import Gram, Kind, SquaredNorm, additional
 
 CPU = torch.device("cpu")
@@ -143,6 +144,7 @@ def _needs(work: Work) -> Needs:
     parts, corrected, cost, processes = _Parts(work), work.recipe.corrected, work.recipe.cost, distributed.count()
     states = int(cost.state_bytes * work.prunable / processes)
     saved = int((cost.disk_bytes + cost.best_bytes) * work.prunable / processes) + parts.finals
+    saved += parts.hidden if work.recipe.sequential else 0
     masks = int(cost.mask_bytes * work.prunable)
     packed = parts.bits + int(cost.mask_bytes * parts.block)
     held = {"weights": parts.weights, "statistics": parts.observed, "states": states}
@@ -302,7 +304,8 @@ class _Parts:
     def hidden(self) -> int:
         """On disk: the hidden states between two blocks; where the controller runs, the inputs of all blocks in a step."""
         if not self.work.recipe.corrected:
-            return int(2 * self.text * self.kept.state)
+            firsts = 1 / SHARE if self.work.recipe.refine else 0  # tokens that are read as the first of a text as well
+            return int(2 * (1 + firsts) * self.text * self.kept.state)
         state = max(self.item * self.width, self.kept.state)
         return int(max(self.tokens, BATCH_TOKENS) * state * (self.blocks + 4))
 
