@@ -466,7 +466,7 @@ def test_killed_at_any_moment(folder, tmp_path, case):
 
 def without_looking(*words):
     """A command that takes the disk to be large enough."""
-    files.check_disk_space = lambda path, needed: None
+    files.check_disk_space = lambda *_: None
     processes.command(*words)
 
 
