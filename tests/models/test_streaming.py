@@ -364,7 +364,7 @@ def test_hidden_states_are_on_the_disk_before_the_commit_that_goes_on_from_them(
     changes, execution = WAYS[way]
     synced, written, missing = set(), {}, []
     put, commit = Stash.put, Store.commit
-    monkeypatch.setattr("uniprune.storage.stash.sync", lambda path: synced.add(path))
+    monkeypatch.setattr("uniprune.storage.files.sync", lambda path: synced.add(path))
 
     def noted(self, name, tensor):
         if self._folder is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ NULL = {"", "~", "null", "Null", "NULL"}  # in YAML 1.2, unquoted
 
 def read(path: str | Path) -> dict[str, Any]:
     """The settings that a recipe file gives, scalars as text. Raises InputError that names the file."""
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))  # pathlib raises RuntimeError for a user that is not known
     if not path.is_file():
         raise InputError(f"recipe {path} is not a file; give a YAML file with settings")
     try:

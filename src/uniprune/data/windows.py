@@ -11,6 +11,7 @@ import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -69,7 +70,7 @@ class Windows:
         found = {name: (self.of == index).nonzero().flatten() for index, name in enumerate(self.sources)}
         return {name: numbers for name, numbers in found.items() if len(numbers)}
 
-    @property
+    @cached_property
     def sha256(self) -> str:
         """Hash of the token ids, their shape and images: equal hashes mean equal windows, whatever the source was called."""
         data = self.tokens.to(torch.int64).contiguous()

@@ -98,7 +98,7 @@ def compare(
         cache = CalibrationCache(job, run, progress)
         missing = table.missing(candidates)
         if missing and comparison.rows:  # so that a calibration that is interrupted goes on, in the first row of this run, too
-            run.commit("rows", {"rows": len(comparison.rows)})
+            table.commit()
         failed = list[str]()
         for candidate in progress(missing, "comparing", len(missing)):
             if candidate is None:
@@ -289,6 +289,10 @@ class _Table:
         """A row is in the table when ``comparison.json`` is replaced; the other files follow it."""
         self.comparison = self.comparison.model_copy(update={"rows": [*self.comparison.rows, row]})
         self.write()
+        self.commit()
+
+    def commit(self) -> None:
+        """From here on an interrupted run goes on, and is not begun anew."""
         self._run.commit("rows", {"rows": len(self.comparison.rows)})
 
     def write(self) -> None:

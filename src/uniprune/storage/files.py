@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -213,6 +213,12 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def sync_if_there(path: Path) -> None:
+    """The same for another thread, of a file that may be deleted or replaced meanwhile."""
+    with suppress(FileNotFoundError):
+        sync(path)
 
 
 def changed(path: Path) -> float:

@@ -7,7 +7,6 @@ import json
 import math
 import os
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from uniprune.errors import UniPruneError
-from uniprune.storage.files import sync
+from uniprune.storage.files import sync_if_there
 
 M_MMAP_THRESHOLD, LARGE = -3, 32 << 20  # bytes; smaller ones are better kept: activations come and go all the time
 
@@ -53,7 +52,7 @@ class Stash:
         kept.copy_(tensor.detach())
         if self._disk is not None:
             new = () if known == shape else (self._folder / f"{name}.json", self._folder)
-            self._syncs += [self._disk.submit(_sync, path) for path in (self._folder / name, *new)]
+            self._syncs += [self._disk.submit(sync_if_there, path) for path in (self._folder / name, *new)]
         return kept
 
     def sync(self) -> None:
@@ -94,11 +93,6 @@ class Stash:
         kept: Tensor = flat.view(sizes)
         self._kept[name] = shape, kept
         return kept
-
-
-def _sync(path: Path) -> None:
-    with suppress(FileNotFoundError):  # it was forgotten meanwhile
-        sync(path)
 
 
 def moved(tensor: Tensor, device: torch.device) -> Tensor:

@@ -14,8 +14,6 @@ import re
 from collections import ChainMap
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
-from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
@@ -27,7 +25,7 @@ from torch import Tensor
 from uniprune.common import distributed
 from uniprune.errors import UniPruneError
 from uniprune.storage import strict_json
-from uniprune.storage.files import announce, sync
+from uniprune.storage.files import announce, sync, sync_if_there
 from uniprune.storage.runs import Run, damaged
 from uniprune.storage.stash import moved
 
@@ -94,7 +92,7 @@ class Store(Mapping[str, dict[str, Tensor]]):
         except SafetensorError as error:  # a full disk, for one
             raise UniPruneError(f"{path} could not be written ({error}); what was committed before is kept") from None
         if self._run.durable:
-            self._syncs.append(self._disk.submit(_sync, path))
+            self._syncs.append(self._disk.submit(sync_if_there, path))
         self._files[name] = path.name
 
     def share(self, name: str, other: str) -> None:
@@ -186,8 +184,3 @@ class Store(Mapping[str, dict[str, Tensor]]):
 
     def _open(self, name: str) -> Any:
         return safe_open(self._folder / self._files[name], framework="pt")
-
-
-def _sync(path: Path) -> None:
-    with suppress(FileNotFoundError):  # it was set again meanwhile
-        sync(path)
