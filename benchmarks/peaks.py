@@ -2,7 +2,7 @@
 
     python benchmarks/peaks.py [KIND ...]
 
-Random models of 20 to 70 million weights in bfloat16, two steps of 4,096 tokens (8 windows of 512) at 2:4, each in a process of
+Random models of 20 to 160 million weights in bfloat16, two steps of 4,096 tokens (8 windows of 512) at 2:4, each in a process of
 its own; the peak is the process's, libraries included. Rewrites those rows of results/peaks.json; eight minutes.
 """
 
@@ -41,6 +41,7 @@ KINDS: dict[str, dict[str, Any]] = {
     | INDEXED
     | {"n_routed_experts": 8, "moe_intermediate_size": 352, "mlp_layer_types": ["sparse"] * 8}
     | {"layer_types": ["indexed_attention"] * 8},
+    "qwen2, a vocabulary of 151,936": HEADS | {"intermediate_size": 1024, "num_hidden_layers": 2, "vocab_size": 151_936},
     "mamba2": WIDTH | {"num_heads": 16, "head_dim": 64, "state_size": 64, "n_groups": 1, "num_hidden_layers": 12},
 }
 EXECUTIONS = ("resident", "recomputed")
@@ -48,7 +49,7 @@ EXECUTIONS = ("resident", "recomputed")
 
 def make(kind: str, folder: Path) -> uniprune.Recipe:
     torch.manual_seed(0)
-    config = AutoConfig.for_model(kind, **KINDS[kind], bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    config = AutoConfig.for_model(kind.partition(",")[0], **KINDS[kind], bos_token_id=1, eos_token_id=2, pad_token_id=0)
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
     ids = torch.randint(3, VOCABULARY, (2 * WINDOWS, LENGTH))
     save_windows(Windows(ids, "random", 2 * WINDOWS, "none"), folder / "tokens.safetensors")

@@ -1,6 +1,8 @@
 """Every command and execution on a device that is not the CPU: nothing is mixed, results are the CPU's, and what a step has a
 GPU do is counted. The device is a pretended one (``pretend``), so that this needs no GPU."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import PreTrainedModel
@@ -128,6 +130,62 @@ def test_other_commands(folder, tmp_path):
     cpu, device = results.values()
     assert device[0] == pytest.approx(cpu[0], rel=1e-5)
     assert device[1:] == cpu[1:]
+
+
+def on_both(work):
+    """What ``work(device)`` gives on the CPU, and on the device."""
+    with pretend.attention():
+        expected = work("cpu")
+    with pretend.device():
+        return expected, work("pretend:0")
+
+
+@pytest.mark.parametrize(
+    "methods", [("magnitude", "wanda", "sequential", "refine", "sparsegpt"), ("fisher", "feedback", "any")]
+)
+def test_tables_of_methods(folder, tmp_path, methods):
+    def work(device):
+        read = {"windows": 8, "length": 16, "eval_windows": 2, "eval_length": 16, "dtype": "float32"}
+        sparsities = ("0.5",) if "fisher" in methods else ("2:4",)
+        table = uniprune.compare(str(folder), tmp_path / device, methods=methods, sparsities=sparsities, device=device, **read)
+        return [row.perplexity for row in table.rows]
+
+    expected, found = on_both(work)
+    assert len(found) == 1 + len(methods)
+    assert found == pytest.approx(expected, rel=1e-4)
+
+
+def test_curves_of_several_texts(folder, tmp_path):
+    texts = [str(tmp_path / name) for name in ("one.txt", "two.txt")]
+    for text, sentence in zip(texts, ("One two three four. ", "A cat sat on a mat, and ran. "), strict=True):
+        Path(text).write_text(sentence * 100)
+    recipe = Recipe(sparsity="2:4", controller="none", **SMALL)
+    scores = tmp_path / "scores.safetensors"
+    uniprune.calibrate(str(folder), recipe, scores, device="cpu")
+
+    def work(device):
+        read = {"text_source": texts, "windows": 2, "length": 16, "dtype": "float32"}
+        curve = uniprune.sweep(str(folder), scores, tmp_path / f"{device}.json", "0.5,2:4", device=device, **read)
+        return [(row.perplexity, *(text.kl for text in row.by_text.values())) for row in curve.rows]
+
+    expected, found = on_both(work)
+    assert found == [pytest.approx(row, rel=1e-3) for row in expected]
+
+
+@pytest.mark.parametrize("asked", [{"rolling": True, "length": 32}, {"stride": 8, "windows": 2, "length": 32}], ids=str)
+def test_ways_to_evaluate(folder, asked):
+    expected, found = on_both(lambda device: uniprune.evaluate(str(folder), device=device, dtype="float32", **asked))
+    assert found.perplexity == pytest.approx(expected.perplexity, rel=1e-5)
+    assert found.tokens == expected.tokens
+
+
+def test_continuations_of_two_models(folder):
+    def work(device):
+        asked = {"prompts": ["Once"], "new_tokens": 4, "dtype": "float32"}
+        return uniprune.evaluate(str(folder), against=str(folder), device=device, **asked)
+
+    expected, found = on_both(work)
+    assert found.generations == expected.generations != []
 
 
 def counted(target, execution, tmp_path, layers=2):

@@ -60,7 +60,7 @@ def weights(model):
     return {name: matrix.weight.clone() for name, matrix in find_matrices(model).items()}
 
 
-def alive(model):
+def nonzero(model):
     return {name: matrix.weight != 0 for name, matrix in find_matrices(model).items()}
 
 
@@ -82,7 +82,7 @@ def test_a_hundred_steps_of_adamw_are_those_of_a_model_that_multiplies_by_its_ma
     before = weights(model)
     train(model, tmp_path, KeepZeros(), **settings)
     train(multiplied(reference, masks), tmp_path, **settings)
-    assert same(alive(model), masks)
+    assert same(nonzero(model), masks)
     assert not any(torch.equal(before[name], weight) for name, weight in weights(model).items())
     for name, parameter in reference.named_parameters():
         assert torch.allclose(model.get_parameter(name), parameter, rtol=1e-4, atol=1e-6), name
@@ -91,7 +91,7 @@ def test_a_hundred_steps_of_adamw_are_those_of_a_model_that_multiplies_by_its_ma
 
 def test_without_the_callback_zeros_are_filled(tmp_path):
     model, _ = pruned(tiny_model(vocab_size=VOCABULARY))
-    assert all(mask.all() for mask in alive(train(model, tmp_path)).values())
+    assert all(mask.all() for mask in nonzero(train(model, tmp_path)).values())
 
 
 @pytest.mark.parametrize("family", ["gpt2", "zamba2", "mixtral", "gpt_oss", "llama4", "qwen3_moe, fused"])
@@ -99,7 +99,7 @@ def test_zeros_stay_in_shared_transposed_and_fused_weights(tmp_path, family):
     model, masks = pruned(tiny(family), "2:4")
     before = weights(model)
     train(model, tmp_path, KeepZeros(), max_steps=2)
-    assert same(alive(model), masks)
+    assert same(nonzero(model), masks)
     assert not all(torch.equal(before[name], weight) for name, weight in weights(model).items())
 
 
@@ -108,9 +108,9 @@ def test_what_an_optimiser_remembers_does_not_fill_zeros(tmp_path):
     optimizer = torch.optim.SGD(model.parameters(), 1e-2, momentum=0.9)
     model(input_ids=ROWS[0]["input_ids"][None], labels=ROWS[0]["labels"][None]).loss.backward()
     optimizer.step()
-    assert not same(alive(model), masks)
+    assert not same(nonzero(model), masks)
     train(model, tmp_path, KeepZeros(masks), optimizer=optimizer)
-    assert same(alive(model), masks)
+    assert same(nonzero(model), masks)
 
 
 def test_masks_of_a_file_are_put_on_a_dense_model(tmp_path, folder):
@@ -118,9 +118,9 @@ def test_masks_of_a_file_are_put_on_a_dense_model(tmp_path, folder):
     uniprune.prune(str(folder), recipe, tmp_path / "pruned")
     file = tmp_path / "pruned/pruning/masks.safetensors"
     model = uniprune.load(folder, dtype="float32", device="cpu").model.requires_grad_(True)
-    expected = alive(uniprune.load(tmp_path / "pruned", dtype="float32", device="cpu").model)
+    expected = nonzero(uniprune.load(tmp_path / "pruned", dtype="float32", device="cpu").model)
     train(model, tmp_path, KeepZeros(file), max_steps=1)
-    assert same(alive(model), expected)
+    assert same(nonzero(model), expected)
     model.save_pretrained(tmp_path / "tuned")
     assert verify(file, pruned=tmp_path / "tuned")["sparsity"] == 0.5
 
@@ -157,7 +157,7 @@ def test_merging_lora_changes_nothing_and_keeps_zeros(tmp_path, settings):
     assert not any(parameter._post_accumulate_grad_hooks for parameter in model.parameters())
     trained = logits(model)
     merged = merge_adapters(model)
-    assert same(alive(merged), masks)
+    assert same(nonzero(merged), masks)
     assert not torch.allclose(trained, before, atol=1e-2)
     assert torch.allclose(logits(merged), trained, atol=1e-5)
     assert not [name for name, _ in merged.named_modules() if "lora" in name or "base_layer" in name]
@@ -169,7 +169,7 @@ def test_merging_lora_of_transposed_weights(tmp_path):
     assert any(isinstance(module, Conv1D) for module in model.modules())
     trained = logits(train(model, tmp_path, zeros, max_steps=10))
     merged = merge_adapters(model)
-    assert same(alive(merged), masks)
+    assert same(nonzero(merged), masks)
     assert torch.allclose(logits(merged), trained, atol=1e-5)
 
 
@@ -204,7 +204,7 @@ def test_a_copy_of_a_model_with_masked_updates_computes_by_itself(again):
     assert not torch.allclose(found, before, atol=1e-2)
     assert torch.equal(logits(model), before)
     merged = merge_adapters(copied)
-    assert same(alive(merged), masks)
+    assert same(nonzero(merged), masks)
     assert torch.allclose(logits(merged), found, atol=1e-5)
 
 
@@ -227,7 +227,7 @@ def test_a_further_training_has_its_own_masks():
 def test_merging_without_masks_fills_zeros(tmp_path):
     model, _ = pruned(tiny_model(vocab_size=VOCABULARY))
     merged = train(adapted(model), tmp_path).merge_and_unload()
-    assert all(mask.all() for mask in alive(merged).values())
+    assert all(mask.all() for mask in nonzero(merged).values())
 
 
 def test_other_adapters_are_trained_without_masks_and_merged_with_them(tmp_path, caplog):
@@ -236,7 +236,7 @@ def test_other_adapters_are_trained_without_masks_and_merged_with_them(tmp_path,
     with caplog.at_level(logging.WARNING):
         train(model, tmp_path, KeepZeros())
     assert "adapters lora.Linear are trained without masks" in caplog.text
-    assert same(alive(merge_adapters(model)), masks)
+    assert same(nonzero(merge_adapters(model)), masks)
 
 
 def test_adapters_of_fused_experts_are_merged_with_masks(tmp_path):
@@ -244,7 +244,7 @@ def test_adapters_of_fused_experts_are_merged_with_masks(tmp_path):
     names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
     model = adapted(model, target_modules=["q_proj"], target_parameters=names)
     train(model, tmp_path, KeepZeros())
-    assert same(alive(merge_adapters(model)), masks)
+    assert same(nonzero(merge_adapters(model)), masks)
 
 
 def test_biases_without_a_place_are_said_at_the_beginning_and_not_merged(tmp_path, caplog):
@@ -264,7 +264,7 @@ def test_a_layer_that_is_trained_as_a_copy_keeps_its_zeros(tmp_path):
     model, masks = pruned(tiny_model(vocab_size=VOCABULARY))
     model = adapted(model, target_modules=["q_proj"], modules_to_save=["layers.0.mlp.up_proj", "lm_head"])
     merged = merge_adapters(train(model, tmp_path, KeepZeros()))
-    assert same(alive(merged), masks)
+    assert same(nonzero(merged), masks)
 
 
 def test_an_adapter_that_rewrites_its_base_needs_the_masks(tmp_path):
@@ -277,7 +277,7 @@ def test_an_adapter_that_rewrites_its_base_needs_the_masks(tmp_path):
     zeros.on_train_begin(BEGINNING, None, None, model=model)
     assert torch.allclose(logits(model), start, atol=1e-5)
     zeros.on_train_end(None, None, None)
-    assert same(alive(merge_adapters(model, masks)), masks)
+    assert same(nonzero(merge_adapters(model, masks)), masks)
 
 
 # ------------------------------------------------------------------------------------------------------------- errors

@@ -160,6 +160,26 @@ def test_a_failed_run_leaves_the_old_folder(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_a_folder_that_cannot_be_moved_leaves_the_old_one(tmp_path, monkeypatch):
+    """Though that one is out of the way already."""
+    out, moves, replace = tmp_path / "out", [], files.os.replace
+    with files.new_folder(out, mark="file") as folder:
+        (folder / "file").write_text("first")
+
+    def failing(source, target):
+        moves.append(source)
+        if len(moves) == 2:
+            raise OSError("no more links")
+        replace(source, target)
+
+    monkeypatch.setattr(files.os, "replace", failing)
+    with pytest.raises(OSError, match="no more links"), files.new_folder(out, tmp_path, mark="file") as folder:
+        (folder / "file").write_text("second")
+    assert len(moves) == 3
+    assert (out / "file").read_text() == "first"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_quantised_checkpoints_are_refused(folder, tmp_path):
     from safetensors.torch import save_file
 

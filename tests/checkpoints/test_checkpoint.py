@@ -299,7 +299,11 @@ def test_plan_refuses_files_that_lack_a_tensor_or_have_it_in_another_shape(tmp_p
 
 def test_a_model_knows_the_files_that_it_was_made_from(folder):
     origin = resolve(folder)
-    for model in (loading.skeleton(origin), loading.hollow(origin, torch.float32), loading.load_weights(origin, None, CPU)):
+    for model in (
+        loading.skeleton(origin),
+        loading.without_weights(origin, torch.float32),
+        loading.load_weights(origin, None, CPU),
+    ):
         assert checkpoint_of(model) is origin.files
     assert not isinstance(checkpoint_of(tiny_model()), Files)
     assert Loaded(model := tiny_model(), None, origin).checkpoint is checkpoint_of(model) is origin.files

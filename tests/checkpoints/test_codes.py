@@ -59,7 +59,7 @@ def test_every_code_stands_for_its_value_and_one_for_zero(code, expected):
         expected = [_e4m3(byte) for byte in range(256)]
     assert np.array_equal(code.values.numpy(), np.array(expected, np.float32), equal_nan=True)
     assert str(code.values[code.zero].item()) == "0.0"  # not -0.0
-    assert code.alive.tolist() == [value != 0 for value in expected]
+    assert code.nonzero.tolist() == [value != 0 for value in expected]
     raw = torch.arange(256, dtype=torch.uint8)
     slow = [code.values[byte >> shift & (2**code.bits - 1)] for byte in range(256) for shift in range(0, 8, code.bits)]
     assert torch.equal(code.decode(raw).nan_to_num(999), torch.stack(slow).nan_to_num(999))

@@ -171,8 +171,8 @@ def test_masks_are_read_and_verified(source, pruned, tmp_path):
     ours, read = MasksFile(masks), MasksFile(tmp_path / "read.safetensors")
     files = resolve(source).files
     for name in ours:
-        alive = torch.from_numpy(files.alive(name)).reshape(files.region(name).shape)
-        assert torch.equal(read[name], ours[name] & (alive.T if name in ours.transposed else alive)), name
+        nonzero = torch.from_numpy(files.nonzero(name)).reshape(files.region(name).shape)
+        assert torch.equal(read[name], ours[name] & (nonzero.T if name in ours.transposed else nonzero)), name
 
 
 @pytest.mark.parametrize("source", ["fp8", "mxfp4", "compressed-tensors INT4"], indirect=True, scope="module")

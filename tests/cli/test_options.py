@@ -1,5 +1,6 @@
 """Options made from descriptions: every kind of field, names that other tools have, settings of controllers."""
 
+import json
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
@@ -163,6 +164,19 @@ def test_a_flag_overrides_the_file_under_either_name(tmp_path):
     recipe.write_text("text: c4\ndataset: builtin\n")
     with pytest.raises(InputError, match="both set 'text'"):
         Recipe.load(recipe)
+
+
+def test_a_report_replays_its_run(capsys, monkeypatch, folder, tmp_path):
+    """pruning.json holds the recipe, so it is one."""
+    words = ("prune", folder, "-s", "2:4", "--controller", "none", "--windows", 2, "--length", 16, "--rule", "down_proj=dense")
+    assert run(capsys, monkeypatch, *words, "-o", tmp_path / "one")[0] == 0
+    report = tmp_path / "one" / "pruning.json"
+    assert run(capsys, monkeypatch, "prune", folder, "--config", report, "-o", tmp_path / "two")[0] == 0
+    one, two = (json.loads((tmp_path / name / "pruning.json").read_text()) for name in ("one", "two"))
+    assert one["recipe"] == two["recipe"]
+    assert one["masks_sha256"] == two["masks_sha256"]
+    recipe = Recipe.load(report)
+    assert (recipe.sparsity, recipe.rules, recipe.windows) == ("2:4", ("down_proj=dense",), 2)
 
 
 @pytest.mark.parametrize(

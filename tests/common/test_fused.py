@@ -106,6 +106,23 @@ def test_a_kernel_that_does_is_used(monkeypatch):
     assert seen == [1, 2, 3]
 
 
+def test_a_kernel_that_has_no_memory_beside_plain_is_tried_again(monkeypatch, caplog):
+    function, calls = Fused(plain, 1, "nowhere:nothing"), []
+
+    def kernel(a, *, factor):
+        calls.append(factor)
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("of the device")
+        return a * factor
+
+    monkeypatch.setattr(Fused, "launcher", staticmethod(kernel))
+    monkeypatch.setattr(module, "available", lambda: True)
+    monkeypatch.setattr(module, "on_gpu", lambda tensor: True)
+    assert [function(torch.ones(1), factor=factor).item() for factor in (2, 3, 4)] == [2, 3, 4]
+    assert calls == [2, 3, 4]
+    assert not caplog.records
+
+
 def test_a_kernel_is_held_against_a_call_that_tells(monkeypatch):
     function = Fused(plain, 1, "nowhere:nothing", telling=lambda a, *, factor: factor > 1)
     monkeypatch.setattr(Fused, "launcher", staticmethod(lambda a, *, factor: a * factor**2))  # right for 1 alone

@@ -16,6 +16,7 @@ from uniprune.controller.descent.states import Masks, PackedMasks
 from uniprune.controller.mirror_descent import MirrorDescent
 from uniprune.controller.passes.opening import open_passes
 from uniprune.controller.passes.resident import Resident
+from uniprune.controller.straight_through import StraightThrough
 from uniprune.errors import InputError
 from uniprune.job.execution import choose
 from uniprune.job.forecast import machine
@@ -101,6 +102,20 @@ def test_masks_are_cut_once_a_step_and_wait_as_bits():
         assert len({matrices[other].block for other in masks._kept}) == 1
     assert sorted(cut) == sorted(matrices)
     assert sum(packed.nbytes for packed in masks._packed.values()) == sum(m.size for m in matrices.values()) // 8
+
+
+def test_a_pattern_that_fails_with_a_key_error_fails(tmp_path):
+    """Though a mapping takes that for a name it does not have, and a matrix without a mask is dense."""
+    model = tiny("llama", num_hidden_layers=1)
+    matrices = find_matrices(model)
+
+    def hard(name, dual):
+        raise KeyError("of the pattern's own")
+
+    masks = Masks(NM(2, 4), hard, lambda name: torch.rand(matrices[name].shape), matrices, 0.0, CPU)
+    with StraightThrough(matrices) as network, pytest.raises(KeyError, match="of the pattern's own"):
+        network.masks = masks
+        model(input_ids=torch.arange(8)[None])
 
 
 def test_masks_that_another_process_sends_again_take_the_place_of_the_old(monkeypatch):

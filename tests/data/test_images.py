@@ -21,7 +21,8 @@ from uniprune import Loaded, Recipe
 from uniprune.artefacts.masks import MasksFile
 from uniprune.common import pictures
 from uniprune.controller.descent import loop
-from uniprune.data.images.windows import Eyes, load
+from uniprune.data.images import windows as module
+from uniprune.data.images.windows import ImageProcessing, load
 from uniprune.data.text import Text
 from uniprune.errors import InputError
 
@@ -51,13 +52,13 @@ def recipe(rows, **settings):
     return Recipe(text=str(rows), **settings)
 
 
-def eyes(source):
-    return Eyes(AutoProcessor.from_pretrained(source), AutoConfig.from_pretrained(source))
+def processing(source):
+    return ImageProcessing(AutoProcessor.from_pretrained(source), AutoConfig.from_pretrained(source))
 
 
 def shown(source, rows, use, count):
     """What the model is given for each window."""
-    windows = load(Text(str(rows)), eyes(source), use, LENGTH, count)
+    windows = load(Text(str(rows)), processing(source), use, LENGTH, count)
     return windows, list(windows.pictures.given.values())
 
 
@@ -187,20 +188,37 @@ def test_a_table_with_images_in_it_and_a_folder_are_read_alike(source, rows, tmp
     named = [json.dumps({"file_name": row["image"], "text": row["text"]}) for row in lines]
     (rows.parent / "metadata.jsonl").write_text("\n".join(named))
     expected, *others = (
-        load(Text(str(file)), eyes(source), "calibration", LENGTH, 4, seed=3)
+        load(Text(str(file)), processing(source), "calibration", LENGTH, 4, seed=3)
         for file in (rows, tmp_path / "rows.parquet", rows.parent / "metadata.jsonl")
     )
     (rows.parent / "metadata.jsonl").unlink()
     for found in others:
         assert torch.equal(found.tokens, expected.tokens)
         assert found.pictures.given.keys() == expected.pictures.given.keys()
-    assert not torch.equal(load(Text(str(rows)), eyes(source), "calibration", LENGTH, 4, seed=4).tokens, expected.tokens)
+    assert not torch.equal(load(Text(str(rows)), processing(source), "calibration", LENGTH, 4, seed=4).tokens, expected.tokens)
+
+
+def test_a_curve_shows_them_too(source, rows, tmp_path):
+    """As ``evaluate`` does: what a row's perplexity is of does not depend on the command."""
+    scores, read = tmp_path / "scores.safetensors", {"windows": 2, "length": LENGTH, "dtype": "float32"}
+    uniprune.calibrate(source, recipe(rows), scores)
+    curve = uniprune.sweep(source, scores, tmp_path / "curve.json", "0.5", text_source=str(rows), **read)
+    alone = uniprune.evaluate(source, text_source=str(rows), **read)
+    assert curve.protocol.text.images == alone.text.images == 2
+    assert curve.dense.perplexity == alone.perplexity
+
+
+def test_images_that_are_not_needed_are_not_read(source, rows, monkeypatch):
+    """More are drawn than asked for, as some may not fit; one of those that cannot be read is no error."""
+    encode, seen = module._Reader.encode, []
+    monkeypatch.setattr(module._Reader, "encode", lambda self, pair: seen.append(pair) or encode(self, pair))
+    assert len(load(Text(str(rows)), processing(source), "calibration", 200, 2).tokens) == len(seen) == 2
 
 
 def test_by_default_windows_are_as_long_as_the_longest_sample(source, rows):
-    whole = load(Text(str(rows)), eyes(source), "evaluation", None, None, most=200)
+    whole = load(Text(str(rows)), processing(source), "evaluation", None, None, most=200)
     assert whole.tokens.shape == (8, 200)  # the first text has more tokens
-    later = load(Text(str(rows)), eyes(source), "evaluation", None, None)
+    later = load(Text(str(rows)), processing(source), "evaluation", None, None)
     assert later.tokens.shape[1] > 200
     assert later.tokens.shape[1] % 64 == 0
 

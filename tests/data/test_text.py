@@ -258,6 +258,17 @@ def test_conversations_that_the_template_refuses_are_counted(tmp_path, caplog):
     assert "2 conversations are left out, which the chat template refuses" in caplog.text
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_rows_of_several_forms_are_read_each_in_its_own(tmp_path, caplog, name):
+    """A file that is put together from several sources: the first row does not say what the others have."""
+    rows = [{"content": "ab"}, {"text": "cde"}, {"question": "f?", "answer": "g"}, {"text": None}, {"content": "hi"}]
+    form = "\n".join(map(json.dumps, rows)) if name.endswith("l") else json.dumps(rows)
+    (tmp_path / name).write_text(form)
+    (whole,) = letters(load_windows(tmp_path / name, Letters(), use="evaluation", length=18))
+    assert whole == "ab\n\ncde\n\nf?\n\ng\n\nhi"
+    assert "1 rows have no text (null) and are left out" in caplog.text
+
+
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.json"])
 def test_rows_without_text_are_counted_once(tmp_path, monkeypatch, caplog, name):
     """The beginning of a long file is read before passages from all over it are."""

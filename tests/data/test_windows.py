@@ -132,6 +132,24 @@ def test_a_token_file_knows_its_bos(abc, tmp_path):
         load_windows(Text(str(tmp_path / "t.safetensors"), "a", "b"), None, use="calibration", length=5)
 
 
+def test_a_token_file_knows_its_tokenizer(abc, tmp_path):
+    """Token numbers of one tokenizer are other words to another, whether or not it has as many."""
+
+    class Shifted(Letters):
+        def __call__(self, text, **options):
+            return {"input_ids": [ord(letter) + 1 for letter in text]}
+
+    file = tmp_path / "t.safetensors"
+    windows = load_windows(abc, Letters(), use="calibration", length=3, count=3)
+    save_windows(windows, file, tokenizer=Letters())
+    for tokenizer in (Letters(), None):
+        assert torch.equal(load_windows(file, tokenizer, use="calibration", length=3).tokens, windows.tokens)
+    with pytest.raises(InputError, match="made with another tokenizer than the model's; give the text itself"):
+        load_windows(file, Shifted(), use="calibration", length=3)
+    save_windows(windows, file)  # by an older version, or of numbers that no tokenizer made
+    assert torch.equal(load_windows(file, Shifted(), use="calibration", length=3).tokens, windows.tokens)
+
+
 # -------------------------------------------------------------------------------------------------------------- stride
 
 

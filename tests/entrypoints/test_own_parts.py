@@ -3,11 +3,13 @@
 import json
 
 import pytest
+import torch
 
 import uniprune
 from own import FirstInputs, Loud, Signs
 from uniprune import NM, Recipe, Unstructured
 from uniprune.artefacts import mask_tools
+from uniprune.artefacts.scores import ScoresFile
 from uniprune.errors import InputError
 
 SMALL = {"windows": 16, "length": 32, "dtype": "float32"}
@@ -59,3 +61,17 @@ def test_patterns_of_ones_own_go_where_others_go(folder, tmp_path, settings):
     assert report.sparsity == 0.5
     planned = uniprune.plan(str(folder), Recipe(sparsity=FirstInputs(1, 3), unsupported="dense", **settings))
     assert planned.groups[0].unsupported == "32 inputs are not divisible by 3"
+
+
+def test_scores_in_float64_are_scores(folder, tmp_path):
+    """The statistics are float64, and what is computed with them is, too."""
+
+    class Long(Loud):
+        def __call__(self, weight, statistic):
+            return super().__call__(weight, statistic).double()
+
+    recipe = Recipe(metric=Long(power=0.5), controller="none", **SMALL)
+    uniprune.calibrate(str(folder), recipe, tmp_path / "long.safetensors")
+    uniprune.calibrate(str(folder), recipe.model_copy(update={"metric": Loud(power=0.5)}), tmp_path / "loud.safetensors")
+    long, loud = (ScoresFile(tmp_path / f"{name}.safetensors") for name in ("long", "loud"))
+    assert all(torch.equal(long[name], loud[name]) for name in loud)

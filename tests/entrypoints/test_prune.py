@@ -1,6 +1,7 @@
 """The commands end to end, on a tiny model in a folder."""
 
 import json
+import os
 import shutil
 from functools import partial
 
@@ -15,6 +16,7 @@ from conftest import VOCABULARY, Stopped, Stops, shared, tiny_model, write_gguf
 from processes import Forked
 from uniprune import Loaded, Recipe
 from uniprune.artefacts import archive
+from uniprune.artefacts.reports import Pruning
 from uniprune.errors import InputError, MismatchError, UniPruneError
 from uniprune.models.loading import dtype_name, fast_dtype
 from uniprune.models.matrices import find_matrices
@@ -433,6 +435,23 @@ def test_a_finished_run_of_where_one_stands_has_nothing_to_do(folder, tmp_path, 
         before = files.changed(output)
         entry(model, asked, output, resume=True)
         assert files.changed(output) == before
+
+
+def test_what_is_newer_than_a_finished_run_is_found_below_a_folder_and_dangling_links_are_not(folder, tmp_path, caplog):
+    shutil.copytree(folder, tmp_path / "model")
+    (tmp_path / "model" / "gone").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "texts" / "below").mkdir(parents=True)
+    text = tmp_path / "texts" / "below" / "one.txt"
+    text.write_text("One two three. " * 300)
+    recipe = Recipe(sparsity="0.5", controller="none", text=str(tmp_path / "texts"), **SMALL)
+    uniprune.prune(tmp_path / "model", recipe, tmp_path / "out")
+    uniprune.prune(tmp_path / "model", recipe, tmp_path / "out", resume=True)
+    assert "has been written since" not in caplog.text
+    later = files.changed(tmp_path / "out") + 10
+    os.utime(text, (later, later))
+    uniprune.prune(tmp_path / "model", recipe, tmp_path / "out", resume=True)
+    assert "has been written since" in caplog.text
+    assert {"prepare", "write", "time"} <= Pruning.read(tmp_path / "out" / "pruning.json").seconds.keys()
 
 
 def test_a_finished_run_that_is_resumed_says_that_it_kept_no_tokens(folder, tmp_path):

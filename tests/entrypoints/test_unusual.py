@@ -14,6 +14,7 @@ from small_models import SMALL, VOCABULARY, save, tiny
 from uniprune import Recipe
 from uniprune.data.windows import Windows, save_windows
 from uniprune.errors import InputError
+from uniprune.models import output_head
 from uniprune.models.blocks import last_hidden
 from uniprune.models.matrices import find_blocks
 from uniprune.models.output_head import Head
@@ -114,7 +115,7 @@ def test_heads_with_layers_before_the_product(family, settings, tokens, tmp_path
     assert near.closeness.kl == pytest.approx(expected, rel=1e-3, abs=torch.finfo(torch.float32).eps)
 
 
-def test_the_loss_is_that_of_the_models_own_logits_whatever_its_head_is(tokens):
+def test_the_loss_is_that_of_the_models_own_logits_whatever_its_head_is(tokens, monkeypatch):
     config = AutoConfig.for_model("bert", **SMALL, is_decoder=True)
     model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
     ids = load_file(tokens)["tokens"].long()[:2]
@@ -127,6 +128,10 @@ def test_the_loss_is_that_of_the_models_own_logits_whatever_its_head_is(tokens):
     head = Head(model).fit(model, lambda model: model(input_ids=ids), hidden)
     torch.testing.assert_close(head(hidden), logits.detach())
     torch.testing.assert_close(head.next_token(hidden, ids), expected)
+    whole = head.next_token(hidden, ids)
+    monkeypatch.setattr(output_head, "LOGITS", 3 * VOCABULARY)  # a large vocabulary: few tokens at a time
+    assert [piece.stop for piece in head.pieces(7)] == [3, 6, 9]
+    torch.testing.assert_close(head.next_token(hidden, ids), whole)
     few = Head(model, ids, 8).fit(model, lambda model: model(input_ids=ids), hidden)
     torch.testing.assert_close(few(hidden), logits.detach()[..., few._common])
 

@@ -20,7 +20,7 @@ from uniprune.controller.start import sensitivities
 from uniprune.controller.straight_through import StraightThrough
 from uniprune.data.windows import Windows, save_windows
 from uniprune.errors import InputError, UniPruneError
-from uniprune.models.experts import Slice, is_fused, taken_apart
+from uniprune.models.experts import Slice, is_fused, unfused
 from uniprune.models.matrices import find_blocks, find_matrices, left_dense
 from uniprune.saliency.calibration import Calibration, LocalSaliency, one_shot
 from uniprune.saliency.metrics import RIA, Wanda
@@ -53,7 +53,7 @@ def test_taken_apart_the_model_computes_the_same(family):
     model = loud(family)
     matrices = find_matrices(model)
     expected = model(ids()).logits
-    with taken_apart(matrix.module for matrix in matrices.values()):
+    with unfused(matrix.module for matrix in matrices.values()):
         assert torch.allclose(model(ids()).logits, expected, rtol=1e-4, atol=1e-4)
     assert not any("forward" in vars(module) for module in model.modules())
 

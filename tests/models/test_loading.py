@@ -14,7 +14,7 @@ from small_models import FAMILIES, tiny
 from uniprune import InputError, Recipe
 from uniprune.checkpoints.origin import resolve
 from uniprune.evaluation.model import EvaluatedModel
-from uniprune.models.loading import hollow, load_weights, native_dtype
+from uniprune.models.loading import load_weights, native_dtype, without_weights
 from uniprune.models.residency.streaming import open_streamed
 
 CPU = torch.device("cpu")
@@ -89,7 +89,7 @@ def test_the_type_is_the_files_where_the_config_names_none(tmp_path):
 def test_a_hollow_model_has_the_buffers_that_are_in_no_file(family, tmp_path):
     tiny(family).save_pretrained(tmp_path)
     origin = resolve(tmp_path)
-    found, expected = hollow(origin, torch.float32), load_weights(origin, torch.float32, CPU)
+    found, expected = without_weights(origin, torch.float32), load_weights(origin, torch.float32, CPU)
     stored = expected.state_dict()
     computed = {name: buffer for name, buffer in expected.named_buffers() if name not in stored}
     assert computed.keys() == {name for name, _ in found.named_buffers() if name not in stored}

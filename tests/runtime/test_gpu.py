@@ -6,9 +6,9 @@ import sys
 
 import pytest
 
-from uniprune.runtime import gpu
+from uniprune.common.fused import available
 
-if not gpu.available():
+if not available():
     pytest.skip("needs the triton package", allow_module_level=True)
 
 CODE = """
@@ -24,7 +24,7 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
             tokens = torch.randn(batch, columns).to(dtype)
             for one in (None, bias):
                 exact = tokens.double() @ weight.double().T + (0 if one is None else one.double())
-                found = gpu.multiply(packed, tokens, one).double()
+                found = gpu.multiply(tokens, packed, one).double()
                 assert torch.allclose(found, exact, rtol=torch.finfo(dtype).eps, atol=1e-5), (dtype, rows, columns, batch)
 """
 

@@ -94,6 +94,18 @@ def test_sequential_refuses_a_model_wide_budget():
         sequential(Calibration(model, find_matrices(model), tokens()), Magnitude(), Unstructured(0.5, "model"))
 
 
+def test_what_the_model_does_not_call_is_found_by_the_first_batch():
+    """Mamba multiplies by the weight of dt_proj without calling the layer: hours of calibration would tell no more."""
+    model = tiny("mamba")
+    ids, run = torch.randint(0, 64, (64, 1024)), []
+    model.register_forward_pre_hook(lambda *_: run.append(None))
+    model.backbone.register_forward_pre_hook(lambda *_: run.append(None))
+    with pytest.raises(InputError, match=r"the model does not call their layers; leave them out, e\.g\. --exclude dt_proj"):
+        one_shot(Calibration(model, find_matrices(model), ids), Wanda())
+    assert len(run) == 1 < len(batches(ids))
+    one_shot(Calibration(model, find_matrices(model, exclude=["dt_proj"]), ids[:1]), Wanda())
+
+
 def test_a_matrix_that_sees_no_token_is_an_error():
     model = tiny_model()
     matrices = find_matrices(model)

@@ -73,8 +73,25 @@ def test_a_terminated_command_leaves_nothing_half_written(tmp_path):
         "        (folder / 'half').write_text('x'); print('here', flush=True); time.sleep(60)\n"
         "it.app.main = slow; it.main()"
     )
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code], text=True, **pipes) as process:
         assert process.stdout.readline() == "here\n"
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 128 + signal.SIGTERM
+        assert process.stderr.read() == "error: terminated\n"
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("moment", ["importing", "at work", "at the end"])
+def test_an_interrupted_command_says_so_at_any_moment(moment):
+    """And what is done cannot be interrupted: Python's own end prints tracebacks."""
+    work = {
+        "importing": "sys.meta_path.insert(0, type('Stop', (), {'find_spec': lambda *_: interrupt()}))",
+        "at work": "import uniprune.cli.main as it; it.main = interrupt",
+        "at the end": "import uniprune.cli.main as it; it.main = lambda: None; atexit.register(interrupt)",
+    }
+    code = "import atexit, os, signal, sys, uniprune.__main__\ninterrupt = lambda *_: os.kill(os.getpid(), signal.SIGINT)\n"
+    code += f"{work[moment]}\nuniprune.__main__.main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    expected = (0, "") if moment == "at the end" else (1, "error: interrupted\n")
+    assert (done.returncode, done.stderr) == expected

@@ -69,19 +69,19 @@ def from_checkpoint(
 
     def masks() -> Iterator[tuple[str, Tensor]]:
         for name, shape in shapes.items():
-            alive = weights.alive(name)
-            if check_bits and not _same(weights, dense.checkpoint, name, alive):
+            nonzero = weights.nonzero(name)
+            if check_bits and not _same(weights, dense.checkpoint, name, nonzero):
                 raise MismatchError(f"{pruned} has other kept weights in {name} than {model}; if it was tuned: --no-check-bits")
-            mask = torch.from_numpy(alive).reshape(shape)
+            mask = torch.from_numpy(nonzero).reshape(shape)
             yield name, mask.T if dense.matrices[name].stored_transposed else mask
 
     return dense.write(output, list(shapes), masks(), f"zeros of {pruned}")
 
 
-def _same(pruned: Checkpoint, dense: Checkpoint, name: str, alive: Array) -> bool:
+def _same(pruned: Checkpoint, dense: Checkpoint, name: str, nonzero: Array) -> bool:
     """Whether a matrix has the same weights in two checkpoints where they are not 0, bit for bit."""
     same_scales = pruned.hasher(name).digest() == dense.hasher(name).digest()
-    return same_scales and not (alive & (pruned.words(name) != dense.words(name))).any()
+    return same_scales and not (nonzero & (pruned.words(name) != dense.words(name))).any()
 
 
 def from_foreign(
@@ -180,8 +180,8 @@ class Wholes:
 def _check_harmless(given: Foreign, weight: str, dense: Dense, whole: Wholes) -> None:
     """Raises InputError if a mask removes a weight that is not 0, but of the matrices that take theirs from it."""
     key = whole.keys.get(weight)
-    alive = dense.alive(key or weight)
-    if alive is None or (alive & ~given.mask(weight, alive.shape).numpy() & whole.outside(weight, alive.shape)).any():
+    nonzero = dense.nonzero(key or weight)
+    if nonzero is None or (nonzero & ~given.mask(weight, nonzero.shape).numpy() & whole.outside(weight, nonzero.shape)).any():
         what = f"{given.path} has a mask of {weight}, which"
         if key:
             raise InputError(f"{what} removes weights that are not prunable, or have another mask; correct it")

@@ -110,9 +110,9 @@ def verify(
         if create:
             _compare(file, name, mask, create)
         if weights is not None:
-            alive = weights.alive(name)
+            nonzero = weights.nonzero(name)
             keep = (mask.T if name in file.transposed else mask).numpy().reshape(-1)
-            if left := np.count_nonzero(alive & ~keep):
+            if left := np.count_nonzero(nonzero & ~keep):
                 raise MismatchError(f"{pruned} was not pruned by {masks}: {name}: {left} weights that it removes are not 0")
     asked = {"pattern": create, "model": model, "pruned": pruned}
     return {
@@ -328,11 +328,11 @@ class Dense:
         weight = self._model.state_dict().get(key)
         return None if weight is None else tuple(weight.shape)
 
-    def alive(self, key: str) -> Array | None:
+    def nonzero(self, key: str) -> Array | None:
         """Which weights of a tensor of the checkpoint are not 0, in its shape; None if it has no such tensor."""
         if isinstance(self.checkpoint, Files):
             tensor = self.checkpoint.tensors.get(key)
-            return None if tensor is None else tensor.alive(tensor.array()).reshape(tensor.shape)
+            return None if tensor is None else tensor.nonzero(tensor.array()).reshape(tensor.shape)
         weight = self._model.state_dict().get(key)
         return None if weight is None else (weight != 0).numpy()
 

@@ -30,7 +30,7 @@ def digest(masks: Mapping[str, Tensor]) -> str:
     found = hashlib.sha256()
     for name in sorted(masks):
         found.update(f"{name} {tuple(masks[name].shape)}\n".encode())
-        found.update(bits_module.pack(masks[name]).numpy().data)
+        found.update(bits_module.pack(masks[name]).cpu().numpy().data)
     return found.hexdigest()
 
 

@@ -30,7 +30,7 @@ from uniprune.checkpoints.quantised.codes import Coded
 from uniprune.errors import InputError
 from uniprune.models.loading import Loaded
 from uniprune.sparsity.bits import Array, apply_to_array, apply_to_codes, pack
-from uniprune.storage.files import FILE, sync
+from uniprune.storage.files import FILE, readers, sync
 from uniprune.storage.outline import Piece
 from uniprune.storage.safetensors_index import Entry
 
@@ -92,7 +92,7 @@ def write_checkpoint(
         if check and _alone(files, inside, entry):
             check(inside[0][0], spell_digest(entry.dtype, entry.shape, bits))
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(readers()) as pool:
         written = [(piece[0], pool.submit(write, *piece)) for piece in pieces]
         try:
             for shard, parts in groupby(written, key=itemgetter(0)):

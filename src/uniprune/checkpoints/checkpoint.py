@@ -150,8 +150,8 @@ class Files(Checkpoint):
         size = region.shape[0] * region.shape[1] * np.dtype(first.uint).itemsize
         return Stored(first.dtype, size, lambda: self._gathered(region, first.uint).view(np.uint8))
 
-    def alive(self, name: str) -> Array:
-        return self.tensors[self.region(name).pieces[0].key].alive(self.words(name))
+    def nonzero(self, name: str) -> Array:
+        return self.tensors[self.region(name).pieces[0].key].nonzero(self.words(name))
 
     def hasher(self, name: str) -> Any:
         if (entry := self.entry(name)) is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +14,7 @@ from torch import nn
 
 from uniprune.checkpoints.layout import Layout, Region
 from uniprune.storage.dtypes import BY_NAME
+from uniprune.storage.files import readers
 
 Array = np.ndarray[Any, Any]
 
@@ -60,10 +60,10 @@ class Checkpoint(ABC):
         stored = self.stored(name)
         return stored.read().view(BY_NAME[stored.dtype].uint)
 
-    def alive(self, name: str) -> Array:
+    def nonzero(self, name: str) -> Array:
         """Which weights of a matrix are not 0, flat; -0.0 is 0, too."""
-        alive: Array = self.words(name) << 1 != 0
-        return alive
+        nonzero: Array = self.words(name) << 1 != 0
+        return nonzero
 
     def hasher(self, name: str) -> Any:
         """A sha256 of what beside the bits of a matrix's weights decides on them: its scales, if it has some."""
@@ -86,7 +86,7 @@ class Checkpoint(ABC):
     @contextmanager
     def digesting(self, names: Iterable[str]) -> Iterator[Callable[[], dict[str, str]]]:
         """Inside ``with``, the digests are made by other threads; the function given waits for them, as :meth:`digests`."""
-        pool = ThreadPoolExecutor(os.cpu_count())
+        pool = ThreadPoolExecutor(readers())
         made = {name: pool.submit(self.digest, name) for name in sorted(names)}
         try:
             yield lambda: {name: digest.result() for name, digest in made.items()}

@@ -12,6 +12,7 @@ from uniprune.errors import InputError, first_line
 logger = logging.getLogger(__name__)
 
 TOKENIZERS = ("tokenizer*", "*.model", "vocab.json", "vocab.txt", "merges.txt")  # files that are, or are of, one
+FEW = 100  # tokens: without files, transformers makes of some configurations a tokenizer that knows special ones alone
 
 
 def load_tokenizer(origin: Origin) -> Any:
@@ -19,7 +20,11 @@ def load_tokenizer(origin: Origin) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(origin.folder, **origin.options())
+        found = AutoTokenizer.from_pretrained(origin.folder, **origin.options())
+        if len(found) < FEW and not found.get_vocab().keys() - {*found.all_special_tokens}:
+            logger.info("model %s has no tokenizer", origin)
+            return None
+        return found
     except Exception as error:  # transformers and tokenizers raise all kinds for a file that they cannot read
         reason = first_line(error)
         if origin.gguf is None and any(file for kind in TOKENIZERS for file in origin.folder.glob(kind)):

@@ -61,8 +61,9 @@ class Report(Options):
         description="Output folders of prune, apply, compare or pack --runtime; JSON files of evaluate, sweep or bench."
     )
     output: Annotated[Path, Flag(("-o",))] = Field(description="The report; its name ends in the format.")
-    format: Literal["html", "md", "json"] = Field(
-        default="html", description="A page, the verdict and the tables as Markdown, or everything as JSON."
+    format: Literal["html", "md", "json"] | None = Field(
+        default=None,
+        description="A page, the verdict and the tables as Markdown, or all as JSON; by default as the output's name ends.",
     )
 
 

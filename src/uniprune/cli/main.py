@@ -107,7 +107,7 @@ def main() -> NoReturn:
         sys.stdout.reconfigure(errors="backslashreplace")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     if "RANK" not in os.environ:  # torchrun's way to end a process that waits for others must not wait for Python
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # what is half written is removed
+        signal.signal(signal.SIGTERM, lambda *_: _fail("terminated", 128 + signal.SIGTERM))  # what is half written is removed
     try:
         code = app.main(prog_name="uniprune", standalone_mode=False)
     except (click.Abort, KeyboardInterrupt):

@@ -155,7 +155,9 @@ def perplexity_lines(result: Evaluation) -> list[str]:
     if result.quantised is not None:
         lines.append(f"Quantised ({result.quantised}): dequantised to {result.dtype}.")
     if result.word_perplexity is not None:
-        lines.append(f"Per word {number(result.word_perplexity)}, per byte {result.byte_perplexity:.4f}.")
+        per_byte = result.byte_perplexity
+        close = f"{per_byte:.4f}" if per_byte and per_byte < 100 else number(per_byte)  # bytes are told apart by the digits
+        lines.append(f"Per word {number(result.word_perplexity)}, per byte {close}.")
     if len(found := result.by_position or {}) > 1:
         lines.append(f"By position: {', '.join(f'{name} {value:.2f}' for name, value in found.items())}.")
     if text and text.rolling:

@@ -18,20 +18,26 @@ from uniprune.errors import InputError, UniPruneError
 
 Object = TypeVar("Object")
 
-SUMMING = timedelta(minutes=30)  # timeout of a sum: no process computes its share for that long
+SUMMING = timedelta(minutes=30)  # timeout of a sum: by how much processes may be apart when they have computed their shares
 WAITING = timedelta(hours=12)  # timeout of a barrier: the first process may be writing a large checkpoint
 _waiting: distributed.ProcessGroup | None = None  # the group for barriers and objects; None: the default one
 
 
 @contextmanager
 def joined(device: torch.device) -> Iterator[None]:
-    """Joins the other processes if ``torchrun`` started this one: NCCL on CUDA, gloo elsewhere.
+    """Joins the other processes if ``torchrun`` started this one: NCCL on CUDA, gloo elsewhere; or those that the caller has.
 
     After an error the group is not destroyed: with NCCL that would wait for the other processes, which wait for this one. The
     error ends this process instead, and ``torchrun`` then ends the others.
     """
     global _waiting
-    if "TORCHELASTIC_RUN_ID" not in os.environ or distributed.is_initialized():
+    if distributed.is_available() and distributed.is_initialized():  # by the caller, whose timeouts may be short
+        _waiting = distributed.new_group(backend="gloo", timeout=WAITING)
+        yield
+        distributed.destroy_process_group(_waiting)
+        _waiting = None
+        return
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
         yield
         return
     if device.type == "cuda":
@@ -158,6 +164,8 @@ def _others() -> Iterator[None]:
     """Turns the error of a collective operation into a UniPruneError that says so: another process has ended."""
     try:
         yield
+    except (torch.OutOfMemoryError, NotImplementedError):  # of this process
+        raise
     except RuntimeError as error:
         reason = str(error).split(". ")[0]
         raise UniPruneError(

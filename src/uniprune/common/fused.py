@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache, wraps
 from typing import Any, Generic, TypeVar
 
@@ -28,13 +29,18 @@ def on_gpu(tensor: Tensor) -> bool:
     return tensor.is_cuda
 
 
+def current(device: torch.device) -> AbstractContextManager[Any]:
+    """Inside ``with``, a CUDA device is the current one, which Triton and cuSPARSELt launch on, wherever the tensors are."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
 class Fused(Generic[Function]):
     """A function whose first argument is a tensor, and that gives one or several.
 
     plain: in PyTorch, what it is. kernels: how many it is on a GPU, at most. triton: the function that launches them, in a
     module that is imported then, as ``module:name``. The first time that it is used it is held against ``plain``: where it
-    fails, or gives something else, plain is used from then on. telling: whether a call shows all that the kernels do; until
-    one does, plain is used.
+    fails, or gives something else, plain is used from then on. telling: whether a call goes through all that the kernels
+    compute, so that one comparison proves them; until one does, plain is used.
     """
 
     def __init__(self, plain: Function, kernels: int, triton: str, telling: Callable[..., bool] | None = None) -> None:
@@ -56,13 +62,18 @@ class Fused(Generic[Function]):
             if self._telling is not None and not self._telling(tensor, *others, **settings):
                 return self.plain(tensor, *others, **settings)
             return self._choose(tensor, *others, **settings)
-        return self._chosen(tensor, *others, **settings)
+        with current(tensor.device):
+            return self._chosen(tensor, *others, **settings)
 
     def _choose(self, *tensors: Any, **settings: Any) -> Any:
         expected = self.plain(*tensors, **settings)
         try:
-            self._chosen = self.launcher
-            problem = "" if agree(self._chosen(*tensors, **settings), expected) else "it gives something else"
+            launcher = self.launcher
+            with current(tensors[0].device):
+                problem = "" if agree(launcher(*tensors, **settings), expected) else "it gives something else"
+            self._chosen = launcher
+        except torch.OutOfMemoryError:  # there are two results now: what the kernel gives, a later call will tell
+            return expected
         except Exception as error:  # whatever goes wrong in a compiler, there is another way
             problem = f"{type(error).__name__}: {error}"
         if problem:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,21 @@ def read(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"recipe {path} is not a file; give a YAML file with settings")
     try:
-        return _parsed(path.read_bytes())
+        return _parsed(_replayed(path.read_bytes()))
     except OSError as error:
         raise InputError(f"recipe {path} cannot be read: {error.strerror}") from None
     except (yaml.YAMLError, ValueError) as error:
         raise InputError(f"recipe {path} is not a recipe: {' '.join(str(error).split())[:300]}") from None
+
+
+def _replayed(content: bytes) -> bytes:
+    """Of a report (pruning.json), the recipe that replays its run; any other content as it is."""
+    try:
+        report = json.loads(content) if content.lstrip().startswith(b"{") else None
+    except (ValueError, RecursionError):
+        return content
+    inner = report.get("recipe") if isinstance(report, dict) and "kind" in report else None
+    return json.dumps(inner).encode() if isinstance(inner, dict) else content
 
 
 def _parsed(content: bytes) -> dict[str, Any]:

@@ -87,4 +87,4 @@ class _Weighted(LocalSaliency):
         self._factors = factors
 
     def __getitem__(self, name: str) -> Tensor:
-        return super().__getitem__(name).float() * self._factors[name].float()[:, None]
+        return super().__getitem__(name) * self._factors[name].float()[:, None]

@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from uniprune.common.fused import fused
 from uniprune.models.blocks import rerouted
-from uniprune.models.experts import taken_apart
+from uniprune.models.experts import unfused
 from uniprune.models.matrices import Matrices, Matrix
 from uniprune.saliency.statistics import SquaredNorm
 
@@ -58,7 +58,7 @@ class StraightThrough:
         self._routes.enter_context(
             rerouted((module for _, module in routed), lambda index, forward: self._route(*routed[index], forward))
         )
-        self._routes.enter_context(taken_apart(matrix.module for matrix in self.matrices.values()))
+        self._routes.enter_context(unfused(matrix.module for matrix in self.matrices.values()))
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -113,20 +113,22 @@ class _MaskedLinear(torch.autograd.Function):
         ctx.save_for_backward(x)
         # The mapping and not the mask: packed masks (states.PackedMasks) are unpacked again in the backward pass.
         ctx.matrix, ctx.masks, ctx.network = matrix, network.masks, network
-        return functional.linear(x, _masked(matrix.weight, network.masks.get(matrix.name)))
+        return functional.linear(x, _masked(matrix, network.masks))
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         (x,) = ctx.saved_tensors
         name, network = ctx.matrix.name, ctx.network
-        gradient_x = gradient @ _masked(ctx.matrix.weight, ctx.masks.get(name)) if ctx.needs_input_grad[0] else None
+        gradient_x = gradient @ _masked(ctx.matrix, ctx.masks) if ctx.needs_input_grad[0] else None
         network.add(name, x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1]))
         return gradient_x, None, None, None
 
 
-def _masked(weight: Tensor, mask: Tensor | None) -> Tensor:
-    if mask is None:
+def _masked(matrix: Matrix, masks: Mapping[str, Tensor]) -> Tensor:
+    weight = matrix.weight
+    if matrix.name not in masks:  # ``get`` would take a KeyError in what makes a mask for a matrix without one
         return weight
+    mask = masks[matrix.name]
     if mask.dtype != torch.bool:
         return weight * mask.to(weight.dtype)
     # As integers of the same size: on a CPU several times as fast as weight * mask, for the mask need not become a float.

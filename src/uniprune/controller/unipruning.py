@@ -46,7 +46,7 @@ from uniprune.controller.prox import prox_nm, soft_threshold
 from uniprune.controller.start import warn_without_gradient
 from uniprune.errors import InputError, UniPruneError
 from uniprune.models.blocks import device_of, rerouted, text_alone
-from uniprune.models.experts import taken_apart
+from uniprune.models.experts import unfused
 from uniprune.models.matrices import Matrices, Matrix
 from uniprune.saliency.calibration import Calibration, one_shot
 from uniprune.saliency.metrics import Metric
@@ -195,7 +195,7 @@ class WorkingCopy:
     def __enter__(self) -> WorkingCopy:
         routed = [(module, self.weights[name]) for name, matrix in self._matrices.items() for module in matrix.modules]
         self._routes.enter_context(rerouted((module for module, _ in routed), lambda index, forward: _route(*routed[index])))
-        self._routes.enter_context(taken_apart(matrix.module for matrix in self._matrices.values()))
+        self._routes.enter_context(unfused(matrix.module for matrix in self._matrices.values()))
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -6,6 +6,7 @@ Some models were never trained without it and are far off then: they need it in 
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Iterable, Iterator
 from itertools import chain
@@ -23,6 +24,7 @@ NEEDED = "gemma"  # in the type of models that need BOS in each window: Gemma 1 
 
 WHOLE = 6_000_000  # characters that are tokenised at once; that takes 150 times their size
 PIECE = 1_000_000  # characters at once of a longer text
+SCRIPTS = "A token of 12,345 words: naïve, Größe, слово, 语言, 言葉, שפה, كلمة, शब्द, 🙂\n\tdef f(x):  return x != 0  # <b>"
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +54,10 @@ class Encoder:
 
     def __init__(self, tokenizer: Any, bos: Bos | None, source: object) -> None:
         if tokenizer is None:
-            raise InputError(f"the model has no tokenizer, so text {source} cannot be read; give a saved token file")
+            raise InputError(
+                f"the model has no tokenizer, so text {source} cannot be read; put its tokenizer's files into its folder, "
+                "or give a saved token file"
+            )
         if bos not in (None, "each", "first", "none"):
             raise InputError(f"--bos {bos} is none of each, first and none")
         self._tokenizer, self._asked = tokenizer, bos
@@ -71,6 +76,10 @@ class Encoder:
         if len(text) > WHOLE:
             return list(chain.from_iterable(self.pieces([text])))
         return self._ids(text, add_special_tokens=False)
+
+    def fingerprint(self) -> str:
+        """A hash of the tokens of one text in many scripts: tokenizers that write others write another."""
+        return hashlib.sha256(repr(self._ids(SCRIPTS, add_special_tokens=False)).encode()).hexdigest()
 
     def pieces(self, text: Iterable[str]) -> Iterator[list[int]]:
         """The tokens of a long text that comes in blocks, tokenised in pieces that end where lines do."""

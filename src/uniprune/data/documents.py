@@ -55,7 +55,7 @@ DATED += " }}{%- endmacro %}"  # a template sees what it defines before what the
 
 @dataclass
 class Reader:
-    """Writes the rows of one source as documents; all of them have the form of the first.
+    """Writes the rows of one source as documents; they have the form of the first, unless they lack its field.
 
     wanted: the field that is the text, dots for fields in fields (``meta.text``); by default that of the first of ``FORMS``.
     tokenizer: whose chat template conversations are written in; without one their turns are joined.
@@ -95,12 +95,14 @@ class Reader:
         if not isinstance(row, dict):
             raise InputError(f"{where}: a row is an object with a field of text, or a string, not {_kind(row)}")
         form = self.form or self._form(list(row), where)
+        if self.wanted is None and form.fields[0] not in row:  # rows of several sources in one file
+            form = next((other for other in FORMS if set(other.fields) <= row.keys()), form)
         if self.form is None and self.wanted is not None and not _has(row, self.wanted):
             raise self._missing(row, where)
         values = [_at(row, name) for name in form.fields]
         if values[0] is None:
             return None
-        self.form = form
+        self.form = self.form or form
         if form.kind == "text" and not (self.wanted and is_conversation(values[0])):
             return self._text(values[0], row, where)
         messages = _turns(form, row, where) if form.kind == "turns" else _with_system(row, _messages(values[0], where))

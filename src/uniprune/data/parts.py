@@ -12,7 +12,7 @@ from typing import Any, BinaryIO, Protocol, TypeVar
 from uniprune.data import sampling, wikitext
 from uniprune.data.documents import JOIN, Reader
 from uniprune.data.formats import Format, blocks_of, decoded, decompressed, readable, recognise
-from uniprune.data.rows import is_lines, parse_line, reachable, read_rows
+from uniprune.data.rows import is_lines, lines_of, parse_line, reachable, read_rows
 
 Item = TypeVar("Item")
 SHUFFLED = 10_000  # rows of a Hub dataset that are shuffled at once while it is streamed
@@ -105,7 +105,7 @@ class File(_CountingRows):
 
     def pages(self) -> Iterator[tuple[str, str]]:
         if self.format.kind == "wikitext":
-            return _articles(self._lines())
+            return _articles(lines_of(self._plain()))
         return _themselves(iter(["".join(self._plain())]) if self.format.kind == "plain" else self._documents())
 
     def passages(self, length: int, budget: int, seed: str) -> Iterator[str]:
@@ -123,17 +123,8 @@ class File(_CountingRows):
 
     def _documents(self) -> Iterator[str]:
         if self.format.kind == "wikitext":
-            return wikitext.rows(self._lines())
+            return wikitext.rows(lines_of(self._plain()))
         return self.reader(read_rows(self.path, "text", self.reader.choose, self.reader.wanted))
-
-    def _lines(self) -> Iterator[str]:
-        """WikiText's lines, with what ends them; that is no other character than a line's end."""
-        rest = ""
-        for block in self._plain():
-            *lines, rest = (rest + block).split("\n")
-            yield from (f"{line}\n" for line in lines)
-        if rest:
-            yield rest
 
     def _drawn(self, length: int, budget: int, seed: str) -> Iterator[str]:
         """From compressed lines, most of which are skipped without being parsed."""

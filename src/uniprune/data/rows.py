@@ -224,7 +224,7 @@ def read_cells(path: Path, what: str) -> Iterator[tuple[str, list[str]]]:
 def _cells(path: Path, form: Format, what: str) -> Iterator[tuple[str, list[str]]]:
     csv.field_size_limit(VALUE)
     with closing(decompressed(path, form.compression)) as stream:
-        lines = _lines(decoded(blocks_of(stream)))
+        lines = lines_of(decoded(blocks_of(stream)))
         first = next(lines, "")
         # Half of Europe's programs write semicolons, since their commas are decimal.
         delimiter = "\t" if form.kind == "tsv" else "," if "," in first else max(";\t|", key=first.count)
@@ -243,7 +243,7 @@ def _again(first: str, rest: Iterator[str]) -> Iterator[str]:
     yield from rest
 
 
-def _lines(blocks: Iterable[str]) -> Iterator[str]:
+def lines_of(blocks: Iterable[str]) -> Iterator[str]:
     """Lines with their ends, which are ``\\n`` alone."""
     left = ""
     for block in blocks:

@@ -117,7 +117,8 @@ class Windows:
 class TokenFacts(Metadata):
     """The metadata of a saved token file. bos: whether some window begins with BOS; which: those that were to.
 
-    sources: if the windows are of several texts, each by its name; of: which of them each window is of.
+    sources: if the windows are of several texts, each by its name; of: which of them each window is of. tokenizer: its
+    ``Encoder.fingerprint``, if there was one.
     """
 
     kind: Literal["tokens"] = "tokens"
@@ -130,6 +131,7 @@ class TokenFacts(Metadata):
     sample: Sample = Sample()
     sources: dict[str, TextShare] | None = None
     of: list[str] | None = None
+    tokenizer: str | None = None
 
 
 def load_windows(
@@ -157,7 +159,7 @@ def load_windows(
     if count is not None and count < 1:
         raise InputError(f"number of windows {count} is not positive")
     if text.is_token_file:
-        return _of_token_file(text, length, count, {"bos": bos, "stride": stride})
+        return _of_token_file(text, tokenizer, length, count, {"bos": bos, "stride": stride})
     encoder = Encoder(tokenizer, bos, text)
     wanted = Wanted(use, count, length, encoder.room(length), seed)
     if stride is not None and not 0 < stride <= wanted.room:
@@ -272,10 +274,11 @@ def check_savable(windows: Windows, path: Path, again: bool = False) -> None:
         raise InputError(f"output {path} exists, and has other tokens; give another name, or --overwrite")
 
 
-def save_windows(windows: Windows, path: Path, again: bool = False) -> None:
+def save_windows(windows: Windows, path: Path, again: bool = False, tokenizer: Any = None) -> None:
     """Writes the token ids as safetensors (``tokens``: int32 ``[windows, length]``), for runs on the very same tokens.
 
-    again: whether an earlier try of the same run may have written the file, which then stays.
+    tokenizer: that they are of; a model with another one then refuses them. again: whether an earlier try of the same run may
+    have written the file, which then stays.
     Raises InputError as :func:`check_savable`.
     """
     check_savable(windows, path, again)
@@ -291,17 +294,21 @@ def save_windows(windows: Windows, path: Path, again: bool = False) -> None:
         sample=windows.sample,
         sources=None if windows.sources is None else dict(windows.sources),
         of=None if windows.of is None else [list(windows.sources or ())[index] for index in windows.of.tolist()],
+        tokenizer=None if tokenizer is None else Encoder(tokenizer, None, path).fingerprint(),
     )
     write_tensors(path, {"tokens": windows.tokens.to(torch.int32)}, facts)
 
 
-def _of_token_file(text: Text, length: int, count: int | None, others: dict[str, object]) -> Windows:
-    """others: the settings of other texts, which a token file does not take."""
+def _of_token_file(text: Text, tokenizer: Any, length: int, count: int | None, others: dict[str, object]) -> Windows:
+    """tokenizer: the model's. others: the settings of other texts, which a token file does not take."""
     path = path_of(text.source)
     tokens, facts = _read(path)
     given = {"field": text.field, "split": text.split} | others
     if useless := [f"--{name}" for name, value in given.items() if value is not None]:
         raise InputError(f"token file {path} has its tokens; leave out {', '.join(useless)}")
+    known = facts.tokenizer is not None and tokenizer is not None
+    if known and facts.tokenizer != Encoder(tokenizer, None, path).fingerprint():
+        raise InputError(f"token file {path} was made with another tokenizer than the model's; give the text itself")
     if tokens.shape[1] != length:
         raise InputError(f"token file {path} has windows of {tokens.shape[1]} tokens, not {length}; leave --length out")
     if count is not None and count > len(tokens):

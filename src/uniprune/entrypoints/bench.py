@@ -10,6 +10,7 @@ from statistics import median
 import torch
 
 from uniprune.checkpoints.origin import resolve
+from uniprune.common.fused import current
 from uniprune.common.progress import Progress, silent
 from uniprune.common.provenance import Stopwatch, versions
 from uniprune.errors import InputError
@@ -61,7 +62,7 @@ def bench(
     shapes = Counter(matrix.shape for matrix in matrices.values())
     fused = sum(isinstance(matrix.module, Slice) for matrix in matrices.values())
     at, watch = Conditions(place, [DTYPES[name] for name in types], counts, fractions, seconds=seconds), Stopwatch()
-    with watch("measure"):
+    with watch("measure"), current(place):
         results, missing = timing.measure(shapes, at, progress)
     busy = results and median(result.high / result.low for result in results) > BUSY
     return Speeds(

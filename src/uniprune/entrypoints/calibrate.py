@@ -47,7 +47,7 @@ def calibrate(
             "a size is for prune; calibrate with --sparsity, at the sparsity that plan --size shows, or with neither"
         )
     asked = RunOptions.of(**options)
-    with distributed.joined(device_of(asked)):
+    with distributed.joined(device_of(asked, source)):
         if asked.resume and (facts := distributed.of_first(partial(_finished, output, recipe, source))):
             check_tokens_kept(asked, output)
             return facts

@@ -84,7 +84,7 @@ def permute(
         )
     watch = Stopwatch()
     options = RunOptions.of(device=device, max_memory=max_memory, overwrite=overwrite)
-    with distributed.joined(device_of(options)):
+    with distributed.joined(device_of(options, source)):
         if distributed.count() > 1:
             raise InputError("permute runs in one process; start it without torchrun")
         with watch("prepare"):

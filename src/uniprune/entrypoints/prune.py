@@ -59,7 +59,7 @@ def prune(
     output = files.path_of(output)
     _check_budget(recipe)
     watch, asked = Stopwatch(), RunOptions.of(**options)
-    with distributed.joined(device_of(asked)):
+    with distributed.joined(device_of(asked, source)):
         if asked.resume and (report := distributed.of_first(partial(_finished, output, recipe, source))):
             check_tokens_kept(asked, output)
             return report
@@ -78,7 +78,8 @@ def prune(
                         writer.write_checkpoint(job.loaded, MasksFile(file), folder, _unchanged(job))
                     report = _report(recipe, job, created, removed, watch, masks_sha256=sha256(file))
                     with watch("time"):
-                        report = with_speed(report, job.loaded, device_of(asked))
+                        report = with_speed(report, job.loaded, device_of(asked, source))
+                    report = report.model_copy(update={"seconds": watch.seconds})
                     model_card.write(folder, report, job.loaded.origin)
                     report.write(folder / files.REPORT)
                     run.commit("done", {})
@@ -99,7 +100,7 @@ def prune_in_place(loaded: Loaded, recipe: Recipe, *, save_tokens: Path | None =
     if recipe.experts is not None:
         raise InputError("--experts leaves a smaller model, which is written: use prune, not prune_in_place")
     watch, options = Stopwatch(), RunOptions.of(save_tokens=save_tokens)
-    with distributed.joined(device_of(options)):
+    with distributed.joined(device_of(options, loaded)):
         with watch("prepare"):
             job = prepare(loaded, recipe, None, options, progress=progress)
         created = _create_masks(job, recipe, job.calibration(progress), watch)

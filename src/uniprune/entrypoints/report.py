@@ -56,33 +56,37 @@ class Report(Record):
 
 
 def report(
-    paths: str | Path | Sequence[str | Path], output: str | Path, *, format: Format = "html", overwrite: bool = False
+    paths: str | Path | Sequence[str | Path], output: str | Path, *, format: Format | None = None, overwrite: bool = False
 ) -> Report:
     """Writes a page of what the sources say, and returns the same as data.
 
     paths: output folders of ``prune``, ``apply``, ``compare`` and ``pack --runtime``, JSON files of ``evaluate --json``,
     ``sweep`` and ``bench --json``; one, or any number. format: ``html``, ``md`` (the verdict and the tables) or ``json``
-    (what is returned); the output's suffix. Raises InputError if a source is none of these, naming it, if the output exists
-    and is not to be replaced, and if there is no matplotlib.
+    (what is returned); by default as the output's name ends.
+    Raises InputError if a source is none of these, naming it, if the output exists and is not to be replaced, and if there is
+    no matplotlib.
     """
     several = [paths] if isinstance(paths, (str, Path)) else paths
     return facts(*write(list(map(path_of, several)), path_of(output), format=format, overwrite=overwrite))
 
 
 def write(
-    paths: Sequence[Path], output: Path, *, format: Format = "html", overwrite: bool = False
+    paths: Sequence[Path], output: Path, *, format: Format | None = None, overwrite: bool = False
 ) -> tuple[list[ResultFile], Summary]:
     """As :func:`report`; returns what it read, and that put together."""
     folders = [path for path in paths if path.is_dir()]
     read = [*filter(Path.is_file, paths), *(folder / "README.md" for folder in folders if (folder / REPORT).is_file())]
-    if format not in get_args(Format):
-        raise InputError(f"format {format!r} is unknown; use one of {', '.join(get_args(Format))}")
-    check_output_file(output, overwrite, *read, suffix=f".{format}")
-    if format == "json":
+    formats = get_args(Format)
+    by_name: Format = next((known for known in formats if output.suffix == f".{known}"), "html")
+    chosen = format or by_name
+    if chosen not in formats:
+        raise InputError(f"format {format!r} is unknown; use one of {', '.join(formats)}")
+    check_output_file(output, overwrite, *read, suffix=f".{chosen}")
+    if chosen == "json":
         Report.check_keeps_inputs(output, folders)
     sources = read_all(paths)
     summary = summarise(sources)
-    content = _content(sources, summary, format)
+    content = _content(sources, summary, chosen)
     with replacing(output) as temporary:
         temporary.write_text(content, encoding="utf-8", errors="replace")  # half a surrogate pair is no text
     return sources, summary

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from uniprune.artefacts import archive_size
 from uniprune.artefacts.binding import fingerprint
 from uniprune.artefacts.scores import ScoresFile
+from uniprune.common.pictures import showing
 from uniprune.common.progress import Progress, silent
 from uniprune.common.provenance import sha256, sparsity
 from uniprune.data.sources import files_of
@@ -136,7 +137,8 @@ class _Reading:
     def __call__(self) -> dict[str, Any]:
         """The perplexity, and by text, of :class:`Costs`."""
         if self._dense is None:
-            return {"perplexity": perplexity(self._model, self._windows).perplexity}
+            with showing(self._model, self._windows.pictures):
+                return {"perplexity": perplexity(self._model, self._windows).perplexity}
         here, found = self._read()
         near = closeness(here, self._dense, self._windows).by_text or {}
         each = (found.by_text or {}).items()
@@ -144,7 +146,7 @@ class _Reading:
         return {"perplexity": found.perplexity, "by_text": by_text}
 
     def _read(self) -> tuple[Recording, Perplexity]:
-        with Recording(self._model, self._windows) as here:
+        with showing(self._model, self._windows.pictures), Recording(self._model, self._windows) as here:
             return here, perplexity(self._model, self._windows)
 
 

@@ -140,9 +140,9 @@ class EvaluatedModel:
             raise InputError("--stride and --bos are for text alone; leave them out, or take the text alone: --field text")
         if asked.length is not None:
             check_context(self._config, asked.length)
-        eyes = images.Eyes(load_processor(origin_of(self._source), self.tokenizer), self._config)
+        processing = images.ImageProcessing(load_processor(origin_of(self._source), self.tokenizer), self._config)
         source = Text(text, asked.field, asked.split)
-        return images.load(source, eyes, "evaluation", asked.length, asked.windows, most=self.context)
+        return images.load(source, processing, "evaluation", asked.length, asked.windows, most=self.context)
 
     def documents(self, text: str | Sequence[str], asked: Reading) -> Documents:
         """Documents that are read one by one, pieces of ``length`` tokens: by default the context, as lm-evaluation-harness."""

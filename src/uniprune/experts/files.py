@@ -27,7 +27,7 @@ Kept = Mapping[str, Sequence[int]]
 """The numbers of the experts that are kept, by the name of the parameter that has a part for each."""
 
 
-class Taken(NamedTuple):
+class Selection(NamedTuple):
     """What a stored tensor is made of: another one, or, along an axis of it, the parts with some numbers."""
 
     key: str
@@ -35,17 +35,17 @@ class Taken(NamedTuple):
     numbers: tuple[int, ...] | None = None
 
     def shape(self, whole: Shape) -> Shape:
-        """Of what is taken of a tensor."""
+        """Of what is selected of a tensor."""
         return whole if self.numbers is None else (*whole[: self.axis], len(self.numbers), *whole[self.axis + 1 :])
 
 
-def selected(shapes: Mapping[str, Shape], located: Located, axes: Mapping[str, int], kept: Kept) -> dict[str, Taken]:
+def selected(shapes: Mapping[str, Shape], located: Located, axes: Mapping[str, int], kept: Kept) -> dict[str, Selection]:
     """The tensors of a checkpoint with the experts that are kept, by their keys, in the order of ``shapes``.
 
     shapes: of the tensors as they are; located: where parameters lie in them. axes: of each parameter that has a part for each
     expert, the axis. Raises InputError for one that is stored in another way than by experts.
     """
-    found: dict[str, Taken | None] = {}  # None: of an expert that is not kept
+    found: dict[str, Selection | None] = {}  # None: of an expert that is not kept
     for name, axis in axes.items():
         place, numbers = located.get(name), kept[name]
         if not isinstance(place, Outline):
@@ -53,7 +53,7 @@ def selected(shapes: Mapping[str, Shape], located: Located, axes: Mapping[str, i
         alone: dict[Any, dict[int, str]] = {}
         for piece in place.pieces:
             if piece.shape[axis] == place.shape[axis]:
-                found[piece.key] = Taken(piece.key, _stored_axis(name, piece, axis, shapes[piece.key]), tuple(numbers))
+                found[piece.key] = Selection(piece.key, _stored_axis(name, piece, axis, shapes[piece.key]), tuple(numbers))
             elif piece.shape[axis] == 1:
                 where = piece.offset, piece.strides, piece.start[:axis], piece.start[axis + 1 :]
                 alone.setdefault(where, {})[piece.start[axis]] = piece.key
@@ -61,8 +61,8 @@ def selected(shapes: Mapping[str, Shape], located: Located, axes: Mapping[str, i
                 raise InputError(f"{name}: {piece.key} has some of its experts; it must have one, or all of them")
         for keys in alone.values():
             found |= dict.fromkeys(keys.values())
-            found |= {keys[index]: Taken(keys[number]) for index, number in enumerate(numbers)}
-    return {key: taken for key in shapes if (taken := found.get(key, Taken(key))) is not None}
+            found |= {keys[index]: Selection(keys[number]) for index, number in enumerate(numbers)}
+    return {key: selection for key in shapes if (selection := found.get(key, Selection(key))) is not None}
 
 
 def _stored_axis(name: str, piece: Piece, axis: int, shape: Shape) -> int:
@@ -73,18 +73,18 @@ def _stored_axis(name: str, piece: Piece, axis: int, shape: Shape) -> int:
     raise InputError(f"{name}: its experts are no axis of {piece.key}; they cannot be taken out of it")
 
 
-def stored(files: Files, tensors: Mapping[str, Taken]) -> dict[str, Taken]:
+def stored(files: Files, tensors: Mapping[str, Selection]) -> dict[str, Selection]:
     """What these tensors are in the files: of those that are stored as codes, the codes and their scales."""
-    found: dict[str, Taken] = {}
-    for key, taken in tensors.items():
-        layer, new = taken.key.removesuffix("weight"), key.removesuffix("weight")
-        for part in files.quantised.parts.get(taken.key, (taken.key,)):
-            by_expert = files.entries[part].shape[:1] == files.tensors[taken.key].shape[:1]  # not one for all of them
-            found[new + part.removeprefix(layer)] = taken._replace(key=part) if by_expert else Taken(part)
+    found: dict[str, Selection] = {}
+    for key, selection in tensors.items():
+        layer, new = selection.key.removesuffix("weight"), key.removesuffix("weight")
+        for part in files.quantised.parts.get(selection.key, (selection.key,)):
+            by_expert = files.entries[part].shape[:1] == files.tensors[selection.key].shape[:1]  # not one for all of them
+            found[new + part.removeprefix(layer)] = selection._replace(key=part) if by_expert else Selection(part)
     return found
 
 
-def write(files: Files, tensors: Mapping[str, Taken], folder: Path, parameters: int) -> None:
+def write(files: Files, tensors: Mapping[str, Selection], folder: Path, parameters: int) -> None:
     """Writes the files of a checkpoint that has these tensors, each in the file where its key was; and their index.
 
     parameters: how many the model then has, which an index may say.
@@ -110,9 +110,9 @@ def write(files: Files, tensors: Mapping[str, Taken], folder: Path, parameters: 
         (folder / files.weights.name).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def size(files: Files, tensors: Mapping[str, Taken]) -> int:
+def size(files: Files, tensors: Mapping[str, Selection]) -> int:
     """Bytes of the tensors."""
-    return sum(_outline(files, taken)[2] for taken in tensors.values())
+    return sum(_outline(files, selection)[2] for selection in tensors.values())
 
 
 def _width(entry: Entry) -> int:
@@ -120,26 +120,26 @@ def _width(entry: Entry) -> int:
     return (entry.stop - entry.start) // max(1, math.prod(entry.shape))
 
 
-def _outline(files: Files, taken: Taken) -> tuple[str, Shape, int]:
+def _outline(files: Files, selection: Selection) -> tuple[str, Shape, int]:
     """Type, shape and bytes of a tensor."""
-    entry = files.entries[taken.key]
+    entry = files.entries[selection.key]
     nbytes = entry.stop - entry.start
-    if taken.numbers is not None:
-        nbytes = nbytes * len(taken.numbers) // entry.shape[taken.axis]
-    return entry.dtype, taken.shape(entry.shape), nbytes
+    if selection.numbers is not None:
+        nbytes = nbytes * len(selection.numbers) // entry.shape[selection.axis]
+    return entry.dtype, selection.shape(entry.shape), nbytes
 
 
-def _parts(files: Files, taken: Taken) -> Iterator[np.ndarray[Any, Any]]:
+def _parts(files: Files, selection: Selection) -> Iterator[np.ndarray[Any, Any]]:
     """The bytes of a tensor, in pieces."""
-    entry = files.entries[taken.key]
+    entry = files.entries[selection.key]
     whole = np.memmap(entry.file, np.uint8, "r")[entry.start : entry.stop]
-    if taken.numbers is None:
+    if selection.numbers is None:
         yield whole
         return
-    before, inside = entry.shape[: taken.axis], entry.shape[taken.axis]
+    before, inside = entry.shape[: selection.axis], entry.shape[selection.axis]
     rows = whole.reshape(math.prod(before), inside, -1)
     for row in rows:
-        for number in taken.numbers:
+        for number in selection.numbers:
             yield row[number]
 
 

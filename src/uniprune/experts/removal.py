@@ -18,7 +18,7 @@ from uniprune.checkpoints.origin import resolve
 from uniprune.common.progress import Progress, silent
 from uniprune.experts import files as expert_files
 from uniprune.experts.criteria import best, by_weights, observe, of_experts
-from uniprune.experts.structure import Fewer, fewer
+from uniprune.experts.structure import ExpertReduction, reduction_of
 from uniprune.job.options import RunOptions
 from uniprune.job.prepare import Job, prepare
 from uniprune.job.recipe import Recipe
@@ -35,15 +35,15 @@ KeptLayers = Mapping[str, ExpertLayer]
 
 @dataclass(frozen=True)
 class Removal:
-    """A run that removes experts, checked and loaded. recipe: as it was asked for; less: what is kept of each layer."""
+    """A run that removes experts, checked and loaded. recipe: as it was asked for; reduction: what is kept of each layer."""
 
     job: Job
     recipe: Recipe
-    less: Fewer
+    reduction: ExpertReduction
 
     @property
     def counts(self) -> ExpertCounts:
-        return counts(self.less, self.job.loaded.model)
+        return counts(self.reduction, self.job.loaded.model)
 
     @property
     def files(self) -> Files:
@@ -70,7 +70,7 @@ class Removal:
             scores = by_weights(saliency, calibration.matrices, None if blind else seen)
         layers = {
             layer: ExpertLayer(
-                kept=best(scores[layer], self.less.kept, self.less.groups),
+                kept=best(scores[layer], self.reduction.kept, self.reduction.groups),
                 tokens=experts.tokens,
                 scores=scores[layer].tolist(),
                 reap=experts.reap.tolist(),
@@ -85,34 +85,34 @@ class Removal:
         kept = {layer: experts.kept for layer, experts in layers.items()}
         copy_companions(self.files, folder)
         copy_terms(self.job.loaded.origin, folder)
-        expert_files.write(self.files, self.less.tensors(self.files, located, kept), folder, self.counts.parameters)
+        expert_files.write(self.files, self.reduction.tensors(self.files, located, kept), folder, self.counts.parameters)
         config = folder / "config.json"
-        settings = self.less.configure(strict_json.parse(config.read_bytes()))
+        settings = self.reduction.configure(strict_json.parse(config.read_bytes()))
         config.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
-def counts(less: Fewer, model: nn.Module) -> ExpertCounts:
+def counts(reduction: ExpertReduction, model: nn.Module) -> ExpertCounts:
     """What is kept of a model, in numbers."""
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    left = sum(size * less.kept // less.experts if name in less.axes else size for name, size in sizes.items())
+    left = sum(size * reduction.kept // reduction.experts if name in reduction.axes else size for name, size in sizes.items())
     return ExpertCounts(
-        layers=len(less.layers),
-        of=less.experts,
-        kept=less.kept,
-        groups=less.groups,
+        layers=len(reduction.layers),
+        of=reduction.experts,
+        kept=reduction.kept,
+        groups=reduction.groups,
         parameters=left,
-        left_out=len(less.left_out),
+        left_out=len(reduction.left_out),
     )
 
 
 def planned(fraction: float, model: nn.Module, matrices: Matrices) -> tuple[Matrices, ExpertCounts, int]:
     """Of a run the matrices that it scores, what would be kept, and the bytes of the smaller checkpoint."""
-    less = fewer(fraction, model, matrices)
+    reduction = reduction_of(fraction, model, matrices)
     files = checkpoint_of(model)
     assert isinstance(files, Files)
-    some = {layer: range(less.kept) for layer in less.layers}  # whichever are kept, the size is the same
-    size = expert_files.size(files, less.tensors(files, files.layout(model).located, some))
-    return of_experts(matrices), counts(less, model), size
+    some = {layer: range(reduction.kept) for layer in reduction.layers}  # whichever are kept, the size is the same
+    size = expert_files.size(files, reduction.tensors(files, files.layout(model).located, some))
+    return of_experts(matrices), counts(reduction, model), size
 
 
 def prepared(source: Source, recipe: Recipe, output: Path, options: RunOptions, progress: Progress = silent) -> Removal:
@@ -120,9 +120,9 @@ def prepared(source: Source, recipe: Recipe, output: Path, options: RunOptions, 
     assert recipe.experts is not None
     model = source.model if isinstance(source, Loaded) else skeleton(resolve(source))
     matrices = find_matrices(model)
-    less = fewer(recipe.experts, model, matrices)
+    reduction = reduction_of(recipe.experts, model, matrices)
     inner = recipe.model_copy(update={"include": alike(of_experts(matrices))})
-    return Removal(prepare(source, inner, output, options, progress=progress), recipe, less)
+    return Removal(prepare(source, inner, output, options, progress=progress), recipe, reduction)
 
 
 def alike(matrices: Matrices) -> tuple[str, ...]:

@@ -21,7 +21,7 @@ from uniprune.checkpoints.configuration import text_config
 from uniprune.checkpoints.layout import Located, keys_of, on_load
 from uniprune.errors import InputError, first_line
 from uniprune.experts.criteria import best, layers_of
-from uniprune.experts.files import Taken, selected, stored
+from uniprune.experts.files import Selection, selected, stored
 from uniprune.models.experts import Batched
 from uniprune.models.loading import on_meta
 from uniprune.models.matrices import Matrices
@@ -37,7 +37,7 @@ FAR = -1e4  # weights of a router for experts that are never chosen, of inputs t
 
 
 @dataclass(frozen=True)
-class Fewer:
+class ExpertReduction:
     """What is kept of each layer's experts. settings: of the configuration, that say how many there are; by name all names that
     config.json may have them under (Qwen3-MoE's has ``num_experts``, which transformers calls ``num_local_experts``).
 
@@ -54,11 +54,11 @@ class Fewer:
     axes: Mapping[str, int]
     left_out: frozenset[str]
 
-    def tensors(self, files: Files, located: Located, kept: Mapping[str, Sequence[int]]) -> dict[str, Taken]:
+    def tensors(self, files: Files, located: Located, kept: Mapping[str, Sequence[int]]) -> dict[str, Selection]:
         """The stored tensors that remain. kept: the numbers of the experts, by layer."""
         return stored(files, self.loaded(files, located, kept))
 
-    def loaded(self, files: Files, located: Located, kept: Mapping[str, Sequence[int]]) -> dict[str, Taken]:
+    def loaded(self, files: Files, located: Located, kept: Mapping[str, Sequence[int]]) -> dict[str, Selection]:
         """The same as transformers loads them: codes and their scales are one tensor."""
         shapes = {key: entry.shape for key, entry in files.tensors.items() if key not in self.left_out}
         by_name = {name: next(kept[layer] for layer in kept if _is_of(layer, name)) for name in self.axes}
@@ -78,7 +78,7 @@ class Fewer:
         return found
 
 
-def fewer(fraction: float, model: nn.Module, matrices: Matrices) -> Fewer:
+def reduction_of(fraction: float, model: nn.Module, matrices: Matrices) -> ExpertReduction:
     """What to keep of a model's experts if a fraction of them is removed: as many in each layer; floor(fraction * experts) go.
 
     Raises InputError if the model has none that can be removed, with the reason.
@@ -107,7 +107,7 @@ def fewer(fraction: float, model: nn.Module, matrices: Matrices) -> Fewer:
     small = _smaller(model, settings, kept)
     axes = _axes(name, model, small, layers)
     located = files.layout(model).located
-    found = Fewer(tuple(layers), experts, kept, groups, settings, axes, _left_out(files, located, axes))
+    found = ExpertReduction(tuple(layers), experts, kept, groups, settings, axes, _left_out(files, located, axes))
     numbers = dict.fromkeys(layers, best(torch.zeros(experts), kept, groups))
     taken = found.loaded(files, located, numbers)
     shapes = {key: one.shape(files.tensors[one.key].shape) for key, one in taken.items()}

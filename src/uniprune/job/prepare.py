@@ -95,7 +95,7 @@ class Prospect:
 
 def prospect_of(given: Loaded | Origin, recipe: Recipe, options: RunOptions) -> Prospect:
     """Raises InputError for a device that is not there, and for a model that has nothing to prune, or not in this way."""
-    device = device_of(options)
+    device = device_of(options, given)
     model = given.model if isinstance(given, Loaded) else skeleton(given)
     check_predicts(recipe, model)
     return Prospect(given, recipe, model, choose_matrices(model, recipe.include, recipe.exclude), device)
@@ -219,7 +219,7 @@ def prepare(
         found = digests() if digests else loaded.checkpoint.digests(matrices)
         binding = Binding.of(matrices, found, called(str(loaded)), prunable)
         distributed.check_alike({"model": binding.base, "--dtype": dtype_name(blocks.dtype_of(loaded.model))})
-        _save_tokens(windows, options)  # once nothing is left to refuse
+        _save_tokens(windows, options, loaded.tokenizer)  # once nothing is left to refuse
         return Job(loaded, matrices, windows, binding, aim, execution)
 
 
@@ -285,10 +285,10 @@ def _found_in(loaded: Loaded, recipe: Recipe) -> Matrices:
     return attached(matrices, loaded.residency) if isinstance(loaded.residency, Streamer) else matrices
 
 
-def _save_tokens(windows: Windows, options: RunOptions) -> None:
+def _save_tokens(windows: Windows, options: RunOptions, tokenizer: Any) -> None:
     """Writes the token file, if one is asked for."""
     if options.save_tokens is not None and distributed.rank() == 0:
-        save_windows(windows, options.save_tokens, _kept_tokens(options))
+        save_windows(windows, options.save_tokens, _kept_tokens(options), tokenizer)
 
 
 def _kept_tokens(options: RunOptions) -> bool:
@@ -329,9 +329,9 @@ def progress_of(output: Path, options: RunOptions, identity: dict[str, Any]) -> 
         distributed.barrier()
 
 
-def device_of(options: RunOptions) -> torch.device:
-    """The device; under ``torchrun`` each process has its own."""
-    device = parse_device(options.device)
+def device_of(options: RunOptions, source: Source | Origin) -> torch.device:
+    """The device, of a model in memory its own; under ``torchrun`` each process has one."""
+    device = blocks.device_of(source.model) if isinstance(source, Loaded) else parse_device(options.device)
     if device.type == "cuda":
         device = torch.device("cuda", distributed.local_rank() if device.index is None else device.index)
         torch.cuda.set_device(device)  # Triton's and cuSPARSELt's kernels use the current one

@@ -114,9 +114,9 @@ def _image_windows(recipe: Recipe, model: nn.Module, origin: Origin | None, toke
         raise InputError(f"--bos is for text alone; leave it out, {TEXT_ALONE}")
     if recipe.length is not None:
         check_context(model.config, recipe.length)
-    eyes = images.Eyes(load_processor(origin, tokenizer), model.config)
+    processing = images.ImageProcessing(load_processor(origin, tokenizer), model.config)
     count = recipe.windows or WINDOWS
-    return images.load(source, eyes, "calibration", recipe.length, count, recipe.seed, context(model.config))
+    return images.load(source, processing, "calibration", recipe.length, count, recipe.seed, context(model.config))
 
 
 def shape_of_windows(recipe: Recipe, config: Any) -> tuple[int, int]:

@@ -268,19 +268,19 @@ def routers(block: nn.Module) -> Iterator[nn.Module]:
 
 
 @contextmanager
-def taken_apart(modules: Iterable[nn.Module]) -> Iterator[None]:
+def unfused(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Inside ``with``, the fused experts that these modules are slices of run slice by slice, as if each were a Linear.
 
     Modules that are no slices are left alone. Raises UniPruneError, at the first tokens, if the result is not what the fused
     module itself computes.
     """
     slices = {id(module.fused): module.fused for module in modules if isinstance(module, Slice)}
-    fused = [one for one in slices.values() if not isinstance(one.module.forward, _Apart)]  # else it is apart already
-    with rerouted((one.module for one in fused), lambda index, forward: _Apart(fused[index], forward)):
+    fused = [one for one in slices.values() if not isinstance(one.module.forward, _Unfused)]  # else it is apart already
+    with rerouted((one.module for one in fused), lambda index, forward: _Unfused(fused[index], forward)):
         yield
 
 
-class _Apart:
+class _Unfused:
     """The forward of a module of experts that runs them one by one; at the first tokens compared with its own."""
 
     def __init__(self, fused: FusedExperts, own: Callable[..., Tensor]) -> None:

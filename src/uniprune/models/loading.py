@@ -59,8 +59,9 @@ class Loaded:
     def check(self, dtype: str | None, device: str | None) -> None:
         """Raises InputError if it is to compute in another type, or elsewhere, than the caller has put it."""
         here, wanted = next(self.model.parameters()), parse_dtype(dtype)
-        place = None if device in (None, "auto") else parse_device(device).type
-        if wanted not in (None, here.dtype) or place not in (None, here.device.type):
+        place = here.device if device in (None, "auto") else parse_device(device)
+        same = place.type == here.device.type and (place.type == "cpu" or place.index in (None, here.device.index))
+        if wanted not in (None, here.dtype) or not same:
             raise InputError(f"the model is in memory, {here.dtype} on {here.device}: convert it there, or give its folder")
 
     @property
@@ -197,7 +198,7 @@ def find_names(origin: Origin, names: Collection[str]) -> list[str]:
     return [name for name in names if name not in origin.files]
 
 
-def hollow(origin: Origin, dtype: torch.dtype) -> nn.Module:
+def without_weights(origin: Origin, dtype: torch.dtype) -> nn.Module:
     """The model with its parameters on the meta device, but real buffers (rotary frequencies, say): ready to be filled."""
     from accelerate import init_empty_weights  # type: ignore[import-untyped]
     from transformers.initialization import no_init_weights
@@ -206,10 +207,10 @@ def hollow(origin: Origin, dtype: torch.dtype) -> nn.Module:
     kind = _guarded(origin, lambda: _kind(config, origin.files))
     with init_empty_weights(include_buffers=False), no_init_weights():
         model: nn.Module = _guarded(origin, lambda: kind.from_config(config, dtype=dtype, trust_remote_code=False))
-    for module in model.modules():  # to draw numbers for hollow parameters takes as long as all else
+    for module in model.modules():  # to draw numbers for parameters on meta takes as long as all else
         module._is_hf_initialized = not module._buffers  # type: ignore[assignment]
     model.init_weights()  # type: ignore[operator]
-    model.tie_weights()  # type: ignore[operator]  # what was tied while parameters were being swapped for hollow ones is not
+    model.tie_weights()  # type: ignore[operator]  # what was tied while parameters were being swapped for those is not
     bind(model, origin.files)
     if origin.files:
         _untie(model, origin.files, dtype)
@@ -227,8 +228,8 @@ def _untie(model: nn.Module, files: Files, dtype: torch.dtype) -> None:
         one, other = (place.pieces[0].key for place in places if isinstance(place, Outline))
         if not files.same(one, other, dtype):
             owner, _, leaf = target.rpartition(".")
-            hollow_one = torch.empty_like(model.get_parameter(target), device="meta")
-            model.get_submodule(owner)._parameters[leaf] = nn.Parameter(hollow_one, requires_grad=False)
+            placeholder = torch.empty_like(model.get_parameter(target), device="meta")
+            model.get_submodule(owner)._parameters[leaf] = nn.Parameter(placeholder, requires_grad=False)
             del tied[target]
 
 
@@ -342,7 +343,7 @@ def _filled(origin: Origin, dtype: torch.dtype, device: torch.device) -> nn.Modu
     assert origin.files is not None
     if origin.quantised:
         logger.info("model %s is quantised (%s); it is dequantised to %s", origin, origin.quantised, dtype_name(dtype))
-    model = hollow(origin, dtype)
+    model = without_weights(origin, dtype)
     fill(model, origin.files, loaded_dtypes(model, dtype), device)
     if (origin.folder / "generation_config.json").is_file():
         model.generation_config = _guarded(origin, lambda: GenerationConfig.from_pretrained(origin.folder))

@@ -14,7 +14,7 @@ from uniprune.common import pictures
 from uniprune.errors import InputError
 from uniprune.models.blocks import OVERFLOW, after_backbone, text_alone
 
-PIECE = 512  # tokens whose logits are in memory at once
+PIECE, LOGITS = 512, 1 << 25  # tokens whose logits are in memory at once: at most so many, and so many logits
 
 
 def log_probabilities(logits: Tensor, tokens: Tensor | None = None) -> Tensor:
@@ -107,6 +107,11 @@ class Head:
         """Of which tokens of ``ids`` ``[windows, length]`` the predictions count: those that follow are of text."""
         return pictures.counted(self._pictures, ids)
 
+    def pieces(self, length: int) -> Iterator[slice]:
+        """A window of this length in slices whose logits are in memory at once."""
+        step = at_once(self.vocabulary)
+        return (slice(start, start + step) for start in range(0, length, step))
+
     def next_token(self, hidden: Tensor, ids: Tensor) -> Tensor:
         """The gradient ``[windows, length, width]`` of the summed next-token cross-entropy of ``ids`` ``[windows, length]``.
 
@@ -116,7 +121,7 @@ class Head:
         ids = ids.to(hidden.device)
         parts = zip(hidden[:, :-1], ids[:, 1:], self.counted(ids)[:, :-1], gradient[:, :-1], strict=True)
         for ours, target, counts, into in parts:
-            for piece in pieces(len(ours)):
+            for piece in self.pieces(len(ours)):
                 with torch.enable_grad():
                     leaf = ours[piece].detach().requires_grad_()
                     losses = functional.cross_entropy(self(leaf), target[piece], reduction="none")
@@ -125,6 +130,6 @@ class Head:
         return gradient
 
 
-def pieces(length: int) -> Iterator[slice]:
-    """A window of this length in slices whose logits are in memory at once."""
-    return (slice(start, start + PIECE) for start in range(0, length, PIECE))
+def at_once(vocabulary: int) -> int:
+    """How many tokens' logits are in memory at once."""
+    return max(1, min(PIECE, LOGITS // vocabulary))

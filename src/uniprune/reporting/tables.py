@@ -207,7 +207,9 @@ def accuracies(summary: Summary) -> Grid | None:
     columns = ["task:", "model:", "metric:", "n", "value", "±", "other", "gained", "lost", "p"]  # as narrow as a terminal
     if not rows:
         return None
-    return without_empty(Grid("Accuracy on n questions ± standard error, and McNemar's test of the difference", columns, rows))
+    compared = any(row[-1] != NONE for row in rows)
+    test = ", and McNemar's test of the difference" if compared else ""
+    return without_empty(Grid(f"Accuracy on n questions ± standard error{test}", columns, rows))
 
 
 def asked(summary: Summary) -> Iterator[tuple[ReportedModel, str, TaskResult]]:

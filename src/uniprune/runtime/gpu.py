@@ -6,7 +6,6 @@ It has not run on a GPU, so nothing is claimed of its speed.
 
 from __future__ import annotations
 
-import importlib.util
 from functools import cache
 from typing import Any
 
@@ -16,12 +15,7 @@ from torch.nn.functional import pad
 from uniprune.runtime.packed import Packed
 
 
-def available() -> bool:
-    """Whether Triton is installed."""
-    return importlib.util.find_spec("triton") is not None
-
-
-def multiply(packed: Packed, tokens: Tensor, bias: Tensor | None = None) -> Tensor:
+def multiply(tokens: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
     """``tokens @ weight.T + bias``, as :meth:`Packed.multiply` has it: ``[batch, in]`` -> ``[batch, out]``, batch 1 to 8."""
     rows, columns = packed.shape
     batch = len(tokens)

@@ -189,7 +189,7 @@ def pack(folder: str | Path, output: str | Path, *, overwrite: bool = False, pro
             "memory, dequantised"
         )
     matrices = find_matrices(skeleton(origin))
-    with watch("read"), ThreadPoolExecutor(os.cpu_count()) as pool:
+    with watch("read"), ThreadPoolExecutor(files.readers()) as pool:
         results = pool.map(lambda name: _examined(checkpoint, name, matrices[name]), matrices)
         examined = dict(zip(matrices, results, strict=True))
     left = {name: result.found for name, result in examined.items() if isinstance(result.found, str)}
@@ -241,10 +241,10 @@ def _examined(checkpoint: Files, name: str, matrix: Matrix) -> Examined:
     dtype = PLAIN[entry.dtype]
     for piece in entry.pieces():
         sha256.update(piece.data)
-        alive, finite = count(piece, dtype)
+        nonzero, finite = count(piece, dtype)
         if not finite:
             raise InputError(f"{name}: the weights contain NaN or infinity; the checkpoint is broken, make it again")
-        kept += alive
+        kept += nonzero
     digest = spell_digest(entry.dtype, entry.shape, sha256)
     packed = ToPack(name, key, entry, matrix.shape, matrix.stored_transposed, kept)
     return Examined(digest, too_dense(kept, matrix.size) or packed)
@@ -266,7 +266,7 @@ def _write(path: Path, tensors: Sequence[ToPack | Kept], facts: RuntimeFacts, pr
     head = tensor_file.header(places, facts)
     sizes = [len(head), *(size for _, _, size in places.values())]
     starts = dict(zip(places, accumulate(sizes), strict=False))
-    with path.open("wb") as file, ThreadPoolExecutor(os.cpu_count()) as pool:
+    with path.open("wb") as file, ThreadPoolExecutor(files.readers()) as pool:
         file.write(head)
         file.truncate(sum(sizes))
         file.flush()

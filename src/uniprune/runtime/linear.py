@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from uniprune.common.fused import fused
 from uniprune.errors import InputError
 from uniprune.models.linear import Probe
 from uniprune.models.loading import dtype_name
 from uniprune.models.matrices import Matrix
-from uniprune.runtime import gpu
 from uniprune.runtime.native import LARGEST_BATCH, TYPES, WORD, Handle, dense_handle, library
 from uniprune.runtime.packed import Packed
 
@@ -28,8 +28,8 @@ _is_linear = Probe()
 class BitmaskLinear(nn.Module):
     """``nn.Linear``, or transformers' Conv1D (``transposed``), for inference; its state dict is that of these, zeros and all.
 
-    On the CPU it computes with the kernel; elsewhere, or where a gradient is asked for, with the unpacked matrix. In memory it
-    has the values, the bits and the bias; ``weight`` is unpacked whenever it is asked for.
+    Few tokens are multiplied by a kernel, on a GPU by Triton's; many, or where a gradient is asked for, by the unpacked matrix.
+    In memory it has the values, the bits and the bias; ``weight`` is unpacked whenever it is asked for.
     """
 
     accelerated = True  # models.matrices looks for it
@@ -55,8 +55,8 @@ class BitmaskLinear(nn.Module):
                 if self._handle is None:
                     self._handle = self.packed.handle(self.bias)
                 return multiply(self._handle, x, self.out_features)
-            if x.is_cuda and gpu.available():
-                return gpu.multiply(self.packed, x.reshape(-1, self.in_features), self.bias).reshape(*x.shape[:-1], -1)
+            product: Tensor = few_tokens(x.reshape(-1, self.in_features), self.packed, self.bias)
+            return product.reshape(*x.shape[:-1], -1)
         odd = x.shape[-1:] != (self.in_features,)  # let PyTorch say so
         if odd or not x.is_cpu or x.dtype is not self.values.dtype or (x.requires_grad and torch.is_grad_enabled()):
             return linear(x, self.packed.dense(), self.bias)
@@ -155,6 +155,12 @@ def untraced(product: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         found: Tensor = run(product, x)
         return found
     return product(x)
+
+
+@fused(kernels=1, triton="uniprune.runtime.gpu:multiply")
+def few_tokens(tokens: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
+    """The product with so few tokens ``[batch, in]`` that a GPU's kernel is for them."""
+    return linear(tokens, packed.dense(), bias)
 
 
 def few(x: Tensor, columns: int, weight: Tensor) -> bool:

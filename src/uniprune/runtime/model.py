@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -14,9 +13,9 @@ from uniprune.checkpoints.checkpoint import PACKED
 from uniprune.checkpoints.origin import resolve
 from uniprune.checkpoints.shards import lacking
 from uniprune.errors import InputError
-from uniprune.models.loading import Loaded, hollow, load_weights, native_dtype, parse_dtype, warn_of_emulation
+from uniprune.models.loading import Loaded, load_weights, native_dtype, parse_dtype, warn_of_emulation, without_weights
 from uniprune.models.matrices import Matrix, find_matrices
-from uniprune.models.residency.filling import assign, loaded_dtypes
+from uniprune.models.residency.filling import fill, loaded_dtypes
 from uniprune.runtime.layout import RuntimeOrigin
 from uniprune.runtime.linear import BitmaskLinear, KernelLinear, nothing_to_pack, too_dense, unsupported
 from uniprune.runtime.native import library
@@ -93,7 +92,7 @@ def _pack_in_place(model: nn.Module) -> None:
 def _opened(origin: RuntimeOrigin, dtype: torch.dtype | None, compiled: bool) -> nn.Module:
     """A model from its runtime folder; what has the type ``dtype``, by default the folder's own, is mapped."""
     dtype, files = dtype or native_dtype(origin), origin.files
-    model = hollow(origin, dtype)
+    model = without_weights(origin, dtype)
     matrices, swap, dtypes = find_matrices(model), Swap(model), loaded_dtypes(model, dtype)
     for name, facts in files.facts.matrices.items():
         matrix = matrices.get(name)
@@ -107,24 +106,11 @@ def _opened(origin: RuntimeOrigin, dtype: torch.dtype | None, compiled: bool) ->
             for module in matrix.modules:
                 module.weight = parameter
     _forget_ties(model)
-    _fill(model, origin, dtypes)
-    return model
-
-
-def _fill(model: nn.Module, origin: RuntimeOrigin, dtypes: Mapping[str, torch.dtype]) -> None:
-    """Brings in the parameters that are not packed, and the persistent buffers. dtypes: of both, by name."""
-    files, cpu = origin.files, torch.device("cpu")
     located = files.layout(model).located
-    waiting = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-    if missing := [name for name in waiting if name not in located]:
+    if missing := [name for name, parameter in model.named_parameters() if parameter.is_meta and name not in located]:
         raise lacking(str(origin), getattr(model, "config", None), missing)
-    for name in waiting:
-        weight = files.read(located[name], dtypes[name], cpu)
-        assign(model, name, nn.Parameter(weight, requires_grad=False))
-    model.tie_weights(recompute_mapping=False)  # type: ignore[operator]
-    for name in [name for name, _ in model.named_buffers() if name in located]:
-        owner, _, leaf = name.rpartition(".")
-        model.get_submodule(owner)._buffers[leaf] = files.read(located[name], dtypes[name], cpu)
+    fill(model, files, dtypes, torch.device("cpu"), own=False)
+    return model
 
 
 def _forget_ties(model: nn.Module) -> None:

@@ -143,7 +143,7 @@ def _folder() -> Path:
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "uniprune"
         home.mkdir(parents=True, exist_ok=True, mode=0o700)
         status = home.stat()
-        if os.access(home, os.W_OK) and status.st_uid == os.getuid() and not status.st_mode & stat.S_IWOTH:
+        if os.access(home, os.W_OK) and status.st_uid == os.getuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
             return home
     except (OSError, RuntimeError):  # no home
         pass

@@ -15,7 +15,7 @@ from uniprune.models.blocks import Residency, batches, device_of, last_hidden, r
 from uniprune.models.matrices import Matrices, find_blocks
 from uniprune.models.replay import Blocks, Replay
 from uniprune.saliency.metrics import Metric
-from uniprune.saliency.observation import observing, starved, sum_and_check
+from uniprune.saliency.observation import check_called, observing, starved, sum_and_check
 from uniprune.saliency.statistics import Kind, Statistics
 from uniprune.sparsity.views import Scores
 from uniprune.storage.runs import Run
@@ -64,7 +64,8 @@ class LocalSaliency(Scores):
         self._matrices, self._metric, self._statistics = matrices, metric, statistics
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._metric(self._matrices[name].weight, self._statistics.get(name) if self._metric.statistic else None)
+        scores = self._metric(self._matrices[name].weight, self._statistics.get(name) if self._metric.statistic else None)
+        return scores.float()  # a metric of the user's may compute in float64, as statistics are
 
     def size(self, name: str) -> int:
         return self._matrices[name].size
@@ -106,8 +107,10 @@ def observed(calibration: Calibration, kind: Kind | None, finish: Finish = sum_a
         return _by_block(calibration, kind, finish, stage)
     todo = batches(distributed.share(calibration.windows))
     with observing(matrices, kind, calibration.device) as statistics:
-        for batch in calibration.progress(todo, "calibrating", len(todo)):
+        for number, batch in enumerate(calibration.progress(todo, "calibrating", len(todo))):
             last_hidden(calibration.model, batch)
+            if number == 0 and finish is sum_and_check:  # who finishes otherwise may expect that some see none
+                check_called(matrices, statistics)
     finish(matrices, statistics)
     return statistics
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from uniprune.common import distributed
 from uniprune.errors import InputError
-from uniprune.models.experts import taken_apart
+from uniprune.models.experts import unfused
 from uniprune.models.matrices import Matrices
 from uniprune.saliency.statistics import Kind, Statistic, Statistics
 
@@ -45,7 +45,7 @@ def observing(matrices: Matrices, kind: Kind | None, device: torch.device | None
             assert kind is not None
             statistics[name] = kind(matrix.shape[1], device or matrix.device)
             handles += [module.register_forward_pre_hook(adding(statistics[name])) for module in matrix.modules]
-        with taken_apart(matrix.module for matrix in matrices.values()):
+        with unfused(matrix.module for matrix in matrices.values()):
             yield statistics
     finally:
         for handle in handles:
@@ -64,6 +64,16 @@ def sum_over_processes(statistics: Statistics) -> None:
     for statistic in statistics.values():
         distributed.total(statistic.total)
         statistic.tokens = round(distributed.total_of(statistic.tokens))
+
+
+def check_called(matrices: Matrices, statistics: Statistics) -> None:
+    """Raises InputError if a matrix that is no expert's saw no token: what one batch did not reach, no other will."""
+    passed_by = [name for name, statistic in statistics.items() if statistic.tokens == 0 and not matrices[name].group]
+    if passed_by:
+        raise InputError(
+            f"{len(passed_by)} matrices saw no calibration token, e.g. {passed_by[0]}: the model does not call their layers; "
+            f"leave them out, e.g. --exclude {passed_by[0].rpartition('.')[2]}"
+        )
 
 
 def check_seen(statistics: Statistics) -> None:

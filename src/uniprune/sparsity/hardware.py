@@ -92,7 +92,7 @@ def fitted(
         place = "" if hardware == "any" else f" on {hardware} hardware"
         raise InputError(
             f"{len(reasons)} of {len(shapes)} matrices cannot be {pattern}{place}, e.g. {name}: {reason}; "
-            "say what they are to be, with --unsupported or a --rule, or calibrate without them (--exclude)"
+            "leave them out (--exclude) or, with prune, calibrate and mask, say what they are to be (--unsupported, --rule)"
         )
     ruled = pattern if isinstance(pattern, Ruled) else Ruled(pattern, ())
     gets = {name: "dense" if unsupported == "dense" else f"{ruled.pattern_of(name).sparsity:g}" for name in reasons}

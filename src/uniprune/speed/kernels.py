@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.nn.functional import linear
 from torch.sparse import to_sparse_semi_structured
 
+from uniprune.common import fused
 from uniprune.errors import InputError
 from uniprune.models.loading import dtype_name
-from uniprune.runtime import gpu
 from uniprune.runtime.linear import BitmaskLinear
 from uniprune.runtime.packed import pack
 from uniprune.sparsity.hardware import PROFILES
@@ -71,7 +71,7 @@ class Bitmask(Kernel):
     def unsupported(self, shape: Shape, dtype: torch.dtype, device: torch.device) -> str | None:
         if device.type == "cpu":
             return None
-        return None if gpu.available() else f"on {device.type.upper()} it needs the triton package"
+        return None if fused.available() else f"on {device.type.upper()} it needs the triton package"
 
     def compress(self, weight: Tensor) -> BitmaskLinear:
         return BitmaskLinear(pack(weight.cpu())).to(weight.device)

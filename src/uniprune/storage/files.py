@@ -94,7 +94,7 @@ def check_output_file(
     sources: files and folders that are read meanwhile, and never written to. instead: what to do about one that exists.
     """
     if path.suffix != suffix:
-        raise InputError(f"output {path} is a {suffix[1:]} file; let its name end in {suffix}")
+        raise InputError(f"output {path} would be a {suffix[1:]} file; let its name end in {suffix}")
     if path.is_dir():
         raise InputError(f"output {path} is a folder; give a file name")
     for source in sources:
@@ -194,16 +194,27 @@ def new_folder(path: Path, inside: Path | None = None, mark: str = REPORT) -> It
             yield temporary
         temporary.chmod(FOLDER)
         _check_replaceable(path, mark)
-        if path.exists():
-            retired = Path(tempfile.mkdtemp(**where))
-            os.replace(path, retired)
-            os.replace(temporary, path)
-            shutil.rmtree(retired)
-        else:
-            os.replace(temporary, path)
+        for written in (*temporary.rglob("*"), temporary):
+            sync(written)
+        _put_in_place(temporary, path, where)
         sync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _put_in_place(folder: Path, path: Path, where: Mapping[str, Any]) -> None:
+    """Moves a folder to ``path``; the one that is there is deleted then, or is there again if that fails."""
+    if not path.exists():
+        os.replace(folder, path)
+        return
+    retired = Path(tempfile.mkdtemp(**where))
+    os.replace(path, retired)
+    try:
+        os.replace(folder, path)
+    except BaseException:
+        os.replace(retired, path)
+        raise
+    shutil.rmtree(retired)
 
 
 def sync(path: Path) -> None:
@@ -222,8 +233,14 @@ def sync_if_there(path: Path) -> None:
 
 
 def changed(path: Path) -> float:
-    """When a file, or the newest of the files in a folder, was last written, in seconds since the epoch."""
-    return max((file.stat().st_mtime for file in path.iterdir()), default=0.0) if path.is_dir() else path.stat().st_mtime
+    """When a file, or the newest of the files in a folder and below it, was last written, in seconds since the epoch."""
+    files = path.rglob("*") if path.is_dir() else [path]
+    return max((file.stat().st_mtime for file in files if file.exists()), default=0.0)  # a link may point to nothing
+
+
+def readers() -> int:
+    """How many threads read and write files: as many as this process may use cores, but no more than a disk has work for."""
+    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
 def announce(path: Path, start: int = 0, stop: int | None = None) -> None:

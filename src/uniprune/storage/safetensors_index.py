@@ -81,10 +81,10 @@ class Entry:
         exponent = self.uint(BY_NAME[self.dtype].exponent)
         return not bool((bits & exponent == exponent).any())
 
-    def alive(self, words: Array) -> Array:
+    def nonzero(self, words: Array) -> Array:
         """Which weights are not 0, from their bits. -0.0 is 0, too: it is what weight * mask leaves of negative ones."""
-        alive: Array = words << 1 != 0  # the sign is the highest bit in every floating-point format
-        return alive
+        nonzero: Array = words << 1 != 0  # the sign is the highest bit in every floating-point format
+        return nonzero
 
     @property
     def auxiliary(self) -> tuple[Entry, ...]:

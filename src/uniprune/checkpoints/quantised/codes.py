@@ -32,7 +32,7 @@ class Code:
     def __init__(self, name: str, bits: int, values: Tensor) -> None:
         self.name, self.bits, self.values = name, bits, values
         self.zero = int((values == 0).nonzero()[0])  # of 0.0 and -0.0, which comes later, the first
-        self.alive: Array = (values != 0).numpy()
+        self.nonzero: Array = (values != 0).numpy()
         each = torch.arange(256)[:, None] >> torch.arange(0, 8, bits) & (2**bits - 1)
         of_byte = values[each]  # [256, codes in a byte]
         self._table = of_byte.view(torch.int64 if bits == 4 else torch.float32)[:, 0]  # what a byte stands for, as one element
@@ -125,9 +125,9 @@ class Coded(Entry):
     def finite(self, bits: Array) -> bool:
         return self.code.finite(bits)
 
-    def alive(self, words: Array) -> Array:
-        alive: Array = self.code.alive[words]
-        return alive
+    def nonzero(self, words: Array) -> Array:
+        nonzero: Array = self.code.nonzero[words]
+        return nonzero
 
     @property
     def auxiliary(self) -> tuple[Entry, ...]:

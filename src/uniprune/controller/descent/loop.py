@@ -23,7 +23,7 @@ from uniprune.common import distributed
 from uniprune.controller.descent.logbook import Logbook
 from uniprune.controller.descent.loss import Loss
 from uniprune.controller.descent.position import Position
-from uniprune.controller.descent.states import Best, Masks, Rule, State
+from uniprune.controller.descent.states import Best, Masks, State, UpdateRule
 from uniprune.controller.descent.teacher import TeacherCache
 from uniprune.controller.passes.opening import open_passes
 from uniprune.controller.passes.protocol import Passes
@@ -128,7 +128,7 @@ class Descent:
         teacher: TeacherCache,
     ) -> None:
         self._settings = settings
-        self._rule: Rule = settings
+        self._rule: UpdateRule = settings
         self._passes = passes
         self._teacher = teacher
         self._matrices = calibration.matrices

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from uniprune.models.output_head import Head, pieces
+from uniprune.models.output_head import Head
 
 MIN_KL = 0.02  # nats: tokens with a smaller divergence are not made louder than this
 
@@ -37,7 +37,7 @@ class Loss:
         gradient = torch.zeros_like(student)
         counted = self._head.counted(ids.to(student.device))
         for ours, theirs, counts, into in zip(student, teacher, counted, gradient, strict=True):
-            for piece in pieces(len(ours)):
+            for piece in self._head.pieces(len(ours)):
                 with torch.enable_grad():
                     leaf = ours[piece].detach().requires_grad_()
                     kl = self._kl(leaf, theirs[piece]) * counts[piece]
@@ -51,10 +51,11 @@ class Loss:
     @torch.no_grad()
     def kl(self, student: Tensor, teacher: Tensor, ids: Tensor) -> float:
         """KL(dense || pruned) summed over the tokens of ``ids`` ``[windows, length]``, in nats."""
-        windows = zip(student, teacher, self._head.counted(ids.to(student.device)), strict=True)
-        return sum(
-            float((self._kl(a[piece], b[piece]) * counts[piece]).sum()) for a, b, counts in windows for piece in pieces(len(a))
-        )
+        total = 0.0
+        for ours, theirs, counts in zip(student, teacher, self._head.counted(ids.to(student.device)), strict=True):
+            for piece in self._head.pieces(len(ours)):
+                total += float((self._kl(ours[piece], theirs[piece]) * counts[piece]).sum())
+        return total
 
     def count(self, ids: Tensor) -> int:
         """Of how many tokens of ``ids`` the divergence is summed."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from uniprune.common import distributed
 from uniprune.controller.descent.logbook import Logbook
-from uniprune.controller.descent.states import Best, InMemory, MaskFactory, OnDisk, Rule, State, States
+from uniprune.controller.descent.states import Best, InMemory, MaskFactory, OnDisk, State, States, UpdateRule
 from uniprune.saliency.calibration import Calibration
 from uniprune.sparsity.patterns import Pattern, check_extremes
 from uniprune.storage.runs import Pace, Run
@@ -29,7 +29,7 @@ class Position:
     own: the matrices of this process. resumed: whether the position is that of an earlier process.
     """
 
-    def __init__(self, rule: Rule, calibration: Calibration, targets: Sequence[Pattern], run: Run, store: Store) -> None:
+    def __init__(self, rule: UpdateRule, calibration: Calibration, targets: Sequence[Pattern], run: Run, store: Store) -> None:
         matrices = calibration.matrices
         device = calibration.device
         self._rule = rule
@@ -71,7 +71,7 @@ class Position:
         self.states.save(asdict(self.log), last)
 
 
-def _states(rule: Rule, calibration: Calibration, run: Run, store: Store, names: Sequence[str]) -> States:
+def _states(rule: UpdateRule, calibration: Calibration, run: Run, store: Store, names: Sequence[str]) -> States:
     """The states on disk if the model is read block by block, else in memory: on its device, or in host memory (offload)."""
     if calibration.streamed:
         return OnDisk(store, rule, run.aside())

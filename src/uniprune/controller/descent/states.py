@@ -45,7 +45,7 @@ class State(Protocol):
         ...
 
 
-class Rule(Protocol):
+class UpdateRule(Protocol):
     """An update rule, in pure functions on the state of one matrix (as in optax: ``init`` and ``update``)."""
 
     def init(self, local: Tensor, output_gradient: Tensor) -> State:
@@ -89,6 +89,9 @@ class Masks(Mapping[str, Tensor]):
         if name not in self._kept:
             self._kept[name] = self._make(name)
         return self._kept[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.matrices  # what a Mapping does instead makes the mask, and takes a KeyError there for a no
 
     def _make(self, name: str) -> Tensor:
         dual = self.dual(name).to(self.device)
@@ -163,7 +166,7 @@ class InMemory(dict[str, State]):
     """
 
     def __init__(
-        self, store: Store, rule: Rule, pace: Pace | None, home: torch.device, packed: bool, names: Iterable[str]
+        self, store: Store, rule: UpdateRule, pace: Pace | None, home: torch.device, packed: bool, names: Iterable[str]
     ) -> None:
         super().__init__()
         self._store = store
@@ -201,7 +204,7 @@ class OnDisk:
     folder: where packed masks lie.
     """
 
-    def __init__(self, store: Store, rule: Rule, folder: Path | None = None) -> None:
+    def __init__(self, store: Store, rule: UpdateRule, folder: Path | None = None) -> None:
         self._store = store
         self._rule = rule
         self.masks: Callable[..., Masks] = partial(PackedMasks, stash=Stash(folder))

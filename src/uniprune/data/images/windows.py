@@ -42,7 +42,7 @@ class Encoded:
 
 
 @dataclass(frozen=True)
-class Eyes:
+class ImageProcessing:
     """A model's processor and configuration."""
 
     processor: Any
@@ -50,7 +50,7 @@ class Eyes:
 
 
 def load(
-    text: Text, eyes: Eyes, use: Use, length: int | None, count: int | None, seed: int = 0, most: int = 1 << 30
+    text: Text, processing: ImageProcessing, use: Use, length: int | None, count: int | None, seed: int = 0, most: int = 1 << 30
 ) -> Windows:
     """``count`` windows of a data set of images and text, drawn by ``seed``; of all rows in order to evaluate, if that is None.
 
@@ -63,7 +63,7 @@ def load(
     if not drawn:
         raise InputError(f"text {text} has no row with an image and a text")
     wanted = count or len(drawn)
-    reader = _Reader(eyes.processor, eyes.config, text)
+    reader = _Reader(processing.processor, processing.config, text)
     samples = [reader.encode(pair) for pair in drawn[:wanted]]
     size = length or min(most, -(-max(len(sample.ids) for sample in samples) // ROUND) * ROUND)
     texts = cycle([pair.text for pair in drawn])
@@ -71,13 +71,16 @@ def load(
     windows: list[Tensor] = []
     alike = 0  # samples that have the tokens of another, so that their images could not be told apart
     for sample in chain(samples, (reader.encode(pair) for pair in drawn[wanted:])):
-        if len(windows) < wanted and sample.end <= size:
-            ids, along = reader.finished(sample, size, texts)
-            if key(ids) in given:
-                alike += 1
-            else:
-                given[key(ids)] = along
-                windows.append(ids)
+        if sample.end > size:
+            continue
+        ids, along = reader.finished(sample, size, texts)
+        if key(ids) in given:
+            alike += 1
+        else:
+            given[key(ids)] = along
+            windows.append(ids)
+        if len(windows) == wanted:
+            break  # images are slow to read, and one that nobody needs may not be readable
     if len(windows) < (count or 1):
         need = min(sample.end for sample in samples)
         reason = f"an image takes {need} tokens or more: raise --length, or lower --num-samples"

@@ -32,7 +32,7 @@ from uniprune.models import activations
 from uniprune.models.blocks import BATCH_TOKENS
 from uniprune.models.experts import Batched, Slice
 from uniprune.models.matrices import Matrices, Matrix, find_blocks
-from uniprune.models.output_head import PIECE, output_embeddings
+from uniprune.models.output_head import at_once, output_embeddings
 from uniprune.models.residency.streaming import share_keys_and_values, shared_parameter
 from uniprune.saliency.sequential import SHARE
 from uniprune.saliency.statistics import Gram, Kind, SquaredNorm, additional
@@ -40,6 +40,7 @@ from uniprune.saliency.statistics import Gram, Kind, SquaredNorm, additional
 CPU = torch.device("cpu")
 PROCESS = 350_000_000  # bytes: the interpreter and its libraries
 LOGIT = 5 * 4  # bytes per logit of a piece of a window: the float32 tensors that a loss makes of both models' logits
+START_LOGIT = 3 * 4  # the same of the start, whose loss is the text's, over the whole vocabulary
 SCORING = 20  # bytes per weight of the largest matrix while it is scored and its mask created, in float32
 STEPPING = 24  # bytes per weight of the largest matrix while a step moves its dual
 NORMS = 6  # bytes per token and hidden channel that autograd keeps of a block's norms (float32), beside what matrices need
@@ -272,8 +273,10 @@ class _Parts:
 
     @property
     def logits(self) -> int:
-        """Logits of one piece of a window in a step: those of the tokens that the loss looks at."""
-        return LOGIT * PIECE * _vocabulary(self.work)
+        """Logits of one piece of a window: of the whole vocabulary at the start, of what the loss looks at in a step."""
+        whole, some = output_embeddings(self.work.model).weight.shape[0], _vocabulary(self.work)
+        start = START_LOGIT * at_once(whole) * whole if self.work.recipe.corrected else 0
+        return max(start, LOGIT * at_once(some) * some)
 
     @property
     def resident_step(self) -> int:

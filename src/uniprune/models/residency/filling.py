@@ -1,4 +1,4 @@
-"""Hollow models are filled: parameters and persistent buffers read from files, in the types that transformers gives them."""
+"""Models without weights are filled: with parameters and persistent buffers from files, in the types that transformers has."""
 
 from __future__ import annotations
 
@@ -10,17 +10,25 @@ from torch import nn
 from uniprune.checkpoints.checkpoint import Files
 
 
-def fill(model: nn.Module, files: Files, dtypes: Mapping[str, torch.dtype], device: torch.device, without: str = "") -> None:
-    """Brings in the parameters that are on the meta device, and the buffers; a CPU's parameters are no maps of the files.
+def fill(
+    model: nn.Module,
+    files: Files,
+    dtypes: Mapping[str, torch.dtype],
+    device: torch.device,
+    without: str = "",
+    own: bool = True,
+) -> None:
+    """Brings in the parameters that are on the meta device, and the buffers.
 
-    dtypes: by name, as :func:`loaded_dtypes`. without: the beginning of the names of parameters that stay hollow.
+    dtypes: by name, as :func:`loaded_dtypes`. without: the beginning of the names of parameters that stay on the meta device.
+    own: on a CPU, too, they are copies, not maps of the files.
     """
     located = files.layout(model).located
-    filled: dict[int, nn.Parameter] = {}  # by the hollow one: what is tied has several names, in any order
+    filled: dict[int, nn.Parameter] = {}  # by the one on meta: what is tied has several names, in any order
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):
         if parameter.is_meta and not (without and name.startswith(without)):
             if id(parameter) not in filled:
-                found = files.read(located[name], dtypes[name], device, own=True)
+                found = files.read(located[name], dtypes[name], device, own=own)
                 filled[id(parameter)] = nn.Parameter(found, requires_grad=False)
             assign(model, name, filled[id(parameter)])
     model.tie_weights(recompute_mapping=False)  # type: ignore[operator]
@@ -28,7 +36,7 @@ def fill(model: nn.Module, files: Files, dtypes: Mapping[str, torch.dtype], devi
         owner, _, leaf = name.rpartition(".")
         # A persistent one is in the checkpoint, as a router's bias is; the others are as the model made them.
         stored = name in located
-        found = files.read(located[name], dtypes[name], device, own=True) if stored else buffer.to(device)
+        found = files.read(located[name], dtypes[name], device, own=own) if stored else buffer.to(device)
         model.get_submodule(owner)._buffers[leaf] = found
 
 

@@ -17,18 +17,17 @@ from torch import Tensor, nn
 from uniprune.checkpoints.layout import keys_of
 from uniprune.checkpoints.origin import Origin
 from uniprune.errors import InputError
-from uniprune.models.loading import Loaded, hollow
+from uniprune.models.loading import Loaded, without_weights
 from uniprune.models.matrices import Matrices, find_blocks
 from uniprune.models.residency.filling import assign, fill, loaded_dtypes
 from uniprune.storage.files import announce
-from uniprune.storage.outline import Outline
 from uniprune.storage.stash import give_back_memory
 
 
 class Streamer:
     """Brings the parameters of one block at a time into memory.
 
-    model: as ``loading.hollow`` makes it; its parameters outside the blocks are loaded at once.
+    model: as ``loading.without_weights`` makes it; its parameters outside the blocks are loaded at once.
     Raises InputError if the checkpoint lacks a parameter, or stores it in another shape than the model has it.
     """
 
@@ -39,8 +38,10 @@ class Streamer:
         self._located = origin.files.layout(model).located
         prefix, self._blocks = find_blocks(model)
         _check_shared(self._blocks, origin)
-        for name, parameter in model.named_parameters():
-            self._check(name, tuple(parameter.shape), origin)
+        if missing := [name for name, _ in model.named_parameters() if name not in self._located]:  # as transformers allows
+            raise InputError(
+                f"model {origin} cannot be streamed: its files have no {missing[0]}; give it memory for the whole model"
+            )
         self._prefix, self._last, self._way = prefix, -1, 1  # the last block whose turn it was, and up or down from there
         self._parts = [dict(block.named_parameters()) for block in self._blocks]  # name inside the block -> parameter on meta
         fill(model, origin.files, self._dtypes, device, without=f"{prefix}.")
@@ -56,8 +57,8 @@ class Streamer:
         try:
             yield
         finally:
-            for name, hollow_one in self._parts[index].items():
-                assign(block, name, hollow_one)
+            for name, placeholder in self._parts[index].items():
+                assign(block, name, placeholder)
             give_back_memory()
 
     def fill(self, index: int) -> nn.Module:
@@ -66,14 +67,6 @@ class Streamer:
         for name in self._parts[index]:
             assign(block, name, nn.Parameter(self.read(f"{self._prefix}.{index}.{name}"), requires_grad=False))
         return block
-
-    def _check(self, name: str, shape: tuple[int, ...], origin: Origin) -> None:
-        place = self._located.get(name)
-        if place is None or (isinstance(place, Outline) and place.shape != shape):
-            found = "no tensor" if place is None else f"a tensor {place.shape}"  # type: ignore[union-attr]
-            raise InputError(
-                f"model {origin} cannot be streamed: {found} for {name} {shape}; give it memory for the whole model"
-            )
 
     def read(self, name: str) -> Tensor:
         """A parameter by its name in the model, in the type computed in."""
@@ -126,12 +119,12 @@ def open_streamed(origin: Origin, tokenizer: Any, dtype: torch.dtype, device: to
 
 
 def opened(kind: type[Streamer], origin: Origin, tokenizer: Any, dtype: torch.dtype, device: torch.device) -> Loaded:
-    """A hollow model whose residency is of a kind. Raises InputError as :func:`open_streamed` does."""
+    """A model on the meta device whose residency is of a kind. Raises InputError as :func:`open_streamed` does."""
     if not origin.files:
         raise InputError(
             f"model {origin} cannot be streamed: it is not in safetensors files; give it memory for the whole model"
         )
-    model = hollow(origin, dtype)
+    model = without_weights(origin, dtype)
     return Loaded(model, tokenizer, origin, kind(model, origin, dtype, device))
 
 
