@@ -18,7 +18,7 @@ import numpy as np
 from uniprune.checkpoints.checkpoint import Files
 from uniprune.checkpoints.layout import Located
 from uniprune.errors import InputError
-from uniprune.storage import strict_json
+from uniprune.storage import strict_json, tensor_file
 from uniprune.storage.files import sync
 from uniprune.storage.outline import Outline, Piece, Shape, contiguous
 from uniprune.storage.safetensors_index import Entry
@@ -96,7 +96,7 @@ def write(files: Files, tensors: Mapping[str, Selection], folder: Path, paramete
         # Each begins at a multiple of its width, as the library's readers need, if wider types come first.
         keys = sorted(unsorted, key=lambda key: -_width(files.entries[tensors[key].key]))
         with (folder / shard.name).open("wb") as file:
-            file.write(_header(shard, {key: _outline(files, tensors[key]) for key in keys}))
+            file.write(tensor_file.header({key: _outline(files, tensors[key]) for key in keys}, _metadata(shard)))
             for key in keys:
                 for part in _parts(files, tensors[key]):
                     file.write(part.data)
@@ -143,16 +143,8 @@ def _parts(files: Files, selection: Selection) -> Iterator[np.ndarray[Any, Any]]
             yield row[number]
 
 
-def _header(shard: Path, tensors: Mapping[str, tuple[str, Shape, int]]) -> bytes:
-    """How a safetensors file begins, with the metadata of another one."""
+def _metadata(shard: Path) -> Any:
+    """What a safetensors file says of itself, or None."""
     with shard.open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
-        metadata = strict_json.parse(file.read(length)).get("__metadata__")
-    content: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
-    offset = 0
-    for key, (dtype, shape, nbytes) in tensors.items():
-        content[key] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + nbytes]}
-        offset += nbytes
-    text = json.dumps(content).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text
+        return strict_json.parse(file.read(length)).get("__metadata__")

@@ -65,7 +65,7 @@ class Prospect:
     """What is known of a run before a weight or a text is read.
 
     given: the model that the caller has loaded, or the files of one that is yet to be. model: that model, or a skeleton of it.
-    matrices: those to prune. device: where a model that is yet to be loaded will compute.
+    matrices: those to prune. device: where it computes.
     """
 
     given: Loaded | Origin
@@ -168,24 +168,8 @@ def prepare(
     output: an output folder, or None; scores: a scores file instead, whose name its writer checks.
     Raises InputError for anything that cannot be done as it is asked for.
     """
-    target = output or scores
-    check_execution(recipe, "resident")
-    given = source if isinstance(source, Loaded) else resolve(source)
-    if isinstance(given, Loaded):
-        _check_loaded(given, recipe, options)
-        if target is not None:
-            check_uncompiled(given.model)
-        if output is not None and (given.origin is None or not given.origin.files):
-            check_writable(given.model)
-    _check_outputs(recipe, origin_of(given), options, output, scores)
-    prospect = prospect_of(given, recipe, options)
-    warn_of_idle(recipe)
-    aim = aim_of(recipe, prospect.matrices, given)
-    if aim.pattern:
-        check_prunes(aim.pattern, aim.unsupported, {name: matrix.shape for name, matrix in prospect.matrices.items()})
-    disk = _output_bytes(prospect, to_folder=output is not None)
-    if target is not None:
-        files.check_disk_space(target, disk, runs.held(target))
+    prospect, aim, disk = _checked(source, recipe, output, options, scores)
+    given, target = prospect.given, output or scores
     with ExitStack() as meanwhile:  # files are hashed by other threads; after an error they are told to stop
         digests = meanwhile.enter_context(prospect.checkpoint.digesting(prospect.matrices)) if prospect.checkpoint else None
         tokenizer = given.tokenizer if isinstance(given, Loaded) else load_tokenizer(given)
@@ -221,6 +205,31 @@ def prepare(
         distributed.check_alike({"model": binding.base, "--dtype": dtype_name(blocks.dtype_of(loaded.model))})
         _save_tokens(windows, options, loaded.tokenizer)  # once nothing is left to refuse
         return Job(loaded, matrices, windows, binding, aim, execution)
+
+
+def _checked(
+    source: Source, recipe: Recipe, output: Path | None, options: RunOptions, scores: Path | None
+) -> tuple[Prospect, Aim, int]:
+    """All that can be told before any text or weight is read: the model without weights, the aim, and the output's bytes."""
+    target = output or scores
+    check_execution(recipe, "resident")
+    given = source if isinstance(source, Loaded) else resolve(source)
+    if isinstance(given, Loaded):
+        _check_loaded(given, recipe, options)
+        if target is not None:
+            check_uncompiled(given.model)
+        if output is not None and (given.origin is None or not given.origin.files):
+            check_writable(given.model)
+    _check_outputs(recipe, origin_of(given), options, output, scores)
+    prospect = prospect_of(given, recipe, options)
+    warn_of_idle(recipe)
+    aim = aim_of(recipe, prospect.matrices, given)
+    if aim.pattern:
+        check_prunes(aim.pattern, aim.unsupported, {name: matrix.shape for name, matrix in prospect.matrices.items()})
+    disk = _output_bytes(prospect, to_folder=output is not None)
+    if target is not None:
+        files.check_disk_space(target, disk, runs.held(target))
+    return prospect, aim, disk
 
 
 def _check_loaded(loaded: Loaded, recipe: Recipe, options: RunOptions) -> None:

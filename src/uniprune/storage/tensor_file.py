@@ -48,9 +48,11 @@ class Metadata(Record):
 Kind = TypeVar("Kind", bound=Metadata)
 
 
-def header(places: Mapping[str, tuple[str, tuple[int, ...], int]], facts: Metadata) -> bytes:
+def header(places: Mapping[str, tuple[str, tuple[int, ...], int]], metadata: Metadata | dict[str, str] | None) -> bytes:
     """How a safetensors file begins. places: type, shape and bytes of each tensor, in the order in which they follow."""
-    content: dict[str, Any] = {"__metadata__": {KEY: json.dumps(facts.record(), sort_keys=True)}}
+    if isinstance(metadata, Metadata):
+        metadata = {KEY: json.dumps(metadata.record(), sort_keys=True)}
+    content: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
     offset = 0
     for name, (dtype, shape, size) in places.items():
         content[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + size]}
