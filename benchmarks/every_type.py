@@ -37,7 +37,7 @@ SHARD = 1 << 40  # bytes
 LONGEST = 160  # characters of a reason in the table
 
 
-def hollow_checkpoint(config: PretrainedConfig, folder: Path) -> None:
+def empty_checkpoint(config: PretrainedConfig, folder: Path) -> None:
     """A checkpoint as transformers would save it, in bfloat16, whose tensors are holes in its files: it takes no room."""
     kind = AutoModelForCausalLM if type(config) in AutoModelForCausalLM._model_mapping else AutoModelForImageTextToText
     config.save_pretrained(folder)
@@ -72,7 +72,7 @@ def plan(kind: str, folder: Path) -> dict[str, Any]:
     try:
         config = AutoConfig.for_model(kind)
         if not config.is_encoder_decoder:
-            hollow_checkpoint(config, folder)
+            empty_checkpoint(config, folder)
         else:
             config.save_pretrained(folder)
             (folder / "model.safetensors").write_bytes(struct.pack("<Q", 2) + b"{}")

@@ -2,7 +2,7 @@
 
     python benchmarks/peaks.py [KIND ...]
 
-Random models of 20 to 160 million weights in bfloat16, two steps of 4,096 tokens (8 windows of 512) at 2:4, each in a process of
+Random models of 20 to 160M weights in bfloat16, two steps of 4,096 tokens (8 windows of 512) at 2:4, each in a process of
 its own; the peak is the process's, libraries included. Rewrites those rows of results/peaks.json; eight minutes.
 """
 

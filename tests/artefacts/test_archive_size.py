@@ -117,8 +117,8 @@ def test_plan_shows_the_level_that_prune_takes(larger, tmp_path):
 
 def budget(folder, **settings):
     origin = resolve(folder)
-    hollow = skeleton(origin)
-    matrices = find_matrices(hollow)
+    empty = skeleton(origin)
+    matrices = find_matrices(empty)
     return aim_of(Recipe(**settings), matrices, origin).budget, matrices
 
 

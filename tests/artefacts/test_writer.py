@@ -168,15 +168,34 @@ def test_a_folder_that_cannot_be_moved_leaves_the_old_one(tmp_path, monkeypatch)
 
     def failing(source, target):
         moves.append(source)
-        if len(moves) == 2:
+        if len(moves) == bad:
             raise OSError("no more links")
         replace(source, target)
 
     monkeypatch.setattr(files.os, "replace", failing)
-    with pytest.raises(OSError, match="no more links"), files.new_folder(out, tmp_path, mark="file") as folder:
+    for bad in (1, 2):
+        moves.clear()
+        with pytest.raises(OSError, match="no more links"), files.new_folder(out, tmp_path, mark="file") as folder:
+            (folder / "file").write_text("second")
+        assert len(moves) == 2 * bad - 1
+        assert (out / "file").read_text() == "first"
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_interruption_after_the_last_move_leaves_the_new_folder(tmp_path, monkeypatch):
+    out, replace = tmp_path / "out", files.os.replace
+    with files.new_folder(out, mark="file") as folder:
+        (folder / "file").write_text("first")
+
+    def interrupted(source, target):
+        replace(source, target)
+        if target == out:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(files.os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt), files.new_folder(out, mark="file") as folder:
         (folder / "file").write_text("second")
-    assert len(moves) == 3
-    assert (out / "file").read_text() == "first"
+    assert (out / "file").read_text() == "second"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 

@@ -177,6 +177,11 @@ def test_a_report_replays_its_run(capsys, monkeypatch, folder, tmp_path):
     assert one["masks_sha256"] == two["masks_sha256"]
     recipe = Recipe.load(report)
     assert (recipe.sparsity, recipe.rules, recipe.windows) == ("2:4", ("down_proj=dense",), 2)
+    report.write_text(json.dumps({"kind": "pruning", "recipe": {"text": "\N{SLIGHTLY SMILING FACE}.txt"}}))
+    assert Recipe.load(report).text == "\N{SLIGHTLY SMILING FACE}.txt"
+    report.write_text('{"kind": "pruning", "recipe": {"windows": 1, "windows": 2}}')
+    with pytest.raises(InputError, match="is not a recipe"):
+        Recipe.load(report)
 
 
 @pytest.mark.parametrize(

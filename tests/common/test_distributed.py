@@ -26,6 +26,7 @@ from uniprune.data import text
 from uniprune.data.windows import Windows, save_windows
 from uniprune.errors import InputError
 from uniprune.job import prepare as job
+from uniprune.job.options import RunOptions
 from uniprune.models.matrices import find_matrices
 from uniprune.saliency.calibration import Calibration
 from uniprune.saliency.metrics import Wanda
@@ -348,3 +349,37 @@ def test_gradients_of_all_processes_are_reported(tmp_path, opens):
     assert [one.code for one in done] == [0, 0], done[0].err
     expected = [] if opens else [f"model.layers.{index}.mlp.gate_proj" for index in range(3)]
     assert [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)] == [expected] * 2
+
+
+def test_a_group_of_the_callers_gets_a_long_timeout_for_barriers_and_is_his_again(tmp_path):
+    """NCCL's own is ten minutes, in which a large checkpoint is not written; and he may go on after an error."""
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        with pytest.raises(InputError, match="no"), distributed.joined(CPU):
+            assert distributed._waiting is not None
+            distributed.barrier()
+            raise InputError("no")
+        assert distributed._waiting is None
+        assert torch.distributed.is_initialized()
+        assert distributed.all_gather("still here") == ["still here"]
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_a_process_that_has_no_memory_says_so_itself(monkeypatch):
+    """Not that another one has ended."""
+    monkeypatch.setattr(distributed, "count", lambda: 2)
+
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", full)
+    with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
+        distributed.total(torch.ones(1))
+
+
+def test_a_model_in_memory_is_where_it_is(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", None)  # would change the caller's
+    assert job.device_of(RunOptions(), Loaded(tiny_model(), None)) == CPU

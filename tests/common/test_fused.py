@@ -123,6 +123,22 @@ def test_a_kernel_that_has_no_memory_beside_plain_is_tried_again(monkeypatch, ca
     assert not caplog.records
 
 
+def test_a_kernel_is_held_against_plain_for_each_way_that_it_is_compiled(monkeypatch, caplog):
+    function = Fused(plain, 1, "nowhere:nothing", alike=lambda a, *, factor: len(a))
+
+    def kernel(a, *, factor):
+        if len(a) == 2 or a.dtype == torch.float64:
+            raise RuntimeError("not compiled")
+        return a * factor
+
+    monkeypatch.setattr(Fused, "launcher", staticmethod(kernel))
+    monkeypatch.setattr(module, "available", lambda: True)
+    monkeypatch.setattr(module, "on_gpu", lambda tensor: True)
+    for length, dtype in ((1, torch.float32), (2, torch.float32), (1, torch.float64), (2, torch.float32), (3, torch.float32)):
+        assert function(torch.ones(length, dtype=dtype), factor=2).tolist() == [2] * length
+    assert len(caplog.records) == 2
+
+
 def test_a_kernel_is_held_against_a_call_that_tells(monkeypatch):
     function = Fused(plain, 1, "nowhere:nothing", telling=lambda a, *, factor: factor > 1)
     monkeypatch.setattr(Fused, "launcher", staticmethod(lambda a, *, factor: a * factor**2))  # right for 1 alone

@@ -104,7 +104,7 @@ def test_masks_are_cut_once_a_step_and_wait_as_bits():
     assert sum(packed.nbytes for packed in masks._packed.values()) == sum(m.size for m in matrices.values()) // 8
 
 
-def test_a_pattern_that_fails_with_a_key_error_fails(tmp_path):
+def test_a_pattern_that_fails_with_a_key_error_fails():
     """Though a mapping takes that for a name it does not have, and a matrix without a mask is dense."""
     model = tiny("llama", num_hidden_layers=1)
     matrices = find_matrices(model)

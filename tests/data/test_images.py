@@ -265,6 +265,20 @@ def test_a_processor_may_be_given_with_a_model_in_memory(source, rows, tmp_path)
         uniprune.prune_in_place(Loaded(model, AutoProcessor.from_pretrained(source).tokenizer), recipe(rows))
 
 
+def test_a_processor_reads_text_and_tokens_as_its_tokenizer_does(source, tmp_path):
+    """Calibrated on text alone, too, a model in memory is given its processor."""
+    (tmp_path / "a.txt").write_text("A red house stands on the green hill. " * 200)
+    found = []
+    for given in (AutoProcessor.from_pretrained(source), AutoProcessor.from_pretrained(source).tokenizer):
+        model, tokens = model_of(source), tmp_path / f"{len(found)}.safetensors"
+        asked = recipe(tmp_path / "a.txt", length=16)
+        uniprune.prune_in_place(Loaded(model, given), asked, save_tokens=tokens)
+        uniprune.prune_in_place(Loaded(model_of(source), given), recipe(tmp_path / "0.safetensors", length=16))
+        found.append(model.state_dict())
+    assert all(torch.equal(tensor, found[1][name]) for name, tensor in found[0].items())
+    assert (tmp_path / "0.safetensors").read_bytes() == (tmp_path / "1.safetensors").read_bytes()
+
+
 def changed(rows, tmp_path, **row):
     first = json.dumps({"image": str(rows.parent / "0.png"), "text": "a hill"})
     (tmp_path / "rows.jsonl").write_text("\n".join([first, json.dumps(row)]))

@@ -261,11 +261,15 @@ def test_conversations_that_the_template_refuses_are_counted(tmp_path, caplog):
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
 def test_rows_of_several_forms_are_read_each_in_its_own(tmp_path, caplog, name):
     """A file that is put together from several sources: the first row does not say what the others have."""
-    rows = [{"content": "ab"}, {"text": "cde"}, {"question": "f?", "answer": "g"}, {"text": None}, {"content": "hi"}]
+    rows = [{"content": "ab"}, {"text": "cde"}, {"question": "f?", "answer": "g"}, {"text": None}]
+    rows += [{"text": None, "content": "hi"}, {"prompt": "j", "completion": "k"}, {"prompt": "l", "response": "m"}]
     form = "\n".join(map(json.dumps, rows)) if name.endswith("l") else json.dumps(rows)
     (tmp_path / name).write_text(form)
-    (whole,) = letters(load_windows(tmp_path / name, Letters(), use="evaluation", length=18))
-    assert whole == "ab\n\ncde\n\nf?\n\ng\n\nhi"
+    (whole,) = letters(load_windows(tmp_path / name, Letters(), use="evaluation", length=30))
+    assert whole == "ab\n\ncde\n\nf?\n\ng\n\nhi\n\nj\n\nk\n\nl\n\nm"
+    (tmp_path / name).write_text(json.dumps([{"text": "a"}, {"content": {"x": 1}}]))
+    with pytest.raises(InputError, match='row 1: no string field "content", it is an object'):
+        load_windows(tmp_path / name, Letters(), use="evaluation", length=3)
     assert "1 rows have no text (null) and are left out" in caplog.text
 
 

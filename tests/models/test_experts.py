@@ -49,7 +49,7 @@ def fused_of(matrices):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_taken_apart_the_model_computes_the_same(family):
+def test_unfused_the_model_computes_the_same(family):
     model = loud(family)
     matrices = find_matrices(model)
     expected = model(ids()).logits

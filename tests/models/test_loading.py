@@ -86,7 +86,7 @@ def test_the_type_is_the_files_where_the_config_names_none(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "t5"])
-def test_a_hollow_model_has_the_buffers_that_are_in_no_file(family, tmp_path):
+def test_a_model_without_weights_has_the_buffers_that_are_in_no_file(family, tmp_path):
     tiny(family).save_pretrained(tmp_path)
     origin = resolve(tmp_path)
     found, expected = without_weights(origin, torch.float32), load_weights(origin, torch.float32, CPU)

@@ -149,7 +149,7 @@ def test_of_two_that_are_as_sparse_the_better_is_named(tmp_path):
 
 
 def test_markdown_has_the_tables_of_the_page(tmp_path):
-    report(made_up.everything(tmp_path), tmp_path / "report.md", format="md")
+    report(made_up.everything(tmp_path), tmp_path / "report.md")
     lines = (tmp_path / "report.md").read_text().splitlines()
     assert lines[0] == "# Toy-1M, 51.2% pruned"
     assert "has perplexity 18.25, 1.46 times the dense model's 12.50" in lines[2]
@@ -173,14 +173,14 @@ def test_markdown_of_hostile_names_is_no_markup(tmp_path):
 
 
 def test_json_is_what_is_returned(tmp_path):
-    made = report(made_up.everything(tmp_path), tmp_path / "report.json", format="json")
+    made = report(made_up.everything(tmp_path), tmp_path / "report.json")
     assert json.loads((tmp_path / "report.json").read_text()) == json.loads(json.dumps(made.record()))
     assert made.verdict == verdict(summarise(read_all([Path(source.path) for source in made.sources])))
 
 
 def test_the_command_takes_a_format(capsys, monkeypatch, tmp_path):
     paths = made_up.everything(tmp_path)
-    code, printed, errors = run(capsys, monkeypatch, "report", *paths, "-o", tmp_path / "r.md", "--format", "md")
+    code, printed, errors = run(capsys, monkeypatch, "report", *paths, "-o", tmp_path / "r.md")
     assert (code, errors) == (0, "")
     assert "1.46 times the dense" in " ".join(printed.split())
     code, _, errors = run(capsys, monkeypatch, "report", *paths, "-o", tmp_path / "r.html", "--format", "json")

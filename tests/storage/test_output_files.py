@@ -88,7 +88,7 @@ def test_an_interrupted_command_says_so_at_any_moment(moment):
     work = {
         "importing": "sys.meta_path.insert(0, type('Stop', (), {'find_spec': lambda *_: interrupt()}))",
         "at work": "import uniprune.cli.main as it; it.main = interrupt",
-        "at the end": "import uniprune.cli.main as it; it.main = lambda: None; atexit.register(interrupt)",
+        "at the end": "import uniprune.cli.main as it; it.main = lambda: sys.exit(0); atexit.register(interrupt)",
     }
     code = "import atexit, os, signal, sys, uniprune.__main__\ninterrupt = lambda *_: os.kill(os.getpid(), signal.SIGINT)\n"
     code += f"{work[moment]}\nuniprune.__main__.main()"

@@ -12,7 +12,8 @@ from uniprune.errors import InputError, first_line
 logger = logging.getLogger(__name__)
 
 TOKENIZERS = ("tokenizer*", "*.model", "vocab.json", "vocab.txt", "merges.txt")  # files that are, or are of, one
-FEW = 100  # tokens: without files, transformers makes of some configurations a tokenizer that knows special ones alone
+FEW = 128  # tokens: without files, transformers makes of some configurations a tokenizer that knows special ones alone
+BLANK = ("", "\u2581")  # and of some what stands for a space
 
 
 def load_tokenizer(origin: Origin) -> Any:
@@ -21,9 +22,8 @@ def load_tokenizer(origin: Origin) -> Any:
 
     try:
         found = AutoTokenizer.from_pretrained(origin.folder, **origin.options())
-        if len(found) < FEW and not found.get_vocab().keys() - {*found.all_special_tokens}:
-            logger.info("model %s has no tokenizer", origin)
-            return None
+        if len(found) < FEW and not found.get_vocab().keys() - {*found.all_special_tokens, *BLANK}:
+            raise ValueError("it knows no token but special ones")
         return found
     except Exception as error:  # transformers and tokenizers raise all kinds for a file that they cannot read
         reason = first_line(error)

@@ -78,7 +78,8 @@ class RecipeOptions(Settings):
     heading: ClassVar[str] = "Recipe"
 
     config: Path | None = Field(
-        default=None, description="Recipe file (YAML) with any settings of a recipe; options override it."
+        default=None,
+        description="Recipe file (YAML) with any settings of a recipe, or the pruning.json of a run; options override it.",
     )
 
     def recipe(self) -> Recipe:

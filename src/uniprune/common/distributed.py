@@ -33,9 +33,11 @@ def joined(device: torch.device) -> Iterator[None]:
     global _waiting
     if distributed.is_available() and distributed.is_initialized():  # by the caller, whose timeouts may be short
         _waiting = distributed.new_group(backend="gloo", timeout=WAITING)
-        yield
-        distributed.destroy_process_group(_waiting)
-        _waiting = None
+        try:
+            yield
+        finally:  # the caller may go on after an error; gloo waits for nobody
+            distributed.destroy_process_group(_waiting)
+            _waiting = None
         return
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         yield
@@ -54,6 +56,11 @@ def joined(device: torch.device) -> Iterator[None]:
 def count() -> int:
     """How many processes share the run."""
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+def started() -> int:
+    """How many processes will share the run, before they have :func:`joined`."""
+    return max(count(), int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else 1)
 
 
 def rank() -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, wraps
 from typing import Any, Generic, TypeVar
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+Alike = Callable[..., Hashable]
 CLOSE = 1e-3  # of the largest value: how far a kernel may be from plain PyTorch, which sums in another order
 
 logger = logging.getLogger(__name__)
@@ -40,13 +41,16 @@ class Fused(Generic[Function]):
     plain: in PyTorch, what it is. kernels: how many it is on a GPU, at most. triton: the function that launches them, in a
     module that is imported then, as ``module:name``. The first time that it is used it is held against ``plain``: where it
     fails, or gives something else, plain is used from then on. telling: whether a call goes through all that the kernels
-    compute, so that one comparison proves them; until one does, plain is used.
+    compute; until one does, plain is used. alike: what, besides the tensor's type, a kernel is compiled for: each
+    is held against plain by itself.
     """
 
-    def __init__(self, plain: Function, kernels: int, triton: str, telling: Callable[..., bool] | None = None) -> None:
+    def __init__(
+        self, plain: Function, kernels: int, triton: str, telling: Callable[..., bool] | None = None, alike: Alike | None = None
+    ) -> None:
         wraps(plain)(self)
-        self.plain, self.kernels, self._triton, self._telling = plain, kernels, triton, telling
-        self._chosen: Callable[..., Any] | None = None
+        self.plain, self.kernels, self._triton, self._telling, self._alike = plain, kernels, triton, telling, alike
+        self._chosen: dict[Hashable, Callable[..., Any]] = {}
 
     @property
     def launcher(self) -> Callable[..., Any]:
@@ -58,27 +62,28 @@ class Fused(Generic[Function]):
     def __call__(self, tensor: Tensor, *others: Any, **settings: Any) -> Any:
         if not (on_gpu(tensor) and available()):
             return self.plain(tensor, *others, **settings)
-        if self._chosen is None:
+        key = tensor.dtype, self._alike(tensor, *others, **settings) if self._alike else None
+        if key not in self._chosen:
             if self._telling is not None and not self._telling(tensor, *others, **settings):
                 return self.plain(tensor, *others, **settings)
-            return self._choose(tensor, *others, **settings)
+            return self._choose(key, tensor, *others, **settings)
         with current(tensor.device):
-            return self._chosen(tensor, *others, **settings)
+            return self._chosen[key](tensor, *others, **settings)
 
-    def _choose(self, *tensors: Any, **settings: Any) -> Any:
+    def _choose(self, key: Hashable, *tensors: Any, **settings: Any) -> Any:
         expected = self.plain(*tensors, **settings)
         try:
             launcher = self.launcher
             with current(tensors[0].device):
                 problem = "" if agree(launcher(*tensors, **settings), expected) else "it gives something else"
-            self._chosen = launcher
+            self._chosen[key] = launcher
         except torch.OutOfMemoryError:  # there are two results now: what the kernel gives, a later call will tell
             return expected
         except Exception as error:  # whatever goes wrong in a compiler, there is another way
             problem = f"{type(error).__name__}: {error}"
         if problem:
             logger.warning("the kernel of %s is not used on this GPU: %s", self.plain.__name__, problem)
-            self._chosen = self.plain
+            self._chosen[key] = self.plain
         return expected
 
 
@@ -97,6 +102,8 @@ def agree(found: Any, expected: Any) -> bool:
     return torch.allclose(found.float(), expected.float(), rtol=rounding, atol=CLOSE * most, equal_nan=True)
 
 
-def fused(kernels: int, triton: str, telling: Callable[..., bool] | None = None) -> Callable[[Function], Fused[Function]]:
+def fused(
+    kernels: int, triton: str, telling: Callable[..., bool] | None = None, alike: Alike | None = None
+) -> Callable[[Function], Fused[Function]]:
     """Decorates a plain function, see :class:`Fused`."""
-    return lambda plain: Fused(plain, kernels, triton, telling)
+    return lambda plain: Fused(plain, kernels, triton, telling, alike)

@@ -1,4 +1,4 @@
-"""Recipe files: the settings of a command as YAML, read as strictly as a file of a stranger has to be."""
+"""Recipe files: the settings of a command as YAML, or a report that has them; read as strictly as a stranger's file must be."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import yaml
 from uniprune.errors import InputError
 
 SIZE, DEPTH = 1 << 20, 4  # of a recipe: bytes, collections in each other; at most
+REPORT = 64 << 20  # bytes of a report, at most, whose recipe is looked for
 NULL = {"", "~", "null", "Null", "NULL"}  # in YAML 1.2, unquoted
 
 
@@ -19,7 +20,7 @@ def read(path: str | Path) -> dict[str, Any]:
     """The settings that a recipe file gives, scalars as text. Raises InputError that names the file."""
     path = Path(os.path.expanduser(path))  # pathlib raises RuntimeError for a user that is not known
     if not path.is_file():
-        raise InputError(f"recipe {path} is not a file; give a YAML file with settings")
+        raise InputError(f"recipe {path} is not a file; give a YAML file with settings, or a pruning.json")
     try:
         return _parsed(_replayed(path.read_bytes()))
     except OSError as error:
@@ -30,12 +31,22 @@ def read(path: str | Path) -> dict[str, Any]:
 
 def _replayed(content: bytes) -> bytes:
     """Of a report (pruning.json), the recipe that replays its run; any other content as it is."""
+    if len(content) > REPORT or not content.lstrip().startswith(b"{"):
+        return content
     try:
-        report = json.loads(content) if content.lstrip().startswith(b"{") else None
+        report = json.loads(content, object_pairs_hook=_once)
     except (ValueError, RecursionError):
         return content
-    inner = report.get("recipe") if isinstance(report, dict) and "kind" in report else None
-    return json.dumps(inner).encode() if isinstance(inner, dict) else content
+    inner = report.get("recipe") if "kind" in report else None
+    return json.dumps(inner, ensure_ascii=False).encode() if isinstance(inner, dict) else content
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON. Raises ValueError if it has a name twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name twice")
+    return found
 
 
 def _parsed(content: bytes) -> dict[str, Any]:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from statistics import median
 from typing import NamedTuple, TypeVar
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from uniprune.common import distributed
 from uniprune.common.progress import Progress, silent
 from uniprune.controller.passes.protocol import Passes
-from uniprune.saliency.observation import check_seen, fill_starved_experts, observing, sum_over_processes
+from uniprune.saliency.observation import check_called, check_seen, fill_starved_experts, observing, sum_over_processes
 from uniprune.saliency.statistics import Kind, SquaredNorm, Statistic, Statistics, additional
 from uniprune.storage.runs import Run
 from uniprune.storage.tensor_store import Store
@@ -107,8 +107,10 @@ def _measured(passes: Passes, windows: Tensor, other: Kind | None, batch_tokens:
         for batch in in_steps(windows, batch_tokens or windows.numel())
         for portion in passes.in_batches(batch[distributed.rank() :: distributed.count()], batch_tokens or windows.shape[1])
     ]
-    for batch in progress(portions, "finding what each output is worth", len(portions)):
+    for number, batch in enumerate(progress(portions, "finding what each output is worth", len(portions))):
         passes.backward(head.next_token(passes.forward_student(batch), batch))
+        if number == 0:
+            _check_called(passes, batch, norms)
     network.watch = None
     for total in totals.values():
         distributed.total(total)
@@ -127,6 +129,15 @@ def _measured(passes: Passes, windows: Tensor, other: Kind | None, batch_tokens:
     for gradient in gradients.values():
         gradient.clamp_min_(FLOOR * gradient.max())
     return Start(norms, gradients, others or norms, without_gradient)
+
+
+def _check_called(passes: Passes, batch: Tensor, norms: Mapping[str, SquaredNorm]) -> None:
+    """Raises as ``observation.check_called``. norms: after a pass backwards over the batch, which does not come everywhere."""
+    matrices = {name: matrix for name, matrix in passes.network.matrices.items() if not (norms[name].tokens or matrix.group)}
+    if matrices:
+        with observing(matrices, SquaredNorm, passes.device) as observed:
+            passes.infer(batch)
+        check_called(matrices, observed)
 
 
 def _observe_forward(passes: Passes, portions: list[Tensor], statistics: dict[str, Statistic]) -> None:

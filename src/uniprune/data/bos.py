@@ -53,6 +53,8 @@ class Encoder:
     """
 
     def __init__(self, tokenizer: Any, bos: Bos | None, source: object) -> None:
+        if getattr(tokenizer, "image_processor", None) is not None:
+            tokenizer = tokenizer.tokenizer
         if tokenizer is None:
             raise InputError(
                 f"the model has no tokenizer, so text {source} cannot be read; put its tokenizer's files into its folder, "

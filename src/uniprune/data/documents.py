@@ -95,8 +95,8 @@ class Reader:
         if not isinstance(row, dict):
             raise InputError(f"{where}: a row is an object with a field of text, or a string, not {_kind(row)}")
         form = self.form or self._form(list(row), where)
-        if self.wanted is None and form.fields[0] not in row:  # rows of several sources in one file
-            form = next((other for other in FORMS if set(other.fields) <= row.keys()), form)
+        if self.wanted is None and (not set(form.fields) <= row.keys() or row[form.fields[0]] is None):
+            form = next((other for other in FORMS if _filled(row, other)), form)  # rows of several sources in one file
         if self.form is None and self.wanted is not None and not _has(row, self.wanted):
             raise self._missing(row, where)
         values = [_at(row, name) for name in form.fields]
@@ -104,7 +104,7 @@ class Reader:
             return None
         self.form = self.form or form
         if form.kind == "text" and not (self.wanted and is_conversation(values[0])):
-            return self._text(values[0], row, where)
+            return self._text(values[0], row, where, form.fields[0])
         messages = _turns(form, row, where) if form.kind == "turns" else _with_system(row, _messages(values[0], where))
         return self._written(messages, _tools(row) if "tools" in form.optional else [], where) if messages else None
 
@@ -125,7 +125,7 @@ class Reader:
             return InputError(f'{where}: no field "{self.wanted}", only {there}; give one of them with --field')
         return InputError(f'{where}: no string field "text", only {there}; say with --field which is the text')
 
-    def _text(self, value: Any, row: dict[str, Any], where: str) -> str:
+    def _text(self, value: Any, row: dict[str, Any], where: str, field: str) -> str:
         if isinstance(value, bytes):
             try:
                 return value.decode("utf-8")
@@ -133,11 +133,8 @@ class Reader:
                 raise InputError(f"{where} is not UTF-8 ({error.reason} at byte {error.start}); convert it") from None
         if isinstance(value, str):
             return value
-        assert self.form is not None
         there = ", ".join([*(f"{name} ({_kind(inner)})" for name, inner in row.items()), *self.others])[:300]
-        raise InputError(
-            f'{where}: no string field "{self.form.fields[0]}", it is {_kind(value)}; say with --field which is one: {there}'
-        )
+        raise InputError(f'{where}: no string field "{field}", it is {_kind(value)}; say with --field which is one: {there}')
 
     def _written(self, messages: list[Message], tools: list[Any], where: str) -> str | None:
         if self.tokenizer is None or getattr(self.tokenizer, "chat_template", None) is None:
@@ -176,6 +173,11 @@ def undated(writer: Any, tools: Sequence[Any] = ()) -> dict[str, str]:
     named = getattr(writer, "get_chat_template", None)
     template = named(None, list(tools) or None) if named else writer.chat_template
     return {"chat_template": DATED + (template["default"] if isinstance(template, dict) else template)}
+
+
+def _filled(row: dict[str, Any], form: Form) -> bool:
+    """Whether a row has all fields of a form, and something in the first."""
+    return set(form.fields) <= row.keys() and row[form.fields[0]] is not None
 
 
 def _at(row: Any, name: str) -> Any:

@@ -198,6 +198,7 @@ def _joined(
         size=_sum([windows.size for windows in loaded]),
         sources=facts,
         of=of,
+        tokenizer=next((windows.tokenizer for windows in loaded if windows.tokenizer), None),
     )
 
 

@@ -45,6 +45,7 @@ class Windows:
     bytes of the text that is predicted. pictures: images that go with the windows. sources: if they are of several texts, each
     by its name (``data.sources``); of: which of them each window is of, int64 ``[windows]``. prompts: by the number
     of each window that the model is yet to write (``job.samples``), and that is zeros until then, the tokens it goes on from.
+    tokenizer: the ``Encoder.fingerprint`` of the one that made the tokens, if that is known.
     """
 
     tokens: Tensor
@@ -61,6 +62,7 @@ class Windows:
     sources: Mapping[str, TextShare] | None = None
     of: Tensor | None = None
     prompts: Mapping[int, Tensor] | None = None
+    tokenizer: str | None = None
 
     @property
     def by_source(self) -> dict[str, Tensor]:
@@ -117,8 +119,8 @@ class Windows:
 class TokenFacts(Metadata):
     """The metadata of a saved token file. bos: whether some window begins with BOS; which: those that were to.
 
-    sources: if the windows are of several texts, each by its name; of: which of them each window is of. tokenizer: its
-    ``Encoder.fingerprint``, if there was one.
+    sources: if the windows are of several texts, each by its name; of: which of them each window is of. tokenizer: as in
+    :class:`Windows`.
     """
 
     kind: Literal["tokens"] = "tokens"
@@ -183,6 +185,7 @@ def load_windows(
         sample = sample.model_copy(update={"commit": parts[0].commit})
     _say(text, parts, encoder, len(tokens), sample)
     found = Windows(tokens, text.source, available, encoder.bos, encoder.token, stride, parts[0].join, sample)
+    found = replace(found, tokenizer=encoder.fingerprint())
     if use == "evaluation" and hasattr(tokenizer, "decode"):
         words, size = _units(found, tokenizer)
         found = replace(found, words=words, size=size)
@@ -274,11 +277,10 @@ def check_savable(windows: Windows, path: Path, again: bool = False) -> None:
         raise InputError(f"output {path} exists, and has other tokens; give another name, or --overwrite")
 
 
-def save_windows(windows: Windows, path: Path, again: bool = False, tokenizer: Any = None) -> None:
+def save_windows(windows: Windows, path: Path, again: bool = False) -> None:
     """Writes the token ids as safetensors (``tokens``: int32 ``[windows, length]``), for runs on the very same tokens.
 
-    tokenizer: that they are of; a model with another one then refuses them. again: whether an earlier try of the same run may
-    have written the file, which then stays.
+    again: whether an earlier try of the same run may have written the file, which then stays.
     Raises InputError as :func:`check_savable`.
     """
     check_savable(windows, path, again)
@@ -294,7 +296,7 @@ def save_windows(windows: Windows, path: Path, again: bool = False, tokenizer: A
         sample=windows.sample,
         sources=None if windows.sources is None else dict(windows.sources),
         of=None if windows.of is None else [list(windows.sources or ())[index] for index in windows.of.tolist()],
-        tokenizer=None if tokenizer is None else Encoder(tokenizer, None, path).fingerprint(),
+        tokenizer=windows.tokenizer,
     )
     write_tensors(path, {"tokens": windows.tokens.to(torch.int32)}, facts)
 
@@ -315,6 +317,7 @@ def _of_token_file(text: Text, tokenizer: Any, length: int, count: int | None, o
         raise InputError(f"token file {path} has {len(tokens)} windows, {count} were asked for; lower --windows")
     which = facts.which or ("first" if facts.bos else "none")
     found = Windows(tokens[:count], facts.source, facts.available, which, facts.bos_token, None, facts.join, facts.sample)
+    found = replace(found, tokenizer=facts.tokenizer)
     if facts.of is None or facts.sources is None:
         return found
     names = list(facts.sources)

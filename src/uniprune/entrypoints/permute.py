@@ -82,11 +82,11 @@ def permute(
             f"model {origin} is quantised ({origin.quantised}): channels in another order would have other blocks and scales; "
             "prune it as it is, or permute the model that it was made from"
         )
+    if distributed.started() > 1:
+        raise InputError("permute runs in one process; start it without torchrun")
     watch = Stopwatch()
     options = RunOptions.of(device=device, max_memory=max_memory, overwrite=overwrite)
     with distributed.joined(device_of(options, source)):
-        if distributed.count() > 1:
-            raise InputError("permute runs in one process; start it without torchrun")
         with watch("prepare"):
             job = prepare(source, recipe, output, options, progress=progress)
             found = find(job, pattern)

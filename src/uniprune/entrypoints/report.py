@@ -78,7 +78,7 @@ def write(
     read = [*filter(Path.is_file, paths), *(folder / "README.md" for folder in folders if (folder / REPORT).is_file())]
     formats = get_args(Format)
     by_name: Format = next((known for known in formats if output.suffix == f".{known}"), "html")
-    chosen = format or by_name
+    chosen = by_name if format is None else format
     if chosen not in formats:
         raise InputError(f"format {format!r} is unknown; use one of {', '.join(formats)}")
     check_output_file(output, overwrite, *read, suffix=f".{chosen}")

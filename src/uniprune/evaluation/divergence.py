@@ -21,7 +21,7 @@ from uniprune.data.windows import Windows
 from uniprune.errors import InputError
 from uniprune.evaluation.results import Closeness
 from uniprune.models.blocks import device_of, text_alone
-from uniprune.models.output_head import PIECE, Head, log_probabilities, output_embeddings
+from uniprune.models.output_head import Head, at_once, log_probabilities, output_embeddings
 
 PROBE = 16  # tokens on which a head is tried
 
@@ -76,11 +76,13 @@ def closeness(ours: Recording, theirs: Recording, windows: Windows) -> Closeness
             f"the model has {ours.vocabulary} tokens and the reference {theirs.vocabulary}; they cannot be compared"
         )
     seen: list[_Seen] = []
+    step = at_once(ours.vocabulary)
     counted = pictures.counted(windows.pictures, windows.tokens)[:, :-1]
     for mine, other, counts, scored in zip(ours.hidden, theirs.hidden, counted, windows.scored, strict=True):
         kl, same, length = 0.0, 0, len(mine) - 1
-        for start in range(length - scored, length, PIECE):
-            a, b = (log_probabilities(one) for one in _logits(ours, mine, theirs, other, start, length))
+        for start in range(length - scored, length, step):
+            piece = slice(start, min(start + step, length))
+            a, b = (log_probabilities(one) for one in _logits(ours, mine, theirs, other, piece))
             here = counts[start : start + len(a)].to(a.device)
             kl += float((functional.kl_div(a, b, log_target=True, reduction="none").sum(-1) * here).double().sum())
             same += int(((a.argmax(-1) == b.argmax(-1)) & here).sum())
@@ -111,6 +113,5 @@ def _mean(seen: Sequence[_Seen]) -> dict[str, Any]:
     }
 
 
-def _logits(ours: Recording, mine: Tensor, theirs: Recording, other: Tensor, start: int, length: int) -> tuple[Tensor, Tensor]:
-    piece = slice(start, min(start + PIECE, length))
+def _logits(ours: Recording, mine: Tensor, theirs: Recording, other: Tensor, piece: slice) -> tuple[Tensor, Tensor]:
     return ours.head(mine[piece].to(ours.head.device)), theirs.head(other[piece].to(theirs.head.device))

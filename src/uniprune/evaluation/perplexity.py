@@ -28,7 +28,7 @@ from uniprune.errors import InputError
 from uniprune.evaluation.results import TextPerplexity
 from uniprune.models.blocks import BATCH_TOKENS, batches, called, device_of, dtype_of
 from uniprune.models.loading import dtype_name
-from uniprune.models.output_head import PIECE, log_probabilities
+from uniprune.models.output_head import at_once, log_probabilities
 
 NOT_FINITE = "the model's loss is not finite: it overflows, or its weights are broken; try --dtype float32 or bfloat16"
 POSITIONS = {"1-512": 512, "512-2k": 2048, "2k-8k": 8192, "8k-": 1 << 62}  # tokens that a prediction sees, at most
@@ -120,7 +120,8 @@ def token_nats(model: nn.Module, batch: Tensor, predicts_last: bool = True) -> l
 
 def _losses(logits: Tensor, target: Tensor) -> Tensor:
     """The losses of one window, a piece at a time: logits in float32, over a large vocabulary, are large."""
-    pieces = zip(torch.split(logits, PIECE), torch.split(target, PIECE), strict=True)
+    step = at_once(logits.shape[-1])
+    pieces = zip(torch.split(logits, step), torch.split(target, step), strict=True)
     return -torch.cat([log_probabilities(piece, wanted) for piece, wanted in pieces]).double()
 
 

@@ -109,8 +109,8 @@ def reduction_of(fraction: float, model: nn.Module, matrices: Matrices) -> Exper
     located = files.layout(model).located
     found = ExpertReduction(tuple(layers), experts, kept, groups, settings, axes, _left_out(files, located, axes))
     numbers = dict.fromkeys(layers, best(torch.zeros(experts), kept, groups))
-    taken = found.loaded(files, located, numbers)
-    shapes = {key: one.shape(files.tensors[one.key].shape) for key, one in taken.items()}
+    selections = found.loaded(files, located, numbers)
+    shapes = {key: one.shape(files.tensors[one.key].shape) for key, one in selections.items()}
     _check_loads(name, small, files.quantised.turned(on_load(small, shapes)), axes)
     _check_routers(name, model, small, axes, numbers)
     return found

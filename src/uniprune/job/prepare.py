@@ -203,7 +203,7 @@ def prepare(
         found = digests() if digests else loaded.checkpoint.digests(matrices)
         binding = Binding.of(matrices, found, called(str(loaded)), prunable)
         distributed.check_alike({"model": binding.base, "--dtype": dtype_name(blocks.dtype_of(loaded.model))})
-        _save_tokens(windows, options, loaded.tokenizer)  # once nothing is left to refuse
+        _save_tokens(windows, options)  # once nothing is left to refuse
         return Job(loaded, matrices, windows, binding, aim, execution)
 
 
@@ -294,10 +294,10 @@ def _found_in(loaded: Loaded, recipe: Recipe) -> Matrices:
     return attached(matrices, loaded.residency) if isinstance(loaded.residency, Streamer) else matrices
 
 
-def _save_tokens(windows: Windows, options: RunOptions, tokenizer: Any) -> None:
+def _save_tokens(windows: Windows, options: RunOptions) -> None:
     """Writes the token file, if one is asked for."""
     if options.save_tokens is not None and distributed.rank() == 0:
-        save_windows(windows, options.save_tokens, _kept_tokens(options), tokenizer)
+        save_windows(windows, options.save_tokens, _kept_tokens(options))
 
 
 def _kept_tokens(options: RunOptions) -> bool:

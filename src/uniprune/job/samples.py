@@ -68,9 +68,8 @@ def calibration_windows(recipe: Recipe, tokenizer: Any, model: nn.Module) -> Win
             bos = bos_of(recipe.bos, config, tokenizer)
         if source.text == SELF:
             encoder = Encoder(tokenizer, bos, SELF)
-            return Windows(
-                torch.zeros(count or WINDOWS, length, dtype=torch.int64), SELF, count or WINDOWS, encoder.bos, encoder.token
-            )
+            zeros = torch.zeros(count or WINDOWS, length, dtype=torch.int64)
+            return Windows(zeros, SELF, len(zeros), encoder.bos, encoder.token, tokenizer=encoder.fingerprint())
         text = source.reading(recipe.field, recipe.split, alone)
         return load_windows(text, tokenizer, use="calibration", length=length, count=count, seed=recipe.seed, bos=bos)
 

@@ -51,7 +51,7 @@ def count(model: nn.Module, matrices: Matrices, dtype: torch.dtype, length: int)
     wanted |= {id(matrix.parameter) for matrix in matrices.values() if not isinstance(matrix.module, Slice)}
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
-            twin = _hollow_copy(model, dtype, wanted)
+            twin = _meta_copy(model, dtype, wanted)
             experts = [one.first_of(twin.get_submodule(name)) for name, one in fused.items()]
             if length <= LONGEST:
                 return _counted(twin, experts, length)
@@ -70,7 +70,7 @@ def _reckoned(half: int, whole: int, ratio: float) -> float:
     return (whole - square) * ratio + square * ratio**2
 
 
-def _hollow_copy(model: nn.Module, dtype: torch.dtype, wanted: Collection[int]) -> nn.Module:
+def _meta_copy(model: nn.Module, dtype: torch.dtype, wanted: Collection[int]) -> nn.Module:
     """The same model with parameters of a type that have no contents, wherever those of ``model`` lie. wanted: the ids of those
     that get a gradient, so that what they are multiplied by is kept.
     """

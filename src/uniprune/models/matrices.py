@@ -219,7 +219,7 @@ class Found(NamedTuple):
 @contextmanager
 def _without_gc() -> Iterator[None]:
     """Switches Python's garbage collector off: for a model with 40,000 matrices, it would search a million objects that all
-    stay nonzero, and double the time."""
+    stay alive, and double the time."""
     enabled = gc.isenabled()
     gc.disable()
     try:

@@ -157,7 +157,12 @@ def untraced(product: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return product(x)
 
 
-@fused(kernels=1, triton="uniprune.runtime.gpu:multiply")
+def _compiled_for(tokens: Tensor, packed: Packed, bias: Tensor | None) -> tuple[int, bool]:
+    """What the kernel is compiled for: tokens rounded up to a power of two, and whether there is a bias."""
+    return (len(tokens) - 1).bit_length(), bias is None
+
+
+@fused(kernels=1, triton="uniprune.runtime.gpu:multiply", alike=_compiled_for)
 def few_tokens(tokens: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
     """The product with so few tokens ``[batch, in]`` that a GPU's kernel is for them."""
     return linear(tokens, packed.dense(), bias)

@@ -208,13 +208,15 @@ def _put_in_place(folder: Path, path: Path, where: Mapping[str, Any]) -> None:
         os.replace(folder, path)
         return
     retired = Path(tempfile.mkdtemp(**where))
-    os.replace(path, retired)
     try:
+        os.replace(path, retired)
         os.replace(folder, path)
     except BaseException:
-        os.replace(retired, path)
+        if not path.exists():
+            os.replace(retired, path)
         raise
-    shutil.rmtree(retired)
+    finally:
+        shutil.rmtree(retired, ignore_errors=True)
 
 
 def sync(path: Path) -> None:
@@ -233,14 +235,19 @@ def sync_if_there(path: Path) -> None:
 
 
 def changed(path: Path) -> float:
-    """When a file, or the newest of the files in a folder and below it, was last written, in seconds since the epoch."""
-    files = path.rglob("*") if path.is_dir() else [path]
-    return max((file.stat().st_mtime for file in files if file.exists()), default=0.0)  # a link may point to nothing
+    """When a file, or the newest of the files in a folder and below it, was last written, in seconds since the epoch.
+
+    Hidden files, which nothing reads, do not count, nor links to nothing.
+    """
+    if not path.is_dir():
+        return path.stat().st_mtime
+    seen = (file for file in path.rglob("*") if not any(part.startswith(".") for part in file.relative_to(path).parts))
+    return max((file.stat().st_mtime for file in seen if file.exists()), default=0.0)
 
 
 def readers() -> int:
-    """How many threads read and write files: as many as this process may use cores, but no more than a disk has work for."""
-    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    """How many threads read, hash and write files: as many as this process may use cores."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def announce(path: Path, start: int = 0, stop: int | None = None) -> None:

@@ -25,7 +25,7 @@ from uniprune.checkpoints.configuration import UNBOUNDED, setting
 from uniprune.common.progress import Progress, silent
 from uniprune.errors import InputError
 from uniprune.models.blocks import device_of, dtype_of, text_alone
-from uniprune.models.output_head import PIECE
+from uniprune.models.output_head import at_once
 
 logger = logging.getLogger(__name__)
 
@@ -345,7 +345,7 @@ class _Judge:
 
     def __init__(self, logits: Tensor) -> None:
         self._logits = logits
-        size = CACHED if logits.device.type == "cpu" else PIECE
+        size = CACHED if logits.device.type == "cpu" else at_once(logits.shape[-1])
         pieces = [(piece.float().logsumexp(-1), piece.argmax(-1)) for piece in torch.split(logits, size)]
         total, likeliest = zip(*pieces, strict=True)
         self._total, self._likeliest = torch.cat(total), torch.cat(likeliest).tolist()
