@@ -182,6 +182,24 @@ def test_a_folder_that_cannot_be_moved_leaves_the_old_one(tmp_path, monkeypatch)
         assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_what_appears_between_the_moves_costs_nobody_the_old_folder(tmp_path, monkeypatch):
+    out, replace, other = tmp_path / "out", files.os.replace, []
+    with files.new_folder(out, mark="file") as folder:
+        (folder / "file").write_text("first")
+
+    def shared(source, target):
+        replace(source, target)
+        if source == out:
+            out.mkdir()
+            (out / "theirs").write_text("x")
+            other.append(target)
+
+    monkeypatch.setattr(files.os, "replace", shared)
+    with pytest.raises(OSError, match="not empty"), files.new_folder(out, mark="file") as folder:
+        (folder / "file").write_text("second")
+    assert (other[0] / "file").read_text() == "first"
+
+
 def test_an_interruption_after_the_last_move_leaves_the_new_folder(tmp_path, monkeypatch):
     out, replace = tmp_path / "out", files.os.replace
     with files.new_folder(out, mark="file") as folder:

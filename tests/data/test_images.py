@@ -277,6 +277,11 @@ def test_a_processor_reads_text_and_tokens_as_its_tokenizer_does(source, tmp_pat
         found.append(model.state_dict())
     assert all(torch.equal(tensor, found[1][name]) for name, tensor in found[0].items())
     assert (tmp_path / "0.safetensors").read_bytes() == (tmp_path / "1.safetensors").read_bytes()
+    read = {"text_source": str(tmp_path / "a.txt"), "windows": 2, "length": 16}
+    processor = AutoProcessor.from_pretrained(source)
+    one, two = (uniprune.evaluate(Loaded(model_of(source), given), **read) for given in (processor, processor.tokenizer))
+    assert one.perplexity == two.perplexity
+    assert one.text.bos == two.text.bos
 
 
 def changed(rows, tmp_path, **row):

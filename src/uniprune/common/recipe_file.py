@@ -12,6 +12,7 @@ import yaml
 from uniprune.errors import InputError
 
 SIZE, DEPTH = 1 << 20, 4  # of a recipe: bytes, collections in each other; at most
+ESCAPED = {code: f"\\u{code:04x}" for code in (*range(0x7F, 0xA0), 0xFEFF)}  # characters that YAML does not take as they are
 REPORT = 64 << 20  # bytes of a report, at most, whose recipe is looked for
 NULL = {"", "~", "null", "Null", "NULL"}  # in YAML 1.2, unquoted
 
@@ -38,7 +39,9 @@ def _replayed(content: bytes) -> bytes:
     except (ValueError, RecursionError):
         return content
     inner = report.get("recipe") if "kind" in report else None
-    return json.dumps(inner, ensure_ascii=False).encode() if isinstance(inner, dict) else content
+    if not isinstance(inner, dict):
+        return content
+    return json.dumps(inner, ensure_ascii=False).translate(ESCAPED).encode()
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

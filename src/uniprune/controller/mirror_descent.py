@@ -241,7 +241,12 @@ def _exercises_all(*_: Any, step: Step) -> bool:
     return step.turn > 2
 
 
-@fused(kernels=3, triton="uniprune.common.triton_kernels:updated", telling=_exercises_all)
+def _compiled_for(*_: Any, step: Step) -> tuple[bool, bool]:
+    """What the kernels are compiled for: whether rows and columns are weighted, and whether there is an anchor."""
+    return step.noise is None, step.anchor == 0
+
+
+@fused(kernels=3, triton="uniprune.common.triton_kernels:updated", telling=_exercises_all, alike=_compiled_for)
 def updated(
     gradient: Tensor, dual: Tensor, ratio: Tensor, rms: Tensor, before: Tensor, start: Tensor | None, *, step: Step
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

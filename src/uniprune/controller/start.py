@@ -110,7 +110,7 @@ def _measured(passes: Passes, windows: Tensor, other: Kind | None, batch_tokens:
     for number, batch in enumerate(progress(portions, "finding what each output is worth", len(portions))):
         passes.backward(head.next_token(passes.forward_student(batch), batch))
         if number == 0:
-            _check_called(passes, batch, norms)
+            _check_called(passes, batch[:1], norms)
     network.watch = None
     for total in totals.values():
         distributed.total(total)

@@ -45,6 +45,11 @@ def bos_of(asked: Bos | None, config: Any, tokenizer: Any) -> Bos | None:
     return asked or "each"
 
 
+def tokenizer_of(given: Any) -> Any:
+    """The tokenizer of a model, which may have been given its processor, or None."""
+    return given.tokenizer if getattr(given, "image_processor", None) is not None else given
+
+
 class Encoder:
     """Tokenises the text of windows.
 
@@ -53,8 +58,6 @@ class Encoder:
     """
 
     def __init__(self, tokenizer: Any, bos: Bos | None, source: object) -> None:
-        if getattr(tokenizer, "image_processor", None) is not None:
-            tokenizer = tokenizer.tokenizer
         if tokenizer is None:
             raise InputError(
                 f"the model has no tokenizer, so text {source} cannot be read; put its tokenizer's files into its folder, "
@@ -79,9 +82,14 @@ class Encoder:
             return list(chain.from_iterable(self.pieces([text])))
         return self._ids(text, add_special_tokens=False)
 
-    def fingerprint(self) -> str:
-        """A hash of the tokens of one text in many scripts: tokenizers that write others write another."""
-        return hashlib.sha256(repr(self._ids(SCRIPTS, add_special_tokens=False)).encode()).hexdigest()
+    def fingerprint(self) -> str | None:
+        """A hash of the tokens of one text in many scripts: tokenizers that write others write another. None if it has no
+        tokens for that text."""
+        try:
+            ids = self._ids(SCRIPTS, add_special_tokens=False)
+        except Exception:  # tokenizers raise all kinds for what they have no token for
+            return None
+        return hashlib.sha256(repr(ids).encode()).hexdigest()
 
     def pieces(self, text: Iterable[str]) -> Iterator[list[int]]:
         """The tokens of a long text that comes in blocks, tokenised in pieces that end where lines do."""

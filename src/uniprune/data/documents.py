@@ -95,8 +95,8 @@ class Reader:
         if not isinstance(row, dict):
             raise InputError(f"{where}: a row is an object with a field of text, or a string, not {_kind(row)}")
         form = self.form or self._form(list(row), where)
-        if self.wanted is None and (not set(form.fields) <= row.keys() or row[form.fields[0]] is None):
-            form = next((other for other in FORMS if _filled(row, other)), form)  # rows of several sources in one file
+        if self.wanted is None and not set(form.fields) <= row.keys():  # rows of several sources in one file
+            form = next((other for other in FORMS if set(other.fields) <= row.keys()), form)
         if self.form is None and self.wanted is not None and not _has(row, self.wanted):
             raise self._missing(row, where)
         values = [_at(row, name) for name in form.fields]
@@ -173,11 +173,6 @@ def undated(writer: Any, tools: Sequence[Any] = ()) -> dict[str, str]:
     named = getattr(writer, "get_chat_template", None)
     template = named(None, list(tools) or None) if named else writer.chat_template
     return {"chat_template": DATED + (template["default"] if isinstance(template, dict) else template)}
-
-
-def _filled(row: dict[str, Any], form: Form) -> bool:
-    """Whether a row has all fields of a form, and something in the first."""
-    return set(form.fields) <= row.keys() and row[form.fields[0]] is not None
 
 
 def _at(row: Any, name: str) -> Any:

@@ -21,7 +21,7 @@ from torch import Tensor
 from uniprune.common import formatting
 from uniprune.common.pictures import Pictures
 from uniprune.data import mixture
-from uniprune.data.bos import Bos, Encoder
+from uniprune.data.bos import Bos, Encoder, tokenizer_of
 from uniprune.data.documents import JOIN
 from uniprune.data.mixture import Wanted
 from uniprune.data.parts import File, HubShard, Part
@@ -155,7 +155,7 @@ def load_windows(
     to the next; by default they do not overlap.
     Raises InputError if the source is missing, empty, or holds fewer windows than asked for.
     """
-    text = source if isinstance(source, Text) else Text(str(source))
+    text, tokenizer = source if isinstance(source, Text) else Text(str(source)), tokenizer_of(tokenizer)
     if length < 2:
         raise InputError(f"window length {length} is too short: predicting a token needs at least 2")
     if count is not None and count < 1:
@@ -308,8 +308,8 @@ def _of_token_file(text: Text, tokenizer: Any, length: int, count: int | None, o
     given = {"field": text.field, "split": text.split} | others
     if useless := [f"--{name}" for name, value in given.items() if value is not None]:
         raise InputError(f"token file {path} has its tokens; leave out {', '.join(useless)}")
-    known = facts.tokenizer is not None and tokenizer is not None
-    if known and facts.tokenizer != Encoder(tokenizer, None, path).fingerprint():
+    own = Encoder(tokenizer, None, path).fingerprint() if facts.tokenizer and tokenizer is not None else None
+    if own is not None and own != facts.tokenizer:
         raise InputError(f"token file {path} was made with another tokenizer than the model's; give the text itself")
     if tokens.shape[1] != length:
         raise InputError(f"token file {path} has windows of {tokens.shape[1]} tokens, not {length}; leave --length out")

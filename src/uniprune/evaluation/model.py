@@ -14,7 +14,7 @@ from uniprune.checkpoints.tokenizer import load_processor, load_tokenizer
 from uniprune.common.pictures import showing
 from uniprune.common.progress import Progress
 from uniprune.data import sources
-from uniprune.data.bos import bos_of
+from uniprune.data.bos import bos_of, tokenizer_of
 from uniprune.data.images import windows as images
 from uniprune.data.images.rows import has_images
 from uniprune.data.text import Text
@@ -129,7 +129,7 @@ class EvaluatedModel:
         check_context(self._config, length)
         options = {"count": asked.windows, "bos": asked.bos, "stride": asked.stride}
         if not source.tokens:
-            options["bos"] = bos_of(asked.bos, self._config, self.tokenizer)
+            options["bos"] = bos_of(asked.bos, self._config, tokenizer_of(self.tokenizer))
         found = load_windows(Text(text, asked.field, asked.split), self.tokenizer, use="evaluation", length=length, **options)  # type: ignore[arg-type]
         check_vocabulary(self._config, int(found.tokens.max()), text)
         return found

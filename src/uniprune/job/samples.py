@@ -23,7 +23,7 @@ from uniprune.common.progress import Progress, silent
 from uniprune.controller import controllers
 from uniprune.controller.mirror_descent import MirrorDescent
 from uniprune.data import sources
-from uniprune.data.bos import Encoder, bos_of
+from uniprune.data.bos import Encoder, bos_of, tokenizer_of
 from uniprune.data.images import windows as images
 from uniprune.data.images.rows import has_images
 from uniprune.data.sources import SELF, TextSource
@@ -56,7 +56,7 @@ def windows_of(recipe: Recipe, model: nn.Module, origin: Origin | None, tokenize
 
 def calibration_windows(recipe: Recipe, tokenizer: Any, model: nn.Module) -> Windows:
     """The windows that a recipe asks for; those that the model is to generate are zeros, with prompts for :func:`generated`."""
-    asked = sources.parse(recipe.text)
+    asked, tokenizer = sources.parse(recipe.text), tokenizer_of(tokenizer)
     config = model.config
     _, length = shape_of_windows(recipe, config)
     alone = len(asked) == 1

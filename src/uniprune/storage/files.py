@@ -214,9 +214,12 @@ def _put_in_place(folder: Path, path: Path, where: Mapping[str, Any]) -> None:
     except BaseException:
         if not path.exists():
             os.replace(retired, path)
+        elif not folder.exists():  # it is in its place
+            shutil.rmtree(retired)
+        with suppress(OSError):
+            retired.rmdir()  # if it is empty: else what is in it is nowhere else
         raise
-    finally:
-        shutil.rmtree(retired, ignore_errors=True)
+    shutil.rmtree(retired)
 
 
 def sync(path: Path) -> None:
