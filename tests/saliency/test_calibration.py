@@ -100,7 +100,9 @@ def test_what_the_model_does_not_call_is_found_by_the_first_batch():
     ids, run = torch.randint(0, 64, (64, 1024)), []
     model.register_forward_pre_hook(lambda *_: run.append(None))
     model.backbone.register_forward_pre_hook(lambda *_: run.append(None))
-    with pytest.raises(InputError, match=r"the model does not call their layers; leave them out, e\.g\. --exclude dt_proj"):
+    with pytest.raises(
+        InputError, match=r"the model does not call their layers; leave them out \(--exclude\), e\.g\. --exclude mixer\.dt_proj"
+    ):
         one_shot(Calibration(model, find_matrices(model), ids), Wanda())
     assert len(run) == 1 < len(batches(ids))
     one_shot(Calibration(model, find_matrices(model, exclude=["dt_proj"]), ids[:1]), Wanda())

@@ -72,7 +72,7 @@ def check_called(matrices: Matrices, statistics: Statistics) -> None:
     if passed_by:
         raise InputError(
             f"{len(passed_by)} matrices saw no calibration token, e.g. {passed_by[0]}: the model does not call their layers; "
-            f"leave them out, e.g. --exclude {passed_by[0].rpartition('.')[2]}"
+            f"leave them out (--exclude), e.g. --exclude {'.'.join(passed_by[0].split('.')[-2:])}"
         )
 
 
