@@ -41,8 +41,8 @@ class Fused(Generic[Function]):
     plain: in PyTorch, what it is. kernels: how many it is on a GPU, at most. triton: the function that launches them, in a
     module that is imported then, as ``module:name``. The first time that it is used it is held against ``plain``: where it
     fails, or gives something else, plain is used from then on. telling: whether a call goes through all that the kernels
-    compute; until one does, plain is used. alike: what, besides the tensor's type, a kernel is compiled for: each
-    is held against plain by itself.
+    compute; until one does, plain is used. alike: what, besides the tensor's type, a kernel is compiled for: each is held
+    against plain by itself.
     """
 
     def __init__(

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypedDict
 import yaml
 from pydantic import BeforeValidator, Field, ValidationError
 
-from uniprune.common import recipe_file
 from uniprune.common.options import Commas, Flag, Name, Number, Options, Positional, Several, fault
 from uniprune.errors import InputError
 from uniprune.evaluation.request import NEW_TOKENS, EvaluationRequest
 from uniprune.job.settings import Calibration, Layers
 from uniprune.sparsity.choices import Scope, Unsupported
+from uniprune.storage import recipe_file
 from uniprune.tasks.catalogue import SUITES
 
 if TYPE_CHECKING:

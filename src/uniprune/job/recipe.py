@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from uniprune.common import fields, recipe_file
+from uniprune.common import fields
 from uniprune.common.formatting import parse_size
 from uniprune.common.options import fault
 from uniprune.controller import controllers
@@ -22,6 +22,7 @@ from uniprune.sparsity import constraints, spelling
 from uniprune.sparsity.constraints import Mixed, Rule, Ruled, choice
 from uniprune.sparsity.hardware import parse
 from uniprune.sparsity.patterns import NM, Pattern, Unstructured
+from uniprune.storage import recipe_file
 
 
 def check_recipe(recipe: object) -> None:

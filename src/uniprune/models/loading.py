@@ -210,7 +210,7 @@ def without_weights(origin: Origin, dtype: torch.dtype) -> nn.Module:
     for module in model.modules():  # to draw numbers for parameters on meta takes as long as all else
         module._is_hf_initialized = not module._buffers  # type: ignore[assignment]
     model.init_weights()  # type: ignore[operator]
-    model.tie_weights()  # type: ignore[operator]  # what was tied while parameters were being swapped for those is not
+    model.tie_weights()  # type: ignore[operator]  # what was tied while parameters went to meta is not
     bind(model, origin.files)
     if origin.files:
         _untie(model, origin.files, dtype)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from uniprune.errors import InputError
+from uniprune.storage import strict_json
+from uniprune.storage.files import path_of
 
 SIZE, DEPTH = 1 << 20, 4  # of a recipe: bytes, collections in each other; at most
 ESCAPED = {code: f"\\u{code:04x}" for code in (*range(0x7F, 0xA0), 0xFEFF)}  # characters that YAML does not take as they are
@@ -19,7 +20,7 @@ NULL = {"", "~", "null", "Null", "NULL"}  # in YAML 1.2, unquoted
 
 def read(path: str | Path) -> dict[str, Any]:
     """The settings that a recipe file gives, scalars as text. Raises InputError that names the file."""
-    path = Path(os.path.expanduser(path))  # pathlib raises RuntimeError for a user that is not known
+    path = path_of(path)
     if not path.is_file():
         raise InputError(f"recipe {path} is not a file; give a YAML file with settings, or a pruning.json")
     try:
@@ -35,21 +36,13 @@ def _replayed(content: bytes) -> bytes:
     if len(content) > REPORT or not content.lstrip().startswith(b"{"):
         return content
     try:
-        report = json.loads(content, object_pairs_hook=_once)
-    except (ValueError, RecursionError):
+        report = strict_json.parse(content)
+    except ValueError:
         return content
     inner = report.get("recipe") if "kind" in report else None
     if not isinstance(inner, dict):
         return content
     return json.dumps(inner, ensure_ascii=False).translate(ESCAPED).encode()
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON. Raises ValueError if it has a name twice."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a name twice")
-    return found
 
 
 def _parsed(content: bytes) -> dict[str, Any]:
