@@ -16,7 +16,7 @@ BEGIN, END = "<!-- settings: written by make reference -->\n", "<!-- /settings -
 
 def reference() -> str:
     """The page of all commands: arguments and options of each, under the headings of its help."""
-    head = ["# Command line", str(app.help), _usage(app, "uniprune"), "Every command takes `--help`."]
+    head = ["# Command line", str(app.help), _usage(app, "uniprune"), "Every command takes `--help`; `uniprune --version` shows the versions that results depend on."]
     return "\n\n".join([*head, *_commands(app, "uniprune")]) + "\n"
 
 

@@ -13,10 +13,12 @@ import click
 import pytest
 import torch
 
+import uniprune
 from command import run
 from conftest import tiny_model
 from uniprune.cli import main
 from uniprune.cli.terminal import Bars
+from uniprune.common.provenance import versions
 
 RECIPE = "allow hardware unsupported misfits rule scope sparsity sparsity-type include exclude dtype"
 SAMPLES = "text dataset windows num-samples length seq-len"
@@ -86,6 +88,13 @@ finally:
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert done.stdout.startswith("Usage: uniprune")
     assert done.stderr.split() == []
+
+
+def test_versions_are_those_that_reports_have(capsys, monkeypatch):
+    code, printed, _ = run(capsys, monkeypatch, "--version")
+    assert code == 0
+    assert dict(line.split() for line in printed.splitlines()) == versions()
+    assert printed.splitlines()[0] == f"uniprune {uniprune.__version__}"
 
 
 def test_masks_are_cut_without_transformers():

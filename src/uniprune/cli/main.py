@@ -98,6 +98,26 @@ app = Commands(
 )
 
 
+def _show_versions(ctx: click.Context, _: click.Parameter, asked: bool) -> None:
+    if asked:
+        from uniprune.common.provenance import versions
+
+        click.echo("\n".join(f"{name} {version}" for name, version in versions().items()))
+        ctx.exit()
+
+
+app.params.append(
+    click.Option(
+        ["--version"],
+        is_flag=True,
+        is_eager=True,
+        expose_value=False,
+        callback=_show_versions,
+        help="Show the versions of uniprune and of what results depend on, and exit.",
+    )
+)
+
+
 def main() -> NoReturn:
     """Runs the command line: exit code 0 done, 2 bad input (one line on stderr), 1 anything else."""
     for name in ("stdout", "stderr"):

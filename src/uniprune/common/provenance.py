@@ -20,7 +20,7 @@ def sparsity(removed: Mapping[str, float], shapes: Mapping[str, tuple[int, int]]
 def versions() -> dict[str, str]:
     """The software that a result depends on."""
     names = ("uniprune", "torch", "transformers", "tokenizers")
-    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in names}
+    return {name: importlib.metadata.version(name) for name in names} | {"python": platform.python_version()}
 
 
 def processor() -> dict[str, str]:
