@@ -11,12 +11,16 @@ from uniprune.cli.main import Commands, app
 
 ROOT = Path(__file__).parents[1]
 CLI, README = ROOT / "docs" / "cli.md", ROOT / "README.md"
+ABOUT = (
+    "Every command takes `--help`; `uniprune --version` shows the versions that results depend on. In bash,\n"
+    '`eval "$(_UNIPRUNE_COMPLETE=bash_source uniprune)"` completes commands and options (`zsh_source`, `fish_source`).'
+)
 BEGIN, END = "<!-- settings: written by make reference -->\n", "<!-- /settings -->\n"
 
 
 def reference() -> str:
     """The page of all commands: arguments and options of each, under the headings of its help."""
-    head = ["# Command line", str(app.help), _usage(app, "uniprune"), "Every command takes `--help`; `uniprune --version` shows the versions that results depend on."]
+    head = ["# Command line", str(app.help), _usage(app, "uniprune"), ABOUT]
     return "\n\n".join([*head, *_commands(app, "uniprune")]) + "\n"
 
 
