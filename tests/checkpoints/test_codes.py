@@ -317,7 +317,9 @@ def test_a_model_that_is_refused_can_be_given_in_memory_dequantised(tmp_path):
     text = Windows(torch.arange(64).view(2, 32), "numbers", 2, "none")
     save_windows(text, tmp_path / "tokens.safetensors")
     recipe = Recipe(sparsity="2:4", controller="none", text=str(tmp_path / "tokens.safetensors"))
+    before = list(model._weight_conversions)
     uniprune.prune(uniprune.Loaded(model), recipe, tmp_path / "out")
+    assert model._weight_conversions == before
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
     masks = MasksFile(tmp_path / "out/pruning/masks.safetensors")
     for name, matrix in find_matrices(again).items():

@@ -8,11 +8,13 @@ from small_models import MATRICES, tiny
 from uniprune.errors import InputError, UniPruneError
 from uniprune.models import masking
 from uniprune.models.blocks import batches
-from uniprune.models.matrices import find_blocks, find_matrices
+from uniprune.models.matrices import Matrix, find_blocks, find_matrices
 from uniprune.models.replay import Blocks, Replay
 from uniprune.saliency.calibration import Calibration, one_shot
 from uniprune.saliency.metrics import Magnitude, Wanda
+from uniprune.saliency.observation import observing
 from uniprune.saliency.sequential import sequential
+from uniprune.saliency.statistics import SquaredNorm
 from uniprune.sparsity.patterns import NM, Unstructured
 
 
@@ -40,6 +42,17 @@ def test_statistics_do_not_depend_on_the_batches(monkeypatch):
     single = dict(one_shot(Calibration(model, matrices, tokens()), Wanda()))
     for name in matrices:
         torch.testing.assert_close(whole[name], single[name], rtol=1e-5, atol=1e-6)
+
+
+def test_an_input_that_is_changed_in_place_is_another_one():
+    first, second = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+    matrices = {name: Matrix(name, layer, 0, False) for name, layer in (("first", first), ("second", second))}
+    with torch.no_grad(), observing(matrices, SquaredNorm) as seen:
+        inputs = torch.ones(1, 3, 4)
+        first(inputs)
+        second(inputs.mul_(10))
+    assert seen["first"].rms.tolist() == [1] * 4
+    assert seen["second"].rms.tolist() == [10] * 4
 
 
 def test_conv1d_inputs_and_weights_agree():

@@ -23,7 +23,7 @@ import torch
 from uniprune.artefacts.masks import MasksFile
 from uniprune.checkpoints.checkpoint import Files
 from uniprune.checkpoints.companion_files import copy_companions, copy_terms
-from uniprune.checkpoints.layout import dequantised
+from uniprune.checkpoints.layout import as_dequantised
 from uniprune.checkpoints.origin import Origin
 from uniprune.checkpoints.protocol import spell_digest
 from uniprune.checkpoints.quantised.codes import Coded
@@ -67,9 +67,8 @@ def write_checkpoint(
         _copy_companions(files, folder)
     else:
         assert isinstance(source, Loaded)
-        if dequantised(source.model):
-            del source.model._weight_conversions
-        source.model.save_pretrained(folder)  # type: ignore[operator]
+        with as_dequantised(source.model):
+            source.model.save_pretrained(folder)  # type: ignore[operator]
         if source.tokenizer is not None:
             source.tokenizer.save_pretrained(folder)
         _spell_as_before(folder, source.tokenizer)

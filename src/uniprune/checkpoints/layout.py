@@ -9,6 +9,7 @@ files. A matrix has the name that it is stored by.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -223,6 +224,17 @@ def dequantised(model: nn.Module) -> bool:
         for step in getattr(conversion, "operations", ())
     ]
     return any(hasattr(step, "hf_quantizer") for step in operations)
+
+
+@contextmanager
+def as_dequantised(model: nn.Module) -> Iterator[None]:
+    """Inside ``with``, ``save_pretrained`` writes a model that was dequantised as its weights are now."""
+    conversions = vars(model).pop("_weight_conversions") if dequantised(model) else None
+    try:
+        yield
+    finally:
+        if conversions is not None:
+            model._weight_conversions = conversions
 
 
 def _sorted(conversions: list[Any]) -> tuple[list[Any], list[Any]]:

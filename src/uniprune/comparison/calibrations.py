@@ -20,7 +20,8 @@ from uniprune.job.scoring import fitting, scored
 from uniprune.models.matrices import Matrices
 from uniprune.saliency.calibration import Calibration, LocalSaliency, observed
 from uniprune.saliency.metrics import Metric
-from uniprune.saliency.record import reported
+from uniprune.saliency.observation import starved
+from uniprune.saliency.record import reported, warn_of_starved
 from uniprune.saliency.statistics import Kind, Statistics
 from uniprune.sparsity.patterns import Pattern
 from uniprune.sparsity.views import Scores
@@ -75,6 +76,7 @@ class CalibrationCache:
             with self._tried_once(kind), watch("pass"):
                 found = observed(self.job.calibration(self.progress), kind)
             self._statistics[kind] = found, watch.seconds["pass"]
+            warn_of_starved(reported(starved(self.matrices, found)).get("starved"))
         return self._statistics[kind]
 
     def corrected(self, recipe: Recipe, targets: Sequence[Pattern], name: str) -> Scored:

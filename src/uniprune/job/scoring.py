@@ -7,7 +7,7 @@ from typing import Any
 
 from uniprune.job.recipe import Recipe
 from uniprune.saliency.calibration import Calibration, one_shot
-from uniprune.saliency.record import ControllerRecord, reported
+from uniprune.saliency.record import ControllerRecord, reported, warn_of_starved
 from uniprune.sparsity.patterns import Pattern
 from uniprune.sparsity.views import OnOneScale, Scores, View
 
@@ -17,11 +17,14 @@ def scored(calibration: Calibration, recipe: Recipe, targets: Sequence[Pattern])
     metric, controller = recipe.parsed_metric(), recipe.parsed_controller()
     if controller is None:
         local = one_shot(calibration, metric)
-        return local, reported(local.starved)
+        facts = reported(local.starved)
+        warn_of_starved(facts.get("starved"))
+        return local, facts
     steps = recipe.steps_within(calibration.windows.shape[1])
     scores, record = controller.calibrate(calibration, metric, targets, steps, recipe.seed)
     saliency = OnOneScale(scores) if controller.comparable else View(scores)
     aimed = {"targets": [str(target) for target in targets]}
+    warn_of_starved(record.starved)
     return saliency, {"controller": ControllerRecord(**(record.model_dump() | aimed))}
 
 

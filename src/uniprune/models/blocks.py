@@ -61,11 +61,17 @@ def called(module: nn.Module, model: nn.Module, batch: Tensor) -> list[Any]:
 
 def after_backbone(model: nn.Module, hidden: Tensor) -> Tensor:
     """The logits ``[..., vocabulary]`` that the model itself makes of final hidden states ``[..., width]``."""
-    from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+    from transformers.modeling_outputs import BaseModelOutput
+
+    class States(BaseModelOutput):  # type: ignore[misc]
+        def __getattr__(self, name: str) -> None:
+            """What else a backbone puts out, such as its images' hidden states: nothing."""
+            if name.startswith("__"):
+                raise AttributeError(name)
 
     states = hidden.reshape(-1, *hidden.shape[-2:])
     blank = torch.zeros(states.shape[:2], dtype=torch.int64, device=hidden.device)
-    given = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=states)
+    given = States(last_hidden_state=states)
     with rerouted([_backbone(model)], lambda index, forward: lambda *args, **kwargs: given):
         logits: Tensor = model(input_ids=blank, use_cache=False).logits
     return logits.reshape(*hidden.shape[:-1], -1)

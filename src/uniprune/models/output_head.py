@@ -14,6 +14,7 @@ from uniprune.common import pictures
 from uniprune.errors import InputError
 from uniprune.models.blocks import OVERFLOW, after_backbone, text_alone
 
+CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # c in c * tanh(logits / c), by family
 PIECE, LOGITS = 512, 1 << 25  # tokens whose logits are in memory at once: at most so many, and so many logits
 
 
@@ -51,7 +52,7 @@ class Head:
     def __init__(self, model: nn.Module, text: Tensor | None = None, vocabulary: int | None = None) -> None:
         head = output_embeddings(model)
         config = text_config(model.config)
-        self._cap: float | None = getattr(config, "final_logit_softcapping", None)
+        self._cap: float | None = next((cap for name in CAPS if (cap := getattr(config, name, None))), None)
         self._weight: Tensor = head.weight.detach()
         self._bias: Tensor | None = head.bias.detach() if getattr(head, "bias", None) is not None else None
         self._common: Tensor | None = None
@@ -73,7 +74,7 @@ class Head:
         return self._weight.device
 
     def fit(self, model: nn.Module, run: Callable[[nn.Module], Any], hidden: Tensor) -> Head:
-        """Finds the factor that some families put on their logits, and what others do to hidden states before.
+        """Finds the factor that some families put on their logits before they cap them, and what others do to hidden states.
 
         run: the model's output for some windows; hidden: the final hidden states it came from.
         Raises InputError for a model whose logits are not its output head's for its final hidden states.
@@ -83,13 +84,18 @@ class Head:
         logits = logits if self._common is None else logits[..., self._common]
         if bool(logits.isnan().any()):  # infinity is how some models rule tokens out
             raise InputError(f"the output head of {type(model).__name__} {OVERFLOW}")
+
+        def close(ours: Tensor) -> bool:
+            return torch.allclose(logits, ours, rtol=0.05, atol=0.02 * float(logits.abs().max()))
+
         if hidden.shape[-1] == self._weight.shape[1]:
-            ours = self(hidden)
-            self._scale = float((logits * ours).sum() / ours.square().sum())
-            if torch.allclose(logits, ours * self._scale, rtol=0.05, atol=0.02 * float(logits.abs().max())):
+            product = self._product(hidden)
+            uncapped = self._cap * torch.atanh((logits / self._cap).clamp(-0.99, 0.99)) if self._cap else logits
+            self._scale = float((uncapped * product).sum() / product.square().sum())
+            if close(self(hidden)):
                 return self
         self._model = model  # there are layers before the head: what a masked language model has become
-        if not torch.allclose(logits, self(hidden), rtol=0.05, atol=0.02 * float(logits.abs().max())):
+        if not close(self(hidden)):
             raise InputError(
                 f"the logits of {type(model).__name__} are not its output head's for its last hidden states: "
                 "prune it with --controller none, and compare it --against another by --tasks alone"
@@ -100,8 +106,11 @@ class Head:
         if self._model is not None:
             logits = after_backbone(self._model, hidden).float()
             return logits if self._common is None else logits[..., self._common]
-        logits = functional.linear(hidden.to(self._weight.dtype), self._weight, self._bias).float() * self._scale
+        logits = self._product(hidden) * self._scale
         return self._cap * torch.tanh(logits / self._cap) if self._cap else logits
+
+    def _product(self, hidden: Tensor) -> Tensor:
+        return functional.linear(hidden.to(self._weight.dtype), self._weight, self._bias).float()
 
     def counted(self, ids: Tensor) -> Tensor:
         """Of which tokens of ``ids`` ``[windows, length]`` the predictions count: those that follow are of text."""

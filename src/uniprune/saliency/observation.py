@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,8 +16,6 @@ from uniprune.models.experts import unfused
 from uniprune.models.matrices import Matrices
 from uniprune.saliency.statistics import Kind, Statistic, Statistics
 
-logger = logging.getLogger(__name__)
-
 FEW = 32  # tokens: with fewer, the RMS of a channel is off by more than an eighth
 
 
@@ -30,13 +27,14 @@ def observing(matrices: Matrices, kind: Kind | None, device: torch.device | None
     """
     statistics: dict[str, Statistic] = {}
     handles = []
-    latest: list[Any] = [None, None]  # q, k, v and gate, up are called on one tensor, whose sums are computed once
+    latest: list[Any] = [None, None, None]  # q, k, v and gate, up are called on one tensor, whose sums are computed once
 
     def adding(statistic: Statistic) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            if args[0] is not latest[0]:
-                latest[:] = args[0], statistic.sums(args[0].detach().reshape(-1, args[0].shape[-1]))
-            statistic.add(latest[1], args[0].shape[:-1].numel())
+            version = None if args[0].is_inference() else args[0]._version  # grows when a tensor is changed in place
+            if args[0] is not latest[0] or version is None or version != latest[1]:
+                latest[:] = args[0], version, statistic.sums(args[0].detach().reshape(-1, args[0].shape[-1]))
+            statistic.add(latest[2], args[0].shape[:-1].numel())
 
         return hook
 
@@ -111,20 +109,12 @@ def fill_starved_experts(matrices: Matrices, statistics: Statistics, gradients: 
 
 
 def starved(matrices: Matrices, statistics: Statistics) -> dict[str, Any]:
-    """For the report, and in a warning: the matrices whose inputs :func:`fill_starved_experts` replaced; empty if none are."""
+    """For the report: the matrices whose inputs :func:`fill_starved_experts` replaced; empty if none are."""
     groups = _groups(matrices, statistics)
     names = [name for group in groups.values() for name in group if statistics[name].tokens < FEW]
     if not names:
         return {}
-    count = sum(map(len, groups.values()))
-    logger.warning(
-        "%d of %d experts' matrices saw under %d calibration tokens, e.g. %s; they are scored by magnitude: use more text",
-        len(names),
-        count,
-        FEW,
-        names[0],
-    )
-    return {"starved": {"matrices": names, "of": count, "tokens_under": FEW}}
+    return {"starved": {"matrices": names, "of": sum(map(len, groups.values())), "tokens_under": FEW}}
 
 
 def _groups(matrices: Matrices, statistics: Statistics) -> dict[str, list[str]]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
 from pydantic import ConfigDict, Field
 
 from uniprune.storage.record import Count, Facts
+
+logger = logging.getLogger(__name__)
 
 
 class Starved(Facts):
@@ -21,6 +24,18 @@ class Starved(Facts):
 def reported(facts: Mapping[str, Mapping[str, Any]]) -> dict[str, Starved]:
     """What :func:`uniprune.saliency.observation.starved` found, as reports have it."""
     return {name: Starved(**fact) for name, fact in facts.items()}
+
+
+def warn_of_starved(starved: Starved | None) -> None:
+    """Warns of experts that are scored by magnitude."""
+    if starved is not None and starved.matrices:
+        logger.warning(
+            "%d of %d experts' matrices saw under %d calibration tokens, e.g. %s; they are scored by magnitude: use more text",
+            len(starved.matrices),
+            starved.of,
+            starved.tokens_under,
+            starved.matrices[0],
+        )
 
 
 class ControllerRecord(Facts):

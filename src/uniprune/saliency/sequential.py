@@ -16,6 +16,7 @@ from uniprune.models.matrices import Matrices
 from uniprune.saliency.calibration import Calibration, LocalSaliency, open_sweep
 from uniprune.saliency.metrics import Metric
 from uniprune.saliency.observation import observing, starved, sum_and_check
+from uniprune.saliency.record import Starved, warn_of_starved
 from uniprune.saliency.refine import check, damped, refine
 from uniprune.saliency.statistics import Gram
 from uniprune.sparsity import bits
@@ -119,6 +120,7 @@ def _by_block(calibration: Calibration, pattern: Pattern, create: Create, firsts
             store.commit({"done": index + 1, "record": record})
     if record:  # blocks without any say nothing of how many they have
         record["starved"]["of"] = sum(bool(matrix.group) for matrix in matrices.values())
+        warn_of_starved(Starved(**record["starved"]))
     return SequentialMasks(masks if store is None else StoredMasks(store, matrices), record)
 
 

@@ -143,7 +143,7 @@ class Descent:
         self._gradients = start.gradients
         self.position = position
         self.log = position.log
-        scored_by_magnitude = starved(self._matrices, start.norms).get("starved")  # warns, in a resumed descent too
+        scored_by_magnitude = starved(self._matrices, start.norms).get("starved")
         if not position.resumed:
             self.log.without_gradient = start.without_gradient
             self.log.starved = scored_by_magnitude
