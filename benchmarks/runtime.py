@@ -43,7 +43,7 @@ import uniprune
 from common import load, processor, qwen, save, smollm2
 from uniprune.models.matrices import find_matrices
 from uniprune.runtime import layout
-from uniprune.runtime.linear import BitmaskLinear, multiply
+from uniprune.runtime.linear import BitmaskLinear
 from uniprune.runtime.native import dense_handle, library
 from uniprune.sparsity.spelling import parse
 
@@ -133,10 +133,10 @@ def speeds(dense: Any, sparse: Any, sides: Sides, dtype: torch.dtype) -> dict[st
     prefill = sides.seconds(dense=lambda: dense(input_ids=tokens), sparse=lambda: sparse(input_ids=tokens))
     names = [name for name, module in sparse.named_modules() if isinstance(module, BitmaskLinear)]
     pruned, whole = products(sparse, names, dtype), products(dense, names, dtype)
-    kernel = [(dense_handle(module.weight), x, module.out_features) for module, x in whole]
+    kernel = [(dense_handle(module.weight), x) for module, x in whole]
     alone = sides.seconds(
         dense=lambda: [module(x) for module, x in whole],
-        kernel_dense=lambda: [multiply(*one[:3]) for one in kernel],
+        kernel_dense=lambda: [handle.multiply(x) for handle, x in kernel],
         sparse=lambda: [module(x) for module, x in pruned],
     )
     return {

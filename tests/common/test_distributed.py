@@ -382,4 +382,4 @@ def test_a_process_that_has_no_memory_says_so_itself(monkeypatch):
 def test_a_model_in_memory_is_where_it_is(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", None)  # would change the caller's
-    assert job.device_of(RunOptions(), Loaded(tiny_model(), None)) == CPU
+    assert job.use_device(RunOptions(), Loaded(tiny_model(), None)) == CPU

@@ -279,7 +279,7 @@ def test_a_models_own_generation_settings_do_not_count(loaded, both):
 
 def test_a_model_that_is_read_block_by_block_writes_nothing(folder, both, tmp_path):
     recipe = Recipe(text=(both[0], "self"), windows=4, length=LENGTH, sparsity="0.5", controller="none")
-    memory = uniprune.plan(str(folder), recipe).memory_streamed
+    memory = uniprune.plan(str(folder), recipe).executions["streamed"].memory
     with pytest.raises(InputError, match="text self is written by the whole model in memory"):
         uniprune.prune(str(folder), recipe, tmp_path / "out", max_memory=memory)
     assert not (tmp_path / "out").exists()

@@ -287,7 +287,7 @@ def test_the_gram_matrices_of_a_block_are_forecast():
 def test_a_model_that_does_not_fit_is_streamed(folder, tmp_path, settings):
     recipe = Recipe(sparsity="2:4", dtype="float32", **SMALL, **settings)
     whole = uniprune.prune(str(folder), recipe, tmp_path / "whole")
-    memory = uniprune.plan(str(folder), recipe).memory_streamed
+    memory = uniprune.plan(str(folder), recipe).executions["streamed"].memory
     assert uniprune.plan(str(folder), recipe, max_memory=memory).execution == "streamed"
     streamed = uniprune.prune(str(folder), recipe, tmp_path / "streamed", max_memory=memory)
     assert streamed.masks_sha256 == whole.masks_sha256

@@ -45,8 +45,8 @@ def test_products_and_bits_on_every_path(path, dtype):
         assert torch.equal(packed.dense(path).view(torch.uint8), weight.view(torch.uint8))
         for batch in BATCHES:
             tokens = torch.randn(batch, shape[1]).to(dtype)
-            check(packed.multiply(tokens, path=path), weight, tokens)
-            check(packed.multiply(tokens, bias, path), weight, tokens, bias)
+            check(packed.handle(path=path).multiply(tokens), weight, tokens)
+            check(packed.handle(bias, path).multiply(tokens), weight, tokens, bias)
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
@@ -54,7 +54,7 @@ def test_products_and_bits_on_every_path(path, dtype):
 def test_empty_and_full_matrices(dtype, kept):
     weight = sparse(1, 130, dtype, kept)
     tokens = torch.randn(2, 130).to(dtype)
-    check(pack(weight).multiply(tokens), weight, tokens)
+    check(pack(weight).handle().multiply(tokens), weight, tokens)
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
@@ -77,7 +77,7 @@ def test_threads_share_the_rows_whatever_lies_in_them(threads):
     tokens, packed = torch.randn(3, 640), pack(weight)
     torch.set_num_threads(threads)
     try:
-        check(packed.multiply(tokens), weight, tokens)
+        check(packed.handle().multiply(tokens), weight, tokens)
         assert torch.equal(packed.rows(3, 1999), weight[3:1999])
     finally:
         torch.set_num_threads(before)
@@ -86,13 +86,13 @@ def test_threads_share_the_rows_whatever_lies_in_them(threads):
 def test_the_result_does_not_depend_on_threads_or_on_the_tokens_beside():
     weight, tokens = sparse(3000, 320, torch.bfloat16), torch.randn(8, 320).bfloat16()
     packed, before = pack(weight), torch.get_num_threads()
-    whole = packed.multiply(tokens)
+    whole = packed.handle().multiply(tokens)
     torch.set_num_threads(2)
     try:
-        assert torch.equal(packed.multiply(tokens), whole)
+        assert torch.equal(packed.handle().multiply(tokens), whole)
     finally:
         torch.set_num_threads(before)
-    assert torch.equal(packed.multiply(tokens[:7]), whole[:7])
+    assert torch.equal(packed.handle().multiply(tokens[:7]), whole[:7])
 
 
 @pytest.mark.parametrize("odd", [float("nan"), float("inf")])
@@ -101,14 +101,14 @@ def test_what_is_not_finite_among_the_tokens_shows_as_in_the_dense_product(dtype
     weight, tokens = sparse(6, 70, dtype), torch.randn(1, 70).to(dtype)
     tokens[0, 5] = odd  # infinity times a pruned weight is NaN, too
     expected = torch.nn.functional.linear(tokens.float(), weight.float())
-    assert torch.equal(pack(weight).multiply(tokens).isnan(), expected.isnan())
+    assert torch.equal(pack(weight).handle().multiply(tokens).isnan(), expected.isnan())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_large_sums_round_and_overflow_as_in_pytorch(dtype):
     weight = torch.tensor([[1.0, 2.0], [60000.0, 60000.0], [-60000.0, 0.0]]).to(dtype)
     tokens = torch.tensor([[1 / 3, 1.0]]).to(dtype)
-    assert torch.equal(pack(weight).multiply(tokens * 2), torch.nn.functional.linear(tokens * 2, weight))
+    assert torch.equal(pack(weight).handle().multiply(tokens * 2), torch.nn.functional.linear(tokens * 2, weight))
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
@@ -190,4 +190,4 @@ def test_other_types_are_refused():
     with pytest.raises(ValueError, match="float64"):
         pack(torch.zeros(2, 2, dtype=torch.float64))
     with pytest.raises(ValueError, match="a bias of"):
-        pack(torch.ones(2, 2)).multiply(torch.ones(1, 2), torch.ones(3))
+        pack(torch.ones(2, 2)).handle(torch.ones(3))

@@ -92,8 +92,7 @@ def apply(
         with watch("time"):
             report = with_speed(report, loaded, torch.device("cpu"))
         report = report.model_copy(update={"seconds": watch.seconds})
-        model_card.write(folder, report, origin)
-        report.write(folder / files.REPORT)
+        model_card.complete(folder, report, origin)
     return report
 
 

@@ -12,10 +12,10 @@ from uniprune.common.progress import Progress, silent
 from uniprune.common.provenance import versions
 from uniprune.controller.controllers import any_sparsity
 from uniprune.errors import InputError
-from uniprune.job.finished import check_tokens_kept, same_run
+from uniprune.job.finished import check_tokens_kept, leave, same_run
 from uniprune.job.inference import inferring
 from uniprune.job.options import RunOptions
-from uniprune.job.prepare import device_of, prepare, progress_of
+from uniprune.job.prepare import prepare, progress_of, use_device
 from uniprune.job.recipe import Recipe, check_recipe
 from uniprune.job.scoring import fitting, scored
 from uniprune.models.loading import Source
@@ -47,7 +47,7 @@ def calibrate(
             "a size is for prune; calibrate with --sparsity, at the sparsity that plan --size shows, or with neither"
         )
     asked = RunOptions.of(**options)
-    with distributed.joined(device_of(asked, source)):
+    with distributed.joined(use_device(asked, source)):
         if asked.resume and (facts := distributed.of_first(partial(_finished, output, recipe, source))):
             check_tokens_kept(asked, output)
             return facts
@@ -79,5 +79,7 @@ def _finished(output: Path, recipe: Recipe, source: Source) -> ScoresFacts | Non
     if runs.pending(output) or not output.is_file():
         return None
     facts = ScoresFile(output).facts
-    known = facts.base_name, facts.base
-    return facts if same_run(facts.recipe, known, output, recipe, source) else None
+    if not same_run(facts.recipe, (facts.base_name, facts.base), recipe, source):
+        return None
+    leave(output, recipe, source)
+    return facts

@@ -26,7 +26,7 @@ from uniprune.common.provenance import Stopwatch, versions
 from uniprune.errors import InputError, UniPruneError
 from uniprune.job.inference import inferring
 from uniprune.job.options import RunOptions
-from uniprune.job.prepare import Job, device_of, prepare, progress_of
+from uniprune.job.prepare import Job, prepare, progress_of, use_device
 from uniprune.job.recipe import Recipe, check_recipe
 from uniprune.models.channels.folding import Channels, fold, folding, reorder
 from uniprune.models.channels.heads import find_heads
@@ -86,7 +86,7 @@ def permute(
         raise InputError("permute runs in one process; start it without torchrun")
     watch = Stopwatch()
     options = RunOptions.of(device=device, max_memory=max_memory, overwrite=overwrite)
-    with distributed.joined(device_of(options, source)):
+    with distributed.joined(use_device(options, source)):
         with watch("prepare"):
             job = prepare(source, recipe, output, options, progress=progress)
             found = find(job, pattern)
@@ -115,8 +115,7 @@ def permute(
                     versions=versions(),
                     seconds=watch.seconds,
                 )
-                model_card.write(folder, report, job.loaded.origin)
-                report.write(folder / files.REPORT)
+                model_card.complete(folder, report, job.loaded.origin)
                 run.commit("done", {})
     return report
 

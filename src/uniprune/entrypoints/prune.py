@@ -18,10 +18,10 @@ from uniprune.common.provenance import Stopwatch, sha256, versions
 from uniprune.errors import InputError, UniPruneError
 from uniprune.experts import removal
 from uniprune.job.aim import Aim
-from uniprune.job.finished import check_tokens_kept, same_run
+from uniprune.job.finished import check_tokens_kept, leave, same_run
 from uniprune.job.inference import inferring
 from uniprune.job.options import RunOptions
-from uniprune.job.prepare import Job, device_of, prepare, progress_of
+from uniprune.job.prepare import Job, prepare, progress_of, use_device
 from uniprune.job.recipe import Recipe, check_recipe
 from uniprune.job.scoring import scored
 from uniprune.models import masking
@@ -59,7 +59,7 @@ def prune(
     output = files.path_of(output)
     _check_budget(recipe)
     watch, asked = Stopwatch(), RunOptions.of(**options)
-    with distributed.joined(device_of(asked, source)):
+    with distributed.joined(use_device(asked, source)):
         if asked.resume and (report := distributed.of_first(partial(_finished, output, recipe, source))):
             check_tokens_kept(asked, output)
             return report
@@ -78,10 +78,9 @@ def prune(
                         writer.write_checkpoint(job.loaded, MasksFile(file), folder, _unchanged(job))
                     report = _report(recipe, job, created, removed, watch, masks_sha256=sha256(file))
                     with watch("time"):
-                        report = with_speed(report, job.loaded, device_of(asked, source))
+                        report = with_speed(report, job.loaded, use_device(asked, source))
                     report = report.model_copy(update={"seconds": watch.seconds})
-                    model_card.write(folder, report, job.loaded.origin)
-                    report.write(folder / files.REPORT)
+                    model_card.complete(folder, report, job.loaded.origin)
                     run.commit("done", {})
         return Pruning.read(output / files.REPORT)
 
@@ -100,7 +99,7 @@ def prune_in_place(loaded: Loaded, recipe: Recipe, *, save_tokens: Path | None =
     if recipe.experts is not None:
         raise InputError("--experts leaves a smaller model, which is written: use prune, not prune_in_place")
     watch, options = Stopwatch(), RunOptions.of(save_tokens=save_tokens)
-    with distributed.joined(device_of(options, loaded)):
+    with distributed.joined(use_device(options, loaded)):
         with watch("prepare"):
             job = prepare(loaded, recipe, None, options, progress=progress)
         created = _create_masks(job, recipe, job.calibration(progress), watch)
@@ -186,8 +185,7 @@ def _without_experts(source: Source, recipe: Recipe, output: Path, asked: RunOpt
                     seconds=watch.seconds,
                     **record,
                 )
-                model_card.write(folder, report, job.loaded.origin)
-                report.write(folder / files.REPORT)
+                model_card.complete(folder, report, job.loaded.origin)
                 run.commit("done", {})
     return ExpertRemoval.read(output / files.REPORT)
 
@@ -203,8 +201,10 @@ def _finished(output: Path, recipe: Recipe, source: Source) -> Pruning | ExpertR
         raise InputError(f"{error} (--overwrite without --resume)") from None
     if not isinstance(report, Pruning | ExpertRemoval):
         return None
-    model = report.model.name, report.model.fingerprint
-    return report if same_run(report.recipe, model, output, recipe, source) else None
+    if not same_run(report.recipe, (report.model.name, report.model.fingerprint), recipe, source):
+        return None
+    leave(output, recipe, source)
+    return report
 
 
 def _report(

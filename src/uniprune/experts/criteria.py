@@ -52,7 +52,11 @@ def observe(calibration: Calibration) -> dict[str, Observed]:
         outputs |= {f"{name}.{e}": Matrix(f"{name}.{e}", one, blocks[name], False) for e, one in fused.outputs.items()}
     try:
         seen = observed(
-            replace(calibration, matrices=outputs), Norm, lambda _, statistics: sum_over_processes(statistics), OUTPUTS
+            replace(calibration, matrices=outputs),
+            Norm,
+            lambda _, statistics: sum_over_processes(statistics),
+            OUTPUTS,
+            all_called=False,
         )
     finally:
         for fused in layers.values():

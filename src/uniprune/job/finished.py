@@ -21,21 +21,26 @@ from uniprune.storage import files, runs
 logger = logging.getLogger(__name__)
 
 
-def same_run(settings: Mapping[str, Any], model: tuple[str, str | None], output: Path, recipe: Recipe, source: Source) -> bool:
-    """Whether an output is of these settings and this model; what is left of its run is then deleted.
+def same_run(settings: Mapping[str, Any], model: tuple[str, str | None], recipe: Recipe, source: Source) -> bool:
+    """Whether an output is of these settings and this model: its name and its fingerprint.
 
-    model: the name and the fingerprint of the output's. A model that is in memory alone is told by its weights.
-
-    To read the model and the text again would take as long as many runs do, so of files that were written since, a warning
-    tells: they may be copies of what was there.
+    A model that is in memory alone is told by its weights.
     """
     name, base = model
     if settings != json.loads(json.dumps(recipe.record())) or name != called(spelled(source)):
         return False
     if isinstance(source, Loaded) and not (source.origin and source.origin.files):
         matrices = choose_matrices(source.model, recipe.include, recipe.exclude)
-        if fingerprint(source.checkpoint.digests(matrices)) != base:
-            return False
+        return fingerprint(source.checkpoint.digests(matrices)) == base
+    return True
+
+
+def leave(output: Path, recipe: Recipe, source: Source) -> None:
+    """Deletes what a run that is complete has left beside its output.
+
+    To read the model and the text again would take as long as many runs do, so of files that were written since, a warning
+    tells: they may be copies of what was there.
+    """
     runs.discard(output)
     inputs = [path for path in (files.path_of(spelled(source)), *files_of(recipe.text)) if path.exists()]
     if newer := [str(path) for path in inputs if files.changed(path) > files.changed(output)]:
@@ -45,7 +50,6 @@ def same_run(settings: Mapping[str, Any], model: tuple[str, str | None], output:
             output,
             ", ".join(newer),
         )
-    return True
 
 
 def check_tokens_kept(options: RunOptions, output: Path) -> None:

@@ -95,7 +95,7 @@ class Prospect:
 
 def prospect_of(given: Loaded | Origin, recipe: Recipe, options: RunOptions) -> Prospect:
     """Raises InputError for a device that is not there, and for a model that has nothing to prune, or not in this way."""
-    device = device_of(options, given)
+    device = use_device(options, given)
     model = given.model if isinstance(given, Loaded) else skeleton(given)
     check_predicts(recipe, model)
     return Prospect(given, recipe, model, choose_matrices(model, recipe.include, recipe.exclude), device)
@@ -338,8 +338,9 @@ def progress_of(output: Path, options: RunOptions, identity: dict[str, Any]) -> 
         distributed.barrier()
 
 
-def device_of(options: RunOptions, source: Source | Origin) -> torch.device:
-    """The device, of a model in memory its own; under ``torchrun`` each process has one."""
+def use_device(options: RunOptions, source: Source | Origin) -> torch.device:
+    """The device to compute on, from now on PyTorch's current one: of a model in memory its own, under ``torchrun`` the
+    process's."""
     device = blocks.device_of(source.model) if isinstance(source, Loaded) else parse_device(options.device)
     if device.type == "cuda":
         device = torch.device("cuda", distributed.local_rank() if device.index is None else device.index)

@@ -56,10 +56,14 @@ def card(
     return f"---\n{data.to_yaml()}\n---\n\n{MARK}\n\n{body}\n"
 
 
-def write(folder: Path, report: Report, source: Origin | None = None) -> None:
-    """Writes the card of a new checkpoint into its folder. source: the base model, for its licence."""
+def complete(folder: Path, report: Report, source: Origin | None = None) -> None:
+    """Completes the folder of a new checkpoint: writes its card, and its report.
+
+    source: the base model, for its licence.
+    """
     inherited = _inherited(source.card if source else None)
     (folder / CARD).write_text(card(report, (), inherited, sees_images(folder)), encoding="utf-8")
+    report.write(folder / REPORT)
 
 
 def rewrite(folder: Path, results: Sequence[Path], *, overwrite: bool = False) -> str:

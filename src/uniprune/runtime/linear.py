@@ -14,7 +14,7 @@ from uniprune.errors import InputError
 from uniprune.models.linear import Probe
 from uniprune.models.loading import dtype_name
 from uniprune.models.matrices import Matrix
-from uniprune.runtime.native import LARGEST_BATCH, TYPES, WORD, Handle, dense_handle, library
+from uniprune.runtime.native import LARGEST_BATCH, TYPES, WORD, Handle, dense_handle
 from uniprune.runtime.packed import Packed
 
 WORTH = 0.25  # from this fraction of zeros on, a matrix is smaller packed, and no slower
@@ -54,7 +54,7 @@ class BitmaskLinear(nn.Module):
             if x.is_cpu:
                 if self._handle is None:
                     self._handle = self.packed.handle(self.bias)
-                return multiply(self._handle, x, self.out_features)
+                return self._handle.multiply(x)
             product: Tensor = few_tokens(x.reshape(-1, self.in_features), self.packed, self.bias)
             return product.reshape(*x.shape[:-1], -1)
         odd = x.shape[-1:] != (self.in_features,)  # let PyTorch say so
@@ -136,7 +136,7 @@ class KernelLinear(nn.Linear):
             return super().forward(x)
         if self._handle is None or self._handle.values != weight.data_ptr() or self._handle.type != TYPES[weight.dtype]:
             self._handle = dense_handle(weight)
-        return multiply(self._handle, x, self.out_features)
+        return self._handle.multiply(x)
 
     def _apply(self, fn: Any, recurse: bool = True) -> KernelLinear:
         self._handle = None  # it would keep a weight in memory that is replaced
@@ -173,14 +173,6 @@ def few(x: Tensor, columns: int, weight: Tensor) -> bool:
     if x.dtype is not weight.dtype or x.device != weight.device or (x.requires_grad and torch.is_grad_enabled()):
         return False
     return 0 < x.numel() <= LARGEST_BATCH * columns and x.shape[-1:] == (columns,)
-
-
-def multiply(handle: Handle, x: Tensor, rows: int) -> Tensor:
-    """The kernel's product for tokens ``[..., columns]``."""
-    x = x.contiguous()
-    y = x.new_empty((*x.shape[:-1], rows))
-    library().multiply(handle.address, x.data_ptr(), y.data_ptr(), x.numel() // x.shape[-1], torch.get_num_threads())
-    return y
 
 
 def unsupported(matrix: Matrix, dtype: torch.dtype | None) -> str | None:

@@ -69,6 +69,14 @@ class Handle(ctypes.Structure):
         self.tensors = tensors
         self.address = ctypes.addressof(self)
 
+    def multiply(self, tokens: Tensor) -> Tensor:
+        """``tokens @ weight.T + bias``: ``[..., columns]`` -> ``[..., rows]``, 1 to LARGEST_BATCH tokens, summed in float32."""
+        tokens = tokens.contiguous()
+        output = tokens.new_empty((*tokens.shape[:-1], self.rows))
+        batch = tokens.numel() // tokens.shape[-1]
+        library().multiply(self.address, tokens.data_ptr(), output.data_ptr(), batch, torch.get_num_threads())
+        return output
+
 
 class Library:
     """The kernel's functions. paths: of instructions that this machine has, from slow to fast."""

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from uniprune.runtime.native import LARGEST_BATCH, PADDING, TYPES, Handle, library
+from uniprune.runtime.native import PADDING, TYPES, Handle, library
 
 Array = np.ndarray[Any, Any]
 
@@ -62,16 +62,6 @@ class Packed:
             raise ValueError(f"a bias of {bias.dtype} {tuple(bias.shape)} for {self.shape[0]} rows of {self.values.dtype}")
         assert self.values.is_cpu
         return Handle((self.values, self.bits, self.offsets, bias), self.shape, self.values.dtype, path)
-
-    def multiply(self, tokens: Tensor, bias: Tensor | None = None, path: str | None = None) -> Tensor:
-        """``tokens @ weight.T + bias``: ``[batch, in]`` -> ``[batch, out]``, batch 1 to LARGEST_BATCH, summed in float32."""
-        assert 0 < len(tokens) <= LARGEST_BATCH
-        assert tokens.shape[1:] == self.shape[1:]
-        assert tokens.dtype == self.values.dtype
-        tokens, handle = tokens.contiguous(), self.handle(bias, path)
-        output = tokens.new_empty(len(tokens), self.shape[0])
-        library().multiply(handle.address, tokens.data_ptr(), output.data_ptr(), len(tokens), torch.get_num_threads())
-        return output
 
     def rows(self, first: int, last: int, room: Tensor | None = None, path: str | None = None) -> Tensor:
         """Some rows as a dense matrix, ``[last - first, columns]``; in ``room``, which has this shape, if that is given."""

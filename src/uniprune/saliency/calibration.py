@@ -91,11 +91,18 @@ def one_shot(calibration: Calibration, metric: Metric) -> LocalSaliency:
 
 
 @torch.no_grad()
-def observed(calibration: Calibration, kind: Kind | None, finish: Finish = sum_and_check, stage: str = SWEEP) -> Statistics:
+def observed(
+    calibration: Calibration,
+    kind: Kind | None,
+    finish: Finish = sum_and_check,
+    stage: str = SWEEP,
+    all_called: bool = True,
+) -> Statistics:
     """The statistics of every matrix's inputs, from one forward pass over the dense model; for ``kind`` None there is no pass.
 
     finish: is called with the finished statistics; by default they are summed over processes, experts that saw few tokens are
-    filled in, and all are checked. stage: the name in the run that progress is kept under.
+    filled in, and all are checked. stage: the name in the run that progress is kept under. all_called: whether the first batch
+    has to reach every matrix that is no expert's.
     A model whose blocks are in memory one at a time keeps hidden states and statistics in the run: when it is resumed, finished
     blocks are not run again. The pass of a model in memory is short, and starts again.
     Raises InputError if a matrix saw no token and no expert of its group did, or if inputs overflowed.
@@ -109,7 +116,7 @@ def observed(calibration: Calibration, kind: Kind | None, finish: Finish = sum_a
     with observing(matrices, kind, calibration.device) as statistics:
         for number, batch in enumerate(calibration.progress(todo, "calibrating", len(todo))):
             last_hidden(calibration.model, batch)
-            if number == 0 and finish is sum_and_check:  # who finishes otherwise may expect that some see none
+            if number == 0 and all_called:
                 check_called(matrices, statistics)
     finish(matrices, statistics)
     return statistics

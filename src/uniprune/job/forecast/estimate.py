@@ -77,8 +77,6 @@ class Plan(Record):
     tokens: Count
     execution: str
     memory: Count
-    memory_resident: Count
-    memory_streamed: Count | None
     executions: dict[str, Forecast]
     disk: Count
     scratch: Count
@@ -139,8 +137,6 @@ def make_plan(
         tokens=tokens,
         execution=execution,
         memory=chosen.memory,
-        memory_resident=executions["resident"].memory,
-        memory_streamed=executions["streamed"].memory if "streamed" in executions else None,
         executions=executions,
         disk=((origin.files.size if origin.files else 0) or parameters * work.dtype.itemsize) + prunable // 8,
         scratch=chosen.disk,
