@@ -471,9 +471,33 @@ def test_as_much_disk_is_asked_for_as_is_written(folder, tokenizer, tmp_path, mo
     sources = {"memory": Loaded(tiny_model().to(torch.bfloat16), tokenizer), "gguf": str(tmp_path / "model.gguf")}
     for name, source in sources.items():
         uniprune.prune(source, recipe, tmp_path / name)
-        written = sum(file.stat().st_size for file in (tmp_path / name).glob("*.safetensors"))
+        written = sum(file.stat().st_size for file in (tmp_path / name).rglob("*.safetensors"))
         assert asked[0] == pytest.approx(written, rel=0.15)
         asked.clear()
+
+
+def test_masks_count_as_disk_that_is_taken(folder, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(files, "check_disk_space", lambda path, size, held=0: asked.append(size))
+    uniprune.prune(str(folder), Recipe(sparsity="0.5", controller="none", **SMALL), tmp_path / "pruned")
+    masks = tmp_path / "pruned" / "pruning" / "masks.safetensors"
+    uniprune.apply(str(folder), masks, tmp_path / "applied")
+    weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    bits = sum(bits.nbytes for bits in load_file(masks).values())
+    assert asked[0] == weights + bits
+    assert asked[-1] == weights + masks.stat().st_size
+
+
+@pytest.mark.parametrize("settings", [{}, {"controller": "unipruning", "steps": 1}], ids=str)
+def test_progress_may_be_a_plain_function(loaded, settings):
+    seen = []
+
+    def progress(items, label, total):
+        seen.append(label)
+        yield from items
+
+    uniprune.prune_in_place(loaded, Recipe(sparsity="2:4", **SMALL, **settings), progress=progress)
+    assert seen
 
 
 def test_budgets_at_the_limit_of_their_ranges_are_met(tokenizer):

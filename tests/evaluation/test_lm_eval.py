@@ -106,6 +106,7 @@ def test_answers_of_the_harness_against_another_model(loaded, local, tokenizer):
     assert found.lm_eval_against["local_arc"] == found.tasks[data].against
     assert set(found.lm_eval_against["local_arc"]) == {"acc", "acc_norm"}
     assert found.lm_eval_against["local_arc"]["acc"].reference not in (0.0, found.tasks[data].acc)
+    assert found.lm_eval_reference == uniprune.evaluate(other, lm_eval=[config], limit=8, num_fewshot=0).lm_eval
     shots = uniprune.evaluate(loaded, lm_eval=[config], tasks=[data], num_fewshot=2)
     assert shots.lm_eval["local_arc"]["acc"] == pytest.approx(shots.tasks[data].acc)
     assert shots.tasks[data].num_fewshot == 2

@@ -283,6 +283,22 @@ def test_the_gram_matrices_of_a_block_are_forecast():
         assert held < refined[execution].memory - before.memory < 2 * held
 
 
+def test_what_is_pruned_for_a_while_is_forecast():
+    """Its masks, a byte each, and its weights as they were: of a block that the next one runs after, of all in ``compare``."""
+    model = tiny_model()
+    matrices = find_matrices(model)
+    block = sum(matrix.size for matrix in matrices.values() if matrix.block == 0)
+
+    def parts(compared=False, **settings):
+        recipe = Recipe(controller="none", **settings)
+        work = Work(model, matrices, recipe, torch.float32, torch.float32, 32, compared=compared)
+        return {name: needed.parts["preserved"] for name, needed in needs(work).items()}
+
+    assert set(parts().values()) == {0}
+    assert set(parts(sequential=True).values()) == {5 * block}
+    assert set(parts(compared=True).values()) == {5 * sum(matrix.size for matrix in matrices.values())}
+
+
 @pytest.mark.parametrize("settings", [{"controller": "none"}, {"steps": 3}, {"sequential": True}, {"refine": True}], ids=str)
 def test_a_model_that_does_not_fit_is_streamed(folder, tmp_path, settings):
     recipe = Recipe(sparsity="2:4", dtype="float32", **SMALL, **settings)

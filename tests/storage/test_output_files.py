@@ -64,8 +64,9 @@ def test_outputs_have_the_permissions_that_new_files_have(folder, tmp_path, mask
     assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o777 & ~int(mask, 8)
 
 
-def test_a_terminated_command_leaves_nothing_half_written(tmp_path):
-    """SIGTERM is what schedulers and ``timeout`` send."""
+@pytest.mark.parametrize(("number", "said"), [(signal.SIGTERM, ""), (signal.SIGHUP, ": its terminal was closed")])
+def test_a_terminated_command_leaves_nothing_half_written(tmp_path, number, said):
+    """SIGTERM is what schedulers and ``timeout`` send, SIGHUP what a closed terminal does."""
     code = (
         "from pathlib import Path; import time; from uniprune.cli import main as it; from uniprune.storage.files import *\n"
         "def slow(**_):\n"
@@ -76,9 +77,9 @@ def test_a_terminated_command_leaves_nothing_half_written(tmp_path):
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen([sys.executable, "-c", code], text=True, **pipes) as process:
         assert process.stdout.readline() == "here\n"
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 128 + signal.SIGTERM
-        assert process.stderr.read() == "error: terminated\n"
+        process.send_signal(number)
+        assert process.wait(30) == 128 + number
+        assert process.stderr.read() == f"error: terminated{said}\n"
     assert os.listdir(tmp_path) == []
 
 

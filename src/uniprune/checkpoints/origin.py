@@ -101,7 +101,8 @@ def resolve(source: str | Path | Origin) -> Origin:
         return source
     if not isinstance(source, (str, Path)) or not str(source):
         what = "no model was given" if source in (None, "") else f"model is a {type(source).__name__}"
-        raise InputError(f"{what}; give a folder, a Hub name, a .gguf file, or one in memory: Loaded(model, tokenizer)")
+        memory = "in memory, Loaded(model, tokenizer), for prune, calibrate, evaluate, sweep, compare and permute"
+        raise InputError(f"{what}; give a folder, a Hub name or a .gguf file, or a model {memory}")
     path = path_of(source)
     if path.is_file():
         return _of_gguf(Origin(str(source), path.parent, path.name, *_cached(path)))

@@ -128,6 +128,8 @@ def main() -> NoReturn:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     if "RANK" not in os.environ:  # torchrun's way to end a process that waits for others must not wait for Python
         signal.signal(signal.SIGTERM, lambda *_: _fail("terminated", 128 + signal.SIGTERM))  # what is half written is removed
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # nohup has it ignored
+            signal.signal(signal.SIGHUP, lambda *_: _fail("terminated: its terminal was closed", 128 + signal.SIGHUP))
     try:
         code = app.main(prog_name="uniprune", standalone_mode=False)
     except (click.Abort, KeyboardInterrupt):
@@ -151,7 +153,8 @@ def main() -> NoReturn:
             raise
         if error.errno in PATHS:
             _fail(f"{str(error.filename)[-200:]}: {error.strerror}; give another path", 2)
-        _fail(f"{error.filename or 'the disk'}: {error.strerror}; what was complete is kept, and --resume continues it", 1)
+        remedy = "mend that and run the command again, with --resume if it has begun a run that can go on"
+        _fail(f"{error.filename or 'the disk'}: {error.strerror}; {remedy}", 1)
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -29,3 +29,16 @@ class Silent:
 
 
 silent = Silent()
+
+
+def with_notes(progress: Progress) -> Progress:
+    """A progress that can be told notes, whatever was given: a plain function that yields the items will do."""
+    return progress if hasattr(progress, "note") else _Wrapping(progress)
+
+
+class _Wrapping(Silent):
+    def __init__(self, wrap: Progress) -> None:
+        self._wrap = wrap
+
+    def __call__(self, items: Iterable[Item], label: str, total: int) -> Iterator[Item]:
+        return self._wrap(items, label, total)

@@ -20,7 +20,14 @@ def sparsity(removed: Mapping[str, float], shapes: Mapping[str, tuple[int, int]]
 def versions() -> dict[str, str]:
     """The software that a result depends on."""
     names = ("uniprune", "torch", "transformers", "tokenizers")
-    return {name: importlib.metadata.version(name) for name in names} | {"python": platform.python_version()}
+    return {name: _version(name) for name in names} | {"python": platform.python_version()}
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:  # run from its source, which is on the path
+        return "unknown, not installed"
 
 
 def processor() -> dict[str, str]:

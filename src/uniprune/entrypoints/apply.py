@@ -57,7 +57,8 @@ def apply(
         if force:  # else the weights themselves must be the same
             check_orientation(origin, file)
         size = sum(parameter.nbytes for parameter in loaded.model.parameters()) if isinstance(loaded, Loaded) else 0
-        files.check_disk_space(output, writer.checkpoint_bytes(origin, size), runs.held(output))
+        needed = writer.checkpoint_bytes(origin, size) + masks.stat().st_size
+        files.check_disk_space(output, needed, runs.held(output))
     found: dict[str, str] = {}
 
     def check(name: str, digest: str) -> None:

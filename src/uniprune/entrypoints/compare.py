@@ -156,7 +156,7 @@ def _protocol(request: ComparisonRequest, job: Job, questions: Questions) -> Com
 def _job(source: Source, candidates: Sequence[Candidate], device: str | None, progress: Progress) -> Job:
     """The model and the calibration samples, for the candidate that takes most memory."""
     hungriest = max(candidates, key=lambda candidate: (candidate.recipe.cost.state_bytes, candidate.recipe.refine))
-    job = prepare(source, hungriest.recipe, None, RunOptions(device=device), progress=progress)
+    job = prepare(source, hungriest.recipe, None, RunOptions(device=device), progress=progress, compared=True)
     if job.execution not in IN_MEMORY:
         raise InputError(f"compare needs the whole model in memory, and {job.loaded} does not fit; take a smaller model")
     for candidate in candidates:

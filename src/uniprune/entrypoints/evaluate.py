@@ -97,7 +97,7 @@ def evaluate(
         how["against_sha256"] = reproduce.weights_sha256(loaded.model)
         facts |= {"against": str(other), **_compared(ours, theirs, questions, subject.tokenizer)}
         if harness:
-            harness.run(loaded, request)
+            facts["lm_eval_reference"] = harness.run(loaded, request)
             facts["lm_eval_against"] = _compared_marks(right, harness.right)
     if questions.tasks:
         pairs = zip_longest(ours.answers, theirs.answers)

@@ -153,7 +153,7 @@ class Evaluation(Record):
     masks: the file that the model was pruned by, in memory. sparsity: zeros among the prunable weights; None of a model that
     cannot be pruned. against: the model that this one is compared with. capabilities: what tasks ask for -> their mean.
     lm_eval: task -> metric -> value, by lm-evaluation-harness; lm_eval_notes: what is to be known beside them;
-    lm_eval_against: the other model, by task and metric of right and wrong.
+    lm_eval_reference: the same of the other model; lm_eval_against: both, by task and metric of right and wrong.
     """
 
     kind: Literal["evaluation"] = "evaluation"
@@ -183,6 +183,7 @@ class Evaluation(Record):
     capabilities: dict[str, Capability] = {}
     lm_eval: dict[str, dict[str, float]] = {}
     lm_eval_notes: list[str] = []
+    lm_eval_reference: dict[str, dict[str, float]] = {}
     lm_eval_against: dict[str, dict[str, Compared]] = {}
     against: str | None = None
     closeness: Closeness | None = None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from uniprune.checkpoints.origin import Origin, called, resolve, stored_dtype
 from uniprune.checkpoints.protocol import Checkpoint
 from uniprune.checkpoints.tokenizer import load_tokenizer
 from uniprune.common import distributed, pictures
-from uniprune.common.progress import Progress, silent
+from uniprune.common.progress import Progress, silent, with_notes
 from uniprune.data.sources import files_of
 from uniprune.data.windows import Windows, check_savable, save_windows
 from uniprune.errors import InputError
@@ -138,7 +138,7 @@ class Job:
             self.windows.tokens,
             self.loaded.residency,
             run,
-            progress,
+            with_notes(progress),
             recompute=self.execution in ("recomputed", "offloaded"),
             offload=self.execution == "offloaded",
         )
@@ -162,10 +162,12 @@ def prepare(
     options: RunOptions,
     scores: Path | None = None,
     progress: Progress = silent,
+    compared: bool = False,
 ) -> Job:
     """Checks the cheap things first and loads the weights last; samples that the model itself writes come after them.
 
-    output: an output folder, or None; scores: a scores file instead, whose name its writer checks.
+    output: an output folder, or None; scores: a scores file instead, whose name its writer checks. compared: as in
+    :class:`memory.Work`.
     Raises InputError for anything that cannot be done as it is asked for.
     """
     prospect, aim, disk = _checked(source, recipe, output, options, scores)
@@ -177,7 +179,7 @@ def prepare(
         distributed.check_alike(recipe.record() | {"text": windows.sha256})  # which may lie in another folder on each machine
         if options.save_tokens is not None and windows.prompts is None:
             check_savable(windows, options.save_tokens, _kept_tokens(options))
-        work = prospect.work(*windows.tokens.shape)
+        work = replace(prospect.work(*windows.tokens.shape), compared=compared)
         if isinstance(given, Loaded):
             warn_of_emulation(given.model)
             loaded, matrices, execution = given, prospect.matrices, choose_for_loaded(given, work, options)
@@ -263,17 +265,18 @@ def _check_outputs(
 
 
 def _output_bytes(prospect: Prospect, to_folder: bool) -> int:
-    """The disk space that the output takes: a checkpoint's, or a scores file's."""
+    """The disk space that the output takes: a checkpoint's and its masks', or a scores file's."""
     if not to_folder:
         return 4 * sum(matrix.size for matrix in prospect.matrices.values())
     parameters = list(prospect.model.parameters())
+    masks = 0 if prospect.recipe.experts is not None else sum(matrix.size for matrix in prospect.matrices.values()) // 8
     if isinstance(prospect.given, Loaded):
         weights = sum(parameter.nbytes for parameter in parameters)
     else:
         weights = (
             sum(parameter.numel() for parameter in parameters) * (parse_dtype(prospect.recipe.dtype) or torch.float32).itemsize
         )
-    return writer.checkpoint_bytes(prospect.origin, weights) if prospect.origin else weights
+    return masks + (writer.checkpoint_bytes(prospect.origin, weights) if prospect.origin else weights)
 
 
 def _check_images(windows: Windows, execution: Execution) -> None:

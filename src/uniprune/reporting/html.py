@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import importlib.metadata
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 from urllib.parse import quote
@@ -17,6 +16,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from uniprune.common.formatting import NOTE
+from uniprune.common.provenance import versions
 from uniprune.reporting.headline import figures, sentences, verdict
 from uniprune.reporting.summary import Summary
 from uniprune.reporting.tables import Grid, csv
@@ -44,7 +44,7 @@ def render(sections: Sequence[Section], summary: Summary) -> str:
         figures=figures(summary),
         sections=sections,
         note=NOTE,
-        version=importlib.metadata.version("uniprune"),
+        version=versions()["uniprune"],
         style=style,
         script=script,
         digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),

@@ -22,7 +22,8 @@ Cell = str | tuple[str, float]
 METRICS = ("acc", "acc_norm", "perplexity")
 LOSSES = {"nats", "nats_stderr", "tokens"}
 RESULTS = {"matrices", "controller", "tasks", "lm_eval", "closeness", "generations", "rows", "dense", "by_text"}
-RESULTS |= {"perplexity", "word_perplexity", "byte_perplexity", "by_position", "capabilities", "lm_eval_against", "sparsity"}
+RESULTS |= {"perplexity", "word_perplexity", "byte_perplexity", "by_position", "capabilities", "sparsity"}
+RESULTS |= {"lm_eval_reference", "lm_eval_against"}
 IGNORED = LOSSES | RESULTS | {"kind", "format", "structure"}  # no settings
 LONGEST = 4  # values of a list that are shown one by one
 
@@ -234,8 +235,11 @@ def harness(summary: Summary) -> Grid | None:
                     if isinstance(value, (int, float)) and "_stderr" not in metric:
                         error = metrics.get(f"{metric}_stderr")
                         errors: Cell = (f"{error:.4f}", error) if isinstance(error, float) else NONE
-                        other = _against(evaluation.lm_eval_against.get(task, {}).get(metric))
-                        rows.append([task, subject.label, metric, (f"{value:.4f}", value), errors, *other])
+                        marks = evaluation.lm_eval_against.get(task, {}).get(metric)
+                        reference = evaluation.lm_eval_reference.get(task, {}).get(metric, marks.reference if marks else None)
+                        _, *other = _against(marks)
+                        values = [NONE if one is None else (f"{one:.4f}", one) for one in (value, reference)]
+                        rows.append([task, subject.label, metric, values[0], errors, values[1], *other])
     columns = ["task:", "model:", "metric:", "value", "± error", "other", "gained", "lost", "p"]
     return without_empty(Grid("lm-evaluation-harness", columns, rows)) if rows else None
 

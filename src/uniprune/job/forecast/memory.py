@@ -57,7 +57,7 @@ class Bytes:
 
     memory: on the device that computes. host: of host memory, where that is a GPU. disk: of temporary files beside the output.
     read, written: disk traffic of one step of the controller, or of the whole calibration if there is none. parts: of
-    ``memory``: weights, statistics, states, masks, working.
+    ``memory``: weights, statistics, states, masks, preserved, working.
     """
 
     memory: int
@@ -83,7 +83,8 @@ class Work:
     """What memory and time depend on.
 
     model: may be on the meta device. dtype: computed in; stored: the checkpoint's, None if it stores codes (quantised). length:
-    tokens of a window. device: that computes. windows: how many there are.
+    tokens of a window. device: that computes. windows: how many there are. compared: whether masks are
+    measured, one after the other, instead of written.
     """
 
     model: torch.nn.Module
@@ -94,6 +95,7 @@ class Work:
     length: int
     device: torch.device = CPU
     windows: int = WINDOWS
+    compared: bool = False
 
     @property
     def prunable(self) -> int:
@@ -148,7 +150,7 @@ def _needs(work: Work) -> Needs:
     saved += parts.hidden if work.recipe.sequential else 0
     masks = int(cost.mask_bytes * work.prunable)
     packed = parts.bits + int(cost.mask_bytes * parts.block)
-    held = {"weights": parts.weights, "statistics": parts.observed, "states": states}
+    held = {"weights": parts.weights, "statistics": parts.observed, "states": states, "preserved": parts.preserved}
     held["masks"] = masks if processes == 1 else packed
     forecasts: Needs = {
         "resident": Bytes.of(held | {"working": max(parts.working, parts.resident_step if corrected else 0)}, disk=saved)
@@ -173,7 +175,7 @@ def _streamed(parts: _Parts) -> Bytes:
     """What the streamed execution takes. Blocks that are memory-mapped are not counted: the system may drop their pages."""
     work, cost, processes = parts.work, parts.work.recipe.cost, distributed.count()
     weights = (work.parameters - parts.inside + (0 if parts.mapped else parts.block)) * parts.item
-    held = {"weights": weights, "statistics": parts.observed}
+    held = {"weights": weights, "statistics": parts.observed, "preserved": parts.preserved}
     if not work.recipe.corrected:
         return Bytes.of(held | {"working": parts.working}, disk=parts.hidden, read=2 * parts.on_disk)
     per_weight = cost.disk_bytes, work.recipe.read, cost.written_bytes
@@ -260,6 +262,14 @@ class _Parts:
         """Gradients of one block's matrices, in the type computed in."""
         sizes = {name: matrix.size for name, matrix in self.work.matrices.items()}
         return self.item * _most_of_a_block(self.work.matrices, sizes)
+
+    @property
+    def preserved(self) -> int:
+        """Masks, a byte each, and weights as they were, where a model is pruned for a while: one block, before the next one is
+        run, or all of it, while a row of a table is measured."""
+        sizes = {name: matrix.size for name, matrix in self.work.matrices.items()}
+        some = _most_of_a_block(self.work.matrices, sizes) if self.work.recipe.sequential else 0
+        return (1 + self.item) * (self.work.prunable if self.work.compared else some)
 
     @property
     def update(self) -> int:
