@@ -1,6 +1,6 @@
 """Every task against lm-evaluation-harness, row by row, on rows made up in its data set's format, few-shot included.
 
-    pip install 'uniprune[lm-eval]' langdetect immutabledict nltk
+    pip install '.[lm-eval]' langdetect immutabledict nltk
     python benchmarks/tasks.py
 
 Compared are the requests (contexts and continuations, to the letter), log-likelihoods and what is right, of a small random

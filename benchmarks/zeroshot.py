@@ -1,6 +1,6 @@
 """The native scorer against lm-evaluation-harness: answers row by row, and time, on the same rows in one process.
 
-    pip install 'uniprune[lm-eval]'
+    pip install '.[lm-eval]'
     python benchmarks/zeroshot.py [--limit 200] [--batch 8]
 
 Timed is what each does from the texts of a task to its log-likelihoods, tokenisation included; not reading data, prompts and

@@ -223,7 +223,7 @@ def test_calibrate_has_no_size(larger, tmp_path):
 
 def test_without_zstandard(larger, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "zstandard", None)
-    with pytest.raises(InputError, match=r"pip install 'uniprune\[pack\]'"):
+    with pytest.raises(InputError, match=r"pip install zstandard"):
         uniprune.plan(str(larger), Recipe(size="1MB"))
 
 

@@ -45,7 +45,7 @@ class Zstd:
         try:
             import zstandard
         except ImportError:
-            raise InputError("archives need the zstandard package; pip install 'uniprune[pack]'") from None
+            raise InputError("archives need the zstandard package; pip install zstandard") from None
         if not 1 <= level <= zstandard.MAX_COMPRESSION_LEVEL:
             raise InputError(f"level {level} is not one of zstandard's; use 1 to {zstandard.MAX_COMPRESSION_LEVEL}")
         huffman = zstandard.ZstdCompressionParameters.from_level(1, **HUFFMAN)

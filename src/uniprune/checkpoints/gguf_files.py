@@ -61,7 +61,7 @@ def merge(files: Sequence[Path], target: Path) -> None:
     try:
         from gguf import GGUFReader
     except ImportError:
-        raise InputError(f"model {files[0]}: reading GGUF needs the gguf package; pip install 'uniprune[gguf]'") from None
+        raise InputError(f"model {files[0]}: reading GGUF needs the gguf package; pip install gguf") from None
     readers = [GGUFReader(file) for file in files]
     first = readers[0]
     tensors = [tensor for reader in readers for tensor in reader.tensors]

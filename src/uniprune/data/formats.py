@@ -171,7 +171,7 @@ def _zstd(path: Path) -> BinaryIO:
     try:
         import zstandard
     except ImportError:
-        raise InputError(f"{path}: reading .zst needs zstandard; pip install 'uniprune[data]'") from None
+        raise InputError(f"{path}: reading .zst needs zstandard; pip install zstandard") from None
     file = path.open("rb")
     # Files of several frames, as pzstd and concatenation make them, are one stream.
     stream = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True, closefd=True)

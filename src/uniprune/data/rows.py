@@ -257,7 +257,7 @@ def _columnar(path: Path, form: Format, what: str, choose: Choice | None) -> Ite
     try:
         import pyarrow
     except ImportError:
-        raise InputError(f"{what} {path}: reading .{form.kind} needs pyarrow; pip install 'uniprune[data]'") from None
+        raise InputError(f"{what} {path}: reading .{form.kind} needs pyarrow; pip install pyarrow") from None
     read = _parquet if form.kind == "parquet" else _arrow
     number = 0
     try:
@@ -314,7 +314,7 @@ def load_hub(path: str, what: str, instead: str = "", **options: Any) -> Any:
     try:
         import datasets
     except ImportError:
-        raise InputError(f"{what} {path} comes through datasets; pip install 'uniprune[data]', or give a file") from None
+        raise InputError(f"{what} {path} comes through datasets; pip install datasets, or give a file") from None
     with reachable(path, what, instead):
         return datasets.load_dataset(path, **options)
 

@@ -104,7 +104,7 @@ def _sections(sources: Sequence[ResultFile], summary: Summary) -> list[Section]:
     except ModuleNotFoundError as error:
         if error.name != "matplotlib":
             raise
-        raise InputError("a report draws its plots with matplotlib; pip install 'uniprune[report]'") from None
+        raise InputError("a report draws its plots with matplotlib; pip install matplotlib") from None
     return sections(sources, summary)
 
 

@@ -38,7 +38,7 @@ class Harness:
         try:
             from lm_eval.tasks import TaskManager
         except ImportError:
-            raise InputError("--lm-eval needs lm-evaluation-harness; pip install 'uniprune[lm-eval]'") from None
+            raise InputError("--lm-eval needs lm-evaluation-harness; pip install lm_eval") from None
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
         self._names, self._manager = list(names), TaskManager()
         self.notes: list[str] = []  # of the last run: what is to be known beside its numbers

@@ -356,7 +356,7 @@ def _guarded(origin: Origin, load: Callable[[], Any]) -> Any:
         return load()
     except ImportError as error:
         if origin.gguf:
-            raise InputError(f"model {origin}: reading GGUF needs the gguf package; pip install 'uniprune[gguf]'") from error
+            raise InputError(f"model {origin}: reading GGUF needs the gguf package; pip install gguf") from error
         why = " ".join(str(error).split())[:300]  # its last lines say what to install
         raise InputError(f"model {origin} needs a package that is not installed: {why}") from error
     except UniPruneError:
