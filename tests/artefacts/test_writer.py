@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+import sys
 
 import pytest
 import torch
@@ -160,7 +161,26 @@ def test_a_failed_run_leaves_the_old_folder(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_a_folder_that_cannot_be_moved_leaves_the_old_one(tmp_path, monkeypatch):
+@pytest.mark.skipif(sys.platform not in ("linux", "darwin"), reason="there is no such step")
+def test_a_folder_takes_the_place_of_another_in_one_step(tmp_path, monkeypatch):
+    """So that a kill between two steps cannot leave nothing there."""
+    out, moves = tmp_path / "out", []
+    for content in ("first", "second"):
+        with files.new_folder(out, mark="file") as folder:
+            (folder / "file").write_text(content)
+        monkeypatch.setattr(files.os, "replace", lambda *given: moves.append(given))
+    assert not moves
+    assert (out / "file").read_text() == "second"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.fixture
+def in_two_steps(monkeypatch):
+    """As on systems that cannot exchange two folders."""
+    monkeypatch.setattr(files, "_exchanged", lambda one, other: False)
+
+
+def test_a_folder_that_cannot_be_moved_leaves_the_old_one(tmp_path, monkeypatch, in_two_steps):
     """Though that one is out of the way already."""
     out, moves, replace = tmp_path / "out", [], files.os.replace
     with files.new_folder(out, mark="file") as folder:
@@ -182,7 +202,7 @@ def test_a_folder_that_cannot_be_moved_leaves_the_old_one(tmp_path, monkeypatch)
         assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_what_appears_between_the_moves_costs_nobody_the_old_folder(tmp_path, monkeypatch):
+def test_what_appears_between_the_moves_costs_nobody_the_old_folder(tmp_path, monkeypatch, in_two_steps):
     out, replace, other = tmp_path / "out", files.os.replace, []
     with files.new_folder(out, mark="file") as folder:
         (folder / "file").write_text("first")
@@ -200,7 +220,7 @@ def test_what_appears_between_the_moves_costs_nobody_the_old_folder(tmp_path, mo
     assert (other[0] / "file").read_text() == "first"
 
 
-def test_an_interruption_after_the_last_move_leaves_the_new_folder(tmp_path, monkeypatch):
+def test_an_interruption_after_the_last_move_leaves_the_new_folder(tmp_path, monkeypatch, in_two_steps):
     out, replace = tmp_path / "out", files.os.replace
     with files.new_folder(out, mark="file") as folder:
         (folder / "file").write_text("first")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import shutil
@@ -203,9 +204,11 @@ def new_folder(path: Path, inside: Path | None = None, mark: str = REPORT) -> It
 
 
 def _put_in_place(folder: Path, path: Path, where: Mapping[str, Any]) -> None:
-    """Moves a folder to ``path``; the one that is there is deleted then, or is there again if that fails."""
+    """Moves a folder to ``path``. One that is there is then where the new one was, deleted, or there again if that fails."""
     if not path.exists():
         os.replace(folder, path)
+        return
+    if _exchanged(folder, path):
         return
     retired = Path(tempfile.mkdtemp(**where))
     try:
@@ -220,6 +223,18 @@ def _put_in_place(folder: Path, path: Path, where: Mapping[str, Any]) -> None:
             retired.rmdir()  # if it is empty: else what is in it is nowhere else
         raise
     shutil.rmtree(retired)
+
+
+def _exchanged(one: Path, other: Path) -> bool:
+    """Swaps two folders in one step, so that there is always one at either path; False where the system has no such step."""
+    system: Any = ctypes.CDLL(None, use_errno=True) if os.name == "posix" else None
+    first, second, swap = os.fsencode(one), os.fsencode(other), ctypes.c_uint(2)
+    if hasattr(system, "renameat2"):  # Linux: RENAME_EXCHANGE
+        here = ctypes.c_int(-100)  # AT_FDCWD
+        return bool(system.renameat2(here, first, here, second, swap) == 0)
+    if hasattr(system, "renamex_np"):  # macOS: RENAME_SWAP
+        return bool(system.renamex_np(first, second, swap) == 0)
+    return False
 
 
 def sync(path: Path) -> None:
