@@ -33,7 +33,10 @@ def test_wanda_entry_by_entry(weight, x):
             assert float(scores[i, j]) == pytest.approx(expected, rel=1e-5)
 
 
-def test_ria_entry_by_entry(weight, x):
+@pytest.mark.parametrize("least", [1, 1e-9, 1e-30])
+def test_ria_entry_by_entry(weight, x, least):
+    """However small a row is beside the others."""
+    weight[2] *= least
     scores = RIA(a=0.3)(weight, statistic(x))
     for i in range(5):
         for j in range(7):

@@ -99,7 +99,7 @@ class StochRIA:
         generator = torch.Generator().manual_seed(self.seed)
         some_columns = torch.randperm(columns, generator=generator)[:tau].to(size.device)
         some_rows = torch.randperm(rows, generator=generator)[:tau].to(size.device)
-        return _relative(size, size[:, some_columns].sum(1), size[some_rows].sum(0)) * inputs.rms**self.a
+        return _relative(size, size[:, some_columns].sum(1), size[some_rows].sum(0), least=1e-6) * inputs.rms**self.a
 
 
 @dataclass(frozen=True)
@@ -116,9 +116,10 @@ class REAP:
         return torch.full(weight.shape, float(inputs.mean), device=weight.device)
 
 
-def _relative(size: Tensor, row_sums: Tensor, column_sums: Tensor) -> Tensor:
-    """Each entry relative to its row and its column; the floor keeps it finite where a (sampled) sum is zero."""
-    floor = (size.max() * 1e-6).clamp_min(torch.finfo(torch.float32).tiny)
+def _relative(size: Tensor, row_sums: Tensor, column_sums: Tensor, least: float = 0.0) -> Tensor:
+    """Each entry relative to its row and its column. least: of the sums, relative to the largest entry: sums of a sample may
+    be much smaller than an entry that is not in it."""
+    floor = (size.max() * least).clamp_min(torch.finfo(torch.float32).tiny)
     return size / row_sums.maximum(floor)[:, None] + size / column_sums.maximum(floor)
 
 
