@@ -186,3 +186,13 @@ def test_the_command_takes_a_format(capsys, monkeypatch, tmp_path):
     code, _, errors = run(capsys, monkeypatch, "report", *paths, "-o", tmp_path / "r.html", "--format", "json")
     assert code == 2
     assert "let its name end in .json" in errors
+
+
+def test_zeros_that_were_there_before_are_counted_apart(tmp_path):
+    """A model that is pruned twice has more of them than the last masks remove."""
+    pruned = made_up.pruning(uniform=0.2, masks_sha256="a" * 64)
+    measured = made_up.evaluation("pruned", 0.5, protocol={"masks_sha256": "a" * 64})
+    paths = [made_up.write(tmp_path / "pruned" / "pruning.json", pruned), made_up.write(tmp_path / "result.json", measured)]
+    lines = list(sentences(summarise(read_all(paths))))
+    assert any(line.startswith("20.0% of the") and "were set to zero" in line for line in lines)
+    assert "With those that were zero before, 50.0% of the prunable weights are zero." in lines

@@ -39,7 +39,7 @@ def test_every_output_folder_has_a_card(pruned):
     assert written.data.license == "apache-2.0"
     assert written.data.base_model is None  # a folder is no name that others know
     assert {"pruned", "n-m-sparsity"} <= set(written.data.tags)
-    assert "50.0% of the weights in 21 matrices are zero** (2:4" in written.text
+    assert "50.0% of the weights in 21 matrices were set to zero** (2:4" in written.text
     assert "dense with zeros" in written.text
     recipe = written.text.partition("```yaml\n")[2].partition("```")[0]
     assert Recipe(**yaml.safe_load(recipe)).record() == json.loads((pruned / "pruning.json").read_text())["recipe"]

@@ -95,9 +95,11 @@ def _about(summary: Summary, subject: ReportedModel) -> Iterator[str]:
     if pruning := subject.pruning:
         every = "prunable weights" if pruning.prunable in (None, pruning.weights) else "weights that were chosen"
         yield (
-            f"{percent(pruning.sparsity)} of the {count(pruning.weights)} {every}, in {len(pruning.matrices)} matrices, are "
-            f"zero: {pruning.pattern_words}."
+            f"{percent(pruning.sparsity)} of the {count(pruning.weights)} {every}, in {len(pruning.matrices)} matrices, were "
+            f"set to zero: {pruning.pattern_words}."
         )
+        if subject.sparsity != pruning.zeros:
+            yield f"With those that were zero before, {percent(subject.sparsity)} of the prunable weights are zero."
     elif subject.sparsity is not None:
         yield f"{percent(subject.sparsity)} of the prunable weights are zero."
     if reading := subject.reading:

@@ -153,8 +153,8 @@ def _body(report: Report, results: Sequence[Evaluation], source: str, images: bo
     else:
         yield (
             f"{source}, pruned after training by uniprune: **{report.sparsity:.1%} of the weights in "
-            f"{len(report.matrices)} matrices are zero** ({report.pattern}). No weight was updated: what is kept has the "
-            "bits of the original."
+            f"{len(report.matrices)} matrices were set to zero** ({report.pattern}). No weight was updated: what is kept has "
+            "the bits of the original."
         )
         if report.model.quantised:
             yield (

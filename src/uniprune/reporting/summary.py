@@ -48,9 +48,11 @@ class ReportedModel:
 
     @property
     def sparsity(self) -> float | None:
-        """Fraction removed of the prunable weights."""
-        known = [self.pruning.zeros] if self.pruning else []
-        return next(iter([*known, *(each.sparsity for each in self.evaluations if each.sparsity is not None)]), None)
+        """Fraction of zeros among the prunable weights: what masks removed, or more, in a model that had zeros before."""
+        measured = next((each.sparsity for each in self.evaluations if each.sparsity is not None), None)
+        if self.pruning is None or (measured is not None and measured > self.pruning.zeros + CLOSE):
+            return measured
+        return self.pruning.zeros
 
     @property
     def dense(self) -> bool:
