@@ -28,6 +28,7 @@ import torch
 import uniprune
 from common import CALIBRATION, FAST, load, relative, save, smollm2
 from uniprune.artefacts import scores as scores_file
+from uniprune.artefacts.binding import Binding
 from uniprune.controller import mirror_descent
 from uniprune.data.windows import load_windows
 from uniprune.models.blocks import batches
@@ -107,9 +108,8 @@ class Bench:
         shapes = {name: matrix.shape for name, matrix in self.matrices.items()}
         saliency = one_shot(Calibration(self.model, self.matrices, self.tokens[:2]), metrics.Wanda())
         names = list(shapes)
-        facts = scores_file.ScoresFacts(
-            base="", base_name="", transposed=[], digests=dict.fromkeys(names, "F32"), matrices=names, comparable=True
-        )
+        binding = Binding.of(self.matrices, dict.fromkeys(names, "F32"), "", 0)
+        facts = scores_file.ScoresFacts(**binding.model_dump(), matrices=names, comparable=True)
         with tempfile.TemporaryDirectory() as scratch:
             scores, out = Path(scratch) / "scores.safetensors", Path(scratch) / "masks.safetensors"
             scores_file.write_scores(scores, saliency.items(), shapes, facts)

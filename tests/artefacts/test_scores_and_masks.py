@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from uniprune.artefacts import masks as masks_file
 from uniprune.artefacts import scores as scores_file
-from uniprune.artefacts.binding import Binding
+from uniprune.artefacts.binding import Binding, fingerprint
 from uniprune.artefacts.scores import ScoresFacts
 from uniprune.errors import InputError
 from uniprune.sparsity.bits import apply_to_array, kept_count, pack, unpack
@@ -51,7 +51,9 @@ def test_masks_round_trip(tmp_path):
 
 def test_scores_round_trip_in_their_order(tmp_path):
     scores = {name: torch.randn(3, 5) for name in ("b.10", "b.9", "a")}
-    facts = ScoresFacts(**BINDING | {"digests": dict.fromkeys(scores, "F32")}, matrices=list(scores), comparable=True)
+    digests = dict.fromkeys(scores, "F32")
+    bound = BINDING | {"digests": digests, "base": fingerprint(digests)}
+    facts = ScoresFacts(**bound, matrices=list(scores), comparable=True)
     scores_file.write_scores(tmp_path / "s.safetensors", scores.items(), dict.fromkeys(scores, (3, 5)), facts)
     file = scores_file.ScoresFile(tmp_path / "s.safetensors")
     assert list(file) == list(scores)  # ties across matrices are broken by this order

@@ -8,13 +8,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from uniprune.artefacts.binding import Binding
 from uniprune.artefacts.mask_tools import CheckedMasks
 from uniprune.artefacts.scores import ScoresFile
 from uniprune.common.provenance import Stopwatch, sha256
 from uniprune.comparison import sparsegpt
 from uniprune.comparison.calibrations import CalibrationCache, Scored
-from uniprune.errors import InputError, MismatchError
+from uniprune.errors import InputError
+from uniprune.job.prepare import Job
 from uniprune.job.recipe import Recipe
 from uniprune.job.samples import TEXT_ALONE, check_takes_images
 from uniprune.job.settings import Sparsity
@@ -91,7 +91,7 @@ class Method:
     def check(self, pattern: Pattern | None, matrices: Matrices) -> None:
         """Raises InputError for a pattern that it cannot create, or a file for other matrices."""
 
-    def check_binding(self, binding: Binding) -> None:
+    def check_weights(self, job: Job) -> None:
         """Raises MismatchError for a file that was made for other weights."""
 
     def forget(self, cache: CalibrationCache, candidate: Candidate) -> None:
@@ -207,19 +207,13 @@ class FromFile(Method):
         return {"file_sha256": sha256(path_of(self.name))}
 
     def check(self, pattern: Pattern | None, matrices: Matrices) -> None:
-        for name, shape in self.file.shapes.items():
-            if name not in matrices or matrices[name].shape != shape:
-                raise MismatchError(f"it was made for another model, or other layers, which have {name} of shape {shape}")
+        self.file.facts.check_matrices(self.file.shapes, matrices, "it", "this one, with the layers that are chosen,")
         if isinstance(self.file, ScoresFile) and pattern is not None:
             self.file.warn_unless_for([pattern])
 
-    def check_binding(self, binding: Binding) -> None:
-        for name, digest in self.file.facts.digests.items():
-            if binding.digests[name] != digest:
-                made_for, here = self.file.facts.made_for, binding.base_name
-                raise MismatchError(
-                    f"method {self.name} was made for another model ({made_for}) than {here}, which has other weights in {name}"
-                )
+    def check_weights(self, job: Job) -> None:
+        found = {name: job.binding.digests[name] for name in self.file.shapes}
+        self.file.facts.check_digests(found, f"method {self.name}", job.loaded)
 
     def create(self, cache: CalibrationCache, candidate: Candidate) -> CreatedMasks:
         if isinstance(self.file, CheckedMasks):

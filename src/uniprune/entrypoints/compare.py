@@ -162,7 +162,7 @@ def _job(source: Source, candidates: Sequence[Candidate], device: str | None, pr
     for candidate in candidates:
         if job.windows.pictures is not None:
             candidate.method.check_images(candidate.recipe)
-        candidate.method.check_binding(job.binding)
+        candidate.method.check_weights(job)
     return job
 
 

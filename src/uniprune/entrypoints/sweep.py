@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from uniprune.artefacts import archive_size
-from uniprune.artefacts.binding import fingerprint
 from uniprune.artefacts.scores import ScoresFile
 from uniprune.common.pictures import showing
 from uniprune.common.progress import Progress, silent
 from uniprune.common.provenance import sha256, sparsity
 from uniprune.data.sources import files_of
 from uniprune.data.windows import Windows
-from uniprune.errors import InputError, MismatchError
+from uniprune.errors import InputError
 from uniprune.evaluation import reproduce
 from uniprune.evaluation.divergence import Recording, closeness
 from uniprune.evaluation.model import EvaluatedModel
@@ -76,7 +75,8 @@ def sweep(
     every = find_matrices(loaded.model)
     shapes = {name: matrix.shape for name, matrix in every.items()}
     matrices = {name: matrix for name, matrix in every.items() if name in saliency}
-    _check_model(loaded, matrices, saliency, scores)
+    saliency.facts.check_matrices(saliency.shapes, every, scores, loaded)
+    saliency.facts.check_digests(loaded.checkpoint.digests(matrices), scores, loaded)
     saliency.warn_unless_for(chosen.values())
     protocol = SweepProtocol(scope=request.scope, **reproduce.conditions(loaded.model, windows))
     name = ScoresName(name=scores.name, sha256=sha256(scores))
@@ -167,14 +167,6 @@ class _Estimate:
             self._made[kind] = archive_size.Estimate(self._loaded, self._matrices, pattern)
         estimate = self._made[kind]
         return estimate(pattern, estimate.rows(saliency))
-
-
-def _check_model(loaded: Loaded, matrices: Matrices, saliency: ScoresFile, scores: Path) -> None:
-    """Raises MismatchError unless the scores are of this model's weights."""
-    if missing := [name for name in saliency if name not in matrices]:
-        raise MismatchError(f"{scores} was made for another model: {loaded} has no matrix {missing[0]}")
-    if fingerprint(loaded.checkpoint.digests(matrices)) != saliency.facts.base:
-        raise MismatchError(f"{scores} was made for another model ({saliency.facts.made_for}) than {loaded}; give that one")
 
 
 def _earlier(output: Path, result: Sweep) -> Sweep:
