@@ -22,7 +22,9 @@ from uniprune.models import masking
 from uniprune.models.matrices import Matrices
 from uniprune.saliency.record import reported
 from uniprune.saliency.sequential import refined, sequential
+from uniprune.sparsity.choices import Scope
 from uniprune.sparsity.patterns import Masks, Pattern
+from uniprune.sparsity.spelling import default_scope
 from uniprune.sparsity.structure import Structure, claimed, structure
 from uniprune.sparsity.views import on_one_scale
 from uniprune.storage.files import path_of
@@ -79,6 +81,11 @@ class Method:
     def has_masks(self) -> bool:
         """Whether its masks are there already."""
         return False
+
+    @property
+    def default_scope(self) -> Scope | None:
+        """The budget group of a fraction that none is said for; None: as its recipe has it."""
+        return None
 
     def sparsities(self, asked: tuple[str, ...]) -> tuple[str, ...]:
         """Those at which it has a row."""
@@ -199,6 +206,10 @@ class FromFile(Method):
     @property
     def has_masks(self) -> bool:
         return isinstance(self.file, CheckedMasks)
+
+    @property
+    def default_scope(self) -> Scope | None:
+        return default_scope(self.file.comparable) if isinstance(self.file, ScoresFile) else None
 
     def sparsities(self, asked: tuple[str, ...]) -> tuple[str, ...]:
         return (self.file.facts.pattern,) if isinstance(self.file, CheckedMasks) else asked

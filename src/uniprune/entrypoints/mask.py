@@ -43,16 +43,16 @@ def mask(
     if sparsity is None:
         raise InputError("no sparsity given; use --sparsity 0.5 or --sparsity 2:4")
     saliency = ScoresFile(scores)
-    controller = "feedback" if saliency.comparable else "none"  # of the same default scope
-    recipe = Recipe(sparsity=sparsity, scope=scope, controller=controller, **budget)
+    recipe = Recipe(sparsity=sparsity, scope=scope, **budget)
+    asked = recipe.pattern(saliency.comparable)
 
     def dtype(name: str) -> str:
         stored = saliency.facts.digests[name].split()[0]
         return dtype_name(PLAIN.get(stored, stored))
 
-    pattern, unsupported = fitted(recipe.pattern(), saliency.shapes, dtype, recipe.hardware, recipe.unsupported)
+    pattern, unsupported = fitted(asked, saliency.shapes, dtype, recipe.hardware, recipe.unsupported)
     check_prunes(pattern, unsupported, saliency.shapes)
-    saliency.warn_unless_for([recipe.pattern()])
+    saliency.warn_unless_for([asked])
     masks = pattern(on_one_scale(saliency, pattern))
     removed = write_masks(output, masks, saliency.shapes, saliency.facts, str(pattern))
     return Masked(

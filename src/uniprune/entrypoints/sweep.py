@@ -103,7 +103,7 @@ def sweep(
 
 def _parsed(sparsities: Sequence[str | float | Pattern] | str, scope: Scope | None, saliency: ScoresFile) -> dict[str, Pattern]:
     """The patterns by their spelling; scope: of the sparsities among them. Raises InputError if a matrix cannot have one."""
-    default: Scope = scope or ("model" if saliency.comparable else "row")
+    default = scope or spelling.default_scope(saliency.comparable)
     several = sparsities.split(",") if isinstance(sparsities, str) else sparsities
     if not isinstance(several, Iterable):
         several = [] if several is None else [several]

@@ -135,11 +135,15 @@ class Recipe(Settings):
     def _choices(self) -> tuple[NM, ...]:
         return tuple(map(choice, self._allowed))
 
-    def pattern(self) -> Pattern:
-        """The sparsity pattern; InputError if none was asked for."""
+    def pattern(self, comparable: bool | None = None) -> Pattern:
+        """The sparsity pattern; InputError if none was asked for.
+
+        comparable: whether the scores of all matrices are on one scale, of scores that are there already.
+        """
         if self.sparsity is None:
             raise InputError("no sparsity given; use --sparsity 0.5, --sparsity 2:4 or --size 120MB")
-        base = spelling.parse(self.sparsity, self.scope, default="model" if self.comparable else "row")
+        default = spelling.default_scope(self.comparable if comparable is None else comparable)
+        base = spelling.parse(self.sparsity, self.scope, default)
         if self.allow:
             if self.scope is not None or not isinstance(base, Unstructured):
                 raise InputError(f"--allow goes with a fraction such as 0.45 and no scope, not with {base}")

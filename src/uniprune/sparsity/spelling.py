@@ -35,6 +35,11 @@ def canonical(spec: str) -> str:
     return pattern.spelling[0].removesuffix(".0") if isinstance(pattern, PATTERNS) else spec  # type: ignore[arg-type]
 
 
+def default_scope(comparable: bool) -> Scope:
+    """The budget group of a fraction that none is said for: the whole model if scores of different matrices may be compared."""
+    return "model" if comparable else "row"
+
+
 def parse(spec: str | float | Pattern, scope: Scope | None = None, default: Scope = "row") -> Pattern:
     """A pattern from its spelling: a sparsity (``0.6``), N of M kept (``2:4``) or a sparsity of tiles (``0.8@16x16``).
 
