@@ -174,12 +174,6 @@ class Recipe(Settings):
         controller = self.parsed_controller()
         return controller.cost if controller else LOCAL
 
-    @property
-    def read(self) -> float:
-        """Bytes per prunable weight that a step reads, where what is held of it lies elsewhere."""
-        shared = self.sparsity is None or not self.pattern().local
-        return self.cost.read_bytes + self.cost.shared_budget_read_bytes * shared
-
     def step_tokens(self, length: int) -> int:
         """Tokens of a step of the controller on windows of ``length``."""
         controller = self.parsed_controller()

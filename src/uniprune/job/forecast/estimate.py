@@ -181,7 +181,7 @@ def flop(work: Work, execution: Execution) -> float:
 def seconds_moving(work: Work, execution: Execution, takes: Bytes) -> float:
     """Seconds of a step in which bytes come and go: from and to the disk, and a GPU."""
     moved = takes.read + takes.written
-    onto = (work.recipe.read + work.recipe.cost.written_bytes) * work.prunable if execution == "offloaded" else moved
+    onto = (work.read_bytes + work.recipe.cost.written_bytes) * work.prunable if execution == "offloaded" else moved
     return moved / DISK + (onto / BUS if work.device.type != "cpu" else 0)
 
 
