@@ -35,7 +35,8 @@ from uniprune.models.blocks import batches
 from uniprune.models.matrices import find_matrices
 from uniprune.saliency import metrics
 from uniprune.saliency.calibration import Calibration, one_shot
-from uniprune.sparsity import patterns, spelling
+from uniprune.sparsity.patterns import spelling
+from uniprune.sparsity.patterns.protocol import Pattern
 
 ROUNDS = 2
 PATTERNS = ("0.5", "2:4")
@@ -80,7 +81,7 @@ class Bench:
         for matrix in self.matrices.values():
             matrix.parameter.requires_grad_(False).grad = None
 
-    def steps(self, target: patterns.Pattern, count: int) -> float:
+    def steps(self, target: Pattern, count: int) -> float:
         settings = mirror_descent.MirrorDescent(checks=1, held_out=1)
         calibration = Calibration(self.model, self.matrices, self.tokens[:4])
         return timed(lambda: settings.calibrate(calibration, metrics.Wanda(), [target], count))

@@ -9,7 +9,7 @@ from uniprune.controller.mirror_descent import MirrorDescent
 from uniprune.controller.protocol import ControllerRecord, Cost
 from uniprune.saliency.calibration import one_shot
 from uniprune.saliency.statistics import Gram, SquaredNorm, Statistic
-from uniprune.sparsity.patterns import BasePattern
+from uniprune.sparsity.patterns.protocol import BasePattern
 
 
 class AbsoluteSum(Statistic):

@@ -22,7 +22,7 @@ from uniprune.artefacts.mask_tools import verify
 from uniprune.errors import InputError, MismatchError
 from uniprune.models import masking
 from uniprune.models.matrices import find_matrices
-from uniprune.sparsity.spelling import parse
+from uniprune.sparsity.patterns.spelling import parse
 from uniprune.training import KeepZeros, merge_adapters
 
 ROWS = [

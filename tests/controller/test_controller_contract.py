@@ -23,7 +23,8 @@ from uniprune.models.matrices import find_matrices
 from uniprune.models.residency.streaming import attached, open_streamed
 from uniprune.saliency.calibration import Calibration
 from uniprune.saliency.metrics import Wanda
-from uniprune.sparsity.patterns import NM, Unstructured
+from uniprune.sparsity.patterns.nm import NM
+from uniprune.sparsity.patterns.unstructured import Unstructured
 from uniprune.sparsity.views import OnOneScale, View, on_one_scale
 from uniprune.storage import runs
 

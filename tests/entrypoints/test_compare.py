@@ -25,7 +25,8 @@ from uniprune.entrypoints.compare import compare
 from uniprune.errors import UniPruneError
 from uniprune.evaluation import reproduce
 from uniprune.models.matrices import find_matrices
-from uniprune.sparsity.patterns import NM, Unstructured
+from uniprune.sparsity.patterns.nm import NM
+from uniprune.sparsity.patterns.unstructured import Unstructured
 from uniprune.storage import runs
 
 READ = {"text_source": "builtin", "windows": 2, "length": 32}

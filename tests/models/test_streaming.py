@@ -41,7 +41,8 @@ from uniprune.saliency.calibration import Calibration, one_shot
 from uniprune.saliency.metrics import Wanda
 from uniprune.saliency.sequential import sequential
 from uniprune.saliency.statistics import Gram
-from uniprune.sparsity.patterns import NM, Unstructured
+from uniprune.sparsity.patterns.nm import NM
+from uniprune.sparsity.patterns.unstructured import Unstructured
 from uniprune.storage import files, runs
 from uniprune.storage.stash import Stash
 from uniprune.storage.tensor_store import Store

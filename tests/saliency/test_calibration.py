@@ -13,7 +13,8 @@ from uniprune.models.replay import Blocks, Replay
 from uniprune.saliency.calibration import Calibration, one_shot
 from uniprune.saliency.metrics import Magnitude, Wanda
 from uniprune.saliency.sequential import sequential
-from uniprune.sparsity.patterns import NM, Unstructured
+from uniprune.sparsity.patterns.nm import NM
+from uniprune.sparsity.patterns.unstructured import Unstructured
 
 
 def tokens(count=5, length=16, vocabulary=VOCABULARY):

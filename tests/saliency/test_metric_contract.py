@@ -26,7 +26,7 @@ from uniprune.saliency.observation import FEW
 from uniprune.saliency.refine import damped, refine
 from uniprune.saliency.sequential import WEIGHT, first_tokens, refined, sequential
 from uniprune.saliency.statistics import Gram, SquaredNorm, Statistic
-from uniprune.sparsity.patterns import NM
+from uniprune.sparsity.patterns.nm import NM
 
 CPU = torch.device("cpu")
 ALL_METRICS = [*(metrics.parse(name, seed=5) for name in METRICS), Loud(), Correlated(), Blind()]

@@ -18,8 +18,9 @@ from uniprune.saliency.observation import observing
 from uniprune.saliency.refine import SWEEPS, damped, descend_groups, errors, refine, swap_rows
 from uniprune.saliency.sequential import WEIGHT, first_tokens, refined, sequential
 from uniprune.saliency.statistics import Gram, SquaredNorm
-from uniprune.sparsity.constraints import Rule, Ruled
-from uniprune.sparsity.patterns import NM, Unstructured
+from uniprune.sparsity.patterns.nm import NM
+from uniprune.sparsity.patterns.ruled import Rule, Ruled
+from uniprune.sparsity.patterns.unstructured import Unstructured
 
 PATTERNS = [NM(2, 4), NM(1, 4), NM(3, 4), NM(4, 8), NM(8, 16), Unstructured(0.5), Unstructured(0.7)]
 

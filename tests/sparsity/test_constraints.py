@@ -9,9 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from uniprune.errors import InputError
-from uniprune.sparsity.constraints import DENSE, Mixed, Rule, Ruled
-from uniprune.sparsity.patterns import NM, Tiled, Unstructured, lost
-from uniprune.sparsity.spelling import parse
+from uniprune.sparsity.patterns.mixed import Mixed
+from uniprune.sparsity.patterns.nm import DENSE, NM
+from uniprune.sparsity.patterns.ruled import Rule, Ruled
+from uniprune.sparsity.patterns.spelling import parse
+from uniprune.sparsity.patterns.tiled import Tiled, lost
+from uniprune.sparsity.patterns.unstructured import Unstructured
 
 SHAPES = {
     "layers.0.q_proj": (8, 16),

@@ -9,10 +9,13 @@ import torch
 from own import FirstInputs
 from uniprune import Recipe
 from uniprune.errors import InputError
-from uniprune.sparsity import constraints
-from uniprune.sparsity.constraints import DENSE, Mixed, Rule, Ruled
-from uniprune.sparsity.patterns import NM, Tiled, Unstructured
-from uniprune.sparsity.spelling import PATTERNS, parse
+from uniprune.sparsity.patterns.mixed import Mixed
+from uniprune.sparsity.patterns.nm import DENSE, NM
+from uniprune.sparsity.patterns.ruled import Rule, Ruled
+from uniprune.sparsity.patterns.spelling import PATTERNS, parse
+from uniprune.sparsity.patterns.tiled import Tiled
+from uniprune.sparsity.patterns.unstructured import Unstructured
+from uniprune.sparsity.structure import settings
 from uniprune.sparsity.views import OnOneScale, ScaledToMeanOne, View, on_one_scale
 
 ONE_OF_EACH = [
@@ -117,7 +120,7 @@ def test_a_recipe_takes_it_and_its_record_says_it(pattern):
 @pytest.mark.parametrize("pattern", ONE_OF_EACH, ids=str)
 def test_spellings_come_back(pattern):
     assert parse(*pattern.spelling) == pattern
-    assert constraints.settings(pattern)["sparsity"] == pattern.spelling[0]
+    assert settings(pattern)["sparsity"] == pattern.spelling[0]
 
 
 @pytest.mark.parametrize(

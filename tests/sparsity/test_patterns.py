@@ -8,8 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from uniprune.errors import InputError
-from uniprune.sparsity.patterns import NM, Unstructured, sizes_of
-from uniprune.sparsity.spelling import parse
+from uniprune.sparsity.patterns.budget import sizes_of
+from uniprune.sparsity.patterns.nm import NM
+from uniprune.sparsity.patterns.spelling import parse
+from uniprune.sparsity.patterns.unstructured import Unstructured
 from uniprune.sparsity.top import top
 from uniprune.sparsity.views import OnOneScale, ScaledToMeanOne, Scores, View
 

@@ -24,8 +24,11 @@ from uniprune.checkpoints.protocol import Checkpoint
 from uniprune.errors import InputError, MismatchError
 from uniprune.models import loading
 from uniprune.models.matrices import find_matrices
-from uniprune.sparsity import bits, constraints
-from uniprune.sparsity.patterns import NM, MaskFn
+from uniprune.sparsity import bits
+from uniprune.sparsity.patterns.nm import NM
+from uniprune.sparsity.patterns.protocol import MaskFn
+from uniprune.sparsity.patterns.ruled import Ruled
+from uniprune.sparsity.structure import spelled
 from uniprune.sparsity.views import View
 from uniprune.storage import safetensors_index
 from uniprune.storage.files import check_output_file, path_of
@@ -129,8 +132,8 @@ def _check_pattern(file: CheckedMasks) -> MaskFn | None:
     A mask has a pattern if, and only if, the pattern creates that very mask from it.
     """
     try:
-        pattern = constraints.spelled(file.facts.pattern)
-        if isinstance(pattern, constraints.Ruled):
+        pattern = spelled(file.facts.pattern)
+        if isinstance(pattern, Ruled):
             pattern.check(file.shapes)
         return None if pattern is None else pattern.prepare(View(file, lambda _, mask: mask.float()))
     except InputError as error:

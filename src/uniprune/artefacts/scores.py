@@ -14,7 +14,7 @@ from torch import Tensor
 from uniprune.artefacts.binding import Binding, fingerprint
 from uniprune.data.text import TextFacts
 from uniprune.saliency.record import ControllerRecord, Starved
-from uniprune.sparsity.patterns import Pattern
+from uniprune.sparsity.patterns.protocol import Pattern
 from uniprune.sparsity.views import Scores
 from uniprune.storage import safetensors_index
 from uniprune.storage.tensor_file import Metadata, open_tensors, stream_tensors

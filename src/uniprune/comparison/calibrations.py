@@ -22,7 +22,7 @@ from uniprune.saliency.calibration import Calibration, LocalSaliency, observed
 from uniprune.saliency.metrics import Metric
 from uniprune.saliency.record import reported
 from uniprune.saliency.statistics import Kind, Statistics
-from uniprune.sparsity.patterns import Pattern
+from uniprune.sparsity.patterns.protocol import Pattern
 from uniprune.sparsity.views import Scores
 from uniprune.storage.runs import Run
 

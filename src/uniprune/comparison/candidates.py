@@ -23,8 +23,8 @@ from uniprune.job.settings import Settings, Sparsity
 from uniprune.models.loading import Loaded
 from uniprune.models.matrices import Matrices
 from uniprune.saliency.metrics import METRICS
-from uniprune.sparsity import spelling
-from uniprune.sparsity.patterns import NM
+from uniprune.sparsity.patterns import spelling
+from uniprune.sparsity.patterns.nm import NM
 from uniprune.storage import strict_json
 from uniprune.storage.files import path_of
 from uniprune.storage.tensor_file import KEY

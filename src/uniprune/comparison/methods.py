@@ -23,8 +23,8 @@ from uniprune.models.matrices import Matrices
 from uniprune.saliency.record import reported
 from uniprune.saliency.sequential import refined, sequential
 from uniprune.sparsity.choices import Scope
-from uniprune.sparsity.patterns import Masks, Pattern
-from uniprune.sparsity.spelling import default_scope
+from uniprune.sparsity.patterns.protocol import Masks, Pattern
+from uniprune.sparsity.patterns.spelling import default_scope
 from uniprune.sparsity.structure import Structure, claimed, structure
 from uniprune.sparsity.views import on_one_scale
 from uniprune.storage.files import path_of

@@ -20,7 +20,8 @@ from uniprune.saliency.calibration import Calibration, LocalSaliency
 from uniprune.saliency.metrics import Metric
 from uniprune.saliency.observation import starved
 from uniprune.saliency.statistics import Statistics
-from uniprune.sparsity.patterns import Pattern, by_row
+from uniprune.sparsity.patterns.protocol import Pattern
+from uniprune.sparsity.patterns.tiled import by_row
 from uniprune.storage import runs
 
 logger = logging.getLogger(__name__)

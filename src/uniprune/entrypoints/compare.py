@@ -35,7 +35,7 @@ from uniprune.models.loading import Loaded, Source, skeleton
 from uniprune.models.matrices import choose_matrices
 from uniprune.reporting.comparison import latex, markdown
 from uniprune.sparsity import bits
-from uniprune.sparsity.spelling import canonical
+from uniprune.sparsity.patterns.spelling import canonical
 from uniprune.storage import files, runs
 from uniprune.tasks.loading import load_task
 

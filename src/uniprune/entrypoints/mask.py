@@ -13,7 +13,7 @@ from uniprune.job.recipe import Recipe
 from uniprune.models.loading import dtype_name
 from uniprune.sparsity.choices import Scope
 from uniprune.sparsity.hardware import check_prunes, fitted
-from uniprune.sparsity.patterns import Pattern
+from uniprune.sparsity.patterns.protocol import Pattern
 from uniprune.sparsity.structure import structure
 from uniprune.sparsity.views import on_one_scale
 from uniprune.storage import files

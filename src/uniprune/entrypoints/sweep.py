@@ -26,9 +26,12 @@ from uniprune.job.inference import inferring
 from uniprune.models import masking
 from uniprune.models.loading import Loaded, Source
 from uniprune.models.matrices import Matrices, find_matrices
-from uniprune.sparsity import bits, spelling
+from uniprune.sparsity import bits
 from uniprune.sparsity.choices import Scope
-from uniprune.sparsity.patterns import Pattern, Saliency, Tiled, check_fit
+from uniprune.sparsity.patterns import spelling
+from uniprune.sparsity.patterns.checks import check_fit
+from uniprune.sparsity.patterns.protocol import Pattern, Saliency
+from uniprune.sparsity.patterns.tiled import Tiled
 from uniprune.sparsity.structure import structure
 from uniprune.sparsity.views import on_one_scale
 from uniprune.storage.files import ROWS, check_output_file, path_of

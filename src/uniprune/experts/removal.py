@@ -26,8 +26,8 @@ from uniprune.job.scoring import scored
 from uniprune.models.loading import Loaded, Source, skeleton
 from uniprune.models.matrices import Matrices, find_matrices
 from uniprune.saliency.metrics import REAP
-from uniprune.sparsity.patterns import Unstructured
-from uniprune.sparsity.spelling import default_scope
+from uniprune.sparsity.patterns.spelling import default_scope
+from uniprune.sparsity.patterns.unstructured import Unstructured
 from uniprune.storage import strict_json
 from uniprune.storage.runs import Run
 

@@ -18,10 +18,14 @@ from uniprune.job.settings import Method, Settings
 from uniprune.saliency import metrics
 from uniprune.saliency.metrics import Metric
 from uniprune.saliency.refine import check
-from uniprune.sparsity import constraints, spelling
-from uniprune.sparsity.constraints import Mixed, Rule, Ruled, choice
 from uniprune.sparsity.hardware import parse
-from uniprune.sparsity.patterns import NM, Pattern, Unstructured
+from uniprune.sparsity.patterns import spelling
+from uniprune.sparsity.patterns.mixed import Mixed, choice
+from uniprune.sparsity.patterns.nm import NM
+from uniprune.sparsity.patterns.protocol import Pattern
+from uniprune.sparsity.patterns.ruled import Rule, Ruled
+from uniprune.sparsity.patterns.unstructured import Unstructured
+from uniprune.sparsity.structure import settings as settings_of
 from uniprune.storage import recipe_file
 
 
@@ -215,7 +219,7 @@ def _in_words(settings: dict[str, Any]) -> dict[str, Any]:
     if sparsity is None or (isinstance(sparsity, (str, int, float)) and not isinstance(sparsity, bool)):
         return settings
     fields.check_object(sparsity, "sparsity", PATTERN)
-    words = constraints.settings(sparsity) or {"sparsity": sparsity, "scope": None}
+    words = settings_of(sparsity) or {"sparsity": sparsity, "scope": None}
     for name, value in words.items():
         if name != "sparsity" and settings.get(name) and (value or name == "scope"):
             raise InputError(f"{name} = {settings[name]!r} does not go with {sparsity}, which has its own; drop {name}")

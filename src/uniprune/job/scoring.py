@@ -8,7 +8,7 @@ from typing import Any
 from uniprune.job.recipe import Recipe
 from uniprune.saliency.calibration import Calibration, one_shot
 from uniprune.saliency.record import ControllerRecord, reported
-from uniprune.sparsity.patterns import Pattern
+from uniprune.sparsity.patterns.protocol import Pattern
 from uniprune.sparsity.views import OnOneScale, Scores, View
 
 

@@ -15,7 +15,7 @@ from uniprune.sparsity.choices import Scope, Unsupported
 if TYPE_CHECKING:
     from uniprune.controller.protocol import Controller
     from uniprune.saliency.metrics import Metric
-    from uniprune.sparsity.patterns import Pattern
+    from uniprune.sparsity.patterns.protocol import Pattern
 else:  # objects are checked by ``recipe``, which may load PyTorch
     Controller = Metric = Pattern = Any
 WINDOWS, LENGTH = 128, 512

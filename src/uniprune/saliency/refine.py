@@ -22,8 +22,10 @@ import torch
 from torch import Tensor
 
 from uniprune.errors import InputError
-from uniprune.sparsity.constraints import Ruled
-from uniprune.sparsity.patterns import NM, Pattern, by_row
+from uniprune.sparsity.patterns.nm import NM
+from uniprune.sparsity.patterns.protocol import Pattern
+from uniprune.sparsity.patterns.ruled import Ruled
+from uniprune.sparsity.patterns.tiled import by_row
 
 CHOICES = 128  # masks of a group that are all tried; 4:8 has 70, 8:16 would have 12870
 PANEL = 128  # columns whose products are kept current while their groups change; a fresh product then ends rounding drift

@@ -19,7 +19,8 @@ from uniprune.saliency.observation import observing, starved, sum_and_check
 from uniprune.saliency.refine import check, damped, refine
 from uniprune.saliency.statistics import Gram
 from uniprune.sparsity import bits
-from uniprune.sparsity.patterns import Pattern, by_row
+from uniprune.sparsity.patterns.protocol import Pattern
+from uniprune.sparsity.patterns.tiled import by_row
 from uniprune.storage.stash import Stash
 from uniprune.storage.tensor_store import Store
 

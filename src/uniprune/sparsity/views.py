@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from uniprune.sparsity.patterns import Pattern
+    from uniprune.sparsity.patterns.protocol import Pattern
 
 
 class Scores(Mapping[str, Tensor]):

@@ -17,8 +17,10 @@ from uniprune.job.forecast.memory import Bytes, Needs, Work
 from uniprune.job.options import Execution
 from uniprune.models.loading import dtype_name
 from uniprune.models.matrices import Matrices, left_dense
-from uniprune.sparsity.constraints import Ruled, spell
-from uniprune.sparsity.patterns import Pattern, lost
+from uniprune.sparsity.patterns.nm import spell
+from uniprune.sparsity.patterns.protocol import Pattern
+from uniprune.sparsity.patterns.ruled import Ruled
+from uniprune.sparsity.patterns.tiled import lost
 from uniprune.sparsity.structure import Structure, structure
 from uniprune.storage.record import Count, Facts, Record, Shape
 

@@ -6,7 +6,10 @@ from typing import Protocol
 
 from uniprune.errors import InputError
 from uniprune.sparsity.choices import Scope
-from uniprune.sparsity.patterns import NM, Pattern, Tiled, Unstructured
+from uniprune.sparsity.patterns.nm import NM
+from uniprune.sparsity.patterns.protocol import Pattern
+from uniprune.sparsity.patterns.tiled import Tiled
+from uniprune.sparsity.patterns.unstructured import Unstructured
 
 
 class Spelled(Pattern, Protocol):
