@@ -84,6 +84,26 @@ class FirstInputs(BasePattern):
 
 
 @dataclass(frozen=True)
+class Lowest(BasePattern):
+    """Removes the lowest scores of each matrix. scope: a word of its own, which says nothing of rows to anybody else."""
+
+    sparsity: float = 0.3
+    scope: str = "row"
+
+    def __str__(self):
+        return f"the lowest {self.sparsity:g}"
+
+    def prepare(self, saliency):
+        def create(name, scores):
+            order = scores.flatten().argsort()
+            mask = torch.ones(scores.numel(), dtype=torch.bool)
+            mask[order[: int(self.sparsity * scores.numel() + 1e-9)]] = False
+            return mask.reshape(scores.shape)
+
+        return create
+
+
+@dataclass(frozen=True)
 class Signs(MirrorDescent):
     """Mirror descent that sees of a gradient nothing but its signs: an update rule of its own under the same loop."""
 

@@ -80,6 +80,15 @@ def test_masks(pattern, ties):
         assert torch.equal(louder[name], mask)
 
 
+@pytest.mark.parametrize("pattern", [pattern for pattern in ALL_PATTERNS if pattern.local], ids=str)
+def test_they_know_what_a_matrix_loses_and_whether_its_rows_lose_alike(pattern):
+    for name, mask in pattern(saliency()):
+        part = pattern.pattern_of(name)
+        assert part.removes(*SHAPES[name]) == int((~mask).sum())
+        assert part.by_row == (isinstance(part, NM) or (isinstance(part, Unstructured) and part.scope == "row"))
+        assert not part.by_row or len({*mask.sum(1).tolist()}) == 1
+
+
 @pytest.mark.parametrize("pattern", ALL_PATTERNS, ids=str)
 def test_a_sample_gives_nearly_the_same(pattern):
     """All scores are a sample, too: without ties there, no mask differs."""

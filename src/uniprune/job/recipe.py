@@ -38,9 +38,11 @@ def check_recipe(recipe: object) -> None:
 PATTERN = (
     "sparsity",
     "local",
+    "by_row",
     "sample_group",
     "pattern_of",
     "unsupported",
+    "removes",
     "prepare",
     "prepare_from_sample",
 )  # what an object has that is one

@@ -20,7 +20,6 @@ from uniprune.saliency.refine import check, damped, refine
 from uniprune.saliency.statistics import Gram
 from uniprune.sparsity import bits
 from uniprune.sparsity.patterns.protocol import Pattern
-from uniprune.sparsity.patterns.tiled import by_row
 from uniprune.storage.stash import Stash
 from uniprune.storage.tensor_store import Store
 
@@ -77,7 +76,7 @@ def refined(calibration: Calibration, metric: Metric, pattern: Pattern) -> Seque
         sum_and_check(here, own)
         better = {
             name: refine(here[name].weight, mask, damped(grams[name].mean), part)
-            if by_row(part := pattern.pattern_of(name))
+            if (part := pattern.pattern_of(name)).by_row
             else mask
             for name, mask in pattern(LocalSaliency(here, metric, own))
         }

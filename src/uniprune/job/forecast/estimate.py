@@ -20,7 +20,6 @@ from uniprune.models.matrices import Matrices, left_dense
 from uniprune.sparsity.patterns.nm import spell
 from uniprune.sparsity.patterns.protocol import Pattern
 from uniprune.sparsity.patterns.ruled import Ruled
-from uniprune.sparsity.patterns.tiled import lost
 from uniprune.sparsity.structure import Structure, structure
 from uniprune.storage.record import Count, Facts, Record, Shape
 
@@ -201,7 +200,7 @@ def _gets(pattern: Pattern, name: str) -> str:
 def _removed(pattern: Pattern, matrices: Matrices) -> float:
     """How many weights a pattern will remove: of a common budget its sparsity, of others what each matrix loses."""
     if pattern.local:
-        return sum(lost(pattern.pattern_of(name), matrix.shape) for name, matrix in matrices.items())
+        return sum(pattern.pattern_of(name).removes(*matrix.shape) for name, matrix in matrices.items())
     return pattern.sparsity * sum(matrix.size for matrix in matrices.values())
 
 

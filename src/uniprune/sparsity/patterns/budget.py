@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from fractions import Fraction
 
-from uniprune.sparsity.patterns.protocol import Saliency
+from torch import Tensor
 
 
 def grouped(names: Iterable[str], group: Callable[[str], str]) -> list[list[str]]:
@@ -17,7 +17,7 @@ def grouped(names: Iterable[str], group: Callable[[str], str]) -> list[list[str]
     return list(groups.values())
 
 
-def sizes_of(saliency: Saliency) -> dict[str, int]:
+def sizes_of(saliency: Mapping[str, Tensor]) -> dict[str, int]:
     """How many weights each matrix has; where the saliency has no ``size``, this reads (or computes) all scores."""
     tell = getattr(saliency, "size", None)
     return {name: tell(name) if tell else saliency[name].numel() for name in saliency}

@@ -21,6 +21,7 @@ class NM(BasePattern):
     n: int
     m: int
     local = True
+    by_row = True
 
     def __post_init__(self) -> None:
         if not (isinstance(self.n, Integral) and isinstance(self.m, Integral) and 1 <= self.n <= self.m):
@@ -50,6 +51,9 @@ class NM(BasePattern):
 
     def unsupported(self, rows: int, columns: int) -> str | None:
         return None if columns % self.m == 0 else f"{columns} inputs are not divisible by {self.m}"
+
+    def removes(self, rows: int, columns: int) -> int:
+        return rows * columns // self.m * (self.m - self.n)
 
     def prepare(self, saliency: Saliency) -> MaskFn:
         return self._create

@@ -15,6 +15,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from uniprune.sparsity.patterns.budget import removed_count
 from uniprune.sparsity.patterns.checks import finite
 from uniprune.sparsity.threshold import Bounds, Threshold, thresholds
 
@@ -41,6 +42,14 @@ class Pattern(Protocol):
         ...
 
     @property
+    def by_row(self) -> bool:
+        """Whether it fixes how many weights each row keeps and not which, but for the groups of N:M.
+
+        Rules for some of the matrices aside: ask the pattern of one.
+        """
+        ...
+
+    @property
     def sample_group(self) -> int:
         """How many consecutive inputs a sample keeps together for :meth:`prepare_from_sample`; 0: it is to be all scores."""
         ...
@@ -51,6 +60,10 @@ class Pattern(Protocol):
 
     def unsupported(self, rows: int, columns: int) -> str | None:
         """Why a matrix of this shape cannot have the pattern, or None."""
+        ...
+
+    def removes(self, rows: int, columns: int) -> int:
+        """How many weights a matrix of this shape, which can have the pattern, loses if it shares no budget with others."""
         ...
 
     def prepare(self, saliency: Saliency) -> MaskFn:
@@ -74,6 +87,10 @@ class BasePattern:
         return True
 
     @property
+    def by_row(self) -> bool:
+        return False
+
+    @property
     def sample_group(self) -> int:
         return 0
 
@@ -82,6 +99,9 @@ class BasePattern:
 
     def unsupported(self, rows: int, columns: int) -> str | None:
         return None
+
+    def removes(self: Pattern, rows: int, columns: int) -> int:
+        return removed_count(self.sparsity, rows * columns)
 
     def prepare_from_sample(self: Pattern, sample: Saliency) -> MaskFn:
         return self.prepare(sample)

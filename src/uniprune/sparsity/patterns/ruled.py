@@ -15,7 +15,8 @@ from uniprune.sparsity.patterns.mixed import Mixed
 from uniprune.sparsity.patterns.nm import DENSE
 from uniprune.sparsity.patterns.protocol import BasePattern, Limits, MaskFn, Pattern, Saliency, Search, Shape, Shared, Sizes
 from uniprune.sparsity.patterns.spelling import parse
-from uniprune.sparsity.patterns.tiled import lost
+from uniprune.sparsity.patterns.tiled import Tiled
+from uniprune.sparsity.patterns.unstructured import Unstructured
 from uniprune.sparsity.threshold import sampled_thresholds, thresholds
 from uniprune.sparsity.views import View
 
@@ -94,6 +95,10 @@ class Ruled(BasePattern):
         return self.base.local
 
     @property
+    def by_row(self) -> bool:
+        return self.base.by_row
+
+    @property
     def sample_group(self) -> int:
         return self.base.sample_group
 
@@ -109,7 +114,8 @@ class Ruled(BasePattern):
         rule = self.rule(name)
         if rule is None or rule.limits:
             return self.base.pattern_of(name)
-        return rule.pattern("row" if getattr(self.base, "scope", None) == "row" else "matrix")
+        rows = isinstance(self.base, (Unstructured, Tiled)) and self.base.scope == "row"
+        return rule.pattern("row" if rows else "matrix")
 
     def unsupported(self, rows: int, columns: int) -> str | None:
         return None  # that of the parts counts
@@ -175,15 +181,15 @@ class Ruled(BasePattern):
         """The fewest and the most weights that matrices of one budget can lose together, and how many they have."""
         fixed, limits = self._split(shapes)
         bounds = [self.shared.removable(shapes[name], *limits.get(name, (0.0, 1.0))) for name in shapes if name not in fixed]
-        gone = sum(lost(part, shapes[name]) for name, part in fixed.items())
+        gone = sum(part.removes(*shapes[name]) for name, part in fixed.items())
         least, most = (gone + sum(bound[side] for bound in bounds) for side in (0, 1))
         return least, most, sum(map(math.prod, shapes.values()))
 
     def _goes(self, sizes: Sizes, fixed: Mapping[str, Pattern], shapes: Mapping[str, Iterable[int]]) -> int:
         """How many weights of the others are to go, so that the budget of all is met; shapes: of those that are not samples."""
-        gone = sum(
-            lost(part, shapes[name]) if name in shapes else round(sizes[name] * part.sparsity) for name, part in fixed.items()
-        )
+        gone = 0
+        for name, part in fixed.items():
+            gone += part.removes(*shapes[name]) if name in shapes else round(sizes[name] * part.sparsity)
         goes = removed_count(self.sparsity, sum(sizes.values())) - gone
         return max(0, goes)  # of a sample, rounding may leave less than nothing
 

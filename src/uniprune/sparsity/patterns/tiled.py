@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from numbers import Integral
 
@@ -11,9 +10,7 @@ from torch import Tensor
 
 from uniprune.errors import InputError
 from uniprune.sparsity.choices import Scope
-from uniprune.sparsity.patterns.budget import removed_count
-from uniprune.sparsity.patterns.nm import NM
-from uniprune.sparsity.patterns.protocol import BasePattern, Limits, MaskFn, Pattern, Saliency, Search, Shape, Sizes
+from uniprune.sparsity.patterns.protocol import BasePattern, Limits, MaskFn, Saliency, Search, Shape, Sizes
 from uniprune.sparsity.patterns.unstructured import Unstructured
 from uniprune.sparsity.threshold import Bounds, thresholds
 from uniprune.sparsity.views import View
@@ -69,6 +66,9 @@ class Tiled(BasePattern):
         fits = rows % self.height == 0 and columns % self.width == 0
         return None if fits else f"{rows} x {columns} weights are not divisible into {self.height}x{self.width} tiles"
 
+    def removes(self, rows: int, columns: int) -> int:
+        return self.of.removes(rows // self.height, columns // self.width) * self.height * self.width
+
     def group(self, name: str) -> str:
         return self.of.group(name)
 
@@ -101,20 +101,3 @@ class Tiled(BasePattern):
             return mask.repeat_interleave(self.height, 0).repeat_interleave(self.width, 1)
 
         return tiles
-
-
-def by_row(pattern: Pattern) -> bool:
-    """Whether a pattern fixes how many weights each row keeps: N:M, or a sparsity by row."""
-    return isinstance(pattern, NM) or (isinstance(pattern, Unstructured) and pattern.scope == "row")
-
-
-def lost(pattern: Pattern, shape: Iterable[int]) -> int:
-    """How many weights a matrix of this shape loses under a pattern that it does not share with others."""
-    rows, columns = shape
-    if isinstance(pattern, NM):
-        return rows * columns // pattern.m * (pattern.m - pattern.n)
-    if isinstance(pattern, Tiled):
-        tiles = rows // pattern.height, columns // pattern.width
-        return lost(pattern.of, tiles) * pattern.height * pattern.width
-    groups, size = (rows, columns) if getattr(pattern, "scope", None) == "row" else (1, rows * columns)
-    return groups * removed_count(pattern.sparsity, size)

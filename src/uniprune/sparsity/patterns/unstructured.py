@@ -59,6 +59,14 @@ class Unstructured(BasePattern):
     def local(self) -> bool:
         return self.scope in ("row", "matrix")
 
+    @property
+    def by_row(self) -> bool:
+        return self.scope == "row"
+
+    def removes(self, rows: int, columns: int) -> int:
+        groups, size = (rows, columns) if self.by_row else (1, rows * columns)
+        return groups * removed_count(self.sparsity, size)
+
     def keep(self, size: int) -> int:
         """How many of ``size`` weights are kept."""
         return size - removed_count(self.sparsity, size)
