@@ -16,7 +16,7 @@ from uniprune.sparsity.patterns.spelling import PATTERNS, parse
 from uniprune.sparsity.patterns.tiled import Tiled
 from uniprune.sparsity.patterns.unstructured import Unstructured
 from uniprune.sparsity.structure import settings
-from uniprune.sparsity.views import OnOneScale, ScaledToMeanOne, View, on_one_scale
+from uniprune.sparsity.views import Comparable, ScaledToMeanOne, View, comparable_for
 
 ONE_OF_EACH = [
     NM(2, 4),
@@ -157,8 +157,8 @@ def test_rules_go_with_patterns_of_ones_own():
 
 
 def test_scores_are_put_on_one_scale_only_where_they_are_compared():
-    local, corrected = View(saliency()), OnOneScale(saliency())
+    local, corrected = View(saliency()), Comparable(saliency())
     shared, by_row = Unstructured(0.5, "model"), Unstructured(0.5, "row")
-    assert isinstance(on_one_scale(local, shared), ScaledToMeanOne)
-    assert on_one_scale(local, by_row) is local
-    assert on_one_scale(corrected, shared) is corrected
+    assert isinstance(comparable_for(local, shared), ScaledToMeanOne)
+    assert comparable_for(local, by_row) is local
+    assert comparable_for(corrected, shared) is corrected

@@ -26,7 +26,7 @@ from uniprune.sparsity.choices import Scope
 from uniprune.sparsity.patterns.protocol import Masks, Pattern
 from uniprune.sparsity.patterns.spelling import default_scope
 from uniprune.sparsity.structure import Structure, claimed, structure
-from uniprune.sparsity.views import on_one_scale
+from uniprune.sparsity.views import comparable_for
 from uniprune.storage.files import path_of
 
 
@@ -236,6 +236,6 @@ def _created(found: Scored, candidate: Candidate) -> CreatedMasks:
     pattern, watch = candidate.pattern, Stopwatch()
     assert pattern is not None
     with watch("mask"):
-        masks = dict(pattern(on_one_scale(found.saliency, pattern)))
+        masks = dict(pattern(comparable_for(found.saliency, pattern)))
     calibration = {} if found.seconds is None else {"calibrate": found.seconds}
     return CreatedMasks(masks, calibration | watch.seconds, found.record)

@@ -15,7 +15,7 @@ from uniprune.sparsity.choices import Scope
 from uniprune.sparsity.hardware import check_prunes, fitted
 from uniprune.sparsity.patterns.protocol import Pattern
 from uniprune.sparsity.structure import structure
-from uniprune.sparsity.views import on_one_scale
+from uniprune.sparsity.views import comparable_for
 from uniprune.storage import files
 from uniprune.storage.dtypes import PLAIN
 
@@ -53,7 +53,7 @@ def mask(
     pattern, unsupported = fitted(asked, saliency.shapes, dtype, recipe.hardware, recipe.unsupported)
     check_prunes(pattern, unsupported, saliency.shapes)
     saliency.warn_unless_for([asked])
-    masks = pattern(on_one_scale(saliency, pattern))
+    masks = pattern(comparable_for(saliency, pattern))
     removed = write_masks(output, masks, saliency.shapes, saliency.facts, str(pattern))
     return Masked(
         pattern=str(pattern), structure=structure(pattern), unsupported=unsupported, **realised(removed, saliency.shapes)

@@ -33,7 +33,7 @@ from uniprune.sparsity.patterns.checks import check_fit
 from uniprune.sparsity.patterns.protocol import Pattern, Saliency
 from uniprune.sparsity.patterns.tiled import Tiled
 from uniprune.sparsity.structure import structure
-from uniprune.sparsity.views import on_one_scale
+from uniprune.sparsity.views import comparable_for
 from uniprune.storage.files import ROWS, check_output_file, path_of
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def sweep(
     missing = [*([("0", DENSE)] if result.dense is None else []), *(pair for pair in chosen.items() if pair[0] not in done)]
     bytes_of, reading = _Estimate(loaded, matrices), _Reading(loaded, windows)
     for spec, pattern in progress(missing, "sweeping", len(missing)):
-        scaled = on_one_scale(saliency, pattern)
+        scaled = comparable_for(saliency, pattern)
         masks = dict(pattern(scaled))
         with masking.applied(matrices, masks):
             costs = Costs(**reading(), bytes=bytes_of(pattern, scaled))

@@ -9,7 +9,7 @@ from uniprune.job.recipe import Recipe
 from uniprune.saliency.calibration import Calibration, one_shot
 from uniprune.saliency.record import ControllerRecord, reported
 from uniprune.sparsity.patterns.protocol import Pattern
-from uniprune.sparsity.views import OnOneScale, Scores, View
+from uniprune.sparsity.views import Comparable, Scores, View
 
 
 def scored(calibration: Calibration, recipe: Recipe, targets: Sequence[Pattern]) -> tuple[Scores, dict[str, Any]]:
@@ -20,7 +20,7 @@ def scored(calibration: Calibration, recipe: Recipe, targets: Sequence[Pattern])
         return local, reported(local.starved)
     steps = recipe.steps_within(calibration.windows.shape[1])
     scores, record = controller.calibrate(calibration, metric, targets, steps, recipe.seed)
-    saliency = OnOneScale(scores) if controller.comparable else View(scores)
+    saliency = Comparable(scores) if controller.comparable else View(scores)
     aimed = {"targets": [str(target) for target in targets]}
     return saliency, {"controller": ControllerRecord(**(record.model_dump() | aimed))}
 
