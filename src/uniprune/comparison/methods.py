@@ -159,10 +159,10 @@ class ByBlock(Method):
         assert candidate.pattern is not None
         by_block, watch = refined if candidate.recipe.refine else sequential, Stopwatch()
         with watch("calibrate"):
-            found = by_block(
+            masks, starved = by_block(
                 cache.calibration(self.calibration(candidate)), candidate.recipe.parsed_metric(), candidate.pattern
             )
-        return CreatedMasks(dict(found), watch.seconds, reported(found.record))
+        return CreatedMasks(dict(masks), watch.seconds, reported(starved))
 
 
 @dataclass(frozen=True)

@@ -153,8 +153,8 @@ def _create_masks(job: Job, recipe: Recipe, calibration: Calibration, watch: Sto
     with watch("calibrate"):
         if recipe.sequential:
             by_block = refined if recipe.refine else sequential
-            found = by_block(calibration, recipe.parsed_metric(), pattern)
-            return _Masks(found.items(), aim, reported(found.record))
+            masks, starved = by_block(calibration, recipe.parsed_metric(), pattern)
+            return _Masks(masks.items(), aim, reported(starved))
         saliency, record = scored(calibration, recipe, [pattern])
         scaled = comparable_for(saliency, pattern)
         aim = aim.with_scores(scaled)
