@@ -103,7 +103,7 @@ class Method(Options):
     )
 
 
-class Calibration(Options):
+class CalibrationSettings(Options):
     """The text that weights are scored on."""
 
     heading: ClassVar[str] = "Calibration samples"
@@ -151,5 +151,5 @@ class Layers(Options):
     )
 
 
-class Settings(Layers, Calibration, Method, Sparsity):
+class Settings(Layers, CalibrationSettings, Method, Sparsity):
     """All settings of a pruning run, of which a recipe is made."""
