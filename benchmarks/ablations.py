@@ -22,7 +22,7 @@ from uniprune.models import masking
 from uniprune.models.loading import dtype_name
 from uniprune.saliency import metrics
 from uniprune.saliency.calibration import Calibration
-from uniprune.sparsity import spelling
+from uniprune.sparsity.patterns import spelling
 
 TOKENS = 32_768
 # name: settings, metric of the start, patterns descended on, pattern evaluated, budget

@@ -31,7 +31,7 @@ from common import save
 from uniprune.errors import first_line
 from uniprune.models import masking
 from uniprune.models.matrices import find_matrices
-from uniprune.sparsity.spelling import parse
+from uniprune.sparsity.patterns.spelling import parse
 
 STEPS, RATE = 20, 1e-2
 TOKENS = torch.randint(0, 256, (16, 32), generator=torch.Generator().manual_seed(0))

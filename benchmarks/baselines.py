@@ -12,7 +12,8 @@ from uniprune.common.progress import Progress, silent
 from uniprune.controller.straight_through import StraightThrough
 from uniprune.models.blocks import device_of
 from uniprune.models.matrices import Matrices
-from uniprune.sparsity.patterns import Saliency, Unstructured
+from uniprune.sparsity.patterns.protocol import Saliency
+from uniprune.sparsity.patterns.unstructured import Unstructured
 
 
 def owl(

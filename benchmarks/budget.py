@@ -39,8 +39,10 @@ from uniprune.data.windows import load_windows
 from uniprune.evaluation import perplexity as perplexity_module
 from uniprune.models import masking
 from uniprune.models.matrices import find_matrices
-from uniprune.sparsity import constraints, patterns, spelling
-from uniprune.sparsity.patterns import NM, Pattern
+from uniprune.sparsity.patterns import spelling
+from uniprune.sparsity.patterns.mixed import Mixed
+from uniprune.sparsity.patterns.nm import DENSE, NM
+from uniprune.sparsity.patterns.protocol import BasePattern, Pattern
 
 LEVELS = ("0.1", "0.2", "0.3", "0.4", "0.5", "0.6", "0.7", "0.8", "2:4", "4:8")
 MIXED = 0.45
@@ -51,7 +53,7 @@ SETTLE = """
 import sys
 from pathlib import Path
 from uniprune.artefacts.scores import ScoresFile
-from uniprune.sparsity import spelling
+from uniprune.sparsity.patterns import spelling
 spelling.parse("0.6", "model").prepare(ScoresFile(Path(sys.argv[1])))
 """
 READ = """
@@ -98,7 +100,7 @@ class Bench:
     def perplexity(self, model: str, pattern: Pattern | dict[str, Tensor] | None = None) -> float:
         """Of a model, or of it under masks cut from the artefact, or under masks."""
         loaded = uniprune.load(model, dtype="float32", device="cpu")
-        cut = pattern(self.scores) if isinstance(pattern, patterns.BasePattern) else (pattern or {}).items()
+        cut = pattern(self.scores) if isinstance(pattern, BasePattern) else (pattern or {}).items()
         masking.apply(find_matrices(loaded.model), cut)
         windows = load_windows(EVALUATION, loaded.tokenizer, use="evaluation", length=512, count=24)
         return perplexity_module.perplexity(loaded.model, windows).perplexity
@@ -116,9 +118,9 @@ class Bench:
                 yield shown({"level": level, "scope": scope, "perplexity": self.perplexity(smollm2(), pattern)})
 
     def mixed(self) -> Iterator[dict[str, Any]]:
-        allow = NM(2, 4), constraints.DENSE
+        allow = NM(2, 4), DENSE
         for power in POWERS:
-            pattern = constraints.Mixed(MIXED, allow, power)
+            pattern = Mixed(MIXED, allow, power)
             yield self.mix(f"2:4 and dense, chosen by scores to the power {power:g}", dict(pattern(self.scores)))
         yield self.mix("2:4 and dense, dense ones evenly over depth", self.even())
         yield self.mix("all 2:4", dict(allow[0](self.scores)))

@@ -32,7 +32,7 @@ from uniprune.evaluation.generation import generate
 from uniprune.models.loading import Loaded
 from uniprune.models.masking import preserved
 from uniprune.models.matrices import find_matrices
-from uniprune.sparsity import spelling
+from uniprune.sparsity.patterns import spelling
 
 METHODS = ("magnitude", "wanda", "ria", "sparsegpt", "feedback")
 SPARSITIES = ("0.5", "2:4")

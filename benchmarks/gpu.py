@@ -32,7 +32,9 @@ from uniprune.job.forecast import machine, memory
 from uniprune.models.matrices import find_matrices
 from uniprune.saliency.calibration import Calibration, one_shot
 from uniprune.saliency.metrics import Wanda
-from uniprune.sparsity.patterns import NM, Pattern, Unstructured
+from uniprune.sparsity.patterns.nm import NM
+from uniprune.sparsity.patterns.protocol import Pattern
+from uniprune.sparsity.patterns.unstructured import Unstructured
 from uniprune.sparsity.top import _among_few
 
 PARTS = ("masks", "kernels", "products", "steps")

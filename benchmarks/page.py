@@ -30,8 +30,8 @@ from uniprune.evaluation.perplexity import perplexity
 from uniprune.models.masking import applied
 from uniprune.saliency import metrics
 from uniprune.saliency.calibration import Calibration, one_shot
-from uniprune.sparsity import spelling
-from uniprune.sparsity.patterns import Masks, Pattern
+from uniprune.sparsity.patterns import spelling
+from uniprune.sparsity.patterns.protocol import Masks, Pattern
 from uniprune.tasks.loading import load_task
 
 PATTERNS = ("0.5", "0.6", "2:4")

@@ -52,8 +52,9 @@ from uniprune.models.matrices import find_matrices
 from uniprune.saliency import metrics
 from uniprune.saliency.calibration import Calibration, one_shot
 from uniprune.saliency.sequential import refined, sequential
-from uniprune.sparsity import spelling
-from uniprune.sparsity.patterns import Masks, Pattern, Saliency, Scope
+from uniprune.sparsity.choices import Scope
+from uniprune.sparsity.patterns import spelling
+from uniprune.sparsity.patterns.protocol import Masks, Pattern, Saliency
 from uniprune.storage.runs import Run, open_run
 
 MODELS = {"smollm2": smollm2, "qwen": qwen}

@@ -37,7 +37,7 @@ from uniprune.job.forecast.memory import Work, needs
 from uniprune.models.matrices import find_matrices
 from uniprune.saliency.calibration import Calibration
 from uniprune.saliency.metrics import Wanda
-from uniprune.sparsity.patterns import NM
+from uniprune.sparsity.patterns.nm import NM
 from uniprune.storage.runs import Run
 from uniprune.storage.stash import Stash, give_back_memory
 from uniprune.storage.tensor_store import Store

@@ -45,7 +45,7 @@ from uniprune.models.matrices import find_matrices
 from uniprune.runtime import layout
 from uniprune.runtime.linear import BitmaskLinear
 from uniprune.runtime.native import dense_handle, library
-from uniprune.sparsity.spelling import parse
+from uniprune.sparsity.patterns.spelling import parse
 
 MODELS = {"smollm2": smollm2, "qwen": qwen}
 PATTERNS = ("0.5", "2:4", "0.7")

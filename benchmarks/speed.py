@@ -28,13 +28,15 @@ import torch
 import uniprune
 from common import CALIBRATION, FAST, load, relative, save, smollm2
 from uniprune.artefacts import scores as scores_file
+from uniprune.artefacts.binding import Binding
 from uniprune.controller import mirror_descent
 from uniprune.data.windows import load_windows
 from uniprune.models.blocks import batches
 from uniprune.models.matrices import find_matrices
 from uniprune.saliency import metrics
 from uniprune.saliency.calibration import Calibration, one_shot
-from uniprune.sparsity import patterns, spelling
+from uniprune.sparsity.patterns import spelling
+from uniprune.sparsity.patterns.protocol import Pattern
 
 ROUNDS = 2
 PATTERNS = ("0.5", "2:4")
@@ -79,7 +81,7 @@ class Bench:
         for matrix in self.matrices.values():
             matrix.parameter.requires_grad_(False).grad = None
 
-    def steps(self, target: patterns.Pattern, count: int) -> float:
+    def steps(self, target: Pattern, count: int) -> float:
         settings = mirror_descent.MirrorDescent(checks=1, held_out=1)
         calibration = Calibration(self.model, self.matrices, self.tokens[:4])
         return timed(lambda: settings.calibrate(calibration, metrics.Wanda(), [target], count))
@@ -107,9 +109,8 @@ class Bench:
         shapes = {name: matrix.shape for name, matrix in self.matrices.items()}
         saliency = one_shot(Calibration(self.model, self.matrices, self.tokens[:2]), metrics.Wanda())
         names = list(shapes)
-        facts = scores_file.ScoresFacts(
-            base="", base_name="", transposed=[], digests=dict.fromkeys(names, "F32"), matrices=names, comparable=True
-        )
+        binding = Binding.of(self.matrices, dict.fromkeys(names, "F32"), "", 0)
+        facts = scores_file.ScoresFacts(**binding.model_dump(), matrices=names, comparable=True)
         with tempfile.TemporaryDirectory() as scratch:
             scores, out = Path(scratch) / "scores.safetensors", Path(scratch) / "masks.safetensors"
             scores_file.write_scores(scores, saliency.items(), shapes, facts)

@@ -30,7 +30,7 @@ from uniprune.evaluation.perplexity import perplexity
 from uniprune.models import masking
 from uniprune.models.loading import dtype_name
 from uniprune.models.matrices import find_matrices
-from uniprune.sparsity.patterns import Masks
+from uniprune.sparsity.patterns.protocol import Masks
 
 HELD_OUT = DATA / "c4" / "c4_short.jsonl"
 # In a version's own benchmarks folder. Older ones read patterns elsewhere.

@@ -3,8 +3,9 @@
 import json
 import math
 
-from uniprune.sparsity.patterns import NM, Unstructured
-from uniprune.sparsity.spelling import parse
+from uniprune.sparsity.patterns.nm import NM
+from uniprune.sparsity.patterns.spelling import parse
+from uniprune.sparsity.patterns.unstructured import Unstructured
 from uniprune.sparsity.structure import structure
 from uniprune.speed.timing import Result
 

@@ -9,7 +9,7 @@ from uniprune.controller.mirror_descent import MirrorDescent
 from uniprune.controller.protocol import ControllerRecord, Cost
 from uniprune.saliency.calibration import one_shot
 from uniprune.saliency.statistics import Gram, SquaredNorm, Statistic
-from uniprune.sparsity.patterns import BasePattern
+from uniprune.sparsity.patterns.protocol import BasePattern
 
 
 class AbsoluteSum(Statistic):
@@ -81,6 +81,26 @@ class FirstInputs(BasePattern):
 
     def prepare(self, saliency):
         return lambda name, scores: torch.arange(scores.shape[1]).expand(scores.shape) < scores.shape[1] * self.keep // self.of
+
+
+@dataclass(frozen=True)
+class Lowest(BasePattern):
+    """Removes the lowest scores of each matrix. scope: a word of its own, which says nothing of rows to anybody else."""
+
+    sparsity: float = 0.3
+    scope: str = "row"
+
+    def __str__(self):
+        return f"the lowest {self.sparsity:g}"
+
+    def prepare(self, saliency):
+        def create(name, scores):
+            order = scores.flatten().argsort()
+            mask = torch.ones(scores.numel(), dtype=torch.bool)
+            mask[order[: int(self.sparsity * scores.numel() + 1e-9)]] = False
+            return mask.reshape(scores.shape)
+
+        return create
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,8 @@ from uniprune.models.matrices import find_matrices
 from uniprune.models.residency.streaming import attached, open_streamed
 from uniprune.saliency.calibration import Calibration
 from uniprune.saliency.metrics import Wanda
-from uniprune.sparsity.patterns import NM, Unstructured
+from uniprune.sparsity.patterns.nm import NM
+from uniprune.sparsity.patterns.unstructured import Unstructured
 
 SMALL = {"windows": 8, "length": 32, "dtype": "float32"}
 STEPS = {"tuning": {"batch_tokens": 64, "checks": 1}, "steps": 3}

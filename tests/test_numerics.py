@@ -21,7 +21,8 @@ from uniprune.saliency import calibration
 from uniprune.saliency.metrics import METRICS, Wanda
 from uniprune.saliency.refine import errors, refine
 from uniprune.saliency.statistics import Gram, SquaredNorm
-from uniprune.sparsity.patterns import NM, Unstructured
+from uniprune.sparsity.patterns.nm import NM
+from uniprune.sparsity.patterns.unstructured import Unstructured
 from uniprune.sparsity.threshold import thresholds
 from uniprune.sparsity.views import ScaledToMeanOne
 

@@ -36,7 +36,10 @@ _HOME = {
     "saliency.calibration": ("Calibration",),
     "saliency.metrics": ("RIA", "Magnitude", "Metric", "StochRIA", "Wanda"),
     "saliency.statistics": ("SquaredNorm", "Statistic"),
-    "sparsity.patterns": ("NM", "BasePattern", "Pattern", "Tiled", "Unstructured"),
+    "sparsity.patterns.nm": ("NM",),
+    "sparsity.patterns.protocol": ("BasePattern", "Pattern"),
+    "sparsity.patterns.tiled": ("Tiled",),
+    "sparsity.patterns.unstructured": ("Unstructured",),
     "speed.semi_structured": ("to_semi_structured",),
     "training": ("KeepZeros", "merge_adapters"),
 }
@@ -64,7 +67,10 @@ if TYPE_CHECKING:
     from uniprune.saliency.calibration import Calibration
     from uniprune.saliency.metrics import RIA, Magnitude, Metric, StochRIA, Wanda
     from uniprune.saliency.statistics import SquaredNorm, Statistic
-    from uniprune.sparsity.patterns import NM, BasePattern, Pattern, Tiled, Unstructured
+    from uniprune.sparsity.patterns.nm import NM
+    from uniprune.sparsity.patterns.protocol import BasePattern, Pattern
+    from uniprune.sparsity.patterns.tiled import Tiled
+    from uniprune.sparsity.patterns.unstructured import Unstructured
     from uniprune.speed.semi_structured import to_semi_structured
     from uniprune.training import KeepZeros, merge_adapters
 

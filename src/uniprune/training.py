@@ -19,8 +19,9 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import TrainerCallback
 
+from uniprune.artefacts.binding import check_shapes
 from uniprune.artefacts.mask_tools import CheckedMasks
-from uniprune.errors import InputError, MismatchError
+from uniprune.errors import InputError
 from uniprune.models import masking
 from uniprune.models.loading import is_sharded
 from uniprune.models.matrices import Matrices, find_matrices
@@ -193,10 +194,8 @@ def _masks(given: Masks | None, matrices: Matrices) -> Mapping[str, Tensor]:
         raise InputError("none of the model's prunable matrices has a zero; prune it first, or give masks")
     masks = CheckedMasks(path_of(given)) if isinstance(given, (str, Path)) else given
     shapes = masks.shapes if isinstance(masks, CheckedMasks) else _shapes(masks)
-    for name, shape in shapes.items():
-        if name not in matrices or matrices[name].shape != shape:
-            found_shape = matrices[name].shape if name in matrices else "missing"
-            raise MismatchError(f"the masks are for another model: {name} is {shape} in them, {found_shape} in the model")
+    there = {name: matrix.shape for name, matrix in matrices.items()}
+    check_shapes(shapes, there, masks.path if isinstance(masks, CheckedMasks) else "the dict of masks", "the model in training")
     return masks
 
 

@@ -17,8 +17,11 @@ from uniprune.errors import InputError
 from uniprune.job.aim import aim_of
 from uniprune.models.loading import skeleton
 from uniprune.models.matrices import find_matrices
-from uniprune.sparsity.constraints import DENSE, Mixed, Rule, Ruled, reach
-from uniprune.sparsity.patterns import NM, Tiled, Unstructured
+from uniprune.sparsity.patterns.mixed import Mixed
+from uniprune.sparsity.patterns.nm import DENSE, NM
+from uniprune.sparsity.patterns.ruled import Rule, Ruled, reach
+from uniprune.sparsity.patterns.tiled import Tiled
+from uniprune.sparsity.patterns.unstructured import Unstructured
 
 SMALL = {"windows": 2, "length": 32}
 QUICK = {"metric": "magnitude", "controller": "none", **SMALL}

@@ -17,7 +17,7 @@ from uniprune.checkpoints.origin import resolve
 from uniprune.errors import InputError
 from uniprune.models import loading
 from uniprune.models.matrices import find_matrices
-from uniprune.sparsity.spelling import parse
+from uniprune.sparsity.patterns.spelling import parse
 
 # ---------------------------------------------------------------------------------------- the formats, written once more
 # masks: key of a weight -> boolean array in the shape of the stored tensor.

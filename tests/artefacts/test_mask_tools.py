@@ -25,8 +25,11 @@ from uniprune.checkpoints.origin import resolve
 from uniprune.errors import InputError, MismatchError
 from uniprune.models import loading
 from uniprune.models.matrices import find_matrices
-from uniprune.sparsity.constraints import DENSE, Mixed, Rule, Ruled
-from uniprune.sparsity.patterns import NM, Tiled, Unstructured
+from uniprune.sparsity.patterns.mixed import Mixed
+from uniprune.sparsity.patterns.nm import DENSE, NM
+from uniprune.sparsity.patterns.ruled import Rule, Ruled
+from uniprune.sparsity.patterns.tiled import Tiled
+from uniprune.sparsity.patterns.unstructured import Unstructured
 
 DOCS = Path(__file__).parents[2] / "docs" / "masks.md"
 PATTERNS = [NM(2, 4), NM(1, 4), NM(7, 16), *(Unstructured(0.37, scope) for scope in ("row", "matrix", "model"))]
@@ -216,12 +219,12 @@ def test_masks_of_another_model_are_refused(made, tmp_path):
 def test_masks_of_another_architecture_are_refused(folder, gpt2, tmp_path):
     path = tmp_path / "m.safetensors"
     cut(folder, NM(2, 4), path)
-    with pytest.raises(MismatchError, match=r"no such matrix model\.layers\.0"):
+    with pytest.raises(MismatchError, match=r"has no matrix model\.layers\.0"):
         mask_tools.verify(path, gpt2)
     with pytest.raises(MismatchError, match=r"no matrix model\.layers\.0\S+ of shape \(32, 32\)"):
         mask_tools.verify(path, pruned=gpt2)
     tiny_model(intermediate_size=48).save_pretrained(tmp_path / "narrow")
-    with pytest.raises(MismatchError, match=r"no such matrix model\.layers\.0\.mlp"):
+    with pytest.raises(MismatchError, match=r"has no matrix model\.layers\.0\.mlp"):
         mask_tools.verify(path, tmp_path / "narrow")
     for work in (
         lambda: mask_tools.verify(path, pruned=tmp_path / "narrow"),

@@ -9,9 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+import uniprune
+from uniprune import Recipe
 from uniprune.artefacts import masks as masks_file
 from uniprune.artefacts import scores as scores_file
-from uniprune.artefacts.binding import Binding
+from uniprune.artefacts.binding import Binding, fingerprint
 from uniprune.artefacts.scores import ScoresFacts
 from uniprune.errors import InputError
 from uniprune.sparsity.bits import apply_to_array, kept_count, pack, unpack
@@ -51,7 +53,9 @@ def test_masks_round_trip(tmp_path):
 
 def test_scores_round_trip_in_their_order(tmp_path):
     scores = {name: torch.randn(3, 5) for name in ("b.10", "b.9", "a")}
-    facts = ScoresFacts(**BINDING | {"digests": dict.fromkeys(scores, "F32")}, matrices=list(scores), comparable=True)
+    digests = dict.fromkeys(scores, "F32")
+    bound = BINDING | {"digests": digests, "base": fingerprint(digests)}
+    facts = ScoresFacts(**bound, matrices=list(scores), comparable=True)
     scores_file.write_scores(tmp_path / "s.safetensors", scores.items(), dict.fromkeys(scores, (3, 5)), facts)
     file = scores_file.ScoresFile(tmp_path / "s.safetensors")
     assert list(file) == list(scores)  # ties across matrices are broken by this order
@@ -132,3 +136,17 @@ def test_files_from_before_digests_are_refused_in_one_line(tmp_path):
     save_file({}, tmp_path / "old.safetensors", metadata={"uniprune": json.dumps(facts)})
     with pytest.raises(InputError, match=r"old\.safetensors .* from before there were any; make it again"):
         masks_file.MasksFile(tmp_path / "old.safetensors")
+
+
+@pytest.mark.parametrize(("comparable", "scope"), [(True, "model"), (False, "row")])
+def test_a_fraction_of_scores_on_one_scale_is_of_the_whole_model(folder, tmp_path, comparable, scope):
+    """Whichever command reads them."""
+    made, path, small = tmp_path / "made.safetensors", tmp_path / "s.safetensors", {"windows": 2, "length": 16}
+    uniprune.calibrate(str(folder), Recipe(metric="magnitude", controller="none", **small), made)
+    file = scores_file.ScoresFile(made)
+    facts = file.facts.model_copy(update={"comparable": comparable})
+    scores_file.write_scores(path, file.items(), file.shapes, facts)
+    assert uniprune.mask(path, 0.5, tmp_path / "masks.safetensors").pattern == f"0.5 by {scope}"
+    (row,) = uniprune.sweep(str(folder), path, tmp_path / "sweep.json", "0.5", **small).rows
+    table = uniprune.compare(str(folder), tmp_path / "table", methods=(str(path),), sparsities=("0.5",), **small)
+    assert (row.scope, table.rows[1].scope) == (scope, scope)

@@ -7,7 +7,7 @@ from torch.nn import functional
 from baselines import fisher, owl, owl_masks
 from conftest import VOCABULARY, tiny_model
 from uniprune.models.matrices import find_matrices
-from uniprune.sparsity.patterns import Unstructured
+from uniprune.sparsity.patterns.unstructured import Unstructured
 
 
 def tokens(count=5, length=16):

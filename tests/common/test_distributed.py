@@ -30,7 +30,9 @@ from uniprune.job.options import RunOptions
 from uniprune.models.matrices import find_matrices
 from uniprune.saliency.calibration import Calibration
 from uniprune.saliency.metrics import Wanda
-from uniprune.sparsity.patterns import NM, Tiled, Unstructured
+from uniprune.sparsity.patterns.nm import NM
+from uniprune.sparsity.patterns.tiled import Tiled
+from uniprune.sparsity.patterns.unstructured import Unstructured
 from uniprune.storage import runs
 
 CPU = torch.device("cpu")

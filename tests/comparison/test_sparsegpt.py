@@ -10,7 +10,8 @@ from uniprune.models.matrices import find_matrices
 from uniprune.saliency.metrics import Wanda
 from uniprune.saliency.observation import observing
 from uniprune.saliency.statistics import Gram, SquaredNorm
-from uniprune.sparsity.patterns import NM, Unstructured
+from uniprune.sparsity.patterns.nm import NM
+from uniprune.sparsity.patterns.unstructured import Unstructured
 
 
 def tokens(count=5, length=16):

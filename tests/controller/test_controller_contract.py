@@ -23,8 +23,9 @@ from uniprune.models.matrices import find_matrices
 from uniprune.models.residency.streaming import attached, open_streamed
 from uniprune.saliency.calibration import Calibration
 from uniprune.saliency.metrics import Wanda
-from uniprune.sparsity.patterns import NM, Unstructured
-from uniprune.sparsity.views import OnOneScale, View, on_one_scale
+from uniprune.sparsity.patterns.nm import NM
+from uniprune.sparsity.patterns.unstructured import Unstructured
+from uniprune.sparsity.views import Comparable, View, comparable_for
 from uniprune.storage import runs
 
 OTHERS = {
@@ -67,10 +68,10 @@ def test_the_saliency_and_the_record(controller):
         assert (scores.dtype, scores.shape) == (torch.float32, matrices[name].shape)
         assert bool(torch.isfinite(scores).all())
         assert not scores.requires_grad
-    saliency = OnOneScale(found) if controller.comparable else View(found)
+    saliency = Comparable(found) if controller.comparable else View(found)
     size = sum(matrix.size for matrix in matrices.values())
     for pattern in (NM(2, 4), Unstructured(0.5, "row"), Unstructured(0.5, "model")):
-        kept = sum(int(mask.sum()) for _, mask in pattern(on_one_scale(saliency, pattern)))
+        kept = sum(int(mask.sum()) for _, mask in pattern(comparable_for(saliency, pattern)))
         assert kept == size // 2
     assert record.objective
     assert record.unit

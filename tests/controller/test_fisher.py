@@ -10,8 +10,9 @@ from uniprune.controller.fisher import Fisher
 from uniprune.models.matrices import find_matrices
 from uniprune.saliency.calibration import Calibration, one_shot
 from uniprune.saliency.metrics import RIA, Wanda
-from uniprune.sparsity.patterns import NM, Unstructured
-from uniprune.sparsity.views import OnOneScale
+from uniprune.sparsity.patterns.nm import NM
+from uniprune.sparsity.patterns.unstructured import Unstructured
+from uniprune.sparsity.views import Comparable
 
 
 def calibration(windows=6, length=16):
@@ -65,7 +66,7 @@ def test_within_a_row_the_metric_decides_and_across_rows_the_loss(metric, caplog
     for pattern in (NM(2, 4), Unstructured(0.5, "row")):
         masks = dict(pattern(found))
         assert all(torch.equal(mask, masks[name]) for name, mask in pattern(local))
-    masks = dict(Unstructured(0.5, "model")(OnOneScale(found)))
+    masks = dict(Unstructured(0.5, "model")(Comparable(found)))
     kept = torch.stack([mask.float().mean() for mask in masks.values()])
     assert float(kept.std()) > 0.05
 
@@ -81,5 +82,5 @@ def test_where_no_matrix_has_a_gradient_the_metric_decides():
     pattern = Unstructured(0.5, "row")
     expected = dict(pattern(one_shot(given, Wanda())))
     assert all(torch.equal(mask, expected[name]) for name, mask in pattern(found))
-    kept = [float(mask.float().mean()) for mask in dict(Unstructured(0.5, "model")(OnOneScale(found))).values()]
+    kept = [float(mask.float().mean()) for mask in dict(Unstructured(0.5, "model")(Comparable(found))).values()]
     assert 0.2 < min(kept) <= max(kept) < 0.8

@@ -27,7 +27,9 @@ from uniprune.models.replay import Replay
 from uniprune.saliency.calibration import Calibration, one_shot
 from uniprune.saliency.metrics import Wanda
 from uniprune.saliency.statistics import SquaredNorm
-from uniprune.sparsity.patterns import NM, Tiled, Unstructured
+from uniprune.sparsity.patterns.nm import NM
+from uniprune.sparsity.patterns.tiled import Tiled
+from uniprune.sparsity.patterns.unstructured import Unstructured
 from uniprune.storage import runs
 from uniprune.storage.runs import Run
 from uniprune.storage.stash import Stash

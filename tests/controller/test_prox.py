@@ -17,7 +17,8 @@ from uniprune.controller.prox import (
     soft_threshold,
 )
 from uniprune.errors import InputError
-from uniprune.sparsity.patterns import NM, Unstructured
+from uniprune.sparsity.patterns.nm import NM
+from uniprune.sparsity.patterns.unstructured import Unstructured
 from uniprune.sparsity.top import top
 
 

@@ -15,7 +15,8 @@ from uniprune.models.matrices import find_matrices
 from uniprune.saliency.calibration import Calibration, one_shot
 from uniprune.saliency.metrics import Magnitude, StochRIA, Wanda
 from uniprune.saliency.observation import observing
-from uniprune.sparsity.patterns import NM, Unstructured
+from uniprune.sparsity.patterns.nm import NM
+from uniprune.sparsity.patterns.unstructured import Unstructured
 from uniprune.sparsity.views import ScaledToMeanOne
 
 ROW = Unstructured(0.5)

@@ -25,7 +25,8 @@ from uniprune.entrypoints.compare import compare
 from uniprune.errors import UniPruneError
 from uniprune.evaluation import reproduce
 from uniprune.models.matrices import find_matrices
-from uniprune.sparsity.patterns import NM, Unstructured
+from uniprune.sparsity.patterns.nm import NM
+from uniprune.sparsity.patterns.unstructured import Unstructured
 from uniprune.storage import runs
 
 READ = {"text_source": "builtin", "windows": 2, "length": 32}
@@ -320,7 +321,10 @@ def test_scores_and_masks_files_have_rows(folder, ours, tmp_path):
 
 
 def test_files_for_another_model_are_refused(ours, tokenizer, tmp_path):
-    for model, said in ((tiny_model(), "which has other weights in"), (tiny_model(hidden_size=64), "another model, or other")):
+    for model, said in (
+        (tiny_model(), "which has other weights in"),
+        (tiny_model(hidden_size=64), "it was made for another model: this one, with"),
+    ):
         with pytest.raises(MismatchError, match=said):
             compare(Loaded(model, tokenizer), tmp_path / "table", methods=(str(ours[1]),), **SMALL)
     assert not list(tmp_path.iterdir())

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import uniprune
-from own import FirstInputs, Loud, Signs
+from own import FirstInputs, Loud, Lowest, Signs
 from uniprune import NM, Recipe, Unstructured
 from uniprune.artefacts import mask_tools
 from uniprune.artefacts.scores import ScoresFile
@@ -61,6 +61,19 @@ def test_patterns_of_ones_own_go_where_others_go(folder, tmp_path, settings):
     assert report.sparsity == 0.5
     planned = uniprune.plan(str(folder), Recipe(sparsity=FirstInputs(1, 3), unsupported="dense", **settings))
     assert planned.groups[0].unsupported == "32 inputs are not divisible by 3"
+
+
+def test_nothing_is_guessed_of_patterns_of_ones_own(folder, tmp_path):
+    """A field called scope once meant rows to plan, whatever the pattern made of it."""
+    recipe = Recipe(sparsity=Lowest(0.3), metric=Loud(), controller="none", **SMALL)
+    assert not recipe.pattern().by_row
+    report, planned = uniprune.prune(str(folder), recipe, tmp_path / "out"), uniprune.plan(str(folder), recipe)
+    assert report.sparsity == pytest.approx(planned.sparsity, abs=1e-9)
+    assert report.sparsity > 0.299  # 9 of 32 inputs of each row would be 0.28
+    ruled = uniprune.plan(str(folder), Recipe(**dict(recipe) | {"rules": ("q_proj=0.3",)}))
+    assert {group.pattern for group in ruled.groups} == {"the lowest 0.3", "0.3 by matrix"}
+    with pytest.raises(InputError, match=r"the lowest 0\.3 has no budget by row"):
+        Recipe(sparsity=Lowest(0.3), refine=True)
 
 
 def test_scores_in_float64_are_scores(folder, tmp_path):

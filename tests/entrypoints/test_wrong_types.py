@@ -12,7 +12,10 @@ from uniprune import InputError, Loaded, Recipe
 from uniprune.artefacts.mask_tools import CheckedMasks
 from uniprune.controller.mirror_descent import MirrorDescent
 from uniprune.saliency.metrics import StochRIA
-from uniprune.sparsity.patterns import NM, Tiled, Unstructured, removed_count
+from uniprune.sparsity.patterns.budget import removed_count
+from uniprune.sparsity.patterns.nm import NM
+from uniprune.sparsity.patterns.tiled import Tiled
+from uniprune.sparsity.patterns.unstructured import Unstructured
 
 PLAIN = {"metric": "magnitude", "controller": "none", "windows": 2, "length": 16}
 

@@ -18,7 +18,7 @@ from uniprune.models.channels.trial import harmless_alone
 from uniprune.models.matrices import find_matrices
 from uniprune.sparsity import channel_order
 from uniprune.sparsity.channel_order import kept, search
-from uniprune.sparsity.patterns import NM
+from uniprune.sparsity.patterns.nm import NM
 from uniprune.storage.safetensors_index import entries
 
 FAMILIES = {  # family: consumer, how many parameters have the channels, parts

@@ -22,7 +22,7 @@ from uniprune.saliency.metrics import Wanda
 from uniprune.saliency.observation import observing
 from uniprune.saliency.sequential import sequential
 from uniprune.saliency.statistics import SquaredNorm
-from uniprune.sparsity.patterns import NM
+from uniprune.sparsity.patterns.nm import NM
 
 
 @pytest.mark.parametrize("family", MATRICES)

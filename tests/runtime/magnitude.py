@@ -1,7 +1,7 @@
 """Models that are pruned in place, without a run: what is tested here does not depend on how masks were chosen."""
 
 from uniprune.models.matrices import find_matrices
-from uniprune.sparsity.spelling import parse
+from uniprune.sparsity.patterns.spelling import parse
 
 
 def prune(model, spec):

@@ -15,7 +15,8 @@ from uniprune.saliency.metrics import Magnitude, Wanda
 from uniprune.saliency.observation import observing
 from uniprune.saliency.sequential import sequential
 from uniprune.saliency.statistics import SquaredNorm
-from uniprune.sparsity.patterns import NM, Unstructured
+from uniprune.sparsity.patterns.nm import NM
+from uniprune.sparsity.patterns.unstructured import Unstructured
 
 
 def tokens(count=5, length=16, vocabulary=VOCABULARY):
@@ -89,7 +90,7 @@ def test_sequential_scores_each_block_on_pruned_inputs():
     model, reference = tiny_model(), tiny_model()
     before = {name: p.clone() for name, p in model.named_parameters()}
     matrices, windows = find_matrices(model), tokens()
-    found = sequential(Calibration(model, matrices, windows), Wanda(), NM(2, 4))
+    found, _ = sequential(Calibration(model, matrices, windows), Wanda(), NM(2, 4))
     everything = find_matrices(reference)
     for index in range(3):
         here = {name: matrix for name, matrix in everything.items() if matrix.block == index}

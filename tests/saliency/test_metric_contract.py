@@ -26,7 +26,7 @@ from uniprune.saliency.observation import FEW
 from uniprune.saliency.refine import damped, refine
 from uniprune.saliency.sequential import WEIGHT, first_tokens, refined, sequential
 from uniprune.saliency.statistics import Gram, SquaredNorm, Statistic
-from uniprune.sparsity.patterns import NM
+from uniprune.sparsity.patterns.nm import NM
 
 CPU = torch.device("cpu")
 ALL_METRICS = [*(metrics.parse(name, seed=5) for name in METRICS), Loud(), Correlated(), Blind()]
@@ -198,7 +198,7 @@ def test_one_shot(metric):
 def test_block_by_block(create, metric):
     """Against the slow way: prune the first blocks for good, run the whole model, score, and refine if it is to, the next."""
     model, reference = tiny_model(), tiny_model()
-    found = create(Calibration(model, find_matrices(model), tokens()), metric, NM(2, 4))
+    found, _ = create(Calibration(model, find_matrices(model), tokens()), metric, NM(2, 4))
     everything = find_matrices(reference)
     for index in range(3):
         here = {name: matrix for name, matrix in everything.items() if matrix.block == index}

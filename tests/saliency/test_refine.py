@@ -18,8 +18,9 @@ from uniprune.saliency.observation import observing
 from uniprune.saliency.refine import SWEEPS, damped, descend_groups, errors, refine, swap_rows
 from uniprune.saliency.sequential import WEIGHT, first_tokens, refined, sequential
 from uniprune.saliency.statistics import Gram, SquaredNorm
-from uniprune.sparsity.constraints import Rule, Ruled
-from uniprune.sparsity.patterns import NM, Unstructured
+from uniprune.sparsity.patterns.nm import NM
+from uniprune.sparsity.patterns.ruled import Rule, Ruled
+from uniprune.sparsity.patterns.unstructured import Unstructured
 
 PATTERNS = [NM(2, 4), NM(1, 4), NM(3, 4), NM(4, 8), NM(8, 16), Unstructured(0.5), Unstructured(0.7)]
 
@@ -244,7 +245,7 @@ def test_sequential_refines_each_block_on_pruned_inputs(pattern, metric):
     """Against the slow way: prune the first blocks for good, run the whole model, cut and refine the next block."""
     model, reference = tiny_model(), tiny_model()
     before = {name: p.clone() for name, p in model.named_parameters()}
-    found = refined(Calibration(model, find_matrices(model), tokens()), metric, pattern)
+    found, _ = refined(Calibration(model, find_matrices(model), tokens()), metric, pattern)
     everything = find_matrices(reference)
     cut_errors, found_errors = 0.0, 0.0
     for index in range(3):
@@ -318,7 +319,7 @@ def test_matrices_of_a_rule_are_refined_as_it_says():
     rules = Rule("q_proj", "dense"), Rule("k_proj", "4:8"), Rule("v_proj", "0.3")
     pattern = Ruled(NM(2, 4), rules)
     assert Recipe(sparsity="2:4", refine=True, rules=[f"{rule}" for rule in rules]).pattern() == pattern
-    masks, plain = refined(given, Wanda(), pattern), sequential(given, Wanda(), pattern)
+    (masks, _), (plain, _) = refined(given, Wanda(), pattern), sequential(given, Wanda(), pattern)
     first = {name: mask for name, mask in masks.items() if given.matrices[name].block == 0}
     for name, mask in first.items():
         part = pattern.pattern_of(name)

@@ -9,9 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from uniprune.errors import InputError
-from uniprune.sparsity.constraints import DENSE, Mixed, Rule, Ruled
-from uniprune.sparsity.patterns import NM, Tiled, Unstructured, lost
-from uniprune.sparsity.spelling import parse
+from uniprune.sparsity.patterns.mixed import Mixed
+from uniprune.sparsity.patterns.nm import DENSE, NM
+from uniprune.sparsity.patterns.ruled import Rule, Ruled
+from uniprune.sparsity.patterns.spelling import parse
+from uniprune.sparsity.patterns.tiled import Tiled
+from uniprune.sparsity.patterns.unstructured import Unstructured
 
 SHAPES = {
     "layers.0.q_proj": (8, 16),
@@ -93,7 +96,7 @@ def test_the_total_is_exact_whatever_a_fixed_part_can_lose(what, scope):
 @pytest.mark.parametrize("pattern", [NM(2, 4), Unstructured(0.33), Unstructured(0.33, "matrix"), parse("0.3@4x4")], ids=str)
 def test_what_is_lost_is_what_masks_remove(pattern):
     (mask,) = dict(pattern({"a": torch.rand(12, 20)})).values()
-    assert lost(pattern, (12, 20)) == int((~mask).sum())
+    assert pattern.removes(12, 20) == int((~mask).sum())
 
 
 def test_local_patterns_have_exceptions_only():

@@ -4,9 +4,12 @@ import pytest
 import torch
 
 from uniprune.errors import InputError
-from uniprune.sparsity.constraints import DENSE, Mixed, Rule, Ruled, reach
 from uniprune.sparsity.hardware import PROFILES, check_prunes, fitted, parse
-from uniprune.sparsity.patterns import NM, Tiled, Unstructured
+from uniprune.sparsity.patterns.mixed import Mixed
+from uniprune.sparsity.patterns.nm import DENSE, NM
+from uniprune.sparsity.patterns.ruled import Rule, Ruled, reach
+from uniprune.sparsity.patterns.tiled import Tiled
+from uniprune.sparsity.patterns.unstructured import Unstructured
 
 SHAPES = {"layers.0.q": (64, 128), "layers.0.k": (16, 128), "layers.0.down": (64, 96)}
 NVIDIA = "nvidia-semi-structured"

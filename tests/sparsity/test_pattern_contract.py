@@ -9,11 +9,14 @@ import torch
 from own import FirstInputs
 from uniprune import Recipe
 from uniprune.errors import InputError
-from uniprune.sparsity import constraints
-from uniprune.sparsity.constraints import DENSE, Mixed, Rule, Ruled
-from uniprune.sparsity.patterns import NM, Tiled, Unstructured
-from uniprune.sparsity.spelling import PATTERNS, parse
-from uniprune.sparsity.views import OnOneScale, ScaledToMeanOne, View, on_one_scale
+from uniprune.sparsity.patterns.mixed import Mixed
+from uniprune.sparsity.patterns.nm import DENSE, NM
+from uniprune.sparsity.patterns.ruled import Rule, Ruled
+from uniprune.sparsity.patterns.spelling import PATTERNS, parse
+from uniprune.sparsity.patterns.tiled import Tiled
+from uniprune.sparsity.patterns.unstructured import Unstructured
+from uniprune.sparsity.structure import settings
+from uniprune.sparsity.views import Comparable, ScaledToMeanOne, View, comparable_for
 
 ONE_OF_EACH = [
     NM(2, 4),
@@ -77,6 +80,15 @@ def test_masks(pattern, ties):
         assert torch.equal(louder[name], mask)
 
 
+@pytest.mark.parametrize("pattern", [pattern for pattern in ALL_PATTERNS if pattern.local], ids=str)
+def test_they_know_what_a_matrix_loses_and_whether_its_rows_lose_alike(pattern):
+    for name, mask in pattern(saliency()):
+        part = pattern.pattern_of(name)
+        assert part.removes(*SHAPES[name]) == int((~mask).sum())
+        assert part.by_row == (isinstance(part, NM) or (isinstance(part, Unstructured) and part.scope == "row"))
+        assert not part.by_row or len({*mask.sum(1).tolist()}) == 1
+
+
 @pytest.mark.parametrize("pattern", ALL_PATTERNS, ids=str)
 def test_a_sample_gives_nearly_the_same(pattern):
     """All scores are a sample, too: without ties there, no mask differs."""
@@ -117,7 +129,7 @@ def test_a_recipe_takes_it_and_its_record_says_it(pattern):
 @pytest.mark.parametrize("pattern", ONE_OF_EACH, ids=str)
 def test_spellings_come_back(pattern):
     assert parse(*pattern.spelling) == pattern
-    assert constraints.settings(pattern)["sparsity"] == pattern.spelling[0]
+    assert settings(pattern)["sparsity"] == pattern.spelling[0]
 
 
 @pytest.mark.parametrize(
@@ -145,8 +157,8 @@ def test_rules_go_with_patterns_of_ones_own():
 
 
 def test_scores_are_put_on_one_scale_only_where_they_are_compared():
-    local, corrected = View(saliency()), OnOneScale(saliency())
+    local, corrected = View(saliency()), Comparable(saliency())
     shared, by_row = Unstructured(0.5, "model"), Unstructured(0.5, "row")
-    assert isinstance(on_one_scale(local, shared), ScaledToMeanOne)
-    assert on_one_scale(local, by_row) is local
-    assert on_one_scale(corrected, shared) is corrected
+    assert isinstance(comparable_for(local, shared), ScaledToMeanOne)
+    assert comparable_for(local, by_row) is local
+    assert comparable_for(corrected, shared) is corrected

@@ -4,8 +4,12 @@ from dataclasses import dataclass
 
 import pytest
 
-from uniprune.sparsity.constraints import DENSE, Mixed, Rule, Ruled
-from uniprune.sparsity.patterns import NM, BasePattern, Tiled, Unstructured
+from uniprune.sparsity.patterns.mixed import Mixed
+from uniprune.sparsity.patterns.nm import DENSE, NM
+from uniprune.sparsity.patterns.protocol import BasePattern
+from uniprune.sparsity.patterns.ruled import Rule, Ruled
+from uniprune.sparsity.patterns.tiled import Tiled
+from uniprune.sparsity.patterns.unstructured import Unstructured
 from uniprune.sparsity.structure import Structure, claimed, structure
 
 LEVEL = Unstructured(0.5, "model")

@@ -8,10 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from uniprune.errors import InputError
-from uniprune.sparsity.patterns import NM, Unstructured, sizes_of
-from uniprune.sparsity.spelling import parse
+from uniprune.sparsity.patterns.budget import sizes_of
+from uniprune.sparsity.patterns.nm import NM
+from uniprune.sparsity.patterns.spelling import parse
+from uniprune.sparsity.patterns.unstructured import Unstructured
 from uniprune.sparsity.top import top
-from uniprune.sparsity.views import OnOneScale, ScaledToMeanOne, Scores, View
+from uniprune.sparsity.views import Comparable, ScaledToMeanOne, Scores, View
 
 
 def cut(pattern, **scores):
@@ -130,7 +132,7 @@ def test_sizes_that_a_saliency_knows_cost_no_look():
         sizes_of(Known())
         == sizes_of(View(Known()))
         == sizes_of(ScaledToMeanOne(Known()))
-        == sizes_of(OnOneScale(Known()))
+        == sizes_of(Comparable(Known()))
         == sizes
     )
     assert sizes_of({name: torch.ones(2, size // 2) for name, size in sizes.items()}) == sizes

@@ -9,7 +9,7 @@ from uniprune import to_semi_structured
 from uniprune.errors import InputError
 from uniprune.models.masking import apply
 from uniprune.models.matrices import find_matrices
-from uniprune.sparsity.patterns import NM
+from uniprune.sparsity.patterns.nm import NM
 from uniprune.speed.kernels import SEMI_STRUCTURED, SemiStructured
 from uniprune.speed.semi_structured import is_two_of_four
 

@@ -36,7 +36,7 @@ INDEX = 1 << 25  # bytes; the largest index, enough for a terabyte
 
 
 @dataclass
-class Packed:
+class ArchiveMember:
     """One file on its way into an archive, or out of it."""
 
     name: str
@@ -117,7 +117,7 @@ def unpack(path: str | Path, output: str | Path, *, overwrite: bool = False, pro
     return _facts(files, path.stat().st_size)
 
 
-def _facts(files: list[Packed], size: int) -> dict[str, Any]:
+def _facts(files: list[ArchiveMember], size: int) -> dict[str, Any]:
     total = sum(file.size for file in files)
     return {"files": len(files), "bytes": total, "archive_bytes": size, "ratio": size / max(total, 1)}
 
@@ -137,9 +137,9 @@ def _check_archive(folder: Path, output: Path, overwrite: bool) -> None:
         raise InputError(f"output {output} lies in the folder to be packed; give another place")
 
 
-def _survey(folder: Path) -> list[Packed]:
+def _survey(folder: Path) -> list[ArchiveMember]:
     """Every file of the folder, cut into chunks; the masks last, because they are compared with the weights."""
-    files: list[Packed] = []
+    files: list[ArchiveMember] = []
     weights: dict[str, tuple[int, safetensors_index.Entry]] = {}
     for path in sorted(folder.rglob("*"), key=lambda path: (path == folder / writer.MASKS, path)):
         if path.is_dir() and not path.is_symlink():
@@ -152,7 +152,7 @@ def _survey(folder: Path) -> list[Packed]:
         size = path.stat().st_size
         chunks = list(_chunks(tensors, size, weights if name == writer.MASKS else {}))
         weights |= {key: (len(files), entry) for key, entry in tensors.items()}
-        files.append(Packed(name, size, chunks))
+        files.append(ArchiveMember(name, size, chunks))
     return files
 
 
@@ -199,7 +199,7 @@ def _cut(size: int, step: int) -> Iterable[tuple[int, int]]:
     return ((start, min(step, size - start)) for start in range(0, size, step))
 
 
-def _contents(folder: Path, files: list[Packed]) -> Iterator[tuple[Packed, Chunk, bytes]]:
+def _contents(folder: Path, files: list[ArchiveMember]) -> Iterator[tuple[ArchiveMember, Chunk, bytes]]:
     for file in files:
         with (folder / file.name).open("rb") as source:
             for chunk in file.chunks:
@@ -209,12 +209,12 @@ def _contents(folder: Path, files: list[Packed]) -> Iterator[tuple[Packed, Chunk
                 yield file, chunk, raw
 
 
-def _words(folder: Path, files: list[Packed], words: tuple[int, ...]) -> Array:
+def _words(folder: Path, files: list[ArchiveMember], words: tuple[int, ...]) -> Array:
     number, offset, count, width = words
     return np.fromfile(folder / files[number].name, f"<u{width}", count, offset=offset)
 
 
-def _index(files: list[Packed]) -> bytes:
+def _index(files: list[ArchiveMember]) -> bytes:
     records = []
     for file in files:
         chunks = [[chunk.layout, chunk.word, chunk.size, chunk.pieces, *chunk.words] for chunk in file.chunks]
@@ -229,7 +229,7 @@ def _damaged(path: Path, reason: str) -> InputError:
     return InputError(f"archive {path} is damaged: {reason[:200]}; fetch it again")
 
 
-def _read_index(archive: BinaryIO, path: Path) -> list[Packed]:
+def _read_index(archive: BinaryIO, path: Path) -> list[ArchiveMember]:
     """The index, if everything in it is possible; InputError before memory for what it describes is taken."""
     head = archive.read(HEADER.size)
     if len(head) < HEADER.size or not head.startswith(MAGIC):
@@ -243,14 +243,14 @@ def _read_index(archive: BinaryIO, path: Path) -> list[Packed]:
     text = archive.read(size)
     if hashlib.sha256(text).digest() != sha256:
         raise _damaged(path, "its index is not what was written")
-    files: list[Packed] = []
+    files: list[ArchiveMember] = []
     try:
         for record in strict_json.parse(text)["files"]:
             _check_name(record["path"], path)
             chunks = [_parse_chunk(files, *chunk) for chunk in record["chunks"]]
             if sum(chunk.size for chunk in chunks) != _natural(record["size"]):
                 raise ValueError("the chunks of a file do not make up its size")
-            files.append(Packed(record["path"], record["size"], chunks, record["sha256"]))
+            files.append(ArchiveMember(record["path"], record["size"], chunks, record["sha256"]))
         if HEADER.size + sum(sum(chunk.pieces) for file in files for chunk in file.chunks) != offset:
             raise ValueError("its pieces do not fill it")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -258,7 +258,7 @@ def _read_index(archive: BinaryIO, path: Path) -> list[Packed]:
     return files
 
 
-def _parse_chunk(before: list[Packed], layout: str, word: str, size: int, pieces: list[int], *words: int) -> Chunk:
+def _parse_chunk(before: list[ArchiveMember], layout: str, word: str, size: int, pieces: list[int], *words: int) -> Chunk:
     """One chunk of the index, with ``before`` the files before its own; ValueError, KeyError, TypeError if it cannot be."""
     width = WORDS[word][0]
     number, unit = {"bits": (1, 1), "dense": (width, width), "sparse": (1 + width, width), "scaled": (2, 2 * GROUP)}[layout]

@@ -30,8 +30,8 @@ from uniprune.common.formatting import spell_size
 from uniprune.errors import InputError
 from uniprune.models.loading import Loaded
 from uniprune.models.matrices import Matrices, Matrix
-from uniprune.sparsity.constraints import reach
-from uniprune.sparsity.patterns import Pattern, Saliency, Shape
+from uniprune.sparsity.patterns.protocol import Pattern, Saliency, Shape
+from uniprune.sparsity.patterns.ruled import reach
 from uniprune.sparsity.views import ScaledToMeanOne
 from uniprune.storage import dtypes
 

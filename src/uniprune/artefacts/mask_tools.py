@@ -24,11 +24,13 @@ from uniprune.checkpoints.protocol import Checkpoint
 from uniprune.errors import InputError, MismatchError
 from uniprune.models import loading
 from uniprune.models.matrices import find_matrices
-from uniprune.sparsity import bits, constraints
-from uniprune.sparsity.patterns import NM, MaskFn
+from uniprune.sparsity import bits
+from uniprune.sparsity.patterns.nm import NM
+from uniprune.sparsity.patterns.protocol import MaskFn
+from uniprune.sparsity.patterns.ruled import Ruled
+from uniprune.sparsity.structure import spelled
 from uniprune.sparsity.views import View
 from uniprune.storage import safetensors_index
-from uniprune.storage.dtypes import BY_DTYPE
 from uniprune.storage.files import check_output_file, path_of
 
 KERNELS = (NM(2, 4), NM(4, 8))  # patterns that there are kernels for; they take groups with fewer, too
@@ -130,8 +132,8 @@ def _check_pattern(file: CheckedMasks) -> MaskFn | None:
     A mask has a pattern if, and only if, the pattern creates that very mask from it.
     """
     try:
-        pattern = constraints.spelled(file.facts.pattern)
-        if isinstance(pattern, constraints.Ruled):
+        pattern = spelled(file.facts.pattern)
+        if isinstance(pattern, Ruled):
             pattern.check(file.shapes)
         return None if pattern is None else pattern.prepare(View(file, lambda _, mask: mask.float()))
     except InputError as error:
@@ -172,17 +174,12 @@ def find_weights(source: ModelPath | Origin, shapes: Mapping[str, tuple[int, ...
 
 
 def check_orientation(origin: Origin, file: CheckedMasks) -> None:
-    """Raises MismatchError if a model stores a square matrix the other way round than the one that masks were made for.
-
-    Its shape does not tell: gpt-oss has experts of as many inputs as outputs, as [in, out] in bfloat16, [out, in] in MXFP4.
-    """
-    square = [name for name in file if len({*file.shapes[name]}) == 1]
-    matrices = find_matrices(loading.skeleton(origin)) if square else {}
-    for name in square:
-        if name in matrices and matrices[name].stored_transposed != (name in file.transposed):
-            raise MismatchError(
-                f"{origin} stores {name} the other way round, inputs for outputs, than {file.path} was made for"
-            )
+    """Raises MismatchError if a model stores a square matrix the other way round than the one that masks were made for."""
+    square = {name: shape for name, shape in file.shapes.items() if len({*shape}) == 1}
+    if square:
+        matrices = find_matrices(loading.skeleton(origin))
+        known = {name: shape for name, shape in square.items() if name in matrices}
+        file.facts.check_matrices(known, matrices, file.path, origin)
 
 
 def diff(a: str | Path, b: str | Path, *, force: bool = False) -> Record:
@@ -300,16 +297,6 @@ def _totals(parts: Sequence[Mapping[str, Any]]) -> Record:
     return sums | {"sparsity": 1 - sums["kept"] / sums["weights"], "at_most": fits}
 
 
-def check_type(file: CheckedMasks, origin: Origin, name: str, digest: str) -> None:
-    """Raises MismatchError if a model's weights differ from those of the masks by the type that a GGUF file was read in."""
-    words = {BY_DTYPE[dtype].name: word for word, dtype in loading.DTYPES.items()}
-    made, read = (words.get(text.partition(" ")[0]) for text in (file.facts.digests[name], digest))
-    if origin.files is None and made != read and made:
-        raise MismatchError(
-            f"{file.path} was made with weights in {made}, and {origin} was read in {read}; give --dtype {made}"
-        )
-
-
 class Dense:
     """The dense model that masks belong to: its matrices by structure, its weights as they are stored."""
 
@@ -338,14 +325,8 @@ class Dense:
 
     def of(self, file: CheckedMasks) -> Dense:
         """This model, if the masks were made for it; else raises MismatchError."""
-        for name, shape in file.shapes.items():
-            matrix = self.matrices.get(name)
-            if matrix is None or (matrix.shape, matrix.stored_transposed) != (shape, name in file.transposed):
-                raise MismatchError(f"{file.path} was made for another model: {self.origin} has no such matrix {name}")
-        for name, digest in self.checkpoint.digests(file).items():
-            if digest != file.facts.digests[name]:
-                check_type(file, self.origin, name, digest)
-                raise MismatchError(f"{file.path} was made for another model: {self.origin} has other weights in {name}")
+        file.facts.check_matrices(file.shapes, self.matrices, file.path, self.origin)
+        file.facts.check_digests(self.checkpoint.digests(file), file.path, self.origin)
         return self
 
     def write(self, output: Path, names: Sequence[str], masks: Iterable[tuple[str, Tensor]], pattern: str) -> Record:

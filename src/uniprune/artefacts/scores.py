@@ -11,10 +11,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from uniprune.artefacts.binding import Binding
+from uniprune.artefacts.binding import Binding, fingerprint
 from uniprune.data.text import TextFacts
 from uniprune.saliency.record import ControllerRecord, Starved
-from uniprune.sparsity.patterns import Pattern
+from uniprune.sparsity.patterns.protocol import Pattern
 from uniprune.sparsity.views import Scores
 from uniprune.storage import safetensors_index
 from uniprune.storage.tensor_file import Metadata, open_tensors, stream_tensors
@@ -90,6 +90,8 @@ def _check(facts: ScoresFacts, entries: Mapping[str, safetensors_index.Entry]) -
     """Raises ValueError unless the facts are of the file's tensors, and these are scores."""
     if not facts.matrices or sorted(facts.matrices) != sorted(entries) or facts.digests.keys() != entries.keys():
         raise ValueError("its scores, matrices and digests are not of the same names")
+    if facts.base != fingerprint(facts.digests):
+        raise ValueError("its base is not the fingerprint that its digests make")
     for name, entry in entries.items():
         if entry.dtype != "F32" or len(entry.shape) != 2 or 0 in entry.shape:
             raise ValueError(f"{name} is {entry.dtype} {list(entry.shape)}, which are no scores")

@@ -23,7 +23,7 @@ from uniprune.saliency.metrics import Metric
 from uniprune.saliency.observation import starved
 from uniprune.saliency.record import reported, warn_of_starved
 from uniprune.saliency.statistics import Kind, Statistics
-from uniprune.sparsity.patterns import Pattern
+from uniprune.sparsity.patterns.protocol import Pattern
 from uniprune.sparsity.views import Scores
 from uniprune.storage.runs import Run
 

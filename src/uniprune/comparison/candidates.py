@@ -23,8 +23,8 @@ from uniprune.job.settings import Settings, Sparsity
 from uniprune.models.loading import Loaded
 from uniprune.models.matrices import Matrices
 from uniprune.saliency.metrics import METRICS
-from uniprune.sparsity import spelling
-from uniprune.sparsity.patterns import NM
+from uniprune.sparsity.patterns import spelling
+from uniprune.sparsity.patterns.nm import NM
 from uniprune.storage import strict_json
 from uniprune.storage.files import path_of
 from uniprune.storage.tensor_file import KEY
@@ -66,8 +66,7 @@ def _of_file(name: str) -> FromFile:
         raise InputError(f"method {name} is not a complete safetensors file of uniprune ({error})") from None
     if facts.get("kind") == MasksFacts.kind_name():
         return FromFile(name, {"controller": "none"}, CheckedMasks(path))
-    scores = ScoresFile(path)
-    return FromFile(name, {"controller": "feedback" if scores.comparable else "none"}, scores)
+    return FromFile(name, {"controller": "none"}, ScoresFile(path))
 
 
 def asked(request: ComparisonRequest) -> list[Candidate]:
@@ -83,6 +82,8 @@ def asked(request: ComparisonRequest) -> list[Candidate]:
                 settings = without if method.has_masks else shared | {"sparsity": sparsity}
                 if not method.has_masks and isinstance(spelling.parse(sparsity), NM):
                     settings.pop("scope", None)  # it is of fractions
+                elif method.default_scope and not settings.get("allow"):  # of choices there is one budget in any case
+                    settings["scope"] = settings.get("scope") or method.default_scope
                 found.append(Candidate(method, sparsity, Recipe(**settings | dict(method.settings))))
     if not found:
         raise InputError("nothing to compare; give --methods and --sparsity, such as wanda,feedback and 0.5,2:4")

@@ -8,13 +8,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from uniprune.artefacts.binding import Binding
 from uniprune.artefacts.mask_tools import CheckedMasks
 from uniprune.artefacts.scores import ScoresFile
 from uniprune.common.provenance import Stopwatch, sha256
 from uniprune.comparison import sparsegpt
 from uniprune.comparison.calibrations import CalibrationCache, Scored
-from uniprune.errors import InputError, MismatchError
+from uniprune.errors import InputError
+from uniprune.job.prepare import Job
 from uniprune.job.recipe import Recipe
 from uniprune.job.samples import TEXT_ALONE, check_takes_images
 from uniprune.job.settings import Sparsity
@@ -22,9 +22,11 @@ from uniprune.models import masking
 from uniprune.models.matrices import Matrices
 from uniprune.saliency.record import reported
 from uniprune.saliency.sequential import refined, sequential
-from uniprune.sparsity.patterns import Masks, Pattern
+from uniprune.sparsity.choices import Scope
+from uniprune.sparsity.patterns.protocol import Masks, Pattern
+from uniprune.sparsity.patterns.spelling import default_scope
 from uniprune.sparsity.structure import Structure, claimed, structure
-from uniprune.sparsity.views import on_one_scale
+from uniprune.sparsity.views import comparable_for
 from uniprune.storage.files import path_of
 
 
@@ -80,6 +82,11 @@ class Method:
         """Whether its masks are there already."""
         return False
 
+    @property
+    def default_scope(self) -> Scope | None:
+        """The budget group of a fraction that none is said for; None: as its recipe has it."""
+        return None
+
     def sparsities(self, asked: tuple[str, ...]) -> tuple[str, ...]:
         """Those at which it has a row."""
         return asked
@@ -91,7 +98,7 @@ class Method:
     def check(self, pattern: Pattern | None, matrices: Matrices) -> None:
         """Raises InputError for a pattern that it cannot create, or a file for other matrices."""
 
-    def check_binding(self, binding: Binding) -> None:
+    def check_weights(self, job: Job) -> None:
         """Raises MismatchError for a file that was made for other weights."""
 
     def forget(self, cache: CalibrationCache, candidate: Candidate) -> None:
@@ -152,10 +159,10 @@ class ByBlock(Method):
         assert candidate.pattern is not None
         by_block, watch = refined if candidate.recipe.refine else sequential, Stopwatch()
         with watch("calibrate"):
-            found = by_block(
+            masks, starved = by_block(
                 cache.calibration(self.calibration(candidate)), candidate.recipe.parsed_metric(), candidate.pattern
             )
-        return CreatedMasks(dict(found), watch.seconds, reported(found.record))
+        return CreatedMasks(dict(masks), watch.seconds, reported(starved))
 
 
 @dataclass(frozen=True)
@@ -200,6 +207,10 @@ class FromFile(Method):
     def has_masks(self) -> bool:
         return isinstance(self.file, CheckedMasks)
 
+    @property
+    def default_scope(self) -> Scope | None:
+        return default_scope(self.file.comparable) if isinstance(self.file, ScoresFile) else None
+
     def sparsities(self, asked: tuple[str, ...]) -> tuple[str, ...]:
         return (self.file.facts.pattern,) if isinstance(self.file, CheckedMasks) else asked
 
@@ -207,19 +218,13 @@ class FromFile(Method):
         return {"file_sha256": sha256(path_of(self.name))}
 
     def check(self, pattern: Pattern | None, matrices: Matrices) -> None:
-        for name, shape in self.file.shapes.items():
-            if name not in matrices or matrices[name].shape != shape:
-                raise MismatchError(f"it was made for another model, or other layers, which have {name} of shape {shape}")
+        self.file.facts.check_matrices(self.file.shapes, matrices, "it", "this one, with the layers that are chosen,")
         if isinstance(self.file, ScoresFile) and pattern is not None:
             self.file.warn_unless_for([pattern])
 
-    def check_binding(self, binding: Binding) -> None:
-        for name, digest in self.file.facts.digests.items():
-            if binding.digests[name] != digest:
-                made_for, here = self.file.facts.made_for, binding.base_name
-                raise MismatchError(
-                    f"method {self.name} was made for another model ({made_for}) than {here}, which has other weights in {name}"
-                )
+    def check_weights(self, job: Job) -> None:
+        found = {name: job.binding.digests[name] for name in self.file.shapes}
+        self.file.facts.check_digests(found, f"method {self.name}", job.loaded)
 
     def create(self, cache: CalibrationCache, candidate: Candidate) -> CreatedMasks:
         if isinstance(self.file, CheckedMasks):
@@ -231,6 +236,6 @@ def _created(found: Scored, candidate: Candidate) -> CreatedMasks:
     pattern, watch = candidate.pattern, Stopwatch()
     assert pattern is not None
     with watch("mask"):
-        masks = dict(pattern(on_one_scale(found.saliency, pattern)))
+        masks = dict(pattern(comparable_for(found.saliency, pattern)))
     calibration = {} if found.seconds is None else {"calibrate": found.seconds}
     return CreatedMasks(masks, calibration | watch.seconds, found.record)

@@ -13,7 +13,7 @@ from pydantic import BeforeValidator, Field, ValidationError
 from uniprune.common.options import Commas, Flag, Name, Number, Options, Positional, Several, fault
 from uniprune.errors import InputError
 from uniprune.evaluation.request import NEW_TOKENS, EvaluationRequest
-from uniprune.job.settings import Calibration, Layers
+from uniprune.job.settings import CalibrationSettings, Layers
 from uniprune.sparsity.choices import Scope, Unsupported
 from uniprune.storage import recipe_file
 from uniprune.tasks.catalogue import SUITES
@@ -69,7 +69,7 @@ class Table(Options):
     )
 
 
-class Calibrated(Options):
+class CalibrationRequest(Options):
     """What methods that calibrate have in common."""
 
     heading: ClassVar[str] = "Methods"
@@ -127,7 +127,7 @@ class Evaluated(Options):
     )
 
 
-class ComparisonRequest(Layers, Evaluated, Calibration, Calibrated, Table):
+class ComparisonRequest(Layers, Evaluated, CalibrationSettings, CalibrationRequest, Table):
     """All that ``compare`` is asked: ``SUBJECT``, and the protocol that all rows share."""
 
     @classmethod

@@ -16,7 +16,10 @@ from uniprune.models.matrices import Matrices, find_blocks
 from uniprune.models.replay import Blocks, Replay
 from uniprune.saliency.observation import observing
 from uniprune.saliency.statistics import Gram
-from uniprune.sparsity.patterns import NM, Pattern, Unstructured, check_fit
+from uniprune.sparsity.patterns.checks import check_fit
+from uniprune.sparsity.patterns.nm import NM
+from uniprune.sparsity.patterns.protocol import Pattern
+from uniprune.sparsity.patterns.unstructured import Unstructured
 from uniprune.sparsity.top import top
 
 Choose = Callable[[int, Tensor], Tensor]  # (first column, OBS scores ``[out, width]`` from there on) -> mask

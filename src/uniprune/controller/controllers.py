@@ -11,7 +11,9 @@ from uniprune.controller.mirror_descent import MirrorDescent
 from uniprune.controller.protocol import Controller
 from uniprune.controller.unipruning import UniPruning
 from uniprune.errors import InputError
-from uniprune.sparsity.patterns import NM, Pattern, Unstructured
+from uniprune.sparsity.patterns.nm import NM
+from uniprune.sparsity.patterns.protocol import Pattern
+from uniprune.sparsity.patterns.unstructured import Unstructured
 
 CONTROLLERS: dict[str, type[Controller]] = {
     "feedback": MirrorDescent,

@@ -20,7 +20,7 @@ from uniprune.saliency.calibration import Calibration, LocalSaliency
 from uniprune.saliency.metrics import Metric
 from uniprune.saliency.observation import starved
 from uniprune.saliency.statistics import Statistics
-from uniprune.sparsity.patterns import Pattern, by_row
+from uniprune.sparsity.patterns.protocol import Pattern
 from uniprune.storage import runs
 
 logger = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ class Fisher:
         seed: int = 0,
     ) -> tuple[Mapping[str, Tensor], ControllerRecord]:
         """The scores, computed when they are asked for, and the record. steps: the most batches to use."""
-        if targets and all(by_row(target.pattern_of(name)) for target in targets for name in calibration.matrices):
+        if targets and all(target.pattern_of(name).by_row for target in targets for name in calibration.matrices):
             logger.warning(
                 "--controller fisher changes nothing at %s, which is decided within rows: none is faster", targets[0]
             )

@@ -40,7 +40,7 @@ from uniprune.controller.start import step_windows
 from uniprune.errors import InputError
 from uniprune.saliency.calibration import Calibration
 from uniprune.saliency.metrics import Metric
-from uniprune.sparsity.patterns import Pattern
+from uniprune.sparsity.patterns.protocol import Pattern
 from uniprune.storage.runs import OLDER
 from uniprune.storage.stash import moved
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from uniprune.saliency.calibration import Calibration
     from uniprune.saliency.metrics import Metric
-    from uniprune.sparsity.patterns import Pattern
+    from uniprune.sparsity.patterns.protocol import Pattern
 
 
 @dataclass(frozen=True)

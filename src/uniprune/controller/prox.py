@@ -14,7 +14,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from uniprune.errors import InputError
-from uniprune.sparsity.patterns import NM, Pattern, Saliency, Unstructured
+from uniprune.sparsity.patterns.nm import NM
+from uniprune.sparsity.patterns.protocol import Pattern, Saliency
+from uniprune.sparsity.patterns.unstructured import Unstructured
 from uniprune.sparsity.top import top
 
 TOLERANCE = 3e-6  # of a budget; what float32 sums can hold
@@ -43,7 +45,7 @@ def relaxed_top(scores: Tensor, keep: int, temperature: float) -> Tensor:
 
     ``argmax_m <scores, m> + temperature * H(m)`` over ``0 <= m <= 1`` with row sums ``keep``, H the sum of binary entropies.
     The solution is ``sigmoid((scores - tau) / temperature)``, with tau per row so that the budget is met, to 1e-5 of it. Equal
-    scores get equal values. temperature: in units of the scores, > 0; towards 0 the mask becomes that of ``patterns.top``.
+    scores get equal values. temperature: in units of the scores, > 0; towards 0 the mask becomes that of ``sparsity.top``.
     """
     _check_temperature(temperature)
     return _relax(scores.float(), top(scores, keep), keep, temperature)

@@ -51,7 +51,9 @@ from uniprune.models.matrices import Matrices, Matrix
 from uniprune.saliency.calibration import Calibration, one_shot
 from uniprune.saliency.metrics import Metric
 from uniprune.saliency.observation import observing
-from uniprune.sparsity.patterns import NM, Pattern, check_fit
+from uniprune.sparsity.patterns.checks import check_fit
+from uniprune.sparsity.patterns.nm import NM
+from uniprune.sparsity.patterns.protocol import Pattern
 
 logger = logging.getLogger(__name__)
 

@@ -8,16 +8,15 @@ from pathlib import Path
 import torch
 
 from uniprune.artefacts import writer
-from uniprune.artefacts.binding import fingerprint
-from uniprune.artefacts.mask_tools import CheckedMasks, check_orientation, check_type
-from uniprune.artefacts.masks import MasksFile
+from uniprune.artefacts.binding import check_shapes, fingerprint
+from uniprune.artefacts.mask_tools import CheckedMasks, check_orientation
 from uniprune.artefacts.reports import ModelFacts, Pruning, realised
 from uniprune.checkpoints.origin import Origin, resolve
 from uniprune.checkpoints.tokenizer import load_tokenizer
 from uniprune.common.provenance import Stopwatch, sha256, versions
-from uniprune.errors import InputError, MismatchError
+from uniprune.errors import InputError
 from uniprune.models.loading import Loaded, find_names, load_weights, parse_dtype
-from uniprune.models.matrices import Matrices, find_matrices
+from uniprune.models.matrices import find_matrices
 from uniprune.reporting import model_card
 from uniprune.sparsity.structure import claimed
 from uniprune.speed.outlook import with_speed
@@ -48,14 +47,14 @@ def apply(
     file = CheckedMasks(masks)
     with watch("prepare"):
         loaded: Loaded | Origin = origin
-        matrices: Matrices | None = None
-        if not origin.files:
+        if origin.files:
+            _check_shapes(origin, file)
+            if force:  # else the weights themselves must be the same
+                check_orientation(origin, file)
+        else:
             weights = load_weights(origin, asked, torch.device("cpu"))
             loaded = Loaded(weights, load_tokenizer(origin), origin)
-            matrices = find_matrices(weights)
-        _check_names(origin, file, matrices, masks)
-        if force:  # else the weights themselves must be the same
-            check_orientation(origin, file)
+            file.facts.check_matrices(file.shapes, find_matrices(weights), masks, origin)
         size = sum(parameter.nbytes for parameter in loaded.model.parameters()) if isinstance(loaded, Loaded) else 0
         needed = writer.checkpoint_bytes(origin, size) + masks.stat().st_size
         files.check_disk_space(output, needed, runs.held(output))
@@ -63,12 +62,8 @@ def apply(
 
     def check(name: str, digest: str) -> None:
         found[name] = digest
-        if digest != file.facts.digests[name] and not force:
-            check_type(file, origin, name, digest)
-            raise MismatchError(
-                f"{masks} was made for another model ({file.facts.made_for}) than {origin}, which has other weights in {name}; "
-                "give that model, or --force"
-            )
+        if not force:
+            file.facts.check_digests({name: digest}, masks, origin, "give that model, or --force")
 
     with (
         runs.open_run(output, {"command": "apply"}, overwrite=overwrite) as run,
@@ -97,8 +92,9 @@ def apply(
     return report
 
 
-def _check_names(origin: Origin, file: MasksFile, matrices: Matrices | None, path: Path) -> None:
-    """Masks for a model of another architecture name matrices that this one does not have."""
-    missing = find_names(origin, file) if matrices is None else [name for name in file if name not in matrices]
-    if missing:
-        raise MismatchError(f"{path} was made for another model: {origin} has no matrix {missing[0]}")
+def _check_shapes(origin: Origin, file: CheckedMasks) -> None:
+    """Raises MismatchError unless the files have tensors of the masks' names and shapes: for that no model is made."""
+    assert origin.files is not None
+    missing = find_names(origin, file)
+    there = {name: origin.files.region(name).shape for name in file if name not in missing}
+    check_shapes({name: file.stored(name) for name in file}, there, file.path, origin)

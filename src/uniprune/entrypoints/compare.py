@@ -35,7 +35,7 @@ from uniprune.models.loading import Loaded, Source, skeleton
 from uniprune.models.matrices import choose_matrices
 from uniprune.reporting.comparison import latex, markdown
 from uniprune.sparsity import bits
-from uniprune.sparsity.spelling import canonical
+from uniprune.sparsity.patterns.spelling import canonical
 from uniprune.storage import files, runs
 from uniprune.tasks.loading import load_task
 
@@ -162,7 +162,7 @@ def _job(source: Source, candidates: Sequence[Candidate], device: str | None, pr
     for candidate in candidates:
         if job.windows.pictures is not None:
             candidate.method.check_images(candidate.recipe)
-        candidate.method.check_binding(job.binding)
+        candidate.method.check_weights(job)
     return job
 
 

@@ -13,9 +13,9 @@ from uniprune.job.recipe import Recipe
 from uniprune.models.loading import dtype_name
 from uniprune.sparsity.choices import Scope
 from uniprune.sparsity.hardware import check_prunes, fitted
-from uniprune.sparsity.patterns import Pattern
+from uniprune.sparsity.patterns.protocol import Pattern
 from uniprune.sparsity.structure import structure
-from uniprune.sparsity.views import on_one_scale
+from uniprune.sparsity.views import comparable_for
 from uniprune.storage import files
 from uniprune.storage.dtypes import PLAIN
 
@@ -43,17 +43,17 @@ def mask(
     if sparsity is None:
         raise InputError("no sparsity given; use --sparsity 0.5 or --sparsity 2:4")
     saliency = ScoresFile(scores)
-    controller = "feedback" if saliency.comparable else "none"  # of the same default scope
-    recipe = Recipe(sparsity=sparsity, scope=scope, controller=controller, **budget)
+    recipe = Recipe(sparsity=sparsity, scope=scope, **budget)
+    asked = recipe.pattern(saliency.comparable)
 
     def dtype(name: str) -> str:
         stored = saliency.facts.digests[name].split()[0]
         return dtype_name(PLAIN.get(stored, stored))
 
-    pattern, unsupported = fitted(recipe.pattern(), saliency.shapes, dtype, recipe.hardware, recipe.unsupported)
+    pattern, unsupported = fitted(asked, saliency.shapes, dtype, recipe.hardware, recipe.unsupported)
     check_prunes(pattern, unsupported, saliency.shapes)
-    saliency.warn_unless_for([recipe.pattern()])
-    masks = pattern(on_one_scale(saliency, pattern))
+    saliency.warn_unless_for([asked])
+    masks = pattern(comparable_for(saliency, pattern))
     removed = write_masks(output, masks, saliency.shapes, saliency.facts, str(pattern))
     return Masked(
         pattern=str(pattern), structure=structure(pattern), unsupported=unsupported, **realised(removed, saliency.shapes)

@@ -39,7 +39,7 @@ from uniprune.models.replay import Replay
 from uniprune.reporting import model_card
 from uniprune.saliency.calibration import one_shot
 from uniprune.sparsity.channel_order import kept, search_within
-from uniprune.sparsity.patterns import NM
+from uniprune.sparsity.patterns.nm import NM
 from uniprune.sparsity.structure import structure
 from uniprune.sparsity.views import Scores
 from uniprune.storage import files

@@ -32,7 +32,7 @@ from uniprune.saliency.record import reported
 from uniprune.saliency.sequential import refined, sequential
 from uniprune.sparsity import bits
 from uniprune.sparsity.structure import structure
-from uniprune.sparsity.views import on_one_scale
+from uniprune.sparsity.views import comparable_for
 from uniprune.speed.outlook import with_speed
 from uniprune.storage import files, runs
 
@@ -152,10 +152,10 @@ def _create_masks(job: Job, recipe: Recipe, calibration: Calibration, watch: Sto
     with watch("calibrate"):
         if recipe.sequential:
             by_block = refined if recipe.refine else sequential
-            found = by_block(calibration, recipe.parsed_metric(), pattern)
-            return _Masks(found.items(), aim, reported(found.record))
+            masks, starved = by_block(calibration, recipe.parsed_metric(), pattern)
+            return _Masks(masks.items(), aim, reported(starved))
         saliency, record = scored(calibration, recipe, [pattern])
-        scaled = on_one_scale(saliency, pattern)
+        scaled = comparable_for(saliency, pattern)
         aim = aim.with_scores(scaled)
         assert aim.pattern is not None
         return _Masks(aim.pattern(scaled), aim, record)

@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from uniprune.artefacts import archive_size
-from uniprune.artefacts.binding import fingerprint
 from uniprune.artefacts.scores import ScoresFile
 from uniprune.common.pictures import showing
 from uniprune.common.progress import Progress, silent
 from uniprune.common.provenance import sha256, sparsity
 from uniprune.data.sources import files_of
 from uniprune.data.windows import Windows
-from uniprune.errors import InputError, MismatchError
+from uniprune.errors import InputError
 from uniprune.evaluation import reproduce
 from uniprune.evaluation.divergence import Recording, closeness
 from uniprune.evaluation.model import EvaluatedModel
@@ -27,11 +26,14 @@ from uniprune.job.inference import inferring
 from uniprune.models import masking
 from uniprune.models.loading import Loaded, Source
 from uniprune.models.matrices import Matrices, find_matrices
-from uniprune.sparsity import bits, spelling
+from uniprune.sparsity import bits
 from uniprune.sparsity.choices import Scope
-from uniprune.sparsity.patterns import Pattern, Saliency, Tiled, check_fit
+from uniprune.sparsity.patterns import spelling
+from uniprune.sparsity.patterns.checks import check_fit
+from uniprune.sparsity.patterns.protocol import Pattern, Saliency
+from uniprune.sparsity.patterns.tiled import Tiled
 from uniprune.sparsity.structure import structure
-from uniprune.sparsity.views import on_one_scale
+from uniprune.sparsity.views import comparable_for
 from uniprune.storage.files import ROWS, check_output_file, path_of
 
 if TYPE_CHECKING:
@@ -76,7 +78,8 @@ def sweep(
     every = find_matrices(loaded.model)
     shapes = {name: matrix.shape for name, matrix in every.items()}
     matrices = {name: matrix for name, matrix in every.items() if name in saliency}
-    _check_model(loaded, matrices, saliency, scores)
+    saliency.facts.check_matrices(saliency.shapes, every, scores, loaded)
+    saliency.facts.check_digests(loaded.checkpoint.digests(matrices), scores, loaded)
     saliency.warn_unless_for(chosen.values())
     protocol = SweepProtocol(scope=request.scope, **reproduce.conditions(loaded.model, windows))
     name = ScoresName(name=scores.name, sha256=sha256(scores))
@@ -87,7 +90,7 @@ def sweep(
     missing = [*([("0", DENSE)] if result.dense is None else []), *(pair for pair in chosen.items() if pair[0] not in done)]
     bytes_of, reading = _Estimate(loaded, matrices), _Reading(loaded, windows)
     for spec, pattern in progress(missing, "sweeping", len(missing)):
-        scaled = on_one_scale(saliency, pattern)
+        scaled = comparable_for(saliency, pattern)
         masks = dict(pattern(scaled))
         with masking.applied(matrices, masks):
             costs = Costs(**reading(), bytes=bytes_of(pattern, scaled))
@@ -103,7 +106,7 @@ def sweep(
 
 def _parsed(sparsities: Sequence[str | float | Pattern] | str, scope: Scope | None, saliency: ScoresFile) -> dict[str, Pattern]:
     """The patterns by their spelling; scope: of the sparsities among them. Raises InputError if a matrix cannot have one."""
-    default: Scope = scope or ("model" if saliency.comparable else "row")
+    default = scope or spelling.default_scope(saliency.comparable)
     several = sparsities.split(",") if isinstance(sparsities, str) else sparsities
     if not isinstance(several, Iterable):
         several = [] if several is None else [several]
@@ -167,14 +170,6 @@ class _Estimate:
             self._made[kind] = archive_size.Estimate(self._loaded, self._matrices, pattern)
         estimate = self._made[kind]
         return estimate(pattern, estimate.rows(saliency))
-
-
-def _check_model(loaded: Loaded, matrices: Matrices, saliency: ScoresFile, scores: Path) -> None:
-    """Raises MismatchError unless the scores are of this model's weights."""
-    if missing := [name for name in saliency if name not in matrices]:
-        raise MismatchError(f"{scores} was made for another model: {loaded} has no matrix {missing[0]}")
-    if fingerprint(loaded.checkpoint.digests(matrices)) != saliency.facts.base:
-        raise MismatchError(f"{scores} was made for another model ({saliency.facts.made_for}) than {loaded}; give that one")
 
 
 def _earlier(output: Path, result: Sweep) -> Sweep:

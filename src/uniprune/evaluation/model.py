@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 
-from uniprune.artefacts.mask_tools import CheckedMasks, check_type
+from uniprune.artefacts.mask_tools import CheckedMasks
 from uniprune.checkpoints.configuration import UNBOUNDED, check_context, check_vocabulary, context, reads_images
-from uniprune.checkpoints.origin import Origin, resolve
+from uniprune.checkpoints.origin import resolve
 from uniprune.checkpoints.tokenizer import load_processor, load_tokenizer
 from uniprune.common.pictures import showing
 from uniprune.common.progress import Progress
@@ -19,7 +19,7 @@ from uniprune.data.images import windows as images
 from uniprune.data.images.rows import has_images
 from uniprune.data.text import Text
 from uniprune.data.windows import Windows, load_windows
-from uniprune.errors import InputError, MismatchError
+from uniprune.errors import InputError
 from uniprune.evaluation.answers import Answers, answer, cut_of, tokenise
 from uniprune.evaluation.divergence import Recording
 from uniprune.evaluation.generation import check_prompts, generate
@@ -39,7 +39,7 @@ from uniprune.models.loading import (
     skeleton,
     warn_of_emulation,
 )
-from uniprune.models.matrices import Matrices, check_decoder, find_matrices
+from uniprune.models.matrices import check_decoder, find_matrices
 from uniprune.storage.files import path_of
 from uniprune.tasks.question import Task
 from uniprune.tasks.scoring import Tokens
@@ -71,7 +71,7 @@ class EvaluatedModel:
     """A model whose weights are loaded when everything that is asked of it was checked."""
 
     def __init__(self, source: Source, masks: str | None = None) -> None:
-        self._masks = None if masks is None else CheckedMasks(path_of(masks))
+        self._masks = file = None if masks is None else CheckedMasks(path_of(masks))
         self._source = source if isinstance(source, Loaded) else resolve(source)
         if isinstance(self._source, Loaded):
             model, self.tokenizer = self._source.model, self._source.tokenizer
@@ -79,8 +79,8 @@ class EvaluatedModel:
             model, self.tokenizer = skeleton(self._source), load_tokenizer(self._source)
         self._config = model.config
         check_decoder(model, "what it does with text is measured on the tasks that it was made for")
-        if self._masks is not None:
-            self._check_shapes(self._masks, find_matrices(model))
+        if file is not None:
+            file.facts.check_matrices(file.shapes, find_matrices(model), file.path, self)
 
     def __str__(self) -> str:
         return str(self._source)
@@ -180,11 +180,6 @@ class EvaluatedModel:
         dtype_here = chosen or fast_dtype(native_dtype(self._source), target)
         return Loaded(load_weights(self._source, dtype_here, target), self.tokenizer, self._source)
 
-    def _check_shapes(self, masks: CheckedMasks, matrices: Matrices) -> None:
-        for name, shape in masks.shapes.items():
-            if name not in matrices or matrices[name].shape != shape:
-                raise MismatchError(f"{masks.path} was made for another model: {self} has no matrix {name} of shape {shape}")
-
     @contextmanager
     def pruned(self, loaded: Loaded) -> Iterator[None]:
         """Inside ``with``, the model is pruned by the masks, if any; a caller's own gets its weights back afterwards.
@@ -194,14 +189,7 @@ class EvaluatedModel:
         if self._masks is None:
             yield
             return
-        for name, digest in loaded.checkpoint.digests(self._masks).items():
-            if digest != self._masks.facts.digests[name]:
-                if isinstance(self._source, Origin):
-                    check_type(self._masks, self._source, name, digest)
-                made_for = self._masks.facts.made_for
-                raise MismatchError(
-                    f"{self._masks.path} was made for another model ({made_for}) than {self}, which has other weights in {name}"
-                )
+        self._masks.facts.check_digests(loaded.checkpoint.digests(self._masks), self._masks.path, loaded)
         matrices, own = find_matrices(loaded.model), loaded is self._source
         with masking.preserved(matrices, self._masks if own else ()):
             masking.apply(matrices, self._masks.items())

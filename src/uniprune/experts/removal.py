@@ -26,7 +26,8 @@ from uniprune.job.scoring import scored
 from uniprune.models.loading import Loaded, Source, skeleton
 from uniprune.models.matrices import Matrices, find_matrices
 from uniprune.saliency.metrics import REAP
-from uniprune.sparsity.patterns import Unstructured
+from uniprune.sparsity.patterns.spelling import default_scope
+from uniprune.sparsity.patterns.unstructured import Unstructured
 from uniprune.storage import strict_json
 from uniprune.storage.runs import Run
 
@@ -64,7 +65,7 @@ class Removal:
         record: dict[str, Any] = {}
         scores = {layer: experts.reap for layer, experts in seen.items()}
         if not isinstance(self.recipe.parsed_metric(), REAP):
-            target = Unstructured(fraction, "model" if self.recipe.comparable else "row")
+            target = Unstructured(fraction, default_scope(self.recipe.comparable))
             saliency, record = scored(calibration, self.recipe, [target])
             blind = self.recipe.parsed_metric().statistic is None and not self.recipe.corrected
             scores = by_weights(saliency, calibration.matrices, None if blind else seen)

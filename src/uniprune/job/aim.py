@@ -14,7 +14,7 @@ from uniprune.job.recipe import Recipe
 from uniprune.models.loading import Loaded, dtype_name, origin_of, parse_dtype
 from uniprune.models.matrices import Matrices
 from uniprune.sparsity.hardware import fitted
-from uniprune.sparsity.patterns import Pattern, Saliency
+from uniprune.sparsity.patterns.protocol import Pattern, Saliency
 from uniprune.storage.dtypes import PLAIN
 
 

@@ -12,7 +12,7 @@ from uniprune.common.options import Flag, Options
 
 Execution = Literal["resident", "recomputed", "offloaded", "sharded", "streamed"]
 IN_MEMORY: tuple[Execution, ...] = ("resident", "recomputed", "offloaded")
-Bytes = BeforeValidator(lambda value: parse_size(value) if isinstance(value, str) else value)
+Size = BeforeValidator(lambda value: parse_size(value) if isinstance(value, str) else value)
 
 
 class RunOptions(Options):
@@ -24,7 +24,7 @@ class RunOptions(Options):
     device: Annotated[str | None, Flag(default="cuda where there is one")] = Field(
         default=None, description="Where to compute: cpu, cuda or cuda:N."
     )
-    max_memory: Annotated[int | None, Flag(metavar="SIZE", default="what is free"), Bytes] = Field(
+    max_memory: Annotated[int | None, Flag(metavar="SIZE", default="what is free"), Size] = Field(
         default=None,
         ge=1,
         description="Memory to use, e.g. 24GB; a model that needs more is run block by block from its files.",

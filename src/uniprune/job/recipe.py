@@ -18,10 +18,14 @@ from uniprune.job.settings import Method, Settings
 from uniprune.saliency import metrics
 from uniprune.saliency.metrics import Metric
 from uniprune.saliency.refine import check
-from uniprune.sparsity import constraints, spelling
-from uniprune.sparsity.constraints import Mixed, Rule, Ruled, choice
 from uniprune.sparsity.hardware import parse
-from uniprune.sparsity.patterns import NM, Pattern, Unstructured
+from uniprune.sparsity.patterns import spelling
+from uniprune.sparsity.patterns.mixed import Mixed, choice
+from uniprune.sparsity.patterns.nm import NM
+from uniprune.sparsity.patterns.protocol import Pattern
+from uniprune.sparsity.patterns.ruled import Rule, Ruled
+from uniprune.sparsity.patterns.unstructured import Unstructured
+from uniprune.sparsity.structure import settings as settings_of
 from uniprune.storage import recipe_file
 
 
@@ -34,9 +38,11 @@ def check_recipe(recipe: object) -> None:
 PATTERN = (
     "sparsity",
     "local",
+    "by_row",
     "sample_group",
     "pattern_of",
     "unsupported",
+    "removes",
     "prepare",
     "prepare_from_sample",
 )  # what an object has that is one
@@ -135,11 +141,15 @@ class Recipe(Settings):
     def _choices(self) -> tuple[NM, ...]:
         return tuple(map(choice, self._allowed))
 
-    def pattern(self) -> Pattern:
-        """The sparsity pattern; InputError if none was asked for."""
+    def pattern(self, comparable: bool | None = None) -> Pattern:
+        """The sparsity pattern; InputError if none was asked for.
+
+        comparable: whether the scores of all matrices are on one scale, of scores that are there already.
+        """
         if self.sparsity is None:
             raise InputError("no sparsity given; use --sparsity 0.5, --sparsity 2:4 or --size 120MB")
-        base = spelling.parse(self.sparsity, self.scope, default="model" if self.comparable else "row")
+        default = spelling.default_scope(self.comparable if comparable is None else comparable)
+        base = spelling.parse(self.sparsity, self.scope, default)
         if self.allow:
             if self.scope is not None or not isinstance(base, Unstructured):
                 raise InputError(f"--allow goes with a fraction such as 0.45 and no scope, not with {base}")
@@ -169,12 +179,6 @@ class Recipe(Settings):
         """What the calibration takes."""
         controller = self.parsed_controller()
         return controller.cost if controller else LOCAL
-
-    @property
-    def read(self) -> float:
-        """Bytes per prunable weight that a step reads, where what is held of it lies elsewhere."""
-        shared = self.sparsity is None or not self.pattern().local
-        return self.cost.read_bytes + self.cost.shared_budget_read_bytes * shared
 
     def step_tokens(self, length: int) -> int:
         """Tokens of a step of the controller on windows of ``length``."""
@@ -217,7 +221,7 @@ def _in_words(settings: dict[str, Any]) -> dict[str, Any]:
     if sparsity is None or (isinstance(sparsity, (str, int, float)) and not isinstance(sparsity, bool)):
         return settings
     fields.check_object(sparsity, "sparsity", PATTERN)
-    words = constraints.settings(sparsity) or {"sparsity": sparsity, "scope": None}
+    words = settings_of(sparsity) or {"sparsity": sparsity, "scope": None}
     for name, value in words.items():
         if name != "sparsity" and settings.get(name) and (value or name == "scope"):
             raise InputError(f"{name} = {settings[name]!r} does not go with {sparsity}, which has its own; drop {name}")

@@ -8,8 +8,8 @@ from typing import Any
 from uniprune.job.recipe import Recipe
 from uniprune.saliency.calibration import Calibration, one_shot
 from uniprune.saliency.record import ControllerRecord, reported, warn_of_starved
-from uniprune.sparsity.patterns import Pattern
-from uniprune.sparsity.views import OnOneScale, Scores, View
+from uniprune.sparsity.patterns.protocol import Pattern
+from uniprune.sparsity.views import Comparable, Scores, View
 
 
 def scored(calibration: Calibration, recipe: Recipe, targets: Sequence[Pattern]) -> tuple[Scores, dict[str, Any]]:
@@ -22,7 +22,7 @@ def scored(calibration: Calibration, recipe: Recipe, targets: Sequence[Pattern])
         return local, facts
     steps = recipe.steps_within(calibration.windows.shape[1])
     scores, record = controller.calibrate(calibration, metric, targets, steps, recipe.seed)
-    saliency = OnOneScale(scores) if controller.comparable else View(scores)
+    saliency = Comparable(scores) if controller.comparable else View(scores)
     aimed = {"targets": [str(target) for target in targets]}
     warn_of_starved(record.starved)
     return saliency, {"controller": ControllerRecord(**(record.model_dump() | aimed))}

@@ -15,7 +15,7 @@ from uniprune.sparsity.choices import Scope, Unsupported
 if TYPE_CHECKING:
     from uniprune.controller.protocol import Controller
     from uniprune.saliency.metrics import Metric
-    from uniprune.sparsity.patterns import Pattern
+    from uniprune.sparsity.patterns.protocol import Pattern
 else:  # objects are checked by ``recipe``, which may load PyTorch
     Controller = Metric = Pattern = Any
 WINDOWS, LENGTH = 128, 512
@@ -103,7 +103,7 @@ class Method(Options):
     )
 
 
-class Calibration(Options):
+class CalibrationSettings(Options):
     """The text that weights are scored on."""
 
     heading: ClassVar[str] = "Calibration samples"
@@ -151,5 +151,5 @@ class Layers(Options):
     )
 
 
-class Settings(Layers, Calibration, Method, Sparsity):
+class Settings(Layers, CalibrationSettings, Method, Sparsity):
     """All settings of a pruning run, of which a recipe is made."""

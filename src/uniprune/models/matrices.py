@@ -208,7 +208,7 @@ def left_dense(model: nn.Module) -> LeftDense:
     return _discover(model).left
 
 
-class Found(NamedTuple):
+class Discovery(NamedTuple):
     """What the blocks of a model hold. too_few: an error message if too many of their parameters are in no known matrix."""
 
     matrices: Matrices
@@ -230,7 +230,7 @@ def _without_gc() -> Iterator[None]:
 
 
 @_without_gc()
-def _discover(model: nn.Module) -> Found:
+def _discover(model: nn.Module) -> Discovery:
     _check_unquantised(model)
     _check_not_accelerated(model)
     prefix, blocks = find_blocks(model)
@@ -272,7 +272,7 @@ def _discover(model: nn.Module) -> Found:
             names[id(weight)] = name
             group = groups.get(id(module))
             matrices[name] = Matrix(name, module, index, is_transposed(module), part.flipped, group=group)
-    return Found(matrices, left, _too_few(prefix, blocks, covered, not_linear))
+    return Discovery(matrices, left, _too_few(prefix, blocks, covered, not_linear))
 
 
 def _not_linear(modules: Iterable[nn.Module]) -> dict[int, str]:

@@ -30,7 +30,7 @@ SPECIAL = {
 }
 
 
-class Calibrated(NamedTuple):
+class CalibrationKey(NamedTuple):
     """What the rows of a table were calibrated on."""
 
     text: str
@@ -39,7 +39,7 @@ class Calibrated(NamedTuple):
     seed: Any
 
     @classmethod
-    def of(cls, table: Comparison) -> Calibrated:
+    def of(cls, table: Comparison) -> CalibrationKey:
         facts = table.protocol.calibration
         read = (facts.text, facts.windows, facts.length) if facts else (NONE, None, None)
         return cls(*read, table.protocol.settings.get("seed"))
@@ -112,11 +112,11 @@ def sources(tables: Sequence[Comparison]) -> list[Grid]:
 
     Of one model, made with the same settings, on evaluation samples of one number and length: others have tables of their own.
     """
-    perplexities: dict[tuple[Any, ...], dict[tuple[Calibrated, str], float]] = {}
+    perplexities: dict[tuple[Any, ...], dict[tuple[CalibrationKey, str], float]] = {}
     for table in tables:
         how = table.protocol
         alike = [how.windows, how.length, *(str(how.settings.get(name)) for name in SHARED)]
-        calibrated = Calibrated.of(table)
+        calibrated = CalibrationKey.of(table)
         for row in table.rows:
             if row.pattern:
                 values = perplexities.setdefault((table.model, row.method, row.pattern, *alike), {})

@@ -106,7 +106,7 @@ class Packing(Record):
 
 
 @dataclass(frozen=True)
-class Kept:
+class Verbatim:
     """A tensor that is stored as it is."""
 
     key: str
@@ -198,10 +198,10 @@ def pack(folder: str | Path, output: str | Path, *, overwrite: bool = False, pro
         raise nothing_to_pack(left)
     source = _provenance(origin, fingerprint({name: result.digest for name, result in examined.items()}))
     taken = {tensor.key for tensor in packed}
-    others = [Kept(key, entry) for key, entry in checkpoint.entries.items() if key not in taken]
+    others = [Verbatim(key, entry) for key, entry in checkpoint.entries.items() if key not in taken]
     if twice := {key for tensor in packed for key in tensor.places} & {tensor.key for tensor in others}:
         raise InputError(f"{origin} has a tensor {min(twice)}, the name of a packed matrix; it cannot be packed")
-    tensors: list[ToPack | Kept] = [*packed, *others]
+    tensors: list[ToPack | Verbatim] = [*packed, *others]
     size = _bytes(tensors)
     dense = sum(entry.stop - entry.start for entry in checkpoint.entries.values())
     files.check_disk_space(output, size)
@@ -224,7 +224,7 @@ def pack(folder: str | Path, output: str | Path, *, overwrite: bool = False, pro
     return report
 
 
-def _bytes(tensors: Sequence[ToPack | Kept]) -> int:
+def _bytes(tensors: Sequence[ToPack | Verbatim]) -> int:
     return sum(size for tensor in tensors for _, _, size in tensor.places.values())
 
 
@@ -259,7 +259,7 @@ def _provenance(origin: Origin, fingerprint: str) -> Provenance:
     return Provenance(fingerprint=fingerprint, model=report.model, pattern=pattern, **pruning)
 
 
-def _write(path: Path, tensors: Sequence[ToPack | Kept], facts: RuntimeFacts, progress: Progress) -> None:
+def _write(path: Path, tensors: Sequence[ToPack | Verbatim], facts: RuntimeFacts, progress: Progress) -> None:
     """The file, by several threads. Wider types come first, so that each tensor begins at a multiple of its width."""
     places = {key: place for tensor in tensors for key, place in tensor.places.items()}
     places = dict(sorted(places.items(), key=lambda item: -BY_NAME[item[1][0]].size if item[1][0] in BY_NAME else -1))
@@ -271,8 +271,8 @@ def _write(path: Path, tensors: Sequence[ToPack | Kept], facts: RuntimeFacts, pr
         file.truncate(sum(sizes))
         file.flush()
 
-        def write(tensor: ToPack | Kept) -> None:
-            if isinstance(tensor, Kept) and _copied(tensor.entry, file.fileno(), starts[tensor.key]):
+        def write(tensor: ToPack | Verbatim) -> None:
+            if isinstance(tensor, Verbatim) and _copied(tensor.entry, file.fileno(), starts[tensor.key]):
                 return
             for key, offset, part in tensor.parts():
                 _write_all(file.fileno(), part, starts[key] + offset)

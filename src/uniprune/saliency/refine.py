@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from uniprune.errors import InputError
-from uniprune.sparsity.constraints import Ruled
-from uniprune.sparsity.patterns import NM, Pattern, by_row
+from uniprune.sparsity.patterns.nm import NM
+from uniprune.sparsity.patterns.protocol import Pattern
 
 CHOICES = 128  # masks of a group that are all tried; 4:8 has 70, 8:16 would have 12870
 PANEL = 128  # columns whose products are kept current while their groups change; a fresh product then ends rounding drift
@@ -37,7 +37,7 @@ TOLERANCE = 1e-6  # of a weight's own error: what a change must gain beyond roun
 
 def check(pattern: Pattern) -> None:
     """Raises InputError unless the pattern, rules aside, fixes what each row keeps: N:M, or a sparsity by row."""
-    if not by_row(pattern.base if isinstance(pattern, Ruled) else pattern):
+    if not pattern.by_row:
         raise InputError(f"--refine exchanges weights within a row, but {pattern} has no budget by row; use --scope row or N:M")
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,7 +19,7 @@ from uniprune.saliency.record import Starved, warn_of_starved
 from uniprune.saliency.refine import check, damped, refine
 from uniprune.saliency.statistics import Gram
 from uniprune.sparsity import bits
-from uniprune.sparsity.patterns import Pattern, by_row
+from uniprune.sparsity.patterns.protocol import Pattern
 from uniprune.storage.stash import Stash
 from uniprune.storage.tensor_store import Store
 
@@ -29,11 +28,14 @@ WEIGHT = 0.25  # and these have so much of the weight that the text has
 FIRST = "first-stash"  # their hidden states
 
 Run = Callable[[], None]
-Create = Callable[[Matrices, Run, Run], tuple[dict[str, Tensor], dict[str, Any]]]
-"""Given the matrices of one block, and what runs it over the windows and over first tokens, their masks, and the starved."""
+Create = Callable[[Matrices, Sequence[Run]], tuple[dict[str, Tensor], dict[str, Any]]]
+"""Given the matrices of one block, and what runs it over the windows and, if there are any, over first tokens: their masks, and
+the starved."""
+Created = tuple[Mapping[str, Tensor], dict[str, Any]]
+"""Masks by matrix name, and for the report what :func:`uniprune.saliency.observation.starved` says of all blocks."""
 
 
-def sequential(calibration: Calibration, metric: Metric, pattern: Pattern) -> SequentialMasks:
+def sequential(calibration: Calibration, metric: Metric, pattern: Pattern) -> Created:
     """Masks created block after block, each block scored on what the pruned blocks before it put out (as Wanda's code does).
 
     The masks of finished blocks are kept in the run, and those returned may lie there. The model's weights are the same
@@ -41,18 +43,19 @@ def sequential(calibration: Calibration, metric: Metric, pattern: Pattern) -> Se
     Raises InputError if the pattern needs all scores at once (scope ``model``).
     """
 
-    def create(here: Matrices, run: Run, run_first: Run) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def create(here: Matrices, runs: Sequence[Run]) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if metric.statistic is None:
             return dict(pattern(LocalSaliency(here, metric, {}))), {}
+        (run,) = runs
         with observing(here, metric.statistic, calibration.device) as statistics:
             run()
         sum_and_check(here, statistics)
         return dict(pattern(LocalSaliency(here, metric, statistics))), starved(here, statistics)
 
-    return _by_block(calibration, pattern, create, firsts=calibration.windows[:0, :1])
+    return _by_block(calibration, pattern, create)
 
 
-def refined(calibration: Calibration, metric: Metric, pattern: Pattern) -> SequentialMasks:
+def refined(calibration: Calibration, metric: Metric, pattern: Pattern) -> Created:
     """As :func:`sequential`; then the damped error of each matrix (saliency.refine) is lowered before its block runs on.
 
     Gram matrices count the text's tokens and, with a quarter of their weight, tokens read as the first of a text
@@ -65,7 +68,8 @@ def refined(calibration: Calibration, metric: Metric, pattern: Pattern) -> Seque
     firsts = first_tokens(calibration.windows)
     weight = WEIGHT * calibration.windows.numel() / len(firsts)
 
-    def create(here: Matrices, run: Run, run_first: Run) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def create(here: Matrices, runs: Sequence[Run]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        run, run_first = runs
         with observing(here, Gram, calibration.device) as grams:
             run_first()
             for gram in grams.values():
@@ -77,7 +81,7 @@ def refined(calibration: Calibration, metric: Metric, pattern: Pattern) -> Seque
         sum_and_check(here, own)
         better = {
             name: refine(here[name].weight, mask, damped(grams[name].mean), part)
-            if by_row(part := pattern.pattern_of(name))
+            if (part := pattern.pattern_of(name)).by_row
             else mask
             for name, mask in pattern(LocalSaliency(here, metric, own))
         }
@@ -92,7 +96,8 @@ def first_tokens(windows: Tensor) -> Tensor:
     return windows[:1, :1] if alike else windows.reshape(-1, 1)[::SHARE]
 
 
-def _by_block(calibration: Calibration, pattern: Pattern, create: Create, firsts: Tensor) -> SequentialMasks:
+def _by_block(calibration: Calibration, pattern: Pattern, create: Create, firsts: Tensor | None = None) -> Created:
+    """firsts: windows of one token, which go through the same blocks."""
     matrices = calibration.matrices
     if any(matrix.spans for matrix in matrices.values()):
         raise InputError("--sequential cuts block after block, but blocks of this model share weights; leave it out")
@@ -100,28 +105,30 @@ def _by_block(calibration: Calibration, pattern: Pattern, create: Create, firsts
         raise InputError(f"--sequential cuts block after block, but {pattern} needs all scores; use --scope row or matrix")
     store, runner = open_sweep(calibration)
     run = calibration.run
-    first_runner = runner.over(firsts, Stash(run.aside(FIRST), run.durable) if run else Stash())
+    runners = [runner]
+    if firsts is not None:
+        runners.append(runner.over(firsts, Stash(run.aside(FIRST), run.durable) if run else Stash()))
     masks: dict[str, Tensor] = {}
     record = dict(store.facts.get("record", {})) if store else {}
     for index in calibration.progress(runner, "pruning block by block", len(runner)):
         here = {name: matrix for name, matrix in matrices.items() if matrix.block == index}
-        created, starved_here = create(here, partial(runner.run, index), partial(first_runner.run, index))
+        created, starved_here = create(here, [partial(one.run, index) for one in runners])
         record = _added(record, starved_here)
         with masking.applied(here, created):
-            runner.run(index, advance=True)
-            first_runner.run(index, advance=True)
+            for one in runners:
+                one.run(index, advance=True)
         if store is None:
             masks |= created
         else:
             for name, mask in created.items():
                 store[name] = {"mask": bits.pack(mask)}
-            runner.sync()
-            first_runner.sync()
+            for one in runners:
+                one.sync()
             store.commit({"done": index + 1, "record": record})
     if record:  # blocks without any say nothing of how many they have
         record["starved"]["of"] = sum(bool(matrix.group) for matrix in matrices.values())
         warn_of_starved(Starved(**record["starved"]))
-    return SequentialMasks(masks if store is None else StoredMasks(store, matrices), record)
+    return masks if store is None else StoredMasks(store, matrices), record
 
 
 def _added(record: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
@@ -129,23 +136,6 @@ def _added(record: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
     if not record or not more:
         return record or more
     return {"starved": record["starved"] | {"matrices": [*record["starved"]["matrices"], *more["starved"]["matrices"]]}}
-
-
-@dataclass(frozen=True, eq=False)
-class SequentialMasks(Mapping[str, Tensor]):
-    """Masks by matrix name. record: for the report, as :func:`uniprune.saliency.observation.starved` has it of all blocks."""
-
-    masks: Mapping[str, Tensor]
-    record: Mapping[str, Any]
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.masks[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.masks)
-
-    def __len__(self) -> int:
-        return len(self.masks)
 
 
 class StoredMasks(Mapping[str, Tensor]):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from uniprune.errors import InputError
-from uniprune.sparsity.patterns import NM
+from uniprune.sparsity.patterns.nm import NM
 
 PIECE = 1 << 24  # elements handled at a time where a matrix may be mapped from a file, or large
 SWEEPS = 4

@@ -11,8 +11,11 @@ from dataclasses import dataclass, field
 
 from uniprune.errors import InputError
 from uniprune.sparsity.choices import Unsupported
-from uniprune.sparsity.constraints import DENSE, Mixed, Rule, Ruled
-from uniprune.sparsity.patterns import NM, Pattern, Shape, Tiled
+from uniprune.sparsity.patterns.mixed import Mixed
+from uniprune.sparsity.patterns.nm import DENSE, NM
+from uniprune.sparsity.patterns.protocol import Pattern, Shape
+from uniprune.sparsity.patterns.ruled import Rule, Ruled
+from uniprune.sparsity.patterns.tiled import Tiled
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import re
+from typing import Any, get_args
+
 from pydantic import BaseModel, ConfigDict
 
 from uniprune.errors import InputError
-from uniprune.sparsity.constraints import Mixed, Ruled, spell, spelled
-from uniprune.sparsity.patterns import NM, Pattern, Tiled, Unstructured
+from uniprune.sparsity.choices import Scope
+from uniprune.sparsity.patterns.mixed import Mixed, choice
+from uniprune.sparsity.patterns.nm import NM, spell
+from uniprune.sparsity.patterns.protocol import Pattern
+from uniprune.sparsity.patterns.ruled import Rule, Ruled
+from uniprune.sparsity.patterns.spelling import PATTERNS, parse
+from uniprune.sparsity.patterns.tiled import Tiled
+from uniprune.sparsity.patterns.unstructured import Unstructured
 
 SCOPES = {
     "row": "the same share of every row",
@@ -21,7 +30,7 @@ class _Data(BaseModel):
 
 
 class RuleData(_Data):
-    """What holds for the matrices in whose names ``match`` is found, see ``constraints.Rule``."""
+    """What holds for the matrices in whose names ``match`` is found, see ``patterns.ruled.Rule``."""
 
     match: str
     what: str
@@ -81,9 +90,54 @@ def structure(pattern: Pattern) -> Structure:
 
 
 def claimed(text: str) -> Structure | None:
-    """What a masks file claims to be, as far as its words are a pattern's (see ``constraints.spelled``)."""
+    """What a masks file claims to be, as far as its words are a pattern's (see :func:`spelled`)."""
     try:
         pattern = spelled(text)
     except InputError:
         return None
     return structure(pattern) if pattern else None
+
+
+def settings(pattern: Pattern) -> dict[str, Any] | None:
+    """The settings of a recipe that ask for a pattern: its sparsity and scope, its choices, its rules; None if none do."""
+    if isinstance(pattern, Ruled):
+        base = settings(pattern.base)
+        return base and base | {"rules": tuple(map(str, pattern.rules))}
+    if isinstance(pattern, Mixed):
+        found = {"sparsity": str(pattern.sparsity), "allow": tuple(map(spell, pattern.allow))}
+        return found if pattern == Mixed(pattern.sparsity, pattern.allow) else None
+    if isinstance(pattern, PATTERNS):
+        text, scope = pattern.spelling
+        return {"sparsity": text, "scope": scope} if parse(text, scope) == pattern else None
+    return None
+
+
+def spelled(text: str) -> Pattern | None:
+    """The pattern whose spelling a text is, rules and all; None for other text, and for sparsities that may have been rounded.
+
+    Raises InputError for a pattern that is impossible, or that is to be spelled in another way.
+    """
+    base, *rules = text.split("; ")
+    fraction = r"(?P<fraction>[\d.e+-]+)"
+    forms = (
+        r"\d+:\d+",
+        fraction + r" by (?P<scope>\w+)(?: of (?P<tile>\d+x\d+) tiles)?",
+        fraction + r" in (?P<allow>[\w:, ]+)",
+    )
+    found = next((match.groupdict() for form in forms if (match := re.fullmatch(form, base))), None)
+    if (
+        found is None
+        or found.get("scope") not in (None, *get_args(Scope))
+        or len((found.get("fraction") or "").lstrip("0.")) >= 6
+    ):
+        return None
+    if allow := found.get("allow"):
+        pattern: Pattern = Mixed(float(found["fraction"]), tuple(map(choice, allow.split(", "))))
+    else:
+        tile = f"@{found['tile']}" if found.get("tile") else ""
+        pattern = parse((found.get("fraction") or base) + tile, found.get("scope"))  # type: ignore[arg-type]
+    if rules:
+        pattern = Ruled(pattern, tuple(map(Rule.parse, rules)))
+    if str(pattern) != text:
+        raise InputError(f"the pattern {text!r} is to be spelled {str(pattern)!r}")
+    return pattern

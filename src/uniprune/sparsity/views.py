@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from uniprune.sparsity.patterns import Pattern
+    from uniprune.sparsity.patterns.protocol import Pattern
 
 
 class Scores(Mapping[str, Tensor]):
@@ -56,13 +56,13 @@ class View(Scores):
         return len(self._names)
 
 
-class OnOneScale(View):
-    """A view of scores that are on one scale as they are."""
+class Comparable(View):
+    """A view of scores that are comparable: those of all matrices are on one scale."""
 
     comparable = True
 
 
-class ScaledToMeanOne(OnOneScale):
+class ScaledToMeanOne(Comparable):
     """A view of a saliency in which every matrix has mean score 1, one matrix at a time.
 
     One budget over several matrices compares their scores, but local metrics put each matrix on a scale of its own: masked by
@@ -76,8 +76,8 @@ class ScaledToMeanOne(OnOneScale):
         return View(self._saliency).size(name)
 
 
-def on_one_scale(saliency: Scores, pattern: Pattern) -> Scores:
-    """The saliency as a pattern may see it: on one scale if it compares the scores of different matrices."""
+def comparable_for(saliency: Scores, pattern: Pattern) -> Scores:
+    """What a pattern creates masks from: the saliency, scaled if the pattern compares matrices and it is not comparable."""
     return saliency if pattern.local or saliency.comparable else ScaledToMeanOne(saliency)
 
 

@@ -23,7 +23,10 @@ from uniprune.models.loading import dtype_name
 from uniprune.runtime.linear import BitmaskLinear
 from uniprune.runtime.packed import pack
 from uniprune.sparsity.hardware import PROFILES
-from uniprune.sparsity.patterns import NM, Pattern, Shape, Tiled, Unstructured
+from uniprune.sparsity.patterns.nm import NM
+from uniprune.sparsity.patterns.protocol import Pattern, Shape
+from uniprune.sparsity.patterns.tiled import Tiled
+from uniprune.sparsity.patterns.unstructured import Unstructured
 
 TWO_OF_FOUR = NM(2, 4)
 ANY_MASK = "any mask"

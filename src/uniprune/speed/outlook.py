@@ -17,7 +17,7 @@ from uniprune.models.blocks import dtype_of
 from uniprune.models.experts import Slice
 from uniprune.models.loading import Loaded, dtype_name, skeleton
 from uniprune.models.matrices import find_matrices
-from uniprune.sparsity.patterns import Shape
+from uniprune.sparsity.patterns.protocol import Shape
 from uniprune.speed import timing
 from uniprune.speed.kernels import BITMASK, DENSE, SEMI_STRUCTURED, TWO_OF_FOUR
 from uniprune.speed.results import MARGIN

@@ -23,7 +23,7 @@ from torch import Tensor
 from uniprune.common.progress import Progress, silent
 from uniprune.errors import InputError, first_line
 from uniprune.models.loading import dtype_name
-from uniprune.sparsity.patterns import Pattern, Shape
+from uniprune.sparsity.patterns.protocol import Pattern, Shape
 from uniprune.speed.kernels import DENSE, SPARSE, Kernel, check_product
 from uniprune.storage.record import Facts
 

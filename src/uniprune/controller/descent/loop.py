@@ -34,7 +34,9 @@ from uniprune.errors import InputError
 from uniprune.saliency.calibration import Calibration, LocalSaliency
 from uniprune.saliency.metrics import Metric
 from uniprune.saliency.observation import starved
-from uniprune.sparsity.patterns import NM, Pattern, Unstructured
+from uniprune.sparsity.patterns.nm import NM
+from uniprune.sparsity.patterns.protocol import Pattern
+from uniprune.sparsity.patterns.unstructured import Unstructured
 from uniprune.storage import runs
 from uniprune.storage.stash import Stash
 from uniprune.storage.tensor_store import Store

@@ -12,7 +12,8 @@ from uniprune.common import distributed
 from uniprune.controller.descent.logbook import Logbook
 from uniprune.controller.descent.states import Best, InMemory, MaskFactory, OnDisk, State, States, UpdateRule
 from uniprune.saliency.calibration import Calibration
-from uniprune.sparsity.patterns import Pattern, check_extremes
+from uniprune.sparsity.patterns.checks import check_extremes
+from uniprune.sparsity.patterns.protocol import Pattern
 from uniprune.storage.runs import Pace, Run
 from uniprune.storage.tensor_store import Store
 

@@ -15,7 +15,7 @@ from uniprune.common import distributed
 from uniprune.controller.prox import relaxed
 from uniprune.models.matrices import Matrices
 from uniprune.sparsity import bits
-from uniprune.sparsity.patterns import MaskFn, Pattern
+from uniprune.sparsity.patterns.protocol import MaskFn, Pattern
 from uniprune.storage.runs import Pace
 from uniprune.storage.stash import Stash, give_back_memory
 from uniprune.storage.tensor_store import Store

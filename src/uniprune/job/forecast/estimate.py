@@ -17,8 +17,9 @@ from uniprune.job.forecast.memory import Bytes, Needs, Work
 from uniprune.job.options import Execution
 from uniprune.models.loading import dtype_name
 from uniprune.models.matrices import Matrices, left_dense
-from uniprune.sparsity.constraints import Ruled, spell
-from uniprune.sparsity.patterns import Pattern, lost
+from uniprune.sparsity.patterns.nm import spell
+from uniprune.sparsity.patterns.protocol import Pattern
+from uniprune.sparsity.patterns.ruled import Ruled
 from uniprune.sparsity.structure import Structure, structure
 from uniprune.storage.record import Count, Facts, Record, Shape
 
@@ -177,7 +178,7 @@ def flop(work: Work, execution: Execution) -> float:
 def seconds_moving(work: Work, execution: Execution, takes: Bytes) -> float:
     """Seconds of a step in which bytes come and go: from and to the disk, and a GPU."""
     moved = takes.read + takes.written
-    onto = (work.recipe.read + work.recipe.cost.written_bytes) * work.prunable if execution == "offloaded" else moved
+    onto = (work.read_bytes + work.recipe.cost.written_bytes) * work.prunable if execution == "offloaded" else moved
     return moved / DISK + (onto / BUS if work.device.type != "cpu" else 0)
 
 
@@ -195,7 +196,7 @@ def _gets(pattern: Pattern, name: str) -> str:
 def _removed(pattern: Pattern, matrices: Matrices) -> float:
     """How many weights a pattern will remove: of a common budget its sparsity, of others what each matrix loses."""
     if pattern.local:
-        return sum(lost(pattern.pattern_of(name), matrix.shape) for name, matrix in matrices.items())
+        return sum(pattern.pattern_of(name).removes(*matrix.shape) for name, matrix in matrices.items())
     return pattern.sparsity * sum(matrix.size for matrix in matrices.values())
 
 

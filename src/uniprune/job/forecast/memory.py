@@ -103,6 +103,13 @@ class Work:
         return sum(matrix.size for matrix in self.matrices.values())
 
     @property
+    def read_bytes(self) -> float:
+        """What a step reads per prunable weight, of states that lie on disk, or in host memory where a GPU computes."""
+        cost = self.recipe.cost
+        shared = self.recipe.sparsity is None or not self.recipe.pattern().local
+        return cost.read_bytes + cost.shared_budget_read_bytes * shared
+
+    @property
     def parameters(self) -> int:
         return sum(p.numel() for p in self.model.parameters())
 
@@ -178,7 +185,7 @@ def _streamed(parts: _Parts) -> Bytes:
     held = {"weights": weights, "statistics": parts.observed, "preserved": parts.preserved}
     if not work.recipe.corrected:
         return Bytes.of(held | {"working": parts.working}, disk=parts.hidden, read=2 * parts.on_disk)
-    per_weight = cost.disk_bytes, work.recipe.read, cost.written_bytes
+    per_weight = cost.disk_bytes, work.read_bytes, cost.written_bytes
     states, read, written = (int(size * work.prunable / processes) for size in per_weight)
     return Bytes.of(
         held | {"masks": int(cost.mask_bytes * parts.block), "working": max(parts.working, parts.streamed_step)},

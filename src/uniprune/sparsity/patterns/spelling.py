@@ -6,7 +6,10 @@ from typing import Protocol
 
 from uniprune.errors import InputError
 from uniprune.sparsity.choices import Scope
-from uniprune.sparsity.patterns import NM, Pattern, Tiled, Unstructured
+from uniprune.sparsity.patterns.nm import NM
+from uniprune.sparsity.patterns.protocol import Pattern
+from uniprune.sparsity.patterns.tiled import Tiled
+from uniprune.sparsity.patterns.unstructured import Unstructured
 
 
 class Spelled(Pattern, Protocol):
@@ -33,6 +36,11 @@ def canonical(spec: str) -> str:
     except InputError:
         return spec
     return pattern.spelling[0].removesuffix(".0") if isinstance(pattern, PATTERNS) else spec  # type: ignore[arg-type]
+
+
+def default_scope(comparable: bool) -> Scope:
+    """The budget group of a fraction that none is said for: the whole model if scores of different matrices may be compared."""
+    return "model" if comparable else "row"
 
 
 def parse(spec: str | float | Pattern, scope: Scope | None = None, default: Scope = "row") -> Pattern:
