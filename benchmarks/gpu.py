@@ -110,8 +110,8 @@ def kernels(card: Card, size: str) -> list[Row]:
         return torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(dtype).to(card.device)
 
     first = MirrorDescent().init(some(rows, columns), some(rows))
-    state = (some(rows, columns), *MirrorDescent().step(first, some(rows, columns), 0.01)[:4], None)
-    step = Step(decays=(0.9, 0.95), rescale=1.0, noise=0.05, unit=1.0, size=0.01, anchor=0.0, turn=2)
+    state = (some(rows, columns), *MirrorDescent().step(first, some(rows, columns), 0.01)[:4])
+    step = Step(decays=(0.9, 0.95), rescale=1.0, noise=0.05, unit=1.0, size=0.01, turn=2)
     tokens = (some(1024, columns, dtype=torch.bfloat16), some(1024, rows, dtype=torch.bfloat16), some(columns), some(rows))
     cases: list[tuple[Fused[Any], tuple[Any, ...], Row]] = [
         (_among_few, (state[1].reshape(-1, 4),), {"keep": 2}),

@@ -307,14 +307,6 @@ def test_masks_are_created_as_the_duals_move(tmp_path):
     assert Counter(asked[0]) + Counter(asked[1]) == dict.fromkeys(find_matrices(tiny_model()), 3)
 
 
-def test_relaxed_masks_are_one_process_s(monkeypatch):
-    monkeypatch.setattr(distributed, "count", lambda: 2)
-    model = tiny_model()
-    calibration = Calibration(model, find_matrices(model), torch.zeros(8, 16, dtype=torch.int64))
-    with pytest.raises(InputError, match="start one, or leave temperature at 0"):
-        MirrorDescent(temperature=0.5).calibrate(calibration, Wanda(), [NM(2, 4)], 1)
-
-
 class Gate(torch.nn.Module):
     """No gradient comes through it until it is opened."""
 

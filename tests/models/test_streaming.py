@@ -143,8 +143,8 @@ def gradients(passes, ids, **settings):
         network.sink = found.__setitem__
         generator = torch.Generator().manual_seed(1)
         network.masks = {n: torch.rand(m.shape, generator=generator) < 0.5 for n, m in network.matrices.items()}
-        loss = Loss(passes.head(ids), evenness=0.5, hidden=4.0)
-        student, teacher = passes.forward(ids, hidden_gradient=loss.hidden_gradient)
+        loss = Loss(passes.head(ids), evenness=0.5)
+        student, teacher = passes.forward(ids)
         kl, gradient = loss.gradient(student, teacher, ids)
         passes.backward(gradient)
     return kl, found

@@ -30,7 +30,7 @@ def among_few(scores: Tensor, *, keep: int) -> Tensor:
 
 
 def updated(
-    gradient: Tensor, dual: Tensor, ratio: Tensor, rms: Tensor, before: Tensor, start: Tensor | None, *, step: Any
+    gradient: Tensor, dual: Tensor, ratio: Tensor, rms: Tensor, before: Tensor, *, step: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Dual, ratio, RMS and the largest gradient after a step, as ``mirror_descent.updated`` has them."""
     rows, columns = dual.shape
@@ -50,10 +50,9 @@ def updated(
         summed[(blocks,)](partly, by_column, others, bands, rows, columns, *noise, COLUMNS=COLUMNS)
     moved, dual = torch.empty_like(state[0]), dual.contiguous()
     next_ratio, next_rms, top = torch.empty_like(state[1]), torch.empty_like(state[2]), torch.empty_like(before)
-    there = start.contiguous() if start is not None else None
     moving[(bands, blocks)](
-        *state, dual, there, by_row, by_column, some, others, largest, moved, next_ratio, next_rms, top,
-        rows, columns, len(largest), *facts, *noise, step.most, step.unit, step.size, step.anchor, step.offset,
+        *state, dual, by_row, by_column, some, others, largest, moved, next_ratio, next_rms, top,
+        rows, columns, len(largest), *facts, *noise, step.most, step.unit, step.size, step.offset,
         FOCUS=step.noise is not None, BANDS=_power(bands), BLOCKS=_power(blocks), LARGEST=_power(len(largest)), **tile,
     )  # fmt: skip
     return moved, next_ratio, next_rms, top
@@ -133,8 +132,8 @@ def summed(partly, by_column, others, bands, rows, columns, noise, least, COLUMN
 
 @triton.jit(do_not_specialize=["offset"])  # type: ignore[untyped-decorator]
 def moving(  # type: ignore[no-untyped-def]
-    gradients, ratios, roots, before, duals, starts, by_row, by_column, some, others, largest, moved, next_ratios, next_roots,
-    top, rows, columns, parts, mean_decay, rms_decay, rescale, level, noise, least, most, unit, size, anchor, offset,
+    gradients, ratios, roots, before, duals, by_row, by_column, some, others, largest, moved, next_ratios, next_roots,
+    top, rows, columns, parts, mean_decay, rms_decay, rescale, level, noise, least, most, unit, size, offset,
     FOCUS: tl.constexpr, BANDS: tl.constexpr, BLOCKS: tl.constexpr, LARGEST: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -163,8 +162,6 @@ def moving(  # type: ignore[no-untyped-def]
         move *= tl.minimum(above[:, None] * across[None, :] / (rowwise * columnwise), most)
     move *= unit
     dual = tl.load(duals + there, mask=inside, other=0.0)
-    if starts is not None:
-        move += anchor * (dual - tl.load(starts + there, mask=inside, other=0.0))
     tl.store(moved + there, dual - size * move, mask=inside)
 
 

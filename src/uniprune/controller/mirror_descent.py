@@ -7,12 +7,12 @@ local saliency, put on one scale for the whole model by the gradients at the mat
 
 and each step moves it against the straight-through gradient of the pruned model's loss with respect to the mask,
 
-    V <- V - eta * unit * (m / r + rho * (V - V_start) / unit),   g = W * dL/d(W * mask)
+    V <- V - eta * unit * m / r,   g = W * dL/d(W * mask)
 
-where eta is the step size, m and r are running mean and RMS of g (Adam's, kept in 8 bits each), unit is the matrix's mean dual
-at the start, and rho the strength of the anchor, a pull back to the start. The power is the mirror map: near 0 (a logarithm)
-all weights would move by the same factor, at 1 by the same amount. The loss is that of ``loss.Loss``, by default the divergence
-from the dense model's predictions. The weights are never changed.
+where eta is the step size, m and r are running mean and RMS of g (Adam's, kept in 8 bits each), and unit is the matrix's mean
+dual at the start. The power is the mirror map: near 0 (a logarithm) all weights would move by the same factor, at 1 by the same
+amount. The loss is that of ``loss.Loss``, by default the divergence from the dense model's predictions. The weights are never
+changed.
 
 The idea is UniPruning's (arXiv 2510.03291; ``unipruning`` is the variant as it was published). Departure: there the gradient
 comes from a copy of the weights that is trained meanwhile; here it comes from the pruned model itself, and there is no copy.
@@ -83,14 +83,12 @@ class MirrorDescent:
     """Settings of the controller, its pure ``init`` / ``step`` on one matrix, and :meth:`calibrate`, which descends on all.
 
     step_size: of the dual, in units of the matrix's mean dual; falls linearly to 0. mean_decay, rms_decay: of the running mean
-    and RMS of the gradients (Adam's beta1 and beta2), in [0, 1). power: the dual is the saliency to this power, > 0. anchor:
-    pull towards the start, per unit of step size. temperature: of relaxed masks (``prox.relaxed``), in units of the mean dual;
-    falls linearly to 0; at 0 masks are boolean throughout. labels, evenness, hidden: of the loss, see ``loss.Loss``.
-    vocabulary: the loss compares the predictions of so many tokens only, the text's most frequent ones (with labels, of all).
-    even_tokens: whether each matrix's gradient weights outlier tokens down. focus: whether rows and columns move only as far as
-    their gradients agree from step to step (:func:`confidence`). batch_tokens: tokens of a step. held_out: windows that the
-    state is checked on and never descends on, at least one for each target and at most an eighth of all. checks: the most
-    checks, evenly spaced, besides the one of the start.
+    and RMS of the gradients (Adam's beta1 and beta2), in [0, 1). power: the dual is the saliency to this power, > 0. labels,
+    evenness: of the loss, see ``loss.Loss``. vocabulary: the loss compares the predictions of so many tokens only, the text's
+    most frequent ones (with labels, of all). even_tokens: whether each matrix's gradient weights outlier tokens down. focus:
+    whether rows and columns move only as far as their gradients agree from step to step (:func:`confidence`). batch_tokens:
+    tokens of a step. held_out: windows that the state is checked on and never descends on, at least one for each target and at
+    most an eighth of all. checks: the most checks, evenly spaced, besides the one of the start.
 
     A variant is a subclass with an ``init`` or ``step`` of its own; the loop (``descent``) uses of a state only what is in
     ``states.State``.
@@ -114,11 +112,8 @@ class MirrorDescent:
     mean_decay: float = 0.9
     rms_decay: float = 0.95
     power: float = 0.5
-    anchor: float = 0.0
-    temperature: float = 0.0
     labels: float = 0.0
     evenness: float = 0.5
-    hidden: float = 0.0
     vocabulary: int = 8192
     even_tokens: bool = True
     focus: bool = True
@@ -173,20 +168,18 @@ class MirrorDescent:
         unit, steps = rest["facts"].tolist()
         return State(dual, rest["ratio"], rest["rms"], rest["top"], unit, int(steps))
 
-    def step(self, state: State, gradient: Tensor, size: float, start: Tensor | None = None) -> State:
-        """One step against ``gradient`` ``[out, in]``, float32; ``start``: the dual that the anchor pulls to."""
+    def step(self, state: State, gradient: Tensor, size: float) -> State:
+        """One step against ``gradient`` ``[out, in]``, float32."""
         steps = state.steps + 1
         dual, ratio, rms, top = updated(
             gradient,
             *state[:4],
-            start,
             step=Step(
                 decays=(self.mean_decay, self.rms_decay),
                 rescale=math.sqrt(1 - self.rms_decay**steps) / (1 - self.mean_decay**steps),
                 noise=noise_of(self.mean_decay, steps) if self.focus and steps > 2 else None,
                 unit=state.unit,
                 size=size,
-                anchor=self.anchor,
                 turn=steps,
             ),
         )
@@ -202,8 +195,8 @@ class Step(NamedTuple):
     """The numbers of a step, which are the same for all weights of a matrix.
 
     decays: of mean and RMS. rescale: Adam's bias correction of mean / RMS. noise: for :func:`confidence`; None: all rows and
-    columns move alike. unit: the mean dual at the start. size: the step size, in units of it. anchor: see
-    :class:`MirrorDescent`. turn: the number of the step, for :func:`dither`.
+    columns move alike. unit: the mean dual at the start. size: the step size, in units of it. turn: the number of the step, for
+    :func:`dither`.
     """
 
     decays: tuple[float, float]
@@ -211,7 +204,6 @@ class Step(NamedTuple):
     noise: float | None
     unit: float
     size: float
-    anchor: float
     turn: int
 
     @property
@@ -241,18 +233,18 @@ def _exercises_all(*_: Any, step: Step) -> bool:
     return step.turn > 2
 
 
-def _compiled_for(*_: Any, step: Step) -> tuple[bool, bool]:
-    """What the kernels are compiled for: whether rows and columns are weighted, and whether there is an anchor."""
-    return step.noise is None, step.anchor == 0
+def _compiled_for(*_: Any, step: Step) -> bool:
+    """What the kernels are compiled for: whether rows and columns are weighted."""
+    return step.noise is not None
 
 
 @fused(kernels=3, triton="uniprune.common.triton_kernels:updated", telling=_exercises_all, alike=_compiled_for)
 def updated(
-    gradient: Tensor, dual: Tensor, ratio: Tensor, rms: Tensor, before: Tensor, start: Tensor | None, *, step: Step
+    gradient: Tensor, dual: Tensor, ratio: Tensor, rms: Tensor, before: Tensor, *, step: Step
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Dual, ratio and RMS ``[out, in]``, and the largest gradient ``[]``, after a step.
 
-    gradient: float32. before: the largest gradient before the step. start: the dual that the anchor pulls to.
+    gradient: float32. before: the largest gradient before the step.
     """
     rows, columns = dual.shape
     top = torch.maximum(before, gradient.abs().amax())
@@ -274,8 +266,6 @@ def updated(
         if step.noise is not None:
             move *= torch.outer(trust[0][band], trust[1]).clamp_max_(MOST)
         move *= step.unit
-        if start is not None:
-            move += step.anchor * (dual[band] - start[band])
         torch.sub(dual[band], move, alpha=step.size, out=move)
     return moves, ratios, roots, top
 

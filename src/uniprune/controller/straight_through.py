@@ -34,8 +34,7 @@ INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 class StraightThrough:
     """Routes the matrices of a model through masks, inside ``with``; afterwards the model is as it was.
 
-    masks: matrix name -> mask ``[out, in]``, boolean or relaxed (in [0, 1]); may be replaced between passes. A matrix without
-    an entry is dense.
+    masks: matrix name -> boolean mask ``[out, in]``; may be replaced between passes. A matrix without an entry is dense.
     sink: is called by :meth:`flush`, in the order of the matrices, with (name, dL/d(weight * mask)), summed over all passes
     since the last call; in the model's dtype, or float32 if it is a sum of several passes. None for a matrix that saw no token.
     weigh: (name, inputs ``[tokens, in]``, output gradients ``[tokens, out]``) -> the output gradients, each token's times the
@@ -128,9 +127,7 @@ def _masked(matrix: Matrix, masks: Mapping[str, Tensor]) -> Tensor:
     weight = matrix.weight
     if matrix.name not in masks:  # ``get`` would take a KeyError in what makes a mask for a matrix without one
         return weight
-    mask = masks[matrix.name]
-    if mask.dtype != torch.bool:
-        return weight * mask.to(weight.dtype)
+    mask = masks[matrix.name].bool()  # a user's pattern may make masks of numbers
     # As integers of the same size: on a CPU several times as fast as weight * mask, for the mask need not become a float.
     return (weight.view(INTEGERS[weight.element_size()]) * mask).view(weight.dtype)
 

@@ -30,11 +30,10 @@ from uniprune.controller.passes.protocol import Passes
 from uniprune.controller.protocol import ControllerRecord
 from uniprune.controller.start import in_steps, sensitivities
 from uniprune.controller.straight_through import Evener
-from uniprune.errors import InputError
 from uniprune.saliency.calibration import Calibration, LocalSaliency
 from uniprune.saliency.metrics import Metric
 from uniprune.saliency.observation import starved
-from uniprune.sparsity.patterns import NM, Pattern, Unstructured
+from uniprune.sparsity.patterns import Pattern
 from uniprune.storage import runs
 from uniprune.storage.stash import Stash
 from uniprune.storage.tensor_store import Store
@@ -66,8 +65,6 @@ def descend(
     at half the step size; one that has not improved in two checks is stopped.
     Raises InputError if there are too few windows.
     """
-    if settings.temperature:
-        _check_relaxed(targets, calibration)
     windows, held_out = _split(calibration.windows, max(settings.held_out, len(targets)))
     todo = in_steps(windows, settings.batch_tokens)
     steps = steps or len(todo)
@@ -136,7 +133,7 @@ class Descent:
         self._reached = set[str]()  # matrices that a gradient has reached only in a step
         windows = calibration.windows
         head = passes.head(windows, None if settings.labels else settings.vocabulary)
-        self._loss = Loss(head, settings.labels, settings.evenness, settings.hidden)
+        self._loss = Loss(head, settings.labels, settings.evenness)
         few = windows[: max(1, START_TOKENS // windows.shape[1])]
         start = sensitivities(passes, few, metric.statistic, calibration.run)
         self._local = LocalSaliency(self._matrices, metric, start.statistics)
@@ -159,17 +156,16 @@ class Descent:
     def step(self, batch: Tensor, target: Pattern, left: float, following: Pattern | None = None) -> tuple[float, float]:
         """One step on windows ``[n, length]``; returns its KL in nats per token, and the share of mask bits that it flipped.
 
-        left: the fraction of the descent that is left, in (0, 1]; step size and temperature are proportional to it. following:
-        the target of the next step, if that is known.
+        left: the fraction of the descent that is left, in (0, 1]; the step size is proportional to it. following: the target of
+        the next step, if that is known.
         """
-        temperature = self._settings.temperature * left
-        masks = self._passes.network.masks = self.position.masks.masks(target, temperature)
-        self.position.masks.prepare_next(None if temperature else following)
+        masks = self._passes.network.masks = self.position.masks.masks(target)
+        self.position.masks.prepare_next(following)
         flips = FlipCount(masks, self._sampled)
         size = self.log.scale * self._settings.step_size * left
-        self._passes.network.sink = partial(self._apply_gradient, size, masks, flips)
+        self._passes.network.sink = partial(self._apply_gradient, size, flips)
         mine = distributed.share(batch)
-        student, teacher = self._forward(mine)
+        student, teacher = self._teacher.forward(mine)
         kl, gradient = self._loss.gradient(student, teacher, mine)
         self._passes.backward(gradient)
         self._passes.network.sink = None  # which holds the masks
@@ -184,14 +180,8 @@ class Descent:
         self.log.flips.append(share)
         return kl, share
 
-    def _forward(self, batch: Tensor) -> tuple[Tensor, Tensor]:
-        """Final hidden states of student and teacher, for a backward pass."""
-        if self._settings.hidden:  # the teacher's after every block are needed, which are not kept
-            return self._passes.forward(batch, self._loss.hidden_gradient)
-        return self._teacher.forward(batch)
-
     def held_out_kl(self, targets: Sequence[Pattern], windows: Tensor) -> float:
-        """Mean KL of hard masks in nats per token. The windows are dealt out to the targets: many cost no more than one."""
+        """Mean KL in nats per token. The windows are dealt out to the targets: many cost no more than one."""
         total = 0.0
         for index, target in enumerate(targets):
             self._passes.network.masks = self.position.masks.masks(target)
@@ -214,10 +204,10 @@ class Descent:
             logger.warning("the controller diverged (held-out KL %.3f); back to the best, half the step", kl)
             self.position.back_to_best()
 
-    def _apply_gradient(self, size: float, masks: Masks, flips: FlipCount, name: str, gradient: Tensor | None) -> None:
+    def _apply_gradient(self, size: float, flips: FlipCount, name: str, gradient: Tensor | None) -> None:
         """The network's sink: moves the state of a matrix by its gradient. None: no token reached the matrix.
 
-        size, masks, flips: of this step.
+        size, flips: of this step.
         """
         weight = self._matrices[name].weight
         owner = self.position.owners[name]
@@ -231,13 +221,9 @@ class Descent:
             self._reached.add(name)
         # Mixed types are one kernel less on a GPU, and slow on a CPU.
         gradient = gradient.float() * (weight.float() if weight.device.type == "cpu" else weight)
-        if self._settings.temperature:
-            soft = masks[name]
-            gradient *= soft * (1 - soft)
         state = self.position.states[name].to(weight.device)
-        start = self.first_state(name).dual if self._settings.anchor else None
-        moved = self._rule.step(state, gradient, size, start)
-        flips.add(name, state.dual, moved.dual)
+        moved = self._rule.step(state, gradient, size)
+        flips.add(name, moved.dual)
         self.position.set(name, moved)
 
 
@@ -250,12 +236,12 @@ class FlipCount:
         self._flipped: list[Tensor] = []  # of each matrix, on its device: a look at a value waits for the GPU
         self._seen = 0
 
-    def add(self, name: str, before: Tensor, after: Tensor) -> None:
-        """Counts the bits that differ between the masks of a matrix's duals before the step and after it."""
+    def add(self, name: str, moved: Tensor) -> None:
+        """Counts the bits that differ between a matrix's mask and that of its dual after the step."""
         if name not in self._sampled:
             return
-        mask = self._masks.hard(name, before) if self._masks.temperature else self._masks[name]
-        self._flipped.append((mask != self._masks.hard(name, after)).sum())
+        mask = self._masks[name]
+        self._flipped.append((mask != self._masks.cut(name, moved)).sum())
         self._seen += mask.numel()
 
     def share(self) -> float:
@@ -272,16 +258,6 @@ def _split(windows: Tensor, held_out: int) -> tuple[Tensor, Tensor]:
     count = max(1, min(held_out, len(windows) // 8, len(windows) - distributed.count()))
     distributed.check_windows(len(windows), count)
     return windows[:-count], windows[-count:]
-
-
-def _check_relaxed(targets: Sequence[Pattern], calibration: Calibration) -> None:
-    """Raises InputError if masks cannot be relaxed, as a temperature above 0 asks for."""
-    if distributed.count() > 1:
-        raise InputError("relaxed masks are no bits that processes could exchange; start one, or leave temperature at 0")
-    if not all(isinstance(target, (Unstructured, NM)) and getattr(target, "scope", "") != "block" for target in targets):
-        raise InputError(f"masks of {targets[0]} cannot be relaxed; leave temperature at 0")
-    if calibration.streamed and not all(target.local for target in targets):
-        raise InputError("relaxed masks with one budget for the model need all of it in memory; leave temperature at 0")
 
 
 def _shuffled_rounds(targets: Sequence[Pattern], seed: int) -> Iterator[Pattern]:

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from uniprune.common import distributed
-from uniprune.controller.prox import relaxed
 from uniprune.models.matrices import Matrices
 from uniprune.sparsity import bits
 from uniprune.sparsity.patterns import MaskFn, Pattern
@@ -33,11 +32,6 @@ class State(Protocol):
         """The scores ``[out, in]``, float32, that masks are created from."""
         ...
 
-    @property
-    def unit(self) -> float:
-        """The mean score at the start."""
-        ...
-
     def to(self, device: torch.device) -> State: ...
 
     def rest(self) -> dict[str, Tensor]:
@@ -52,7 +46,7 @@ class UpdateRule(Protocol):
         """The first state. local: scores ``[out, in]``; output_gradient: RMS ``[out]`` of dL/dy."""
         ...
 
-    def step(self, state: Any, gradient: Tensor, size: float, start: Tensor | None = None) -> State:
+    def step(self, state: Any, gradient: Tensor, size: float) -> State:
         """The state after a step of this size; gradient: of the loss with respect to the mask ``[out, in]``."""
         ...
 
@@ -69,21 +63,15 @@ class UpdateRule(Protocol):
 class Masks(Mapping[str, Tensor]):
     """The masks of all matrices under one target, each created when it is first asked for.
 
-    hard: creates the mask of a matrix from its dual. dual: gives the dual of a name. temperature: of relaxed masks, in units of
-    the duals; 0: masks are boolean. device: that masks are created on.
+    cut: creates the mask of a matrix from its dual. dual: gives the dual of a name. device: that masks are created on.
     """
 
     target: Pattern
-    hard: MaskFn
+    cut: MaskFn
     dual: Callable[[str], Tensor]
     matrices: Matrices
-    temperature: float
     device: torch.device
     _kept: dict[str, Tensor] = field(default_factory=dict, init=False)
-
-    def __post_init__(self) -> None:
-        if self.temperature and not self.target.local:
-            self._kept = dict(relaxed(self.target, {name: self.dual(name) for name in self.matrices}, self.temperature))
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._kept:
@@ -94,10 +82,7 @@ class Masks(Mapping[str, Tensor]):
         return name in self.matrices  # what a Mapping does instead makes the mask, and takes a KeyError there for a no
 
     def _make(self, name: str) -> Tensor:
-        dual = self.dual(name).to(self.device)
-        if self.temperature:
-            return dict(relaxed(self.target, {name: dual}, self.temperature))[name]
-        return self.hard(name, dual)
+        return self.cut(name, self.dual(name).to(self.device))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.matrices)
@@ -110,8 +95,7 @@ class Masks(Mapping[str, Tensor]):
 class PackedMasks(Masks):
     """Masks that take one bit per weight: only those of one block are unpacked at a time, all lie packed in a stash.
 
-    Relaxed masks cannot be packed: they are created again when their block comes, unless one budget for the model made it
-    necessary to create all at once. label: prefix of the names in the stash, where the masks of two steps may lie side by side.
+    label: prefix of the names in the stash, where the masks of two steps may lie side by side.
     """
 
     stash: Stash = field(kw_only=True)
@@ -125,13 +109,12 @@ class PackedMasks(Masks):
         if name in self._packed:
             return bits.unpack(self._packed[name].to(self.device), matrix.shape)
         mask = super()._make(name)
-        if not self.temperature:
-            self._put(name, bits.pack(mask))
+        self._put(name, bits.pack(mask))
         return mask
 
     def create(self, name: str, dual: Tensor) -> None:
         """Creates and packs a mask before it is asked for, while its dual is in memory."""
-        self._put(name, bits.pack(self.hard(name, dual)))
+        self._put(name, bits.pack(self.cut(name, dual)))
 
     def share(self, owners: Mapping[str, int]) -> None:
         """Gives all masks to all processes: each creates those of its own matrices and broadcasts them, packed, by block."""
@@ -274,23 +257,17 @@ class MaskFactory:
                 masks.label = f"mask-{self._turn}"
                 self._next = masks
 
-    def masks(self, target: Pattern, temperature: float = 0.0) -> Masks:
-        """The masks of the present duals. temperature: of relaxed masks, in units of the mean dual at the start; 0: boolean."""
-        masks: Masks
-        if self._next is not None and self._next.target == target and not temperature:
-            masks = self._next
-        else:
-            masks = self._create(target, temperature)
+    def masks(self, target: Pattern) -> Masks:
+        """The masks of the present duals."""
+        prepared = self._next
+        masks = prepared if prepared is not None and prepared.target == target else self._create(target)
         if isinstance(masks, PackedMasks) and distributed.count() > 1:
             masks.share(self._owners)
         return masks
 
-    def _create(self, target: Pattern, temperature: float = 0.0) -> Masks:
-        hard = target.prepare_from_sample({} if target.local else self._gather_samples(target.sample_group))
-        if temperature:
-            units = [self._states[name].unit for name in self._matrices]
-            temperature *= sum(units) / len(units)
-        return self._states.masks(target, hard, self._states.dual, self._matrices, temperature, self._device)
+    def _create(self, target: Pattern) -> Masks:
+        cut = target.prepare_from_sample({} if target.local else self._gather_samples(target.sample_group))
+        return self._states.masks(target, cut, self._states.dual, self._matrices, self._device)
 
     def _gather_samples(self, grain: int) -> Mapping[str, Tensor]:
         """The samples of all duals, or the duals themselves if ``grain`` is 0, from all processes."""
