@@ -19,7 +19,7 @@ from uniprune import Loaded
 from uniprune.artefacts.masks import MasksFile
 from uniprune.artefacts.writer import MASKS
 from uniprune.common import distributed
-from uniprune.controller.descent import loop, states
+from uniprune.controller.descent import loop, masks, states
 from uniprune.controller.mirror_descent import MirrorDescent
 from uniprune.controller.start import in_steps
 from uniprune.data import text
@@ -290,8 +290,8 @@ def test_states_are_divided(tmp_path, targets):
 def created(place):
     """A descent that two processes make together; the matrices whose masks each created because they were asked for."""
     with distributed.joined(CPU):
-        model, asked, make = tiny_model(), [], states.Masks._make
-        states.Masks._make = lambda self, name: asked.append(name) or make(self, name)
+        model, asked, make = tiny_model(), [], masks.Masks._make
+        masks.Masks._make = lambda self, name: asked.append(name) or make(self, name)
         tokens = torch.randint(0, VOCABULARY, (24, 16), generator=torch.Generator().manual_seed(0))
         calibration = Calibration(model, find_matrices(model), tokens)
         MirrorDescent(batch_tokens=64, checks=1).calibrate(calibration, Wanda(), [NM(2, 4)], 4)

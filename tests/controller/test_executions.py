@@ -12,7 +12,7 @@ from conftest import Stopped, Stops, kept_bytes
 from small_models import MATRICES, Looped, tiny
 from uniprune import Recipe
 from uniprune.checkpoints.origin import resolve
-from uniprune.controller.descent.states import Masks, PackedMasks
+from uniprune.controller.descent.masks import Masks, PackedMasks
 from uniprune.controller.mirror_descent import MirrorDescent
 from uniprune.controller.passes.opening import open_passes
 from uniprune.controller.passes.resident import Resident

@@ -110,7 +110,7 @@ class _MaskedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, grad_anchor: Tensor, matrix: Matrix, network: StraightThrough) -> Tensor:  # type: ignore[override]
         ctx.save_for_backward(x)
-        # The mapping and not the mask: packed masks (states.PackedMasks) are unpacked again in the backward pass.
+        # The mapping and not the mask: packed masks (``descent.masks``) are unpacked again in the backward pass.
         ctx.matrix, ctx.masks, ctx.network = matrix, network.masks, network
         return functional.linear(x, _masked(matrix, network.masks))
 

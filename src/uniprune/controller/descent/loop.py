@@ -22,8 +22,9 @@ from torch import Tensor
 from uniprune.common import distributed
 from uniprune.controller.descent.logbook import Logbook
 from uniprune.controller.descent.loss import Loss
+from uniprune.controller.descent.masks import Masks
 from uniprune.controller.descent.position import Position
-from uniprune.controller.descent.states import Best, Masks, State, UpdateRule
+from uniprune.controller.descent.states import Best, State, UpdateRule
 from uniprune.controller.descent.teacher import TeacherCache
 from uniprune.controller.passes.opening import open_passes
 from uniprune.controller.passes.protocol import Passes
@@ -159,8 +160,8 @@ class Descent:
         left: the fraction of the descent that is left, in (0, 1]; the step size is proportional to it. following: the target of
         the next step, if that is known.
         """
-        masks = self._passes.network.masks = self.position.masks.masks(target)
-        self.position.masks.prepare_next(following)
+        masks = self._passes.network.masks = self.position.mask_factory.create(target)
+        self.position.mask_factory.prepare_next(following)
         flips = FlipCount(masks, self._sampled)
         size = self.log.scale * self._settings.step_size * left
         self._passes.network.sink = partial(self._apply_gradient, size, flips)
@@ -184,7 +185,7 @@ class Descent:
         """Mean KL in nats per token. The windows are dealt out to the targets: many cost no more than one."""
         total = 0.0
         for index, target in enumerate(targets):
-            self._passes.network.masks = self.position.masks.masks(target)
+            self._passes.network.masks = self.position.mask_factory.create(target)
             part = windows[index % len(windows) :: len(targets)]
             mine = part[distributed.rank() :: distributed.count()]
             kl = 0.0
