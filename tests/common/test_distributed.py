@@ -257,7 +257,7 @@ def descended(place, targets):
         save = states.InMemory.save
 
         def saved(self, facts, last):
-            held.append(sum(state.dual.nbytes for state in self.values()))
+            held.append(sum(state.dual.nbytes for state in self._states.values()))
             save(self, facts, last)
 
         states.InMemory.save = saved

@@ -353,7 +353,7 @@ def script(monkeypatch):
     def stepped(self, *arguments):
         if len(self.log.loss) == followed.stops_before:
             raise KeyboardInterrupt
-        followed.stepped.append(dict(self.position.states))
+        followed.stepped.append({name: self.position.states[name] for name in self.position.own})
         return step(self, *arguments)
 
     def updated(self, state, gradient, size):

@@ -50,30 +50,54 @@ class UpdateRule(Protocol):
         ...
 
 
-class InMemory(dict[str, State]):
-    """The states of all matrices in memory; saved from time to time, such that saving takes little of the whole time.
+class States(Protocol):
+    """The states of this process's matrices, by name, between two steps."""
+
+    def __getitem__(self, name: str) -> State: ...
+
+    def __setitem__(self, name: str, state: State) -> None: ...
+
+    def dual(self, name: str) -> Tensor:
+        """The dual of a matrix alone."""
+        ...
+
+    def keep_dual(self, name: str, key: str) -> None:
+        """Keeps the present dual in the store under another key."""
+        ...
+
+    def save(self, facts: Mapping[str, Any], last: bool) -> None:
+        """Saves states and facts, or what is needed of them the ``last`` time."""
+        ...
+
+    def clear(self) -> None:
+        """Frees the memory of the states, which are not asked for any more."""
+        ...
+
+
+class InMemory:
+    """The states in memory; saved from time to time, such that saving takes little of the whole time.
 
     store: where they are saved, and where those of an interrupted run are read. pace: when it is time to save; None: never.
     home: the device that states lie on between steps. names: of the matrices.
     """
 
     def __init__(self, store: Store, rule: UpdateRule, pace: Pace | None, home: torch.device, names: Iterable[str]) -> None:
-        super().__init__()
         self._store = store
         self._saved = OnDisk(store, rule)
         self._pace = pace
         self._home = home
-        if store.facts:
-            self.update((name, self._saved[name].to(home)) for name in names)
+        self._states = {name: self._saved[name].to(home) for name in names} if store.facts else {}
+
+    def __getitem__(self, name: str) -> State:
+        return self._states[name]
 
     def __setitem__(self, name: str, state: State) -> None:
-        super().__setitem__(name, state.to(self._home))
+        self._states[name] = state.to(self._home)
 
     def dual(self, name: str) -> Tensor:
-        return self[name].dual
+        return self._states[name].dual
 
     def keep_dual(self, name: str, key: str) -> None:
-        """Saves a copy of the present dual in the store under another key."""
         self._store[key] = {"dual": self.dual(name)}
 
     def save(self, facts: Mapping[str, Any], last: bool) -> None:
@@ -82,13 +106,16 @@ class InMemory(dict[str, State]):
             self._saved.save(facts, last)
         elif self._pace is not None and distributed.all_gather(self._pace.due())[0]:
             with self._pace.saving():
-                for name, state in self.items():
+                for name, state in self._states.items():
                     self._saved[name] = state
                 self._saved.save(facts, last)
 
+    def clear(self) -> None:
+        self._states.clear()
+
 
 class OnDisk:
-    """The states of all matrices on disk, the duals in files of their own: the best duals share them instead of a copy."""
+    """The states on disk, the duals in files of their own: the best duals share them instead of a copy."""
 
     def __init__(self, store: Store, rule: UpdateRule) -> None:
         self._store = store
@@ -113,10 +140,7 @@ class OnDisk:
         self._store.commit(facts)
 
     def clear(self) -> None:
-        """Frees memory, as ``InMemory.clear`` does: there is none to free."""
-
-
-States = InMemory | OnDisk
+        """They take no memory."""
 
 
 class Best(Mapping[str, Tensor]):
