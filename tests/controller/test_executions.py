@@ -63,8 +63,7 @@ def test_a_block_that_a_model_passes_through_twice_has_one_gradient(recompute):
     model.model.layers = Looped(model.model.layers)
     matrices = find_matrices(model)
     passes = open_passes(Calibration(model, matrices, tokens(), recompute=recompute), None)
-    passes.network.sink = lambda name, gradient: found.append((name, gradient))
-    with passes.network:
+    with passes.network as network, network.training({}, lambda name, gradient: found.append((name, gradient))):
         passes.backward(torch.ones_like(passes.forward_student(tokens())))
     assert sorted(name for name, _ in found) == sorted(matrices)
 
@@ -106,8 +105,7 @@ def test_a_pattern_that_fails_with_a_key_error_fails():
         raise KeyError("of the pattern's own")
 
     masks = Masks(NM(2, 4), hard, lambda name: torch.rand(matrices[name].shape), matrices, CPU)
-    with StraightThrough(matrices) as network, pytest.raises(KeyError, match="of the pattern's own"):
-        network.masks = masks
+    with StraightThrough(matrices) as network, network.pruned(masks), pytest.raises(KeyError, match="of the pattern's own"):
         model(input_ids=torch.arange(8)[None])
 
 

@@ -52,6 +52,11 @@ def differentiate(model, network, ids, **settings):
     return kl / ids.numel(), loss, passes
 
 
+def flush(network):
+    for block in range(3):
+        network.flush(block)
+
+
 def random_masks(matrices):
     generator = torch.Generator().manual_seed(1)
     return {name: torch.rand(matrix.shape, generator=generator) < 0.5 for name, matrix in matrices.items()}
@@ -70,11 +75,10 @@ def test_straight_through_gradients_are_those_of_the_pruned_model(family):
     expected = pruned(input_ids=ids, labels=ids).loss
     expected.backward()
     found = {}
-    with StraightThrough(matrices, found.__setitem__) as network:
-        network.masks = masks
+    with StraightThrough(matrices) as network, network.training(masks, found.__setitem__):
         loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
-        network.flush()
+        flush(network)
     torch.testing.assert_close(loss, expected)
     for name, matrix in reference.items():
         gradient = matrix.parameter.grad.T if matrix.transposed else matrix.parameter.grad
@@ -87,11 +91,12 @@ def test_the_model_is_as_before_and_the_teacher_is_dense():
     matrices = find_matrices(model)
     before = {name: p.clone() for name, p in model.named_parameters()}
     dense = model(input_ids=ids).logits
-    with StraightThrough(matrices, lambda name, gradient: None) as network:
-        network.masks = random_masks(matrices)
-        pruned = model(input_ids=ids).logits
-        with network.dense():
-            assert torch.equal(model(input_ids=ids).logits, dense)
+    with StraightThrough(matrices) as network:
+        with network.pruned(random_masks(matrices)):
+            pruned = model(input_ids=ids).logits
+            with network.dense():
+                assert torch.equal(model(input_ids=ids).logits, dense)
+        assert torch.equal(model(input_ids=ids).logits, dense)
     assert not torch.allclose(pruned, dense)
     assert torch.equal(model(input_ids=ids).logits, dense)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
@@ -217,8 +222,7 @@ def test_the_loss_is_the_kl_of_the_whole_distributions():
     model, ids = tiny_model(), tokens(2)
     matrices = find_matrices(model)
     found = {}
-    with StraightThrough(matrices, found.__setitem__) as network:
-        network.masks = random_masks(matrices)
+    with StraightThrough(matrices) as network, network.training(random_masks(matrices), found.__setitem__):
         kl, loss, passes = differentiate(model, network, ids)
         gradients = dict(found)
         assert loss.kl(*passes.infer(ids), ids) / ids.numel() == pytest.approx(kl, rel=1e-4)
@@ -227,7 +231,7 @@ def test_the_loss_is_the_kl_of_the_whole_distributions():
         predicted = model(input_ids=ids).logits.log_softmax(-1)
         expected = functional.kl_div(predicted, target, log_target=True, reduction="sum")
         expected.backward()
-        network.flush()
+        flush(network)
     assert kl == pytest.approx(float(expected.detach()) / ids.numel(), rel=1e-4)
     for name in matrices:
         torch.testing.assert_close(gradients[name], found[name], rtol=1e-3, atol=1e-5)
@@ -238,8 +242,7 @@ def test_sampled_thresholds_are_close_to_the_exact_ones(tmp_path):
     target = Unstructured(0.7, "model")
     with StraightThrough(matrices) as network:
         descent = opened(settings, model, network, ids, metric, [target], Run(tmp_path))
-        descent.held_out_kl([target], ids[:1])
-        kept = sum(int(mask.sum()) for mask in network.masks.values())
+        kept = sum(int(mask.sum()) for mask in descent.position.mask_factory.create(target).values())
     assert kept == pytest.approx(target.keep(sum(matrix.size for matrix in matrices.values())), rel=0.03)
 
 
@@ -281,13 +284,12 @@ def test_labels_are_the_cross_entropy():
     model, ids = tiny_model(), tokens(2)
     matrices = find_matrices(model)
     found = {}
-    with StraightThrough(matrices, found.__setitem__) as network:
-        network.masks = random_masks(matrices)
+    with StraightThrough(matrices) as network, network.training(random_masks(matrices), found.__setitem__):
         differentiate(model, network, ids, labels=1.0)
         gradients = dict(found)
         logits = model(input_ids=ids).logits[:, :-1]
         functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").backward()
-        network.flush()
+        flush(network)
     for name in matrices:
         torch.testing.assert_close(gradients[name], found[name], rtol=1e-3, atol=1e-5)
 
@@ -297,8 +299,7 @@ def test_evenness_weighs_tokens_by_their_divergence():
     model, ids = tiny_model(initializer_range=0.3), tokens(2)
     matrices = find_matrices(model)
     found = {}
-    with StraightThrough(matrices, found.__setitem__) as network:
-        network.masks = random_masks(matrices)
+    with StraightThrough(matrices) as network, network.training(random_masks(matrices), found.__setitem__):
         differentiate(model, network, ids, evenness=0.5)
         gradients = dict(found)
         with network.dense():
@@ -307,7 +308,7 @@ def test_evenness_weighs_tokens_by_their_divergence():
         kl = functional.kl_div(predicted, target, log_target=True, reduction="none").sum(-1)
         assert kl.min() > 0.02
         (2 * kl.sqrt()).sum().backward()
-        network.flush()
+        flush(network)
     for name in matrices:
         torch.testing.assert_close(gradients[name], found[name], rtol=1e-3, atol=1e-4)
 
@@ -317,9 +318,9 @@ def test_tokens_are_weighed_in_the_gradient():
     matrices = find_matrices(model)
     plain, doubled = {}, {}
     for found, weigh in ((plain, None), (doubled, lambda name, x, gradient: 2 * gradient)):
-        with StraightThrough(matrices, found.__setitem__, weigh) as network:
+        with StraightThrough(matrices) as network, network.training({}, found.__setitem__, weigh):
             model(input_ids=ids, labels=ids).loss.backward()
-            network.flush()
+            flush(network)
     assert all(torch.allclose(doubled[name], 2 * plain[name]) for name in matrices)
 
 

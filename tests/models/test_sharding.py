@@ -195,11 +195,11 @@ def test_a_process_without_windows_runs_all_blocks(folders):
             yield
 
     blocks = find_blocks(loaded.model)[1]
-    network = StraightThrough(attached(find_matrices(loaded.model), loaded.residency), sink=lambda name, gradient: None)
+    network = StraightThrough(attached(find_matrices(loaded.model), loaded.residency))
     passes = Streamed(loaded.model, Replay(loaded.model, blocks, residency), network)
     ids = torch.randint(0, VOCABULARY, (2, 16))
     loss, up = Loss(passes.head(ids)), list(range(len(blocks)))
-    with network:
+    with network, network.training({}, lambda name, gradient: None):
         for mine in (ids, ids[:0]):
             entered.clear()
             student, teacher = passes.forward(mine)

@@ -67,8 +67,7 @@ def sensitivities(
     """Measures the start of a descent, or restores it from a run that is resumed.
 
     windows: token ids ``[windows, length]``. wanted: the statistic of the local metric. run: where it is saved. batch_tokens:
-    tokens that go through the model at once; by default one window, or all if blocks are read one at a time. The network of
-    ``passes`` has no masks afterwards.
+    tokens that go through the model at once; by default one window, or all if blocks are read one at a time.
     """
     other = additional(SquaredNorm, wanted)
     store = Store(run, "start", shared=True) if run else None
@@ -93,25 +92,23 @@ def _measured(passes: Passes, windows: Tensor, other: Kind | None, batch_tokens:
     others = {name: other(count, passes.device) for name, count in columns.items()} if other else {}
     totals = {name: torch.zeros(matrix.shape[0], device=passes.device) for name, matrix in network.matrices.items()}
 
-    def watch(name: str, x: Tensor, gradient: Tensor) -> None:
+    def seen(name: str, x: Tensor, gradient: Tensor) -> None:
         norms[name].update(x)
         totals[name] += gradient.float().square().sum(0)
         if others:
             others[name].update(x)
 
-    network.masks = {}
-    network.watch = watch
     head = passes.head(windows)
     portions = [
         portion
         for batch in in_steps(windows, batch_tokens or windows.numel())
         for portion in passes.in_batches(batch[distributed.rank() :: distributed.count()], batch_tokens or windows.shape[1])
     ]
-    for number, batch in enumerate(progress(portions, "finding what each output is worth", len(portions))):
-        passes.backward(head.next_token(passes.forward_student(batch), batch))
-        if number == 0:
-            _check_called(passes, batch[:1], norms)
-    network.watch = None
+    with network.watching(seen):
+        for number, batch in enumerate(progress(portions, "finding what each output is worth", len(portions))):
+            passes.backward(head.next_token(passes.forward_student(batch), batch))
+            if number == 0:
+                _check_called(passes, batch[:1], norms)
     for total in totals.values():
         distributed.total(total)
     sum_over_processes(norms)

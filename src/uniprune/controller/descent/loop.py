@@ -148,7 +148,7 @@ class Descent:
             for name in position.own:
                 position.set(name, self.first_state(name))
         position.check_finite()
-        passes.network.weigh = Evener(start.norms, start.gradients) if settings.even_tokens else None
+        self._weigh = Evener(start.norms, start.gradients) if settings.even_tokens else None
 
     def first_state(self, name: str) -> State:
         """A matrix's state before the first step."""
@@ -160,16 +160,15 @@ class Descent:
         left: the fraction of the descent that is left, in (0, 1]; the step size is proportional to it. following: the target of
         the next step, if that is known.
         """
-        masks = self._passes.network.masks = self.position.mask_factory.create(target)
+        masks = self.position.mask_factory.create(target)
         self.position.mask_factory.prepare_next(following)
         flips = FlipCount(masks, self._sampled)
         size = self.log.scale * self._settings.step_size * left
-        self._passes.network.sink = partial(self._apply_gradient, size, flips)
         mine = distributed.share(batch)
-        student, teacher = self._teacher.forward(mine)
-        kl, gradient = self._loss.gradient(student, teacher, mine)
-        self._passes.backward(gradient)
-        self._passes.network.sink = None  # which holds the masks
+        with self._passes.network.training(masks, partial(self._apply_gradient, size, flips), self._weigh):
+            student, teacher = self._teacher.forward(mine)
+            kl, gradient = self._loss.gradient(student, teacher, mine)
+            self._passes.backward(gradient)
         self.position.check_finite()
         if self.log.without_gradient:
             reached = set[str]().union(*distributed.all_gather(self._reached))
@@ -185,13 +184,13 @@ class Descent:
         """Mean KL in nats per token. The windows are dealt out to the targets: many cost no more than one."""
         total = 0.0
         for index, target in enumerate(targets):
-            self._passes.network.masks = self.position.mask_factory.create(target)
             part = windows[index % len(windows) :: len(targets)]
             mine = part[distributed.rank() :: distributed.count()]
             kl = 0.0
-            for batch in self._passes.in_batches(mine, HELD_OUT_TOKENS):
-                student, teacher = self._teacher.infer(batch)
-                kl += self._loss.kl(student, teacher, batch)
+            with self._passes.network.pruned(self.position.mask_factory.create(target)):
+                for batch in self._passes.in_batches(mine, HELD_OUT_TOKENS):
+                    student, teacher = self._teacher.infer(batch)
+                    kl += self._loss.kl(student, teacher, batch)
             total += distributed.total_of(kl) / self._loss.count(part)
         return total / len(targets)
 

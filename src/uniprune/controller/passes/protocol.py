@@ -16,7 +16,7 @@ from uniprune.models.output_head import Head
 
 
 class Passes(Protocol):
-    """Runs the student, which is the model with ``network.masks`` applied, and the teacher, the same model without them.
+    """Runs the student, which is the model with the masks of ``network``, and the teacher, the same model without them.
 
     ``batch`` is token ids ``[windows, length]``, final hidden states are ``[windows, length, width]``.
     """
