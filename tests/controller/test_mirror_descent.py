@@ -13,6 +13,7 @@ from small_models import MATRICES, tiny
 from uniprune.controller.controllers import any_sparsity
 from uniprune.controller.descent.logbook import Logbook
 from uniprune.controller.descent.loop import Descent
+from uniprune.controller.descent.loop import opened as open_descent
 from uniprune.controller.descent.loss import Loss
 from uniprune.controller.descent.position import Position
 from uniprune.controller.descent.teacher import TeacherCache
@@ -254,7 +255,7 @@ def opened(settings, model, network, ids, metric, targets, run):
 def over(settings, passes, calibration, metric, targets, run):
     """As :func:`opened`, by these passes."""
     position = Position(settings, calibration, targets, run, Store(run, "descent"))
-    return Descent(settings, passes, calibration, metric, position, TeacherCache(passes, Stash(run.aside())))
+    return open_descent(settings, passes, calibration, metric, position, TeacherCache(passes, Stash(run.aside())))
 
 
 def setting(**changes):

@@ -14,23 +14,25 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from itertools import islice
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from uniprune.common import distributed
+from uniprune.common.progress import Progress
 from uniprune.controller.descent.logbook import Logbook
 from uniprune.controller.descent.loss import Loss
 from uniprune.controller.descent.masks import Masks
 from uniprune.controller.descent.position import Position
-from uniprune.controller.descent.states import Best, State, UpdateRule
+from uniprune.controller.descent.states import Best, UpdateRule
 from uniprune.controller.descent.teacher import TeacherCache
 from uniprune.controller.passes.opening import open_passes
 from uniprune.controller.passes.protocol import Passes
 from uniprune.controller.protocol import ControllerRecord
 from uniprune.controller.start import in_steps, sensitivities
-from uniprune.controller.straight_through import Evener
+from uniprune.controller.straight_through import Evener, Weigh
 from uniprune.saliency.calibration import Calibration, LocalSaliency
 from uniprune.saliency.metrics import Metric
 from uniprune.saliency.observation import starved
@@ -68,91 +70,124 @@ def descend(
     """
     windows, held_out = _split(calibration.windows, max(settings.held_out, len(targets)))
     todo = in_steps(windows, settings.batch_tokens)
-    steps = steps or len(todo)
-    every = math.ceil(steps / settings.checks)
+    plan = Plan(todo, held_out, targets, steps or len(todo), settings.checks, seed)
     with ExitStack() as stack:
         run = calibration.run or stack.enter_context(runs.temporary())
         store = Store(run, "descent", shared=True)
         saved = Logbook.of(store.facts)
-        if saved.done == steps:  # of a run that was interrupted after the descent
-            return Best(store, calibration.matrices, calibration.device, ()), saved.record(steps, every)
+        if saved.done == plan.steps:  # of a run that was interrupted after the descent
+            best = Best(store, calibration.matrices, calibration.device, ())
+            return best, saved.record(plan.steps, plan.every)
         passes = open_passes(calibration, run)
         stack.enter_context(passes.network)
         position = Position(settings, calibration, targets, run, store)
-        teacher = TeacherCache(passes, Stash(run.aside()), repeats=steps > len(todo))
-        descent = Descent(settings, passes, replace(calibration, windows=windows), metric, position, teacher)
-        log = position.log
-        first = log.done
-        if not position.resumed:
-            descent.check(targets, held_out)
-        order = _shuffled_rounds(targets, seed)
-        for _ in range(first):
-            next(order)
-        target = next(order)
-        for index in calibration.progress(range(first, steps), "descending", steps - first):
-            batch = todo[index % len(todo)]
-            following = next(order)
-            kl, flips = descent.step(batch, target, 1 - index / steps, following if index + 1 < steps else None)
-            calibration.progress.note(f"{target}: KL {kl:.3f}, {flips:.2%} flipped", batch.numel())
-            logger.info("step %d: %s KL %.4f", index, target, kl)
-            target = following
-            if not (index + 1) % every or index + 1 == steps:
-                descent.check(targets, held_out)
-            log.done = steps if log.stalled else index + 1
-            position.save(last=log.done == steps)
-            if log.stalled:
-                break
-        record = log.record(steps, every)
+        teacher = TeacherCache(passes, Stash(run.aside()), repeats=plan.steps > len(todo))
+        descent = opened(settings, passes, replace(calibration, windows=windows), metric, position, teacher)
+        follow(plan, descent, calibration.progress)
+        record = position.log.record(plan.steps, plan.every)
         if calibration.run:
             return position.best, record
         position.states.clear()  # makes room for the copy of the best duals
         return dict(position.best), record
 
 
-class Descent:
-    """The steps that move a position, and its checks on held-out windows.
+class Plan(NamedTuple):
+    """What a descent is to do.
+
+    todo: windows ``[n, length]`` by step, and again from the first. held_out: windows to check with. targets: one per step, in
+    shuffled rounds. steps: how many at most. checks: at most, besides that of the start.
+    """
+
+    todo: Sequence[Tensor]
+    held_out: Tensor
+    targets: Sequence[Pattern]
+    steps: int
+    checks: int
+    seed: int
+
+    @property
+    def every(self) -> int:
+        """The steps between two checks."""
+        return math.ceil(self.steps / self.checks)
+
+
+def opened(
+    settings: MirrorDescent,
+    passes: Passes,
+    calibration: Calibration,
+    metric: Metric,
+    position: Position,
+    teacher: TeacherCache,
+) -> Descent:
+    """A descent before its first step, or where an earlier process left it: measures the start, unless the run has it.
 
     calibration: its windows are those to descend on. position: empty, or that of a descent that is resumed. teacher: of the
     same ``passes``.
     """
+    matrices, windows = calibration.matrices, calibration.windows
+    head = passes.head(windows, None if settings.labels else settings.vocabulary)
+    few = windows[: max(1, START_TOKENS // windows.shape[1])]
+    start = sensitivities(passes, few, metric.statistic, calibration.run)
+    scored_by_magnitude = starved(matrices, start.norms).get("starved")  # warns, in a resumed descent too
+    if not position.resumed:
+        position.log.without_gradient = start.without_gradient
+        position.log.starved = scored_by_magnitude
+        local = LocalSaliency(matrices, metric, start.statistics)
+        for name in position.own:
+            position.set(name, settings.init(local[name], start.gradients[name]))
+    position.check_finite()
+    weigh = Evener(start.norms, start.gradients) if settings.even_tokens else None
+    return Descent(settings, passes, Loss(head, settings.labels, settings.evenness), position, teacher, weigh)
+
+
+def follow(plan: Plan, descent: Descent, progress: Progress) -> None:
+    """Takes the steps of a plan that are left, with its checks, until they are done or the checks find no improvement."""
+    position, log, first = descent.position, descent.log, descent.log.done
+    if not position.resumed:
+        descent.check(plan.targets, plan.held_out)
+    order = islice(_shuffled_rounds(plan.targets, plan.seed), first, None)
+    target = next(order)
+    for index in progress(range(first, plan.steps), "descending", plan.steps - first):
+        batch, following = plan.todo[index % len(plan.todo)], next(order)
+        last = index + 1 == plan.steps
+        kl, flips = descent.step(batch, target, 1 - index / plan.steps, None if last else following)
+        progress.note(f"{target}: KL {kl:.3f}, {flips:.2%} flipped", batch.numel())
+        logger.info("step %d: %s KL %.4f", index, target, kl)
+        target = following
+        if last or not (index + 1) % plan.every:
+            descent.check(plan.targets, plan.held_out)
+        log.done = plan.steps if log.stalled else index + 1
+        position.save(last=log.done == plan.steps)
+        if log.stalled:
+            break
+
+
+class Descent:
+    """The steps that move a position, and its checks on held-out windows.
+
+    rule: moves the state of one matrix. teacher: of the same ``passes``. weigh: the weights of tokens in each matrix's
+    gradient; None: all weigh 1.
+    """
 
     def __init__(
         self,
-        settings: MirrorDescent,
+        rule: UpdateRule,
         passes: Passes,
-        calibration: Calibration,
-        metric: Metric,
+        loss: Loss,
         position: Position,
         teacher: TeacherCache,
+        weigh: Weigh | None = None,
     ) -> None:
-        self._settings = settings
-        self._rule: UpdateRule = settings
-        self._passes = passes
-        self._teacher = teacher
-        self._matrices = calibration.matrices
-        self._sampled = set(list(self._matrices)[::COUNT_EVERY])
-        self._reached = set[str]()  # matrices that a gradient has reached only in a step
-        windows = calibration.windows
-        head = passes.head(windows, None if settings.labels else settings.vocabulary)
-        self._loss = Loss(head, settings.labels, settings.evenness)
-        few = windows[: max(1, START_TOKENS // windows.shape[1])]
-        start = sensitivities(passes, few, metric.statistic, calibration.run)
-        self._local = LocalSaliency(self._matrices, metric, start.statistics)
-        self._gradients = start.gradients
         self.position = position
         self.log = position.log
-        scored_by_magnitude = starved(self._matrices, start.norms).get("starved")  # warns, in a resumed descent too
-        if not position.resumed:
-            self.log.without_gradient = start.without_gradient
-            self.log.starved = scored_by_magnitude
-            for name in position.own:
-                position.set(name, self.first_state(name))
-        position.check_finite()
-        self._weigh = Evener(start.norms, start.gradients) if settings.even_tokens else None
-
-    def first_state(self, name: str) -> State:
-        """A matrix's state before the first step."""
-        return self._rule.init(self._local[name], self._gradients[name])
+        self._rule = rule
+        self._passes = passes
+        self._loss = loss
+        self._teacher = teacher
+        self._weigh = weigh
+        self._matrices = passes.network.matrices
+        self._sampled = set(list(self._matrices)[::COUNT_EVERY])
+        self._reached = set[str]()  # matrices that a gradient has reached only in a step
 
     def step(self, batch: Tensor, target: Pattern, left: float, following: Pattern | None = None) -> tuple[float, float]:
         """One step on windows ``[n, length]``; returns its KL in nats per token, and the share of mask bits that it flipped.
@@ -163,7 +198,7 @@ class Descent:
         masks = self.position.mask_factory.create(target)
         self.position.mask_factory.prepare_next(following)
         flips = FlipCount(masks, self._sampled)
-        size = self.log.scale * self._settings.step_size * left
+        size = self.log.scale * self._rule.step_size * left
         mine = distributed.share(batch)
         with self._passes.network.training(masks, partial(self._apply_gradient, size, flips), self._weigh):
             student, teacher = self._teacher.forward(mine)

@@ -33,6 +33,11 @@ class State(Protocol):
 class UpdateRule(Protocol):
     """An update rule, in pure functions on the state of one matrix (as in optax: ``init`` and ``update``)."""
 
+    @property
+    def step_size(self) -> float:
+        """The size of the first step."""
+        ...
+
     def init(self, local: Tensor, output_gradient: Tensor) -> State:
         """The first state. local: scores ``[out, in]``; output_gradient: RMS ``[out]`` of dL/dy."""
         ...
