@@ -26,8 +26,8 @@ from recompute import model_of
 from uniprune import Recipe
 from uniprune.common import fused
 from uniprune.common.fused import Fused, agree
+from uniprune.controller.descent.token_weighting import weighted
 from uniprune.controller.mirror_descent import MirrorDescent, Step, updated
-from uniprune.controller.straight_through import evened
 from uniprune.job.forecast import machine, memory
 from uniprune.models.matrices import find_matrices
 from uniprune.saliency.calibration import Calibration, one_shot
@@ -116,7 +116,7 @@ def kernels(card: Card, size: str) -> list[Row]:
     cases: list[tuple[Fused[Any], tuple[Any, ...], Row]] = [
         (_among_few, (state[1].reshape(-1, 4),), {"keep": 2}),
         (updated, state, {"step": step}),
-        (evened, tokens, {}),
+        (weighted, tokens, {}),
     ]
     found = [_kernel(card, *case) for case in cases]
     for target in TARGETS[1:3]:

@@ -21,7 +21,7 @@ from uniprune.artefacts.writer import MASKS
 from uniprune.common import distributed
 from uniprune.controller.descent import loop, masks, states
 from uniprune.controller.mirror_descent import MirrorDescent
-from uniprune.controller.start import in_steps
+from uniprune.controller.schedule import in_steps
 from uniprune.data import text
 from uniprune.data.windows import Windows, save_windows
 from uniprune.errors import InputError

@@ -17,7 +17,7 @@ import torch
 from triton.runtime.interpreter import GridExecutor
 from uniprune.common.fused import agree
 from uniprune.controller.mirror_descent import Step, updated
-from uniprune.controller.straight_through import evened
+from uniprune.controller.descent.token_weighting import weighted
 from uniprune.sparsity.top import _among_few
 
 launches, launch = 0, GridExecutor.__call__
@@ -54,8 +54,8 @@ for rows, columns in ((1, 1), (16, 128), (33, 200), (5, 300)):
     same(updated, torch.zeros_like(gradient), dual, *still, step=step)
 for tokens, dtype in itertools.product((1, 5), (torch.float32, torch.bfloat16)):
     x, gradient = torch.randn(tokens, 1100).to(dtype), torch.randn(tokens, 7).to(dtype)
-    same(evened, x, gradient, torch.rand(1100), torch.rand(7))
-    same(evened, x, torch.zeros_like(gradient), torch.rand(1100), torch.rand(7))
+    same(weighted, x, gradient, torch.rand(1100), torch.rand(7))
+    same(weighted, x, torch.zeros_like(gradient), torch.rand(1100), torch.rand(7))
 """
 
 
@@ -124,7 +124,7 @@ def test_a_kernel_that_has_no_memory_beside_plain_is_tried_again(monkeypatch, ca
 
 
 def test_a_kernel_is_held_against_plain_for_each_way_that_it_is_compiled(monkeypatch, caplog):
-    function = Fused(plain, 1, "nowhere:nothing", alike=lambda a, *, factor: len(a))
+    function = Fused(plain, 1, "nowhere:nothing", specialised_on=lambda a, *, factor: len(a))
 
     def kernel(a, *, factor):
         if len(a) == 2 or a.dtype == torch.float64:
@@ -140,7 +140,7 @@ def test_a_kernel_is_held_against_plain_for_each_way_that_it_is_compiled(monkeyp
 
 
 def test_a_kernel_is_held_against_a_call_that_tells(monkeypatch):
-    function = Fused(plain, 1, "nowhere:nothing", telling=lambda a, *, factor: factor > 1)
+    function = Fused(plain, 1, "nowhere:nothing", representative=lambda a, *, factor: factor > 1)
     monkeypatch.setattr(Fused, "launcher", staticmethod(lambda a, *, factor: a * factor**2))  # right for 1 alone
     monkeypatch.setattr(module, "available", lambda: True)
     monkeypatch.setattr(module, "on_gpu", lambda tensor: True)

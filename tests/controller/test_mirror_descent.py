@@ -11,17 +11,18 @@ from torch.nn import functional
 from conftest import VOCABULARY, tiny_model
 from small_models import MATRICES, tiny
 from uniprune.controller.controllers import any_sparsity
-from uniprune.controller.descent.logbook import Logbook
+from uniprune.controller.descent.history import DescentHistory
 from uniprune.controller.descent.loop import Descent
 from uniprune.controller.descent.loop import opened as open_descent
 from uniprune.controller.descent.loss import Loss
 from uniprune.controller.descent.position import Position
 from uniprune.controller.descent.teacher import TeacherCache
+from uniprune.controller.descent.token_weighting import TokenWeighting
 from uniprune.controller.mirror_descent import MirrorDescent, confidence, dither, from_ue5m3, noise_of, to_ue5m3
 from uniprune.controller.passes.resident import Resident
 from uniprune.controller.passes.streamed import Streamed
 from uniprune.controller.start import sensitivities
-from uniprune.controller.straight_through import Evener, StraightThrough
+from uniprune.controller.straight_through import StraightThrough
 from uniprune.errors import InputError
 from uniprune.models.matrices import find_blocks, find_matrices
 from uniprune.models.replay import Replay
@@ -187,14 +188,14 @@ def test_confidence_is_in_rows_whose_gradients_agree():
     assert rows[7] > 3 * rows[others].max()
 
 
-def test_the_evener_by_hand():
+def test_token_weights_by_hand():
     """Two channels, three tokens; sizes in units of the channels' own."""
     norm = SquaredNorm(2, torch.device("cpu"))
     norm.update(torch.tensor([[1.0, 2.0]]))
-    evener = Evener({"w": norm}, {"w": torch.tensor([4.0])})
+    weighting = TokenWeighting({"w": norm}, {"w": torch.tensor([4.0])})
     x = torch.tensor([[1.0, 2.0], [2.0, 4.0], [1.0, 2.0]])
     gradient = torch.tensor([[4.0], [4.0], [16.0]])
-    weights = (evener("w", x, gradient) / gradient)[:, 0]
+    weights = (weighting("w", x, gradient) / gradient)[:, 0]
     assert (weights / weights[0]).tolist() == pytest.approx([1, 1 / 2, 1 / 2])  # input twice as loud; output gradient 4 times
 
 
@@ -350,10 +351,10 @@ def script(monkeypatch):
 
     def held_out_kl(self, targets, windows):
         followed.checked.append({name: self.position.states.dual(name).clone() for name in self.position.own})
-        return followed.values[len(self.log.held_out_loss)]
+        return followed.values[len(self.history.held_out_loss)]
 
     def stepped(self, *arguments):
-        if len(self.log.loss) == followed.stops_before:
+        if len(self.history.loss) == followed.stops_before:
             raise KeyboardInterrupt
         followed.stepped.append({name: self.position.states[name] for name in self.position.own})
         return step(self, *arguments)
@@ -448,11 +449,11 @@ def test_a_descent_that_is_resumed_knows_its_checks(script, tmp_path, monkeypatc
 
 
 def test_progress_of_another_version_is_refused():
-    facts = asdict(Logbook(done=2, loss=[1.0, 0.9]))
-    assert asdict(Logbook.of(facts)) == facts
-    assert Logbook.of({}) == Logbook()
+    facts = asdict(DescentHistory(done=2, loss=[1.0, 0.9]))
+    assert asdict(DescentHistory.of(facts)) == facts
+    assert DescentHistory.of({}) == DescentHistory()
     with pytest.raises(InputError, match="of an earlier version of uniprune; --overwrite without --resume restarts it"):
-        Logbook.of(facts | {"scale": 0.5})
+        DescentHistory.of(facts | {"scale": 0.5})
 
 
 def test_same_seed_same_duals():

@@ -6,14 +6,22 @@ import pytest
 import torch
 
 from uniprune.controller.prox import (
-    l1_objective,
-    nm_objective,
     nm_regulariser,
     prox_nm,
     soft_threshold,
 )
 from uniprune.errors import InputError
 from uniprune.sparsity.patterns import NM
+
+
+def l1_objective(x, v, lam):
+    """What soft_threshold minimises."""
+    return 0.5 * (x - v).square().sum() + lam * x.abs().sum()
+
+
+def nm_objective(w, z, lam, n, m):
+    """What prox_nm minimises."""
+    return 0.5 * (w - z).square().sum() + lam * nm_regulariser(w, n, m)
 
 
 def random(*shape, seed=0):

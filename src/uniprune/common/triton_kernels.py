@@ -1,6 +1,6 @@
 """Work on every weight, score and token, on a GPU in a few kernels (Triton). Tested on a CPU by Triton's interpreter.
 
-What they compute stands in plain PyTorch where they are used (``top``, ``mirror_descent``, ``straight_through``). Only
+What they compute stands in plain PyTorch where they are used (``top``, ``mirror_descent``, ``token_weighting``). Only
 ``fused`` imports this module, where Triton is.
 """
 
@@ -58,8 +58,8 @@ def updated(
     return moved, next_ratio, next_rms, top
 
 
-def evened(x: Tensor, gradient: Tensor, inputs: Tensor, outputs: Tensor) -> Tensor:
-    """The gradient, weighed, as ``straight_through.evened`` has it."""
+def weighted(x: Tensor, gradient: Tensor, inputs: Tensor, outputs: Tensor) -> Tensor:
+    """The gradient, weighted, as ``token_weighting.weighted`` has it."""
     x, gradient = x.contiguous(), gradient.contiguous()
     weighed, sizes = torch.empty_like(gradient), (x.shape[1], gradient.shape[1])
     weighing[(len(x),)](x, gradient, inputs.contiguous(), outputs.contiguous(), weighed, *sizes, BLOCK=CHANNELS)

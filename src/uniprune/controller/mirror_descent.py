@@ -20,7 +20,7 @@ comes from a copy of the weights that is trained meanwhile; here it comes from t
 On few tokens, the noise of the gradients is what limits the descent. Three things reduce it. Rows and columns move only as far
 as their gradients agree from step to step (:func:`confidence`). And so that a few tokens with large gradients do not drown the
 others, each token's divergence is weighted down in the loss (its ``evenness``), and tokens are weighted in each matrix's
-gradient by the sizes of their input and output gradient there (``straight_through.Evener``).
+gradient by the sizes of their input and output gradient there (``descent.token_weighting``).
 """
 
 from __future__ import annotations
@@ -35,8 +35,9 @@ from torch import Tensor
 
 from uniprune.common.fused import fused
 from uniprune.controller.descent import loop
+from uniprune.controller.descent.token_weighting import TINY
 from uniprune.controller.protocol import ControllerRecord, Cost
-from uniprune.controller.start import step_windows
+from uniprune.controller.schedule import step_windows
 from uniprune.errors import InputError
 from uniprune.saliency.calibration import Calibration
 from uniprune.saliency.metrics import Metric
@@ -44,7 +45,6 @@ from uniprune.sparsity.patterns import Pattern
 from uniprune.storage.runs import OLDER
 from uniprune.storage.stash import moved
 
-TINY = 1e-20
 LEAST, MOST = 0.02, 5.0  # in confidence(): least signal share of a row or column, greatest factor of a weight
 BAND, WIDE_BAND = 1 << 17, 1 << 24  # weights updated at a time: on a CPU as many as its cache holds, on a GPU to bound memory
 LEVELS = 127  # largest int8
@@ -238,7 +238,7 @@ def _compiled_for(*_: Any, step: Step) -> bool:
     return step.noise is not None
 
 
-@fused(kernels=3, triton="uniprune.common.triton_kernels:updated", telling=_exercises_all, alike=_compiled_for)
+@fused(kernels=3, triton="uniprune.common.triton_kernels:updated", representative=_exercises_all, specialised_on=_compiled_for)
 def updated(
     gradient: Tensor, dual: Tensor, ratio: Tensor, rms: Tensor, before: Tensor, *, step: Step
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -1,7 +1,4 @@
-"""Proximal maps of ``unipruning``, each beside the objective that it minimises.
-
-They see tensors, never a model, and return float32. The objectives are functions too: each map can be held against its own.
-"""
+"""Proximal maps of ``unipruning``. They see tensors, never a model, and return float32."""
 
 from __future__ import annotations
 
@@ -29,11 +26,6 @@ def soft_threshold(v: Tensor, lam: float) -> Tensor:
     return v.sign() * (v.abs() - lam).clamp_min(0)
 
 
-def l1_objective(x: Tensor, v: Tensor, lam: float) -> Tensor:
-    """What :func:`soft_threshold` minimises: ``1/2 |x - v|^2 + lam * |x|_1``, a scalar."""
-    return 0.5 * (x - v).square().sum() + lam * x.abs().sum()
-
-
 def nm_regulariser(w: Tensor, n: int, m: int) -> Tensor:
     """How far weights ``[out, in]`` are from N:M: a scalar, 0 exactly where ``n`` or fewer of every ``m`` are not 0.
 
@@ -42,11 +34,6 @@ def nm_regulariser(w: Tensor, n: int, m: int) -> Tensor:
     Raises InputError if the columns are not divisible by ``m``.
     """
     return _symmetric(_nm_groups(w, n, m).abs().unbind(1), n + 1).sum()
-
-
-def nm_objective(w: Tensor, z: Tensor, lam: float, n: int, m: int) -> Tensor:
-    """What :func:`prox_nm` minimises: ``1/2 |w - z|^2 + lam * nm_regulariser(w)``, a scalar."""
-    return 0.5 * (w - z).square().sum() + lam * nm_regulariser(w, n, m)
 
 
 def prox_nm(z: Tensor, lam: float, n: int, m: int) -> Tensor:

@@ -16,9 +16,11 @@ from torch import Tensor
 from uniprune.common import distributed
 from uniprune.common.progress import Progress, silent
 from uniprune.controller.passes.protocol import Passes
+from uniprune.controller.schedule import in_steps
+from uniprune.errors import InputError
 from uniprune.saliency.observation import check_called, check_seen, fill_starved_experts, observing, sum_over_processes
 from uniprune.saliency.statistics import Kind, SquaredNorm, Statistic, Statistics, additional
-from uniprune.storage.runs import Run
+from uniprune.storage.runs import OLDER, Run
 from uniprune.storage.tensor_store import Store
 
 logger = logging.getLogger(__name__)
@@ -39,21 +41,6 @@ class Start(NamedTuple):
     gradients: dict[str, Tensor]
     statistics: Statistics
     without_gradient: list[str]
-
-
-def step_windows(tokens: int, length: int) -> int:
-    """How many windows of ``length`` a step of so many tokens has: as many as fit, at least one for each process."""
-    return max(distributed.count(), tokens // length)
-
-
-def in_steps(windows: Tensor, tokens: int) -> list[Tensor]:
-    """The windows ``[n, length]`` split into steps of :func:`step_windows` each. The last step has the remainder; where that is
-    fewer windows than processes, it is added to the step before."""
-    processes = distributed.count()
-    todo = list(torch.split(windows, step_windows(tokens, windows.shape[1])))
-    if len(todo[-1]) < processes:
-        todo[-2:] = [torch.cat(todo[-2:])]
-    return todo
 
 
 def sensitivities(
@@ -80,7 +67,9 @@ def sensitivities(
             store["gradients"] = start.gradients
             if other:
                 store["statistics"] = {name: statistic.total for name, statistic in start.statistics.items()}
-        store.commit({"tokens": {name: norm.tokens for name, norm in start.norms.items()}, "still": start.without_gradient})
+        store.commit(
+            {"tokens": {name: norm.tokens for name, norm in start.norms.items()}, "without_gradient": start.without_gradient}
+        )
     return start
 
 
@@ -171,7 +160,9 @@ def warn_without_gradient(names: Collection[str]) -> None:
 
 
 def _restored(store: Store, passes: Passes, other: Kind | None) -> Start:
-    """What an earlier run saved; other: as for :func:`_measured`."""
+    """What an earlier run saved; other: as for :func:`_measured`. Raises InputError for one of another version."""
+    if "without_gradient" not in store.facts:
+        raise InputError(OLDER)
 
     def statistics(kind: type[S], key: str) -> dict[str, S]:
         restored = {name: kind(matrix.shape[1], passes.device) for name, matrix in passes.network.matrices.items()}
@@ -181,4 +172,4 @@ def _restored(store: Store, passes: Passes, other: Kind | None) -> Start:
 
     norms = statistics(SquaredNorm, "inputs")
     gradients = {name: rms.to(passes.device) for name, rms in store["gradients"].items()}
-    return Start(norms, gradients, statistics(other, "statistics") if other else norms, list(store.facts["still"]))
+    return Start(norms, gradients, statistics(other, "statistics") if other else norms, list(store.facts["without_gradient"]))

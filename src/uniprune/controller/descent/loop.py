@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -22,17 +22,19 @@ from torch import Tensor
 
 from uniprune.common import distributed
 from uniprune.common.progress import Progress
-from uniprune.controller.descent.logbook import Logbook
+from uniprune.controller.descent.history import DescentHistory
 from uniprune.controller.descent.loss import Loss
 from uniprune.controller.descent.masks import Masks
 from uniprune.controller.descent.position import Position
 from uniprune.controller.descent.states import Best, UpdateRule
 from uniprune.controller.descent.teacher import TeacherCache
+from uniprune.controller.descent.token_weighting import TokenWeighting
 from uniprune.controller.passes.opening import open_passes
 from uniprune.controller.passes.protocol import Passes
 from uniprune.controller.protocol import ControllerRecord
-from uniprune.controller.start import in_steps, sensitivities
-from uniprune.controller.straight_through import Evener, Weigh
+from uniprune.controller.schedule import in_steps, shuffled_rounds
+from uniprune.controller.start import sensitivities
+from uniprune.controller.straight_through import Weigh
 from uniprune.saliency.calibration import Calibration, LocalSaliency
 from uniprune.saliency.metrics import Metric
 from uniprune.saliency.observation import starved
@@ -74,7 +76,7 @@ def descend(
     with ExitStack() as stack:
         run = calibration.run or stack.enter_context(runs.temporary())
         store = Store(run, "descent", shared=True)
-        saved = Logbook.of(store.facts)
+        saved = DescentHistory.of(store.facts)
         if saved.done == plan.steps:  # of a run that was interrupted after the descent
             best = Best(store, calibration.matrices, calibration.device, ())
             return best, saved.record(plan.steps, plan.every)
@@ -84,7 +86,7 @@ def descend(
         teacher = TeacherCache(passes, Stash(run.aside()), repeats=plan.steps > len(todo))
         descent = opened(settings, passes, replace(calibration, windows=windows), metric, position, teacher)
         follow(plan, descent, calibration.progress)
-        record = position.log.record(plan.steps, plan.every)
+        record = position.history.record(plan.steps, plan.every)
         if calibration.run:
             return position.best, record
         position.states.clear()  # makes room for the copy of the best duals
@@ -130,22 +132,23 @@ def opened(
     start = sensitivities(passes, few, metric.statistic, calibration.run)
     scored_by_magnitude = starved(matrices, start.norms).get("starved")  # warns, in a resumed descent too
     if not position.resumed:
-        position.log.without_gradient = start.without_gradient
-        position.log.starved = scored_by_magnitude
+        position.history.without_gradient = start.without_gradient
+        position.history.starved = scored_by_magnitude
         local = LocalSaliency(matrices, metric, start.statistics)
         for name in position.own:
             position.set(name, settings.init(local[name], start.gradients[name]))
     position.check_finite()
-    weigh = Evener(start.norms, start.gradients) if settings.even_tokens else None
+    weigh = TokenWeighting(start.norms, start.gradients) if settings.even_tokens else None
     return Descent(settings, passes, Loss(head, settings.labels, settings.evenness), position, teacher, weigh)
 
 
 def follow(plan: Plan, descent: Descent, progress: Progress) -> None:
     """Takes the steps of a plan that are left, with its checks, until they are done or the checks find no improvement."""
-    position, log, first = descent.position, descent.log, descent.log.done
+    position, history = descent.position, descent.history
+    first = history.done
     if not position.resumed:
         descent.check(plan.targets, plan.held_out)
-    order = islice(_shuffled_rounds(plan.targets, plan.seed), first, None)
+    order = islice(shuffled_rounds(plan.targets, plan.seed), first, None)
     target = next(order)
     for index in progress(range(first, plan.steps), "descending", plan.steps - first):
         batch, following = plan.todo[index % len(plan.todo)], next(order)
@@ -156,9 +159,9 @@ def follow(plan: Plan, descent: Descent, progress: Progress) -> None:
         target = following
         if last or not (index + 1) % plan.every:
             descent.check(plan.targets, plan.held_out)
-        log.done = plan.steps if log.stalled else index + 1
-        position.save(last=log.done == plan.steps)
-        if log.stalled:
+        history.done = plan.steps if history.stalled else index + 1
+        position.save(last=history.done == plan.steps)
+        if history.stalled:
             break
 
 
@@ -179,7 +182,7 @@ class Descent:
         weigh: Weigh | None = None,
     ) -> None:
         self.position = position
-        self.log = position.log
+        self.history = position.history
         self._rule = rule
         self._passes = passes
         self._loss = loss
@@ -198,21 +201,21 @@ class Descent:
         masks = self.position.mask_factory.create(target)
         self.position.mask_factory.prepare_next(following)
         flips = FlipCount(masks, self._sampled)
-        size = self.log.scale * self._rule.step_size * left
+        size = self.history.scale * self._rule.step_size * left
         mine = distributed.share(batch)
         with self._passes.network.training(masks, partial(self._apply_gradient, size, flips), self._weigh):
             student, teacher = self._teacher.forward(mine)
             kl, gradient = self._loss.gradient(student, teacher, mine)
             self._passes.backward(gradient)
         self.position.check_finite()
-        if self.log.without_gradient:
+        if self.history.without_gradient:
             reached = set[str]().union(*distributed.all_gather(self._reached))
-            self.log.without_gradient = [name for name in self.log.without_gradient if name not in reached]
+            self.history.without_gradient = [name for name in self.history.without_gradient if name not in reached]
         share = flips.share()
         kl = distributed.total_of(kl) / self._loss.count(batch)
-        self.log.tokens += batch.numel()
-        self.log.loss.append(kl)
-        self.log.flips.append(share)
+        self.history.tokens += batch.numel()
+        self.history.loss.append(kl)
+        self.history.flips.append(share)
         return kl, share
 
     def held_out_kl(self, targets: Sequence[Pattern], windows: Tensor) -> float:
@@ -232,7 +235,7 @@ class Descent:
     def check(self, targets: Sequence[Pattern], windows: Tensor) -> None:
         """Measures the held-out KL: keeps the duals if they are the best, goes back to the best if the descent has diverged."""
         kl = self.held_out_kl(targets, windows)
-        verdict = self.log.judge(kl)
+        verdict = self.history.judge(kl)
         if verdict == "better":
             self.position.keep_best()
         elif verdict == "diverged":
@@ -252,7 +255,7 @@ class Descent:
             )
         if gradient is None or owner != distributed.rank():
             return
-        if name in self.log.without_gradient and bool(gradient.any()):
+        if name in self.history.without_gradient and bool(gradient.any()):
             self._reached.add(name)
         # Mixed types are one kernel less on a GPU, and slow on a CPU.
         gradient = gradient.float() * (weight.float() if weight.device.type == "cpu" else weight)
@@ -293,10 +296,3 @@ def _split(windows: Tensor, held_out: int) -> tuple[Tensor, Tensor]:
     count = max(1, min(held_out, len(windows) // 8, len(windows) - distributed.count()))
     distributed.check_windows(len(windows), count)
     return windows[:-count], windows[-count:]
-
-
-def _shuffled_rounds(targets: Sequence[Pattern], seed: int) -> Iterator[Pattern]:
-    """The targets without end: all of them in random order, then all in another order, and so on."""
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        yield from (targets[index] for index in torch.randperm(len(targets), generator=generator).tolist())

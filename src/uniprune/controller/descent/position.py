@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from uniprune.common import distributed
-from uniprune.controller.descent.logbook import Logbook
+from uniprune.controller.descent.history import DescentHistory
 from uniprune.controller.descent.masks import MaskFactory, Masks, PackedMasks
-from uniprune.controller.descent.states import Best, InMemory, OnDisk, State, States, UpdateRule
+from uniprune.controller.descent.states import Best, InMemory, OnDisk, States, UpdateRule, UpdateState
 from uniprune.saliency.calibration import Calibration
 from uniprune.sparsity.patterns import Pattern, check_extremes
 from uniprune.storage.runs import Pace, Run
@@ -21,7 +21,7 @@ from uniprune.storage.tensor_store import Store
 
 
 class Position:
-    """The states of all matrices, the masks that follow from their duals, the best duals so far, and the logbook.
+    """The states of all matrices, the masks that follow from their duals, the best duals so far, and the history.
 
     It is that of an earlier process if the store has one; else it is empty, until each matrix has a state (:meth:`set`).
 
@@ -38,7 +38,7 @@ class Position:
         self._rule = rule
         self.owners = distributed.owners({name: matrix.size for name, matrix in matrices.items()})
         self.own = [name for name, owner in self.owners.items() if owner == distributed.rank()]
-        self.log = Logbook.of(store.facts)
+        self.history = DescentHistory.of(store.facts)
         self.resumed = bool(store.facts)
         self.states = _states(rule, calibration, run, store, self.own)
         self.best = Best(store, matrices, device, self.own)
@@ -49,7 +49,7 @@ class Position:
             for name in self.own:
                 self.mask_factory.update(name, self.states.dual(name).to(device))
 
-    def set(self, name: str, state: State) -> None:
+    def set(self, name: str, state: UpdateState) -> None:
         """Gives a matrix another state."""
         self.states[name] = state
         self._extremes[name] = state.dual.aminmax()
@@ -71,8 +71,8 @@ class Position:
         self.check_finite()
 
     def save(self, last: bool) -> None:
-        """Saves states and logbook, as often as the states allow; the ``last`` time the best duals alone may do."""
-        self.states.save(asdict(self.log), last)
+        """Saves states and history, as often as the states allow; the ``last`` time the best duals alone may do."""
+        self.states.save(asdict(self.history), last)
 
 
 def _states(rule: UpdateRule, calibration: Calibration, run: Run, store: Store, names: Sequence[str]) -> States:

@@ -15,7 +15,7 @@ from uniprune.storage.stash import give_back_memory
 from uniprune.storage.tensor_store import Store
 
 
-class State(Protocol):
+class UpdateState(Protocol):
     """What an update rule keeps of one matrix: an opaque value, but for these members."""
 
     @property
@@ -23,7 +23,7 @@ class State(Protocol):
         """The scores ``[out, in]``, float32, that masks are created from."""
         ...
 
-    def to(self, device: torch.device) -> State: ...
+    def to(self, device: torch.device) -> UpdateState: ...
 
     def rest(self) -> dict[str, Tensor]:
         """All tensors but the dual, to be saved."""
@@ -38,29 +38,29 @@ class UpdateRule(Protocol):
         """The size of the first step."""
         ...
 
-    def init(self, local: Tensor, output_gradient: Tensor) -> State:
+    def init(self, local: Tensor, output_gradient: Tensor) -> UpdateState:
         """The first state. local: scores ``[out, in]``; output_gradient: RMS ``[out]`` of dL/dy."""
         ...
 
-    def step(self, state: Any, gradient: Tensor, size: float) -> State:
+    def step(self, state: Any, gradient: Tensor, size: float) -> UpdateState:
         """The state after a step of this size; gradient: of the loss with respect to the mask ``[out, in]``."""
         ...
 
-    def restart(self, state: Any, dual: Tensor) -> State:
+    def restart(self, state: Any, dual: Tensor) -> UpdateState:
         """A state with this dual and no memory of earlier gradients."""
         ...
 
-    def restore(self, dual: Tensor, rest: Mapping[str, Tensor]) -> State:
-        """The state that was saved as its dual and :meth:`State.rest`."""
+    def restore(self, dual: Tensor, rest: Mapping[str, Tensor]) -> UpdateState:
+        """The state that was saved as its dual and :meth:`UpdateState.rest`."""
         ...
 
 
 class States(Protocol):
     """The states of this process's matrices, by name, between two steps."""
 
-    def __getitem__(self, name: str) -> State: ...
+    def __getitem__(self, name: str) -> UpdateState: ...
 
-    def __setitem__(self, name: str, state: State) -> None: ...
+    def __setitem__(self, name: str, state: UpdateState) -> None: ...
 
     def dual(self, name: str) -> Tensor:
         """The dual of a matrix alone."""
@@ -93,10 +93,10 @@ class InMemory:
         self._home = home
         self._states = {name: self._saved[name].to(home) for name in names} if store.facts else {}
 
-    def __getitem__(self, name: str) -> State:
+    def __getitem__(self, name: str) -> UpdateState:
         return self._states[name]
 
-    def __setitem__(self, name: str, state: State) -> None:
+    def __setitem__(self, name: str, state: UpdateState) -> None:
         self._states[name] = state.to(self._home)
 
     def dual(self, name: str) -> Tensor:
@@ -126,10 +126,10 @@ class OnDisk:
         self._store = store
         self._rule = rule
 
-    def __getitem__(self, name: str) -> State:
+    def __getitem__(self, name: str) -> UpdateState:
         return self._rule.restore(self.dual(name), self._store[f"rest/{name}"])
 
-    def __setitem__(self, name: str, state: State) -> None:
+    def __setitem__(self, name: str, state: UpdateState) -> None:
         self._store[f"dual/{name}"] = {"dual": state.dual}
         self._store[f"rest/{name}"] = state.rest()
         give_back_memory()
