@@ -27,7 +27,8 @@ from uniprune import Recipe
 from uniprune.common import fused
 from uniprune.common.fused import Fused, agree
 from uniprune.controller.descent.token_weighting import weighted
-from uniprune.controller.mirror_descent import MirrorDescent, Step, updated
+from uniprune.controller.descent.update import Step, updated
+from uniprune.controller.mirror_descent import MirrorDescent
 from uniprune.job.forecast import machine, memory
 from uniprune.models.matrices import find_matrices
 from uniprune.saliency.calibration import Calibration, one_shot

@@ -16,8 +16,8 @@ import itertools
 import torch
 from triton.runtime.interpreter import GridExecutor
 from uniprune.common.fused import agree
-from uniprune.controller.mirror_descent import Step, updated
 from uniprune.controller.descent.token_weighting import weighted
+from uniprune.controller.descent.update import Step, updated
 from uniprune.sparsity.top import _among_few
 
 launches, launch = 0, GridExecutor.__call__

@@ -18,7 +18,8 @@ from uniprune.controller.descent.loss import Loss
 from uniprune.controller.descent.position import Position
 from uniprune.controller.descent.teacher import TeacherCache
 from uniprune.controller.descent.token_weighting import TokenWeighting
-from uniprune.controller.mirror_descent import MirrorDescent, confidence, dither, from_ue5m3, noise_of, to_ue5m3
+from uniprune.controller.descent.update import confidence, dither, from_ue5m3, noise_of, to_ue5m3
+from uniprune.controller.mirror_descent import MirrorDescent
 from uniprune.controller.passes.resident import Resident
 from uniprune.controller.passes.streamed import Streamed
 from uniprune.controller.start import sensitivities

@@ -33,7 +33,7 @@ class TokenWeighting:
         return weighted(x, gradient, self._inputs[name], self._gradients[name])  # type: ignore[no-any-return]
 
 
-@fused(kernels=1, triton="uniprune.common.triton_kernels:weighted")
+@fused(kernels=1, triton="uniprune.controller.descent.kernels:weighted")
 def weighted(x: Tensor, gradient: Tensor, inputs: Tensor, outputs: Tensor) -> Tensor:
     """The gradient ``[tokens, out]`` times the tokens' weights. inputs ``[in]``, outputs ``[out]``: 1 / RMS of the channels."""
     input_size, gradient_size = _rms(x, inputs), _rms(gradient, outputs)
