@@ -62,10 +62,11 @@ def fisher(model: nn.Module, matrices: Matrices, windows: Tensor, progress: Prog
         assert gradient is not None
         totals[name] += gradient.float().square()
 
-    with StraightThrough(matrices, sink) as network:
+    with StraightThrough(matrices) as network, network.training({}, sink):
         for window in progress(windows, "differentiating", len(windows)):
             ids = window[None].to(device_of(model))
             logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
             functional.cross_entropy(logits.float(), ids[0, 1:], reduction="sum").backward()  # type: ignore[no-untyped-call]
-            network.flush()
+            for block in dict.fromkeys(matrix.block for matrix in matrices.values()):
+                network.flush(block)
     return {name: total.mul_(matrices[name].weight.float().square() / len(windows)) for name, total in totals.items()}

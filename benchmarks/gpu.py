@@ -26,8 +26,9 @@ from recompute import model_of
 from uniprune import Recipe
 from uniprune.common import fused
 from uniprune.common.fused import Fused, agree
-from uniprune.controller.mirror_descent import MirrorDescent, Step, updated
-from uniprune.controller.straight_through import evened
+from uniprune.controller.descent.token_weighting import weighted
+from uniprune.controller.descent.update import Step, updated
+from uniprune.controller.mirror_descent import MirrorDescent
 from uniprune.job.forecast import machine, memory
 from uniprune.models.matrices import find_matrices
 from uniprune.saliency.calibration import Calibration, one_shot
@@ -112,13 +113,13 @@ def kernels(card: Card, size: str) -> list[Row]:
         return torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(dtype).to(card.device)
 
     first = MirrorDescent().init(some(rows, columns), some(rows))
-    state = (some(rows, columns), *MirrorDescent().step(first, some(rows, columns), 0.01)[:4], None)
-    step = Step(decays=(0.9, 0.95), rescale=1.0, noise=0.05, unit=1.0, size=0.01, anchor=0.0, turn=2)
+    state = (some(rows, columns), *MirrorDescent().step(first, some(rows, columns), 0.01)[:4])
+    step = Step(decays=(0.9, 0.95), rescale=1.0, noise=0.05, unit=1.0, size=0.01, turn=2)
     tokens = (some(1024, columns, dtype=torch.bfloat16), some(1024, rows, dtype=torch.bfloat16), some(columns), some(rows))
     cases: list[tuple[Fused[Any], tuple[Any, ...], Row]] = [
         (_among_few, (state[1].reshape(-1, 4),), {"keep": 2}),
         (updated, state, {"step": step}),
-        (evened, tokens, {}),
+        (weighted, tokens, {}),
     ]
     found = [_kernel(card, *case) for case in cases]
     for target in TARGETS[1:3]:

@@ -106,7 +106,7 @@ def side(name: str, size: str, blocks: int | None, tokens: int, steps: int) -> R
         with passes.network:
             few, store = replace(calibration, windows=windows[:1]), Store(run, "descent")
             position = Position(settings, few, [target], run, store)
-            moving = loop.Descent(settings, passes, few, Wanda(), position, TeacherCache(passes, Stash(run.aside())))
+            moving = loop.opened(settings, passes, few, Wanda(), position, TeacherCache(passes, Stash(run.aside())))
             found = [peak_of(lambda: moving.step(windows, target, 1.0)) for _ in range(steps)]
         digest, cut = sha256(), target.prepare({})
         for matrix in matrices:

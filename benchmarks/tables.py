@@ -230,8 +230,9 @@ def draw(file: Path, curves: Curves) -> None:
 
 
 def ablations(results: dict[str, Any]) -> str:
-    """In the order of the variants."""
-    rows = sorted(results["rows"], key=lambda row: [*VARIANTS].index(row["name"]))
+    """In the order of the variants; those whose settings are no more come last."""
+    order = {name: place for place, name in enumerate(VARIANTS)}
+    rows = sorted(results["rows"], key=lambda row: order.get(row["name"], len(order)))
     lines = [[r["name"], r["pattern"], r["dtype"], number(r["perplexity"]), f"{r['held_out_kl']:.3f}"] for r in rows]
     return table(["variant", "pattern", "type", "perplexity (validation)", "held-out KL, nats a token"], lines)
 

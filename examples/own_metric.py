@@ -2,7 +2,7 @@
 
     python examples/own_metric.py [MODEL]
 
-Its scores go everywhere that Wanda's go: any pattern and scope, `--sequential`, and the controller as start and anchor.
+Its scores go everywhere that Wanda's go: any pattern and scope, `--sequential`, and the controller as its start.
 """
 
 import sys

@@ -107,7 +107,7 @@ class Lowest(BasePattern):
 class Signs(MirrorDescent):
     """Mirror descent that sees of a gradient nothing but its signs: an update rule of its own under the same loop."""
 
-    def step(self, state, gradient, size, start=None):
+    def step(self, state, gradient, size):
         return state._replace(dual=state.dual - size * state.unit * gradient.sign(), steps=state.steps + 1)
 
 

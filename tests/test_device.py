@@ -44,8 +44,7 @@ CORRECTED = {
     "controller 2:4": {"sparsity": "2:4"},
     "controller by row": {"sparsity": "0.5", "scope": "row"},
     "controller by model": {"sparsity": "0.5"},
-    "loud": {"sparsity": "2:4", "tuning": {"batch_tokens": 64, "labels": 0.5, "hidden": 0.1, "anchor": 0.01}},
-    "relaxed": {"sparsity": "2:4", "tuning": {"batch_tokens": 64, "temperature": 0.5}},
+    "loud": {"sparsity": "2:4", "tuning": {"batch_tokens": 64, "labels": 0.5}},
 }
 CASES = [
     *((name, changes, "resident") for name, changes in LOCAL.items()),

@@ -19,9 +19,9 @@ from uniprune import Loaded
 from uniprune.artefacts.masks import MasksFile
 from uniprune.artefacts.writer import MASKS
 from uniprune.common import distributed
-from uniprune.controller.descent import loop, states
+from uniprune.controller.descent import loop, masks, states
 from uniprune.controller.mirror_descent import MirrorDescent
-from uniprune.controller.start import in_steps
+from uniprune.controller.schedule import in_steps
 from uniprune.data import text
 from uniprune.data.windows import Windows, save_windows
 from uniprune.errors import InputError
@@ -259,7 +259,7 @@ def descended(place, targets):
         save = states.InMemory.save
 
         def saved(self, facts, last):
-            held.append(sum(state.dual.nbytes for state in self.values()))
+            held.append(sum(state.dual.nbytes for state in self._states.values()))
             save(self, facts, last)
 
         states.InMemory.save = saved
@@ -292,8 +292,8 @@ def test_states_are_divided(tmp_path, targets):
 def created(place):
     """A descent that two processes make together; the matrices whose masks each created because they were asked for."""
     with distributed.joined(CPU):
-        model, asked, make = tiny_model(), [], states.Masks._make
-        states.Masks._make = lambda self, name: asked.append(name) or make(self, name)
+        model, asked, make = tiny_model(), [], masks.Masks._make
+        masks.Masks._make = lambda self, name: asked.append(name) or make(self, name)
         tokens = torch.randint(0, VOCABULARY, (24, 16), generator=torch.Generator().manual_seed(0))
         calibration = Calibration(model, find_matrices(model), tokens)
         MirrorDescent(batch_tokens=64, checks=1).calibrate(calibration, Wanda(), [NM(2, 4)], 4)
@@ -307,14 +307,6 @@ def test_masks_are_created_as_the_duals_move(tmp_path):
     asked = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     assert not set(asked[0]) & set(asked[1])
     assert Counter(asked[0]) + Counter(asked[1]) == dict.fromkeys(find_matrices(tiny_model()), 3)
-
-
-def test_relaxed_masks_are_one_process_s(monkeypatch):
-    monkeypatch.setattr(distributed, "count", lambda: 2)
-    model = tiny_model()
-    calibration = Calibration(model, find_matrices(model), torch.zeros(8, 16, dtype=torch.int64))
-    with pytest.raises(InputError, match="start one, or leave temperature at 0"):
-        MirrorDescent(temperature=0.5).calibrate(calibration, Wanda(), [NM(2, 4)], 1)
 
 
 class Gate(torch.nn.Module):

@@ -16,8 +16,8 @@ import itertools
 import torch
 from triton.runtime.interpreter import GridExecutor
 from uniprune.common.fused import agree
-from uniprune.controller.mirror_descent import Step, updated
-from uniprune.controller.straight_through import evened
+from uniprune.controller.descent.token_weighting import weighted
+from uniprune.controller.descent.update import Step, updated
 from uniprune.sparsity.top import _among_few
 
 launches, launch = 0, GridExecutor.__call__
@@ -33,7 +33,7 @@ def same(function, *tensors, kernels=None, **settings):
     global launches
     launches = 0
     found, expected = function.launcher(*tensors, **settings), function.plain(*tensors, **settings)
-    assert agree(found, expected), (function.__name__, [t.shape for t in tensors if t is not None], settings)
+    assert agree(found, expected), (function.__name__, [t.shape for t in tensors], settings)
     assert launches == (kernels or function.kernels), launches
 
 torch.manual_seed(0)
@@ -46,16 +46,16 @@ for rows, columns in ((1, 1), (16, 128), (33, 200), (5, 300)):
     ratio = torch.randint(-127, 127, (rows, columns), dtype=torch.int8)
     rms = torch.randint(0, 255, (rows, columns), dtype=torch.uint8)
     before = torch.tensor(0.8)
-    step = Step(decays=(0.9, 0.95), rescale=0.7, noise=0.05, unit=0.5, size=0.1, anchor=0.2, turn=7)
-    for noise, start in itertools.product((None, 0.05), (None, torch.rand(rows, columns))):
-        same(updated, gradient, dual, ratio, rms, before, start, step=step._replace(noise=noise), kernels=None if noise else 1)
-    same(updated, gradient.T.contiguous().T, dual, ratio, rms, before, None, step=step._replace(decays=(0.3, 0.4)))
+    step = Step(decays=(0.9, 0.95), rescale=0.7, noise=0.05, unit=0.5, size=0.1, turn=7)
+    for noise in (None, 0.05):
+        same(updated, gradient, dual, ratio, rms, before, step=step._replace(noise=noise), kernels=None if noise else 1)
+    same(updated, gradient.T.contiguous().T, dual, ratio, rms, before, step=step._replace(decays=(0.3, 0.4)))
     still = (torch.zeros_like(ratio), torch.zeros_like(rms), torch.tensor(0.0))
-    same(updated, torch.zeros_like(gradient), dual, *still, None, step=step)
+    same(updated, torch.zeros_like(gradient), dual, *still, step=step)
 for tokens, dtype in itertools.product((1, 5), (torch.float32, torch.bfloat16)):
     x, gradient = torch.randn(tokens, 1100).to(dtype), torch.randn(tokens, 7).to(dtype)
-    same(evened, x, gradient, torch.rand(1100), torch.rand(7))
-    same(evened, x, torch.zeros_like(gradient), torch.rand(1100), torch.rand(7))
+    same(weighted, x, gradient, torch.rand(1100), torch.rand(7))
+    same(weighted, x, torch.zeros_like(gradient), torch.rand(1100), torch.rand(7))
 """
 
 
@@ -124,7 +124,7 @@ def test_a_kernel_that_has_no_memory_beside_plain_is_tried_again(monkeypatch, ca
 
 
 def test_a_kernel_is_held_against_plain_for_each_way_that_it_is_compiled(monkeypatch, caplog):
-    function = Fused(plain, 1, "nowhere:nothing", alike=lambda a, *, factor: len(a))
+    function = Fused(plain, 1, "nowhere:nothing", specialised_on=lambda a, *, factor: len(a))
 
     def kernel(a, *, factor):
         if len(a) == 2 or a.dtype == torch.float64:
@@ -140,7 +140,7 @@ def test_a_kernel_is_held_against_plain_for_each_way_that_it_is_compiled(monkeyp
 
 
 def test_a_kernel_is_held_against_a_call_that_tells(monkeypatch):
-    function = Fused(plain, 1, "nowhere:nothing", telling=lambda a, *, factor: factor > 1)
+    function = Fused(plain, 1, "nowhere:nothing", representative=lambda a, *, factor: factor > 1)
     monkeypatch.setattr(Fused, "launcher", staticmethod(lambda a, *, factor: a * factor**2))  # right for 1 alone
     monkeypatch.setattr(module, "available", lambda: True)
     monkeypatch.setattr(module, "on_gpu", lambda tensor: True)

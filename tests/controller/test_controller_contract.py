@@ -167,7 +167,7 @@ def test_the_state_takes_the_memory_that_is_said():
     held = state.dual.nbytes + sum(part.nbytes for part in state.rest().values() if part.shape == state.dual.shape)
     assert held / (64 * 128) == MirrorDescent.cost.state_bytes
     assert NM(2, 4).prepare({})("a", state.dual).nbytes / (64 * 128) == MirrorDescent.cost.mask_bytes
-    assert UniPruning.cost.state_bytes == 4 * torch.float32.itemsize + UniPruning().init(torch.ones(64, 128)).dual.nbytes / (
+    assert UniPruning.cost.state_bytes == 4 * torch.float32.itemsize + UniPruning().init(torch.ones(64, 128)).nbytes / (
         64 * 128
     )
 

@@ -11,16 +11,19 @@ from torch.nn import functional
 from conftest import VOCABULARY, tiny_model
 from small_models import MATRICES, tiny
 from uniprune.controller.controllers import any_sparsity
-from uniprune.controller.descent.logbook import Logbook
+from uniprune.controller.descent.history import DescentHistory
 from uniprune.controller.descent.loop import Descent
+from uniprune.controller.descent.loop import opened as open_descent
 from uniprune.controller.descent.loss import Loss
 from uniprune.controller.descent.position import Position
 from uniprune.controller.descent.teacher import TeacherCache
-from uniprune.controller.mirror_descent import MirrorDescent, confidence, dither, from_ue5m3, noise_of, to_ue5m3
+from uniprune.controller.descent.token_weighting import TokenWeighting
+from uniprune.controller.descent.update import confidence, dither, from_ue5m3, noise_of, to_ue5m3
+from uniprune.controller.mirror_descent import MirrorDescent
 from uniprune.controller.passes.resident import Resident
 from uniprune.controller.passes.streamed import Streamed
 from uniprune.controller.start import sensitivities
-from uniprune.controller.straight_through import Evener, StraightThrough
+from uniprune.controller.straight_through import StraightThrough
 from uniprune.errors import InputError
 from uniprune.models.matrices import find_blocks, find_matrices
 from uniprune.models.replay import Replay
@@ -48,10 +51,15 @@ def differentiate(model, network, ids, **settings):
     """One pass forwards and backwards, into the network's sink; the mean KL, and the loss and passes for more."""
     passes = resident(model, network)
     loss = Loss(passes.head(ids), **settings)
-    student, teacher = passes.forward(ids, loss.hidden_gradient if "hidden" in settings else None)
+    student, teacher = passes.forward(ids)
     kl, gradient = loss.gradient(student, teacher, ids)
     passes.backward(gradient)
     return kl / ids.numel(), loss, passes
+
+
+def flush(network):
+    for block in range(3):
+        network.flush(block)
 
 
 def random_masks(matrices):
@@ -72,11 +80,10 @@ def test_straight_through_gradients_are_those_of_the_pruned_model(family):
     expected = pruned(input_ids=ids, labels=ids).loss
     expected.backward()
     found = {}
-    with StraightThrough(matrices, found.__setitem__) as network:
-        network.masks = masks
+    with StraightThrough(matrices) as network, network.training(masks, found.__setitem__):
         loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
-        network.flush()
+        flush(network)
     torch.testing.assert_close(loss, expected)
     for name, matrix in reference.items():
         gradient = matrix.parameter.grad.T if matrix.transposed else matrix.parameter.grad
@@ -89,11 +96,12 @@ def test_the_model_is_as_before_and_the_teacher_is_dense():
     matrices = find_matrices(model)
     before = {name: p.clone() for name, p in model.named_parameters()}
     dense = model(input_ids=ids).logits
-    with StraightThrough(matrices, lambda name, gradient: None) as network:
-        network.masks = random_masks(matrices)
-        pruned = model(input_ids=ids).logits
-        with network.dense():
-            assert torch.equal(model(input_ids=ids).logits, dense)
+    with StraightThrough(matrices) as network:
+        with network.pruned(random_masks(matrices)):
+            pruned = model(input_ids=ids).logits
+            with network.dense():
+                assert torch.equal(model(input_ids=ids).logits, dense)
+        assert torch.equal(model(input_ids=ids).logits, dense)
     assert not torch.allclose(pruned, dense)
     assert torch.equal(model(input_ids=ids).logits, dense)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
@@ -183,23 +191,15 @@ def test_confidence_is_in_rows_whose_gradients_agree():
     assert rows[7] > 3 * rows[others].max()
 
 
-def test_the_evener_by_hand():
+def test_token_weights_by_hand():
     """Two channels, three tokens; sizes in units of the channels' own."""
     norm = SquaredNorm(2, torch.device("cpu"))
     norm.update(torch.tensor([[1.0, 2.0]]))
-    evener = Evener({"w": norm}, {"w": torch.tensor([4.0])})
+    weighting = TokenWeighting({"w": norm}, {"w": torch.tensor([4.0])})
     x = torch.tensor([[1.0, 2.0], [2.0, 4.0], [1.0, 2.0]])
     gradient = torch.tensor([[4.0], [4.0], [16.0]])
-    weights = (evener("w", x, gradient) / gradient)[:, 0]
+    weights = (weighting("w", x, gradient) / gradient)[:, 0]
     assert (weights / weights[0]).tolist() == pytest.approx([1, 1 / 2, 1 / 2])  # input twice as loud; output gradient 4 times
-
-
-def test_the_anchor_pulls_back():
-    settings = MirrorDescent(anchor=1.0)
-    start = torch.zeros(2, 2)
-    state = settings.init(torch.ones(2, 2), torch.ones(2))._replace(dual=torch.ones(2, 2))
-    moved = settings.step(state, torch.zeros(2, 2), 0.1, start).dual
-    assert moved.flatten().tolist() == pytest.approx([0.9] * 4)
 
 
 def test_sensitivities_by_hand():
@@ -227,8 +227,7 @@ def test_the_loss_is_the_kl_of_the_whole_distributions():
     model, ids = tiny_model(), tokens(2)
     matrices = find_matrices(model)
     found = {}
-    with StraightThrough(matrices, found.__setitem__) as network:
-        network.masks = random_masks(matrices)
+    with StraightThrough(matrices) as network, network.training(random_masks(matrices), found.__setitem__):
         kl, loss, passes = differentiate(model, network, ids)
         gradients = dict(found)
         assert loss.kl(*passes.infer(ids), ids) / ids.numel() == pytest.approx(kl, rel=1e-4)
@@ -237,7 +236,7 @@ def test_the_loss_is_the_kl_of_the_whole_distributions():
         predicted = model(input_ids=ids).logits.log_softmax(-1)
         expected = functional.kl_div(predicted, target, log_target=True, reduction="sum")
         expected.backward()
-        network.flush()
+        flush(network)
     assert kl == pytest.approx(float(expected.detach()) / ids.numel(), rel=1e-4)
     for name in matrices:
         torch.testing.assert_close(gradients[name], found[name], rtol=1e-3, atol=1e-5)
@@ -248,8 +247,7 @@ def test_sampled_thresholds_are_close_to_the_exact_ones(tmp_path):
     target = Unstructured(0.7, "model")
     with StraightThrough(matrices) as network:
         descent = opened(settings, model, network, ids, metric, [target], Run(tmp_path))
-        descent.held_out_kl([target], ids[:1])
-        kept = sum(int(mask.sum()) for mask in network.masks.values())
+        kept = sum(int(mask.sum()) for mask in descent.position.mask_factory.create(target).values())
     assert kept == pytest.approx(target.keep(sum(matrix.size for matrix in matrices.values())), rel=0.03)
 
 
@@ -261,7 +259,7 @@ def opened(settings, model, network, ids, metric, targets, run):
 def over(settings, passes, calibration, metric, targets, run):
     """As :func:`opened`, by these passes."""
     position = Position(settings, calibration, targets, run, Store(run, "descent"))
-    return Descent(settings, passes, calibration, metric, position, TeacherCache(passes, Stash(run.aside())))
+    return open_descent(settings, passes, calibration, metric, position, TeacherCache(passes, Stash(run.aside())))
 
 
 def setting(**changes):
@@ -279,7 +277,7 @@ def test_descent_lowers_the_held_out_loss():
     assert record.tokens == 24 * 128
 
 
-@pytest.mark.parametrize("changes", [{"temperature": 0.3}, {"labels": 0.1}, {"hidden": 4.0}, {"anchor": 1.0}], ids=str)
+@pytest.mark.parametrize("changes", [{"labels": 0.1}, {"power": 1.0}], ids=str)
 def test_variants_lower_the_held_out_loss(changes):
     model, matrices, ids, metric, settings = setting(step_size=0.05, **changes)
     _, record = settings.calibrate(Calibration(model, matrices, ids), metric, [NM(2, 4)], 24)
@@ -291,13 +289,12 @@ def test_labels_are_the_cross_entropy():
     model, ids = tiny_model(), tokens(2)
     matrices = find_matrices(model)
     found = {}
-    with StraightThrough(matrices, found.__setitem__) as network:
-        network.masks = random_masks(matrices)
+    with StraightThrough(matrices) as network, network.training(random_masks(matrices), found.__setitem__):
         differentiate(model, network, ids, labels=1.0)
         gradients = dict(found)
         logits = model(input_ids=ids).logits[:, :-1]
         functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").backward()
-        network.flush()
+        flush(network)
     for name in matrices:
         torch.testing.assert_close(gradients[name], found[name], rtol=1e-3, atol=1e-5)
 
@@ -307,8 +304,7 @@ def test_evenness_weighs_tokens_by_their_divergence():
     model, ids = tiny_model(initializer_range=0.3), tokens(2)
     matrices = find_matrices(model)
     found = {}
-    with StraightThrough(matrices, found.__setitem__) as network:
-        network.masks = random_masks(matrices)
+    with StraightThrough(matrices) as network, network.training(random_masks(matrices), found.__setitem__):
         differentiate(model, network, ids, evenness=0.5)
         gradients = dict(found)
         with network.dense():
@@ -317,7 +313,7 @@ def test_evenness_weighs_tokens_by_their_divergence():
         kl = functional.kl_div(predicted, target, log_target=True, reduction="none").sum(-1)
         assert kl.min() > 0.02
         (2 * kl.sqrt()).sum().backward()
-        network.flush()
+        flush(network)
     for name in matrices:
         torch.testing.assert_close(gradients[name], found[name], rtol=1e-3, atol=1e-4)
 
@@ -327,9 +323,9 @@ def test_tokens_are_weighed_in_the_gradient():
     matrices = find_matrices(model)
     plain, doubled = {}, {}
     for found, weigh in ((plain, None), (doubled, lambda name, x, gradient: 2 * gradient)):
-        with StraightThrough(matrices, found.__setitem__, weigh) as network:
+        with StraightThrough(matrices) as network, network.training({}, found.__setitem__, weigh):
             model(input_ids=ids, labels=ids).loss.backward()
-            network.flush()
+            flush(network)
     assert all(torch.allclose(doubled[name], 2 * plain[name]) for name in matrices)
 
 
@@ -358,18 +354,18 @@ def script(monkeypatch):
 
     def held_out_kl(self, targets, windows):
         followed.checked.append({name: self.position.states.dual(name).clone() for name in self.position.own})
-        return followed.values[len(self.log.held_out_loss)]
+        return followed.values[len(self.history.held_out_loss)]
 
     def stepped(self, *arguments):
-        if len(self.log.loss) == followed.stops_before:
+        if len(self.history.loss) == followed.stops_before:
             raise KeyboardInterrupt
-        followed.stepped.append(dict(self.position.states))
+        followed.stepped.append({name: self.position.states[name] for name in self.position.own})
         return step(self, *arguments)
 
-    def updated(self, state, gradient, size, start=None):
+    def updated(self, state, gradient, size):
         if size not in followed.sizes:
             followed.sizes.append(size)
-        return update(self, state, gradient, size, start)
+        return update(self, state, gradient, size)
 
     monkeypatch.setattr(Descent, "held_out_kl", held_out_kl)
     monkeypatch.setattr(Descent, "step", stepped)
@@ -456,11 +452,11 @@ def test_a_descent_that_is_resumed_knows_its_checks(script, tmp_path, monkeypatc
 
 
 def test_progress_of_another_version_is_refused():
-    facts = asdict(Logbook(done=2, loss=[1.0, 0.9]))
-    assert asdict(Logbook.of(facts)) == facts
-    assert Logbook.of({}) == Logbook()
+    facts = asdict(DescentHistory(done=2, loss=[1.0, 0.9]))
+    assert asdict(DescentHistory.of(facts)) == facts
+    assert DescentHistory.of({}) == DescentHistory()
     with pytest.raises(InputError, match="of an earlier version of uniprune; --overwrite without --resume restarts it"):
-        Logbook.of(facts | {"scale": 0.5})
+        DescentHistory.of(facts | {"scale": 0.5})
 
 
 def test_same_seed_same_duals():

@@ -9,7 +9,7 @@ from torch.nn import functional
 from conftest import VOCABULARY, tiny_model
 from uniprune.common.progress import Silent
 from uniprune.controller.prox import prox_nm
-from uniprune.controller.unipruning import State, UniPruning, WorkingCopy
+from uniprune.controller.unipruning import UniPruning, WorkingCopy
 from uniprune.errors import InputError, UniPruneError
 from uniprune.models.matrices import find_matrices
 from uniprune.saliency.calibration import Calibration, one_shot
@@ -82,23 +82,23 @@ def test_a_descent_by_hand(family, target):
 
 def test_a_step_by_hand():
     settings = UniPruning(rho=0.1, alpha=2.0, kappa=2.0, lam=0.5)
-    state = State(torch.tensor([[0.4, 1.5]]))
-    assert settings.gamma(state).flatten().tolist() == [0.0, 2.0]
-    moved = settings.step(state, torch.tensor([[1.0, 3.0]]))
-    assert moved.dual.flatten().tolist() == pytest.approx([0.4 + 0.2 * 1, 1.5 + 0.2 * (3 - 2)])
+    dual = torch.tensor([[0.4, 1.5]])
+    assert settings.gamma(dual).flatten().tolist() == [0.0, 2.0]
+    moved = settings.step(dual, torch.tensor([[1.0, 3.0]]))
+    assert moved.flatten().tolist() == pytest.approx([0.4 + 0.2 * 1, 1.5 + 0.2 * (3 - 2)])
     assert settings.gamma(moved).flatten().tolist() == pytest.approx([0.2, 2.4])
 
 
 @pytest.mark.parametrize("settings", [UniPruning(), UniPruning(kappa=0.5, alpha=1e4, lam=0.3)])
 def test_the_start_is_at_rest_and_lambda_does_not_show(settings):
     local, other = torch.tensor([[0.0, 1e-4, 2.0]]), torch.tensor([[3.0, 0.0, 0.0]])
-    state = settings.init(local)
-    torch.testing.assert_close(settings.gamma(state), local, rtol=1e-5, atol=1e-7)
-    torch.testing.assert_close(settings.step(state, local).dual, state.dual)
+    dual = settings.init(local)
+    torch.testing.assert_close(settings.gamma(dual), local, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(settings.step(dual, local), dual)
     rate = settings.alpha * settings.rho * settings.kappa
     for _ in range(5):
-        state, local = settings.step(state, other), (1 - rate) * local + rate * other
-        torch.testing.assert_close(settings.gamma(state), local, rtol=1e-4, atol=1e-6)
+        dual, local = settings.step(dual, other), (1 - rate) * local + rate * other
+        torch.testing.assert_close(settings.gamma(dual), local, rtol=1e-4, atol=1e-6)
 
 
 def test_the_schedule_by_hand():

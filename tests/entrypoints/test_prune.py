@@ -124,10 +124,10 @@ def test_a_report_replays_its_run(folder, tmp_path):
 
 
 def test_a_recipe_tunes_its_controller(folder, tmp_path):
-    recipe = Recipe(sparsity="2:4", tuning={"labels": 0.5, "temperature": 0.2, "anchor": 0.1}, **SMALL)
+    recipe = Recipe(sparsity="2:4", tuning={"labels": 0.5, "power": 0.7}, **SMALL)
     report = uniprune.prune(str(folder), recipe, tmp_path / "out")
     plain = uniprune.prune(str(folder), Recipe(sparsity="2:4", **SMALL), tmp_path / "plain")
-    assert report.controller.loss != plain.controller.loss
+    assert report.controller.held_out_loss != plain.controller.held_out_loss
     again = uniprune.prune(str(folder), Recipe(**report.recipe), tmp_path / "again")
     assert again.masks_sha256 == report.masks_sha256
 
@@ -136,6 +136,7 @@ def test_a_recipe_tunes_its_controller(folder, tmp_path):
     ("tuning", "controller", "message"),
     [
         ({"stepsize": 1}, "feedback", "'stepsize' is not a setting of MirrorDescent; it has: step_size"),
+        ({"temperature": 0}, "feedback", "'temperature' is not a setting of MirrorDescent; it has: step_size"),
         ({"step_size": 1}, "paper", "'step_size' is not a setting of UniPruning; it has: learning_rate"),
         ({"rho": -1}, "paper", "alpha \\* rho \\* kappa"),
         ({"step_size": -1}, "feedback", "step_size = -1.0"),

@@ -86,10 +86,9 @@ def test_gradients_are_those_of_autograd(family):
     generator = torch.Generator().manual_seed(2)
     masks = {name: torch.rand(matrix.shape, generator=generator) < 0.5 for name, matrix in matrices.items()}
     found = {}
-    network = StraightThrough(matrices, sink=found.__setitem__)
+    network = StraightThrough(matrices)
     passes = Resident(model, find_blocks(model)[1], network)
-    with network:
-        network.masks = masks
+    with network, network.training(masks, found.__setitem__):
         student, teacher = passes.forward(ids())
         loss = Loss(passes.head(ids()))
         _, gradient = loss.gradient(student, teacher, ids())

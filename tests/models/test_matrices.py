@@ -93,10 +93,9 @@ def test_the_gradient_of_a_shared_weight_is_the_sum_over_its_modules():
     matrices = find_matrices(model)
     shared = matrices["model.layers.0.mlp.up_proj"]
     mask = torch.rand(shared.shape, generator=torch.Generator().manual_seed(0)) < 0.5
-    network = StraightThrough(matrices, sink=found.__setitem__)
+    network = StraightThrough(matrices)
     passes = Resident(model, find_blocks(model)[1], network)
-    with network:
-        network.masks = {shared.name: mask}
+    with network, network.training({shared.name: mask}, found.__setitem__):
         hidden = passes.forward_student(ids)
         passes.backward(torch.ones_like(hidden))
     masking.apply(matrices, [(shared.name, mask)])

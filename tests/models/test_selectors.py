@@ -119,7 +119,7 @@ def test_a_resumed_descent_reports_the_same(way, monkeypatch, tokens, tmp_path):
     step = Descent.step
 
     def interrupted(self, *args):
-        if len(self.log.loss) == 2:
+        if len(self.history.loss) == 2:
             raise KeyboardInterrupt
         return step(self, *args)
 

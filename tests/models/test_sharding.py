@@ -195,14 +195,14 @@ def test_a_process_without_windows_runs_all_blocks(folders):
             yield
 
     blocks = find_blocks(loaded.model)[1]
-    network = StraightThrough(attached(find_matrices(loaded.model), loaded.residency), sink=lambda name, gradient: None)
+    network = StraightThrough(attached(find_matrices(loaded.model), loaded.residency))
     passes = Streamed(loaded.model, Replay(loaded.model, blocks, residency), network)
     ids = torch.randint(0, VOCABULARY, (2, 16))
-    loss, up = Loss(passes.head(ids), hidden=1.0), list(range(len(blocks)))
-    with network:
+    loss, up = Loss(passes.head(ids)), list(range(len(blocks)))
+    with network, network.training({}, lambda name, gradient: None):
         for mine in (ids, ids[:0]):
             entered.clear()
-            student, teacher = passes.forward(mine, hidden_gradient=loss.hidden_gradient)
+            student, teacher = passes.forward(mine)
             kl, gradient = loss.gradient(student, teacher, mine)
             passes.backward(gradient)
             assert (kl >= 0, entered) == (True, up + up[::-1])

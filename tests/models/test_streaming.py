@@ -140,12 +140,11 @@ def test_blocks_go_on_where_an_earlier_process_stopped(family, tmp_path):
 
 def gradients(passes, ids, **settings):
     found = {}
-    with passes.network as network:
-        network.sink = found.__setitem__
-        generator = torch.Generator().manual_seed(1)
-        network.masks = {n: torch.rand(m.shape, generator=generator) < 0.5 for n, m in network.matrices.items()}
-        loss = Loss(passes.head(ids), evenness=0.5, hidden=4.0)
-        student, teacher = passes.forward(ids, hidden_gradient=loss.hidden_gradient)
+    generator, network = torch.Generator().manual_seed(1), passes.network
+    masks = {n: torch.rand(m.shape, generator=generator) < 0.5 for n, m in network.matrices.items()}
+    with network, network.training(masks, found.__setitem__):
+        loss = Loss(passes.head(ids), evenness=0.5)
+        student, teacher = passes.forward(ids)
         kl, gradient = loss.gradient(student, teacher, ids)
         passes.backward(gradient)
     return kl, found

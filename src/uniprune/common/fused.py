@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 Function = TypeVar("Function", bound=Callable[..., Any])
-Alike = Callable[..., Hashable]
+Specialisation = Callable[..., Hashable]
 CLOSE = 1e-3  # of the largest value: how far a kernel may be from plain PyTorch, which sums in another order
 
 logger = logging.getLogger(__name__)
@@ -40,16 +40,22 @@ class Fused(Generic[Function]):
 
     plain: in PyTorch, what it is. kernels: how many it is on a GPU, at most. triton: the function that launches them, in a
     module that is imported then, as ``module:name``. The first time that it is used it is held against ``plain``: where it
-    fails, or gives something else, plain is used from then on. telling: whether a call goes through all that the kernels
-    compute; until one does, plain is used. alike: what, besides the tensor's type, a kernel is compiled for: each is held
-    against plain by itself.
+    fails, or gives something else, plain is used from then on. representative: whether a call goes through all that the
+    kernels compute; until one does, plain is used. specialised_on: what, besides the tensor's type, a kernel is compiled for:
+    each is held against plain by itself.
     """
 
     def __init__(
-        self, plain: Function, kernels: int, triton: str, telling: Callable[..., bool] | None = None, alike: Alike | None = None
+        self,
+        plain: Function,
+        kernels: int,
+        triton: str,
+        representative: Callable[..., bool] | None = None,
+        specialised_on: Specialisation | None = None,
     ) -> None:
         wraps(plain)(self)
-        self.plain, self.kernels, self._triton, self._telling, self._alike = plain, kernels, triton, telling, alike
+        self.plain, self.kernels, self._triton = plain, kernels, triton
+        self._representative, self._specialised_on = representative, specialised_on
         self._chosen: dict[Hashable, Callable[..., Any]] = {}
 
     @property
@@ -62,9 +68,9 @@ class Fused(Generic[Function]):
     def __call__(self, tensor: Tensor, *others: Any, **settings: Any) -> Any:
         if not (on_gpu(tensor) and available()):
             return self.plain(tensor, *others, **settings)
-        key = tensor.dtype, self._alike(tensor, *others, **settings) if self._alike else None
+        key = tensor.dtype, self._specialised_on(tensor, *others, **settings) if self._specialised_on else None
         if key not in self._chosen:
-            if self._telling is not None and not self._telling(tensor, *others, **settings):
+            if self._representative is not None and not self._representative(tensor, *others, **settings):
                 return self.plain(tensor, *others, **settings)
             return self._choose(key, tensor, *others, **settings)
         with current(tensor.device):
@@ -103,7 +109,10 @@ def agree(found: Any, expected: Any) -> bool:
 
 
 def fused(
-    kernels: int, triton: str, telling: Callable[..., bool] | None = None, alike: Alike | None = None
+    kernels: int,
+    triton: str,
+    representative: Callable[..., bool] | None = None,
+    specialised_on: Specialisation | None = None,
 ) -> Callable[[Function], Fused[Function]]:
     """Decorates a plain function, see :class:`Fused`."""
-    return lambda plain: Fused(plain, kernels, triton, telling, alike)
+    return lambda plain: Fused(plain, kernels, triton, representative, specialised_on)

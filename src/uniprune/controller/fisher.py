@@ -13,7 +13,8 @@ from torch import Tensor
 
 from uniprune.controller.passes.opening import open_passes
 from uniprune.controller.protocol import ControllerRecord, Cost
-from uniprune.controller.start import in_steps, sensitivities, step_windows, warn_without_gradient
+from uniprune.controller.schedule import in_steps, step_windows
+from uniprune.controller.start import sensitivities, warn_without_gradient
 from uniprune.errors import InputError
 from uniprune.models.matrices import Matrices
 from uniprune.saliency.calibration import Calibration, LocalSaliency

@@ -1,12 +1,9 @@
-"""Proximal maps and projections of the controllers, each beside the objective that it optimises.
-
-They see tensors, never a model, and return float32. The objectives are functions too: each map can be held against its own.
-"""
+"""Proximal maps of ``unipruning``. They see tensors, never a model, and return float32."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from itertools import product
 
 import torch
@@ -15,17 +12,11 @@ from torch.nn import functional
 
 from uniprune.errors import InputError
 from uniprune.sparsity.patterns.nm import NM
-from uniprune.sparsity.patterns.protocol import Pattern, Saliency
-from uniprune.sparsity.patterns.unstructured import Unstructured
-from uniprune.sparsity.top import top
 
-TOLERANCE = 3e-6  # of a budget; what float32 sums can hold
-ROOT_STEPS = 64  # safeguarded Newton; 4 to 12 are the rule
 SWEEPS = 100  # of coordinate descent; 2 to 10 are the rule
 SETTLED = 1e-7  # relative change per sweep at which coordinate descent stops
 SHRUNK = (0.8, 0.6, 0.4)  # starts of coordinate descent: multiples of z, and of its n + 1 largest
 CHUNK = 1 << 18  # groups solved at a time, which bounds the memory beside the result
-FAR = 1e30  # stands for infinity, which would make NaN of differences
 
 
 def soft_threshold(v: Tensor, lam: float) -> Tensor:
@@ -33,125 +24,6 @@ def soft_threshold(v: Tensor, lam: float) -> Tensor:
     _check_weight(lam)
     v = v.float()
     return v.sign() * (v.abs() - lam).clamp_min(0)
-
-
-def l1_objective(x: Tensor, v: Tensor, lam: float) -> Tensor:
-    """What :func:`soft_threshold` minimises: ``1/2 |x - v|^2 + lam * |x|_1``, a scalar."""
-    return 0.5 * (x - v).square().sum() + lam * x.abs().sum()
-
-
-def relaxed_top(scores: Tensor, keep: int, temperature: float) -> Tensor:
-    """The relaxed mask ``[groups, n]`` in [0, 1] of scores ``[groups, n]``, with ``keep`` in each row: an entropic projection.
-
-    ``argmax_m <scores, m> + temperature * H(m)`` over ``0 <= m <= 1`` with row sums ``keep``, H the sum of binary entropies.
-    The solution is ``sigmoid((scores - tau) / temperature)``, with tau per row so that the budget is met, to 1e-5 of it. Equal
-    scores get equal values. temperature: in units of the scores, > 0; towards 0 the mask becomes that of ``sparsity.top``.
-    """
-    _check_temperature(temperature)
-    return _relax(scores.float(), top(scores, keep), keep, temperature)
-
-
-def budget_objective(mask: Tensor, scores: Tensor, temperature: float) -> Tensor:
-    """What :func:`relaxed_top` maximises: ``<scores, mask> + temperature * H(mask)``, per row."""
-    entropy: Tensor = torch.special.entr(mask) + torch.special.entr(1 - mask)
-    return (scores * mask + temperature * entropy).sum(-1)
-
-
-def relaxed(pattern: Pattern, saliency: Saliency, temperature: float) -> Iterator[tuple[str, Tensor]]:
-    """Relaxed masks ``[out, in]`` of a saliency, as ``pattern(saliency)`` yields the hard ones; see :func:`relaxed_top`.
-
-    The budget groups are the pattern's own. One budget for the whole model has one tau: the saliency is then read once per
-    step of the root search, about ten times, one matrix at a time.
-    Raises InputError as the pattern does.
-    """
-    _check_temperature(temperature)
-    if not pattern.local:
-        assert isinstance(pattern, Unstructured)
-        yield from _relaxed_model(pattern, saliency, temperature)
-        return
-    for name, mask in pattern(saliency):
-        groups, keep = budget_groups(pattern, saliency[name])
-        yield name, _relax(groups.float(), mask.reshape(groups.shape), keep, temperature).reshape(mask.shape)
-
-
-def budget_groups(pattern: Pattern, scores: Tensor) -> tuple[Tensor, int]:
-    """One matrix's scores ``[out, in]`` as ``[groups, n]``, one budget group a row, and how many of each are kept.
-
-    2:4 of ``[8, 16]`` -> ``[32, 4]``, 2; by row -> ``[8, 16]``; by matrix -> ``[1, 128]``.
-    """
-    if isinstance(pattern, NM):
-        return scores.reshape(-1, pattern.m), pattern.n
-    assert isinstance(pattern, Unstructured)
-    groups = scores if pattern.scope == "row" else scores.reshape(1, -1)
-    return groups, pattern.keep(groups.shape[1])
-
-
-def _relax(scores: Tensor, mask: Tensor, keep: int, temperature: float) -> Tensor:
-    """mask: the hard one; the lowest kept and the highest removed score bracket tau."""
-    size = scores.shape[1]
-    if not 0 < keep < size:
-        return mask.float()
-    pivot = scores.masked_fill(~mask, torch.inf).amin(1, keepdim=True)
-    below = scores.masked_fill(mask, -torch.inf).amax(1, keepdim=True)
-    scaled = _scaled(scores, pivot, temperature)
-
-    def moments(shift: Tensor) -> tuple[Tensor, Tensor]:
-        soft = (scaled - shift).sigmoid()
-        return soft.sum(1, keepdim=True), (soft * (1 - soft)).sum(1, keepdim=True)
-
-    return (scaled - _root(moments, _scaled(below, pivot, temperature), keep, size)).sigmoid()
-
-
-def _relaxed_model(pattern: Unstructured, saliency: Saliency, temperature: float) -> Iterator[tuple[str, Tensor]]:
-    size = sum(scores.numel() for scores in saliency.values())
-    keep = pattern.keep(size)
-    pivot, below = torch.full((), torch.inf), torch.full((), -torch.inf)
-    for name, mask in pattern(saliency):
-        scores = saliency[name].float()
-        pivot = torch.minimum(pivot, scores.masked_fill(~mask, torch.inf).amin().cpu())
-        below = torch.maximum(below, scores.masked_fill(mask, -torch.inf).amax().cpu())
-    if not 0 < keep < size:
-        for name, scores in saliency.items():
-            yield name, torch.full(scores.shape, float(keep > 0), device=scores.device)
-        return
-
-    def soft(name: str, shift: Tensor) -> Tensor:
-        scores = saliency[name].float()
-        return (_scaled(scores, pivot.to(scores.device), temperature) - shift.to(scores.device)).sigmoid()
-
-    def moments(shift: Tensor) -> tuple[Tensor, Tensor]:
-        masks = (soft(name, shift) for name in saliency)
-        sums = [torch.stack((mask.sum(), (mask * (1 - mask)).sum())).cpu() for mask in masks]
-        total, slope = torch.stack(sums).sum(0)
-        return total, slope
-
-    shift = _root(moments, _scaled(below, pivot, temperature), keep, size)
-    for name in saliency:
-        yield name, soft(name, shift)
-
-
-def _scaled(scores: Tensor, pivot: Tensor, temperature: float) -> Tensor:
-    """Scores in units of the temperature from the pivot: differences of close floats are exact, so ties cost no precision."""
-    return ((scores - pivot) / temperature).clamp(-FAR, FAR)
-
-
-def _root(moments: Callable[[Tensor], tuple[Tensor, Tensor]], below: Tensor, keep: int, size: int) -> Tensor:
-    """The shift at which the sum of ``sigmoid(scaled - shift)`` is ``keep``, per group, by Newton inside a bracket.
-
-    moments: shift -> the sum, and the sum of m * (1 - m), its slope but for the sign. below: the highest removed score, on
-    the scale where the lowest kept one is 0: so ``keep + 1`` scores are >= below, and ``size - keep + 1`` are <= 0.
-    """
-    low, high = below - math.log(keep), torch.full_like(below, math.log(size - keep))
-    shift = (low + high) / 2
-    for _ in range(ROOT_STEPS):
-        total, slope = moments(shift)
-        if bool(((total - keep).abs() <= TOLERANCE * keep).all()):
-            break
-        low = torch.where(total > keep, shift, low)
-        high = torch.where(total < keep, shift, high)
-        newton = shift + (total - keep) / slope.clamp_min(torch.finfo(torch.float32).tiny)
-        shift = torch.where((newton > low) & (newton < high), newton, (low + high) / 2)
-    return shift
 
 
 def nm_regulariser(w: Tensor, n: int, m: int) -> Tensor:
@@ -162,11 +34,6 @@ def nm_regulariser(w: Tensor, n: int, m: int) -> Tensor:
     Raises InputError if the columns are not divisible by ``m``.
     """
     return _symmetric(_nm_groups(w, n, m).abs().unbind(1), n + 1).sum()
-
-
-def nm_objective(w: Tensor, z: Tensor, lam: float, n: int, m: int) -> Tensor:
-    """What :func:`prox_nm` minimises: ``1/2 |w - z|^2 + lam * nm_regulariser(w)``, a scalar."""
-    return 0.5 * (w - z).square().sum() + lam * nm_regulariser(w, n, m)
 
 
 def prox_nm(z: Tensor, lam: float, n: int, m: int) -> Tensor:
@@ -236,8 +103,3 @@ def _nm_groups(w: Tensor, n: int, m: int) -> Tensor:
 def _check_weight(lam: float) -> None:
     if not (lam >= 0 and math.isfinite(lam)):
         raise InputError(f"the weight {lam} of a regulariser is not a finite number >= 0")
-
-
-def _check_temperature(temperature: float) -> None:
-    if not (temperature > 0 and math.isfinite(temperature)):
-        raise InputError(f"temperature {temperature} is not a finite number > 0; for a hard mask use the pattern itself")

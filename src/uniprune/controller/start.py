@@ -16,9 +16,11 @@ from torch import Tensor
 from uniprune.common import distributed
 from uniprune.common.progress import Progress, silent
 from uniprune.controller.passes.protocol import Passes
+from uniprune.controller.schedule import in_steps
+from uniprune.errors import InputError
 from uniprune.saliency.observation import check_called, check_seen, fill_starved_experts, observing, sum_over_processes
 from uniprune.saliency.statistics import Kind, SquaredNorm, Statistic, Statistics, additional
-from uniprune.storage.runs import Run
+from uniprune.storage.runs import OLDER, Run
 from uniprune.storage.tensor_store import Store
 
 logger = logging.getLogger(__name__)
@@ -41,21 +43,6 @@ class Start(NamedTuple):
     without_gradient: list[str]
 
 
-def step_windows(tokens: int, length: int) -> int:
-    """How many windows of ``length`` a step of so many tokens has: as many as fit, at least one for each process."""
-    return max(distributed.count(), tokens // length)
-
-
-def in_steps(windows: Tensor, tokens: int) -> list[Tensor]:
-    """The windows ``[n, length]`` split into steps of :func:`step_windows` each. The last step has the remainder; where that is
-    fewer windows than processes, it is added to the step before."""
-    processes = distributed.count()
-    todo = list(torch.split(windows, step_windows(tokens, windows.shape[1])))
-    if len(todo[-1]) < processes:
-        todo[-2:] = [torch.cat(todo[-2:])]
-    return todo
-
-
 def sensitivities(
     passes: Passes,
     windows: Tensor,
@@ -67,8 +54,7 @@ def sensitivities(
     """Measures the start of a descent, or restores it from a run that is resumed.
 
     windows: token ids ``[windows, length]``. wanted: the statistic of the local metric. run: where it is saved. batch_tokens:
-    tokens that go through the model at once; by default one window, or all if blocks are read one at a time. The network of
-    ``passes`` has no masks afterwards.
+    tokens that go through the model at once; by default one window, or all if blocks are read one at a time.
     """
     other = additional(SquaredNorm, wanted)
     store = Store(run, "start", shared=True) if run else None
@@ -81,7 +67,9 @@ def sensitivities(
             store["gradients"] = start.gradients
             if other:
                 store["statistics"] = {name: statistic.total for name, statistic in start.statistics.items()}
-        store.commit({"tokens": {name: norm.tokens for name, norm in start.norms.items()}, "still": start.without_gradient})
+        store.commit(
+            {"tokens": {name: norm.tokens for name, norm in start.norms.items()}, "without_gradient": start.without_gradient}
+        )
     return start
 
 
@@ -93,25 +81,23 @@ def _measured(passes: Passes, windows: Tensor, other: Kind | None, batch_tokens:
     others = {name: other(count, passes.device) for name, count in columns.items()} if other else {}
     totals = {name: torch.zeros(matrix.shape[0], device=passes.device) for name, matrix in network.matrices.items()}
 
-    def watch(name: str, x: Tensor, gradient: Tensor) -> None:
+    def seen(name: str, x: Tensor, gradient: Tensor) -> None:
         norms[name].update(x)
         totals[name] += gradient.float().square().sum(0)
         if others:
             others[name].update(x)
 
-    network.masks = {}
-    network.watch = watch
     head = passes.head(windows)
     portions = [
         portion
         for batch in in_steps(windows, batch_tokens or windows.numel())
         for portion in passes.in_batches(batch[distributed.rank() :: distributed.count()], batch_tokens or windows.shape[1])
     ]
-    for number, batch in enumerate(progress(portions, "finding what each output is worth", len(portions))):
-        passes.backward(head.next_token(passes.forward_student(batch), batch))
-        if number == 0:
-            _check_called(passes, batch[:1], norms)
-    network.watch = None
+    with network.watching(seen):
+        for number, batch in enumerate(progress(portions, "finding what each output is worth", len(portions))):
+            passes.backward(head.next_token(passes.forward_student(batch), batch))
+            if number == 0:
+                _check_called(passes, batch[:1], norms)
     for total in totals.values():
         distributed.total(total)
     sum_over_processes(norms)
@@ -174,7 +160,9 @@ def warn_without_gradient(names: Collection[str]) -> None:
 
 
 def _restored(store: Store, passes: Passes, other: Kind | None) -> Start:
-    """What an earlier run saved; other: as for :func:`_measured`."""
+    """What an earlier run saved; other: as for :func:`_measured`. Raises InputError for one of another version."""
+    if "without_gradient" not in store.facts:
+        raise InputError(OLDER)
 
     def statistics(kind: type[S], key: str) -> dict[str, S]:
         restored = {name: kind(matrix.shape[1], passes.device) for name, matrix in passes.network.matrices.items()}
@@ -184,4 +172,4 @@ def _restored(store: Store, passes: Passes, other: Kind | None) -> Start:
 
     norms = statistics(SquaredNorm, "inputs")
     gradients = {name: rms.to(passes.device) for name, rms in store["gradients"].items()}
-    return Start(norms, gradients, statistics(other, "statistics") if other else norms, list(store.facts["still"]))
+    return Start(norms, gradients, statistics(other, "statistics") if other else norms, list(store.facts["without_gradient"]))

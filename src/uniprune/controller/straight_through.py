@@ -8,47 +8,40 @@ takes no memory.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from uniprune.common.fused import fused
 from uniprune.models.blocks import rerouted
 from uniprune.models.experts import unfused
 from uniprune.models.matrices import Matrices, Matrix
-from uniprune.saliency.statistics import SquaredNorm
 
 Sink = Callable[[str, "Tensor | None"], None]
 Weigh = Callable[[str, Tensor, Tensor], Tensor]
-Watch = Callable[[str, Tensor, Tensor], None]
+Seen = Callable[[str, Tensor, Tensor], None]
 
-TINY = 1e-20
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 
 
 class StraightThrough:
     """Routes the matrices of a model through masks, inside ``with``; afterwards the model is as it was.
 
-    masks: matrix name -> mask ``[out, in]``, boolean or relaxed (in [0, 1]); may be replaced between passes. A matrix without
-    an entry is dense.
-    sink: is called by :meth:`flush`, in the order of the matrices, with (name, dL/d(weight * mask)), summed over all passes
-    since the last call; in the model's dtype, or float32 if it is a sum of several passes. None for a matrix that saw no token.
-    weigh: (name, inputs ``[tokens, in]``, output gradients ``[tokens, out]``) -> the output gradients, each token's times the
-    weight that it is to have; by default all weigh 1.
-    watch: if given, it is called with the same three arguments instead, and no gradients of weights are computed.
+    Passes are those of the dense model, except inside :meth:`pruned` and :meth:`training`. Gradients of weights are computed
+    inside :meth:`training` alone.
+
+    masks: of the passes that are made now, by matrix name; a matrix without one is dense.
     """
 
-    def __init__(
-        self, matrices: Matrices, sink: Sink | None = None, weigh: Weigh | None = None, watch: Watch | None = None
-    ) -> None:
+    def __init__(self, matrices: Matrices) -> None:
         self.matrices = matrices
         self.masks: Mapping[str, Tensor] = {}
-        self.sink, self.weigh, self.watch = sink, weigh, watch
+        self._sink: Sink | None = None
+        self._seen: Seen | None = None  # what a backward pass through a matrix is told
         self._gradients: dict[str, Tensor] = {}
         self._dense = False
         self._routes = ExitStack()
@@ -64,21 +57,57 @@ class StraightThrough:
     def __exit__(self, *error: object) -> None:
         self._routes.close()
 
-    def flush(self, block: int | None = None) -> None:
-        """Hands the gradients of one block's matrices to the sink, or those of all matrices that have any."""
-        if self.sink is None:
-            return
-        names = [name for name, m in self.matrices.items() if m.block == block] if block is not None else list(self._gradients)
-        for name in names:
-            self.sink(name, self._gradients.pop(name, None))
+    @contextmanager
+    def pruned(self, masks: Mapping[str, Tensor]) -> Iterator[None]:
+        """Inside ``with``, passes are those of the pruned model. masks: matrix name -> boolean mask ``[out, in]``."""
+        self.masks = masks
+        try:
+            yield
+        finally:
+            self.masks = {}
 
-    def add(self, name: str, x: Tensor, gradient: Tensor) -> None:
-        """Adds a backward pass through a matrix: its inputs ``[tokens, in]`` and output gradients ``[tokens, out]``."""
-        if self.watch:
-            self.watch(name, x, gradient)
+    @contextmanager
+    def training(self, masks: Mapping[str, Tensor], sink: Sink, weigh: Weigh | None = None) -> Iterator[None]:
+        """As :meth:`pruned`; backward passes also compute gradients of weights, which :meth:`flush` hands to the sink.
+
+        sink: is called with (name, dL/d(weight * mask)), summed over all passes since the last call; in the model's dtype, or
+        float32 if it is a sum of several passes. None for a matrix that saw no token.
+        weigh: (name, inputs ``[tokens, in]``, output gradients ``[tokens, out]``) -> the output gradients, each token's times
+        the weight that it is to have; by default all weigh 1.
+        """
+        self._sink = sink
+        with self.pruned(masks), self.watching(partial(self._add, weigh)):
+            try:
+                yield
+            finally:
+                self._sink = None  # which may hold the masks
+                self._gradients.clear()
+
+    @contextmanager
+    def watching(self, seen: Seen) -> Iterator[None]:
+        """Inside ``with``, a function sees what backward passes through matrices see: (name, inputs, output gradients)."""
+        self._seen = seen
+        try:
+            yield
+        finally:
+            self._seen = None
+
+    def flush(self, block: int) -> None:
+        """Hands the gradients of one block's matrices to the sink, if there is one, in the order of the matrices."""
+        if self._sink is None:
             return
-        if self.weigh:
-            gradient = self.weigh(name, x, gradient)
+        for name in [name for name, matrix in self.matrices.items() if matrix.block == block]:
+            self._sink(name, self._gradients.pop(name, None))
+
+    def backward(self, name: str, x: Tensor, gradient: Tensor) -> None:
+        """Is told of a backward pass through a matrix: its inputs ``[tokens, in]`` and output gradients ``[tokens, out]``."""
+        if self._seen is not None:
+            self._seen(name, x, gradient)
+
+    def _add(self, weigh: Weigh | None, name: str, x: Tensor, gradient: Tensor) -> None:
+        """Adds a backward pass through a matrix to its gradient."""
+        if weigh is not None:
+            gradient = weigh(name, x, gradient)
         product = gradient.T @ x
         earlier = self._gradients.get(name)
         self._gradients[name] = product if earlier is None else earlier.float().add_(product)
@@ -111,7 +140,7 @@ class _MaskedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, grad_anchor: Tensor, matrix: Matrix, network: StraightThrough) -> Tensor:  # type: ignore[override]
         ctx.save_for_backward(x)
-        # The mapping and not the mask: packed masks (states.PackedMasks) are unpacked again in the backward pass.
+        # The mapping and not the mask: packed masks (``descent.masks``) are unpacked again in the backward pass.
         ctx.matrix, ctx.masks, ctx.network = matrix, network.masks, network
         return functional.linear(x, _masked(matrix, network.masks))
 
@@ -120,7 +149,7 @@ class _MaskedLinear(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         name, network = ctx.matrix.name, ctx.network
         gradient_x = gradient @ _masked(ctx.matrix, ctx.masks) if ctx.needs_input_grad[0] else None
-        network.add(name, x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1]))
+        network.backward(name, x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1]))
         return gradient_x, None, None, None
 
 
@@ -128,45 +157,6 @@ def _masked(matrix: Matrix, masks: Mapping[str, Tensor]) -> Tensor:
     weight = matrix.weight
     if matrix.name not in masks:  # ``get`` would take a KeyError in what makes a mask for a matrix without one
         return weight
-    mask = masks[matrix.name]
-    if mask.dtype != torch.bool:
-        return weight * mask.to(weight.dtype)
+    mask = masks[matrix.name].bool()  # a user's pattern may make masks of numbers
     # As integers of the same size: on a CPU several times as fast as weight * mask, for the mask need not become a float.
     return (weight.view(INTEGERS[weight.element_size()]) * mask).view(weight.dtype)
-
-
-class Evener:
-    """Weights tokens in each matrix's gradient, such that tokens with large inputs or output gradients do not dominate it.
-
-    A token's weight is ``|x| ** -1 * |dL/dy| ** -1/2``. Sizes are RMS over channels, each channel in units of its own RMS in
-    the dense model. The weight depends on no other token, so a batch may be run in parts. The exponents are those with which
-    the gradient of few tokens predicts that of many best (docs/experiments.md).
-
-    inputs, gradients: by matrix name, the statistics of its inputs, and the RMS ``[out]`` of its output gradients.
-    """
-
-    def __init__(self, inputs: Mapping[str, SquaredNorm], gradients: Mapping[str, Tensor]) -> None:
-        self._inputs = {name: norm.rms.clamp_min(1e-9).reciprocal() for name, norm in inputs.items()}
-        self._gradients = {name: rms.clamp_min(TINY).reciprocal() for name, rms in gradients.items()}
-
-    def __call__(self, name: str, x: Tensor, gradient: Tensor) -> Tensor:
-        """The output gradients ``[tokens, out]`` times the tokens' weights. x: inputs ``[tokens, in]``."""
-        return evened(x, gradient, self._inputs[name], self._gradients[name])  # type: ignore[no-any-return]
-
-
-@fused(kernels=1, triton="uniprune.common.triton_kernels:evened")
-def evened(x: Tensor, gradient: Tensor, inputs: Tensor, outputs: Tensor) -> Tensor:
-    """The gradient ``[tokens, out]`` times the tokens' weights. inputs ``[in]``, outputs ``[out]``: 1 / RMS of the channels."""
-    input_size, gradient_size = _rms(x, inputs), _rms(gradient, outputs)
-    factors = (input_size * gradient_size.sqrt()).reciprocal()
-    if gradient.dtype == torch.float16:  # in which the factor of a token whose gradient is 0 would overflow
-        return (gradient * factors[:, None]).half()
-    return gradient * factors.to(gradient.dtype)[:, None]
-
-
-def _rms(tokens: Tensor, units: Tensor) -> Tensor:
-    """The RMS ``[tokens]`` over channels, each channel times its unit first; at least the square root of TINY."""
-    if tokens.dtype == torch.bfloat16:  # has float32's range; on a CPU four times as fast
-        units = units.bfloat16()
-    norm: Tensor = torch.linalg.vector_norm(tokens * units, dim=1).float()
-    return (norm / math.sqrt(tokens.shape[1])).clamp_min(TINY**0.5)

@@ -35,7 +35,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,7 @@ from torch.nn import functional
 
 from uniprune.controller.protocol import ControllerRecord, Cost
 from uniprune.controller.prox import prox_nm, soft_threshold
+from uniprune.controller.schedule import shuffled_rounds
 from uniprune.controller.start import warn_without_gradient
 from uniprune.errors import InputError, UniPruneError
 from uniprune.models.blocks import device_of, rerouted, text_alone
@@ -56,12 +57,6 @@ from uniprune.sparsity.patterns.nm import NM
 from uniprune.sparsity.patterns.protocol import Pattern
 
 logger = logging.getLogger(__name__)
-
-
-class State(NamedTuple):
-    """One matrix: V, float32 ``[out, in]``."""
-
-    dual: Tensor
 
 
 @dataclass(frozen=True)
@@ -103,17 +98,17 @@ class UniPruning:
         """Tokens of a step on windows of ``length``."""
         return self.batch_windows * length
 
-    def init(self, local: Tensor) -> State:
-        """local: scores ``[out, in]`` >= 0, which are the first Gamma."""
-        return State(local.float() / self.kappa + self.lam)
+    def init(self, local: Tensor) -> Tensor:
+        """The first V ``[out, in]``, float32. local: scores ``[out, in]`` >= 0, which are the first Gamma."""
+        return local.float() / self.kappa + self.lam
 
-    def step(self, state: State, saliency: Tensor) -> State:
-        """One step of V towards ``saliency`` ``[out, in]``, S(W', X)."""
-        return State(state.dual + self.alpha * self.rho * (saliency.float() - self.gamma(state)))
+    def step(self, dual: Tensor, saliency: Tensor) -> Tensor:
+        """V after one step towards ``saliency`` ``[out, in]``, S(W', X)."""
+        return dual + self.alpha * self.rho * (saliency.float() - self.gamma(dual))
 
-    def gamma(self, state: State) -> Tensor:
+    def gamma(self, dual: Tensor) -> Tensor:
         """The global saliency ``[out, in]``, >= 0."""
-        return self.kappa * soft_threshold(state.dual, self.lam)
+        return self.kappa * soft_threshold(dual, self.lam)
 
     def rate(self, index: int, steps: int) -> float:
         """The learning rate of step ``index`` of ``steps``; none is 0, so that no batch is wasted."""
@@ -141,18 +136,14 @@ class UniPruning:
             check_fit(((name, matrix.shape) for name, matrix in matrices.items()), target)
         todo = torch.split(calibration.windows, self.batch_windows)
         steps = steps or len(todo)
-        generator = torch.Generator().manual_seed(seed)
+        order = shuffled_rounds(targets, seed)
         local = one_shot(calibration, metric)
-        states = {name: self.init(local[name]) for name in matrices}
+        duals = {name: self.init(local[name]) for name in matrices}
         losses: list[float] = []
         tokens = 0
-        order: list[int] = []
         with WorkingCopy(calibration.model, matrices) as copy:
             for index in calibration.progress(range(steps), "descending", steps):
-                if not order:
-                    order = torch.randperm(len(targets), generator=generator).tolist()
-                target = targets[order.pop()]
-                batch = todo[index % len(todo)]
+                target, batch = next(order), todo[index % len(todo)]
                 rate = self.rate(index, steps)
                 with observing(matrices, metric.statistic) as statistics:
                     loss = copy.step(batch, rate)
@@ -162,7 +153,7 @@ class UniPruning:
                 for name, weight in copy.weights.items():
                     statistic = statistics.get(name)
                     if statistic is None or statistic.tokens:  # an expert may see nothing of one batch: its V stays
-                        states[name] = self.step(states[name], metric(weight.detach(), statistic))
+                        duals[name] = self.step(duals[name], metric(weight.detach(), statistic))
                 tokens += batch.numel()
                 losses.append(loss)
                 calibration.progress.note(f"{target}: loss {loss:.3f}", batch.numel())
@@ -176,7 +167,7 @@ class UniPruning:
             without_gradient=list(copy.without_gradient),
             **local.starved,
         )
-        return {name: self.gamma(state) for name, state in states.items()}, record
+        return {name: self.gamma(dual) for name, dual in duals.items()}, record
 
 
 class WorkingCopy:

@@ -162,7 +162,7 @@ def _compiled_for(tokens: Tensor, packed: Packed, bias: Tensor | None) -> tuple[
     return (len(tokens) - 1).bit_length(), bias is None
 
 
-@fused(kernels=1, triton="uniprune.runtime.gpu:multiply", alike=_compiled_for)
+@fused(kernels=1, triton="uniprune.runtime.gpu:multiply", specialised_on=_compiled_for)
 def few_tokens(tokens: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
     """The product with so few tokens ``[batch, in]`` that a GPU's kernel is for them."""
     return linear(tokens, packed.dense(), bias)

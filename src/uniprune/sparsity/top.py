@@ -38,7 +38,7 @@ def _first(scores: Tensor, threshold: Tensor, keep: int) -> Tensor:
     return above | (ties & (ties.cumsum(1, dtype=torch.int32) <= places))
 
 
-@fused(kernels=1, triton="uniprune.common.triton_kernels:among_few", alike=lambda scores, *, keep: scores.shape[1])
+@fused(kernels=1, triton="uniprune.common.triton_kernels:among_few", specialised_on=lambda scores, *, keep: scores.shape[1])
 def _among_few(scores: Tensor, *, keep: int) -> Tensor:
     """:func:`top` of short rows. On a CPU in pieces, which stay in the processor's cache."""
     if scores.device.type != "cpu" or len(scores) <= PIECE:

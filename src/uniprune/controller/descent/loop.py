@@ -10,33 +10,35 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from itertools import islice
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from uniprune.common import distributed
-from uniprune.controller.descent.logbook import Logbook
+from uniprune.common.progress import Progress
+from uniprune.controller.descent.history import DescentHistory
 from uniprune.controller.descent.loss import Loss
+from uniprune.controller.descent.masks import Masks
 from uniprune.controller.descent.position import Position
-from uniprune.controller.descent.states import Best, Masks, State, UpdateRule
+from uniprune.controller.descent.states import Best, UpdateRule
 from uniprune.controller.descent.teacher import TeacherCache
+from uniprune.controller.descent.token_weighting import TokenWeighting
 from uniprune.controller.passes.opening import open_passes
 from uniprune.controller.passes.protocol import Passes
 from uniprune.controller.protocol import ControllerRecord
-from uniprune.controller.start import in_steps, sensitivities
-from uniprune.controller.straight_through import Evener
-from uniprune.errors import InputError
+from uniprune.controller.schedule import in_steps, shuffled_rounds
+from uniprune.controller.start import sensitivities
+from uniprune.controller.straight_through import Weigh
 from uniprune.saliency.calibration import Calibration, LocalSaliency
 from uniprune.saliency.metrics import Metric
 from uniprune.saliency.observation import starved
-from uniprune.sparsity.patterns.nm import NM
 from uniprune.sparsity.patterns.protocol import Pattern
-from uniprune.sparsity.patterns.unstructured import Unstructured
 from uniprune.storage import runs
 from uniprune.storage.stash import Stash
 from uniprune.storage.tensor_store import Store
@@ -68,158 +70,182 @@ def descend(
     at half the step size; one that has not improved in two checks is stopped.
     Raises InputError if there are too few windows.
     """
-    if settings.temperature:
-        _check_relaxed(targets, calibration)
     windows, held_out = _split(calibration.windows, max(settings.held_out, len(targets)))
     todo = in_steps(windows, settings.batch_tokens)
-    steps = steps or len(todo)
-    every = math.ceil(steps / settings.checks)
+    plan = Plan(todo, held_out, targets, steps or len(todo), settings.checks, seed)
     with ExitStack() as stack:
         run = calibration.run or stack.enter_context(runs.temporary())
         store = Store(run, "descent", shared=True)
-        saved = Logbook.of(store.facts)
-        if saved.done == steps:  # of a run that was interrupted after the descent
-            return Best(store, calibration.matrices, calibration.device, ()), saved.record(steps, every)
+        saved = DescentHistory.of(store.facts)
+        if saved.done == plan.steps:  # of a run that was interrupted after the descent
+            best = Best(store, calibration.matrices, calibration.device, ())
+            return best, saved.record(plan.steps, plan.every)
         passes = open_passes(calibration, run)
         stack.enter_context(passes.network)
         position = Position(settings, calibration, targets, run, store)
-        teacher = TeacherCache(passes, Stash(run.aside()), repeats=steps > len(todo))
-        descent = Descent(settings, passes, replace(calibration, windows=windows), metric, position, teacher)
-        log = position.log
-        first = log.done
-        if not position.resumed:
-            descent.check(targets, held_out)
-        order = _shuffled_rounds(targets, seed)
-        for _ in range(first):
-            next(order)
-        target = next(order)
-        for index in calibration.progress(range(first, steps), "descending", steps - first):
-            batch = todo[index % len(todo)]
-            following = next(order)
-            kl, flips = descent.step(batch, target, 1 - index / steps, following if index + 1 < steps else None)
-            calibration.progress.note(f"{target}: KL {kl:.3f}, {flips:.2%} flipped", batch.numel())
-            logger.info("step %d: %s KL %.4f", index, target, kl)
-            target = following
-            if not (index + 1) % every or index + 1 == steps:
-                descent.check(targets, held_out)
-            log.done = steps if log.stalled else index + 1
-            position.save(last=log.done == steps)
-            if log.stalled:
-                break
-        record = log.record(steps, every)
+        teacher = TeacherCache(passes, Stash(run.aside()), repeats=plan.steps > len(todo))
+        descent = opened(settings, passes, replace(calibration, windows=windows), metric, position, teacher)
+        follow(plan, descent, calibration.progress)
+        record = position.history.record(plan.steps, plan.every)
         if calibration.run:
             return position.best, record
         position.states.clear()  # makes room for the copy of the best duals
         return dict(position.best), record
 
 
-class Descent:
-    """The steps that move a position, and its checks on held-out windows.
+class Plan(NamedTuple):
+    """What a descent is to do.
+
+    todo: windows ``[n, length]`` by step, and again from the first. held_out: windows to check with. targets: one per step, in
+    shuffled rounds. steps: how many at most. checks: at most, besides that of the start.
+    """
+
+    todo: Sequence[Tensor]
+    held_out: Tensor
+    targets: Sequence[Pattern]
+    steps: int
+    checks: int
+    seed: int
+
+    @property
+    def every(self) -> int:
+        """The steps between two checks."""
+        return math.ceil(self.steps / self.checks)
+
+
+def opened(
+    settings: MirrorDescent,
+    passes: Passes,
+    calibration: Calibration,
+    metric: Metric,
+    position: Position,
+    teacher: TeacherCache,
+) -> Descent:
+    """A descent before its first step, or where an earlier process left it: measures the start, unless the run has it.
 
     calibration: its windows are those to descend on. position: empty, or that of a descent that is resumed. teacher: of the
     same ``passes``.
     """
+    matrices, windows = calibration.matrices, calibration.windows
+    head = passes.head(windows, None if settings.labels else settings.vocabulary)
+    few = windows[: max(1, START_TOKENS // windows.shape[1])]
+    start = sensitivities(passes, few, metric.statistic, calibration.run)
+    scored_by_magnitude = starved(matrices, start.norms).get("starved")
+    if not position.resumed:
+        position.history.without_gradient = start.without_gradient
+        position.history.starved = scored_by_magnitude
+        local = LocalSaliency(matrices, metric, start.statistics)
+        for name in position.own:
+            position.set(name, settings.init(local[name], start.gradients[name]))
+    position.check_finite()
+    weigh = TokenWeighting(start.norms, start.gradients) if settings.even_tokens else None
+    return Descent(settings, passes, Loss(head, settings.labels, settings.evenness), position, teacher, weigh)
+
+
+def follow(plan: Plan, descent: Descent, progress: Progress) -> None:
+    """Takes the steps of a plan that are left, with its checks, until they are done or the checks find no improvement."""
+    position, history = descent.position, descent.history
+    first = history.done
+    if not position.resumed:
+        descent.check(plan.targets, plan.held_out)
+    order = islice(shuffled_rounds(plan.targets, plan.seed), first, None)
+    target = next(order)
+    for index in progress(range(first, plan.steps), "descending", plan.steps - first):
+        batch, following = plan.todo[index % len(plan.todo)], next(order)
+        last = index + 1 == plan.steps
+        kl, flips = descent.step(batch, target, 1 - index / plan.steps, None if last else following)
+        progress.note(f"{target}: KL {kl:.3f}, {flips:.2%} flipped", batch.numel())
+        logger.info("step %d: %s KL %.4f", index, target, kl)
+        target = following
+        if last or not (index + 1) % plan.every:
+            descent.check(plan.targets, plan.held_out)
+        history.done = plan.steps if history.stalled else index + 1
+        position.save(last=history.done == plan.steps)
+        if history.stalled:
+            break
+
+
+class Descent:
+    """The steps that move a position, and its checks on held-out windows.
+
+    rule: moves the state of one matrix. teacher: of the same ``passes``. weigh: the weights of tokens in each matrix's
+    gradient; None: all weigh 1.
+    """
 
     def __init__(
         self,
-        settings: MirrorDescent,
+        rule: UpdateRule,
         passes: Passes,
-        calibration: Calibration,
-        metric: Metric,
+        loss: Loss,
         position: Position,
         teacher: TeacherCache,
+        weigh: Weigh | None = None,
     ) -> None:
-        self._settings = settings
-        self._rule: UpdateRule = settings
+        self.position = position
+        self.history = position.history
+        self._rule = rule
         self._passes = passes
+        self._loss = loss
         self._teacher = teacher
-        self._matrices = calibration.matrices
+        self._weigh = weigh
+        self._matrices = passes.network.matrices
         self._sampled = set(list(self._matrices)[::COUNT_EVERY])
         self._reached = set[str]()  # matrices that a gradient has reached only in a step
-        windows = calibration.windows
-        head = passes.head(windows, None if settings.labels else settings.vocabulary)
-        self._loss = Loss(head, settings.labels, settings.evenness, settings.hidden)
-        few = windows[: max(1, START_TOKENS // windows.shape[1])]
-        start = sensitivities(passes, few, metric.statistic, calibration.run)
-        self._local = LocalSaliency(self._matrices, metric, start.statistics)
-        self._gradients = start.gradients
-        self.position = position
-        self.log = position.log
-        scored_by_magnitude = starved(self._matrices, start.norms).get("starved")
-        if not position.resumed:
-            self.log.without_gradient = start.without_gradient
-            self.log.starved = scored_by_magnitude
-            for name in position.own:
-                position.set(name, self.first_state(name))
-        position.check_finite()
-        passes.network.weigh = Evener(start.norms, start.gradients) if settings.even_tokens else None
-
-    def first_state(self, name: str) -> State:
-        """A matrix's state before the first step."""
-        return self._rule.init(self._local[name], self._gradients[name])
 
     def step(self, batch: Tensor, target: Pattern, left: float, following: Pattern | None = None) -> tuple[float, float]:
         """One step on windows ``[n, length]``; returns its KL in nats per token, and the share of mask bits that it flipped.
 
-        left: the fraction of the descent that is left, in (0, 1]; step size and temperature are proportional to it. following:
-        the target of the next step, if that is known.
+        left: the fraction of the descent that is left, in (0, 1]; the step size is proportional to it. following: the target of
+        the next step, if that is known.
         """
-        temperature = self._settings.temperature * left
-        masks = self._passes.network.masks = self.position.masks.masks(target, temperature)
-        self.position.masks.prepare_next(None if temperature else following)
+        masks = self.position.mask_factory.create(target)
+        self.position.mask_factory.prepare_next(following)
         flips = FlipCount(masks, self._sampled)
-        size = self.log.scale * self._settings.step_size * left
-        self._passes.network.sink = partial(self._apply_gradient, size, masks, flips)
+        size = self.history.scale * self._rule.step_size * left
         mine = distributed.share(batch)
-        student, teacher = self._forward(mine)
-        kl, gradient = self._loss.gradient(student, teacher, mine)
-        self._passes.backward(gradient)
-        self._passes.network.sink = None  # which holds the masks
+        with self._passes.network.training(masks, partial(self._apply_gradient, size, flips), self._weigh):
+            student, teacher = self._teacher.forward(mine)
+            kl, gradient = self._loss.gradient(student, teacher, mine)
+            self._passes.backward(gradient)
         self.position.check_finite()
-        if self.log.without_gradient:
+        if self.history.without_gradient:
             reached = set[str]().union(*distributed.all_gather(self._reached))
-            self.log.without_gradient = [name for name in self.log.without_gradient if name not in reached]
+            self.history.without_gradient = [name for name in self.history.without_gradient if name not in reached]
         share = flips.share()
         kl = distributed.total_of(kl) / self._loss.count(batch)
-        self.log.tokens += batch.numel()
-        self.log.loss.append(kl)
-        self.log.flips.append(share)
+        self.history.tokens += batch.numel()
+        self.history.loss.append(kl)
+        self.history.flips.append(share)
         return kl, share
 
-    def _forward(self, batch: Tensor) -> tuple[Tensor, Tensor]:
-        """Final hidden states of student and teacher, for a backward pass."""
-        if self._settings.hidden:  # the teacher's after every block are needed, which are not kept
-            return self._passes.forward(batch, self._loss.hidden_gradient)
-        return self._teacher.forward(batch)
-
     def held_out_kl(self, targets: Sequence[Pattern], windows: Tensor) -> float:
-        """Mean KL of hard masks in nats per token. The windows are dealt out to the targets: many cost no more than one."""
+        """Mean KL in nats per token. The windows are dealt out to the targets: many cost no more than one."""
         total = 0.0
         for index, target in enumerate(targets):
-            self._passes.network.masks = self.position.masks.masks(target)
             part = windows[index % len(windows) :: len(targets)]
             mine = part[distributed.rank() :: distributed.count()]
             kl = 0.0
-            for batch in self._passes.in_batches(mine, HELD_OUT_TOKENS):
-                student, teacher = self._teacher.infer(batch)
-                kl += self._loss.kl(student, teacher, batch)
+            with self._passes.network.pruned(self.position.mask_factory.create(target)):
+                for batch in self._passes.in_batches(mine, HELD_OUT_TOKENS):
+                    student, teacher = self._teacher.infer(batch)
+                    kl += self._loss.kl(student, teacher, batch)
             total += distributed.total_of(kl) / self._loss.count(part)
         return total / len(targets)
 
     def check(self, targets: Sequence[Pattern], windows: Tensor) -> None:
         """Measures the held-out KL: keeps the duals if they are the best, goes back to the best if the descent has diverged."""
         kl = self.held_out_kl(targets, windows)
-        verdict = self.log.judge(kl)
+        verdict = self.history.judge(kl)
         if verdict == "better":
             self.position.keep_best()
         elif verdict == "diverged":
             logger.warning("the controller diverged (held-out KL %.3f); back to the best, half the step", kl)
             self.position.back_to_best()
 
-    def _apply_gradient(self, size: float, masks: Masks, flips: FlipCount, name: str, gradient: Tensor | None) -> None:
+    def _apply_gradient(self, size: float, flips: FlipCount, name: str, gradient: Tensor | None) -> None:
         """The network's sink: moves the state of a matrix by its gradient. None: no token reached the matrix.
 
-        size, masks, flips: of this step.
+        size, flips: of this step.
         """
         weight = self._matrices[name].weight
         owner = self.position.owners[name]
@@ -229,17 +255,13 @@ class Descent:
             )
         if gradient is None or owner != distributed.rank():
             return
-        if name in self.log.without_gradient and bool(gradient.any()):
+        if name in self.history.without_gradient and bool(gradient.any()):
             self._reached.add(name)
         # Mixed types are one kernel less on a GPU, and slow on a CPU.
         gradient = gradient.float() * (weight.float() if weight.device.type == "cpu" else weight)
-        if self._settings.temperature:
-            soft = masks[name]
-            gradient *= soft * (1 - soft)
         state = self.position.states[name].to(weight.device)
-        start = self.first_state(name).dual if self._settings.anchor else None
-        moved = self._rule.step(state, gradient, size, start)
-        flips.add(name, state.dual, moved.dual)
+        moved = self._rule.step(state, gradient, size)
+        flips.add(name, moved.dual)
         self.position.set(name, moved)
 
 
@@ -252,12 +274,12 @@ class FlipCount:
         self._flipped: list[Tensor] = []  # of each matrix, on its device: a look at a value waits for the GPU
         self._seen = 0
 
-    def add(self, name: str, before: Tensor, after: Tensor) -> None:
-        """Counts the bits that differ between the masks of a matrix's duals before the step and after it."""
+    def add(self, name: str, moved: Tensor) -> None:
+        """Counts the bits that differ between a matrix's mask and that of its dual after the step."""
         if name not in self._sampled:
             return
-        mask = self._masks.hard(name, before) if self._masks.temperature else self._masks[name]
-        self._flipped.append((mask != self._masks.hard(name, after)).sum())
+        mask = self._masks[name]
+        self._flipped.append((mask != self._masks.cut(name, moved)).sum())
         self._seen += mask.numel()
 
     def share(self) -> float:
@@ -274,20 +296,3 @@ def _split(windows: Tensor, held_out: int) -> tuple[Tensor, Tensor]:
     count = max(1, min(held_out, len(windows) // 8, len(windows) - distributed.count()))
     distributed.check_windows(len(windows), count)
     return windows[:-count], windows[-count:]
-
-
-def _check_relaxed(targets: Sequence[Pattern], calibration: Calibration) -> None:
-    """Raises InputError if masks cannot be relaxed, as a temperature above 0 asks for."""
-    if distributed.count() > 1:
-        raise InputError("relaxed masks are no bits that processes could exchange; start one, or leave temperature at 0")
-    if not all(isinstance(target, (Unstructured, NM)) and getattr(target, "scope", "") != "block" for target in targets):
-        raise InputError(f"masks of {targets[0]} cannot be relaxed; leave temperature at 0")
-    if calibration.streamed and not all(target.local for target in targets):
-        raise InputError("relaxed masks with one budget for the model need all of it in memory; leave temperature at 0")
-
-
-def _shuffled_rounds(targets: Sequence[Pattern], seed: int) -> Iterator[Pattern]:
-    """The targets without end: all of them in random order, then all in another order, and so on."""
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        yield from (targets[index] for index in torch.randperm(len(targets), generator=generator).tolist())

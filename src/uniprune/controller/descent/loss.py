@@ -1,8 +1,7 @@
 """What the controller minimises: how far the pruned model's predictions are from the dense model's, over token windows.
 
 The loss is the Kullback-Leibler divergence KL(dense || pruned) of the next-token distributions, the cross-entropy of the text
-itself, or a mix; and, if asked for, the distance of the hidden states after every block. All of it is seen from hidden states:
-who computes those, and how, is the business of ``passes``.
+itself, or a mix. It is seen from the final hidden states: who computes those, and how, is the business of ``passes``.
 """
 
 from __future__ import annotations
@@ -17,18 +16,16 @@ MIN_KL = 0.02  # nats: tokens with a smaller divergence are not made louder than
 
 
 class Loss:
-    """The loss of a pruned model, seen from hidden states ``[windows, length, width]``, and its gradient there.
+    """The loss of a pruned model, seen from final hidden states ``[windows, length, width]``, and its gradient there.
 
     head: with the whole vocabulary if there are labels. labels: share of the cross-entropy, in [0, 1]. evenness: each token's
-    divergence d is weighted by d ** -evenness, so that few tokens do not drown the others; 0 is the plain mean. hidden: weight
-    of the hidden states' distance; the distance of a token is the mean over the blocks but the last.
+    divergence d is weighted by d ** -evenness, so that few tokens do not drown the others; 0 is the plain mean.
     """
 
-    def __init__(self, head: Head, labels: float = 0.0, evenness: float = 0.0, hidden: float = 0.0) -> None:
+    def __init__(self, head: Head, labels: float = 0.0, evenness: float = 0.0) -> None:
         self._head = head
         self._labels = labels
         self._evenness = evenness
-        self._hidden = hidden
 
     def gradient(self, student: Tensor, teacher: Tensor, ids: Tensor) -> tuple[float, Tensor]:
         """KL summed over the tokens, in nats, and the gradient of the loss's sum with respect to ``student``."""
@@ -61,22 +58,9 @@ class Loss:
         """Of how many tokens of ``ids`` the divergence is summed."""
         return int(self._head.counted(ids).sum())
 
-    def hidden_gradient(self, student: Tensor, teacher: Tensor, blocks: int) -> Tensor:
-        """The gradient of the hidden states' distance after one of ``blocks`` blocks, with respect to ``student``."""
-        with torch.enable_grad():
-            leaf = student.detach().requires_grad_()
-            distance = self._hidden / max(1, blocks - 1) * (_unit(leaf) - _unit(teacher)).square().mean(-1).sum()
-        return torch.autograd.grad(distance, leaf)[0]
-
     def _kl(self, student: Tensor, teacher: Tensor) -> Tensor:
         """KL(dense || pruned) of each token ``[length]``, from final hidden states ``[length, width]``."""
         with torch.no_grad():
             target = functional.log_softmax(self._head(teacher), -1)
         predicted = functional.log_softmax(self._head(student), -1)
         return functional.kl_div(predicted, target, log_target=True, reduction="none").sum(-1)
-
-
-def _unit(hidden: Tensor) -> Tensor:
-    """Hidden states with RMS 1, float32: what the next block's norm makes of them."""
-    hidden = hidden.float()
-    return hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + 1e-5)

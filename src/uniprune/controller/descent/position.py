@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from uniprune.common import distributed
-from uniprune.controller.descent.logbook import Logbook
-from uniprune.controller.descent.states import Best, InMemory, MaskFactory, OnDisk, State, States, UpdateRule
+from uniprune.controller.descent.history import DescentHistory
+from uniprune.controller.descent.masks import MaskFactory, Masks, PackedMasks
+from uniprune.controller.descent.states import Best, InMemory, OnDisk, States, UpdateRule, UpdateState
 from uniprune.saliency.calibration import Calibration
 from uniprune.sparsity.patterns.checks import check_extremes
 from uniprune.sparsity.patterns.protocol import Pattern
 from uniprune.storage.runs import Pace, Run
+from uniprune.storage.stash import Stash
 from uniprune.storage.tensor_store import Store
 
 
 class Position:
-    """The states of all matrices, the masks that follow from their duals, the best duals so far, and the logbook.
+    """The states of all matrices, the masks that follow from their duals, the best duals so far, and the history.
 
     It is that of an earlier process if the store has one; else it is empty, until each matrix has a state (:meth:`set`).
 
@@ -36,21 +39,22 @@ class Position:
         self._rule = rule
         self.owners = distributed.owners({name: matrix.size for name, matrix in matrices.items()})
         self.own = [name for name, owner in self.owners.items() if owner == distributed.rank()]
-        self.log = Logbook.of(store.facts)
+        self.history = DescentHistory.of(store.facts)
         self.resumed = bool(store.facts)
         self.states = _states(rule, calibration, run, store, self.own)
         self.best = Best(store, matrices, device, self.own)
-        self.masks = MaskFactory(self.states, matrices, self.owners, targets, device)
+        new_masks = _kind_of_masks(calibration, run)
+        self.mask_factory = MaskFactory(self.states, matrices, self.owners, targets, device, new_masks)
         self._extremes: dict[str, tuple[Tensor, Tensor]] = {}  # least and greatest of each dual that is still to be checked
         if self.resumed:
             for name in self.own:
-                self.masks.update(name, self.states.dual(name).to(device))
+                self.mask_factory.update(name, self.states.dual(name).to(device))
 
-    def set(self, name: str, state: State) -> None:
+    def set(self, name: str, state: UpdateState) -> None:
         """Gives a matrix another state."""
         self.states[name] = state
         self._extremes[name] = state.dual.aminmax()
-        self.masks.update(name, state.dual)
+        self.mask_factory.update(name, state.dual)
 
     def check_finite(self) -> None:
         """Raises InputError for duals that are no longer finite. All at once: each look at a value waits for the GPU."""
@@ -68,14 +72,21 @@ class Position:
         self.check_finite()
 
     def save(self, last: bool) -> None:
-        """Saves states and logbook, as often as the states allow; the ``last`` time the best duals alone may do."""
-        self.states.save(asdict(self.log), last)
+        """Saves states and history, as often as the states allow; the ``last`` time the best duals alone may do."""
+        self.states.save(asdict(self.history), last)
 
 
 def _states(rule: UpdateRule, calibration: Calibration, run: Run, store: Store, names: Sequence[str]) -> States:
     """The states on disk if the model is read block by block, else in memory: on its device, or in host memory (offload)."""
     if calibration.streamed:
-        return OnDisk(store, rule, run.aside())
+        return OnDisk(store, rule)
     home = torch.device("cpu") if calibration.offload else calibration.device
+    return InMemory(store, rule, Pace() if calibration.run else None, home, names)
+
+
+def _kind_of_masks(calibration: Calibration, run: Run) -> Callable[..., Masks]:
+    """Masks as bits where memory is short, or processes exchange them: on disk if the model is read block by block."""
+    if calibration.streamed:
+        return partial(PackedMasks, stash=Stash(run.aside()))
     packed = calibration.recompute or distributed.count() > 1
-    return InMemory(store, rule, Pace() if calibration.run else None, home, packed, names)
+    return partial(PackedMasks, stash=Stash()) if packed else Masks

@@ -6,7 +6,6 @@ rounding of sums that are made in another order.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -15,12 +14,9 @@ from torch import Tensor
 from uniprune.controller.straight_through import StraightThrough
 from uniprune.models.output_head import Head
 
-HiddenGradient = Callable[[Tensor, Tensor, int], Tensor]
-"""(student's, teacher's hidden states after one of the blocks, number of blocks) -> a gradient with respect to the former."""
-
 
 class Passes(Protocol):
-    """Runs the student, which is the model with ``network.masks`` applied, and the teacher, the same model without them.
+    """Runs the student, which is the model with the masks of ``network``, and the teacher, the same model without them.
 
     ``batch`` is token ids ``[windows, length]``, final hidden states are ``[windows, length, width]``.
     """
@@ -32,11 +28,8 @@ class Passes(Protocol):
         """Where the model computes."""
         ...
 
-    def forward(self, batch: Tensor, hidden_gradient: HiddenGradient | None = None) -> tuple[Tensor, Tensor]:
-        """Final hidden states of student and teacher; what :meth:`backward` needs is kept.
-
-        hidden_gradient: adds a gradient at the student's hidden states after each block but the last.
-        """
+    def forward(self, batch: Tensor) -> tuple[Tensor, Tensor]:
+        """Final hidden states of student and teacher; what :meth:`backward` needs is kept."""
         ...
 
     def forward_student(self, batch: Tensor) -> Tensor:

@@ -6,15 +6,14 @@ checkpointing): one more forward pass, and the same bits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from uniprune.controller.passes.protocol import HiddenGradient
 from uniprune.controller.straight_through import StraightThrough
 from uniprune.errors import InputError
 from uniprune.models.blocks import (
@@ -47,13 +46,9 @@ class Resident:
     def device(self) -> torch.device:
         return device_of(self._model)
 
-    def forward(self, batch: Tensor, hidden_gradient: HiddenGradient | None = None) -> tuple[Tensor, Tensor]:
-        if hidden_gradient is None:
-            target = self._dense(batch)
-            return self.forward_student(batch), target
-        target, states = self._dense_states(batch)
-        with self._after_blocks(self._add_gradient(states, hidden_gradient)):
-            return self.forward_student(batch), target
+    def forward(self, batch: Tensor) -> tuple[Tensor, Tensor]:
+        target = self._dense(batch)
+        return self.forward_student(batch), target
 
     def forward_student(self, batch: Tensor) -> Tensor:
         with ExitStack() as stack, torch.enable_grad():
@@ -111,18 +106,10 @@ class Resident:
         def after(module: nn.Module, args: object, output: Any) -> None:
             states.append(hidden_of(output))
 
-        with self._after_blocks(after):
+        with ExitStack() as stack:
+            for block in self._blocks[:-1]:
+                stack.callback(block.register_forward_hook(after).remove)
             return self._dense(batch), states
-
-    @contextmanager
-    def _after_blocks(self, hook: Callable[..., None]) -> Iterator[None]:
-        """Inside ``with``, a hook sees what each block but the last puts out."""
-        handles = [block.register_forward_hook(hook) for block in self._blocks[:-1]]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _checkpointed(self, index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
         """A block's forward that keeps only its inputs for the backward pass. No RNG state is kept: nothing is random in
@@ -160,14 +147,3 @@ class Resident:
             entered = True
 
         return before
-
-    def _add_gradient(self, states: list[Tensor], hidden_gradient: HiddenGradient) -> Any:
-        """A hook that adds a block's own gradient to the one that comes back from the blocks after it."""
-
-        def after(module: nn.Module, args: object, output: Any) -> None:
-            hidden = hidden_of(output)
-            own = hidden_gradient(hidden, states.pop(0), len(self._blocks))
-            if hidden.requires_grad:
-                hidden.register_hook(lambda gradient: gradient + own)  # type: ignore[no-untyped-call]
-
-        return after

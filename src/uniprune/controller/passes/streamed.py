@@ -9,7 +9,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from uniprune.controller.passes.protocol import HiddenGradient
 from uniprune.controller.straight_through import StraightThrough
 from uniprune.models.blocks import batches
 from uniprune.models.output_head import Head
@@ -30,7 +29,6 @@ class Streamed:
         self._stash = stash or Stash()
         self._ids: list[Tensor] = []  # token ids, by part: windows go through a block in parts of PART_TOKENS
         self._inputs: list[list[Flow]] = []  # of each block, by part
-        self._own_gradients: list[list[Tensor]] = []  # with respect to each block's outputs (hidden_gradient), by part
         self._last: list[Flow] = []  # outputs of the last block, by part
 
     @property
@@ -38,20 +36,19 @@ class Streamed:
         return self._replay.device
 
     @torch.no_grad()
-    def forward(self, batch: Tensor, hidden_gradient: HiddenGradient | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, batch: Tensor) -> tuple[Tensor, Tensor]:
         ours, theirs = self._enter_both(batch)
-        self._inputs, self._own_gradients, blocks = [], [], len(self._replay)
-        for index in range(blocks):
+        self._inputs = []
+        for index in range(len(self._replay)):
             self._keep(index, ours)
-            with self._replay.residency(index):
-                self._own_gradients.append(self._run_both(index, ours, theirs, hidden_gradient if index + 1 < blocks else None))
+            self._run_both(index, ours, theirs)
         self._last = ours
         return self._final(ours), self._final(theirs)
 
     @torch.no_grad()
     def forward_student(self, batch: Tensor) -> Tensor:
         ours = self._enter(batch)
-        self._inputs, self._own_gradients = [], [[] for _ in range(len(self._replay))]
+        self._inputs = []
         for index in range(len(self._replay)):
             self._keep(index, ours)
             self._run(index, ours)
@@ -66,9 +63,6 @@ class Streamed:
         for index in reversed(range(len(self._replay))):
             with self._replay.residency(index):
                 for part, inputs in enumerate(self._inputs[index]):
-                    if self._own_gradients[index]:
-                        hidden = gradients[part].hidden + self._own_gradients[index][part]
-                        gradients[part] = gradients[part]._replace(hidden=hidden)
                     with torch.enable_grad():
                         leaves = inputs.each(self._here).each(_leaf)
                         outputs = self._replay.run(index, leaves, self._ids[part])
@@ -80,8 +74,7 @@ class Streamed:
     def infer(self, batch: Tensor) -> tuple[Tensor, Tensor]:
         ours, theirs = self._enter_both(batch)
         for index in range(len(self._replay)):
-            with self._replay.residency(index):
-                self._run_both(index, ours, theirs)
+            self._run_both(index, ours, theirs)
         self._last = []
         return self._final(ours), self._final(theirs)
 
@@ -122,20 +115,14 @@ class Streamed:
             for part, flow in enumerate(ours):
                 ours[part] = self._put("student", part, self._replay.run(index, flow.each(self._here), self._ids[part]))
 
-    def _run_both(
-        self, index: int, ours: list[Flow], theirs: list[Flow], hidden_gradient: HiddenGradient | None = None
-    ) -> list[Tensor]:
-        """Puts a block's outputs of both models in place of its inputs; returns ``hidden_gradient``, if given, of each part."""
-        gradients = []
-        for part in range(len(ours)):
-            student = self._replay.run(index, ours[part].each(self._here), self._ids[part])
-            with self.network.dense():
-                target = self._replay.run(index, theirs[part].each(self._here), self._ids[part])
-            if hidden_gradient:
-                own = hidden_gradient(student.hidden, target.hidden, len(self._replay))
-                gradients.append(self._stash.put(f"pull-{index}-{part}", own))
-            theirs[part], ours[part] = self._put("teacher", part, target), self._put("student", part, student)
-        return gradients
+    def _run_both(self, index: int, ours: list[Flow], theirs: list[Flow]) -> None:
+        """Puts a block's outputs of both models in place of its inputs."""
+        with self._replay.residency(index):
+            for part in range(len(ours)):
+                student = self._replay.run(index, ours[part].each(self._here), self._ids[part])
+                with self.network.dense():
+                    target = self._replay.run(index, theirs[part].each(self._here), self._ids[part])
+                theirs[part], ours[part] = self._put("teacher", part, target), self._put("student", part, student)
 
     def _final(self, flows: list[Flow]) -> Tensor:
         final = [self._replay.leave(self._here(flow.hidden), ids) for flow, ids in zip(flows, self._ids, strict=True)]

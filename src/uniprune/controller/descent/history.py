@@ -20,7 +20,7 @@ PATIENCE = 2  # checks without improvement after which a descent ends
 
 
 @dataclass
-class Logbook:
+class DescentHistory:
     """What a descent has done and found: beside the states, all that is saved of it, and all that the report says of it.
 
     done: steps that need not be taken any more. tokens: descended on. loss: of each step the KL in nats per token. flips: of
@@ -41,8 +41,8 @@ class Logbook:
     starved: dict[str, Any] | None = None
 
     @classmethod
-    def of(cls, facts: Mapping[str, Any]) -> Logbook:
-        """The logbook that was saved as the facts of a store, which are empty at first.
+    def of(cls, facts: Mapping[str, Any]) -> DescentHistory:
+        """The history that was saved as the facts of a store, which are empty at first.
 
         Raises InputError for facts of another version.
         """
