@@ -15,6 +15,7 @@ from uniprune.controller.descent.history import DescentHistory
 from uniprune.controller.descent.loop import Descent
 from uniprune.controller.descent.loop import opened as open_descent
 from uniprune.controller.descent.loss import Loss
+from uniprune.controller.descent.masks import sample_stride
 from uniprune.controller.descent.position import Position
 from uniprune.controller.descent.teacher import TeacherCache
 from uniprune.controller.descent.token_weighting import TokenWeighting
@@ -25,7 +26,7 @@ from uniprune.controller.passes.streamed import Streamed
 from uniprune.controller.start import sensitivities
 from uniprune.controller.straight_through import StraightThrough
 from uniprune.errors import InputError
-from uniprune.models.matrices import find_blocks, find_matrices
+from uniprune.models.matrices import Matrix, find_blocks, find_matrices
 from uniprune.models.replay import Replay
 from uniprune.saliency.calibration import Calibration, one_shot
 from uniprune.saliency.metrics import Wanda
@@ -597,3 +598,17 @@ def test_where_no_matrix_has_a_gradient_the_masks_are_the_metrics():
     expected = dict(NM(2, 4)(one_shot(windows, Wanda())))
     same = [float((mask == expected[name]).float().mean()) for name, mask in NM(2, 4)(found)]
     assert min(same) > 0.9  # the metric's on the windows that none is judged on
+
+
+@pytest.mark.parametrize(
+    ("blocks", "shapes"),
+    [(32, [(4096, 4096)] * 4 + [(16384, 4096), (4096, 16384)]), (24, [(2048, 2048)] * 4 + [(8192, 2048)] * 2 + [(2048, 8192)])],
+    ids=["OPT-6.7B", "SmolLM2-1.7B"],
+)
+def test_samples_of_a_large_model_are_of_all_channels(blocks, shapes):
+    """A stride that shares a factor with the length of rows would see few of them: 8 of OPT's 4,096."""
+    linears = [torch.nn.Linear(columns, rows, bias=False, device="meta") for rows, columns in shapes]
+    matrices = {f"{b}.{i}": Matrix(f"{b}.{i}", linear, b, False) for b in range(blocks) for i, linear in enumerate(linears)}
+    stride = sample_stride(matrices)
+    for _, columns in shapes:
+        assert len({position % columns for position in range(0, stride * columns, stride)}) == columns

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from uniprune.errors import InputError
+from uniprune.sparsity.patterns.budget import removed_count
 from uniprune.sparsity.patterns.mixed import Mixed
 from uniprune.sparsity.patterns.nm import DENSE, NM
 from uniprune.sparsity.patterns.ruled import Rule, Ruled
@@ -132,6 +133,23 @@ def test_rules_that_cannot_hold_are_refused(base, rules, complaint):
 def test_rules_that_mean_nothing_are_refused(text):
     with pytest.raises(InputError):
         Rule.parse(text)
+
+
+def test_a_range_that_no_number_of_weights_is_in_has_its_ceiling():
+    """0.3 of 5 x 5 weights are 7.5 of them."""
+    shapes = {"a": (5, 5), "b": (8, 16)}
+    masks = dict(Ruled(Unstructured(0.5, "model"), (Rule("a", "0.3..0.3"),))(random_saliency(shapes=shapes)))
+    assert gone(masks) == {"a": 7, "b": removed_count(0.5, total(shapes)) - 7}
+
+
+@pytest.mark.parametrize("limits", ["0.3..0.4", "0.6..0.7"])
+def test_a_range_that_no_number_of_tiles_is_in_is_refused(limits):
+    """Of two tiles: a whole layer could go."""
+    shapes = {"a": (16, 32), "b": (64, 64)}
+    pattern = Ruled(Tiled(Unstructured(0.5, "model"), 16, 16), (Rule("a", limits),))
+    with pytest.raises(InputError, match=rf"rule a={limits}: a \[16, 32\] loses whole tiles"):
+        pattern.check(shapes)
+    Ruled(Tiled(Unstructured(0.5, "model"), 16, 16), (Rule("a", "0.4..0.6"),)).check(shapes)
 
 
 def test_ranges_need_a_shared_budget():

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 
 import torch
 from torch import Tensor
@@ -102,6 +104,16 @@ class PackedMasks(Masks):
         self._packed[name] = self.stash.put(f"{self.label}-{name}", packed)
 
 
+def sample_stride(matrices: Matrices) -> int:
+    """Every how many scores of a matrix, row after row, one is taken.
+
+    It has no factor in common with the length of any row: of 4,096 channels, a stride of 1,536 would see eight.
+    """
+    least = max(SAMPLE_EVERY, sum(matrix.size for matrix in matrices.values()) // SAMPLE_SIZE)
+    lengths = {matrix.shape[1] for matrix in matrices.values()}
+    return next(stride for stride in count(least) if all(math.gcd(stride, length) == 1 for length in lengths))
+
+
 class MaskFactory:
     """Creates the masks of all matrices for one step after another.
 
@@ -126,7 +138,7 @@ class MaskFactory:
         self._owners = owners
         self._device = device
         self._new = new
-        self._every = max(SAMPLE_EVERY, sum(matrix.size for matrix in matrices.values()) // SAMPLE_SIZE)
+        self._every = sample_stride(matrices)
         grains = {target.sample_group for target in targets if not target.local}
         self._samples: dict[int, dict[str, Tensor]] = {grain: {} for grain in grains if grain}
         self._next: PackedMasks | None = None

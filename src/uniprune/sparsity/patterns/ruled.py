@@ -131,6 +131,14 @@ class Ruled(BasePattern):
                 raise InputError(f"rule {rule} has no effect: {self.rule(matched)} before it takes all that it matches")
         if self.local:
             return
+        _, limits = self._split(shapes)
+        for name, (floor, ceiling) in limits.items():
+            _, most = self.shared.removable(shapes[name], floor, ceiling)
+            if most <= floor * math.prod(shapes[name]) - 1:
+                raise InputError(
+                    f"rule {self.rule(name)}: {name} {list(shapes[name])} loses whole tiles, and no number of them is from "
+                    f"{floor:g} to {ceiling:g} of it; widen the range, or take smaller tiles"
+                )
         for names in grouped(shapes, self.shared.group):
             least, most, total = self._bounds({name: shapes[name] for name in names})
             if not least <= removed_count(self.sparsity, total) <= most:

@@ -96,7 +96,8 @@ class Unstructured(BasePattern):
 
     def removable(self, shape: Shape, floor: float, ceiling: float) -> Bounds:
         size = shape[0] * shape[1]
-        return math.ceil(Fraction(str(floor)) * size), removed_count(ceiling, size)
+        most = removed_count(ceiling, size)
+        return min(math.ceil(Fraction(str(floor)) * size), most), most  # 0.3..0.3 of 25: 7
 
     def for_budget(self, saliency: Saliency, sizes: Sizes, removed: int, limits: Limits, search: Search = thresholds) -> MaskFn:
         sizes, bounds = {name: sizes[name] for name in saliency}, {}
