@@ -783,3 +783,13 @@ def test_the_documentation_names_every_fact(made):
     _, path, _, _ = made
     rows = re.findall(r"^\| `(\w+)` \|", DOCS.read_text(encoding="utf-8"), re.MULTILINE)
     assert masks_file.MasksFile(path).facts.record().keys() <= {*rows}
+
+
+def test_a_type_that_nothing_is_read_in_is_refused(tmp_path):
+    """Weights of safetensors files are taken as they are."""
+    tiny("llama").save_pretrained(tmp_path / "model")
+    cut(tmp_path / "model", NM(2, 4), tmp_path / "masks.safetensors", tmp_path / "pruned")
+    with pytest.raises(InputError, match="give it with --model"):
+        mask_tools.verify(tmp_path / "masks.safetensors", dtype="float16")
+    with pytest.raises(InputError, match="keep their type"):
+        mask_tools.verify(tmp_path / "masks.safetensors", tmp_path / "model", dtype="float16")

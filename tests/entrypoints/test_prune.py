@@ -15,7 +15,7 @@ import uniprune
 from conftest import VOCABULARY, Stopped, Stops, shared, tiny_model, write_gguf
 from processes import Forked
 from uniprune import Loaded, Recipe
-from uniprune.artefacts import archive
+from uniprune.artefacts import archive, mask_tools
 from uniprune.artefacts.reports import Pruning
 from uniprune.errors import InputError, MismatchError, UniPruneError
 from uniprune.models.loading import dtype_name, fast_dtype
@@ -187,6 +187,10 @@ def test_masks_of_another_model_are_refused(folder, tmp_path, tokenizer):
     with pytest.raises(MismatchError, match="has no matrix"):
         uniprune.apply(str(other_shapes), masks, tmp_path / "out", force=True)
     assert len(uniprune.apply(str(same_shapes), masks, tmp_path / "out", force=True).differs) == 21
+    own = tmp_path / "out" / "pruning" / "masks.safetensors"
+    assert mask_tools.verify(own, same_shapes, tmp_path / "out")["checked"][-2:] == ["model", "pruned"]
+    assert "made for another model" in (tmp_path / "out" / "README.md").read_text()
+    assert uniprune.apply(str(same_shapes), own, tmp_path / "again").differs == []
     assert uniprune.apply(str(folder), masks, tmp_path / "right").differs == []
 
 

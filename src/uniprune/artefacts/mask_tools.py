@@ -96,6 +96,8 @@ def verify(
     safetensors. pruned: in this checkpoint, or GGUF file, every weight that a mask removes is 0; quantised or not.
     Raises InputError or MismatchError naming the first matrix at fault.
     """
+    if model is None and dtype is not None:
+        raise InputError("--dtype is what the model is read in; give it with --model, or leave it out")
     masks = path_of(masks)
     file = CheckedMasks(masks)
     create = _check_pattern(file)
@@ -297,11 +299,18 @@ def _totals(parts: Sequence[Mapping[str, Any]]) -> Record:
     return sums | {"sparsity": 1 - sums["kept"] / sums["weights"], "at_most": fits}
 
 
+def check_keeps_type(origin: Origin, dtype: str | None) -> None:
+    """Raises InputError for a type that weights of safetensors files, which are taken as they are, are to be read in."""
+    if loading.parse_dtype(dtype) and origin.files:
+        raise InputError(f"weights of {origin} keep their type; leave --dtype out, which is for a GGUF file")
+
+
 class Dense:
     """The dense model that masks belong to: its matrices by structure, its weights as they are stored."""
 
     def __init__(self, source: ModelPath | Origin, dtype: str | None) -> None:
         self.origin = origin = resolve(source)
+        check_keeps_type(origin, dtype)
         chosen, cpu = loading.parse_dtype(dtype), torch.device("cpu")
         model = loading.skeleton(origin) if origin.files else loading.load_weights(origin, chosen, cpu)
         self.checkpoint, self.matrices = checkpoint_of(model), find_matrices(model)

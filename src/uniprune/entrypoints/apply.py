@@ -9,12 +9,12 @@ import torch
 
 from uniprune.artefacts import writer
 from uniprune.artefacts.binding import check_shapes, fingerprint
-from uniprune.artefacts.mask_tools import CheckedMasks, check_orientation
+from uniprune.artefacts.mask_tools import CheckedMasks, check_keeps_type, check_orientation
+from uniprune.artefacts.masks import write_masks
 from uniprune.artefacts.reports import ModelFacts, Pruning, realised
-from uniprune.checkpoints.origin import Origin, resolve
+from uniprune.checkpoints.origin import Origin, called, resolve
 from uniprune.checkpoints.tokenizer import load_tokenizer
 from uniprune.common.provenance import Stopwatch, sha256, versions
-from uniprune.errors import InputError
 from uniprune.models.loading import Loaded, find_names, load_weights, parse_dtype
 from uniprune.models.matrices import find_matrices
 from uniprune.reporting import model_card
@@ -36,13 +36,12 @@ def apply(
 
     dtype: only for sources that are not safetensors already (GGUF).
     Raises MismatchError if the masks were made for another model. force: apply them all the same, if its matrices have the
-    shapes; the report then names those whose weights differ.
+    shapes; the report then names those whose weights differ, and the masks file in the output is bound to this model.
     """
     masks, output = files.path_of(masks), files.path_of(output)
     watch, asked = Stopwatch(), parse_dtype(dtype)
     origin = resolve(source)
-    if origin.files and asked:
-        raise InputError(f"weights of {origin} keep their type; leave --dtype out, which is for a GGUF file")
+    check_keeps_type(origin, dtype)
     files.check_output_folder(output, overwrite, origin.path, inputs=[masks])
     file = CheckedMasks(masks)
     with watch("prepare"):
@@ -73,15 +72,20 @@ def apply(
             (folder / writer.MASKS).parent.mkdir()
             shutil.copyfile(masks, folder / writer.MASKS)
             writer.write_checkpoint(loaded, file, folder, check)
+            differs = sorted(name for name in found if found[name] != file.facts.digests[name])
+            if differs:  # from now on they are this model's
+                own = {"base": fingerprint(found), "base_name": called(str(origin)), "digests": found}
+                facts = file.facts.model_copy(update=own)
+                write_masks(folder / writer.MASKS, file.items(), file.shapes, facts, file.facts.pattern)
         removed = file.removed()
         report = Pruning(
             model=ModelFacts.of(origin, fingerprint(found)),
             pattern=file.facts.pattern,
             structure=claimed(file.facts.pattern),
             **realised(removed, file.shapes),
-            masks_sha256=sha256(masks),
+            masks_sha256=sha256(folder / writer.MASKS),
             prunable=file.facts.prunable,
-            differs=sorted(name for name in found if found[name] != file.facts.digests[name]),
+            differs=differs,
             versions=versions(),
             seconds=watch.seconds,
         )

@@ -189,7 +189,8 @@ class EvaluatedModel:
         if self._masks is None:
             yield
             return
-        self._masks.facts.check_digests(loaded.checkpoint.digests(self._masks), self._masks.path, loaded)
+        remedy = "give that model, or what uniprune apply --force makes of this one"
+        self._masks.facts.check_digests(loaded.checkpoint.digests(self._masks), self._masks.path, loaded, remedy)
         matrices, own = find_matrices(loaded.model), loaded is self._source
         with masking.preserved(matrices, self._masks if own else ()):
             masking.apply(matrices, self._masks.items())

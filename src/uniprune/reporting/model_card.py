@@ -156,6 +156,11 @@ def _body(report: Report, results: Sequence[Evaluation], source: str, images: bo
             f"{len(report.matrices)} matrices were set to zero** ({report.pattern}). No weight was updated: what is kept has "
             "the bits of the original."
         )
+        if report.differs:
+            yield (
+                f"The masks were made for another model, such as the one that this was trained from: {len(report.differs)} of "
+                "the matrices have other weights than they had there."
+            )
         if report.model.quantised:
             yield (
                 f"The weights are quantised ({report.model.quantised}) and were pruned as they are stored: what is removed has "
