@@ -24,6 +24,7 @@ from uniprune.data.windows import load_windows
 from uniprune.entrypoints.compare import compare
 from uniprune.errors import UniPruneError
 from uniprune.evaluation import reproduce
+from uniprune.job.forecast import memory
 from uniprune.models.matrices import find_matrices
 from uniprune.sparsity.patterns.nm import NM
 from uniprune.sparsity.patterns.unstructured import Unstructured
@@ -510,3 +511,13 @@ def test_a_calibration_that_fails_is_not_tried_for_every_row(folder, tmp_path, m
     with pytest.raises(UniPruneError, match="9 of 10 rows"):
         compare(str(folder), tmp_path / "table", **asked)
     assert len(tried) == 2
+
+
+def test_a_table_needs_room_for_its_calibrations_and_memory_for_pruned_models(folder, tmp_path, monkeypatch):
+    asked, forecasts = [], []
+    monkeypatch.setattr("uniprune.storage.files.check_disk_space", lambda path, size, held=0: asked.append((path, size)))
+    needs = memory.needs
+    monkeypatch.setattr(memory, "needs", lambda work: forecasts.append(work) or needs(work))
+    compare(str(folder), tmp_path / "table", methods=("wanda",), sparsities=("2:4",), **SMALL)
+    assert [path for path, _ in asked] == [tmp_path / "table"]
+    assert [work.compared for work in forecasts] == [True]

@@ -88,7 +88,7 @@ def compare(
     files.check_output_folder(output, overwrite or resume, origin.path if origin else None, **there)
     questions = _questions(wanted, subject)
     candidates = _fitted(candidates, wanted, source if isinstance(source, Loaded) else origin)  # type: ignore[arg-type]
-    job = _job(source, candidates, device, progress)
+    job = _job(source, candidates, output, device, progress)
     protocol = _protocol(wanted, job, questions)
     _check_same(output, earlier, protocol.model_dump(mode="json"))
     comparison = _merged(wanted, Comparison(model=str(job.loaded), protocol=protocol, rows=[]), earlier)
@@ -153,10 +153,10 @@ def _protocol(request: ComparisonRequest, job: Job, questions: Questions) -> Com
     )
 
 
-def _job(source: Source, candidates: Sequence[Candidate], device: str | None, progress: Progress) -> Job:
+def _job(source: Source, candidates: Sequence[Candidate], output: Path, device: str | None, progress: Progress) -> Job:
     """The model and the calibration samples, for the candidate that takes most memory."""
     hungriest = max(candidates, key=lambda candidate: (candidate.recipe.cost.state_bytes, candidate.recipe.refine))
-    job = prepare(source, hungriest.recipe, None, RunOptions(device=device), progress=progress, compared=True)
+    job = prepare(source, hungriest.recipe, None, RunOptions(device=device), progress=progress, table=output)
     if job.execution not in IN_MEMORY:
         raise InputError(f"compare needs the whole model in memory, and {job.loaded} does not fit; take a smaller model")
     for candidate in candidates:

@@ -162,12 +162,12 @@ def prepare(
     options: RunOptions,
     scores: Path | None = None,
     progress: Progress = silent,
-    compared: bool = False,
+    table: Path | None = None,
 ) -> Job:
     """Checks the cheap things first and loads the weights last; samples that the model itself writes come after them.
 
-    output: an output folder, or None; scores: a scores file instead, whose name its writer checks. compared: as in
-    :class:`memory.Work`.
+    output: an output folder, or None; scores: a scores file instead, whose name its writer checks. table: a
+    folder that another writes, for which masks are measured one after the other, and where the run keeps its progress.
     Raises InputError for anything that cannot be done as it is asked for.
     """
     prospect, aim, disk = _checked(source, recipe, output, options, scores)
@@ -179,7 +179,7 @@ def prepare(
         distributed.check_alike(recipe.record() | {"text": windows.sha256})  # which may lie in another folder on each machine
         if options.save_tokens is not None and windows.prompts is None:
             check_savable(windows, options.save_tokens, _kept_tokens(options))
-        work = replace(prospect.work(*windows.tokens.shape), compared=compared)
+        work = replace(prospect.work(*windows.tokens.shape), compared=table is not None)
         if isinstance(given, Loaded):
             warn_of_emulation(given.model)
             loaded, matrices, execution = given, prospect.matrices, choose_for_loaded(given, work, options)
@@ -187,9 +187,9 @@ def prepare(
             needs = memory.needs(work)
             execution = execution_of(given, work, needs, options, target)
             _check_images(windows, execution)
-            if target is not None:  # each process has files of its own beside the output
-                needed = disk + distributed.count() * needs[execution].disk
-                files.check_disk_space(target, needed, runs.held(target))
+            if place := target or table:  # each process has files of its own beside the output
+                needed = (disk if target else 0) + distributed.count() * needs[execution].disk
+                files.check_disk_space(place, needed, runs.held(place))
             loaded = _load(given, tokenizer, work, execution)
             matrices = _found_in(loaded, recipe)
         if windows.prompts is not None:

@@ -10,6 +10,8 @@ store is opened again. What is read in the same order again and again, as in the
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 from collections import ChainMap
 from collections.abc import Iterator, Mapping
@@ -29,6 +31,7 @@ from uniprune.storage.files import announce, sync, sync_if_there
 from uniprune.storage.runs import Run, damaged
 from uniprune.storage.stash import moved
 
+FULL = f"(os error {errno.ENOSPC})"  # as safetensors says it
 HOST = torch.device("cpu")
 NAME = re.compile(r"[\w.~%-]{0,220}\.\d{1,20}\.safetensors")  # quoted, so that none leads out of the folder
 
@@ -89,7 +92,9 @@ class Store(Mapping[str, dict[str, Tensor]]):
         path = self._folder / f"{quote(name, safe='')}.{self._written}.safetensors"  # no name leads out of the folder
         try:
             save_file({key: moved(tensor.detach(), HOST).contiguous() for key, tensor in tensors.items()}, path)
-        except SafetensorError as error:  # a full disk, for one
+        except SafetensorError as error:
+            if FULL in str(error):  # what would be raised if Python wrote the file
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from None
             raise UniPruneError(f"{path} could not be written ({error}); what was committed before is kept") from None
         if self._run.durable:
             self._syncs.append(self._disk.submit(sync_if_there, path))
