@@ -111,13 +111,6 @@ def test_a_name_in_the_configuration_cannot_lead_elsewhere(tmp_path, name):
         uniprune.plan(tmp_path, Recipe(sparsity="2:4"))
 
 
-def test_files_are_laid_out_for_each_model_that_asks(folder):
-    found = Files(folder)
-    assert found.layout(tiny_model())
-    with pytest.raises(InputError, match=r"config\.json makes"):
-        found.layout(tiny_model(hidden_size=64))
-
-
 def test_headers_are_read_once(folder, tmp_path, monkeypatch):
     read = []
     real = safetensors_index._entries

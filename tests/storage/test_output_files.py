@@ -68,7 +68,9 @@ def test_outputs_have_the_permissions_that_new_files_have(folder, tmp_path, mask
 def test_a_terminated_command_leaves_nothing_half_written(tmp_path, number, said):
     """SIGTERM is what schedulers and ``timeout`` send, SIGHUP what a closed terminal does."""
     code = (
-        "from pathlib import Path; import time; from uniprune.cli import main as it; from uniprune.storage.files import *\n"
+        "from pathlib import Path; import signal, time; from uniprune.cli import main as it\n"
+        "from uniprune.storage.files import *\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"  # whoever runs the tests may be under nohup
         "def slow(**_):\n"
         f"    with new_folder(Path({str(tmp_path / 'out')!r})) as folder:\n"
         "        (folder / 'half').write_text('x'); print('here', flush=True); time.sleep(60)\n"

@@ -41,8 +41,7 @@ class Files(Checkpoint):
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._layout: Layout | None = None  # of the latest model
-        self._laid_out: dict[str, torch.Size] = {}  # the shapes of its state
+        self._layout: Layout | None = None
 
     @cached_property
     def weights(self) -> Path | None:
@@ -87,13 +86,15 @@ class Files(Checkpoint):
         return sum(shard.stat().st_size for shard in self.shards)
 
     def layout(self, model: nn.Module) -> Layout:
-        """Raises InputError unless the files have every parameter and persistent buffer, in the model's shape."""
-        wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
-        if self._layout is None or wanted != self._laid_out:
+        """Made once, for the first model that asks: those that do later are of the same files, whatever their layers became.
+
+        Raises InputError, then, unless the files have every parameter and persistent buffer, in the model's shape.
+        """
+        if self._layout is None:
             shapes = {key: entry.shape for key, entry in self.tensors.items()}
             located = self.quantised.turned(on_load(model, shapes))
             self._check(model, located)
-            self._layout, self._laid_out = Layout(model, shapes, located), wanted
+            self._layout = Layout(model, shapes, located)
         return self._layout
 
     def _check(self, model: nn.Module, located: Located) -> None:
