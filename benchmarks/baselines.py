@@ -59,8 +59,8 @@ def fisher(model: nn.Module, matrices: Matrices, windows: Tensor, progress: Prog
     totals = {name: torch.zeros(matrix.shape, device=matrix.device) for name, matrix in matrices.items()}
 
     def sink(name: str, gradient: Tensor | None) -> None:
-        assert gradient is not None
-        totals[name] += gradient.float().square()
+        if gradient is not None:  # else an expert that no token of this window was sent to
+            totals[name] += gradient.float().square()
 
     with StraightThrough(matrices) as network, network.training({}, sink):
         for window in progress(windows, "differentiating", len(windows)):

@@ -88,8 +88,13 @@ def _descend(
         from uniprune.models.matrices import find_matrices
         from uniprune.saliency.calibration import Calibration
         from uniprune.saliency.metrics import Wanda
-        from uniprune.sparsity.patterns.nm import NM
-        from uniprune.sparsity.patterns.unstructured import Unstructured
+
+        try:
+            from uniprune.sparsity.patterns.nm import NM
+            from uniprune.sparsity.patterns.unstructured import Unstructured
+        except ImportError:  # they were one module
+            patterns = import_module("uniprune.sparsity.patterns")
+            NM, Unstructured = patterns.NM, patterns.Unstructured
     except ImportError:
         old = {name: import_module(f"uniprune.{name}") for name in OLD}
         old["selection"].ThreadPoolExecutor = _InLine

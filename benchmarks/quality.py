@@ -192,7 +192,8 @@ class Bench:
     def by_block(self, create: Any, specs: list[str]) -> Cut:
         for spec in specs:
             tokens, pattern = self.text(), spelling.parse(spec)
-            yield spec, pattern, create(self.calibration(tokens), metrics.Wanda(), pattern), tokens.numel()
+            masks, _ = create(self.calibration(tokens), metrics.Wanda(), pattern)
+            yield spec, pattern, masks, tokens.numel()
 
     def paper(self, specs: list[str]) -> Cut:
         """128 windows, each seen once by the local metric and once by a step. stochRIA is the paper's own metric."""

@@ -139,7 +139,7 @@ def test_a_kernel_is_held_against_plain_for_each_way_that_it_is_compiled(monkeyp
     assert len(caplog.records) == 2
 
 
-def test_a_kernel_is_held_against_a_call_that_tells(monkeypatch):
+def test_a_kernel_is_held_against_a_representative_call(monkeypatch):
     function = Fused(plain, 1, "nowhere:nothing", representative=lambda a, *, factor: factor > 1)
     monkeypatch.setattr(Fused, "launcher", staticmethod(lambda a, *, factor: a * factor**2))  # right for 1 alone
     monkeypatch.setattr(module, "available", lambda: True)

@@ -150,6 +150,7 @@ def test_a_range_that_no_number_of_tiles_is_in_is_refused(limits):
     with pytest.raises(InputError, match=rf"rule a={limits}: a \[16, 32\] loses whole tiles"):
         pattern.check(shapes)
     Ruled(Tiled(Unstructured(0.5, "model"), 16, 16), (Rule("a", "0.4..0.6"),)).check(shapes)
+    pattern.check(shapes | {"a": (8, 32)})  # cannot be tiled at all, and is left to --unsupported
 
 
 def test_ranges_need_a_shared_budget():

@@ -86,7 +86,7 @@ class MirrorDescent:
     most an eighth of all. checks: the most checks, evenly spaced, besides the one of the start.
 
     A variant is a subclass with an ``init`` or ``step`` of its own; the loop (``descent``) uses of a state only what is in
-    ``states.State``.
+    ``states.UpdateState``.
     """
 
     cost: ClassVar[Cost] = Cost(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from uniprune.common import distributed
+from uniprune.errors import InputError
 from uniprune.sparsity.patterns.protocol import Pattern
 
 
@@ -27,7 +28,12 @@ def in_steps(windows: Tensor, tokens: int) -> list[Tensor]:
 
 
 def shuffled_rounds(targets: Sequence[Pattern], seed: int) -> Iterator[Pattern]:
-    """The targets without end: all of them in random order, then all in another order, and so on."""
+    """The targets without end: all of them in random order, then all in another order, and so on.
+
+    Raises InputError if there are none.
+    """
+    if not targets:
+        raise InputError("a controller needs a target: give a sparsity")
     generator = torch.Generator().manual_seed(seed)
     while True:
         yield from (targets[index] for index in torch.randperm(len(targets), generator=generator).tolist())

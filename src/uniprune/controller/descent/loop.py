@@ -130,10 +130,9 @@ def opened(
     head = passes.head(windows, None if settings.labels else settings.vocabulary)
     few = windows[: max(1, START_TOKENS // windows.shape[1])]
     start = sensitivities(passes, few, metric.statistic, calibration.run)
-    scored_by_magnitude = starved(matrices, start.norms).get("starved")
     if not position.resumed:
         position.history.without_gradient = start.without_gradient
-        position.history.starved = scored_by_magnitude
+        position.history.starved = starved(matrices, start.norms).get("starved")
         local = LocalSaliency(matrices, metric, start.statistics)
         for name in position.own:
             position.set(name, settings.init(local[name], start.gradients[name]))

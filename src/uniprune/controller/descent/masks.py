@@ -45,7 +45,7 @@ class Masks(Mapping[str, Tensor]):
         return name in self.matrices  # what a Mapping does instead makes the mask, and takes a KeyError there for a no
 
     def _make(self, name: str) -> Tensor:
-        return self.cut(name, self.dual(name).to(self.device))
+        return self.cut(name, self.dual(name).to(self.device)).bool()  # a user's pattern may make masks of numbers
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.matrices)
@@ -77,7 +77,7 @@ class PackedMasks(Masks):
 
     def create(self, name: str, dual: Tensor) -> None:
         """Creates and packs a mask before it is asked for, while its dual is in memory."""
-        self._put(name, bits.pack(self.cut(name, dual)))
+        self._put(name, bits.pack(self.cut(name, dual).bool()))
 
     def share(self, owners: Mapping[str, int]) -> None:
         """Gives all masks to all processes: each creates those of its own matrices and broadcasts them, packed, by block."""

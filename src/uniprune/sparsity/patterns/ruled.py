@@ -133,6 +133,8 @@ class Ruled(BasePattern):
             return
         _, limits = self._split(shapes)
         for name, (floor, ceiling) in limits.items():
+            if self.base.unsupported(*shapes[name]):
+                continue  # what becomes of it is for others to say
             _, most = self.shared.removable(shapes[name], floor, ceiling)
             if most <= floor * math.prod(shapes[name]) - 1:
                 raise InputError(
