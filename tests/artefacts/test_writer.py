@@ -174,6 +174,21 @@ def test_a_folder_takes_the_place_of_another_in_one_step(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.parametrize("kind", ["file", "link"])
+def test_what_appears_in_the_place_of_an_output_is_kept(tmp_path, kind):
+    """Which was nothing, or a folder, when the run began."""
+    out = tmp_path / "out"
+    with pytest.raises(InputError, match="is no folder"), files.new_folder(out, mark="file") as folder:
+        (folder / "file").write_text("ours")
+        if kind == "file":
+            out.write_text("theirs")
+        else:
+            (tmp_path / "elsewhere").mkdir()
+            out.symlink_to(tmp_path / "elsewhere")
+    assert out.is_symlink() if kind == "link" else out.read_text() == "theirs"
+    assert not list(tmp_path.glob(".*"))
+
+
 @pytest.fixture
 def in_two_steps(monkeypatch):
     """As on systems that cannot exchange two folders."""

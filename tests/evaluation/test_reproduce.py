@@ -171,3 +171,11 @@ def test_differences_are_leaf_by_leaf():
     before = {"a": [1, {"b": 2.0}], "c": float("nan"), "versions": {"x": 1}, "only": 1}
     after = {"a": [1, {"b": 2.001}], "c": float("nan"), "versions": {"x": 2}, "new": None}
     assert [(d.what, d.within) for d in differences(before, after)] == [("a[1].b", True), ("only", False)]
+
+
+def test_a_result_without_the_other_models_numbers_can_be_checked():
+    """Earlier versions measured and dropped them."""
+    before = {"lm_eval": {"arc": {"acc": 0.5}}, "lm_eval_reference": {}}
+    after = before | {"lm_eval_reference": {"arc": {"acc": 0.6}}}
+    assert differences(before, after) == []
+    assert [d.what for d in differences(after, after | {"lm_eval_reference": {}})] == ["lm_eval_reference.arc.acc"]

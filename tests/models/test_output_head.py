@@ -12,15 +12,15 @@ CAPPED = ["gemma2", "mistral_large4", "muse_glimmer", "muse_spark", "nanochat", 
 SCALED = ["cohere", "falcon_h1", "granite", "minicpm3"]
 
 
-@pytest.mark.parametrize("kind", CAPPED + SCALED)
-def test_large_logits_are_capped_after_they_are_scaled(kind):
-    """A random model's logits are near 0, where a cap changes nothing."""
+@pytest.mark.parametrize(("kind", "largest"), [*((kind, 25) for kind in CAPPED + SCALED), *((kind, 90) for kind in CAPPED)])
+def test_large_logits_are_capped_after_they_are_scaled(kind, largest):
+    """A random model's logits are near 0, where a cap changes nothing. Some that are far above it tell nothing of the scale."""
     config = catalogue.small(kind)
     torch.manual_seed(0)
     model = kind_of(config).from_config(config).eval().requires_grad_(False)
     ids = torch.randint(3, 60, (2, 8), generator=torch.Generator().manual_seed(0))
     head = output_embeddings(model)
-    head.weight.mul_(25 / model(input_ids=ids, use_cache=False).logits.abs().max())
+    head.weight.mul_(largest / model(input_ids=ids, use_cache=False).logits.abs().max())
     logits, hidden = model(input_ids=ids, use_cache=False).logits, last_hidden(model, ids)
     assert logits.abs().max() > 8
     fitted = Head(model).fit(model, lambda model: model(input_ids=ids, use_cache=False), hidden)

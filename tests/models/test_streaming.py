@@ -297,7 +297,17 @@ def test_what_is_pruned_for_a_while_is_forecast():
 
     assert set(parts().values()) == {0}
     assert set(parts(sequential=True).values()) == {5 * block}
-    assert set(parts(compared=True).values()) == {5 * sum(matrix.size for matrix in matrices.values())}
+    assert parts(compared=True)["resident"] == 5 * sum(matrix.size for matrix in matrices.values())
+
+
+def test_a_table_is_calibrated_and_measured_one_after_the_other():
+    model = tiny_model()
+    matrices = find_matrices(model)
+    forecast = {
+        compared: needs(Work(model, matrices, Recipe(), torch.float32, torch.float32, 2048, compared=compared))["resident"]
+        for compared in (False, True)
+    }
+    assert forecast[True] == forecast[False]  # the activations of a step are more than all masks and weights
 
 
 @pytest.mark.parametrize("settings", [{"controller": "none"}, {"steps": 3}, {"sequential": True}, {"refine": True}], ids=str)

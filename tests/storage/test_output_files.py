@@ -1,10 +1,12 @@
 """Where outputs may be made, and what becomes of them when something is in their way."""
 
 import os
+import pty
 import signal
 import stat
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -83,6 +85,31 @@ def test_a_terminated_command_leaves_nothing_half_written(tmp_path, number, said
         assert process.wait(30) == 128 + number
         assert process.stderr.read() == f"error: terminated{said}\n"
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="terminals differ")
+def test_a_command_whose_terminal_is_gone_cleans_up(tmp_path):
+    """Nobody reads its last line, and the shell and the system both send SIGHUP."""
+    code = (
+        "from pathlib import Path; import os, signal, time; from uniprune.cli import main as it\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
+        "def slow(**_):\n"
+        "    try:\n"
+        f"        Path({str(tmp_path / 'begun')!r}).touch(); time.sleep(60)\n"
+        "    finally:\n"
+        "        os.kill(os.getpid(), signal.SIGHUP); time.sleep(0.2)\n"
+        f"        Path({str(tmp_path / 'cleaned')!r}).touch()\n"
+        "it.app.main = slow; it.main()"
+    )
+    child, terminal = pty.fork()
+    if not child:
+        os.execv(sys.executable, [sys.executable, "-c", code])
+    while not (tmp_path / "begun").exists():
+        time.sleep(0.05)
+    os.close(terminal)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 128 + signal.SIGHUP
+    assert (tmp_path / "cleaned").exists()
 
 
 @pytest.mark.parametrize("moment", ["importing", "at work", "at the end"])

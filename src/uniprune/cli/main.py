@@ -129,7 +129,7 @@ def main() -> NoReturn:
     if "RANK" not in os.environ:  # torchrun's way to end a process that waits for others must not wait for Python
         signal.signal(signal.SIGTERM, lambda *_: _fail("terminated", 128 + signal.SIGTERM))  # what is half written is removed
         if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # nohup has it ignored
-            signal.signal(signal.SIGHUP, lambda *_: _fail("terminated: its terminal was closed", 128 + signal.SIGHUP))
+            signal.signal(signal.SIGHUP, _hang_up)
     try:
         code = app.main(prog_name="uniprune", standalone_mode=False)
     except (click.Abort, KeyboardInterrupt):
@@ -163,8 +163,17 @@ def _is_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
 
 
+def _hang_up(*_: object) -> NoReturn:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the shell sends it, too: what is half written is removed meanwhile
+    _fail("terminated: its terminal was closed", 128 + signal.SIGHUP)
+
+
 def _fail(message: str, code: int) -> NoReturn:
-    sys.stderr.write("error: " + " ".join(message.split())[:2000] + "\n")
+    try:
+        sys.stderr.write("error: " + " ".join(message.split())[:2000] + "\n")
+        sys.stderr.flush()
+    except OSError:  # of a terminal that is closed
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     sys.exit(code)
 
 

@@ -25,6 +25,7 @@ from uniprune.storage.record import parsed
 # Not what a model does: its name may be another, versions and machines are compared apart, and weights instead of masks.
 IGNORED = {"kind", "format", "model", "against", "versions"}
 IGNORED |= {f"protocol.{name}" for name in ("versions", "machine", "request", "masks_sha256")}
+REFERENCE = "lm_eval_reference."
 TOLERANCE = 1e-2  # relative, between machines of different kinds: their kernels add in another order
 
 
@@ -87,6 +88,8 @@ def _processor() -> str:
 def differences(recorded: Mapping[str, Any], found: Mapping[str, Any]) -> list[Difference]:
     """Where two results differ in what was measured."""
     before, now = dict(_leaves(recorded)), dict(_leaves(json.loads(json.dumps(found))))
+    if not any(what.startswith(REFERENCE) for what in before):  # earlier versions did not keep it
+        now = {what: value for what, value in now.items() if not what.startswith(REFERENCE)}
     every = [*before, *(what for what in now if what not in before)]
     pairs = ((what, before.get(what), now.get(what)) for what in every)
     return [

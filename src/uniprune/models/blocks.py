@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
 from typing import Any
 
 import torch
@@ -61,6 +62,17 @@ def called(module: nn.Module, model: nn.Module, batch: Tensor) -> list[Any]:
 
 def after_backbone(model: nn.Module, hidden: Tensor) -> Tensor:
     """The logits ``[..., vocabulary]`` that the model itself makes of final hidden states ``[..., width]``."""
+    states = hidden.reshape(-1, *hidden.shape[-2:])
+    blank = torch.zeros(states.shape[:2], dtype=torch.int64, device=hidden.device)
+    given = _backbone_output()(last_hidden_state=states)
+    with rerouted([_backbone(model)], lambda index, forward: lambda *args, **kwargs: given):
+        logits: Tensor = model(input_ids=blank, use_cache=False).logits
+    return logits.reshape(*hidden.shape[:-1], -1)
+
+
+@cache
+def _backbone_output() -> Any:
+    """The class of what a backbone puts out that has final hidden states alone: PyTorch registers each such class for good."""
     from transformers.modeling_outputs import BaseModelOutput
 
     class States(BaseModelOutput):  # type: ignore[misc]
@@ -69,12 +81,7 @@ def after_backbone(model: nn.Module, hidden: Tensor) -> Tensor:
             if name.startswith("__"):
                 raise AttributeError(name)
 
-    states = hidden.reshape(-1, *hidden.shape[-2:])
-    blank = torch.zeros(states.shape[:2], dtype=torch.int64, device=hidden.device)
-    given = States(last_hidden_state=states)
-    with rerouted([_backbone(model)], lambda index, forward: lambda *args, **kwargs: given):
-        logits: Tensor = model(input_ids=blank, use_cache=False).logits
-    return logits.reshape(*hidden.shape[:-1], -1)
+    return States
 
 
 @contextmanager

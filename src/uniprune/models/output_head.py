@@ -89,8 +89,10 @@ class Head:
             return torch.allclose(logits, ours, rtol=0.05, atol=0.02 * float(logits.abs().max()))
 
         if hidden.shape[-1] == self._weight.shape[1]:
-            product = self._product(hidden)
-            uncapped = self._cap * torch.atanh((logits / self._cap).clamp(-0.99, 0.99)) if self._cap else logits
+            uncapped, product = logits, self._product(hidden)
+            if self._cap:  # nearer to it, they hardly tell what they were
+                inside = logits.abs() < 0.9 * self._cap
+                uncapped, product = self._cap * torch.atanh(logits[inside] / self._cap), product[inside]
             self._scale = float((uncapped * product).sum() / product.square().sum())
             if close(self(hidden)):
                 return self

@@ -16,7 +16,7 @@ from uniprune.runtime.packed import Packed
 
 
 def multiply(tokens: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
-    """``tokens @ weight.T + bias``, as :meth:`Packed.multiply` has it: ``[batch, in]`` -> ``[batch, out]``, batch 1 to 8."""
+    """``tokens @ weight.T + bias``, as :meth:`Handle.multiply` has it: ``[batch, in]`` -> ``[batch, out]``, batch 1 to 8."""
     rows, columns = packed.shape
     batch = len(tokens)
     room = 1 << (batch - 1).bit_length()  # Triton's blocks are powers of two

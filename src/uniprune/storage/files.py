@@ -158,7 +158,9 @@ def check_output_folder(
 
 
 def _check_replaceable(path: Path, mark: str) -> None:
-    """Raises InputError for a folder that this package did not write, unless it is empty."""
+    """Raises InputError for a folder that this package did not write, unless it is empty, and for what is no folder."""
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        raise InputError(f"output {path} is no folder; give another name")
     if path.is_dir() and any(path.iterdir()) and not (path / mark).is_file():
         raise InputError(f"output folder {path} exists and was not written by uniprune; give another name")
 
@@ -208,7 +210,7 @@ def _put_in_place(folder: Path, path: Path, where: Mapping[str, Any]) -> None:
     if not path.exists():
         os.replace(folder, path)
         return
-    if _exchanged(folder, path):
+    if path.is_dir() and not path.is_symlink() and _exchanged(folder, path):
         return
     retired = Path(tempfile.mkdtemp(**where))
     try:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NamedTuple, get_args
 
@@ -147,7 +147,22 @@ def needs(work: Work) -> Needs:
     admitted = IN_MEMORY if looped or shared_parameter(blocks) else tuple(get_args(Execution))
     if share_keys_and_values(blocks):
         admitted = ("resident",)
-    return {execution: forecast for execution, forecast in _needs(work).items() if execution in admitted}
+    forecasts = {execution: forecast for execution, forecast in _needs(work).items() if execution in admitted}
+    if work.compared:
+        forecasts |= {name: _or_measured(work, name, forecasts[name]) for name in forecasts if name in IN_MEMORY}
+    return forecasts
+
+
+def _or_measured(work: Work, execution: Execution, calibrated: Bytes) -> Bytes:
+    """What a calibration takes or, if that is more, a row of a table while it is measured.
+
+    That is all masks, a byte each, the weights as they were, and the duals that other rows are cut from.
+    """
+    parts = _Parts(work)
+    duals = 4 * work.prunable if work.recipe.corrected and execution != "offloaded" else 0
+    held = {"weights": parts.weights, "statistics": parts.observed, "states": duals, "working": parts.working}
+    measured = Bytes.of(held | {"preserved": (1 + parts.item) * work.prunable})
+    return max(calibrated, replace(calibrated, memory=measured.memory, parts=measured.parts), key=lambda needed: needed.memory)
 
 
 def _needs(work: Work) -> Needs:
@@ -272,11 +287,9 @@ class _Parts:
 
     @property
     def preserved(self) -> int:
-        """Masks, a byte each, and weights as they were, where a model is pruned for a while: one block, before the next one is
-        run, or all of it, while a row of a table is measured."""
+        """Masks, a byte each, and weights as they were, of the block that is pruned before the next one is run."""
         sizes = {name: matrix.size for name, matrix in self.work.matrices.items()}
-        some = _most_of_a_block(self.work.matrices, sizes) if self.work.recipe.sequential else 0
-        return (1 + self.item) * (self.work.prunable if self.work.compared else some)
+        return (1 + self.item) * _most_of_a_block(self.work.matrices, sizes) if self.work.recipe.sequential else 0
 
     @property
     def update(self) -> int:
