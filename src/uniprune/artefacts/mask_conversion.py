@@ -11,7 +11,17 @@ import torch
 from torch import Tensor
 
 from uniprune.artefacts.mask_formats import FORMATS, ExportFacts, Foreign, marked, write
-from uniprune.artefacts.mask_tools import KERNELS, Array, CheckedMasks, Dense, ModelPath, Record, find_weights, kept_per
+from uniprune.artefacts.mask_tools import (
+    KERNELS,
+    Array,
+    CheckedMasks,
+    Dense,
+    ModelPath,
+    Record,
+    check_keeps_type,
+    find_weights,
+    kept_per,
+)
 from uniprune.checkpoints import hub
 from uniprune.checkpoints.checkpoint import Files
 from uniprune.checkpoints.layout import Region
@@ -96,6 +106,7 @@ def from_foreign(
     """
     source, output = path_of(source), path_of(output)
     check_output_file(output, overwrite, source, path_of(model))
+    check_keeps_type(resolve(model), dtype)
     given, dense = Foreign(source), Dense(model, dtype)
     named = {
         name: spelled
@@ -212,6 +223,8 @@ def export_masks(
     sources = [masks, *([] if model is None else [path_of(model)])]
     check_output_file(output, overwrite, *sources, suffix=output.suffix)
     file = CheckedMasks(masks)
+    if model is not None:
+        check_keeps_type(resolve(model), dtype)
     dense = None if model is None else Dense(model, dtype).of(file)
     keys = {name: dense.checkpoint.key(name) if dense is not None else f"{name}.weight" for name in file}
     check_disk_space(output, file.size // (1 if FORMATS[format].order is None else 8))

@@ -107,6 +107,7 @@ def verify(
         weights = find_weights(found, {name: file.stored(name) for name in file}, None)
         check_orientation(found, file)
     if model is not None:
+        check_keeps_type(resolve(model), dtype)
         Dense(model, dtype).of(file)
     kept = 0
     for name, mask in file.items():
@@ -310,7 +311,6 @@ class Dense:
 
     def __init__(self, source: ModelPath | Origin, dtype: str | None) -> None:
         self.origin = origin = resolve(source)
-        check_keeps_type(origin, dtype)
         chosen, cpu = loading.parse_dtype(dtype), torch.device("cpu")
         model = loading.skeleton(origin) if origin.files else loading.load_weights(origin, chosen, cpu)
         self.checkpoint, self.matrices = checkpoint_of(model), find_matrices(model)
