@@ -18,7 +18,7 @@ from uniprune.artefacts.mask_tools import (
     Dense,
     ModelPath,
     Record,
-    check_keeps_type,
+    check_has_model,
     find_weights,
     kept_per,
 )
@@ -73,7 +73,8 @@ def from_checkpoint(
     """
     output = path_of(output)
     check_output_file(output, overwrite, path_of(pruned), path_of(model))
-    dense = Dense(model, dtype)
+    origin = resolve(model)
+    dense = Dense(origin, None if origin.files else dtype)  # else the type is for what was pruned
     shapes = {name: dense.checkpoint.region(name).shape for name in dense.matrices}
     weights = find_weights(pruned, shapes, dtype)
 
@@ -106,7 +107,6 @@ def from_foreign(
     """
     source, output = path_of(source), path_of(output)
     check_output_file(output, overwrite, source, path_of(model))
-    check_keeps_type(resolve(model), dtype)
     given, dense = Foreign(source), Dense(model, dtype)
     named = {
         name: spelled
@@ -218,13 +218,10 @@ def export_masks(
         raise InputError(f"format {format!r:.100} is unknown; use one of {', '.join(FORMATS)}")
     if output.suffix not in (files := FORMATS[format].files):
         raise InputError(f"output {output}: masks in format {format} are in a file that ends in {' or '.join(files)}")
-    if model is None and dtype is not None:
-        raise InputError("--dtype is what the model is read in; give it with --model, or leave it out")
+    check_has_model(dtype, model)
     sources = [masks, *([] if model is None else [path_of(model)])]
     check_output_file(output, overwrite, *sources, suffix=output.suffix)
     file = CheckedMasks(masks)
-    if model is not None:
-        check_keeps_type(resolve(model), dtype)
     dense = None if model is None else Dense(model, dtype).of(file)
     keys = {name: dense.checkpoint.key(name) if dense is not None else f"{name}.weight" for name in file}
     check_disk_space(output, file.size // (1 if FORMATS[format].order is None else 8))

@@ -96,8 +96,7 @@ def verify(
     safetensors. pruned: in this checkpoint, or GGUF file, every weight that a mask removes is 0; quantised or not.
     Raises InputError or MismatchError naming the first matrix at fault.
     """
-    if model is None and dtype is not None:
-        raise InputError("--dtype is what the model is read in; give it with --model, or leave it out")
+    check_has_model(dtype, model)
     masks = path_of(masks)
     file = CheckedMasks(masks)
     create = _check_pattern(file)
@@ -107,7 +106,6 @@ def verify(
         weights = find_weights(found, {name: file.stored(name) for name in file}, None)
         check_orientation(found, file)
     if model is not None:
-        check_keeps_type(resolve(model), dtype)
         Dense(model, dtype).of(file)
     kept = 0
     for name, mask in file.items():
@@ -300,6 +298,12 @@ def _totals(parts: Sequence[Mapping[str, Any]]) -> Record:
     return sums | {"sparsity": 1 - sums["kept"] / sums["weights"], "at_most": fits}
 
 
+def check_has_model(dtype: str | None, model: ModelPath | None) -> None:
+    """Raises InputError for a type without the model that is to be read in it."""
+    if model is None and dtype is not None:
+        raise InputError("--dtype is what the model is read in; give it with --model, or leave it out")
+
+
 def check_keeps_type(origin: Origin, dtype: str | None) -> None:
     """Raises InputError for a type that weights of safetensors files, which are taken as they are, are to be read in."""
     if loading.parse_dtype(dtype) and origin.files:
@@ -311,6 +315,7 @@ class Dense:
 
     def __init__(self, source: ModelPath | Origin, dtype: str | None) -> None:
         self.origin = origin = resolve(source)
+        check_keeps_type(origin, dtype)
         chosen, cpu = loading.parse_dtype(dtype), torch.device("cpu")
         model = loading.skeleton(origin) if origin.files else loading.load_weights(origin, chosen, cpu)
         self.checkpoint, self.matrices = checkpoint_of(model), find_matrices(model)

@@ -157,6 +157,6 @@ def _masked(matrix: Matrix, masks: Mapping[str, Tensor]) -> Tensor:
     weight = matrix.weight
     if matrix.name not in masks:  # ``get`` would take a KeyError in what makes a mask for a matrix without one
         return weight
-    mask = masks[matrix.name].bool()  # a user's pattern may make masks of numbers
+    mask = masks[matrix.name]
     # As integers of the same size: on a CPU several times as fast as weight * mask, for the mask need not become a float.
     return (weight.view(INTEGERS[weight.element_size()]) * mask).view(weight.dtype)

@@ -147,26 +147,27 @@ def needs(work: Work) -> Needs:
     admitted = IN_MEMORY if looped or shared_parameter(blocks) else tuple(get_args(Execution))
     if share_keys_and_values(blocks):
         admitted = ("resident",)
-    forecasts = {execution: forecast for execution, forecast in _needs(work).items() if execution in admitted}
+    parts = _Parts(work)
+    forecasts = {execution: forecast for execution, forecast in _needs(parts).items() if execution in admitted}
     if work.compared:
-        forecasts |= {name: _or_measured(work, name, forecasts[name]) for name in forecasts if name in IN_MEMORY}
+        forecasts |= {name: _or_measured(parts, name, forecasts[name]) for name in forecasts if name in IN_MEMORY}
     return forecasts
 
 
-def _or_measured(work: Work, execution: Execution, calibrated: Bytes) -> Bytes:
+def _or_measured(parts: _Parts, execution: Execution, calibrated: Bytes) -> Bytes:
     """What a calibration takes or, if that is more, a row of a table while it is measured.
 
     That is all masks, a byte each, the weights as they were, and the duals that other rows are cut from.
     """
-    parts = _Parts(work)
+    work = parts.work
     duals = 4 * work.prunable if work.recipe.corrected and execution != "offloaded" else 0
     held = {"weights": parts.weights, "statistics": parts.observed, "states": duals, "working": parts.working}
     measured = Bytes.of(held | {"preserved": (1 + parts.item) * work.prunable})
     return max(calibrated, replace(calibrated, memory=measured.memory, parts=measured.parts), key=lambda needed: needed.memory)
 
 
-def _needs(work: Work) -> Needs:
-    parts, corrected, cost, processes = _Parts(work), work.recipe.corrected, work.recipe.cost, distributed.count()
+def _needs(parts: _Parts) -> Needs:
+    work, corrected, cost, processes = parts.work, parts.work.recipe.corrected, parts.work.recipe.cost, distributed.count()
     states = int(cost.state_bytes * work.prunable / processes)
     saved = int((cost.disk_bytes + cost.best_bytes) * work.prunable / processes) + parts.finals
     saved += parts.hidden if work.recipe.sequential else 0
