@@ -7,6 +7,7 @@ import stat
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -126,3 +127,33 @@ def test_an_interrupted_command_says_so_at_any_moment(moment):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     expected = (0, "") if moment == "at the end" else (1, "error: interrupted\n")
     assert (done.returncode, done.stderr) == expected
+
+
+@pytest.mark.parametrize("what", ["replacing", "new_folder"])
+def test_what_killed_commands_left_is_removed(tmp_path, what):
+    """By the next one with the same output; what another one is writing, or has just begun, stays."""
+    code = (
+        "from pathlib import Path; import time; from uniprune.storage.files import *\n"
+        f"with {what}(Path({str(tmp_path / 'out')!r})) as partial:\n"
+        "    print(partial, flush=True); time.sleep(60)"
+    )
+    working, killed = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    theirs, left = [Path(process.stdout.readline().strip()) for process in (working, killed)]
+    killed.kill()
+    killed.wait()
+    try:
+        others = tmp_path / ".partial-another"
+        others.touch()
+        for old in (False, True):
+            if old:
+                for path in (theirs, left, others):
+                    os.utime(path, (0, 0))
+            with getattr(files, what)(tmp_path / "out"):
+                assert theirs.exists()
+                assert others.exists()
+                assert left.exists() is not old
+            assert (tmp_path / "out").exists()
+    finally:
+        working.kill()
+        working.communicate()
+        killed.stdout.close()

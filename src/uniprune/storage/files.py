@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
+import glob
 import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from uniprune.errors import InputError
 
 REPORT = "pruning.json"  # written last: a folder without it is incomplete
 INSTEAD = "give another name, or --overwrite"
+JUST_MADE = 60  # seconds in which a temporary file may not be locked yet
 ROWS = "--resume keeps its rows and adds those that are missing, --overwrite begins anew; or give another name"  # of a table
 
 
@@ -57,22 +61,54 @@ def replacing(path: Path, temporary: Path | None = None) -> Iterator[Path]:
     """A temporary path that takes the place of ``path`` when the ``with`` block ends well, and vanishes otherwise.
 
     Afterwards the file is on the disk, also after a loss of power. temporary: by default beside ``path``, under a name that no
-    other process has; a caller whose folder is locked may name one, so that what a killed process left is removed.
+    other process has, and then what killed processes have left there is removed; a caller whose folder is locked may name one.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     public = temporary is None
     if temporary is None:
-        handle, name = tempfile.mkstemp(prefix=f".partial-{path.name}-", dir=path.parent)
+        _remove_abandoned(path)
+        handle, name = tempfile.mkstemp(**_partial(path))
         os.close(handle)
         temporary = Path(name)
     else:
         temporary.unlink(missing_ok=True)
     try:
-        with writing(path):
+        with writing(path), _held(temporary) if public else nullcontext():
             yield temporary
             move(temporary, path, FILE if public else None)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _partial(path: Path) -> dict[str, Any]:
+    """How ``tempfile`` is to name what will take the place of ``path``: beside it, hidden."""
+    return {"prefix": f".partial-{path.name}-", "dir": path.parent}
+
+
+@contextmanager
+def _held(temporary: Path) -> Iterator[None]:
+    """Inside ``with``, other processes see that somebody writes here; the system lets go of it when this process dies."""
+    handle = os.open(temporary, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Deletes what processes that were killed have left of an output at ``path``: all that nobody holds any more."""
+    where = _partial(path)
+    for left in where["dir"].glob(glob.escape(where["prefix"]) + "*"):
+        with suppress(OSError):  # somebody writes there, or has just finished
+            handle = os.open(left, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if time.time() - os.fstat(handle).st_mtime > JUST_MADE:
+                    shutil.rmtree(left) if left.is_dir() else left.unlink()
+            finally:
+                os.close(handle)
 
 
 def move(path: Path, target: Path, mode: int | None = None) -> None:
@@ -182,18 +218,19 @@ def check_disk_space(path: Path, needed: int, held: int = 0) -> None:
 def new_folder(path: Path, inside: Path | None = None, mark: str = REPORT) -> Iterator[Path]:
     """A temporary folder that takes the place of ``path`` when the ``with`` block ends well, and vanishes otherwise.
 
-    inside: where it lies, on the same disk: the folder of a run, so that who goes on with a killed run removes it. mark: as in
-    :func:`check_output_folder`. Raises InputError if somebody has put other files at ``path`` meanwhile.
+    inside: where it lies, on the same disk: the folder of a run, so that who goes on with a killed run removes it; by default
+    beside ``path``, where what killed processes have left is removed. mark: as in :func:`check_output_folder`.
+    Raises InputError if somebody has put other files at ``path`` meanwhile.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     for left in inside.glob("output-*") if inside else ():
         shutil.rmtree(left)
-    where: dict[str, Any] = (
-        {"prefix": "output-", "dir": inside} if inside else {"prefix": f".partial-{path.name}-", "dir": path.parent}
-    )
+    where = {"prefix": "output-", "dir": inside} if inside else _partial(path)
+    if not inside:
+        _remove_abandoned(path)
     temporary = Path(tempfile.mkdtemp(**where))
     try:
-        with writing(path):
+        with writing(path), _held(temporary):
             yield temporary
         temporary.chmod(FOLDER)
         _check_replaceable(path, mark)
