@@ -793,3 +793,5 @@ def test_a_type_that_nothing_is_read_in_is_refused(tmp_path):
         mask_tools.verify(tmp_path / "masks.safetensors", dtype="float16")
     with pytest.raises(InputError, match="keep their type"):
         mask_tools.verify(tmp_path / "masks.safetensors", tmp_path / "model", dtype="float16")
+    with pytest.raises(InputError, match="keep their type"):
+        mask_conversion.from_checkpoint(tmp_path / "pruned", tmp_path / "model", tmp_path / "new.safetensors", dtype="float16")

@@ -19,6 +19,7 @@ from uniprune.artefacts.mask_tools import (
     ModelPath,
     Record,
     check_has_model,
+    check_keeps_type,
     find_weights,
     kept_per,
 )
@@ -73,10 +74,12 @@ def from_checkpoint(
     """
     output = path_of(output)
     check_output_file(output, overwrite, path_of(pruned), path_of(model))
-    origin = resolve(model)
-    dense = Dense(origin, None if origin.files else dtype)  # else the type is for what was pruned
+    origin, found = resolve(model), resolve(pruned)
+    if origin.files:
+        check_keeps_type(found, dtype)  # the type is for whichever is a GGUF file
+    dense = Dense(origin, None if origin.files else dtype)
     shapes = {name: dense.checkpoint.region(name).shape for name in dense.matrices}
-    weights = find_weights(pruned, shapes, dtype)
+    weights = find_weights(found, shapes, dtype)
 
     def masks() -> Iterator[tuple[str, Tensor]]:
         for name, shape in shapes.items():
