@@ -20,6 +20,8 @@ Chosen = Callable[[Sequence[str]], Sequence[str]]
 BATCH = 256  # rows of a columnar file in memory at once
 VALUE = 1 << 28  # characters of one JSON value, at most
 MESSAGE = re.compile(r"\[\s*\{")  # how an array of objects begins
+ENTERED = object()  # instead of an array
+DECODE = json.JSONDecoder().raw_decode
 BOM = b"\xef\xbb\xbf"
 NO_SEPARATOR = "\x1f"  # stands in no text
 ROWS = {"text", "messages", "conversations", "conversation", "prompt", "article"}  # an object with one of these is a row itself
@@ -122,52 +124,81 @@ def _values(blocks: Iterator[str], name: str) -> Iterator[tuple[str, Any]]:
 
     An array of messages, of less than a BLOCK, is a value: a conversation.
     """
-    decode = json.JSONDecoder().raw_decode
-    buffer = ""
-    at = 0
-    line = 1
-    ended = False
-    while True:
-        while at < len(buffer) and (buffer[at].isspace() or buffer[at] in ",]"):
-            at += 1
-        if at == len(buffer) and ended:
-            return
-        where = f"{name}, line {line + buffer.count(chr(10), 0, at)}"
-        array = buffer[at : at + 1] == "["
+    text = _Unparsed(blocks)
+    while text.skip_separators() or not text.ended:
+        where = f"{name}, line {text.line}"
         try:
-            if array and len(buffer) - at < BLOCK and not ended:  # it may go on
-                raise ValueError
-            value, end = _conversation(buffer, at) if array else decode(buffer, at)
-            if end == len(buffer) and not ended:  # a number may go on
-                raise ValueError
-            if value is not None or not array:
-                yield where, _checked(value, buffer[at:end])
-            at = end
+            value = text.parse()
         except (ValueError, RecursionError) as error:
-            if ended or len(buffer) - at > VALUE or isinstance(error, RecursionError):
+            if text.ended or text.skip_separators() > VALUE or isinstance(error, RecursionError):
                 raise InputError(f"{where}: {_reason(error)}") from None
-            line += buffer.count("\n", 0, at)
-            # As much again as there is: a long value is not parsed from its start for every block.
-            more = []
-            wanted = max(BLOCK, len(buffer) - at)
-            while wanted > 0 and not ended:
-                block = next(blocks, None)
-                ended = block is None
-                more.append(block or "")
-                wanted -= len(more[-1])
-            buffer, at = buffer[at:] + "".join(more), 0
+            text.read_on()
+        else:
+            if value is not ENTERED:
+                yield where, value
 
 
-def _conversation(buffer: str, at: int) -> tuple[Any, int]:
-    """The conversation that the array at ``at`` is, and where it ends; None, and where its elements begin, if it is none."""
-    if MESSAGE.match(buffer, at):
+class _Unparsed:
+    """What has been read of a JSON text, and is not parsed yet. ended: whether all has been read."""
+
+    def __init__(self, blocks: Iterator[str]) -> None:
+        self._blocks = blocks
+        self._text, self._at = "", 0
+        self._lines = 0  # before the text
+        self.ended = False
+
+    @property
+    def line(self) -> int:
+        """Where parsing goes on, counted from 1."""
+        return 1 + self._lines + self._text.count("\n", 0, self._at)
+
+    def skip_separators(self) -> int:
+        """Goes on to the next value; returns how many characters there are from there on."""
+        while self._at < len(self._text) and (self._text[self._at].isspace() or self._text[self._at] in ",]"):
+            self._at += 1
+        return len(self._text) - self._at
+
+    def parse(self) -> Any:
+        """The value here, behind which it then goes on; ENTERED for an array whose elements are the values.
+
+        Raises ValueError for what is no JSON, or may be cut off.
+        """
+        start, whole = self._at, self.ended
+        if self._text[start : start + 1] == "[":
+            if len(self._text) - start < BLOCK and not whole:
+                raise ValueError
+            value, end = _conversation(self._text, start)
+        else:
+            value, end = DECODE(self._text, start)
+        if end == len(self._text) and not whole:  # a number may go on
+            raise ValueError
+        value = _checked(value, self._text[start:end])
+        self._at = end
+        return value
+
+    def read_on(self) -> None:
+        """Reads as much again as there is, so that a long value is not parsed from its start for every block."""
+        self._lines, self._text, self._at = self.line - 1, self._text[self._at :], 0
+        more: list[str] = []
+        missing = max(BLOCK, len(self._text))
+        while missing > 0 and not self.ended:
+            block = next(self._blocks, None)
+            self.ended = block is None
+            more.append(block or "")
+            missing -= len(more[-1])
+        self._text += "".join(more)
+
+
+def _conversation(text: str, at: int) -> tuple[Any, int]:
+    """The conversation that the array at ``at`` is, and where it ends; ENTERED, and where its elements begin, if it is none."""
+    if MESSAGE.match(text, at):
         try:
-            value, end = json.JSONDecoder().raw_decode(buffer, at)
+            value, end = DECODE(text, at)
         except (ValueError, RecursionError):
-            return None, at + 1
+            return ENTERED, at + 1
         if is_conversation(value):
             return value, end
-    return None, at + 1
+    return ENTERED, at + 1
 
 
 def _unwrapped(values: Iterator[tuple[str, Any]], wanted: str | None) -> Iterator[tuple[str, Any]]:
