@@ -52,9 +52,10 @@ for rows, columns in ((1, 1), (16, 128), (33, 200), (5, 300)):
     same(updated, gradient.T.contiguous().T, dual, ratio, rms, before, step=step._replace(decays=(0.3, 0.4)))
     still = (torch.zeros_like(ratio), torch.zeros_like(rms), torch.tensor(0.0))
     same(updated, torch.zeros_like(gradient), dual, *still, step=step)
-for tokens, dtype in itertools.product((1, 5), (torch.float32, torch.bfloat16)):
+for tokens, dtype in itertools.product((1, 5), (torch.float32, torch.bfloat16, torch.float16)):
     x, gradient = torch.randn(tokens, 1100).to(dtype), torch.randn(tokens, 7).to(dtype)
     same(weighted, x, gradient, torch.rand(1100), torch.rand(7))
+    same(weighted, torch.zeros_like(x), gradient, torch.rand(1100), torch.rand(7))
     same(weighted, x, torch.zeros_like(gradient), torch.rand(1100), torch.rand(7))
 """
 

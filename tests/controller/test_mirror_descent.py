@@ -18,7 +18,7 @@ from uniprune.controller.descent.loss import Loss
 from uniprune.controller.descent.masks import sample_stride
 from uniprune.controller.descent.position import Position
 from uniprune.controller.descent.teacher import TeacherCache
-from uniprune.controller.descent.token_weighting import TokenWeighting
+from uniprune.controller.descent.token_weighting import TokenWeighting, weighted
 from uniprune.controller.descent.update import confidence, dither, from_ue5m3, noise_of, to_ue5m3
 from uniprune.controller.mirror_descent import MirrorDescent
 from uniprune.controller.passes.resident import Resident
@@ -543,6 +543,18 @@ def test_float16_descends_as_float32():
         _, record = settings.calibrate(Calibration(model, find_matrices(model), ids), metric, [NM(2, 4)], 3)
         losses.append(record.loss)
     assert losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
+def test_float16_takes_tokens_whose_inputs_are_0():
+    """As behind a ReLU that lets nothing through: their weight, times any gradient, is infinite in float16."""
+    torch.manual_seed(0)
+    x, gradient = torch.randn(8, 16), torch.randn(8, 4)
+    x[:4], x[4] = 0, x[4] * 1e-6
+    units = torch.ones(16), torch.ones(4)
+    full, half = weighted(x, gradient, *units), weighted(x.half(), gradient.half(), *units)
+    assert half.isfinite().all()
+    assert torch.allclose(half[5:].float(), full[5:], rtol=0.01, atol=1e-3)
+    assert not (half[:4].T @ x[:4].half()).any()  # they have no part in the gradient of the weights
 
 
 @pytest.mark.parametrize("name", ["mean_decay", "rms_decay"])

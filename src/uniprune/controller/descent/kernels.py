@@ -16,7 +16,7 @@ from uniprune.controller.descent import token_weighting, update
 ROWS, COLUMNS = 16, 128  # of a tile
 CHANNELS = 1024  # of a token at a time
 # Of other modules, as kernels can see them.
-TINY = tl.constexpr(token_weighting.TINY)
+TINY, LOUDEST = tl.constexpr(token_weighting.TINY), tl.constexpr(token_weighting.LOUDEST)
 LEAST_RMS = tl.constexpr(update.LEAST_RMS)
 LEVELS = tl.constexpr(float(update.LEVELS))
 MANTISSA, SMALLEST = tl.constexpr(update.MANTISSA), tl.constexpr(update.SMALLEST)
@@ -183,4 +183,7 @@ def weighing(x, gradients, inputs, outputs, weighed, columns, rows, BLOCK: tl.co
         channel = first + tl.arange(0, BLOCK)
         there = token.to(tl.int64) * rows + channel
         gradient = tl.load(gradients + there, mask=channel < rows, other=0.0).to(tl.float32)
-        tl.store(weighed + there, (gradient * weight).to(weighed.dtype.element_ty), mask=channel < rows)
+        product = gradient * weight
+        if weighed.dtype.element_ty == tl.float16:
+            product = tl.minimum(tl.maximum(product, -LOUDEST), LOUDEST)
+        tl.store(weighed + there, product.to(weighed.dtype.element_ty), mask=channel < rows)

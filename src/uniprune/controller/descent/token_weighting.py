@@ -12,6 +12,7 @@ from uniprune.common.fused import fused
 from uniprune.saliency.statistics import SquaredNorm
 
 TINY = 1e-20  # stands for 0 where numbers are divided by
+LOUDEST = 256.0  # a weighted gradient in float16, at most: the sum over tokens is to stay below its largest number, 65,504
 
 
 class TokenWeighting:
@@ -38,8 +39,8 @@ def weighted(x: Tensor, gradient: Tensor, inputs: Tensor, outputs: Tensor) -> Te
     """The gradient ``[tokens, out]`` times the tokens' weights. inputs ``[in]``, outputs ``[out]``: 1 / RMS of the channels."""
     input_size, gradient_size = _rms(x, inputs), _rms(gradient, outputs)
     factors = (input_size * gradient_size.sqrt()).reciprocal()
-    if gradient.dtype == torch.float16:  # in which the factor of a token whose gradient is 0 would overflow
-        return (gradient * factors[:, None]).half()
+    if gradient.dtype == torch.float16:  # in which the factor of a token whose inputs are near 0 would overflow
+        return (gradient * factors[:, None]).clamp_(-LOUDEST, LOUDEST).half()
     return gradient * factors.to(gradient.dtype)[:, None]
 
 

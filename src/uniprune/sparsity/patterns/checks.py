@@ -27,7 +27,10 @@ def check_extremes(names: Iterable[str], extremes: Iterable[tuple[Tensor, Tensor
     values = torch.stack(ends).tolist() if ends else []
     for name, low, high in zip(names, values[::2], values[1::2], strict=True):
         if not (math.isfinite(low) and math.isfinite(high)):
-            raise InputError(f"{name}: the scores contain NaN or infinity; recalibrate, and check the model's weights")
+            raise InputError(
+                f"{name}: the scores contain NaN or infinity; recalibrate (in float16 with --dtype bfloat16), and check the "
+                "model's weights"
+            )
 
 
 def check_fit(shapes: Iterable[tuple[str, tuple[int, int]]], pattern: Any) -> None:
