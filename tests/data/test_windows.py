@@ -167,6 +167,14 @@ def test_windows_overlap_by_stride(abc):
     assert (windows.words, windows.size) == (5, 12)
 
 
+def test_some_of_the_overlapping_windows_predict_as_many_tokens_each(abc):
+    """Those that the window before them in the text would not."""
+    all_of_them = load_windows(abc, Letters(False), use="evaluation", length=5, stride=2)
+    some = load_windows(abc, Letters(False), use="evaluation", length=5, stride=2, count=3)
+    assert all_of_them.scored == [4, *[2] * (len(all_of_them.tokens) - 1)]
+    assert some.scored == [2, 2, 2]
+
+
 def test_stride_with_bos_in_each_window(abc):
     windows = load_windows(abc, Letters(), use="evaluation", length=5, stride=3, bos="each")
     assert letters(windows) == ["^abcd", "^defg", "^ghij", "^jklm"]

@@ -50,7 +50,7 @@ def test_divergence_and_agreement_are_those_of_the_logits(windows, family):
 
 
 def test_of_overlapping_windows_the_predictions_are_those_of_the_perplexity(windows):
-    overlapping = replace(windows, tokens=windows.tokens.flatten().unfold(0, 20, 5)[:4], stride=5)
+    overlapping = replace(windows, tokens=windows.tokens.flatten().unfold(0, 20, 5)[:4], available=4, stride=5)
     ours, theirs = noisy(), tiny_model()
     found = closeness(recorded(ours, overlapping), recorded(theirs, overlapping), overlapping)
     p, q = (functional.log_softmax(model(overlapping.tokens).logits[:, :-1].float(), -1) for model in (theirs, ours))

@@ -88,9 +88,13 @@ class Windows:
 
     @property
     def scored(self) -> list[int]:
-        """Of each window, how many tokens are predicted: the last ones, which the window before does not predict."""
+        """Of each window, how many tokens are predicted: its last ones.
+
+        Of all windows of a text, those that the window before does not predict; of some of them, as many of each.
+        """
         count, length = self.tokens.shape
-        return [length - 1, *[min(self.stride or length, length - 1)] * (count - 1)]
+        scored = [min(self.stride or length, length - 1)] * count
+        return [length - 1, *scored[1:]] if count == self.available else scored
 
     def describe(self) -> TextFacts:
         """The provenance that goes into reports and artefacts."""

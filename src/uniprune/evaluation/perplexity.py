@@ -67,7 +67,8 @@ class Perplexity:
 def perplexity(model: nn.Module, windows: Windows, progress: Progress = silent) -> Perplexity:
     """Perplexity of a model: each window is read by itself, its first token is given and the rest predicted.
 
-    Of overlapping windows, each predicts the tokens that no earlier window has.
+    Of overlapping windows, each predicts the tokens that the one before does not; if they are only some of a text's windows,
+    each its last ``stride`` tokens.
     """
     losses: list[float] = []
     count, length = windows.tokens.shape
