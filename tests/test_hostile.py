@@ -735,7 +735,7 @@ CASES = {
     "output: tokens inside the model": (None, f"{SINGLE} --save-tokens single/tokens.safetensors", "single"),
     "output: a device": (None, MASK.replace("out.safetensors", "/dev/null"), "/dev/null"),
     "output: archive over a folder": (None, "pack pruned -o model", "model"),
-    "output: archive inside its folder": (None, "pack pruned -o pruned/p.upz", "lies in the folder"),
+    "output: archive inside its folder": (None, "pack pruned -o pruned/p.upz", "lies in, the input"),
     "output: the evaluation that is checked": (
         write("e.json", "{}"),
         "evaluate --check e.json -o e.json --overwrite",

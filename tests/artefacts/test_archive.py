@@ -603,9 +603,9 @@ def test_outputs_are_checked_first(made, tmp_path):
     (tmp_path / "folder.upz").mkdir()
     (tmp_path / "nothing").mkdir()
     for folder, output, level, match in (
-        (made, tmp_path / "x.zip", 3, "ends in .upz"),
-        (made, tmp_path / "folder.upz", 3, "one file"),
-        (made, made / "x.upz", 3, "lies in the folder"),
+        (made, tmp_path / "x.zip", 3, "end in .upz"),
+        (made, tmp_path / "folder.upz", 3, "is a folder"),
+        (made, made / "x.upz", 3, "lies in, the input"),
         (made, tmp_path / "x.upz", 0, "use 1 to 22"),
         (tmp_path / "nothing", tmp_path / "x.upz", 3, "give the folder of a checkpoint"),
         (tmp_path / "missing", tmp_path / "x.upz", 3, "give the folder of a checkpoint"),

@@ -14,6 +14,7 @@ from conftest import tiny_config, tiny_model
 from families import same_files
 from small_models import VOCABULARY, save, tiny
 from uniprune import Loaded, Recipe
+from uniprune.artefacts import mask_conversion, mask_tools
 from uniprune.artefacts import masks as masks_file
 from uniprune.checkpoints.checkpoint import INDEX, WHOLE, Files, checkpoint_of
 from uniprune.checkpoints.origin import resolve
@@ -337,15 +338,24 @@ def as_gptq(tensor):
 @pytest.mark.parametrize(
     ("pieces", "config", "message"),
     [
-        (as_mlx, {"quantization": {"group_size": 32, "bits": 4}}, "is quantised: its weights are no plain matrices"),
+        (as_mlx, {"quantization": {"group_size": 32, "bits": 4}}, r"is quantised \(.*\): its weights are no plain matrices"),
         (as_mlx, None, "is quantised: .* as MLX stores weights"),
         (as_gptq, None, "is quantised: .* as GPTQ and AWQ store weights"),
     ],
 )
 def test_packed_weights_are_called_quantised(tmp_path, pieces, config, message):
-    packed(tmp_path, pieces, config)
-    with pytest.raises(InputError, match=message):
-        uniprune.plan(tmp_path, Recipe(sparsity="2:4"))
+    dense, masks = tmp_path / "dense", tmp_path / "masks.safetensors"
+    llama(0).save_pretrained(dense)
+    mask_conversion.from_checkpoint(dense, dense, masks)
+    packed(tmp_path / "packed", pieces, config)
+    for look in (
+        lambda: uniprune.plan(tmp_path / "packed", Recipe(sparsity="2:4")),
+        lambda: uniprune.apply(tmp_path / "packed", masks, tmp_path / "out"),
+        lambda: mask_tools.verify(masks, pruned=tmp_path / "packed"),
+        lambda: mask_conversion.from_checkpoint(tmp_path / "packed", dense, tmp_path / "out.safetensors"),
+    ):
+        with pytest.raises(InputError, match=message):
+            look()
 
 
 def test_a_pointer_of_git_lfs_is_called_one(tmp_path):

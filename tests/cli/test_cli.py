@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -39,7 +40,7 @@ FLAGS = {
     "compare": f"{TEXT} methods sparsity scope rule unsupported misfits metric budget-tokens steps seed include exclude dtype"
     f" {' '.join(f'eval-{name}' for name in f'{TEXT} stride'.split())} tasks limit"
     " suite num-fewshot prompt new-tokens config device json output overwrite resume",
-    "sweep": f"{TEXT} stride device dtype json revision output overwrite resume scope sparsities",
+    "sweep": f"{TEXT} stride device dtype json revision output overwrite resume scope sparsities sparsity",
     "pack": "json level output overwrite runtime",
     "unpack": "json output overwrite",
     "card": "json overwrite push-to-hub",
@@ -101,6 +102,38 @@ def test_masks_are_cut_without_transformers():
     """Importing it takes longer than the cut."""
     code = "import sys; import uniprune.entrypoints.mask; print('transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout == "False\n"
+
+
+@pytest.mark.parametrize(("words", "meant"), [("prunee", "prune"), ("eval", "evaluate"), ("masks verfy", "verify")])
+def test_a_misspelled_command_is_told_what_is_like_it(capsys, monkeypatch, words, meant):
+    code, _, errors = run(capsys, monkeypatch, *words.split())
+    assert code == 2
+    assert errors.endswith(f"Did you mean {meant!r}?\n")
+
+
+@pytest.mark.parametrize("words", ["", "prune", "masks", "masks verify"])
+def test_h_is_help(capsys, monkeypatch, words):
+    code, printed, _ = run(capsys, monkeypatch, *words.split(), "-h")
+    assert code == 0
+    assert printed == run(capsys, monkeypatch, *words.split(), "--help")[1]
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("masks stats mas", "file,mas"),
+        ("prune --config rec", "file,rec"),
+        ("prune --text cor", "file,cor"),
+        ("prune --scope m", "plain,matrix\nplain,model"),
+        ("swe", "plain,sweep"),
+    ],
+)
+def test_shells_complete_names_of_files_and_choices(typed, offered):
+    words = ["uniprune", *typed.split()]
+    asked = {"_UNIPRUNE_COMPLETE": "bash_complete", "COMP_WORDS": " ".join(words), "COMP_CWORD": str(len(words) - 1)}
+    code = "import sys; sys.argv = ['uniprune']; from uniprune.__main__ import main; main()"
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | asked, check=True, capture_output=True, text=True)
+    assert done.stdout == f"{offered}\n"
 
 
 @pytest.mark.parametrize("words", [[], ["masks"]])

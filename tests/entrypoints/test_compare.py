@@ -107,6 +107,22 @@ def test_scores_of_another_sparsity_are_warned_of(folder, tmp_path, caplog):
         assert ("was calibrated for 0.5 by model alone; masks of 0.7 by model would be better" in caplog.text) is warned
 
 
+def test_masks_stand_with_what_has_their_sparsity(folder, tmp_path, caplog):
+    """Spelled as ``--sparsity`` spells it, so that they are compared; and what changes nothing is said."""
+    masks = []
+    for spec, scope in (("0.5", "model"), ("2:4", None)):
+        out = tmp_path / spec
+        uniprune.prune(str(folder), Recipe(sparsity=spec, scope=scope, metric="magnitude", controller="none"), out)
+        masks.append(str(out / "pruning" / "masks.safetensors"))
+    found = compare(str(folder), tmp_path / "table", methods=masks, sparsities=["0.6"], metric="ria", **SMALL)
+    assert [(row.pattern, row.scope) for row in found.rows] == [(None, None), ("0.5", "model"), ("2:4", None)]
+    assert "--sparsity and --scope change nothing" in caplog.text
+    assert "--metric changes nothing" in caplog.text
+    caplog.clear()
+    compare(str(folder), tmp_path / "other", methods=[masks[0], "sequential"], sparsities=["2:4"], metric="ria", **SMALL)
+    assert "change" not in caplog.text
+
+
 def test_sparsegpt_is_that_of_its_own_function(table, folder):
     for row, pattern in zip(rows_of(table[0], "sparsegpt"), (Unstructured(0.5), NM(2, 4)), strict=True):
         loaded = uniprune.load(str(folder), dtype="float32")
@@ -306,7 +322,7 @@ def ours(folder, tmp_path_factory):
 def test_scores_and_masks_files_have_rows(folder, ours, tmp_path):
     scores, masks = ours
     found = compare(str(folder), tmp_path / "table", methods=tuple(map(str, ours)), sparsities=BOTH, **SMALL)
-    assert [row.key for row in found.rows[1:]] == [*((str(scores), spec) for spec in BOTH), (str(masks), "0.5 by matrix")]
+    assert [row.key for row in found.rows[1:]] == [*((str(scores), spec) for spec in BOTH), (str(masks), "0.5")]
     for row in found.rows[1:]:
         if row.method == str(scores):
             uniprune.mask(scores, row.pattern, tmp_path / "own.safetensors", overwrite=True)

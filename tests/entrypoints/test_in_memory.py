@@ -76,6 +76,28 @@ def test_a_model_that_was_compiled_as_a_whole_is_the_model(loaded, tmp_path):
     assert all(torch.equal(pruned.get_parameter(name) != 0, mask) for name, mask in expected.items() if "proj" in name)
 
 
+def test_a_model_that_was_compiled_in_place_is_the_model(loaded):
+    """Whose blocks were, too; a graph of them would hold no masks. Afterwards it is compiled as before."""
+    recipe = Recipe(sparsity="2:4", **SMALL)
+    other = Loaded(copy.deepcopy(loaded.model), loaded.tokenizer)
+    uniprune.prune_in_place(other, recipe)
+    modules = (loaded.model, loaded.model.model.layers[0])
+    for module in modules:
+        module.compile(backend="eager")
+    calls = [module._compiled_call_impl for module in modules]
+    uniprune.prune_in_place(loaded, recipe)
+    assert [module._compiled_call_impl for module in modules] == calls
+    for ours, theirs in zip(loaded.model.parameters(), other.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_weights_that_nothing_computes_with_are_refused(loaded):
+    layer = loaded.model.model.layers[0].mlp.down_proj
+    layer.weight = torch.nn.Parameter(layer.weight.to(torch.float8_e4m3fn), requires_grad=False)
+    with pytest.raises(InputError, match=r"layers\.0\.mlp\.down_proj: weights of type float8_e4m3fn .* give the model in"):
+        uniprune.prune_in_place(loaded, Recipe(sparsity="2:4", **SMALL))
+
+
 def _tokens(loaded, folder):
     file = folder / "t.safetensors"
     uniprune.prune_in_place(

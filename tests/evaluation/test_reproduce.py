@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from torch.testing._internal.two_tensor import TwoTensor
 
 import uniprune
 from command import run
@@ -153,6 +154,20 @@ def test_so_does_one_of_a_buffer_that_a_checkpoint_has():
     assert weights_sha256(model) == weights_sha256(other)
     next(buffer for name, buffer in other.named_buffers() if name.endswith("e_score_correction_bias")).add_(1e-3)
     assert weights_sha256(model) != weights_sha256(other)
+
+
+def test_so_does_one_of_what_a_quantised_parameter_is_made_of():
+    """torchao's parameters have no bits of their own, but codes and scales; here two matrices."""
+    model = tiny_model()
+    plain, norm = weights_sha256(model), model.model.norm
+
+    def made_of(*parts):
+        norm.weight = torch.nn.Parameter(TwoTensor(*parts), requires_grad=False)
+        return weights_sha256(model)
+
+    codes, scales = torch.arange(32.0), torch.ones(32)
+    assert len({plain, made_of(codes, scales), made_of(codes, scales + 1), made_of(codes + 1, scales)}) == 4
+    assert made_of(codes, scales) == made_of(codes.clone(), scales.clone())
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])

@@ -2,6 +2,7 @@
 
 import os
 import pty
+import shutil
 import signal
 import stat
 import subprocess
@@ -157,3 +158,26 @@ def test_what_killed_commands_left_is_removed(tmp_path, what):
         working.kill()
         working.communicate()
         killed.stdout.close()
+
+
+def test_what_links_in_the_input_lead_to_is_input(folder, tmp_path):
+    """A model's folder may consist of links, as the Hub's cache does."""
+    model, store = tmp_path / "model", tmp_path / "store"
+    model.mkdir()
+    shutil.copytree(folder, store)
+    for file in store.iterdir():
+        (model / file.name).symlink_to(file)
+    weights = next(store.glob("*.safetensors"))
+    (store / "pruning.json").write_text("{}")  # as if it were an output
+    before = weights.read_bytes()
+    recipe = Recipe(sparsity="2:4", metric="magnitude", controller="none", windows=2, length=32)
+    with pytest.raises(InputError, match="overlap"):
+        uniprune.prune(str(model), recipe, store, overwrite=True)
+    with pytest.raises(InputError, match="is, or lies in, the input"):
+        uniprune.calibrate(str(model), recipe.model_copy(update={"sparsity": None}), weights, overwrite=True)
+    (tmp_path / "text").mkdir()
+    (store / "text.txt").write_text("some text " * 999)
+    (tmp_path / "text" / "linked.txt").symlink_to(store / "text.txt")
+    with pytest.raises(InputError, match="would take the place of the input"):
+        files.check_output_folder(store, overwrite=True, inputs=[tmp_path / "text"])
+    assert weights.read_bytes() == before

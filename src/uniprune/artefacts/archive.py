@@ -24,7 +24,7 @@ from uniprune.checkpoints.protocol import keys
 from uniprune.common.progress import Progress, silent
 from uniprune.errors import InputError
 from uniprune.storage import dtypes, safetensors_index, strict_json
-from uniprune.storage.files import check_disk_space, check_output_folder, new_folder, path_of, replacing
+from uniprune.storage.files import check_disk_space, check_output_file, check_output_folder, new_folder, path_of, replacing
 from uniprune.storage.runs import check_none_unfinished
 
 SUFFIX = ".upz"
@@ -129,12 +129,7 @@ def _check_archive(folder: Path, output: Path, overwrite: bool) -> None:
     """Raises InputError if this folder cannot be packed into this file, before any work is done."""
     if not any(folder.glob("*.safetensors")):
         raise InputError(f"{folder} is no folder with .safetensors files; give the folder of a checkpoint")
-    if output.suffix != SUFFIX or output.is_dir():
-        raise InputError(f"output {output} is to be one file; give a name that ends in {SUFFIX}")
-    if output.exists() and not overwrite:
-        raise InputError(f"output {output} exists; give another name, or --overwrite")
-    if folder.resolve() in output.resolve().parents:
-        raise InputError(f"output {output} lies in the folder to be packed; give another place")
+    check_output_file(output, overwrite, folder, suffix=SUFFIX)
 
 
 def _survey(folder: Path) -> list[ArchiveMember]:

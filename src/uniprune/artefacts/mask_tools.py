@@ -170,6 +170,8 @@ def find_weights(source: ModelPath | Origin, shapes: Mapping[str, tuple[int, ...
         checkpoint, missing = origin.files, set(loading.find_names(origin, shapes))
     for name, shape in shapes.items():
         if name in missing or checkpoint.region(name).shape != shape:
+            if origin.files is not None:
+                origin.files.check_understood()
             raise MismatchError(f"{source} has no matrix {name} of shape {shape}")
     return checkpoint
 

@@ -97,14 +97,20 @@ class Files(Checkpoint):
             self._layout = Layout(model, shapes, located)
         return self._layout
 
+    def check_understood(self) -> None:
+        """Raises InputError for quantised weights of which it is not known what they are, so that matrices are not found."""
+        if why := self.quantised.refused or packed_by(self.entries):
+            method = f" ({self.quantised.method})" if self.quantised.method else ""
+            raise InputError(f"model {self.folder} is quantised{method}: {why}; give the model that it was made from")
+
     def _check(self, model: nn.Module, located: Located) -> None:
         ignored = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
         state = model.state_dict()
         missing = [n for n in state.keys() - located.keys() if not any(re.search(pattern, n) for pattern in ignored)]
         outlines = {name: place for name, place in located.items() if isinstance(place, Outline)}
         differs = [name for name, place in outlines.items() if place.shape != tuple(state[name].shape)]
-        if (missing or differs) and (why := self.quantised.refused or packed_by(self.entries)):
-            raise InputError(f"model {self.folder} is quantised: {why}; give the model that it was made from")
+        if missing or differs:
+            self.check_understood()
         if missing:
             raise lacking(str(self.folder), getattr(model, "config", None), missing)
         if differs:

@@ -50,7 +50,7 @@ class ResultFile(Options):
 
 class Sweep(Options):
     scores: Annotated[Path, Positional()] = Field(description="Scores file, as calibrate writes it.")
-    sparsities: Annotated[tuple[str, ...], Flag(("-s",)), Commas] = Field(
+    sparsities: Annotated[tuple[str, ...], Flag(("-s", "--sparsity")), Commas] = Field(
         default=("0.3", "0.4", "0.5", "0.6", "0.7", "2:4", "4:8"),
         description="Sparsities and N:M patterns, separated by commas.",
     )

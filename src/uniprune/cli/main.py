@@ -65,14 +65,18 @@ COMMANDS = {
 }
 
 
+SETTINGS = {"max_content_width": 120, "help_option_names": ["-h", "--help"]}
+
+
 class Commands(click.Group):
     """Commands that are made when they are called. Listed are their names and what they do, for which nothing is loaded."""
 
     def __init__(self, name: str, help: str, table: dict[str, tuple[str, str]], *groups: Commands) -> None:
-        super().__init__(name, help=help, no_args_is_help=True, context_settings={"max_content_width": 120})
+        super().__init__(name, help=help, no_args_is_help=True, context_settings=SETTINGS)
         self._table, self._groups = table, {group.name: group for group in groups}
+        self.commands.update({name: click.Command(name) for name in self.list_commands()})  # what a misspelled one may mean
 
-    def list_commands(self, ctx: click.Context) -> list[str]:
+    def list_commands(self, ctx: click.Context | None = None) -> list[str]:
         return [*self._table, *map(str, self._groups)]
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:

@@ -9,11 +9,13 @@ models, validated; their ``given()`` are the options that were not left out.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import click
+from click.shell_completion import CompletionItem
 from pydantic import BeforeValidator
 from pydantic.fields import FieldInfo
 
@@ -36,7 +38,7 @@ class Argument(click.Argument):
     """A positional argument with a help text, which click's own has not."""
 
     def __init__(self, name: str, metavar: str, help: str, many: bool, required: bool) -> None:
-        super().__init__([name], metavar=metavar, nargs=-1 if many else 1, required=required)
+        super().__init__([name], metavar=metavar, nargs=-1 if many else 1, required=required, shell_complete=_completed)
         self._record = metavar, help
 
     def get_help_record(self, ctx: click.Context) -> tuple[str, str]:
@@ -111,7 +113,17 @@ def _parameter(name: str, field: FieldInfo) -> click.Parameter:
         required=field.is_required(),
         callback=_pairs if get_origin(kind) is dict else _joined if Commas in field.metadata else _only if flag.once else None,
         help=described(field),
+        shell_complete=partial(_completed, choices=get_args(kind) if get_origin(kind) is Literal else None),
     )
+
+
+def _completed(
+    ctx: click.Context, parameter: click.Parameter, typed: str, choices: tuple[str, ...] | None = None
+) -> list[CompletionItem]:
+    """What a shell offers for a value that is being typed: the choices, or files, which most values may name."""
+    if choices is None:
+        return [CompletionItem(typed, type="file")]
+    return [CompletionItem(choice) for choice in choices if choice.startswith(typed)]
 
 
 def _kind(field: FieldInfo) -> Any:

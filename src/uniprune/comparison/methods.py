@@ -25,7 +25,7 @@ from uniprune.saliency.sequential import refined, sequential
 from uniprune.sparsity.choices import Scope
 from uniprune.sparsity.patterns.protocol import Masks, Pattern
 from uniprune.sparsity.patterns.spelling import default_scope
-from uniprune.sparsity.structure import Structure, claimed, structure
+from uniprune.sparsity.structure import Structure, asked_as, claimed, structure
 from uniprune.sparsity.views import comparable_for
 from uniprune.storage.files import path_of
 
@@ -49,7 +49,7 @@ class Candidate:
     @property
     def structure(self) -> Structure | None:
         """What its pattern is, or claims to be."""
-        return structure(self.pattern) if self.pattern else claimed(self.sparsity)
+        return structure(self.pattern) if self.pattern else self.method.claimed
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,7 @@ class Method:
     name: str
     settings: Mapping[str, Any]
     updates_weights: ClassVar[bool] = False
+    starts_from_metric: ClassVar[bool] = False  # the one of ``--metric``
 
     def check_images(self, recipe: Recipe) -> None:
         """Raises InputError if it cannot be calibrated on images."""
@@ -81,6 +82,11 @@ class Method:
     def has_masks(self) -> bool:
         """Whether its masks are there already."""
         return False
+
+    @property
+    def claimed(self) -> Structure | None:
+        """What masks that are there already claim to be."""
+        return None
 
     @property
     def default_scope(self) -> Scope | None:
@@ -129,6 +135,8 @@ class Local(Method):
 class Corrected(Method):
     """A controller, calibrated for each sparsity alone."""
 
+    starts_from_metric: ClassVar[bool] = True
+
     def create(self, cache: CalibrationCache, candidate: Candidate) -> CreatedMasks:
         assert candidate.pattern is not None
         return _created(cache.corrected(candidate.recipe, [candidate.pattern], self.calibration(candidate)), candidate)
@@ -137,6 +145,8 @@ class Corrected(Method):
 @dataclass(frozen=True)
 class ForAny(Method):
     """The controller, calibrated once, for sparsities of all kinds."""
+
+    starts_from_metric: ClassVar[bool] = True
 
     def calibration(self, candidate: Candidate) -> str:
         return self.name
@@ -154,6 +164,8 @@ class ForAny(Method):
 @dataclass(frozen=True)
 class ByBlock(Method):
     """Masks block after block, each calibrated on the pruned blocks before it."""
+
+    starts_from_metric: ClassVar[bool] = True
 
     def create(self, cache: CalibrationCache, candidate: Candidate) -> CreatedMasks:
         assert candidate.pattern is not None
@@ -208,11 +220,15 @@ class FromFile(Method):
         return isinstance(self.file, CheckedMasks)
 
     @property
+    def claimed(self) -> Structure | None:
+        return claimed(self.file.facts.pattern) if isinstance(self.file, CheckedMasks) else None
+
+    @property
     def default_scope(self) -> Scope | None:
         return default_scope(self.file.comparable) if isinstance(self.file, ScoresFile) else None
 
     def sparsities(self, asked: tuple[str, ...]) -> tuple[str, ...]:
-        return (self.file.facts.pattern,) if isinstance(self.file, CheckedMasks) else asked
+        return (asked_as(self.file.facts.pattern),) if isinstance(self.file, CheckedMasks) else asked
 
     def recorded(self, recipe: Recipe) -> dict[str, Any]:
         return {"file_sha256": sha256(path_of(self.name))}

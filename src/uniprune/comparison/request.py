@@ -120,7 +120,7 @@ class Evaluated(Options):
         default=None, description="Use only the first N examples of each task."
     )
     prompts: Annotated[tuple[str, ...], Flag(name="--prompt"), Several] = Field(
-        default=(), description="Also the greedy continuation of a prompt by every row's model. May be repeated."
+        default=(), description="Also the greedy continuation of a prompt by every row's model."
     )
     new_tokens: Annotated[int | None, Flag(default=f"{NEW_TOKENS}")] = Field(
         default=None, description="With --prompt: new tokens per prompt, at most."

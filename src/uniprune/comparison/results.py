@@ -28,7 +28,8 @@ def _moment(text: str) -> str:
 class ComparisonRow(Facts):
     """A method at a sparsity, measured as every row is.
 
-    method, pattern: as they were asked for; of a masks file the pattern is its own, of the dense model there is none.
+    method, pattern: as they were asked for; of a masks file the pattern is its own, spelled alike, of the dense model there is
+    none.
     structure: what the pattern is. scope: the budget group of a fraction. updates_weights: whether kept weights were changed.
     recipe: what ``uniprune prune`` needs for the same masks, ``calibrate`` where it has no sparsity; empty where neither makes
     them. masks_digest: of the masks alone (``artefacts.masks.digest``). file_sha256: of a scores or masks file.

@@ -97,8 +97,14 @@ def apply(
 
 
 def _check_shapes(origin: Origin, file: CheckedMasks) -> None:
-    """Raises MismatchError unless the files have tensors of the masks' names and shapes: for that no model is made."""
+    """Raises MismatchError unless the files have tensors of the masks' names and shapes: for that no model is made.
+
+    InputError if they are quantised in a way that is not understood.
+    """
     assert origin.files is not None
     missing = find_names(origin, file)
     there = {name: origin.files.region(name).shape for name in file if name not in missing}
-    check_shapes({name: file.stored(name) for name in file}, there, file.path, origin)
+    wanted = {name: file.stored(name) for name in file}
+    if there != wanted:
+        origin.files.check_understood()
+    check_shapes(wanted, there, file.path, origin)

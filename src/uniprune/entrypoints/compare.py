@@ -87,6 +87,7 @@ def compare(
     origin = source.origin if isinstance(source, Loaded) else resolve(source)
     files.check_output_folder(output, overwrite or resume, origin.path if origin else None, **there)
     questions = _questions(wanted, subject)
+    _warn_of_idle(wanted, candidates)
     candidates = _fitted(candidates, wanted, source if isinstance(source, Loaded) else origin)  # type: ignore[arg-type]
     job = _job(source, candidates, output, device, progress)
     protocol = _protocol(wanted, job, questions)
@@ -134,6 +135,15 @@ def _questions(request: ComparisonRequest, subject: EvaluatedModel) -> Questions
     questions = Questions(windows, tasks, request.prompts if length else (), length)
     subject.ask(questions)
     return questions
+
+
+def _warn_of_idle(request: ComparisonRequest, candidates: Sequence[Candidate]) -> None:
+    """Warns of settings that no method uses."""
+    given, methods = request.model_fields_set, [candidate.method for candidate in candidates]
+    if "metric" in given and not any(method.starts_from_metric for method in methods):
+        logger.warning("--metric changes nothing: controllers, sequential and refine start from it, and none is compared")
+    if given & {"sparsities", "scope"} and all(method.has_masks for method in methods):
+        logger.warning("--sparsity and --scope change nothing: masks files have their own, and nothing else is compared")
 
 
 def _fitted(candidates: list[Candidate], request: ComparisonRequest, source: Loaded | Origin) -> list[Candidate]:

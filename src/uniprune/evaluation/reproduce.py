@@ -52,8 +52,18 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield f"{path}.weight", module.weight  # unpacked; a Linear has it before its bias
         for name, tensor in own.items():
             if id(tensor) not in seen:
-                yield f"{path}.{name}" if path else name, tensor
+                yield from _plain(f"{path}.{name}" if path else name, tensor)
         seen.update(map(id, own.values()))
+
+
+def _plain(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """A tensor; of one that is made of others (codes and scales, as torchao has them) those, with bits to look at."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        yield name, tensor
+        return
+    parts, _ = tensor.__tensor_flatten__()
+    for part in parts:
+        yield from _plain(f"{name}.{part}", getattr(tensor, part))
 
 
 def machine(model: nn.Module) -> Machine:

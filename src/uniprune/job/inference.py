@@ -43,14 +43,17 @@ def inferring(function: Callable[P, T]) -> Callable[P, T]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Inside ``with``, the model is in evaluation mode, gives outputs by name, and no parameter requires a gradient; afterwards
-    all is as before."""
+    """Inside ``with``, the model is in evaluation mode, gives outputs by name, runs what it was before ``compile()``, and no
+    parameter requires a gradient; afterwards all is as before."""
     config: Any = getattr(model, "config", None)
     parts = (config, text_config(config)) if hasattr(config, "get_text_config") else (config,)
     tuples = [part for part in parts if getattr(part, "return_dict", True) is False]
     training = [module for module in model.modules() if module.training]
     trainable = [each for each in model.parameters() if each.requires_grad and not each.is_inference()]
+    compiled = {module: module._compiled_call_impl for module in model.modules() if module._compiled_call_impl is not None}
     model.eval()
+    for module in compiled:  # a graph knows nothing of the masks and the hooks that are put into the model
+        module._compiled_call_impl = None
     for part in tuples:
         part.return_dict = True
     for parameter in trainable:
@@ -64,3 +67,5 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_()
         for module in training:
             module.training = True
+        for module, call in compiled.items():
+            module._compiled_call_impl = call

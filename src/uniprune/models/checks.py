@@ -16,6 +16,7 @@ from uniprune.storage.outline import Outline
 
 ROWS = 64  # of a tensor outside the prunable matrices that are compared, about
 KINDS = 16  # of a block's matrices that are compared at least, in one block or another
+COMPUTED = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 COMPILED = "_orig_mod"  # where torch.compile puts the module that it stands for
 
 
@@ -64,8 +65,14 @@ def _bits(tensor: Tensor) -> Tensor:
 
 
 def check_finite(matrices: Matrices) -> None:
-    """Raises InputError naming the first matrix with NaN or infinity: such a checkpoint is broken."""
+    """Raises InputError naming the first matrix with NaN or infinity: such a checkpoint is broken; or of a type that nothing
+    computes with."""
     for name, matrix in matrices.items():
+        if matrix.stored.dtype not in COMPUTED:
+            kind = str(matrix.stored.dtype).removeprefix("torch.")
+            raise InputError(
+                f"{name}: weights of type {kind} cannot be pruned in memory; give the model in bfloat16 or float32"
+            )
         least, most = torch.aminmax(matrix.stored)  # both are NaN if any weight is; 50 times as fast as isfinite on all
         if not bool(torch.isfinite(least) & torch.isfinite(most)):
             if matrix.stored.dtype == torch.float16:

@@ -95,7 +95,7 @@ def fitted(
         place = "" if hardware == "any" else f" on {hardware} hardware"
         raise InputError(
             f"{len(reasons)} of {len(shapes)} matrices cannot be {pattern}{place}, e.g. {name}: {reason}; "
-            "leave them out (--exclude) or, with prune, calibrate and mask, say what they are to be (--unsupported, --rule)"
+            "leave them out (--exclude), or say what they are to be (--unsupported, --rule), where the command takes these"
         )
     ruled = pattern if isinstance(pattern, Ruled) else Ruled(pattern, ())
     gets = {name: "dense" if unsupported == "dense" else f"{ruled.pattern_of(name).sparsity:g}" for name in reasons}
@@ -114,7 +114,9 @@ def check_prunes(pattern: Pattern, reasons: Mapping[str, str], shapes: Mapping[s
     """Raises InputError if all matrices are to stay dense; pattern, reasons: as :func:`fitted` gives them."""
     if reasons and all(pattern.pattern_of(name) == DENSE for name in shapes):
         name, reason = next(iter(reasons.items()))
-        raise InputError(f"nothing would be pruned: all matrices would stay dense, e.g. {name}: {reason}; change --sparsity")
+        raise InputError(
+            f"nothing would be pruned: all matrices would stay dense, e.g. {name}: {reason}; change --sparsity or --hardware"
+        )
 
 
 def _matches(some: Collection[str], names: Iterable[str]) -> Iterator[str]:

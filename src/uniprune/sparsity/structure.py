@@ -13,7 +13,7 @@ from uniprune.sparsity.patterns.mixed import Mixed, choice
 from uniprune.sparsity.patterns.nm import NM, spell
 from uniprune.sparsity.patterns.protocol import Pattern
 from uniprune.sparsity.patterns.ruled import Rule, Ruled
-from uniprune.sparsity.patterns.spelling import PATTERNS, parse
+from uniprune.sparsity.patterns.spelling import PATTERNS, canonical, parse
 from uniprune.sparsity.patterns.tiled import Tiled
 from uniprune.sparsity.patterns.unstructured import Unstructured
 
@@ -96,6 +96,15 @@ def claimed(text: str) -> Structure | None:
     except InputError:
         return None
     return structure(pattern) if pattern else None
+
+
+def asked_as(text: str) -> str:
+    """How ``--sparsity`` asks for what a masks file claims to be: 0.5 for ``0.5 by model``; the claim itself if it cannot."""
+    try:
+        pattern = spelled(text)
+    except InputError:
+        return text
+    return canonical(pattern.spelling[0]) if isinstance(pattern, PATTERNS) else text
 
 
 def settings(pattern: Pattern) -> dict[str, Any] | None:

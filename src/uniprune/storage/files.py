@@ -135,7 +135,7 @@ def check_output_file(
     if path.is_dir():
         raise InputError(f"output {path} is a folder; give a file name")
     for source in sources:
-        if path.resolve().is_relative_to(source.resolve()):
+        if any(path.resolve().is_relative_to(place) for place in _places(source)):
             raise InputError(f"output {path} is, or lies in, the input {source}; give another place")
     if path.exists() and not overwrite:
         raise InputError(f"output {path} exists; {instead}")
@@ -157,6 +157,13 @@ def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
         temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
+def _places(source: Path) -> Iterator[Path]:
+    """Where an input lies, links followed; of a folder also what the links in it lead to, as in the Hub's cache."""
+    yield source.resolve()
+    if source.is_dir():
+        yield from (path.resolve() for path in source.rglob("*") if path.is_symlink())
+
+
 def check_output_folder(
     path: Path,
     overwrite: bool,
@@ -172,13 +179,12 @@ def check_output_folder(
     inputs: other files and folders that are read. mark: the file that tells that it wrote one. replaced: whether another folder
     will take its place, instead of files in it. instead: what to do about one that exists.
     """
-    if source is not None:
-        here, there = path.resolve(), source.resolve()
-        if here.is_relative_to(there) or there.is_relative_to(here):
-            raise InputError(f"output {path} and model {source} overlap; give another output folder")
-    for place in inputs:
-        if place.resolve().is_relative_to(path.resolve()):
-            raise InputError(f"output {path} would take the place of the input {place}; give another output folder")
+    here = path.resolve()
+    if source is not None and any(here.is_relative_to(there) or there.is_relative_to(here) for there in _places(source)):
+        raise InputError(f"output {path} and model {source} overlap; give another output folder")
+    for given in inputs:
+        if any(place.is_relative_to(here) for place in _places(given)):
+            raise InputError(f"output {path} would take the place of the input {given}; give another output folder")
     if path.is_symlink():
         raise InputError(f"output {path} is a link, which is not followed; give the folder itself")
     if path.exists() and not path.is_dir():
