@@ -108,6 +108,13 @@ def test_what_cannot_be_had_says_so():
             read(name, "calibration")
 
 
+def test_one_text_alone_has_no_share(tmp_path):
+    file = tmp_path / "corpus.txt"
+    file.write_text("some text")
+    with pytest.raises(InputError, match=r"a share is for several texts, and .*corpus\.txt is one alone; leave :0\.25 out"):
+        read(f"{file}:0.25", "calibration")
+
+
 def test_fields_and_splits_are_of_rows_and_data_sets(tmp_path):
     with pytest.raises(InputError, match="has its own field and splits; leave --field and --split out, or give owner/name"):
         read(Text("builtin", split="test"), "calibration")

@@ -161,6 +161,9 @@ def _hub_name(source: str) -> re.Match[str]:
     check_again_readable("text", source)
     found, path = HUB.fullmatch(source), Path(source)
     if found is None or suffix_of(path) in SUFFIXES or path.suffix in COMPRESSED:
+        file, _, share = source.rpartition(":")
+        if file and path_of(file).exists():
+            raise InputError(f"text {source!r}: a share is for several texts, and {file} is one alone; leave :{share} out")
         raise InputError(
             f"text {source!r} is neither one of {', '.join(NAMED)} nor an existing file or folder, "
             "nor the name of a Hub dataset, owner/name or owner/name:config"

@@ -143,7 +143,9 @@ def parse(spec: str, seed: int = 0) -> Metric:
     """
     name, _, options = spec.partition(":")
     if name not in METRICS | OF_EXPERTS:
-        raise InputError(f"metric {name!r} is unknown; use one of {', '.join(METRICS)}; or {', '.join(OF_EXPERTS)}, of experts")
+        known = f"use one of {', '.join(METRICS)}; or {', '.join(OF_EXPERTS)}, of experts"
+        other = "; SparseGPT, which updates weights, is a method of uniprune compare" if name.lower() == "sparsegpt" else ""
+        raise InputError(f"metric {name!r} is unknown; {known}{other}")
     kind = (METRICS | OF_EXPERTS)[name]
     values: dict[str, Any] = {"seed": seed} if "seed" in fields.types_of(kind) else {}
     try:
