@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from uniprune.models.blocks import hidden_in, last_hidden, rerouted, with_hidden
 from uniprune.models.experts import FusedExperts, Slice
 from uniprune.models.matrices import Matrices, find_blocks
+from uniprune.models.replay import handed_on
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +30,8 @@ LONGEST = 512  # tokens that are counted at most; some blocks (Mamba) take them 
 class Activations:
     """Bytes for one window of tokens.
 
-    kept: for each call of a block in a pass, what autograd keeps of it. state: the hidden states between two blocks.
+    kept: for each call of a block in a pass, what autograd keeps of it. state: the hidden states between two blocks, and what
+    else the one puts out and the other is given.
     """
 
     kept: tuple[int, ...]
@@ -89,6 +91,7 @@ def _counted(model: nn.Module, experts: Sequence[FusedExperts], length: int) -> 
     found: dict[Any, tuple[int, Any]] = {}  # what a block looks like -> bytes kept, output
     calls: list[int] = []
     states: list[int] = []
+    before: Any = None  # what the last block put out
     storages: dict[int, Tensor] = {}  # kept ones, which live until they are counted
 
     def keep(tensor: Tensor) -> Tensor:
@@ -99,8 +102,10 @@ def _counted(model: nn.Module, experts: Sequence[FusedExperts], length: int) -> 
         looks = type(blocks[index]), tuple((name, p.shape) for name, p in blocks[index].named_parameters())
 
         def block(*args: Any, **kwargs: Any) -> Any:
+            nonlocal before
             hidden = hidden_in(args, kwargs)
-            states.append(hidden.nbytes)
+            handed = {before[place] for place in handed_on(before, args, kwargs).values()}
+            states.append(hidden.nbytes + sum(tensor.nbytes for tensor in handed))
             if looks not in found:
                 hidden = hidden if hidden.requires_grad else hidden.detach().requires_grad_()
                 storages.clear()
@@ -110,7 +115,8 @@ def _counted(model: nn.Module, experts: Sequence[FusedExperts], length: int) -> 
                 found[looks] = kept, output
             size, output = found[looks]
             calls.append(size)
-            return with_hidden(output, hidden)
+            before = with_hidden(output, hidden)
+            return before
 
         return block
 

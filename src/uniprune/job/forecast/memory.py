@@ -24,6 +24,7 @@ from typing import NamedTuple, get_args
 import torch
 
 from uniprune.common import distributed
+from uniprune.controller.descent.loop import START_TOKENS
 from uniprune.controller.passes.streamed import PART_TOKENS
 from uniprune.job.options import IN_MEMORY, Execution
 from uniprune.job.recipe import Recipe
@@ -330,7 +331,7 @@ class _Parts:
         models, their gradient, and that gradient in parts."""
         part = max(PART_TOKENS, self.work.length)
         gradients = self.gradients * (4 // self.item if self.tokens > part else 1)
-        final = 4 * self.tokens * self.hidden_size * self.item
+        final = max(4 * self.tokens, 3 * self.entered) * self.hidden_size * self.item
         in_block = max(int(2 * part * self.kept.largest), self.update + self.fetched)
         return max(in_block + gradients, self.logits) + final
 
@@ -340,8 +341,13 @@ class _Parts:
         if not self.work.recipe.corrected:
             firsts = 1 / SHARE if self.work.recipe.refine else 0  # tokens that are read as the first of a text as well
             return int(2 * (1 + firsts) * self.text * self.kept.state)
-        state = max(self.item * self.width, self.kept.state)
-        return int(max(self.tokens, BATCH_TOKENS) * state * (self.blocks + 4))
+        return int(self.entered * self.kept.state * (self.blocks + 3))  # of both models, and their gradient
+
+    @property
+    def entered(self) -> int:
+        """The most tokens that go through streamed blocks at once: of a step, or of the start of a descent."""
+        start = START_TOKENS // distributed.count() if self.work.recipe.cost.mask_bytes else 0
+        return min(self.text, max(self.tokens, start))
 
     @property
     def finals(self) -> int:
