@@ -39,11 +39,12 @@ from uniprune.saliency.sequential import SHARE
 from uniprune.saliency.statistics import Gram, Kind, SquaredNorm, additional
 
 CPU = torch.device("cpu")
-PROCESS = 350_000_000  # bytes: the interpreter and its libraries
+PROCESS = 420_000_000  # bytes: the interpreter and its libraries
 LOGIT = 5 * 4  # bytes per logit of a piece of a window: the float32 tensors that a loss makes of both models' logits
 START_LOGIT = 3 * 4  # the same of the start, whose loss is the text's, over the whole vocabulary
 SCORING = 20  # bytes per weight of the largest matrix while it is scored and its mask created, in float32
 STEPPING = 24  # bytes per weight of the largest matrix while a step moves its dual
+SQUARE = 8  # bytes per channel of an input whose squares are summed, in float64
 NORMS = 6  # bytes per token and hidden channel that autograd keeps of a block's norms (float32), beside what matrices need
 RECOMPUTED = 3  # a block's activations when they are computed again, and what a pass backwards makes of them / what is kept
 AT_WORK = 1.25  # memory that a step has taken when its activations are largest / what autograd keeps of them by then
@@ -261,8 +262,15 @@ class _Parts:
     @property
     def working(self) -> int:
         """The larger of: one matrix while it is scored and its mask created; a batch in a block, without gradients."""
-        passing = max(BATCH_TOKENS, self.work.length) * 16 * self.width * self.item
-        return max(SCORING * self.largest, passing)
+        return max(SCORING * self.largest, int(max(BATCH_TOKENS, self.work.length) * self.passing))
+
+    @property
+    def passing(self) -> float:
+        """Of a token that passes through a block without gradients: what the block makes of it, with the states around it; or
+        the widest input while its squares are summed."""
+        if counted := self.work.activations:
+            return max((counted.passing + 3 * counted.state) / self.work.length, (self.item + SQUARE) * self.width)
+        return 16 * self.item * self.width
 
     @cached_property
     def widths(self) -> dict[str, int]:
@@ -306,7 +314,8 @@ class _Parts:
     @property
     def logits(self) -> int:
         """Logits of one piece of a window: of the whole vocabulary at the start, of what the loss looks at in a step."""
-        whole, some = output_embeddings(self.work.model).weight.shape[0], _vocabulary(self.work)
+        whole, settings = output_embeddings(self.work.model).weight.shape[0], self.work.recipe.parsed_controller()
+        some: int = whole if getattr(settings, "labels", 0) else min(whole, getattr(settings, "vocabulary", whole))
         start = START_LOGIT * at_once(whole) * whole if self.work.recipe.corrected else 0
         return max(start, LOGIT * at_once(some) * some)
 
@@ -381,13 +390,6 @@ class _Parts:
 def _pinned(size: int) -> int:
     """The elements that PyTorch allocates for a pinned tensor of this many: the next power of two."""
     return 1 << (size - 1).bit_length()
-
-
-def _vocabulary(work: Work) -> int:
-    """How many tokens of the vocabulary a step computes logits of."""
-    size: int = output_embeddings(work.model).weight.shape[0]
-    settings = work.recipe.parsed_controller()
-    return size if getattr(settings, "labels", 0) else min(size, getattr(settings, "vocabulary", size))
 
 
 def _most_of_a_block(matrices: Matrices, sizes: Mapping[str, int]) -> int:
