@@ -266,10 +266,10 @@ class _Parts:
 
     @property
     def passing(self) -> float:
-        """Of a token that passes through a block without gradients: what the block makes of it, with the states around it; or
-        the widest input while its squares are summed."""
+        """Of a token that passes through a block without gradients: what the block makes of it, with the states around it, and
+        the squares of its widest input, which seldom fit where memory was freed."""
         if counted := self.work.activations:
-            return max((counted.passing + 3 * counted.state) / self.work.length, (self.item + SQUARE) * self.width)
+            return (counted.passing + 3 * counted.state) / self.work.length + SQUARE * self.width
         return 16 * self.item * self.width
 
     @cached_property
