@@ -560,6 +560,24 @@ def test_archives_larger_than_the_disk(tmp_path, monkeypatch):
     refused(tmp_path / "x.upz", tmp_path, "of disk")
 
 
+def test_folders_larger_than_the_disk(made, tmp_path, monkeypatch):
+    """Refused before a byte is packed; a large folder only if what some of it is packed to says that it does not fit."""
+    whole = sum(map(len, contents(made).values()))
+    free = whole - 1
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": free}))
+
+    with monkeypatch.context() as patch, pytest.raises(InputError, match="of disk"):
+        patch.setattr(archive, "replacing", None)
+        archive.pack(made, tmp_path / "x.upz")
+    assert {path.name for path in tmp_path.iterdir()} == {"model"}
+    monkeypatch.setattr(archive, "SAMPLE", 4)
+    monkeypatch.setattr(archive, "CHUNK", 1 << 12)
+    facts = archive.pack(made, tmp_path / "x.upz")
+    free = facts["archive_bytes"] // 2
+    with pytest.raises(InputError, match="of disk"):
+        archive.pack(made, tmp_path / "x.upz", overwrite=True)
+
+
 def test_other_files_and_later_formats(tmp_path):
     path = tmp_path / "x.upz"
     refused(path, tmp_path, "does not exist")

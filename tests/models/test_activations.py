@@ -39,6 +39,15 @@ def test_a_model_without_weights_is_counted_as_one_with_them():
     assert all(parameter.is_meta for parameter in model.parameters())
 
 
+def test_dropout_is_not_counted():
+    """Runs have none; and PyTorch's attention with dropout keeps all its weights."""
+    model = tiny("gpt2")
+    expected = activations.count(model.eval(), find_matrices(model), BF16, 64)
+    assert model.config.attn_pdrop > 0
+    assert activations.count(model.train(), find_matrices(model), BF16, 64) == expected
+    assert model.training
+
+
 def test_attention_that_is_kept_grows_with_the_square_of_the_length():
     model = small("gpt_oss")
     matrices = find_matrices(model)

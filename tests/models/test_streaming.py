@@ -25,13 +25,14 @@ from uniprune.controller import controllers
 from uniprune.controller.descent import loop
 from uniprune.controller.descent.loss import Loss
 from uniprune.controller.descent.states import OnDisk
+from uniprune.controller.fisher import Fisher
 from uniprune.controller.mirror_descent import MirrorDescent
 from uniprune.controller.passes.resident import Resident
 from uniprune.controller.passes.streamed import Streamed
 from uniprune.controller.straight_through import StraightThrough
 from uniprune.errors import InputError, MismatchError, UniPruneError
 from uniprune.job.execution import choose
-from uniprune.job.forecast.memory import Bytes, Work, needs
+from uniprune.job.forecast.memory import Bytes, Work, _Parts, needs
 from uniprune.job.options import RunOptions
 from uniprune.job.prepare import progress_of
 from uniprune.models.blocks import last_hidden
@@ -231,14 +232,39 @@ def test_the_states_take_the_disk_that_was_forecast(tmp_path, monkeypatch):
 
     monkeypatch.setattr("uniprune.storage.tensor_store.sync", sync)
     monkeypatch.setattr(loop.Descent, "held_out_kl", held_out_kl)
-    monkeypatch.setattr("uniprune.job.forecast.memory.BATCH_TOKENS", 1)
+    monkeypatch.setattr("uniprune.controller.passes.streamed.PART_TOKENS", 128)
     ids, settings = tokens(32, 32, VOCABULARY), MirrorDescent(batch_tokens=128)
-    expected = needs(Work(loaded.model, hollow, Recipe(controller=settings), torch.float32, torch.float32, 32))["streamed"].disk
+    work = Work(loaded.model, hollow, Recipe(controller=settings), torch.float32, torch.float32, 32, windows=32)
+    expected = needs(work)["streamed"].disk
     found, _ = settings.calibrate(Calibration(loaded.model, hollow, ids, loaded.residency, run), Wanda(), [NM(2, 4)], 5)
     assert 0.95 * expected < max(taken) <= expected
     assert found.keys() == hollow.keys()
     assert all(torch.equal(dual, judged[2][name]) for name, dual in found.items())
     assert not any(torch.equal(judged[2][name], judged[3][name]) for name in hollow)
+
+
+@pytest.mark.parametrize("controller", [Fisher(batch_tokens=128), MirrorDescent(batch_tokens=128)], ids=["fisher", "feedback"])
+@pytest.mark.parametrize("family", ["llama", "glm_moe_dsa"])
+def test_hidden_states_take_the_disk_that_was_forecast(family, controller, tmp_path, monkeypatch):
+    """Of a batch, or of the longer text that a descent starts from; and what blocks hand on beside them."""
+    tiny(family).save_pretrained(tmp_path / "model")
+    loaded = open_streamed(resolve(tmp_path / "model"), None, torch.float32, CPU)
+    hollow = attached(find_matrices(loaded.model), loaded.residency)
+    written, taken, put = {}, [], Stash.put
+
+    def noted(self, name, tensor):
+        if not name.startswith("mask"):
+            written[name] = tensor.nbytes
+            taken.append(sum(written.values()))
+        return put(self, name, tensor)
+
+    monkeypatch.setattr(Stash, "put", noted)
+    (tmp_path / "run").mkdir()
+    ids = tokens(16, 32, 64)
+    calibration = Calibration(loaded.model, hollow, ids, loaded.residency, runs.Run(tmp_path / "run"))
+    controller.calibrate(calibration, Wanda(), [Unstructured(0.5, "model")], 1)
+    work = Work(loaded.model, hollow, Recipe(controller=controller), torch.float32, torch.float32, 32, windows=len(ids))
+    assert 0.6 * _Parts(work).hidden < max(taken) <= _Parts(work).hidden
 
 
 def test_the_best_duals_lie_beside_earlier_ones_where_states_are_in_memory(tmp_path, monkeypatch):

@@ -10,9 +10,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import random
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path, PureWindowsPath
 from typing import Any, BinaryIO
 
@@ -32,6 +34,7 @@ MAGIC = b"\x89UPZ\r\n\x1a\n"  # as PNG's: a transfer that changes line ends is s
 FORMAT = 1
 HEADER = struct.Struct("<8sQQQ32s")  # magic, format, offset and size of the index, its sha256
 CHUNK = 1 << 22  # bytes; the largest chunk
+SAMPLE = 32  # chunks that are packed before all others where there are many, to know the disk that they will take
 INDEX = 1 << 25  # bytes; the largest index, enough for a terabyte
 
 
@@ -52,12 +55,13 @@ def pack(
     """Writes every file of a checkpoint folder into one archive; returns the number of files, the bytes and their ratio.
 
     level: zstandard's, for bytes that are no tensor (mostly the tokenizer); weights are coded in one way only.
-    Raises InputError if the folder or the output cannot be used as they are.
+    Raises InputError if the folder or the output cannot be used as they are, or the disk has no room for the archive.
     """
     folder, output = path_of(folder), path_of(output)
     zstd = Zstd(level)
     _check_archive(folder, output, overwrite)
     files = _survey(folder)
+    check_disk_space(output, _packed_bytes(folder, files, zstd))
     with replacing(output) as temporary, temporary.open("wb") as archive:
         archive.write(bytes(HEADER.size))
         for file, chunk, raw in progress(_contents(folder, files), "pack", sum(len(file.chunks) for file in files)):
@@ -202,6 +206,26 @@ def _contents(folder: Path, files: list[ArchiveMember]) -> Iterator[tuple[Archiv
                 if len(raw) < chunk.size:
                     raise InputError(f"{folder / file.name} became shorter while it was read; try again")
                 yield file, chunk, raw
+
+
+def _packed_bytes(folder: Path, files: list[ArchiveMember], zstd: Zstd) -> int:
+    """The disk that the archive takes: no more than the files do; of many chunks, as much as some of them are packed to.
+
+    A large folder is often packed because there is no room for another one of its size.
+    """
+    whole = sum(file.size for file in files)
+    chunks: list[tuple[Path, int, Chunk]] = []
+    for file in files:
+        starts = accumulate((chunk.size for chunk in file.chunks), initial=0)
+        chunks += [(folder / file.name, start, chunk) for start, chunk in zip(starts, file.chunks, strict=False)]
+    if len(chunks) <= 8 * SAMPLE:
+        return whole
+    some, packed = random.Random(0).sample(chunks, SAMPLE), 0
+    for path, start, chunk in some:
+        with path.open("rb") as source:
+            source.seek(start)
+            packed += sum(map(len, encode(chunk, source.read(chunk.size), zstd)[1]))
+    return whole * packed // sum(chunk.size for *_, chunk in some)
 
 
 def _words(folder: Path, files: list[ArchiveMember], words: tuple[int, ...]) -> Array:

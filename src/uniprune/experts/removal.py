@@ -123,7 +123,7 @@ def prepared(source: Source, recipe: Recipe, output: Path, options: RunOptions, 
     matrices = find_matrices(model)
     reduction = reduction_of(recipe.experts, model, matrices)
     inner = recipe.model_copy(update={"include": alike(of_experts(matrices))})
-    return Removal(prepare(source, inner, output, options, progress=progress), recipe, reduction)
+    return Removal(prepare(source, inner, output, options, progress=progress, masks=False), recipe, reduction)
 
 
 def alike(matrices: Matrices) -> tuple[str, ...]:

@@ -163,14 +163,16 @@ def prepare(
     scores: Path | None = None,
     progress: Progress = silent,
     table: Path | None = None,
+    masks: bool = True,
 ) -> Job:
     """Checks the cheap things first and loads the weights last; samples that the model itself writes come after them.
 
     output: an output folder, or None; scores: a scores file instead, whose name its writer checks. table: a
-    folder that another writes, for which masks are measured one after the other, and where the run keeps its progress.
+    folder that another writes, for which masks are measured one after the other, and where the run keeps its progress. masks:
+    whether an output folder will have any.
     Raises InputError for anything that cannot be done as it is asked for.
     """
-    prospect, aim, disk = _checked(source, recipe, output, options, scores)
+    prospect, aim, disk = _checked(source, recipe, output, options, scores, masks)
     given, target = prospect.given, output or scores
     with ExitStack() as meanwhile:  # files are hashed by other threads; after an error they are told to stop
         digests = meanwhile.enter_context(prospect.checkpoint.digesting(prospect.matrices)) if prospect.checkpoint else None
@@ -210,7 +212,7 @@ def prepare(
 
 
 def _checked(
-    source: Source, recipe: Recipe, output: Path | None, options: RunOptions, scores: Path | None
+    source: Source, recipe: Recipe, output: Path | None, options: RunOptions, scores: Path | None, masks: bool
 ) -> tuple[Prospect, Aim, int]:
     """All that can be told before any text or weight is read: the model without weights, the aim, and the output's bytes."""
     target = output or scores
@@ -228,7 +230,7 @@ def _checked(
     aim = aim_of(recipe, prospect.matrices, given)
     if aim.pattern:
         check_prunes(aim.pattern, aim.unsupported, {name: matrix.shape for name, matrix in prospect.matrices.items()})
-    disk = _output_bytes(prospect, to_folder=output is not None)
+    disk = _output_bytes(prospect, masks, to_folder=output is not None)
     if target is not None:
         files.check_disk_space(target, disk, runs.held(target))
     return prospect, aim, disk
@@ -264,19 +266,19 @@ def _check_outputs(
         files.check_output_folder(output, options.overwrite, model, texts)
 
 
-def _output_bytes(prospect: Prospect, to_folder: bool) -> int:
-    """The disk space that the output takes: a checkpoint's and its masks', or a scores file's."""
+def _output_bytes(prospect: Prospect, masks: bool, to_folder: bool) -> int:
+    """The disk space that the output takes: a checkpoint's and its masks', if it has any, or a scores file's."""
+    prunable = sum(matrix.size for matrix in prospect.matrices.values())
     if not to_folder:
-        return 4 * sum(matrix.size for matrix in prospect.matrices.values())
+        return 4 * prunable
     parameters = list(prospect.model.parameters())
-    masks = 0 if prospect.recipe.experts is not None else sum(matrix.size for matrix in prospect.matrices.values()) // 8
     if isinstance(prospect.given, Loaded):
         weights = sum(parameter.nbytes for parameter in parameters)
     else:
         weights = (
             sum(parameter.numel() for parameter in parameters) * (parse_dtype(prospect.recipe.dtype) or torch.float32).itemsize
         )
-    return masks + (writer.checkpoint_bytes(prospect.origin, weights) if prospect.origin else weights)
+    return (prunable // 8 if masks else 0) + (writer.checkpoint_bytes(prospect.origin, weights) if prospect.origin else weights)
 
 
 def _check_images(windows: Windows, execution: Execution) -> None:

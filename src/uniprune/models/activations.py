@@ -16,9 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from uniprune.common.live import Live
 from uniprune.models.blocks import hidden_in, last_hidden, rerouted, with_hidden
 from uniprune.models.experts import FusedExperts, Slice
 from uniprune.models.matrices import Matrices, find_blocks
+from uniprune.models.replay import handed_on
 
 logger = logging.getLogger(__name__)
 
@@ -29,11 +31,14 @@ LONGEST = 512  # tokens that are counted at most; some blocks (Mamba) take them 
 class Activations:
     """Bytes for one window of tokens.
 
-    kept: for each call of a block in a pass, what autograd keeps of it. state: the hidden states between two blocks.
+    kept: for each call of a block in a pass, what autograd keeps of it. state: the hidden states between two blocks, and what
+    else the one puts out and the other is given. passing: the most that a block has of tensors
+    beside its input, without gradients.
     """
 
     kept: tuple[int, ...]
     state: int
+    passing: int
 
 
 def count(model: nn.Module, matrices: Matrices, dtype: torch.dtype, length: int) -> Activations | None:
@@ -61,7 +66,11 @@ def count(model: nn.Module, matrices: Matrices, dtype: torch.dtype, length: int)
         return None
     ratio = length / LONGEST
     kept = zip(half.kept, whole.kept, strict=True)
-    return Activations(tuple(int(_reckoned(small, large, ratio)) for small, large in kept), int(whole.state * ratio))
+    return Activations(
+        kept=tuple(int(_reckoned(small, large, ratio)) for small, large in kept),
+        state=int(whole.state * ratio),
+        passing=int(_reckoned(half.passing, whole.passing, ratio)),
+    )
 
 
 def _reckoned(half: int, whole: int, ratio: float) -> float:
@@ -80,7 +89,7 @@ def _meta_copy(model: nn.Module, dtype: torch.dtype, wanted: Collection[int]) ->
         contents[id(parameter)] = nn.Parameter(torch.empty(parameter.shape, dtype=kind), requires_grad=id(parameter) in wanted)
     for buffer in model.buffers():
         contents[id(buffer)] = torch.empty(buffer.shape, dtype=buffer.dtype)
-    return copy.deepcopy(model, contents)
+    return copy.deepcopy(model, contents).eval()  # a skeleton has dropout, with which attention keeps all its weights
 
 
 def _counted(model: nn.Module, experts: Sequence[FusedExperts], length: int) -> Activations:
@@ -89,6 +98,8 @@ def _counted(model: nn.Module, experts: Sequence[FusedExperts], length: int) -> 
     found: dict[Any, tuple[int, Any]] = {}  # what a block looks like -> bytes kept, output
     calls: list[int] = []
     states: list[int] = []
+    passing: list[int] = []
+    before: Any = None  # what the last block put out
     storages: dict[int, Tensor] = {}  # kept ones, which live until they are counted
 
     def keep(tensor: Tensor) -> Tensor:
@@ -99,18 +110,25 @@ def _counted(model: nn.Module, experts: Sequence[FusedExperts], length: int) -> 
         looks = type(blocks[index]), tuple((name, p.shape) for name, p in blocks[index].named_parameters())
 
         def block(*args: Any, **kwargs: Any) -> Any:
+            nonlocal before
             hidden = hidden_in(args, kwargs)
-            states.append(hidden.nbytes)
+            handed = {before[place] for place in handed_on(before, args, kwargs).values()}
+            states.append(hidden.nbytes + sum(tensor.nbytes for tensor in handed))
             if looks not in found:
                 hidden = hidden if hidden.requires_grad else hidden.detach().requires_grad_()
+                given = ((hidden, *args[1:]), kwargs) if args else ((), kwargs | {"hidden_states": hidden})
+                with torch.no_grad(), Live() as live:
+                    forward(*given[0], **given[1])
+                passing.append(live.most)
                 storages.clear()
-                output = forward(hidden, *args[1:], **kwargs) if args else forward(**kwargs | {"hidden_states": hidden})
+                output = forward(*given[0], **given[1])
                 weights = {parameter.untyped_storage()._cdata for parameter in blocks[index].parameters()}
                 kept = sum(t.untyped_storage().nbytes() for place, t in storages.items() if place not in weights)
                 found[looks] = kept, output
             size, output = found[looks]
             calls.append(size)
-            return with_hidden(output, hidden)
+            before = with_hidden(output, hidden)
+            return before
 
         return block
 
@@ -122,4 +140,4 @@ def _counted(model: nn.Module, experts: Sequence[FusedExperts], length: int) -> 
         stack.enter_context(rerouted(blocks, route))
         stack.enter_context(torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor))
         last_hidden(model, torch.zeros(1, length, dtype=torch.int64))
-    return Activations(tuple(calls), max(states))
+    return Activations(tuple(calls), max(states), max(passing))

@@ -246,7 +246,7 @@ class Replay:
         def route(index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
             def both(*args: Any, **kwargs: Any) -> Any:
                 nonlocal before
-                self._takes |= _handed_on(before, _split(args, kwargs)[1])
+                self._takes |= handed_on(before, args, kwargs)
                 with self.residency(index):
                     before = forward(*args, **kwargs)
                     if not bool(torch.isfinite(hidden_of(before)).all()):
@@ -333,18 +333,18 @@ def _places(output: Any) -> int:
     return len(output) if isinstance(output, (tuple, list)) else 0
 
 
-def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Arguments]:
+def _split(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, Arguments]:
     """A block's hidden states, and its other arguments."""
     given: list[tuple[str | int, Any]] = [*enumerate(args[1:]), *kwargs.items()]
     return hidden_in(args, kwargs), {name: value for name, value in given if name != "hidden_states"}
 
 
-def _handed_on(before: Any, arguments: Arguments) -> dict[str | int, int]:
+def handed_on(before: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str | int, int]:
     """The arguments of a block that are tensors which the block before put out beside hidden states, and their places there."""
     return {
         argument: place
         for place in range(1, _places(before))
-        for argument, value in arguments.items()
+        for argument, value in _split(args, kwargs)[1].items()
         if isinstance(value, Tensor) and value is before[place]
     }
 

@@ -24,6 +24,7 @@ from typing import NamedTuple, get_args
 import torch
 
 from uniprune.common import distributed
+from uniprune.controller.descent.loop import START_TOKENS
 from uniprune.controller.passes.streamed import PART_TOKENS
 from uniprune.job.options import IN_MEMORY, Execution
 from uniprune.job.recipe import Recipe
@@ -38,11 +39,12 @@ from uniprune.saliency.sequential import SHARE
 from uniprune.saliency.statistics import Gram, Kind, SquaredNorm, additional
 
 CPU = torch.device("cpu")
-PROCESS = 350_000_000  # bytes: the interpreter and its libraries
+PROCESS = 420_000_000  # bytes: the interpreter and its libraries
 LOGIT = 5 * 4  # bytes per logit of a piece of a window: the float32 tensors that a loss makes of both models' logits
 START_LOGIT = 3 * 4  # the same of the start, whose loss is the text's, over the whole vocabulary
 SCORING = 20  # bytes per weight of the largest matrix while it is scored and its mask created, in float32
 STEPPING = 24  # bytes per weight of the largest matrix while a step moves its dual
+SQUARE = 8  # bytes per channel of an input whose squares are summed, in float64
 NORMS = 6  # bytes per token and hidden channel that autograd keeps of a block's norms (float32), beside what matrices need
 RECOMPUTED = 3  # a block's activations when they are computed again, and what a pass backwards makes of them / what is kept
 AT_WORK = 1.25  # memory that a step has taken when its activations are largest / what autograd keeps of them by then
@@ -260,8 +262,15 @@ class _Parts:
     @property
     def working(self) -> int:
         """The larger of: one matrix while it is scored and its mask created; a batch in a block, without gradients."""
-        passing = max(BATCH_TOKENS, self.work.length) * 16 * self.width * self.item
-        return max(SCORING * self.largest, passing)
+        return max(SCORING * self.largest, int(max(BATCH_TOKENS, self.work.length) * self.passing))
+
+    @property
+    def passing(self) -> float:
+        """Of a token that passes through a block without gradients: what the block makes of it, with the states around it, and
+        the squares of its widest input, which seldom fit where memory was freed."""
+        if counted := self.work.activations:
+            return (counted.passing + 3 * counted.state) / self.work.length + SQUARE * self.width
+        return 16 * self.item * self.width
 
     @cached_property
     def widths(self) -> dict[str, int]:
@@ -305,7 +314,8 @@ class _Parts:
     @property
     def logits(self) -> int:
         """Logits of one piece of a window: of the whole vocabulary at the start, of what the loss looks at in a step."""
-        whole, some = output_embeddings(self.work.model).weight.shape[0], _vocabulary(self.work)
+        whole, settings = output_embeddings(self.work.model).weight.shape[0], self.work.recipe.parsed_controller()
+        some: int = whole if getattr(settings, "labels", 0) else min(whole, getattr(settings, "vocabulary", whole))
         start = START_LOGIT * at_once(whole) * whole if self.work.recipe.corrected else 0
         return max(start, LOGIT * at_once(some) * some)
 
@@ -330,7 +340,7 @@ class _Parts:
         models, their gradient, and that gradient in parts."""
         part = max(PART_TOKENS, self.work.length)
         gradients = self.gradients * (4 // self.item if self.tokens > part else 1)
-        final = 4 * self.tokens * self.hidden_size * self.item
+        final = max(4 * self.tokens, 3 * self.entered) * self.hidden_size * self.item
         in_block = max(int(2 * part * self.kept.largest), self.update + self.fetched)
         return max(in_block + gradients, self.logits) + final
 
@@ -340,8 +350,13 @@ class _Parts:
         if not self.work.recipe.corrected:
             firsts = 1 / SHARE if self.work.recipe.refine else 0  # tokens that are read as the first of a text as well
             return int(2 * (1 + firsts) * self.text * self.kept.state)
-        state = max(self.item * self.width, self.kept.state)
-        return int(max(self.tokens, BATCH_TOKENS) * state * (self.blocks + 4))
+        return int(self.entered * self.kept.state * (self.blocks + 3))  # of both models, and their gradient
+
+    @property
+    def entered(self) -> int:
+        """The most tokens that go through streamed blocks at once: of a step, or of the start of a descent."""
+        start = START_TOKENS // distributed.count() if self.work.recipe.cost.mask_bytes else 0
+        return min(self.text, max(self.tokens, start))
 
     @property
     def finals(self) -> int:
@@ -375,13 +390,6 @@ class _Parts:
 def _pinned(size: int) -> int:
     """The elements that PyTorch allocates for a pinned tensor of this many: the next power of two."""
     return 1 << (size - 1).bit_length()
-
-
-def _vocabulary(work: Work) -> int:
-    """How many tokens of the vocabulary a step computes logits of."""
-    size: int = output_embeddings(work.model).weight.shape[0]
-    settings = work.recipe.parsed_controller()
-    return size if getattr(settings, "labels", 0) else min(size, getattr(settings, "vocabulary", size))
 
 
 def _most_of_a_block(matrices: Matrices, sizes: Mapping[str, int]) -> int:
