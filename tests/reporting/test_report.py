@@ -10,12 +10,16 @@ import pytest
 import made_up
 import uniprune
 from command import run
+from small_models import tiny
 from task_rows import ROWS
 from uniprune import InputError, Recipe
 from uniprune.artefacts.reports import Pruning
+from uniprune.checkpoints.origin import resolve
 from uniprune.common.formatting import NOTE, number, points, short
 from uniprune.common.significance import paired_error
 from uniprune.evaluation.results import Generation
+from uniprune.models.loading import skeleton
+from uniprune.models.matrices import find_matrices
 from uniprune.reporting import model_card, plots, sections, tables
 from uniprune.reporting.headline import figures, sentences
 from uniprune.reporting.results import read, read_all
@@ -328,6 +332,18 @@ def test_matrices_by_block_and_kind():
     }
     grid = Pruning(**made_up.pruning(matrices=matrices)).grid
     assert grid == {("0", "attn.q"): 0.25, ("1", "mlp.experts.*.up"): 0.75, ("none", "extra"): 0.5}
+
+
+@pytest.mark.parametrize("spelled", ["experts.{}.{}", "experts.{1}.{0}"])
+def test_experts_have_one_column_for_each_of_their_matrices(spelled):
+    """Whether each is a module (its number comes first), or all are one stack."""
+    names = [f"model.layers.{i}.mlp.{spelled.format(j, part)}" for i in range(4) for j in range(8) for part in ("up", "down")]
+    pruning = Pruning(**made_up.pruning(matrices={name: {"shape": (1, 2), "sparsity": len(name) / 99} for name in names}))
+    kinds = [f"mlp.{spelled.format('*', part)}" for part in ("up", "down")]
+    assert list(pruning.grid) == [(str(i), kind) for i in range(4) for kind in kinds]
+    assert [row[0] for row in tables.kinds(pruning.grid).rows] == kinds
+    plot = plots.heatmap("h", pruning.grid)
+    assert [re.search(f">{part}<", plot.svg) is not None for part in ("up", "down", "[*]")] == [True, True, False]
 
 
 def test_when_the_held_out_windows_judged():
@@ -649,6 +665,18 @@ def test_real_results_make_a_report(tmp_path, folder):
     assert [attributes["id"] for attributes in outline.all("section")] == [*SECTIONS[:2], *SECTIONS[3:6], "protocol"]
     assert "times the dense model's" in outline.texts["summary"]
     assert len(ControllerRecord(**json.loads((pruned / "pruning.json").read_text())["controller"]).judged_at) > 1
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_mixture_is_reported_by_kind(fused, tmp_path):
+    tiny("qwen3_moe", num_experts=4).save_pretrained(tmp_path, save_original_format=not fused)
+    found = find_matrices(skeleton(resolve(tmp_path)))
+    matrices = {name: {"shape": matrix.shape, "sparsity": 0.5} for name, matrix in found.items()}
+    grid = Pruning(**made_up.pruning(matrices=matrices)).grid
+    stacked = ["experts.gate_up_proj.*", "experts.down_proj.*"]
+    kinds = stacked if fused else [f"experts.*.{kind}_proj" for kind in ("gate", "up", "down")]
+    kinds = [*(f"self_attn.{kind}_proj" for kind in "qkvo"), *(f"mlp.{kind}" for kind in kinds)]
+    assert sorted(grid) == sorted((str(block), kind) for block in range(2) for kind in kinds)
 
 
 def test_plots_take_their_colours_from_the_page():

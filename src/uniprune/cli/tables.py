@@ -10,10 +10,11 @@ from rich.table import Table
 
 from uniprune.artefacts.reports import ExpertRemoval, Pruning
 from uniprune.common.formatting import NOTE, count, number, percent, size
+from uniprune.common.matrix_names import kind_of
 from uniprune.comparison.results import Comparison
 from uniprune.evaluation.protocols import sentence
 from uniprune.evaluation.results import Check, Evaluation, Row, Sweep, samples
-from uniprune.job.forecast.estimate import Plan, kind_of
+from uniprune.job.forecast.estimate import Plan
 from uniprune.reporting import comparison
 from uniprune.reporting.capabilities import capabilities, parts
 from uniprune.reporting.headline import sentences, verdict

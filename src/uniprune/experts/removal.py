@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from uniprune.artefacts.reports import ExpertCounts, ExpertLayer
 from uniprune.checkpoints.checkpoint import Files, checkpoint_of
 from uniprune.checkpoints.companion_files import copy_companions, copy_terms
 from uniprune.checkpoints.origin import resolve
+from uniprune.common.matrix_names import pattern_of
 from uniprune.common.progress import Progress, silent
 from uniprune.experts import files as expert_files
 from uniprune.experts.criteria import best, by_weights, observe, of_experts
@@ -128,4 +128,4 @@ def prepared(source: Source, recipe: Recipe, output: Path, options: RunOptions, 
 
 def alike(matrices: Matrices) -> tuple[str, ...]:
     """Regular expressions that match these matrices, and those in other blocks and of other experts at the same places."""
-    return tuple(dict.fromkeys("^" + re.sub(r"\d+", r"\\d+", re.escape(name)) + "$" for name in matrices))
+    return tuple(dict.fromkeys(map(pattern_of, matrices)))

@@ -170,7 +170,7 @@ def heatmap(name: str, grid: Mapping[tuple[str, str], float]) -> Plot:
             place = kinds.index(kind) - 0.5, blocks.index(block) - 0.5
             axes.add_patch(Rectangle(place, 1, 1, fc=_shade((sparsity - low) / (high - low or 1)), ec=SURFACE, lw=1))
         axes.set(xlim=(-0.5, len(kinds) - 0.5), ylim=(len(blocks) - 0.5, -0.5), ylabel="decoder block")
-        names = [_label(kind.rpartition(".")[2]) for kind in kinds]
+        names = [_label(kind.removesuffix(".*").rpartition(".")[2]) for kind in kinds]
         axes.set_xticks(range(len(kinds)), names, rotation=35, ha="right", rotation_mode="anchor")
         every = max(1, len(blocks) // 10)
         axes.set_yticks(range(0, len(blocks), every), blocks[::every])
