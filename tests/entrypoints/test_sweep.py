@@ -1,6 +1,7 @@
 """Many sparsities of one calibration: each row is what pruning at that sparsity gives."""
 
 import json
+import math
 import shutil
 
 import pytest
@@ -149,6 +150,9 @@ def test_the_front_is_what_no_other_beats():
         Row(pattern="d", perplexity=4.0, bytes=6, sparsity=0.7),  # larger and worse
     ]
     assert [row.pareto for row in marked(rows)] == [True, False, True, False]
+    unpacked = [row.model_copy(update={"bytes": None}) for row in rows]
+    assert [row.pareto for row in marked(unpacked)] == [True, False, True, False]
+    assert [row.pareto for row in marked([*rows, Row(pattern="e", perplexity=math.inf, bytes=1, sparsity=0.9)])][-1] is False
 
 
 def test_one_sparsity_in_several_spellings_has_one_row(folder, scores, tmp_path):

@@ -15,9 +15,10 @@ from task_rows import ROWS
 from uniprune import InputError, Recipe
 from uniprune.artefacts.reports import Pruning
 from uniprune.checkpoints.origin import resolve
+from uniprune.cli.tables import sweep_table
 from uniprune.common.formatting import NOTE, number, points, short
 from uniprune.common.significance import paired_error
-from uniprune.evaluation.results import Generation
+from uniprune.evaluation.results import Generation, Row, Sweep, marked
 from uniprune.models.loading import skeleton
 from uniprune.models.matrices import find_matrices
 from uniprune.reporting import model_card, plots, sections, tables
@@ -301,10 +302,25 @@ def test_paired_error_is_that_of_the_differences():
 
 def test_the_pareto_front_by_hand(tmp_path):
     (facts,) = put_together(made_up.write(tmp_path / "s.json", made_up.sweep())).tradeoffs
-    assert [point.name for point in facts.points if point.front] == ["0.4 by model", "0.5 by model", "0.6 by model"]
+    assert [point.name for point in facts.points if point.front] == ["0.4 by model", "0.5 by model", "4:8", "0.6 by model"]
     assert "is 0.4 by model: 13.00 at 40.0%" in " ".join(
         sentences(put_together(made_up.write(tmp_path / "s.json", made_up.sweep())))
     )
+
+
+def test_the_sweep_its_table_and_the_report_mark_the_same_rows(tmp_path):
+    """2:4 beside a sparsity that is as high, reads better and takes more bytes; and what is larger and worse."""
+    costs = [("2:4", None, 12.0, 100), ("0.5", "row", 11.0, 140), ("4:8", None, 13.0, 100), ("0.5", "model", math.inf, 90)]
+    rows = [Row(pattern=p, scope=s, sparsity=0.5, perplexity=ppl, bytes=size) for p, s, ppl, size in costs]
+    for known in (rows, [row.model_copy(update={"bytes": None}) for row in rows]):
+        sweep = Sweep(**made_up.sweep(rows=marked(known)))
+        stars = [row.pareto for row in sweep.rows]
+        assert stars == [known is rows, True, False, False]
+        assert [cell == "*" for cell in [*sweep_table(sweep).columns[-1].cells][-4:]] == stars
+        sweep.write(tmp_path / "s.json")
+        (facts,) = put_together(tmp_path / "s.json").tradeoffs
+        shown = {row[0]: row[-1] == "yes" for row in tables.tradeoff(facts).rows}
+        assert [shown[f"{p} by {s}" if s else p] for p, s, *_ in costs] == stars
 
 
 def test_pruned_models_measured_alike_make_a_tradeoff(tmp_path):

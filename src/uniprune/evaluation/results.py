@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import PurePath
 from typing import Annotated, Any, Literal
@@ -248,22 +249,13 @@ class Costs(Facts):
 
 
 class Row(Costs):
-    """One pattern of a sweep, as it was asked for. pareto: no other row is both smaller and better."""
+    """One pattern of a sweep, as it was asked for. pareto: no other row beats it (:func:`unbeaten`)."""
 
     pattern: str
     structure: Structure | None = None
     scope: str | None = None
     sparsity: Fraction
     pareto: bool = False
-
-    @property
-    def _costs(self) -> tuple[float, float]:
-        return self.perplexity, -self.sparsity if self.bytes is None else self.bytes
-
-    def beats(self, other: Row) -> bool:
-        """Whether it is at least as good in both respects, and better in one."""
-        mine, theirs = self._costs, other._costs
-        return mine != theirs and all(a <= b for a, b in zip(mine, theirs, strict=True))
 
 
 class SweepProtocol(Facts):
@@ -296,9 +288,38 @@ class Sweep(Record):
     rows: list[Row]
 
 
+class Pruned(Structural):
+    """A pruned model, by what it costs."""
+
+    @property
+    def perplexity(self) -> float: ...
+    @property
+    def sparsity(self) -> float: ...
+    @property
+    def bytes(self) -> int | None: ...
+
+
+def unbeaten(models: Sequence[Pruned]) -> list[bool]:
+    """Of several pruned models of one dense model the Pareto front: whether no other beats it, for each.
+
+    To beat is to be at least as good both in perplexity and in size, and better in one. Size is the packed model's where both
+    have it, else what is removed. A perplexity that is not finite is on no front.
+    """
+    return [math.isfinite(one.perplexity) and not any(_beats(other, one) for other in models) for one in models]
+
+
+def _beats(one: Pruned, other: Pruned) -> bool:
+    if one.bytes is None or other.bytes is None:
+        smaller, as_small = one.sparsity > other.sparsity, one.sparsity == other.sparsity
+    else:
+        smaller, as_small = one.bytes < other.bytes, one.bytes == other.bytes
+    better, as_good = one.perplexity < other.perplexity, one.perplexity == other.perplexity
+    return (smaller and (better or as_good)) or (as_small and better)
+
+
 def marked(rows: Sequence[Row]) -> list[Row]:
     """The rows of a sweep, those marked that no other beats."""
-    return [row.model_copy(update={"pareto": not any(other.beats(row) for other in rows)}) for row in rows]
+    return [row.model_copy(update={"pareto": best}) for row, best in zip(rows, unbeaten(rows), strict=True)]
 
 
 class Sampled(Structural):

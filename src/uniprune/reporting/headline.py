@@ -215,7 +215,7 @@ def _best(table: Comparison, pattern: str, dense: float | None) -> str:
 
 
 def _ends(facts: Tradeoff) -> str:
-    points = [point for point in facts.points if point.front] or facts.points
+    points = facts.front or facts.points
     first, last = points[0], points[-1]
     dense = f", dense {number(facts.dense)}" if facts.dense else ""
     ends = f"goes from {number(first.perplexity)} at {first.name} to {number(last.perplexity)} at {last.name}"

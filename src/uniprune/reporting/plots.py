@@ -77,9 +77,9 @@ def tradeoff(name: str, facts: Tradeoff, by: str) -> Plot | None:
     dense = facts.dense if facts.dense is not None and 0 < facts.dense < math.inf else None
     with _figure(name, 4.8, 3.5) as (figure, made):
         axes = figure.subplots()
-        front = [point for point in seen if point.front]
-        if by == "sparsity" and len(front) > 1:
-            x, y = [100 * point.sparsity for point in front], [point.perplexity for point in front]
+        front = [point for point in facts.front if point in seen]
+        if by == ("bytes" if facts.packed else "sparsity") and len(front) > 1:
+            x, y = [scale * getattr(point, by) for point in front], [point.perplexity for point in front]
             axes.plot(x, y, color=INK, lw=1, ls=":", label="Pareto front", zorder=1)
         order = sorted({point.series for point in seen}, key=lambda series: (series == EVALUATED, series == "N:M", series))
         for index, series in enumerate(order):

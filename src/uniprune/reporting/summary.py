@@ -16,7 +16,7 @@ from uniprune.common.formatting import apart, percent, short
 from uniprune.common.significance import paired_error
 from uniprune.comparison.results import DENSE as METHOD_DENSE
 from uniprune.comparison.results import Comparison, ComparisonProtocol
-from uniprune.evaluation.results import Closeness, Evaluation, Row, Sweep, SweepProtocol, samples
+from uniprune.evaluation.results import Closeness, Evaluation, Row, Sweep, SweepProtocol, samples, unbeaten
 from uniprune.reporting.results import ResultFile
 from uniprune.runtime.layout import Packing
 from uniprune.speed.results import Speeds
@@ -113,7 +113,7 @@ class ReportedModel:
 
 
 class Point(Facts):
-    """A pruned model in a trade-off. ``front``: no other is both sparser and better. ``label``: of one evaluated by itself.
+    """A pruned model in a trade-off. ``front``: no other beats it (``unbeaten``). ``label``: of one evaluated by itself.
 
     kind: of its pattern, if that is known (``Structure``).
     """
@@ -150,6 +150,16 @@ class Tradeoff(Facts):
     dense: float | None
     dense_bytes: int | None
     points: list[Point]
+
+    @property
+    def front(self) -> list[Point]:
+        """The points that no other beats, the best perplexity first."""
+        return sorted((point for point in self.points if point.front), key=lambda point: point.perplexity)
+
+    @property
+    def packed(self) -> bool:
+        """Whether the packed size of every point is known."""
+        return all(point.bytes is not None for point in self.points)
 
 
 @dataclass(frozen=True)
@@ -314,17 +324,9 @@ def _point_of_row(row: Row) -> Point:
 
 
 def _front(points: list[Point]) -> list[Point]:
-    """In order of sparsity, those marked that no other point dominates."""
-    found = []
-    for point in sorted(points, key=lambda point: (point.sparsity, point.pattern)):
-        better = (
-            other.sparsity >= point.sparsity
-            and other.perplexity <= point.perplexity
-            and (other.sparsity, -other.perplexity) != (point.sparsity, -point.perplexity)
-            for other in points
-        )
-        found.append(point.model_copy(update={"front": math.isfinite(point.perplexity) and not any(better)}))
-    return found
+    """In order of sparsity, those marked that no other beats."""
+    found = sorted(points, key=lambda point: (point.sparsity, point.pattern))
+    return [point.model_copy(update={"front": best}) for point, best in zip(found, unbeaten(found), strict=True)]
 
 
 # ----------------------------------------------------------------------------------------------------------- measures

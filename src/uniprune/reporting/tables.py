@@ -154,7 +154,7 @@ def tradeoff(facts: Tradeoff) -> Grid:
     for point in facts.points:
         sparsity, front = fraction(point.sparsity), "yes" if point.front else ""
         rows.append([point.name, sparsity, shown(point.perplexity), _sized(point.bytes), front])
-    columns = ["pattern:", "sparsity", "perplexity", "packed", "best for its sparsity:"]
+    columns = ["pattern:", "sparsity", "perplexity", "packed", "best for its size:"]
     return without_empty(Grid(f"{short(facts.model)}: {facts.measure}", columns, rows, sortable=True))
 
 
