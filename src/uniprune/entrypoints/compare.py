@@ -226,7 +226,7 @@ def _pruned(candidate: Candidate, subject: EvaluatedModel, cache: CalibrationCac
             "resumed": method.calibration(candidate) in cache.resumed,
             "masks_digest": digest(created.masks),
             **method.recorded(candidate.recipe),
-            **created.record,
+            **created.record.fields,
         }
         return _row(subject, cache, facts, created.seconds)
 

@@ -6,7 +6,6 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
@@ -26,6 +25,7 @@ from uniprune.job.scoring import scored
 from uniprune.models.loading import Loaded, Source, skeleton
 from uniprune.models.matrices import Matrices, find_matrices
 from uniprune.saliency.metrics import REAP
+from uniprune.saliency.record import ScoringRecord
 from uniprune.sparsity.patterns.spelling import default_scope
 from uniprune.sparsity.patterns.unstructured import Unstructured
 from uniprune.storage import strict_json
@@ -52,7 +52,7 @@ class Removal:
         assert isinstance(checkpoint, Files)
         return checkpoint
 
-    def choose(self, progress: Progress, run: Run) -> tuple[dict[str, ExpertLayer], dict[str, Any]]:
+    def choose(self, progress: Progress, run: Run) -> tuple[dict[str, ExpertLayer], ScoringRecord]:
         """Which experts each layer keeps, and what the report says of how their scores came to be.
 
         One forward pass over the calibration text sees what every expert puts out; another metric, or a controller, then has
@@ -62,7 +62,7 @@ class Removal:
         fraction = self.recipe.experts
         assert fraction is not None
         seen = observe(calibration)
-        record: dict[str, Any] = {}
+        record = ScoringRecord()
         scores = {layer: experts.reap for layer, experts in seen.items()}
         if not isinstance(self.recipe.parsed_metric(), REAP):
             target = Unstructured(fraction, default_scope(self.recipe.comparable))
