@@ -72,8 +72,8 @@ def evaluate(
     with subject.pruned(loaded):
         ours = subject.measure(loaded, asked_of[0], progress, record=other is not None)
         computed = dtype_name(dtype_of(loaded.model))
-        facts: dict[str, Any] = {"model": str(loaded), "dtype": computed, "quantised": loaded.quantised, "masks": request.masks}
-        facts |= vars(ours.perplexity) if ours.perplexity else {}
+        facts: dict[str, Any] = dict(ours.perplexity) if ours.perplexity else {}
+        facts |= {"model": str(loaded), "dtype": computed, "quantised": loaded.quantised, "masks": request.masks}
         if ours.perplexity:
             facts["comparable"] = followed_protocols(facts["model"], ours.perplexity)
         facts |= {"sparsity": _zeros(loaded.model), "versions": versions()}

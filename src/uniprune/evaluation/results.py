@@ -75,7 +75,7 @@ class Capability(Facts):
 
 
 class TextPerplexity(Facts):
-    """The perplexity on one of several texts; nats_stderr as in :class:`Evaluation`."""
+    """The perplexity on one of several texts; nats_stderr as in :class:`PerplexityFacts`."""
 
     perplexity: float
     nats_stderr: float | None = None
@@ -143,21 +143,17 @@ class FollowedProtocol(Facts):
     dense: float | None = None
 
 
-class Evaluation(Record):
-    """What ``evaluate`` returns; what was not asked for is None, or empty.
+class PerplexityFacts(Facts):
+    """A perplexity, and everything that is needed to get the number again; None where it was not measured, or is not known.
 
-    quantised: how the model's files store weights as codes, if they do; they were dequantised to ``dtype``.
-    perplexity = exp(nats / tokens), of ``windows`` of ``length`` tokens, one every ``stride``; ``nats_stderr``: standard error
-    of the mean nats per token, by how windows differ. Per word and per byte: of what is predicted, as lm-evaluation-harness
-    counts; by_position: by how many tokens of its window a prediction saw; by_text: on each of several texts. comparable:
-    published protocols that this follows.
-    masks: the file that the model was pruned by, in memory. sparsity: zeros among the prunable weights; None of a model that
-    cannot be pruned. against: the model that this one is compared with. capabilities: what tasks ask for -> their mean.
-    lm_eval: task -> metric -> value, by lm-evaluation-harness; lm_eval_notes: what is to be known beside them;
-    lm_eval_reference: the same of the other model; lm_eval_against: both, by task and metric of right and wrong.
+    model: its name. quantised: how its files store weights as codes, if they do; they were dequantised to ``dtype``.
+    perplexity = exp(nats / tokens), of ``windows`` of ``length`` tokens, one every ``stride``, fewer than ``length`` if they
+    overlap. nats_stderr: standard error of the mean nats per token, by how windows (or documents) differ: what others of such
+    text would have changed. It is about the relative error of the perplexity; two models read on the same windows differ by
+    less. word_perplexity, byte_perplexity: exp(nats / words), / bytes, of the text that is predicted, as lm-evaluation-harness
+    counts them. by_position: by how many tokens of its window a prediction saw. by_text: on each of several texts.
     """
 
-    kind: Literal["evaluation"] = "evaluation"
     model: str = ""
     dtype: str | None = None
     quantised: str | None = None
@@ -175,6 +171,19 @@ class Evaluation(Record):
     bytes: Count | None = None
     by_position: dict[str, float] | None = None
     by_text: dict[str, TextPerplexity] | None = None
+
+
+class Evaluation(PerplexityFacts, Record):
+    """What ``evaluate`` returns; what was not asked for is None, or empty.
+
+    comparable: published protocols that the perplexity follows.
+    masks: the file that the model was pruned by, in memory. sparsity: zeros among the prunable weights; None of a model that
+    cannot be pruned. against: the model that this one is compared with. capabilities: what tasks ask for -> their mean.
+    lm_eval: task -> metric -> value, by lm-evaluation-harness; lm_eval_notes: what is to be known beside them;
+    lm_eval_reference: the same of the other model; lm_eval_against: both, by task and metric of right and wrong.
+    """
+
+    kind: Literal["evaluation"] = "evaluation"
     comparable: list[FollowedProtocol] = []
     masks: str | None = None
     sparsity: float | None = None
