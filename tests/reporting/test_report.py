@@ -15,7 +15,7 @@ from task_rows import ROWS
 from uniprune import InputError, Recipe
 from uniprune.artefacts.reports import Pruning
 from uniprune.checkpoints.origin import resolve
-from uniprune.cli.tables import sweep_table
+from uniprune.cli.tables import sweep_tables
 from uniprune.common.formatting import NOTE, number, points, short
 from uniprune.common.significance import paired_error
 from uniprune.evaluation.results import Generation, Row, Sweep, marked
@@ -224,13 +224,13 @@ def test_accuracies_of_two_models_and_of_what_each_is_compared_with(tmp_path):
         ("a/half", 0.52),
         ("b/half", 0.52),
     ]
-    assert [row[1] for row in tables.accuracies(found).rows] == ["a/half", "b/half"]
-    head, row, _ = (line.split(",") for line in tables.csv(tables.accuracies(found)).splitlines())
+    assert [row[1] for row in tables.accuracies(found.subjects).rows] == ["a/half", "b/half"]
+    head, row, _ = (line.split(",") for line in tables.as_csv(tables.accuracies(found.subjects)).splitlines())
     line = dict(zip(head, row, strict=True))
     assert (float(line["value"]), float(line["other"]), float(line["p"])) == (0.52, 0.7, 1.0)  # not 52.0%
     near = {"kl": 0.123456, "kl_stderr": 0.001, "agreement": 0.654321, "tokens": 4000, "seconds": 1.0}
     facts = made_up.evaluation(str(tmp_path / "a" / "half"), 0.5, closeness=near)
-    saved = tables.csv(tables.closeness(put_together(made_up.write(tmp_path / "near.json", facts))))
+    saved = tables.as_csv(tables.closeness(put_together(made_up.write(tmp_path / "near.json", facts)).subjects))
     assert "0.123456,0.001,0.654321" in saved
 
 
@@ -274,7 +274,7 @@ def test_a_task_that_two_results_have_counts_once(tmp_path):
         for all_of in ([once], [once, again])
     )
     assert both.subjects[0].change == first.subjects[0].change
-    assert len(tables.accuracies(both).rows) == len(tables.accuracies(first).rows)
+    assert len(tables.accuracies(both.subjects).rows) == len(tables.accuracies(first.subjects).rows)
     assert sections._markers(both) == sections._markers(first)
 
 
@@ -286,7 +286,7 @@ def test_what_is_compared_with_another_pruned_model_is_not_called_a_change_from_
     summary = put_together(pruned, other)
     found = summary.subjects[0]
     assert (found.change, found.closeness) == (None, None)
-    assert [row[1] for row in tables.closeness(summary).rows] == ["rival"]  # but what was measured is shown
+    assert [row[1] for row in tables.closeness(summary.subjects).rows] == ["rival"]  # but what was measured is shown
     assert {marker.series for marker in sections._markers(summary)} == {"rival", found.label}
     found = put_together(pruned, dense).subjects[0]
     assert found.change is not None
@@ -316,11 +316,13 @@ def test_the_sweep_its_table_and_the_report_mark_the_same_rows(tmp_path):
         sweep = Sweep(**made_up.sweep(rows=marked(known)))
         stars = [row.pareto for row in sweep.rows]
         assert stars == [known is rows, True, False, False]
-        assert [cell == "*" for cell in [*sweep_table(sweep).columns[-1].cells][-4:]] == stars
+        (printed,) = sweep_tables(sweep)
         sweep.write(tmp_path / "s.json")
         (facts,) = put_together(tmp_path / "s.json").tradeoffs
         shown = {row[0]: row[-1] == "yes" for row in tables.tradeoff(facts).rows}
         assert [shown[f"{p} by {s}" if s else p] for p, s, *_ in costs] == stars
+        first, *_, last = ([*column.cells] for column in printed.columns)
+        assert {name: mark == "yes" for name, mark in zip(first, last, strict=True)} == shown
 
 
 def test_pruned_models_measured_alike_make_a_tradeoff(tmp_path):

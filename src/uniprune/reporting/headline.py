@@ -273,7 +273,7 @@ def _speed(summary: Summary, models: Sequence[str], forms: Iterable[Structure]) 
             faster.append(
                 f"{kind or ANY_MASK} {best.speedup:.2f} times as fast ({best.kernel}, {best.dtype}, batch {best.batch})"
             )
-    place = f"on {speeds.device}, {speeds.threads} thread{'s' if speeds.threads > 1 else ''},"
+    place = f"on {speeds.place},"
     if faster:
         return f"{place} matrix products can be faster: {', '.join(faster)}"
     return f"{place} nothing is faster"

@@ -6,7 +6,7 @@ Nothing is compared that was not measured alike: perplexities of other texts or 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from os.path import abspath, normpath
 from pathlib import PurePath
@@ -278,14 +278,7 @@ def _tradeoffs(subjects: Sequence[ReportedModel], sweeps: Sequence[Sweep]) -> It
     for sweep in sweeps:
         mine = [each for each in left if alike(sweep.protocol, each.reading) and same_model(each.base, sweep.model)]
         left = [each for each in left if each not in mine]
-        points = [_point_of_row(row) for row in sweep.rows]
-        yield Tradeoff(
-            model=sweep.model,
-            measure=measure(sweep.protocol),
-            dense=sweep.dense.perplexity if sweep.dense else None,
-            dense_bytes=sweep.dense.bytes if sweep.dense else None,
-            points=_front([*points, *map(_point, mine)]),
-        )
+        yield tradeoff_of(sweep, mine)
     while left:
         first = left[0]
         mine = [each for each in left if alike(each.reading, first.reading) and each.base == first.base]
@@ -300,6 +293,17 @@ def _tradeoffs(subjects: Sequence[ReportedModel], sweeps: Sequence[Sweep]) -> It
                 dense_bytes=None,
                 points=_front(list(map(_point, mine))),
             )
+
+
+def tradeoff_of(sweep: Sweep, others: Iterable[ReportedModel] = ()) -> Tradeoff:
+    """What a sweep shows. others: models that were evaluated as it was."""
+    return Tradeoff(
+        model=sweep.model,
+        measure=measure(sweep.protocol),
+        dense=sweep.dense.perplexity if sweep.dense else None,
+        dense_bytes=sweep.dense.bytes if sweep.dense else None,
+        points=_front([*map(_point_of_row, sweep.rows), *map(_point, others)]),
+    )
 
 
 def _point(subject: ReportedModel) -> Point:
