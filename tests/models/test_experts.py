@@ -7,6 +7,7 @@ from torch.nn import functional
 
 import catalogue
 import uniprune
+from conftest import Stopped, Stops
 from families import tensors
 from small_models import VOCABULARY, kind_of, tiny
 from uniprune import Loaded, Recipe
@@ -274,6 +275,17 @@ def test_a_run_on_too_little_text_says_so_once_and_in_its_report(tmp_path, caplo
         assert found.of == report.starved.of
         assert caplog.text.count("calibration tokens") == 1
         assert set(found.matrices) & set(report.starved.matrices)  # later blocks see what pruned ones put out
+
+
+def test_what_starved_before_an_interruption_is_in_the_report(tmp_path):
+    tiny("qwen3_moe").save_pretrained(tmp_path / "model")
+    save_windows(Windows(ids(2, 16), "random", 2, "none"), tmp_path / "t.safetensors")
+    recipe = Recipe(sparsity="2:4", text=str(tmp_path / "t.safetensors"), controller="none", sequential=True)
+    whole = uniprune.prune(tmp_path / "model", recipe, tmp_path / "whole").starved
+    assert {name.split(".")[2] for name in whole.matrices} == {"0", "1"}
+    with pytest.raises(Stopped):
+        uniprune.prune(tmp_path / "model", recipe, tmp_path / "out", progress=Stops(1))
+    assert uniprune.prune(tmp_path / "model", recipe, tmp_path / "out", resume=True).starved == whole
 
 
 # ----------------------------------------------------------------------------------------------------------- in memory
