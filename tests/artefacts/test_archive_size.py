@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, GPT2Config
 
 import uniprune
 from conftest import tiny_model, write_gguf
+from small_models import tiny
 from uniprune import Loaded, Recipe
 from uniprune.artefacts import archive, archive_size
 from uniprune.checkpoints.origin import resolve
@@ -162,6 +163,19 @@ def test_a_row_of_each_matrix_is_the_least(larger, monkeypatch, scope):
     assert set(found.estimate.shapes.values()) == {(1, matrix.shape[1]) for matrix in matrices.values()}
     some, more = (found.estimate(found.at(sparsity)) for sparsity in (0.5, 0.6))
     assert more < some
+
+
+@pytest.mark.parametrize(("fused", "kinds"), [(False, 4 + 3), (True, 4 + 2)])
+def test_the_experts_of_all_blocks_are_packed_together(fused, kinds, tmp_path, monkeypatch):
+    """Whether they are modules or a stack; the coder would else have a table for each expert's few sampled weights."""
+    mixture = tiny("qwen3_moe", hidden_size=64, moe_intermediate_size=64, num_experts=16).bfloat16()
+    mixture.save_pretrained(tmp_path, save_original_format=not fused)
+    whole, matrices = budget(tmp_path, size="400kB")
+    monkeypatch.setattr(archive_size, "SAMPLE", 1 << 16)
+    some, _ = budget(tmp_path, size="400kB")
+    assert len(matrices) == 2 * (4 + 16 * (kinds - 4))
+    assert len(some.estimate._runs) == kinds
+    assert some.estimate(some.at(0.5)) / whole.estimate(whole.at(0.5)) == pytest.approx(1, abs=0.03)
 
 
 def test_long_tensors_are_told_by_a_few_runs(larger):

@@ -1,7 +1,8 @@
 """The controller against plain autograd, torch's Adam, and its own promises."""
 
+import json
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from urllib.parse import unquote
 
 import pytest
@@ -30,6 +31,7 @@ from uniprune.models.matrices import Matrix, find_blocks, find_matrices
 from uniprune.models.replay import Replay
 from uniprune.saliency.calibration import Calibration, one_shot
 from uniprune.saliency.metrics import Wanda
+from uniprune.saliency.record import Starved
 from uniprune.saliency.statistics import SquaredNorm
 from uniprune.sparsity.patterns.nm import NM
 from uniprune.sparsity.patterns.tiled import Tiled
@@ -453,8 +455,10 @@ def test_a_descent_that_is_resumed_knows_its_checks(script, tmp_path, monkeypatc
 
 
 def test_progress_of_another_version_is_refused():
-    facts = asdict(DescentHistory(done=2, loss=[1.0, 0.9]))
-    assert asdict(DescentHistory.of(facts)) == facts
+    starved = Starved(matrices=["layers.0.experts.3.w1"], of=24, tokens_under=32)
+    for history in (DescentHistory(done=2, loss=[1.0, 0.9]), DescentHistory(starved=starved)):
+        facts = history.facts()
+        assert DescentHistory.of(json.loads(json.dumps(facts))) == history
     assert DescentHistory.of({}) == DescentHistory()
     with pytest.raises(InputError, match="of an earlier version of uniprune; --overwrite without --resume restarts it"):
         DescentHistory.of(facts | {"scale": 0.5})

@@ -9,9 +9,9 @@ import pytest
 
 from command import run
 from uniprune import bench
-from uniprune.cli import tables
 from uniprune.entrypoints import bench as entry_bench
 from uniprune.errors import InputError
+from uniprune.reporting import tables
 from uniprune.speed import timing
 from uniprune.speed.kernels import SPARSE
 from uniprune.speed.settings import Measurement

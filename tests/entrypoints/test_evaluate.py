@@ -16,6 +16,8 @@ from task_rows import ROWS
 from uniprune import InputError, Loaded, MismatchError, Recipe
 from uniprune.cli import tables
 from uniprune.cli.terminal import console
+from uniprune.evaluation import answers
+from uniprune.evaluation.lm_eval import HarnessRun
 from uniprune.evaluation.results import Evaluation
 from uniprune.models.loading import dtype_name, fast_dtype
 from uniprune.reporting import model_card
@@ -235,6 +237,22 @@ def test_tasks_need_a_tokenizer(loaded, tasks):
     for options in ({"tasks": tasks}, {"lm_eval": ["piqa"]}):
         with pytest.raises(InputError, match="has no tokenizer"):
             uniprune.evaluate(loaded, **options)
+
+
+def test_each_model_has_its_own_answers_to_the_harness(monkeypatch, folder):
+    runs = [
+        HarnessRun({"t": {"acc": 0.5}}, {"t": {"acc": {3: True, 4: False}}}, ["a note"]),
+        HarnessRun({"t": {"acc": 1.0}}, {"t": {"acc": {3: True, 4: True}}}, ["another"]),
+    ]
+    harness = types.SimpleNamespace(version="0", run=lambda loaded, request: runs.pop(0))
+    monkeypatch.setattr(sys.modules[uniprune.evaluate.__module__], "Harness", lambda names: harness)
+    found = uniprune.evaluate(str(folder), against=str(folder), lm_eval=["t"])
+    assert (found.lm_eval, found.lm_eval_reference, found.lm_eval_notes) == (
+        {"t": {"acc": 0.5}},
+        {"t": {"acc": 1.0}},
+        ["a note"],
+    )
+    assert found.lm_eval_against == {"t": {"acc": answers.compared([True, False], [True, True])}}
 
 
 def test_the_harness_is_an_extra(monkeypatch, loaded):

@@ -11,8 +11,7 @@ from uniprune.evaluation.capabilities import capabilities
 from uniprune.evaluation.results import Capability, Compared, Evaluation, TaskResult
 from uniprune.reporting.capabilities import capabilities as table
 from uniprune.reporting.capabilities import parts
-from uniprune.reporting.results import ResultFile
-from uniprune.reporting.summary import summarise
+from uniprune.reporting.summary import ReportedModel
 from uniprune.tasks.catalogue import CAPABILITIES, FIELDS, NAMES, SUITES, capability_of, listed
 from uniprune.tasks.formats import FORMATS
 
@@ -75,12 +74,12 @@ def test_tables_show_the_parts():
     mmlu = task("mmlu", 0.5, reference=0.6, parts=groups)
     result = Evaluation(model="m", tasks={"mmlu": mmlu, "arc_easy": task("arc_easy", 0.3)})
     result = result.model_copy(update={"capabilities": capabilities(result.tasks, {}, {})})
-    summary = summarise([ResultFile(None, {}, result)])
-    assert table(summary).rows == [
+    subjects = [ReportedModel("m", None, (result,))]
+    assert table(subjects).rows == [
         ["knowledge", "m", ("40.0%", 0.4), ("2.1%", pytest.approx(0.0212, abs=1e-4)), NONE, NONE, "mmlu, arc_easy"]
     ]
-    assert [row[2] for row in parts(summary).rows] == ["STEM"]
-    assert [row[2] for row in parts(summary, every=True).rows] == ["anatomy", "virology"]
+    assert [row[2] for row in parts(subjects).rows] == ["STEM"]
+    assert [row[2] for row in parts(subjects, every=True).rows] == ["anatomy", "virology"]
 
 
 def test_the_catalogue_is_whole():

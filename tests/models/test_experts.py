@@ -7,6 +7,7 @@ from torch.nn import functional
 
 import catalogue
 import uniprune
+from conftest import Stopped, Stops
 from families import tensors
 from small_models import VOCABULARY, kind_of, tiny
 from uniprune import Loaded, Recipe
@@ -206,10 +207,10 @@ def test_a_starved_expert_is_scored_by_magnitude_on_its_fellows_scale(metric):
     model = starving()
     matrices = find_matrices(model)
     scores = one_shot(Calibration(model, matrices, ids(16)), metric)
-    record = scores.starved["starved"]
+    record = scores.starved
     last = [f"model.layers.0.block_sparse_moe.experts.3.{name}" for name in ("w1", "w3", "w2")]
-    assert sorted(record["matrices"]) == sorted(last)
-    assert record["of"] == 24
+    assert sorted(record.matrices) == sorted(last)
+    assert record.of == 24
     for name in last:
         score, size = scores[name], matrices[name].weight.abs()
         if isinstance(metric, Wanda):
@@ -253,7 +254,7 @@ def test_with_no_token_for_any_expert_the_error_says_what_to_do():
     statistics = {name: SquaredNorm(matrix.shape[1], torch.device("cpu")) for name, matrix in matrices.items()}
     fill_starved_experts(matrices, statistics)
     assert all(statistic.tokens == 0 for statistic in statistics.values())
-    assert starved({}, {}) == {}
+    assert starved({}, {}) is None
 
 
 def test_a_run_on_too_little_text_says_so_once_and_in_its_report(tmp_path, caplog):
@@ -276,6 +277,17 @@ def test_a_run_on_too_little_text_says_so_once_and_in_its_report(tmp_path, caplo
         assert set(found.matrices) & set(report.starved.matrices)  # later blocks see what pruned ones put out
 
 
+def test_what_starved_before_an_interruption_is_in_the_report(tmp_path):
+    tiny("qwen3_moe").save_pretrained(tmp_path / "model")
+    save_windows(Windows(ids(2, 16), "random", 2, "none"), tmp_path / "t.safetensors")
+    recipe = Recipe(sparsity="2:4", text=str(tmp_path / "t.safetensors"), controller="none", sequential=True)
+    whole = uniprune.prune(tmp_path / "model", recipe, tmp_path / "whole").starved
+    assert {name.split(".")[2] for name in whole.matrices} == {"0", "1"}
+    with pytest.raises(Stopped):
+        uniprune.prune(tmp_path / "model", recipe, tmp_path / "out", progress=Stops(1))
+    assert uniprune.prune(tmp_path / "model", recipe, tmp_path / "out", resume=True).starved == whole
+
+
 # ----------------------------------------------------------------------------------------------------------- in memory
 
 
@@ -296,4 +308,4 @@ def test_a_model_in_memory_is_pruned_in_place(tmp_path):
 
 def test_without_a_statistic_there_is_nothing_to_starve_for():
     matrices = find_matrices(tiny("mixtral"))
-    assert LocalSaliency(matrices, Wanda(), {}).starved == {}
+    assert LocalSaliency(matrices, Wanda(), {}).starved is None

@@ -157,7 +157,7 @@ def test_plots_of_methods(found):
 
 def test_saved_tables_are_read_back_by_a_csv_reader():
     grid = Grid("c", ["a:", "b"], [['x, "y"\nz', ("1.50", 1.5)], ["=1+1", NONE], ["-", ("∞", float("inf"))]])
-    rows = list(csv.reader(io.StringIO(tables.csv(grid), newline="")))
+    rows = list(csv.reader(io.StringIO(tables.as_csv(grid), newline="")))
     assert rows == [["a", "b"], ['x, "y"\nz', "1.5"], ["'=1+1", NONE], ["'-", "inf"]]
 
 

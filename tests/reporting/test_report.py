@@ -10,12 +10,17 @@ import pytest
 import made_up
 import uniprune
 from command import run
+from small_models import tiny
 from task_rows import ROWS
 from uniprune import InputError, Recipe
 from uniprune.artefacts.reports import Pruning
+from uniprune.checkpoints.origin import resolve
+from uniprune.cli.tables import sweep_tables
 from uniprune.common.formatting import NOTE, number, points, short
 from uniprune.common.significance import paired_error
-from uniprune.evaluation.results import Generation
+from uniprune.evaluation.results import Generation, Row, Sweep, marked
+from uniprune.models.loading import skeleton
+from uniprune.models.matrices import find_matrices
 from uniprune.reporting import model_card, plots, sections, tables
 from uniprune.reporting.headline import figures, sentences
 from uniprune.reporting.results import read, read_all
@@ -219,13 +224,13 @@ def test_accuracies_of_two_models_and_of_what_each_is_compared_with(tmp_path):
         ("a/half", 0.52),
         ("b/half", 0.52),
     ]
-    assert [row[1] for row in tables.accuracies(found).rows] == ["a/half", "b/half"]
-    head, row, _ = (line.split(",") for line in tables.csv(tables.accuracies(found)).splitlines())
+    assert [row[1] for row in tables.accuracies(found.subjects).rows] == ["a/half", "b/half"]
+    head, row, _ = (line.split(",") for line in tables.as_csv(tables.accuracies(found.subjects)).splitlines())
     line = dict(zip(head, row, strict=True))
     assert (float(line["value"]), float(line["other"]), float(line["p"])) == (0.52, 0.7, 1.0)  # not 52.0%
     near = {"kl": 0.123456, "kl_stderr": 0.001, "agreement": 0.654321, "tokens": 4000, "seconds": 1.0}
     facts = made_up.evaluation(str(tmp_path / "a" / "half"), 0.5, closeness=near)
-    saved = tables.csv(tables.closeness(put_together(made_up.write(tmp_path / "near.json", facts))))
+    saved = tables.as_csv(tables.closeness(put_together(made_up.write(tmp_path / "near.json", facts)).subjects))
     assert "0.123456,0.001,0.654321" in saved
 
 
@@ -269,7 +274,7 @@ def test_a_task_that_two_results_have_counts_once(tmp_path):
         for all_of in ([once], [once, again])
     )
     assert both.subjects[0].change == first.subjects[0].change
-    assert len(tables.accuracies(both).rows) == len(tables.accuracies(first).rows)
+    assert len(tables.accuracies(both.subjects).rows) == len(tables.accuracies(first.subjects).rows)
     assert sections._markers(both) == sections._markers(first)
 
 
@@ -281,7 +286,7 @@ def test_what_is_compared_with_another_pruned_model_is_not_called_a_change_from_
     summary = put_together(pruned, other)
     found = summary.subjects[0]
     assert (found.change, found.closeness) == (None, None)
-    assert [row[1] for row in tables.closeness(summary).rows] == ["rival"]  # but what was measured is shown
+    assert [row[1] for row in tables.closeness(summary.subjects).rows] == ["rival"]  # but what was measured is shown
     assert {marker.series for marker in sections._markers(summary)} == {"rival", found.label}
     found = put_together(pruned, dense).subjects[0]
     assert found.change is not None
@@ -297,10 +302,27 @@ def test_paired_error_is_that_of_the_differences():
 
 def test_the_pareto_front_by_hand(tmp_path):
     (facts,) = put_together(made_up.write(tmp_path / "s.json", made_up.sweep())).tradeoffs
-    assert [point.name for point in facts.points if point.front] == ["0.4 by model", "0.5 by model", "0.6 by model"]
+    assert [point.name for point in facts.points if point.front] == ["0.4 by model", "0.5 by model", "4:8", "0.6 by model"]
     assert "is 0.4 by model: 13.00 at 40.0%" in " ".join(
         sentences(put_together(made_up.write(tmp_path / "s.json", made_up.sweep())))
     )
+
+
+def test_the_sweep_its_table_and_the_report_mark_the_same_rows(tmp_path):
+    """2:4 beside a sparsity that is as high, reads better and takes more bytes; and what is larger and worse."""
+    costs = [("2:4", None, 12.0, 100), ("0.5", "row", 11.0, 140), ("4:8", None, 13.0, 100), ("0.5", "model", math.inf, 90)]
+    rows = [Row(pattern=p, scope=s, sparsity=0.5, perplexity=ppl, bytes=size) for p, s, ppl, size in costs]
+    for known in (rows, [row.model_copy(update={"bytes": None}) for row in rows]):
+        sweep = Sweep(**made_up.sweep(rows=marked(known)))
+        stars = [row.pareto for row in sweep.rows]
+        assert stars == [known is rows, True, False, False]
+        (printed,) = sweep_tables(sweep)
+        sweep.write(tmp_path / "s.json")
+        (facts,) = put_together(tmp_path / "s.json").tradeoffs
+        shown = {row[0]: row[-1] == "yes" for row in tables.tradeoff(facts).rows}
+        assert [shown[f"{p} by {s}" if s else p] for p, s, *_ in costs] == stars
+        first, *_, last = ([*column.cells] for column in printed.columns)
+        assert {name: mark == "yes" for name, mark in zip(first, last, strict=True)} == shown
 
 
 def test_pruned_models_measured_alike_make_a_tradeoff(tmp_path):
@@ -328,6 +350,18 @@ def test_matrices_by_block_and_kind():
     }
     grid = Pruning(**made_up.pruning(matrices=matrices)).grid
     assert grid == {("0", "attn.q"): 0.25, ("1", "mlp.experts.*.up"): 0.75, ("none", "extra"): 0.5}
+
+
+@pytest.mark.parametrize("spelled", ["experts.{}.{}", "experts.{1}.{0}"])
+def test_experts_have_one_column_for_each_of_their_matrices(spelled):
+    """Whether each is a module (its number comes first), or all are one stack."""
+    names = [f"model.layers.{i}.mlp.{spelled.format(j, part)}" for i in range(4) for j in range(8) for part in ("up", "down")]
+    pruning = Pruning(**made_up.pruning(matrices={name: {"shape": (1, 2), "sparsity": len(name) / 99} for name in names}))
+    kinds = [f"mlp.{spelled.format('*', part)}" for part in ("up", "down")]
+    assert list(pruning.grid) == [(str(i), kind) for i in range(4) for kind in kinds]
+    assert [row[0] for row in tables.kinds(pruning.grid).rows] == kinds
+    plot = plots.heatmap("h", pruning.grid)
+    assert [re.search(f">{part}<", plot.svg) is not None for part in ("up", "down", "[*]")] == [True, True, False]
 
 
 def test_when_the_held_out_windows_judged():
@@ -649,6 +683,18 @@ def test_real_results_make_a_report(tmp_path, folder):
     assert [attributes["id"] for attributes in outline.all("section")] == [*SECTIONS[:2], *SECTIONS[3:6], "protocol"]
     assert "times the dense model's" in outline.texts["summary"]
     assert len(ControllerRecord(**json.loads((pruned / "pruning.json").read_text())["controller"]).judged_at) > 1
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_mixture_is_reported_by_kind(fused, tmp_path):
+    tiny("qwen3_moe", num_experts=4).save_pretrained(tmp_path, save_original_format=not fused)
+    found = find_matrices(skeleton(resolve(tmp_path)))
+    matrices = {name: {"shape": matrix.shape, "sparsity": 0.5} for name, matrix in found.items()}
+    grid = Pruning(**made_up.pruning(matrices=matrices)).grid
+    stacked = ["experts.gate_up_proj.*", "experts.down_proj.*"]
+    kinds = stacked if fused else [f"experts.*.{kind}_proj" for kind in ("gate", "up", "down")]
+    kinds = [*(f"self_attn.{kind}_proj" for kind in "qkvo"), *(f"mlp.{kind}" for kind in kinds)]
+    assert sorted(grid) == sorted((str(block), kind) for block in range(2) for kind in kinds)
 
 
 def test_plots_take_their_colours_from_the_page():

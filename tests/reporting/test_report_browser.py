@@ -167,7 +167,7 @@ def test_tables_and_plots_are_saved_as_csv(visit, address, tmp_path):
 
     name, rows = saved(page.locator("#tradeoff .table").get_by_role("button", name="Download as CSV"))
     assert name == "toy-1m-toy-txt-4-samples-of-64-tokens.csv"
-    assert rows[0] == ["pattern", "sparsity", "perplexity", "packed", "best for its sparsity"]
+    assert rows[0] == ["pattern", "sparsity", "perplexity", "packed", "best for its size"]
     assert rows[1] == ["dense", "0.0", "12.5", "4900000.0", ""]
     name, rows = saved(page.locator("#sparsity figure a"))
     assert name == "sparsity-0.csv"

@@ -8,7 +8,6 @@ they keep has fewer exponents than what calibrated scores keep, so a run chooses
 from __future__ import annotations
 
 import math
-import re
 import tempfile
 from bisect import bisect_left
 from collections import defaultdict
@@ -27,6 +26,7 @@ from uniprune.checkpoints.companion_files import companions
 from uniprune.checkpoints.origin import Origin
 from uniprune.checkpoints.protocol import Checkpoint, Stored
 from uniprune.common.formatting import spell_size
+from uniprune.common.matrix_names import kind_of
 from uniprune.errors import InputError
 from uniprune.models.loading import Loaded
 from uniprune.models.matrices import Matrices, Matrix
@@ -128,7 +128,7 @@ class Estimate:
         """Matrices to pack one after another: the coder has a table for each 2^17 weights, and a sample of one has fewer."""
         found: dict[tuple[str, str, str], list[str]] = defaultdict(list)
         for name, sample in self._samples.items():
-            found[re.sub(r"\.\d+\.", ".*.", name), sample.pattern, sample.word].append(name)
+            found[kind_of(name), sample.pattern, sample.word].append(name)
         return list(found.values())
 
     def _masks(self, mask: Array, kept: Array) -> int:

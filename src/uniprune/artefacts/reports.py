@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -10,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from uniprune.checkpoints.origin import Origin, called
+from uniprune.common.matrix_names import block_of, kind_of, split
 from uniprune.common.provenance import sparsity
 from uniprune.data.text import TextFacts
 from uniprune.errors import InputError
@@ -74,15 +74,14 @@ class SizeBudget(Facts):
 
 
 def by_place(matrices: Mapping[str, tuple[float, int]]) -> dict[tuple[str, str], float]:
-    """Sparsity by (block, kind): the first number in a matrix's name, and what follows it. A block's experts are one.
+    """Sparsity by (block, kind): the number of a matrix's block, and its kind among that block's. A block's experts are one.
 
     matrices: name -> sparsity, and size for the mean over experts.
     """
     totals: dict[tuple[str, str], list[float]] = {}
     for name, (removed, size) in matrices.items():
-        found = re.search(r"(?:^|\.)(\d+)\.(.+)$", name)
-        block, kind = found.groups() if found else (OUTSIDE, name)
-        total = totals.setdefault((block, re.sub(r"(?<=\.)\d+(?=\.)", "*", kind)), [0.0, 0.0])
+        place = block_of(name) or OUTSIDE, kind_of(split(name)[1])
+        total = totals.setdefault(place, [0.0, 0.0])
         total[0] += removed * size
         total[1] += size
     return {place: part / whole if whole else 0.0 for place, (part, whole) in totals.items()}

@@ -125,13 +125,13 @@ def sweep(
     printed: Printed,
 ) -> None:
     quiet()
-    from uniprune.cli.tables import sweep_table, text_tables
+    from uniprune.cli.tables import sweep_tables
     from uniprune.entrypoints.sweep import sweep
 
     options = {**scope.given(), **request.given(), **run.given()}
     with Bars() as progress:
         result = sweep(source.name, sparsities.scores, target.output, sparsities.sparsities, **options, progress=progress)
-    show(result, printed.as_json, sweep_table(result), *text_tables(result))
+    show(result, printed.as_json, *sweep_tables(result))
 
 
 def bench(source: ModelArgument, measurement: Measurement, printed: Printed) -> None:

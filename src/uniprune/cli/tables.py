@@ -3,49 +3,49 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 
 from rich.table import Table
 
 from uniprune.artefacts.reports import ExpertRemoval, Pruning
-from uniprune.common.formatting import NOTE, count, number, percent, size
+from uniprune.common.formatting import NOTE, count, number, percent, short, size
+from uniprune.common.matrix_names import kind_of
 from uniprune.comparison.results import Comparison
 from uniprune.evaluation.protocols import sentence
-from uniprune.evaluation.results import Check, Evaluation, Row, Sweep, samples
-from uniprune.job.forecast.estimate import Plan, kind_of
+from uniprune.evaluation.results import Check, Evaluation, Sweep, samples
+from uniprune.job.forecast.estimate import Plan
 from uniprune.reporting import comparison
 from uniprune.reporting.capabilities import capabilities, parts
 from uniprune.reporting.headline import sentences, verdict
-from uniprune.reporting.results import ResultFile
-from uniprune.reporting.summary import Summary, summarise
-from uniprune.reporting.tables import Grid, accuracies, bench_rows, closeness, harness, models, sweep_texts, texts, tradeoff
+from uniprune.reporting.summary import ReportedModel, Summary, tradeoff_of
+from uniprune.reporting.tables import Cell, Grid, accuracies, closeness, harness, models, speeds, sweep_texts, texts, tradeoff
 from uniprune.speed.results import Speeds
 
 
 def plan_table(plan: Plan) -> Table:
     """The matrices of a plan, one row per kind."""
-    heads = [("matrix", False), ("count", True), ("out x in", True), ("weights", True)]
+    columns = ["matrix:", "count", "out x in", "weights"]
     if plan.pattern:
-        heads.append((plan.structure.spelling if plan.structure else plan.pattern, False))  # rules show in the rows
-    title = f"{plan.model}: {count(plan.prunable)} of {count(plan.parameters)} weights are prunable"
-    table = _table(title, heads)
+        columns.append(f"{plan.structure.spelling if plan.structure else plan.pattern}:")  # rules show in the rows
+    rows: list[list[Cell]] = []
     for group in plan.groups:
-        cells = [group.name, str(group.count), f"{group.shape[0]} x {group.shape[1]}", count(group.weights)]
-        gets = f"{group.pattern} ({group.unsupported})" if group.unsupported else group.pattern
-        table.add_row(*cells, *([gets] if plan.pattern else []))
-    return table
+        row: list[Cell] = [group.name, str(group.count), f"{group.shape[0]} x {group.shape[1]}", count(group.weights)]
+        if group.pattern:
+            row.append(f"{group.pattern} ({group.unsupported})" if group.unsupported else group.pattern)
+        rows.append(row)
+    caption = f"{plan.model}: {count(plan.prunable)} of {count(plan.parameters)} weights are prunable"
+    return _table(Grid(caption, columns, rows))
 
 
 def executions_table(plan: Plan) -> Table:
     """What each way to run a plan would take, in each process; the chosen one is marked."""
-    heads = ("execution", "memory", "host memory", "disk meanwhile", "read", "written", "seconds")
-    table = _table("how it can be run: forecasts", ((head, head != "execution") for head in heads))
+    columns = ["execution:", "memory", "host memory", "disk meanwhile", "read", "written", "seconds"]
+    rows: list[list[Cell]] = []
     for name, one in plan.executions.items():
         taken = (one.memory, one.host, one.disk, one.read, one.written)
         cells = [size(value) if value else "" for value in taken]
-        table.add_row(f"{name} *" if name == plan.execution else name, *cells, f"{max(one.seconds, 1):.0f}")
-    return table
+        rows.append([f"{name} *" if name == plan.execution else name, *cells, f"{max(one.seconds, 1):.0f}"])
+    return _table(Grid("how it can be run: forecasts", columns, rows))
 
 
 def plan_lines(plan: Plan) -> list[str]:
@@ -103,48 +103,35 @@ def pruned_lines(report: Pruning | ExpertRemoval) -> list[str]:
     return lines
 
 
-def evaluation_table(rows: Mapping[str, Evaluation]) -> Table:
+def evaluation_table(results: Mapping[str, Evaluation]) -> Table:
     """Perplexities side by side: label -> result of ``evaluate``, all on the same text."""
-    first = next(iter(rows.values()))
+    first = next(iter(results.values()))
     text = first.text.text if first.text else "unknown"
-    heads = ("model", "perplexity", "± error", "zeros", "dtype")
-    table = _table(f"token perplexity: {text}, {samples(first)}", ((head, head != "model") for head in heads))
-    for label, result in rows.items():
+    rows: list[list[Cell]] = []
+    for label, result in results.items():
         value, error = result.perplexity, result.nats_stderr
         spread = "" if error is None or value is None else f"{value * error:.2f}"
-        table.add_row(_inert(label), f"{value:.2f}", spread, percent(result.sparsity), result.dtype)
-    return table
+        rows.append([label, f"{value:.2f}", spread, percent(result.sparsity), result.dtype or ""])
+    caption = f"token perplexity: {text}, {samples(first)}"
+    return _table(Grid(caption, ["model:", "perplexity", "± error", "zeros", "dtype"], rows))
 
 
-def bench_table(speeds: Speeds) -> Table:
+def bench_table(found: Speeds) -> Table:
     """Speeds against the dense product of the same dtype."""
-    head, *rows = bench_rows(speeds.results)
-    place = f"{speeds.device}, {speeds.threads} thread{'s' if speeds.threads > 1 else ''}"
-    title = f"{speeds.model} on {place}: times as fast as the dense product of the same type (?: or not)"
-    table = _table(title, ((column, column not in ("masks", "type")) for column in head))
-    for row in rows:
-        table.add_row(*row)
-    return table
-
-
-def text_tables(result: Evaluation | Sweep) -> list[Table]:
-    """What was measured on each of several texts, as a report shows it."""
-    found = sweep_texts(result) if isinstance(result, Sweep) else texts(summarise([ResultFile(Path(), {}, result)]))
-    return [_grid_table(found)] if found else []
+    return _table(speeds(found))
 
 
 def evaluation_tables(result: Evaluation) -> list[Table | str]:
     """One result of ``evaluate`` as tables and sentences: those of what it measured, accuracies as a report shows them."""
     tables: list[Table | str] = []
+    subjects = [ReportedModel(short(result.name), None, (result,))]
     if result.perplexity is not None:
-        tables += [evaluation_table({result.name: result}), *text_tables(result), *perplexity_lines(result)]
+        tables += [evaluation_table({result.name: result}), *_tables(texts(subjects)), *perplexity_lines(result)]
     else:
         against = f", against {result.against}" if result.against else ""
         codes = f" (dequantised from {result.quantised})" if result.quantised else ""
         tables.append(_inert(f"{result.name}: {percent(result.sparsity)} zeros, {result.dtype}{codes}{against}"))
-    summary = summarise([ResultFile(Path(), {}, result)])
-    found = accuracies(summary), parts(summary), harness(summary), capabilities(summary)
-    tables += [_grid_table(grid) for grid in found if grid]
+    tables += _tables(accuracies(subjects), parts(subjects), harness(subjects), capabilities(subjects))
     notes = [_inert(f"lm-evaluation-harness: {note}.") for note in result.lm_eval_notes]
     return [*tables, *notes, *closeness_lines(result)]
 
@@ -194,25 +181,14 @@ def check_lines(result: Check) -> list[str]:
     return lines + ([f"  other versions: {', '.join(changed)}"] if changed else [])
 
 
-def sweep_table(result: Sweep) -> Table:
-    """One row per sparsity; * marks those that no other beats in both perplexity and size."""
-    how = result.protocol
-    text = how.text.text if how.text else "unknown"
-    heads = ("pattern", "zeros", "perplexity", "packed MB", "")
-    title = f"{result.model}: {text}, {samples(how)}"
-    table = _table(title, ((head, head != "pattern") for head in heads))
-    rows = list(result.rows)
-    if dense := result.dense:
-        rows.insert(0, Row(pattern="dense", sparsity=0.0, perplexity=dense.perplexity, bytes=dense.bytes))
-    for row in rows:
-        megabytes = "" if row.bytes is None else f"{row.bytes / 1e6:.1f}"
-        table.add_row(row.pattern, percent(row.sparsity), f"{row.perplexity:.2f}", megabytes, "*" if row.pareto else "")
-    return table
+def sweep_tables(result: Sweep) -> list[Table]:
+    """One row per pattern, and what was measured on each of several texts, as a report shows them."""
+    return _tables(tradeoff(tradeoff_of(result)), sweep_texts(result))
 
 
 def comparison_table(found: Comparison) -> list[Table | str]:
     """The table of ``compare``, and what is to be known beside it."""
-    return [_grid_table(comparison.grid(found)), *map(_inert, comparison.notes(found))]
+    return [_table(comparison.grid(found)), *map(_inert, comparison.notes(found))]
 
 
 def _plus_minus(error: float | None, unit: str = "") -> str:
@@ -221,15 +197,18 @@ def _plus_minus(error: float | None, unit: str = "") -> str:
 
 def report_tables(summary: Summary) -> list[Table]:
     """A report's tables, as far as they fit a terminal."""
-    found = [models(summary), *map(tradeoff, summary.tradeoffs), texts(summary), *map(sweep_texts, summary.sweeps)]
-    found += [
-        accuracies(summary),
-        parts(summary),
-        harness(summary),
-        capabilities(summary),
-        closeness(summary),
-    ]
-    return [_grid_table(grid) for grid in found if grid]
+    subjects = summary.subjects
+    return _tables(
+        models(subjects),
+        *map(tradeoff, summary.tradeoffs),
+        texts(subjects),
+        *map(sweep_texts, summary.sweeps),
+        accuracies(subjects),
+        parts(subjects),
+        harness(subjects),
+        capabilities(subjects),
+        closeness(subjects),
+    )
 
 
 def report_lines(summary: Summary) -> list[str]:
@@ -237,18 +216,18 @@ def report_lines(summary: Summary) -> list[str]:
     return [_inert(sentence) for sentence in filter(None, (summary.title, verdict(summary), *sentences(summary)))]
 
 
-def _grid_table(grid: Grid) -> Table:
-    table = _table(grid.caption, grid.heads)
+def _tables(*grids: Grid | None) -> list[Table]:
+    """Those that there are."""
+    return [_table(grid) for grid in grids if grid]
+
+
+def _table(grid: Grid) -> Table:
+    """What a narrow terminal has no room for goes on in the next line."""
+    table = Table(title=_inert(grid.caption))
+    for name, numeric in grid.heads:
+        table.add_column(_inert(name), justify="right" if numeric else "left", overflow="fold")
     for row in grid.rows:
         table.add_row(*(_inert(cell if isinstance(cell, str) else cell[0]) for cell in row))
-    return table
-
-
-def _table(title: str, heads: Iterable[tuple[str, bool]]) -> Table:
-    """heads: a column's name, and whether it has numbers. What a narrow terminal has no room for goes on in the next line."""
-    table = Table(title=_inert(title))
-    for name, numeric in heads:
-        table.add_column(name, justify="right" if numeric else "left", overflow="fold")
     return table
 
 

@@ -67,12 +67,18 @@ def values_of(settings: Any) -> dict[str, Any]:
 def record(settings: Any) -> dict[str, Any]:
     """What JSON can say of an object that has no spelling: its class, its fields, and that this does not replay it."""
     fields = {name: value if _is_plain(value) else repr(value) for name, value in values_of(settings).items()}
-    return {"class": f"{type(settings).__module__}.{type(settings).__qualname__}", "settings": fields, "note": ALONE}
+    name = f"{type(settings).__module__}.{type(settings).__qualname__}"
+    return {"class": name, "settings": fields, "replays": False, "note": ALONE}
 
 
 def replays(recorded: Any) -> bool:
-    """Whether a setting as it was recorded says all: whether it is none of :func:`record`'s."""
-    return not (isinstance(recorded, dict) and recorded.get("note") == ALONE)
+    """Whether a setting as it was recorded says all: whether it is none of :func:`record`'s.
+
+    Files that older versions wrote have its note alone.
+    """
+    if not (isinstance(recorded, dict) and "class" in recorded):
+        return True
+    return bool(recorded.get("replays", "note" not in recorded))
 
 
 def check_object(given: Any, what: str, members: tuple[str, ...]) -> None:

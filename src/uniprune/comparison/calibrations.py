@@ -6,7 +6,7 @@ import hashlib
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -21,7 +21,7 @@ from uniprune.models.matrices import Matrices
 from uniprune.saliency.calibration import Calibration, LocalSaliency, observed
 from uniprune.saliency.metrics import Metric
 from uniprune.saliency.observation import starved
-from uniprune.saliency.record import reported, warn_of_starved
+from uniprune.saliency.record import ScoringRecord, warn_of_starved
 from uniprune.saliency.statistics import Kind, Statistics
 from uniprune.sparsity.patterns.protocol import Pattern
 from uniprune.sparsity.views import Scores
@@ -33,7 +33,7 @@ class Scored(NamedTuple):
 
     saliency: Scores
     seconds: float | None
-    record: dict[str, Any]
+    record: ScoringRecord
 
 
 class CalibrationCache:
@@ -66,7 +66,7 @@ class CalibrationCache:
         """Scores by a local metric. The pass over the text is that of every metric that wants the same statistic."""
         statistics, seconds = self._observed(metric.statistic)
         saliency = LocalSaliency(self.matrices, metric, statistics)
-        return Scored(saliency, seconds, reported(saliency.starved))
+        return Scored(saliency, seconds, ScoringRecord(starved=saliency.starved))
 
     def _observed(self, kind: Kind | None) -> tuple[Statistics, float | None]:
         if kind is None:
@@ -76,7 +76,7 @@ class CalibrationCache:
             with self._tried_once(kind), watch("pass"):
                 found = observed(self.job.calibration(self.progress), kind)
             self._statistics[kind] = found, watch.seconds["pass"]
-            warn_of_starved(reported(starved(self.matrices, found)).get("starved"))
+            warn_of_starved(starved(self.matrices, found))
         return self._statistics[kind]
 
     def corrected(self, recipe: Recipe, targets: Sequence[Pattern], name: str) -> Scored:

@@ -20,7 +20,7 @@ from uniprune.job.samples import TEXT_ALONE, check_takes_images
 from uniprune.job.settings import Sparsity
 from uniprune.models import masking
 from uniprune.models.matrices import Matrices
-from uniprune.saliency.record import reported
+from uniprune.saliency.record import ScoringRecord
 from uniprune.saliency.sequential import refined, sequential
 from uniprune.sparsity.choices import Scope
 from uniprune.sparsity.patterns.protocol import Masks, Pattern
@@ -58,7 +58,7 @@ class CreatedMasks:
 
     masks: Masks
     seconds: dict[str, float] = field(default_factory=dict)
-    record: dict[str, Any] = field(default_factory=dict)
+    record: ScoringRecord = field(default_factory=ScoringRecord)
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ class ByBlock(Method):
             masks, starved = by_block(
                 cache.calibration(self.calibration(candidate)), candidate.recipe.parsed_metric(), candidate.pattern
             )
-        return CreatedMasks(dict(masks), watch.seconds, reported(starved))
+        return CreatedMasks(dict(masks), watch.seconds, ScoringRecord(starved=starved))
 
 
 @dataclass(frozen=True)
@@ -245,7 +245,7 @@ class FromFile(Method):
     def create(self, cache: CalibrationCache, candidate: Candidate) -> CreatedMasks:
         if isinstance(self.file, CheckedMasks):
             return CreatedMasks(dict(self.file))
-        return _created(Scored(self.file, None, {}), candidate)
+        return _created(Scored(self.file, None, ScoringRecord()), candidate)
 
 
 def _created(found: Scored, candidate: Candidate) -> CreatedMasks:

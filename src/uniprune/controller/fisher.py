@@ -75,8 +75,13 @@ class Fisher:
             stack.enter_context(passes.network)
             start = sensitivities(passes, windows, metric.statistic, calibration.run, self.batch_tokens, calibration.progress)
         warn_without_gradient(start.without_gradient)
-        facts = starved(calibration.matrices, start.norms) | {"without_gradient": start.without_gradient}
-        record = ControllerRecord(objective="cross-entropy", steps=len(batches), tokens=windows.numel(), **facts)
+        record = ControllerRecord(
+            objective="cross-entropy",
+            steps=len(batches),
+            tokens=windows.numel(),
+            without_gradient=start.without_gradient,
+            starved=starved(calibration.matrices, start.norms),
+        )
         return _Weighted(calibration.matrices, metric, start.statistics, start.gradients), record
 
 

@@ -165,7 +165,7 @@ class UniPruning:
             tokens=tokens,
             loss=losses,
             without_gradient=list(copy.without_gradient),
-            **local.starved,
+            starved=local.starved,
         )
         return {name: self.gamma(dual) for name, dual in duals.items()}, record
 

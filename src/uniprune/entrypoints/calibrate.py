@@ -64,7 +64,7 @@ def calibrate(
                 calibration=job.windows.describe(),
                 comparable=saliency.comparable,
                 versions=versions(),
-                **record,
+                **record.fields,
             )
             if not distributed.rank():
                 scores = run.folder / "scores.safetensors"

@@ -25,7 +25,7 @@ from uniprune.data.sources import files_of
 from uniprune.data.windows import Windows
 from uniprune.errors import InputError, UniPruneError
 from uniprune.evaluation import reproduce
-from uniprune.evaluation.model import EvaluatedModel, Questions
+from uniprune.evaluation.model import AskedQuestions, EvaluatedModel, Questions
 from uniprune.evaluation.protocols import followed_protocols
 from uniprune.evaluation.request import NEW_TOKENS
 from uniprune.job.inference import inferring
@@ -90,7 +90,7 @@ def compare(
     _warn_of_idle(wanted, candidates)
     candidates = _fitted(candidates, wanted, source if isinstance(source, Loaded) else origin)  # type: ignore[arg-type]
     job = _job(source, candidates, output, device, progress)
-    protocol = _protocol(wanted, job, questions)
+    protocol = _protocol(wanted, job, questions.questions)
     _check_same(output, earlier, protocol.model_dump(mode="json"))
     comparison = _merged(wanted, Comparison(model=str(job.loaded), protocol=protocol, rows=[]), earlier)
     identity = {"command": "compare", **protocol.model_dump(mode="json", exclude=UNCOMPARED)}
@@ -103,10 +103,10 @@ def compare(
         failed = list[str]()
         for candidate in progress(missing, "comparing", len(missing)):
             if candidate is None:
-                table.add(_row(subject, cache, {"method": DENSE, "sparsity": 0.0}, {}))
+                table.add(_row(subject, questions, cache, {"method": DENSE, "sparsity": 0.0}, {}))
                 continue
             try:
-                table.add(_pruned(candidate, subject, cache))
+                table.add(_pruned(candidate, subject, questions, cache))
             except UniPruneError as error:  # one method's trouble with this model is not the others'
                 logger.warning("no row: %s", error)
                 failed.append(str(error))
@@ -120,7 +120,7 @@ def compare(
 # ------------------------------------------------------------------------------------------------------------- parts
 
 
-def _questions(request: ComparisonRequest, subject: EvaluatedModel) -> Questions:
+def _questions(request: ComparisonRequest, subject: EvaluatedModel) -> AskedQuestions:
     """What every row is measured on, now that it is known to be possible."""
     reading = request.reading
     reading.check(compared=False)
@@ -132,9 +132,7 @@ def _questions(request: ComparisonRequest, subject: EvaluatedModel) -> Questions
         raise InputError(re.sub(READS, "--eval-", str(error))) from None
     tasks = [load_task(name, request.limit, fewshot) for name, fewshot in reading.asked.items()]
     length = NEW_TOKENS if request.new_tokens is None else request.new_tokens
-    questions = Questions(windows, tasks, request.prompts if length else (), length)
-    subject.ask(questions)
-    return questions
+    return subject.ask(Questions(windows, tasks, request.prompts if length else (), length))
 
 
 def _warn_of_idle(request: ComparisonRequest, candidates: Sequence[Candidate]) -> None:
@@ -219,7 +217,7 @@ def _named(source: Source, request: ComparisonRequest) -> ComparisonRequest:
     return request.model_copy(update={"model": None if model is None else str(model)})
 
 
-def _pruned(candidate: Candidate, subject: EvaluatedModel, cache: CalibrationCache) -> ComparisonRow:
+def _pruned(candidate: Candidate, subject: EvaluatedModel, questions: AskedQuestions, cache: CalibrationCache) -> ComparisonRow:
     method = candidate.method
     shapes = cache.job.shapes
     form = candidate.structure
@@ -236,18 +234,22 @@ def _pruned(candidate: Candidate, subject: EvaluatedModel, cache: CalibrationCac
             "resumed": method.calibration(candidate) in cache.resumed,
             "masks_digest": digest(created.masks),
             **method.recorded(candidate.recipe),
-            **created.record,
+            **created.record.fields,
         }
-        return _row(subject, cache, facts, created.seconds)
+        return _row(subject, questions, cache, facts, created.seconds)
 
 
 def _row(
-    subject: EvaluatedModel, cache: CalibrationCache, facts: dict[str, Any], seconds: Mapping[str, float]
+    subject: EvaluatedModel,
+    questions: AskedQuestions,
+    cache: CalibrationCache,
+    facts: dict[str, Any],
+    seconds: Mapping[str, float],
 ) -> ComparisonRow:
     """A row of the model as it is now."""
     watch = Stopwatch()
     with watch("evaluate"):
-        measured = subject.measure(cache.job.loaded, cache.progress, record=False)
+        measured = subject.measure(cache.job.loaded, questions, cache.progress, record=False)
     assert measured.perplexity is not None
     names = ("perplexity", "nats_stderr", "word_perplexity", "byte_perplexity", "by_position")
     return ComparisonRow(

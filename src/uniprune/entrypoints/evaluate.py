@@ -61,8 +61,7 @@ def evaluate(
     request.check(compared=against is not None)
     subject, other = EvaluatedModel(source, request.masks), None if against is None else EvaluatedModel(against)
     questions = _questions(request, subject, other)
-    for each in (subject, other) if other else (subject,):
-        each.ask(questions)
+    asked_of = [each.ask(questions) for each in (subject, other) if each]
     if other and request.prompts:
         check_same_prompts(questions.prompts, subject.tokenizer, other.tokenizer, str(other))
     if request.lm_eval:
@@ -71,18 +70,18 @@ def evaluate(
 
     loaded = subject.load(request.dtype, device)
     with subject.pruned(loaded):
-        ours = subject.measure(loaded, progress, record=other is not None)
+        ours = subject.measure(loaded, asked_of[0], progress, record=other is not None)
         computed = dtype_name(dtype_of(loaded.model))
-        facts: dict[str, Any] = {"model": str(loaded), "dtype": computed, "quantised": loaded.quantised, "masks": request.masks}
-        facts |= vars(ours.perplexity) if ours.perplexity else {}
+        facts: dict[str, Any] = dict(ours.perplexity) if ours.perplexity else {}
+        facts |= {"model": str(loaded), "dtype": computed, "quantised": loaded.quantised, "masks": request.masks}
         if ours.perplexity:
             facts["comparable"] = followed_protocols(facts["model"], ours.perplexity)
         facts |= {"sparsity": _zeros(loaded.model), "versions": versions()}
         if harness:
-            facts["lm_eval"] = harness.run(loaded, request)
-            right = harness.right
+            by_harness = harness.run(loaded, request)
+            facts["lm_eval"] = by_harness.values
             facts["versions"]["lm_eval"] = harness.version
-            facts |= {"lm_eval_notes": harness.notes} if harness.notes else {}
+            facts |= {"lm_eval_notes": by_harness.notes} if by_harness.notes else {}
         how: dict[str, Any] = {
             "request": _recorded(request, questions, computed, compared=other is not None),
             "weights_sha256": reproduce.weights_sha256(loaded.model),
@@ -93,12 +92,13 @@ def evaluate(
     if other:
         del loaded  # its memory is the other's
         loaded = other.load(request.dtype, device)
-        theirs = other.measure(loaded, progress, record=True)
+        theirs = other.measure(loaded, asked_of[1], progress, record=True)
         how["against_sha256"] = reproduce.weights_sha256(loaded.model)
         facts |= {"against": str(other), **_compared(ours, theirs, questions, subject.tokenizer)}
         if harness:
-            facts["lm_eval_reference"] = harness.run(loaded, request)
-            facts["lm_eval_against"] = _compared_marks(right, harness.right)
+            reference = harness.run(loaded, request)
+            facts["lm_eval_reference"] = reference.values
+            facts["lm_eval_against"] = _compared_marks(by_harness.right, reference.right)
     if questions.tasks:
         pairs = zip_longest(ours.answers, theirs.answers)
         facts |= {"suite": request.suite, "tasks": {mine.task.name: mine.result(reference) for mine, reference in pairs}}

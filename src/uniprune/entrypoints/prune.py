@@ -28,7 +28,7 @@ from uniprune.models import masking
 from uniprune.models.loading import Loaded, Source
 from uniprune.reporting import model_card
 from uniprune.saliency.calibration import Calibration
-from uniprune.saliency.record import reported
+from uniprune.saliency.record import ScoringRecord
 from uniprune.saliency.sequential import refined, sequential
 from uniprune.sparsity import bits
 from uniprune.sparsity.structure import structure
@@ -143,7 +143,7 @@ class _Masks(NamedTuple):
 
     masks: Iterable[tuple[str, Tensor]]
     aim: Aim
-    record: dict[str, Any]
+    record: ScoringRecord
 
 
 def _create_masks(job: Job, recipe: Recipe, calibration: Calibration, watch: Stopwatch) -> _Masks:
@@ -153,7 +153,7 @@ def _create_masks(job: Job, recipe: Recipe, calibration: Calibration, watch: Sto
         if recipe.sequential:
             by_block = refined if recipe.refine else sequential
             masks, starved = by_block(calibration, recipe.parsed_metric(), pattern)
-            return _Masks(masks.items(), aim, reported(starved))
+            return _Masks(masks.items(), aim, ScoringRecord(starved=starved))
         saliency, record = scored(calibration, recipe, [pattern])
         scaled = comparable_for(saliency, pattern)
         aim = aim.with_scores(scaled)
@@ -183,7 +183,7 @@ def _without_experts(source: Source, recipe: Recipe, output: Path, asked: RunOpt
                     calibration=job.windows.describe(),
                     versions=versions(),
                     seconds=watch.seconds,
-                    **record,
+                    **record.fields,
                 )
                 model_card.complete(folder, report, job.loaded.origin)
                 run.commit("done", {})
@@ -228,7 +228,7 @@ def _report(
         "calibration": job.windows.describe(),
         "versions": versions(),
         "seconds": watch.seconds,
-        **created.record,
+        **created.record.fields,
     }
     if aim.budget and aim.sparsity is not None:
         facts["size"] = SizeBudget(bytes=aim.budget.size, sparsity=aim.sparsity)

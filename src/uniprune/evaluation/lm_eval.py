@@ -6,7 +6,7 @@ import importlib.metadata
 import logging
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -28,6 +28,14 @@ Marks = dict[str, dict[str, dict[int, bool]]]
 """Task -> metric -> question, by its place in the data set -> whether it was answered rightly."""
 
 
+class HarnessRun(NamedTuple):
+    """values: task -> metric -> value, standard errors as ``<metric>_stderr``. notes: what is to be known beside them."""
+
+    values: dict[str, dict[str, float]]
+    right: Marks
+    notes: list[str]
+
+
 class Harness:
     """Tasks of lm-evaluation-harness, by name or as .yaml files, found and fetched before any weight is loaded.
 
@@ -41,8 +49,6 @@ class Harness:
             raise InputError("--lm-eval needs lm-evaluation-harness; pip install lm_eval") from None
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
         self._names, self._manager = list(names), TaskManager()
-        self.notes: list[str] = []  # of the last run: what is to be known beside its numbers
-        self.right: Marks = {}
         try:
             loaded = self._manager.load(self._names)
         except Exception as error:  # its own kinds, those of YAML and those of datasets
@@ -60,10 +66,9 @@ class Harness:
     def version(self) -> str:
         return importlib.metadata.version("lm_eval")
 
-    def run(self, loaded: Loaded, request: EvaluationRequest) -> dict[str, dict[str, float]]:
-        """Task -> metric -> value, standard errors as ``<metric>_stderr``; the first ``limit`` rows of each task.
+    def run(self, loaded: Loaded, request: EvaluationRequest) -> HarnessRun:
+        """Asks a model the first ``limit`` rows of each task.
 
-        ``right`` then says which questions were answered rightly.
         Raises InputError for a model whose logits are not finite: the harness counts its first choices as right.
         """
         from lm_eval import simple_evaluate
@@ -76,8 +81,8 @@ class Harness:
         asked: dict[str, Any] = {"limit": request.limit, "num_fewshot": request.num_fewshot, "log_samples": True}
         asked["confirm_run_unsafe_code"] = True  # _refuse_code has asked
         found = simple_evaluate(model, tasks=self._names, task_manager=self._manager, **asked)
-        self.notes, self.right = model.notes(), _marks(found["samples"])
-        return {task: _numbers(values) for task, values in found["results"].items()}
+        values = {task: _numbers(by_metric) for task, by_metric in found["results"].items()}
+        return HarnessRun(values, _marks(found["samples"]), model.notes())
 
 
 def _watched(loaded: Loaded) -> Any:

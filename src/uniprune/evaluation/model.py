@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from uniprune.artefacts.mask_tools import CheckedMasks
 from uniprune.checkpoints.configuration import UNBOUNDED, check_context, check_vocabulary, context, reads_images
@@ -55,6 +56,13 @@ class Questions:
     tasks: Sequence[Task] = ()
     prompts: Sequence[str] = ()
     new_tokens: int = 0
+
+
+class AskedQuestions(NamedTuple):
+    """Questions, and those of each task as tokens, as one model reads them."""
+
+    questions: Questions
+    tokens: list[list[list[Tokens]]]
 
 
 @dataclass
@@ -154,19 +162,19 @@ class EvaluatedModel:
         check_vocabulary(self._config, max(max(piece.tokens) for piece in found.pieces), source.text)
         return replace(found, in_context=length == most)
 
-    def ask(self, asked: Questions) -> None:
-        """Says what to measure. Raises InputError if a question cannot be scored, or a prompt not be continued."""
+    def ask(self, asked: Questions) -> AskedQuestions:
+        """What :meth:`measure` takes. Raises InputError if a question cannot be scored, or a prompt not be continued."""
         if asked.tasks or asked.prompts:
             self.check_tokenizer()
         check_prompts(asked.prompts, self.tokenizer, asked.new_tokens, self._config)
-        self._asked = asked
-        self._tokens: list[list[list[Tokens]]] = [tokenise(task, self.tokenizer, self.context) for task in asked.tasks]
-        for task, questions in zip(asked.tasks, self._tokens, strict=True):
+        tokens = [tokenise(task, self.tokenizer, self.context) for task in asked.tasks]
+        for task, questions in zip(asked.tasks, tokens, strict=True):
             highest = max(max(choice.ids) for question in questions for choice in question)
             check_vocabulary(self._config, highest, f"task {task.name}")
             if cut := cut_of(questions):
                 what = f"task {task.name}: {cut} of {len(questions)} questions"
                 logger.warning("%s are cut at their beginning to the model's context of %d tokens", what, self.context)
+        return AskedQuestions(asked, tokens)
 
     def load(self, dtype: str | None, device: str | None) -> Loaded:
         if isinstance(self._source, Loaded):
@@ -196,9 +204,9 @@ class EvaluatedModel:
             masking.apply(matrices, self._masks.items())
             yield
 
-    def measure(self, loaded: Loaded, progress: Progress, record: bool) -> Measured:
-        """record: whether predictions are to be compared with another model's."""
-        found, model, asked = Measured(), loaded.model, self._asked
+    def measure(self, loaded: Loaded, questions: AskedQuestions, progress: Progress, record: bool) -> Measured:
+        """questions: as this model was asked them. record: whether predictions are to be compared with another model's."""
+        found, model, asked = Measured(), loaded.model, questions.questions
         if isinstance(asked.windows, Documents):
             found.perplexity = rolling(model, asked.windows, progress)
         elif asked.windows is not None:
@@ -207,7 +215,7 @@ class EvaluatedModel:
                 with found.recording or nullcontext():
                     found.perplexity = perplexity(model, asked.windows, progress)
         if asked.tasks:
-            found.answers = answer(model, asked.tasks, self._tokens, progress, self.tokenizer)
+            found.answers = answer(model, asked.tasks, questions.tokens, progress, self.tokenizer)
         if asked.prompts:
             found.written = generate(model, self.tokenizer, asked.prompts, asked.new_tokens, progress)
         return found

@@ -25,7 +25,7 @@ from uniprune.data.documents import JOIN
 from uniprune.data.text import Text, TextFacts, open_text
 from uniprune.data.windows import Windows, warn_of_skipped
 from uniprune.errors import InputError
-from uniprune.evaluation.results import TextPerplexity
+from uniprune.evaluation.results import PerplexityFacts, TextPerplexity
 from uniprune.models.blocks import BATCH_TOKENS, batches, called, device_of, dtype_of
 from uniprune.models.loading import dtype_name
 from uniprune.models.output_head import at_once, log_probabilities
@@ -34,33 +34,10 @@ NOT_FINITE = "the model's loss is not finite: it overflows, or its weights are b
 POSITIONS = {"1-512": 512, "512-2k": 2048, "2k-8k": 8192, "8k-": 1 << 62}  # tokens that a prediction sees, at most
 
 
-@dataclass(frozen=True)
-class Perplexity:
-    """``perplexity`` = exp(total nats / predicted tokens); everything that is needed to get the number again.
-
-    ``nats_stderr``: standard error of the mean nats per token, by how windows (or documents) differ: what others of such text
-    would have changed. About the relative error of the perplexity; two models read on the same windows differ by less.
-    ``stride``: tokens from one window to the next; fewer than ``length`` if they overlap.
-    ``word_perplexity``, ``byte_perplexity``: exp(nats / words), / bytes, of the text that is predicted, if that is known.
-    ``by_position``: the token perplexity by how many tokens of its window a prediction saw. ``by_text``: on each of several
-    texts.
-    """
+class Perplexity(PerplexityFacts):
+    """One that was measured."""
 
     perplexity: float
-    nats: float
-    nats_stderr: float | None
-    tokens: int
-    windows: int
-    length: int
-    stride: int
-    dtype: str
-    text: TextFacts
-    word_perplexity: float | None = None
-    byte_perplexity: float | None = None
-    words: int | None = None
-    bytes: int | None = None
-    by_position: dict[str, float] | None = None
-    by_text: dict[str, TextPerplexity] | None = None
 
 
 @torch.no_grad()
@@ -90,12 +67,20 @@ def perplexity(model: nn.Module, windows: Windows, progress: Progress = silent) 
             done += 1
     nats, total = sum(losses), sum(tokens)
     check_finite(nats)
-    error = ratio_error(losses, tokens)
-    facts = by_unit(nats, windows.words, windows.size) | {"by_position": _by_position(positions, seen)}
-    facts["by_text"] = {name: _of_text(losses, tokens, rows.tolist()) for name, rows in windows.by_source.items()} or None
-    dtype = dtype_name(dtype_of(model))
-    stride = windows.stride or length
-    return Perplexity(exp(nats / total), nats, error, total, count, length, stride, dtype, windows.describe(), **facts)
+    return Perplexity(
+        dtype=dtype_name(dtype_of(model)),
+        perplexity=exp(nats / total),
+        nats=nats,
+        nats_stderr=ratio_error(losses, tokens),
+        tokens=total,
+        windows=count,
+        length=length,
+        stride=windows.stride or length,
+        text=windows.describe(),
+        **by_unit(nats, windows.words, windows.size),
+        by_position=_by_position(positions, seen),
+        by_text={name: _of_text(losses, tokens, rows.tolist()) for name, rows in windows.by_source.items()} or None,
+    )
 
 
 def _of_text(losses: Sequence[float], tokens: Sequence[int], rows: Sequence[int]) -> TextPerplexity:
@@ -138,9 +123,9 @@ def exp(nats: float) -> float:
 
 
 def by_unit(nats: float, words: int | None, size: int | None) -> dict[str, Any]:
-    """The perplexities per word and per byte, as the harness has them, where those are known."""
+    """The perplexities per word and per byte, as the harness has them; None where those are not known."""
     if not words or not size:
-        return {}
+        return dict.fromkeys(("word_perplexity", "byte_perplexity", "words", "bytes"))
     return {"word_perplexity": exp(nats / words), "byte_perplexity": exp(nats / size), "words": words, "bytes": size}
 
 
@@ -275,12 +260,20 @@ def rolling(model: nn.Module, documents: Documents, progress: Progress = silent)
     nats = math.fsum(losses)
     tokens = sum(piece.scored for piece in documents.pieces)
     check_finite(nats)
-    error = ratio_error(*documents.summed(losses))
-    dtype = dtype_name(dtype_of(model))
-    count = len(documents.pieces)
-    facts = by_unit(nats, documents.words, documents.bytes)
-    length = documents.length
-    return Perplexity(exp(nats / tokens), nats, error, tokens, count, length, length, dtype, documents.describe(), **facts)
+    return Perplexity(
+        dtype=dtype_name(dtype_of(model)),
+        perplexity=exp(nats / tokens),
+        nats=nats,
+        nats_stderr=ratio_error(*documents.summed(losses)),
+        tokens=tokens,
+        windows=len(documents.pieces),
+        length=documents.length,
+        stride=documents.length,
+        text=documents.describe(),
+        **by_unit(nats, documents.words, documents.bytes),
+        by_position=None,
+        by_text=None,
+    )
 
 
 def _alike(lengths: Sequence[int]) -> list[list[int]]:

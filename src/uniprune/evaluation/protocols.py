@@ -9,13 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from uniprune.evaluation.perplexity import Perplexity
-from uniprune.evaluation.results import Evaluation, FollowedProtocol
+from uniprune.evaluation.results import Evaluation, FollowedProtocol, PerplexityFacts
 
 ROWS = "696cca6b65a171b0a358a4be6732cdfdf2dd6164a32e20fd70e3c13fc4dfae83"  # sha256 of WikiText-2's test rows, joined
 PAGES = "a96f5837dbb9ba3bd042b550ae6490e82183acbc5d02376efd878b30692f11a7"  # of its pages
-
-Measured = Perplexity | Evaluation
 
 
 @dataclass(frozen=True)
@@ -35,7 +32,7 @@ class PublishedProtocol:
         stride = f" --stride {self.stride}" if self.stride != self.length else ""
         return f"--text wikitext2 --length {self.length}{stride}"
 
-    def differences(self, result: Measured) -> Iterator[str]:
+    def differences(self, result: PerplexityFacts) -> Iterator[str]:
         """What of a result on WikiText-2 is not as the protocol has it."""
         text = result.text
         assert text is not None
@@ -61,7 +58,7 @@ class Rolling(PublishedProtocol):
     def flags(self) -> str:
         return "--text wikitext2 --rolling" + ("" if self.second_bos else " --bos each")
 
-    def differences(self, result: Measured) -> Iterator[str]:
+    def differences(self, result: PerplexityFacts) -> Iterator[str]:
         text = result.text
         assert text is not None
         if not text.rolling:
@@ -145,7 +142,7 @@ PROTOCOLS: tuple[PublishedProtocol, ...] = (
 )
 
 
-def followed_protocols(model: str, result: Measured) -> list[FollowedProtocol]:
+def followed_protocols(model: str, result: PerplexityFacts) -> list[FollowedProtocol]:
     """The published protocols that a result follows, each with the dense value of the model if there is one."""
     found = [one for one in PROTOCOLS if _on_wikitext2(result) and not list(one.differences(result))]
     return [FollowedProtocol(protocol=one.name, metric=one.metric, dense=one.dense.get(model)) for one in found]
@@ -165,7 +162,7 @@ def sentence(result: Evaluation) -> str:
     return f"Compares with no published protocol: {', '.join(nearest)}."
 
 
-def _on_wikitext2(result: Measured) -> bool:
+def _on_wikitext2(result: PerplexityFacts) -> bool:
     text = result.text
     if text is None:
         return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import PurePath
 from typing import Annotated, Any, Literal
@@ -74,7 +75,7 @@ class Capability(Facts):
 
 
 class TextPerplexity(Facts):
-    """The perplexity on one of several texts; nats_stderr as in :class:`Evaluation`."""
+    """The perplexity on one of several texts; nats_stderr as in :class:`PerplexityFacts`."""
 
     perplexity: float
     nats_stderr: float | None = None
@@ -142,21 +143,17 @@ class FollowedProtocol(Facts):
     dense: float | None = None
 
 
-class Evaluation(Record):
-    """What ``evaluate`` returns; what was not asked for is None, or empty.
+class PerplexityFacts(Facts):
+    """A perplexity, and everything that is needed to get the number again; None where it was not measured, or is not known.
 
-    quantised: how the model's files store weights as codes, if they do; they were dequantised to ``dtype``.
-    perplexity = exp(nats / tokens), of ``windows`` of ``length`` tokens, one every ``stride``; ``nats_stderr``: standard error
-    of the mean nats per token, by how windows differ. Per word and per byte: of what is predicted, as lm-evaluation-harness
-    counts; by_position: by how many tokens of its window a prediction saw; by_text: on each of several texts. comparable:
-    published protocols that this follows.
-    masks: the file that the model was pruned by, in memory. sparsity: zeros among the prunable weights; None of a model that
-    cannot be pruned. against: the model that this one is compared with. capabilities: what tasks ask for -> their mean.
-    lm_eval: task -> metric -> value, by lm-evaluation-harness; lm_eval_notes: what is to be known beside them;
-    lm_eval_reference: the same of the other model; lm_eval_against: both, by task and metric of right and wrong.
+    model: its name. quantised: how its files store weights as codes, if they do; they were dequantised to ``dtype``.
+    perplexity = exp(nats / tokens), of ``windows`` of ``length`` tokens, one every ``stride``, fewer than ``length`` if they
+    overlap. nats_stderr: standard error of the mean nats per token, by how windows (or documents) differ: what others of such
+    text would have changed. It is about the relative error of the perplexity; two models read on the same windows differ by
+    less. word_perplexity, byte_perplexity: exp(nats / words), / bytes, of the text that is predicted, as lm-evaluation-harness
+    counts them. by_position: by how many tokens of its window a prediction saw. by_text: on each of several texts.
     """
 
-    kind: Literal["evaluation"] = "evaluation"
     model: str = ""
     dtype: str | None = None
     quantised: str | None = None
@@ -174,6 +171,19 @@ class Evaluation(Record):
     bytes: Count | None = None
     by_position: dict[str, float] | None = None
     by_text: dict[str, TextPerplexity] | None = None
+
+
+class Evaluation(PerplexityFacts, Record):
+    """What ``evaluate`` returns; what was not asked for is None, or empty.
+
+    comparable: published protocols that the perplexity follows.
+    masks: the file that the model was pruned by, in memory. sparsity: zeros among the prunable weights; None of a model that
+    cannot be pruned. against: the model that this one is compared with. capabilities: what tasks ask for -> their mean.
+    lm_eval: task -> metric -> value, by lm-evaluation-harness; lm_eval_notes: what is to be known beside them;
+    lm_eval_reference: the same of the other model; lm_eval_against: both, by task and metric of right and wrong.
+    """
+
+    kind: Literal["evaluation"] = "evaluation"
     comparable: list[FollowedProtocol] = []
     masks: str | None = None
     sparsity: float | None = None
@@ -248,22 +258,13 @@ class Costs(Facts):
 
 
 class Row(Costs):
-    """One pattern of a sweep, as it was asked for. pareto: no other row is both smaller and better."""
+    """One pattern of a sweep, as it was asked for. pareto: no other row beats it (:func:`unbeaten`)."""
 
     pattern: str
     structure: Structure | None = None
     scope: str | None = None
     sparsity: Fraction
     pareto: bool = False
-
-    @property
-    def _costs(self) -> tuple[float, float]:
-        return self.perplexity, -self.sparsity if self.bytes is None else self.bytes
-
-    def beats(self, other: Row) -> bool:
-        """Whether it is at least as good in both respects, and better in one."""
-        mine, theirs = self._costs, other._costs
-        return mine != theirs and all(a <= b for a, b in zip(mine, theirs, strict=True))
 
 
 class SweepProtocol(Facts):
@@ -296,9 +297,38 @@ class Sweep(Record):
     rows: list[Row]
 
 
+class Pruned(Structural):
+    """A pruned model, by what it costs."""
+
+    @property
+    def perplexity(self) -> float: ...
+    @property
+    def sparsity(self) -> float: ...
+    @property
+    def bytes(self) -> int | None: ...
+
+
+def unbeaten(models: Sequence[Pruned]) -> list[bool]:
+    """Of several pruned models of one dense model the Pareto front: whether no other beats it, for each.
+
+    To beat is to be at least as good both in perplexity and in size, and better in one. Size is the packed model's where both
+    have it, else what is removed. A perplexity that is not finite is on no front.
+    """
+    return [math.isfinite(one.perplexity) and not any(_beats(other, one) for other in models) for one in models]
+
+
+def _beats(one: Pruned, other: Pruned) -> bool:
+    if one.bytes is None or other.bytes is None:
+        smaller, as_small = one.sparsity > other.sparsity, one.sparsity == other.sparsity
+    else:
+        smaller, as_small = one.bytes < other.bytes, one.bytes == other.bytes
+    better, as_good = one.perplexity < other.perplexity, one.perplexity == other.perplexity
+    return (smaller and (better or as_good)) or (as_small and better)
+
+
 def marked(rows: Sequence[Row]) -> list[Row]:
     """The rows of a sweep, those marked that no other beats."""
-    return [row.model_copy(update={"pareto": not any(other.beats(row) for other in rows)}) for row in rows]
+    return [row.model_copy(update={"pareto": best}) for row, best in zip(rows, unbeaten(rows), strict=True)]
 
 
 class Sampled(Structural):

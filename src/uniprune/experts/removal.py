@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
@@ -15,6 +13,7 @@ from uniprune.artefacts.reports import ExpertCounts, ExpertLayer
 from uniprune.checkpoints.checkpoint import Files, checkpoint_of
 from uniprune.checkpoints.companion_files import copy_companions, copy_terms
 from uniprune.checkpoints.origin import resolve
+from uniprune.common.matrix_names import pattern_of
 from uniprune.common.progress import Progress, silent
 from uniprune.experts import files as expert_files
 from uniprune.experts.criteria import best, by_weights, observe, of_experts
@@ -26,6 +25,7 @@ from uniprune.job.scoring import scored
 from uniprune.models.loading import Loaded, Source, skeleton
 from uniprune.models.matrices import Matrices, find_matrices
 from uniprune.saliency.metrics import REAP
+from uniprune.saliency.record import ScoringRecord
 from uniprune.sparsity.patterns.spelling import default_scope
 from uniprune.sparsity.patterns.unstructured import Unstructured
 from uniprune.storage import strict_json
@@ -52,7 +52,7 @@ class Removal:
         assert isinstance(checkpoint, Files)
         return checkpoint
 
-    def choose(self, progress: Progress, run: Run) -> tuple[dict[str, ExpertLayer], dict[str, Any]]:
+    def choose(self, progress: Progress, run: Run) -> tuple[dict[str, ExpertLayer], ScoringRecord]:
         """Which experts each layer keeps, and what the report says of how their scores came to be.
 
         One forward pass over the calibration text sees what every expert puts out; another metric, or a controller, then has
@@ -62,7 +62,7 @@ class Removal:
         fraction = self.recipe.experts
         assert fraction is not None
         seen = observe(calibration)
-        record: dict[str, Any] = {}
+        record = ScoringRecord()
         scores = {layer: experts.reap for layer, experts in seen.items()}
         if not isinstance(self.recipe.parsed_metric(), REAP):
             target = Unstructured(fraction, default_scope(self.recipe.comparable))
@@ -128,4 +128,4 @@ def prepared(source: Source, recipe: Recipe, output: Path, options: RunOptions, 
 
 def alike(matrices: Matrices) -> tuple[str, ...]:
     """Regular expressions that match these matrices, and those in other blocks and of other experts at the same places."""
-    return tuple(dict.fromkeys("^" + re.sub(r"\d+", r"\\d+", re.escape(name)) + "$" for name in matrices))
+    return tuple(dict.fromkeys(map(pattern_of, matrices)))

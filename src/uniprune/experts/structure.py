@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from uniprune.checkpoints.checkpoint import Files, checkpoint_of
 from uniprune.checkpoints.configuration import text_config
 from uniprune.checkpoints.layout import Located, keys_of, on_load
+from uniprune.common.matrix_names import kind_of, split
 from uniprune.errors import InputError, first_line
 from uniprune.experts.criteria import best, layers_of
 from uniprune.experts.files import Selection, selected, stored
@@ -172,26 +173,21 @@ def _left_out(files: Files, located: Located, axes: Mapping[str, int]) -> frozen
     after the last one (``model.layers.61.``), Qwen's lie apart (``mtp.layers.0.``, ``mtp.fc``)."""
     used = {key for place in located.values() for key in keys_of(place)}
     own = {key for name in axes if name in located for key in keys_of(located[name])}
-    alike, within = {_pattern(key) for key in own}, {_pattern(key.removeprefix(_layer(key))) for key in own}
+    alike, within = {kind_of(key) for key in own}, {kind_of(key.removeprefix(_layer(key))) for key in own}
     heads = set[str]()
     for key in files.tensors.keys() - used:
-        if _pattern(key) in alike:
+        if kind_of(key) in alike:
             heads.add(_layer(key))
-        elif (apart := APART.match(key)) and (_pattern(key.removeprefix(_layer(key))) in within or ".experts." in key):
+        elif (apart := APART.match(key)) and (kind_of(key.removeprefix(_layer(key))) in within or ".experts." in key):
             heads.add(apart[0])
     unused = tuple(head for head in heads if head and not any(key.startswith(head) for key in used))
     return frozenset(key for key in files.tensors.keys() - used if key.startswith(unused))
 
 
-def _pattern(key: str) -> str:
-    """A key without its numbers, the same in each layer and of each expert."""
-    return re.sub(r"\d+", "*", key)
-
-
 def _layer(key: str) -> str:
-    """A key up to its first number, which is a layer's; empty if it has none."""
-    found = re.match(r".*?\.\d+\.", key)
-    return found[0] if found else ""
+    """How the keys of a layer begin that this one is of; empty if it is of none."""
+    layer, _ = split(key)
+    return f"{layer}." if layer else ""
 
 
 def _check_loads(name: str, small: nn.Module, located: Located, axes: Mapping[str, int]) -> None:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from uniprune.common.formatting import NONE, points, short
 from uniprune.evaluation.results import TaskResult
-from uniprune.reporting.summary import Summary
+from uniprune.reporting.summary import ReportedModel
 from uniprune.reporting.tables import Cell, Grid, asked, fraction
 from uniprune.tasks.catalogue import FIELDS
 
 
-def capabilities(summary: Summary) -> Grid | None:
+def capabilities(subjects: Sequence[ReportedModel]) -> Grid | None:
     """One row for each model and capability."""
     rows: list[list[Cell]] = []
-    for subject in summary.subjects:
+    for subject in subjects:
         for evaluation in subject.evaluations:
             for name, found in evaluation.capabilities.items():
                 other: list[Cell] = [NONE, NONE]
@@ -25,10 +27,10 @@ def capabilities(summary: Summary) -> Grid | None:
     return Grid("Capabilities: the mean of the tasks that ask for each", columns, rows) if rows else None
 
 
-def parts(summary: Summary, every: bool = False) -> Grid | None:
+def parts(subjects: Sequence[ReportedModel], every: bool = False) -> Grid | None:
     """Accuracy by part of a task: the groups of subjects that it has, or ``every`` subject."""
     rows: list[list[Cell]] = []
-    for subject, name, task in asked(summary):
+    for subject, name, task in asked(subjects):
         for part in _shown(task, every):
             found = task.parts[part]
             value = fraction(found.value), fraction(found.stderr)

@@ -215,7 +215,7 @@ def _best(table: Comparison, pattern: str, dense: float | None) -> str:
 
 
 def _ends(facts: Tradeoff) -> str:
-    points = [point for point in facts.points if point.front] or facts.points
+    points = facts.front or facts.points
     first, last = points[0], points[-1]
     dense = f", dense {number(facts.dense)}" if facts.dense else ""
     ends = f"goes from {number(first.perplexity)} at {first.name} to {number(last.perplexity)} at {last.name}"
@@ -273,7 +273,7 @@ def _speed(summary: Summary, models: Sequence[str], forms: Iterable[Structure]) 
             faster.append(
                 f"{kind or ANY_MASK} {best.speedup:.2f} times as fast ({best.kernel}, {best.dtype}, batch {best.batch})"
             )
-    place = f"on {speeds.device}, {speeds.threads} thread{'s' if speeds.threads > 1 else ''},"
+    place = f"on {speeds.place},"
     if faster:
         return f"{place} matrix products can be faster: {', '.join(faster)}"
     return f"{place} nothing is faster"

@@ -19,7 +19,7 @@ from uniprune.common.formatting import NOTE
 from uniprune.common.provenance import versions
 from uniprune.reporting.headline import figures, sentences, verdict
 from uniprune.reporting.summary import Summary
-from uniprune.reporting.tables import Grid, csv
+from uniprune.reporting.tables import Grid, as_csv
 
 if TYPE_CHECKING:
     from uniprune.reporting.sections import Section
@@ -56,7 +56,7 @@ def render(sections: Sequence[Section], summary: Summary) -> str:
 
 def _download(grid: Grid) -> str:
     """The address of a table as a CSV file, which is in the address itself."""
-    return f"data:text/csv;charset=utf-8,{quote(csv(grid), errors='replace')}"
+    return f"data:text/csv;charset=utf-8,{quote(as_csv(grid), errors='replace')}"
 
 
 def _part(environment: Environment, name: str) -> str:

@@ -77,9 +77,9 @@ def tradeoff(name: str, facts: Tradeoff, by: str) -> Plot | None:
     dense = facts.dense if facts.dense is not None and 0 < facts.dense < math.inf else None
     with _figure(name, 4.8, 3.5) as (figure, made):
         axes = figure.subplots()
-        front = [point for point in seen if point.front]
-        if by == "sparsity" and len(front) > 1:
-            x, y = [100 * point.sparsity for point in front], [point.perplexity for point in front]
+        front = [point for point in facts.front if point in seen]
+        if by == ("bytes" if facts.packed else "sparsity") and len(front) > 1:
+            x, y = [scale * getattr(point, by) for point in front], [point.perplexity for point in front]
             axes.plot(x, y, color=INK, lw=1, ls=":", label="Pareto front", zorder=1)
         order = sorted({point.series for point in seen}, key=lambda series: (series == EVALUATED, series == "N:M", series))
         for index, series in enumerate(order):
@@ -170,7 +170,7 @@ def heatmap(name: str, grid: Mapping[tuple[str, str], float]) -> Plot:
             place = kinds.index(kind) - 0.5, blocks.index(block) - 0.5
             axes.add_patch(Rectangle(place, 1, 1, fc=_shade((sparsity - low) / (high - low or 1)), ec=SURFACE, lw=1))
         axes.set(xlim=(-0.5, len(kinds) - 0.5), ylim=(len(blocks) - 0.5, -0.5), ylabel="decoder block")
-        names = [_label(kind.rpartition(".")[2]) for kind in kinds]
+        names = [_label(kind.removesuffix(".*").rpartition(".")[2]) for kind in kinds]
         axes.set_xticks(range(len(kinds)), names, rotation=35, ha="right", rotation_mode="anchor")
         every = max(1, len(blocks) // 10)
         axes.set_yticks(range(0, len(blocks), every), blocks[::every])

@@ -70,7 +70,7 @@ class Section:
 
 def sections(sources: Sequence[ResultFile], summary: Summary) -> list[Section]:
     """Those that have something to show, in the order of the page."""
-    models = report_tables.models(summary)
+    models = report_tables.models(summary.subjects)
     every = [
         Section("models", "The models", [Panel(grids=[models])] if models else []),
         Section("comparison", "Methods compared", list(_comparisons(summary))),
@@ -144,7 +144,7 @@ def _descents(summary: Summary) -> Iterator[Panel]:
 
 
 def _readings(summary: Summary) -> Iterator[Panel]:
-    grid = report_tables.readings(summary)
+    grid = report_tables.readings(summary.subjects)
     grids = [each for each in (grid, *map(comparison.readings, summary.comparisons)) if each and _more(each)]
     if grids:
         says = "Per token compares models with one tokenizer, per word and per byte all models."
@@ -152,7 +152,7 @@ def _readings(summary: Summary) -> Iterator[Panel]:
 
 
 def _texts(summary: Summary) -> Iterator[Panel]:
-    grids = [report_tables.texts(summary), *map(report_tables.sweep_texts, summary.sweeps)]
+    grids = [report_tables.texts(summary.subjects), *map(report_tables.sweep_texts, summary.sweeps)]
     if shown := [grid for grid in grids if grid]:
         yield Panel(paragraphs=["What pruning keeps depends on the text: each was read by itself."], grids=shown)
 
@@ -178,13 +178,13 @@ def _told(record: ControllerRecord) -> str:
 
 
 def _accuracies(summary: Summary) -> Iterator[Panel]:
-    grid = report_tables.accuracies(summary)
-    harness = report_tables.harness(summary)
+    grid = report_tables.accuracies(summary.subjects)
+    harness = report_tables.harness(summary.subjects)
     if grid:
         plot = accuracies("accuracies", _markers(summary))
         says = f"Bars are standard errors of {METRIC}, of the questions as a sample."
-        folded = [parts for parts in (report_capabilities.parts(summary, every=True),) if parts]
-        grids = [report_capabilities.capabilities(summary), grid, report_capabilities.parts(summary)]
+        folded = [parts for parts in (report_capabilities.parts(summary.subjects, every=True),) if parts]
+        grids = [report_capabilities.capabilities(summary.subjects), grid, report_capabilities.parts(summary.subjects)]
         yield Panel("", [says] if plot else [], [plot] if plot else [], [shown for shown in grids if shown], folded)
     if harness:
         yield Panel(grids=[harness])
@@ -198,8 +198,8 @@ def _accuracies(summary: Summary) -> Iterator[Panel]:
 
 def _markers(summary: Summary) -> list[Marker]:
     """Accuracies by model; each that others are compared with counts as one."""
-    labels = list(dict.fromkeys(subject.label for subject, _, _ in report_tables.asked(summary)))[:DRAWN]
-    names = apart(name for _, name, _ in report_tables.asked(summary))
+    labels = list(dict.fromkeys(subject.label for subject, _, _ in report_tables.asked(summary.subjects)))[:DRAWN]
+    names = apart(name for _, name, _ in report_tables.asked(summary.subjects))
     others = apart(each.against for subject in summary.subjects for each in subject.evaluations if each.tasks and each.against)
     markers = []
     dense = list[Marker]()
@@ -219,7 +219,7 @@ def _markers(summary: Summary) -> list[Marker]:
 
 
 def _closeness(summary: Summary) -> Iterator[Panel]:
-    if grid := report_tables.closeness(summary):
+    if grid := report_tables.closeness(summary.subjects):
         says = (
             "KL is the mean over positions of the divergence of the model's next-token distribution from the other's, 0 if "
             "they are the same."
@@ -242,7 +242,7 @@ def _generations(summary: Summary) -> Iterator[Panel]:
 
 def _speeds(summary: Summary) -> Iterator[Panel]:
     for speeds in summary.speeds:
-        title = f"{short(speeds.model)} on {speeds.device}, {speeds.threads} thread{'s' if speeds.threads > 1 else ''}"
+        title = f"{short(speeds.model)} on {speeds.place}"
         yield Panel(title, [*speeds.verdicts, *speeds.notes], grids=[report_tables.speeds(speeds)])
 
 

@@ -6,7 +6,7 @@ Nothing is compared that was not measured alike: perplexities of other texts or 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from os.path import abspath, normpath
 from pathlib import PurePath
@@ -16,7 +16,7 @@ from uniprune.common.formatting import apart, percent, short
 from uniprune.common.significance import paired_error
 from uniprune.comparison.results import DENSE as METHOD_DENSE
 from uniprune.comparison.results import Comparison, ComparisonProtocol
-from uniprune.evaluation.results import Closeness, Evaluation, Row, Sweep, SweepProtocol, samples
+from uniprune.evaluation.results import Closeness, Evaluation, Row, Sweep, SweepProtocol, samples, unbeaten
 from uniprune.reporting.results import ResultFile
 from uniprune.runtime.layout import Packing
 from uniprune.speed.results import Speeds
@@ -113,7 +113,7 @@ class ReportedModel:
 
 
 class Point(Facts):
-    """A pruned model in a trade-off. ``front``: no other is both sparser and better. ``label``: of one evaluated by itself.
+    """A pruned model in a trade-off. ``front``: no other beats it (``unbeaten``). ``label``: of one evaluated by itself.
 
     kind: of its pattern, if that is known (``Structure``).
     """
@@ -150,6 +150,16 @@ class Tradeoff(Facts):
     dense: float | None
     dense_bytes: int | None
     points: list[Point]
+
+    @property
+    def front(self) -> list[Point]:
+        """The points that no other beats, the best perplexity first."""
+        return sorted((point for point in self.points if point.front), key=lambda point: point.perplexity)
+
+    @property
+    def packed(self) -> bool:
+        """Whether the packed size of every point is known."""
+        return all(point.bytes is not None for point in self.points)
 
 
 @dataclass(frozen=True)
@@ -268,14 +278,7 @@ def _tradeoffs(subjects: Sequence[ReportedModel], sweeps: Sequence[Sweep]) -> It
     for sweep in sweeps:
         mine = [each for each in left if alike(sweep.protocol, each.reading) and same_model(each.base, sweep.model)]
         left = [each for each in left if each not in mine]
-        points = [_point_of_row(row) for row in sweep.rows]
-        yield Tradeoff(
-            model=sweep.model,
-            measure=measure(sweep.protocol),
-            dense=sweep.dense.perplexity if sweep.dense else None,
-            dense_bytes=sweep.dense.bytes if sweep.dense else None,
-            points=_front([*points, *map(_point, mine)]),
-        )
+        yield tradeoff_of(sweep, mine)
     while left:
         first = left[0]
         mine = [each for each in left if alike(each.reading, first.reading) and each.base == first.base]
@@ -290,6 +293,17 @@ def _tradeoffs(subjects: Sequence[ReportedModel], sweeps: Sequence[Sweep]) -> It
                 dense_bytes=None,
                 points=_front(list(map(_point, mine))),
             )
+
+
+def tradeoff_of(sweep: Sweep, others: Iterable[ReportedModel] = ()) -> Tradeoff:
+    """What a sweep shows. others: models that were evaluated as it was."""
+    return Tradeoff(
+        model=sweep.model,
+        measure=measure(sweep.protocol),
+        dense=sweep.dense.perplexity if sweep.dense else None,
+        dense_bytes=sweep.dense.bytes if sweep.dense else None,
+        points=_front([*map(_point_of_row, sweep.rows), *map(_point, others)]),
+    )
 
 
 def _point(subject: ReportedModel) -> Point:
@@ -314,17 +328,9 @@ def _point_of_row(row: Row) -> Point:
 
 
 def _front(points: list[Point]) -> list[Point]:
-    """In order of sparsity, those marked that no other point dominates."""
-    found = []
-    for point in sorted(points, key=lambda point: (point.sparsity, point.pattern)):
-        better = (
-            other.sparsity >= point.sparsity
-            and other.perplexity <= point.perplexity
-            and (other.sparsity, -other.perplexity) != (point.sparsity, -point.perplexity)
-            for other in points
-        )
-        found.append(point.model_copy(update={"front": math.isfinite(point.perplexity) and not any(better)}))
-    return found
+    """In order of sparsity, those marked that no other beats."""
+    found = sorted(points, key=lambda point: (point.sparsity, point.pattern))
+    return [point.model_copy(update={"front": best}) for point, best in zip(found, unbeaten(found), strict=True)]
 
 
 # ----------------------------------------------------------------------------------------------------------- measures

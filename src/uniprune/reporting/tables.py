@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ from uniprune.artefacts.reports import Pruning
 from uniprune.common.formatting import NONE, apart, count, number, percent, points, short, size
 from uniprune.evaluation.results import Compared, Row, Sweep, TaskResult
 from uniprune.reporting.results import ResultFile
-from uniprune.reporting.summary import ReportedModel, Summary, Tradeoff, measure
+from uniprune.reporting.summary import ReportedModel, Tradeoff, measure
 from uniprune.speed.results import Speeds
 from uniprune.speed.timing import Result
 
@@ -48,25 +49,26 @@ class Grid:
         return [(column.removesuffix(":"), not column.endswith(":")) for column in self.columns]
 
 
-def csv(grid: Grid) -> str:
+def as_csv(grid: Grid) -> str:
     """A table as CSV (RFC 4180), its numbers as they were measured. A spreadsheet takes no text in it for a formula."""
     lines: list[list[Cell]] = [[name for name, _ in grid.heads], *grid.rows]
-    return "".join(",".join(map(_field, line)) + "\r\n" for line in lines)
+    file = io.StringIO(newline="")
+    csv.writer(file).writerows(map(_saved, line) for line in lines)
+    return file.getvalue()
 
 
-def _field(cell: Cell) -> str:
+def _saved(cell: Cell) -> str | float:
     if not isinstance(cell, str):
-        return repr(cell[1])
-    text = f"'{cell}" if cell.startswith(("=", "+", "-", "@", "\t", "\r")) else cell
-    return '"' + text.replace('"', '""') + '"' if re.search(r'[",\r\n]', text) else text
+        return cell[1]
+    return f"'{cell}" if cell.startswith(("=", "+", "-", "@", "\t", "\r")) else cell
 
 
-def models(summary: Summary) -> Grid | None:
+def models(subjects: Sequence[ReportedModel]) -> Grid | None:
     """One row for each model; None where there is but one."""
-    if len(summary.subjects) < 2:
+    if len(subjects) < 2:
         return None
     rows: list[list[Cell]] = []
-    for subject in summary.subjects:
+    for subject in subjects:
         near, change, reading = subject.closeness, subject.change, subject.reading
         pattern = subject.pruning.pattern if subject.pruning else "dense" if subject.dense else NONE
         rows.append(
@@ -84,9 +86,9 @@ def models(summary: Summary) -> Grid | None:
     return without_empty(Grid("Perplexity, divergence from the dense model, and change of accuracy", columns, rows))
 
 
-def readings(summary: Summary) -> Grid | None:
+def readings(subjects: Sequence[ReportedModel]) -> Grid | None:
     """The perplexities of each evaluation per token, word and byte, by position, and what they compare with."""
-    found = [(subject, each) for subject in summary.subjects for each in subject.evaluations if each.perplexity is not None]
+    found = [(subject, each) for subject in subjects for each in subject.evaluations if each.perplexity is not None]
     positions = list(dict.fromkeys(place for _, each in found for place in each.by_position or ()))
     rows: list[list[Cell]] = []
     for subject, each in found:
@@ -101,10 +103,10 @@ def readings(summary: Summary) -> Grid | None:
     return without_empty(Grid(caption, columns, rows, sortable=True)) if rows else None
 
 
-def texts(summary: Summary) -> Grid | None:
+def texts(subjects: Sequence[ReportedModel]) -> Grid | None:
     """The perplexity of each model on each of several texts, the reference's, and the divergence between them."""
     rows: list[list[Cell]] = []
-    for subject in summary.subjects:
+    for subject in subjects:
         for each in subject.evaluations:
             near = (each.closeness.by_text if each.closeness else None) or {}
             for name, found in (each.by_text or {}).items():
@@ -113,7 +115,7 @@ def texts(summary: Summary) -> Grid | None:
                 reference = [shown(other.reference_perplexity), shown(other.kl)] if other else [NONE, NONE]
                 rows.append([subject.label, short(name), shown(found.perplexity), shown(error), *reference])
     columns = ["model:", "text:", "perplexity", "±", "other's", "KL"]
-    compared = any(each.closeness and each.closeness.by_text for subject in summary.subjects for each in subject.evaluations)
+    compared = any(each.closeness and each.closeness.by_text for subject in subjects for each in subject.evaluations)
     caption = "Perplexity by text" + (", and KL from the model evaluated against" if compared else "")
     return without_empty(Grid(caption, columns, rows, sortable=True)) if rows else None
 
@@ -142,7 +144,7 @@ def speeds(found: Speeds) -> Grid:
     """How fast products with sparse masks are beside dense ones."""
     head, *rows = bench_rows(found.results)
     columns = [f"{name}:" if index < len(("masks", "type")) else name for index, name in enumerate(head)]
-    caption = f"{short(found.model)}: times as fast as the dense product, by sparsity (?: or not)"
+    caption = f"{short(found.model)} on {found.place}: times as fast as the dense product of the same type (?: or not)"
     return Grid(caption, columns, [list(row) for row in rows], sortable=True)
 
 
@@ -154,7 +156,7 @@ def tradeoff(facts: Tradeoff) -> Grid:
     for point in facts.points:
         sparsity, front = fraction(point.sparsity), "yes" if point.front else ""
         rows.append([point.name, sparsity, shown(point.perplexity), _sized(point.bytes), front])
-    columns = ["pattern:", "sparsity", "perplexity", "packed", "best for its sparsity:"]
+    columns = ["pattern:", "sparsity", "perplexity", "packed", "best for its size:"]
     return without_empty(Grid(f"{short(facts.model)}: {facts.measure}", columns, rows, sortable=True))
 
 
@@ -184,12 +186,12 @@ def matrices(pruning: Pruning) -> Grid:
     return Grid("Every pruned matrix", ["matrix:", "out x in", "weights", "sparsity"], rows, sortable=True)
 
 
-def accuracies(summary: Summary) -> Grid | None:
+def accuracies(subjects: Sequence[ReportedModel]) -> Grid | None:
     """One row for each model, task and metric; beside a reference the answers gained and lost, and McNemar's p."""
     rows: list[list[Cell]] = []
-    several = len({subject.label for subject, _, _ in asked(summary)}) > 1
-    labels = apart(name for _, name, _ in asked(summary))
-    for subject, name, task in asked(summary):
+    several = len({subject.label for subject, _, _ in asked(subjects)}) > 1
+    labels = apart(name for _, name, _ in asked(subjects))
+    for subject, name, task in asked(subjects):
         for metric in METRICS:
             value = getattr(task, metric, None)
             if isinstance(value, (int, float)):
@@ -213,9 +215,9 @@ def accuracies(summary: Summary) -> Grid | None:
     return without_empty(Grid(f"Accuracy on n questions ± standard error{test}", columns, rows))
 
 
-def asked(summary: Summary) -> Iterator[tuple[ReportedModel, str, TaskResult]]:
+def asked(subjects: Sequence[ReportedModel]) -> Iterator[tuple[ReportedModel, str, TaskResult]]:
     """Every task that a model was asked, once where several evaluations asked the same questions in the same way."""
-    for subject in summary.subjects:
+    for subject in subjects:
         seen = set()
         for evaluation in subject.evaluations:
             for name, task in evaluation.tasks.items():
@@ -225,10 +227,10 @@ def asked(summary: Summary) -> Iterator[tuple[ReportedModel, str, TaskResult]]:
                 seen.add(this)
 
 
-def harness(summary: Summary) -> Grid | None:
+def harness(subjects: Sequence[ReportedModel]) -> Grid | None:
     """What lm-evaluation-harness found."""
     rows: list[list[Cell]] = []
-    for subject in summary.subjects:
+    for subject in subjects:
         for evaluation in subject.evaluations:
             for task, metrics in evaluation.lm_eval.items():
                 for metric, value in metrics.items():
@@ -259,10 +261,10 @@ def bench_rows(results: Sequence[Result]) -> list[list[str]]:
     return [["masks", "type", "batch", *(f"{100 * sparsity:g}%" for sparsity in sparsities)], *body]
 
 
-def closeness(summary: Summary) -> Grid | None:
+def closeness(subjects: Sequence[ReportedModel]) -> Grid | None:
     """How far each model is from the one that it was evaluated against, which is named unless it is the dense one."""
     rows: list[list[Cell]] = []
-    for subject in summary.subjects:
+    for subject in subjects:
         for evaluation in subject.evaluations:
             if near := evaluation.closeness:
                 text = short(near.text.text) if near.text else NONE

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +15,7 @@ from uniprune.models.matrices import Matrices, find_blocks
 from uniprune.models.replay import Blocks, Replay
 from uniprune.saliency.metrics import Metric
 from uniprune.saliency.observation import check_called, observing, starved, sum_and_check
+from uniprune.saliency.record import Starved
 from uniprune.saliency.statistics import Kind, Statistics
 from uniprune.sparsity.views import Scores
 from uniprune.storage.runs import Run
@@ -71,8 +71,8 @@ class LocalSaliency(Scores):
         return self._matrices[name].size
 
     @property
-    def starved(self) -> dict[str, Any]:
-        """For the report: the experts that saw too few tokens and are scored by magnitude."""
+    def starved(self) -> Starved | None:
+        """For the report: the experts that saw too few tokens and are scored by magnitude, if any."""
         return starved(self._matrices, self._statistics)
 
     def __iter__(self) -> Iterator[str]:

@@ -14,6 +14,7 @@ from uniprune.common import distributed
 from uniprune.errors import InputError
 from uniprune.models.experts import unfused
 from uniprune.models.matrices import Matrices
+from uniprune.saliency.record import Starved
 from uniprune.saliency.statistics import Kind, Statistic, Statistics
 
 FEW = 32  # tokens: with fewer, the RMS of a channel is off by more than an eighth
@@ -108,13 +109,11 @@ def fill_starved_experts(matrices: Matrices, statistics: Statistics, gradients: 
                 gradients[name].fill_(gradient)
 
 
-def starved(matrices: Matrices, statistics: Statistics) -> dict[str, Any]:
-    """For the report: the matrices whose inputs :func:`fill_starved_experts` replaced; empty if none are."""
+def starved(matrices: Matrices, statistics: Statistics) -> Starved | None:
+    """For the report: the matrices whose inputs :func:`fill_starved_experts` replaced; None if none are."""
     groups = _groups(matrices, statistics)
     names = [name for group in groups.values() for name in group if statistics[name].tokens < FEW]
-    if not names:
-        return {}
-    return {"starved": {"matrices": names, "of": sum(map(len, groups.values())), "tokens_under": FEW}}
+    return Starved(matrices=names, of=sum(map(len, groups.values())), tokens_under=FEW) if names else None
 
 
 def _groups(matrices: Matrices, statistics: Statistics) -> dict[str, list[str]]:

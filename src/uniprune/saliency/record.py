@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import ConfigDict, Field
 
@@ -20,10 +19,9 @@ class Starved(Facts):
     of: Count
     tokens_under: Count
 
-
-def reported(facts: Mapping[str, Mapping[str, Any]]) -> dict[str, Starved]:
-    """What :func:`uniprune.saliency.observation.starved` found, as reports have it."""
-    return {name: Starved(**fact) for name, fact in facts.items()}
+    def __add__(self, other: Starved) -> Starved:
+        """Those of two parts of one model."""
+        return Starved(matrices=self.matrices + other.matrices, of=self.of + other.of, tokens_under=self.tokens_under)
 
 
 def warn_of_starved(starved: Starved | None) -> None:
@@ -52,14 +50,14 @@ class ControllerRecord(Facts):
 
     objective: str = "loss"
     unit: str = "nats per token"
-    steps: int | None = Field(None, ge=0)
-    tokens: int = Field(0, ge=0)
+    steps: int | None = Field(default=None, ge=0)
+    tokens: int = Field(default=0, ge=0)
     loss: list[float] = []
     held_out_loss: list[float] = []
     best_held_out_loss: float | None = None
     judged_every: int | None = None
     flips: list[float] = []
-    backed_off: int = Field(0, ge=0)
+    backed_off: int = Field(default=0, ge=0)
     targets: list[str] = []
     without_gradient: list[str] = []
     starved: Starved | None = None
@@ -70,3 +68,15 @@ class ControllerRecord(Facts):
         done, checks = len(self.loss), max(1, len(self.held_out_loss) - 1)
         every = self.judged_every or done / checks
         return [min(index * every, done) for index in range(len(self.held_out_loss))]
+
+
+class ScoringRecord(NamedTuple):
+    """How scores came to be, for reports: what a controller did, or of a local metric which experts are starved, if any."""
+
+    controller: ControllerRecord | None = None
+    starved: Starved | None = None
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """Those that there are, by the names that reports have for them."""
+        return {name: value for name, value in self._asdict().items() if value is not None}

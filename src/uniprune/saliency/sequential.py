@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -27,12 +27,17 @@ SHARE = 16  # one of so many tokens of the text is also read as the first of one
 WEIGHT = 0.25  # and these have so much of the weight that the text has
 FIRST = "first-stash"  # their hidden states
 
+
+class Created(NamedTuple):
+    """Masks by matrix name, and which of these matrices are starved experts', if any."""
+
+    masks: Mapping[str, Tensor]
+    starved: Starved | None
+
+
 Run = Callable[[], None]
-Create = Callable[[Matrices, Sequence[Run]], tuple[dict[str, Tensor], dict[str, Any]]]
-"""Given the matrices of one block, and what runs it over the windows and, if there are any, over first tokens: their masks, and
-the starved."""
-Created = tuple[Mapping[str, Tensor], dict[str, Any]]
-"""Masks by matrix name, and for the report what :func:`uniprune.saliency.observation.starved` says of all blocks."""
+Create = Callable[[Matrices, Sequence[Run]], Created]
+"""Given the matrices of one block, and what runs it over the windows and, if there are any, over first tokens."""
 
 
 def sequential(calibration: Calibration, metric: Metric, pattern: Pattern) -> Created:
@@ -43,14 +48,14 @@ def sequential(calibration: Calibration, metric: Metric, pattern: Pattern) -> Cr
     Raises InputError if the pattern needs all scores at once (scope ``model``).
     """
 
-    def create(here: Matrices, runs: Sequence[Run]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def create(here: Matrices, runs: Sequence[Run]) -> Created:
         if metric.statistic is None:
-            return dict(pattern(LocalSaliency(here, metric, {}))), {}
+            return Created(dict(pattern(LocalSaliency(here, metric, {}))), None)
         (run,) = runs
         with observing(here, metric.statistic, calibration.device) as statistics:
             run()
         sum_and_check(here, statistics)
-        return dict(pattern(LocalSaliency(here, metric, statistics))), starved(here, statistics)
+        return Created(dict(pattern(LocalSaliency(here, metric, statistics))), starved(here, statistics))
 
     return _by_block(calibration, pattern, create)
 
@@ -68,7 +73,7 @@ def refined(calibration: Calibration, metric: Metric, pattern: Pattern) -> Creat
     firsts = first_tokens(calibration.windows)
     weight = WEIGHT * calibration.windows.numel() / len(firsts)
 
-    def create(here: Matrices, runs: Sequence[Run]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def create(here: Matrices, runs: Sequence[Run]) -> Created:
         run, run_first = runs
         with observing(here, Gram, calibration.device) as grams:
             run_first()
@@ -85,7 +90,7 @@ def refined(calibration: Calibration, metric: Metric, pattern: Pattern) -> Creat
             else mask
             for name, mask in pattern(LocalSaliency(here, metric, own))
         }
-        return better, starved(here, grams)
+        return Created(better, starved(here, grams))
 
     return _by_block(calibration, pattern, create, firsts[distributed.rank() :: distributed.count()])
 
@@ -109,11 +114,12 @@ def _by_block(calibration: Calibration, pattern: Pattern, create: Create, firsts
     if firsts is not None:
         runners.append(runner.over(firsts, Stash(run.aside(FIRST), run.durable) if run else Stash()))
     masks: dict[str, Tensor] = {}
-    record = dict(store.facts.get("record", {})) if store else {}
+    saved = store.facts.get("record") if store else None
+    found = Starved(**saved["starved"]) if saved else None
     for index in calibration.progress(runner, "pruning block by block", len(runner)):
         here = {name: matrix for name, matrix in matrices.items() if matrix.block == index}
-        created, starved_here = create(here, [partial(one.run, index) for one in runners])
-        record = _added(record, starved_here)
+        created, more = create(here, [partial(one.run, index) for one in runners])
+        found = found + more if found and more else found or more
         with masking.applied(here, created):
             for one in runners:
                 one.run(index, advance=True)
@@ -124,18 +130,11 @@ def _by_block(calibration: Calibration, pattern: Pattern, create: Create, firsts
                 store[name] = {"mask": bits.pack(mask)}
             for one in runners:
                 one.sync()
-            store.commit({"done": index + 1, "record": record})
-    if record:  # blocks without any say nothing of how many they have
-        record["starved"]["of"] = sum(bool(matrix.group) for matrix in matrices.values())
-        warn_of_starved(Starved(**record["starved"]))
-    return masks if store is None else StoredMasks(store, matrices), record
-
-
-def _added(record: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
-    """What is to be reported of some blocks, with what is of one more."""
-    if not record or not more:
-        return record or more
-    return {"starved": record["starved"] | {"matrices": [*record["starved"]["matrices"], *more["starved"]["matrices"]]}}
+            store.commit({"done": index + 1, "record": {"starved": found.model_dump()} if found else {}})
+    if found:  # blocks without any say nothing of how many they have
+        found = found.model_copy(update={"of": sum(bool(matrix.group) for matrix in matrices.values())})
+        warn_of_starved(found)
+    return Created(masks if store is None else StoredMasks(store, matrices), found)
 
 
 class StoredMasks(Mapping[str, Tensor]):

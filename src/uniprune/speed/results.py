@@ -30,6 +30,11 @@ class Speeds(Record):
     seconds: float
     versions: dict[str, str]
 
+    @property
+    def place(self) -> str:
+        """The machine."""
+        return f"{self.device}, {self.threads} thread{'s' if self.threads > 1 else ''}"
+
     def fastest(self, kinds: Sequence[str | None], sparsity: float) -> Result | None:
         """The best product with masks of these kinds, at the highest sparsity measured that they reach; None if none was."""
         reached = [row for row in self.results if row.kind in kinds and row.sparsity <= sparsity + MARGIN / 10]

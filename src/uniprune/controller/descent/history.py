@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 from uniprune.controller.protocol import ControllerRecord
@@ -38,7 +38,7 @@ class DescentHistory:
     stale: int = 0
     backed_off: int = 0
     without_gradient: list[str] = field(default_factory=list)
-    starved: dict[str, Any] | None = None
+    starved: Starved | None = None
 
     @classmethod
     def of(cls, facts: Mapping[str, Any]) -> DescentHistory:
@@ -49,7 +49,12 @@ class DescentHistory:
         names = {entry.name for entry in fields(cls)}
         if facts and facts.keys() != names:
             raise InputError(OLDER)
-        return cls(**facts)
+        starved = facts.get("starved")
+        return cls(**{**facts, "starved": Starved(**starved) if starved else None})
+
+    def facts(self) -> dict[str, Any]:
+        """What is saved: JSON data."""
+        return asdict(self) | {"starved": self.starved.model_dump() if self.starved else None}
 
     def judge(self, held_out_loss: float) -> Verdict:
         """Enters the result of a check, and says what it means; the start is the first best."""
@@ -89,5 +94,5 @@ class DescentHistory:
             flips=self.flips,
             backed_off=self.backed_off,
             without_gradient=self.without_gradient,
-            starved=Starved(**self.starved) if self.starved else None,
+            starved=self.starved,
         )

@@ -132,7 +132,7 @@ def opened(
     start = sensitivities(passes, few, metric.statistic, calibration.run)
     if not position.resumed:
         position.history.without_gradient = start.without_gradient
-        position.history.starved = starved(matrices, start.norms).get("starved")
+        position.history.starved = starved(matrices, start.norms)
         local = LocalSaliency(matrices, metric, start.statistics)
         for name in position.own:
             position.set(name, settings.init(local[name], start.gradients[name]))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from functools import partial
 
 import torch
@@ -73,7 +72,7 @@ class Position:
 
     def save(self, last: bool) -> None:
         """Saves states and history, as often as the states allow; the ``last`` time the best duals alone may do."""
-        self.states.save(asdict(self.history), last)
+        self.states.save(self.history.facts(), last)
 
 
 def _states(rule: UpdateRule, calibration: Calibration, run: Run, store: Store, names: Sequence[str]) -> States:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 import time
 from collections import defaultdict
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ import torch
 
 from uniprune.artefacts.reports import ExpertCounts
 from uniprune.checkpoints.origin import Origin
+from uniprune.common.matrix_names import kind_of
 from uniprune.job.forecast.memory import Bytes, Needs, Work
 from uniprune.job.options import Execution
 from uniprune.models.loading import dtype_name
@@ -180,11 +180,6 @@ def seconds_moving(work: Work, execution: Execution, takes: Bytes) -> float:
     moved = takes.read + takes.written
     onto = (work.read_bytes + work.recipe.cost.written_bytes) * work.prunable if execution == "offloaded" else moved
     return moved / DISK + (onto / BUS if work.device.type != "cpu" else 0)
-
-
-def kind_of(name: str) -> str:
-    """What the names of matrices at the same place of every block, and of every expert, have in common."""
-    return re.sub(r"\.\d+(?=\.|$)", ".*", name)
 
 
 def _gets(pattern: Pattern, name: str) -> str:

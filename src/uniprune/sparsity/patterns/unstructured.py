@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass
 from fractions import Fraction
 from numbers import Real
@@ -12,6 +11,7 @@ from typing import get_args
 from torch import Tensor
 
 from uniprune.common.formatting import spell_fraction
+from uniprune.common.matrix_names import block_of
 from uniprune.errors import InputError
 from uniprune.sparsity.choices import Scope
 from uniprune.sparsity.patterns.budget import grouped, removed_count, sizes_of
@@ -73,9 +73,7 @@ class Unstructured(BasePattern):
 
     def group(self, name: str) -> str:
         """The budget that a matrix has its share of: its decoder block's, by the first number in its name, or the model's."""
-        if self.scope == "block" and (number := re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)):
-            return number[1]
-        return ""
+        return block_of(name) if self.scope == "block" else ""
 
     def prepare(self, saliency: Saliency) -> MaskFn:
         return self._prepare(saliency, thresholds)
