@@ -16,6 +16,7 @@ from transformers import (
 
 import uniprune
 from command import run
+from own import Halved
 from pictures import gemma3, llava, write_model, write_rows
 from uniprune import Loaded, Recipe
 from uniprune.artefacts.masks import MasksFile
@@ -139,6 +140,22 @@ def test_the_controllers_divergence_is_that_of_the_tokens_that_count(source, row
         patch.setattr(loop.Loss, "kl", lambda *given: seen.append(kl(*given)) or seen[-1])
         report = uniprune.prune_in_place(loaded, asked)
     assert report.controller.held_out_loss[0] == pytest.approx(seen[0] / int(counts))
+
+
+def test_a_controller_of_ones_own_sees_them_if_it_declares_that(source, rows, tmp_path):
+    """The metric on all windows, images included, is the metric alone."""
+    own, alone = (
+        uniprune.prune(source, recipe(rows, controller=controller), tmp_path / type(controller).__name__)
+        for controller in (Halved(share=1.0), "none")
+    )
+    assert own.calibration.images == COUNT
+    assert own.masks_sha256 == alone.masks_sha256
+
+    class Unsighted(Halved):
+        images = False
+
+    with pytest.raises(InputError, match="--controller Unsighted reads text alone; leave it out"):
+        uniprune.prune(source, recipe(rows, controller=Unsighted()), tmp_path / "out")
 
 
 def test_a_model_that_was_loaded_reads_images_by_its_own_processor(source, rows):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from uniprune.controller.passes.opening import open_passes
-from uniprune.controller.protocol import ControllerRecord, Cost
+from uniprune.controller.protocol import Controller, ControllerRecord, Cost
 from uniprune.controller.schedule import in_steps, step_windows
 from uniprune.controller.start import sensitivities, warn_without_gradient
 from uniprune.errors import InputError
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Fisher:
+class Fisher(Controller):
     """The local score times the RMS of the loss's gradient at a weight's output, and no descent.
 
     With Wanda as the local metric, the square of a score is the squared weight times the diagonal of the Fisher information, if

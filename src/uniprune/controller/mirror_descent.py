@@ -36,7 +36,7 @@ from torch import Tensor
 from uniprune.controller.descent import loop
 from uniprune.controller.descent.token_weighting import TINY
 from uniprune.controller.descent.update import Step, noise_of, updated
-from uniprune.controller.protocol import ControllerRecord, Cost
+from uniprune.controller.protocol import Controller, ControllerRecord, Cost
 from uniprune.controller.schedule import step_windows
 from uniprune.errors import InputError
 from uniprune.saliency.calibration import Calibration
@@ -74,7 +74,7 @@ class State(NamedTuple):
 
 
 @dataclass(frozen=True)
-class MirrorDescent:
+class MirrorDescent(Controller):
     """Settings of the controller, its pure ``init`` / ``step`` on one matrix, and :meth:`calibrate`, which descends on all.
 
     step_size: of the dual, in units of the matrix's mean dual; falls linearly to 0. mean_decay, rms_decay: of the running mean
@@ -102,6 +102,8 @@ class MirrorDescent:
     in_memory: ClassVar[bool] = False
     one_process: ClassVar[bool] = False
     comparable: ClassVar[bool] = True
+    images: ClassVar[bool] = True
+    holds_out: ClassVar[bool] = True
 
     step_size: float = 0.0045
     mean_decay: float = 0.9
@@ -135,6 +137,10 @@ class MirrorDescent:
     def step_tokens(self, length: int) -> int:
         """Tokens of a step on windows of ``length``."""
         return step_windows(self.batch_tokens, length) * length
+
+    def logits(self, vocabulary: int) -> int:
+        """The most frequent tokens of the text, but all where labels count."""
+        return vocabulary if self.labels else min(vocabulary, self.vocabulary)
 
     def calibrate(
         self,

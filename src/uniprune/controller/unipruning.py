@@ -41,7 +41,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from uniprune.controller.protocol import ControllerRecord, Cost
+from uniprune.controller.protocol import Controller, ControllerRecord, Cost
 from uniprune.controller.prox import prox_nm, soft_threshold
 from uniprune.controller.schedule import shuffled_rounds
 from uniprune.controller.start import warn_without_gradient
@@ -60,7 +60,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class UniPruning:
+class UniPruning(Controller):
     """Settings of the published controller, its pure ``init`` / ``step`` on one matrix, and :meth:`calibrate`.
 
     learning_rate: of Adam at its peak, after a linear warm-up over the fraction ``warmup`` of the steps and before a linear
@@ -69,9 +69,6 @@ class UniPruning:
     """
 
     cost: ClassVar[Cost] = Cost(flops_per_token=6, state_bytes=20)  # copy, gradient, two moments and V, float32
-    in_memory: ClassVar[bool] = True
-    one_process: ClassVar[bool] = True
-    comparable: ClassVar[bool] = False
 
     learning_rate: float = 1e-4
     warmup: float = 0.1

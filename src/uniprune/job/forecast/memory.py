@@ -380,8 +380,8 @@ def _pinned(size: int) -> int:
 def _vocabulary(work: Work) -> int:
     """How many tokens of the vocabulary a step computes logits of."""
     size: int = output_embeddings(work.model).weight.shape[0]
-    settings = work.recipe.parsed_controller()
-    return size if getattr(settings, "labels", 0) else min(size, getattr(settings, "vocabulary", size))
+    controller = work.recipe.parsed_controller()
+    return controller.logits(size) if controller else size
 
 
 def _most_of_a_block(matrices: Matrices, sizes: Mapping[str, int]) -> int:
