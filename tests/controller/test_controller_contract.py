@@ -31,7 +31,7 @@ from uniprune.storage import runs
 OTHERS = {
     "feedback": {"step_size": 0.05, "batch_tokens": 32, "focus": False},
     "fisher": {"batch_tokens": 32},
-    "unipruning": {"learning_rate": 1e-3},
+    "unipruning": {"learning_rate": 1e-3, "batch_tokens": 32},
 }
 OWN = [Signs(step_size=0.05, batch_tokens=32), Halved(share=0.25)]
 ALL_CONTROLLERS = [*(kind(**OTHERS.get(name, {})) for name, kind in CONTROLLERS.items()), *OWN]

@@ -1,7 +1,7 @@
 """The controller against plain autograd, torch's Adam, and its own promises."""
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from urllib.parse import unquote
 
 import pytest
@@ -20,7 +20,7 @@ from uniprune.controller.descent.position import Position
 from uniprune.controller.descent.teacher import TeacherCache
 from uniprune.controller.descent.token_weighting import TokenWeighting
 from uniprune.controller.descent.update import confidence, dither, from_ue5m3, noise_of, to_ue5m3
-from uniprune.controller.mirror_descent import MirrorDescent
+from uniprune.controller.mirror_descent import BOUNDS, MirrorDescent
 from uniprune.controller.passes.resident import Resident
 from uniprune.controller.passes.streamed import Streamed
 from uniprune.controller.start import sensitivities
@@ -543,6 +543,27 @@ def test_float16_descends_as_float32():
         _, record = settings.calibrate(Calibration(model, find_matrices(model), ids), metric, [NM(2, 4)], 3)
         losses.append(record.loss)
     assert losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"step_size": -0.1}, r"step_size = -0.1 is not a finite number >= 0"),
+        ({"evenness": math.inf}, r"evenness = inf is not a finite number >= 0"),
+        ({"labels": 1.5}, r"labels = 1.5 is not in \[0, 1\]"),
+        ({"power": 0.0}, r"power = 0.0 is not a finite number > 0"),
+        *(({name: 0}, rf"{name} = 0 is not at least 1") for name in ("vocabulary", "batch_tokens", "held_out", "checks")),
+    ],
+    ids=lambda each: str(each),
+)
+def test_settings_have_bounds(changes, message):
+    with pytest.raises(InputError, match=f"feedback: {message}"):
+        MirrorDescent(**changes)
+
+
+def test_every_number_has_a_bound():
+    numbers = {field.name for field in fields(MirrorDescent) if field.type in ("int", "float")}
+    assert numbers == BOUNDS.keys()
 
 
 @pytest.mark.parametrize("name", ["mean_decay", "rms_decay"])

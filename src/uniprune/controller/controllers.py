@@ -20,7 +20,7 @@ CONTROLLERS: dict[str, type[Controller]] = {
     "fisher": Fisher,
     "unipruning": UniPruning,
 }
-ALIASES = {"paper": "unipruning"}
+ALIASES = {"paper": "unipruning"}  # what recipes and tables of earlier versions say
 NONE = "none"  # the local metric alone
 
 

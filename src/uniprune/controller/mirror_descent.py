@@ -27,12 +27,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
+from uniprune.controller.bounds import COUNT, DECAY, FRACTION, NOT_NEGATIVE, POSITIVE, check_bounds
 from uniprune.controller.descent import loop
 from uniprune.controller.descent.token_weighting import TINY
 from uniprune.controller.descent.update import Step, noise_of, updated
@@ -44,6 +45,19 @@ from uniprune.saliency.metrics import Metric
 from uniprune.sparsity.patterns.protocol import Pattern
 from uniprune.storage.runs import OLDER
 from uniprune.storage.stash import moved
+
+BOUNDS = {
+    "step_size": NOT_NEGATIVE,
+    "mean_decay": DECAY,
+    "rms_decay": DECAY,
+    "power": POSITIVE,
+    "labels": FRACTION,
+    "evenness": NOT_NEGATIVE,
+    "vocabulary": COUNT,
+    "batch_tokens": COUNT,
+    "held_out": COUNT,
+    "checks": COUNT,
+}
 
 
 class State(NamedTuple):
@@ -119,20 +133,9 @@ class MirrorDescent(Controller):
     checks: int = 4
 
     def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            fits, allowed = value < math.inf, "a number >= 0"
-            if name == "labels":
-                fits, allowed = value <= 1, "in [0, 1]"
-            elif name.endswith("_decay"):
-                fits, allowed = value < 1, "in [0, 1)"
-            if not (value >= 0 and fits):
-                raise InputError(f"controller: {name} = {value} is not {allowed}")
+        check_bounds("feedback", self, BOUNDS)
         if self.mean_decay and self.mean_decay**2 >= self.rms_decay:  # nothing bounds the mean in units of the RMS
-            raise InputError(
-                f"controller: rms_decay = {self.rms_decay} is not above mean_decay ** 2 = {self.mean_decay**2:.4g}"
-            )
-        if self.power == 0 or min(self.batch_tokens, self.held_out, self.checks, self.vocabulary) < 1:
-            raise InputError("controller: power, batch_tokens, held_out, checks and vocabulary must be above 0")
+            raise InputError(f"feedback: rms_decay = {self.rms_decay} is not above mean_decay ** 2 = {self.mean_decay**2:.4g}")
 
     def step_tokens(self, length: int) -> int:
         """Tokens of a step on windows of ``length``."""
