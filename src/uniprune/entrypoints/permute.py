@@ -75,7 +75,7 @@ def permute(
     pattern = recipe.pattern()
     if not isinstance(pattern, NM):
         raise InputError(f"{pattern}: the order of channels matters to N:M patterns only; use --sparsity 2:4")
-    recipe = recipe.model_copy(update={"controller": "none"})
+    recipe = recipe.replace(controller="none")
     origin = source.origin if isinstance(source, Loaded) else resolve(source)
     if origin and origin.quantised:
         raise InputError(

@@ -51,9 +51,10 @@ def plan(
             raise
         chosen = "none"
     weights = load(origin, recipe.dtype, "cpu") if to_load else origin
-    refused = recipe.unsupported == "refuse"
+    budget = recipe.sparsity is not None or recipe.size is not None
+    refused = budget and recipe.unsupported == "refuse"
     if refused:  # here they are shown
-        recipe = recipe.model_copy(update={"unsupported": "dense"})
+        recipe = recipe.replace(unsupported="dense")
     aim = aim_of(recipe, prospect.matrices, weights)
     made = estimate.make_plan(origin, work, aim.pattern, aim.unsupported, windows * length, needed, chosen, refused)
     if aim.budget:

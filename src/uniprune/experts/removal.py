@@ -67,7 +67,7 @@ class Removal:
         if not isinstance(self.recipe.parsed_metric(), REAP):
             target = Unstructured(fraction, default_scope(self.recipe.comparable))
             saliency, record = scored(calibration, self.recipe, [target])
-            blind = self.recipe.parsed_metric().statistic is None and not self.recipe.corrected
+            blind = self.recipe.parsed_metric().statistic is None and not self.recipe.uses_controller
             scores = by_weights(saliency, calibration.matrices, None if blind else seen)
         layers = {
             layer: ExpertLayer(

@@ -103,7 +103,7 @@ def warn_of_traffic(work: memory.Work, execution: str, needed: memory.Bytes) -> 
     """Warns if small steps will read and write the states more often than larger steps would."""
     moved = needed.read + needed.written
     small = work.recipe.step_tokens(work.length) < memory.LARGE_STEP
-    if execution in ("sharded", "streamed") and work.recipe.corrected and small and moved > TRAFFIC:
+    if execution in ("sharded", "streamed") and work.recipe.uses_controller and small and moved > TRAFFIC:
         logger.warning(
             "each step of the controller reads %s from the disk and writes %s, however many tokens it has; larger "
             "steps are fewer: --set batch_tokens=%d",

@@ -238,7 +238,7 @@ def _check_loaded(loaded: Loaded, recipe: Recipe, options: RunOptions) -> None:
     """Raises InputError for a model in memory that cannot be run as the recipe and the options ask for it."""
     check_one_device(loaded.model)
     loaded.check(recipe.dtype, options.device)
-    if recipe.parsed_controller() is not None and next(loaded.model.parameters()).is_inference():
+    if recipe.uses_controller and next(loaded.model.parameters()).is_inference():
         raise InputError(
             "the model was made in torch.inference_mode and cannot be differentiated; make it outside, or give its folder"
         )
@@ -310,13 +310,13 @@ def _kept_tokens(options: RunOptions) -> bool:
 
 def warn_of_idle(recipe: Recipe) -> None:
     """Warns if there are settings for the steps of a controller, but no controller runs."""
-    if not recipe.corrected and (recipe.steps or recipe.budget_tokens):
+    if not recipe.uses_controller and (recipe.steps or recipe.budget_tokens):
         logger.warning("--steps and --budget-tokens change nothing: they are of a controller, and none runs")
 
 
 def check_predicts(recipe: Recipe, model: nn.Module) -> None:
     """Raises InputError if a controller is to run on an encoder, which does not predict the next token."""
-    if recipe.corrected:
+    if recipe.uses_controller:
         check_decoder(model, "prune it by the local metric: --controller none")
 
 

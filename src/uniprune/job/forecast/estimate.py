@@ -153,9 +153,9 @@ def _forecasts(work: Work, needed: Needs, tokens: int) -> dict[str, Forecast]:
     recipe = work.recipe
     step = recipe.step_tokens(work.length)
     steps = recipe.steps_within(work.length) or math.ceil(tokens / step)
-    worked = steps * step if recipe.corrected else tokens  # tokens that go through the model
+    worked = steps * step if recipe.uses_controller else tokens  # tokens that go through the model
     rate = _flops(work.dtype, work.device)
-    times = steps if recipe.corrected else 1
+    times = steps if recipe.uses_controller else 1
     return {
         execution: Forecast(
             memory=takes.memory,
@@ -171,7 +171,7 @@ def _forecasts(work: Work, needed: Needs, tokens: int) -> dict[str, Forecast]:
 
 def flop(work: Work, execution: Execution) -> float:
     """Floating-point operations per token of a calibration."""
-    again = FORWARD if work.recipe.corrected and execution != "resident" else 0
+    again = FORWARD if work.recipe.uses_controller and execution != "resident" else 0
     return (work.recipe.cost.flops_per_token + again) * work.active
 
 

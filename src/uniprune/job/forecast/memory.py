@@ -160,14 +160,15 @@ def _or_measured(parts: _Parts, execution: Execution, calibrated: Bytes) -> Byte
     That is all masks, a byte each, the weights as they were, and the duals that other rows are cut from.
     """
     work = parts.work
-    duals = 4 * work.prunable if work.recipe.corrected and execution != "offloaded" else 0
+    duals = 4 * work.prunable if work.recipe.uses_controller and execution != "offloaded" else 0
     held = {"weights": parts.weights, "statistics": parts.observed, "states": duals, "working": parts.working}
     measured = Bytes.of(held | {"preserved": (1 + parts.item) * work.prunable})
     return max(calibrated, replace(calibrated, memory=measured.memory, parts=measured.parts), key=lambda needed: needed.memory)
 
 
 def _needs(parts: _Parts) -> Needs:
-    work, corrected, cost, processes = parts.work, parts.work.recipe.corrected, parts.work.recipe.cost, distributed.count()
+    work, cost, processes = parts.work, parts.work.recipe.cost, distributed.count()
+    steps = work.recipe.uses_controller
     states = int(cost.state_bytes * work.prunable / processes)
     saved = int((cost.disk_bytes + cost.best_bytes) * work.prunable / processes) + parts.finals
     saved += parts.hidden if work.recipe.sequential else 0
@@ -176,9 +177,9 @@ def _needs(parts: _Parts) -> Needs:
     held = {"weights": parts.weights, "statistics": parts.observed, "states": states, "preserved": parts.preserved}
     held["masks"] = masks if processes == 1 else packed
     forecasts: Needs = {
-        "resident": Bytes.of(held | {"working": max(parts.working, parts.resident_step if corrected else 0)}, disk=saved)
+        "resident": Bytes.of(held | {"working": max(parts.working, parts.resident_step if steps else 0)}, disk=saved)
     }
-    if corrected and masks:
+    if steps and masks:
         held |= {"masks": packed, "working": max(parts.working, parts.recomputed_step)}
         forecasts["recomputed"] = Bytes.of(held, disk=saved)
         if work.device.type != "cpu":
@@ -199,7 +200,7 @@ def _streamed(parts: _Parts) -> Bytes:
     work, cost, processes = parts.work, parts.work.recipe.cost, distributed.count()
     weights = (work.parameters - parts.inside + (0 if parts.mapped else parts.block)) * parts.item
     held = {"weights": weights, "statistics": parts.observed, "preserved": parts.preserved}
-    if not work.recipe.corrected:
+    if not work.recipe.uses_controller:
         return Bytes.of(held | {"working": parts.working}, disk=parts.hidden, read=2 * parts.on_disk)
     per_weight = cost.disk_bytes, work.read_bytes, cost.written_bytes
     states, read, written = (int(size * work.prunable / processes) for size in per_weight)
@@ -306,7 +307,7 @@ class _Parts:
     def logits(self) -> int:
         """Logits of one piece of a window: of the whole vocabulary at the start, of what the loss looks at in a step."""
         whole, some = output_embeddings(self.work.model).weight.shape[0], _vocabulary(self.work)
-        start = START_LOGIT * at_once(whole) * whole if self.work.recipe.corrected else 0
+        start = START_LOGIT * at_once(whole) * whole if self.work.recipe.uses_controller else 0
         return max(start, LOGIT * at_once(some) * some)
 
     @property
@@ -337,7 +338,7 @@ class _Parts:
     @property
     def hidden(self) -> int:
         """On disk: the hidden states between two blocks; where the controller runs, the inputs of all blocks in a step."""
-        if not self.work.recipe.corrected:
+        if not self.work.recipe.uses_controller:
             firsts = 1 / SHARE if self.work.recipe.refine else 0  # tokens that are read as the first of a text as well
             return int(2 * (1 + firsts) * self.text * self.kept.state)
         state = max(self.item * self.width, self.kept.state)
@@ -348,7 +349,7 @@ class _Parts:
         """On disk: the dense model's final hidden states, if the controller comes to the same windows more than once."""
         recipe, length = self.work.recipe, self.work.length
         again = (recipe.steps_within(length) or 0) * recipe.step_tokens(length) > self.work.windows * length
-        return self.text * self.item * self.hidden_size if recipe.corrected and again else 0
+        return self.text * self.item * self.hidden_size if recipe.uses_controller and again else 0
 
     @property
     def text(self) -> int:
@@ -362,7 +363,7 @@ class _Parts:
         kinds: tuple[Kind | None, ...] = (wanted,)
         if recipe.refine:
             kinds = Gram, wanted
-        elif recipe.corrected:
+        elif recipe.uses_controller:
             kinds = SquaredNorm, additional(SquaredNorm, wanted)
         total = 0
         for kind in filter(None, kinds):
