@@ -29,7 +29,7 @@ from uniprune.evaluation.model import EvaluatedModel, Questions
 from uniprune.evaluation.protocols import followed_protocols
 from uniprune.evaluation.request import NEW_TOKENS
 from uniprune.job.inference import inferring
-from uniprune.job.options import IN_MEMORY, RunOptions
+from uniprune.job.options import EXECUTIONS, RunOptions
 from uniprune.job.prepare import Job, prepare
 from uniprune.models.loading import Loaded, Source, skeleton
 from uniprune.models.matrices import choose_matrices
@@ -157,7 +157,7 @@ def _job(source: Source, candidates: Sequence[Candidate], output: Path, device: 
     """The model and the calibration samples, for the candidate that takes most memory."""
     hungriest = max(candidates, key=lambda candidate: (candidate.recipe.cost.state_bytes, candidate.recipe.refine))
     job = prepare(source, hungriest.recipe, None, RunOptions(device=device), progress=progress, table=output)
-    if job.execution not in IN_MEMORY:
+    if not EXECUTIONS[job.execution].in_memory:
         raise InputError(f"compare needs the whole model in memory, and {job.loaded} does not fit; take a smaller model")
     for candidate in candidates:
         if job.windows.pictures is not None:

@@ -30,7 +30,7 @@ from uniprune.errors import InputError
 from uniprune.job.aim import Aim, aim_of
 from uniprune.job.execution import check_execution, choose, choose_for_loaded, warn_of_traffic
 from uniprune.job.forecast import memory
-from uniprune.job.options import IN_MEMORY, Execution, RunOptions
+from uniprune.job.options import EXECUTIONS, Execution, RunOptions, saved_as
 from uniprune.job.recipe import Recipe
 from uniprune.job.samples import generated, windows_of
 from uniprune.models import blocks
@@ -132,6 +132,7 @@ class Job:
 
     def calibration(self, progress: Progress, run: runs.Run | None = None) -> Calibration:
         """What the job calibrates on. run: where its progress is kept."""
+        traits = EXECUTIONS[self.execution]
         return Calibration(
             self.loaded.model,
             self.matrices,
@@ -139,8 +140,8 @@ class Job:
             self.loaded.residency,
             run,
             with_notes(progress),
-            recompute=self.execution in ("recomputed", "offloaded"),
-            offload=self.execution == "offloaded",
+            recompute=traits.in_memory and traits.recompute,
+            offload=traits.states == "host",
         )
 
     def identity(self, recipe: Recipe, **more: Any) -> dict[str, Any]:
@@ -149,7 +150,7 @@ class Job:
             "recipe": recipe.record(),
             "model": self.binding.base,
             "tokens": self.windows.sha256,
-            "execution": "resident" if self.execution in IN_MEMORY else self.execution,  # those have the same states
+            "execution": saved_as(self.execution),
             "dtype": dtype_name(blocks.dtype_of(self.loaded.model)),
         }
         return settings | {"processes": distributed.count()} | more
@@ -280,13 +281,13 @@ def _output_bytes(prospect: Prospect, to_folder: bool) -> int:
 
 
 def _check_images(windows: Windows, execution: Execution) -> None:
-    if windows.pictures and execution not in IN_MEMORY:
+    if windows.pictures and not EXECUTIONS[execution].in_memory:
         raise InputError("images go through the whole model in memory; raise --max-memory, or take the text: --field text")
 
 
 def _load(origin: Origin, tokenizer: Any, work: memory.Work, execution: Execution) -> Loaded:
     """The model for an execution: in memory as a whole, or block by block."""
-    if execution in IN_MEMORY:
+    if EXECUTIONS[execution].in_memory:
         return Loaded(load_weights(origin, work.dtype, work.device), tokenizer, origin)
     return (open_sharded if execution == "sharded" else open_streamed)(origin, tokenizer, work.dtype, work.device)
 

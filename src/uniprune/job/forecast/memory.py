@@ -19,13 +19,13 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
 
 from uniprune.common import distributed
 from uniprune.controller.passes.streamed import PART_TOKENS
-from uniprune.job.options import IN_MEMORY, Execution
+from uniprune.job.options import EXECUTIONS, Execution
 from uniprune.job.recipe import Recipe
 from uniprune.job.settings import WINDOWS
 from uniprune.models import activations
@@ -144,13 +144,12 @@ def needs(work: Work) -> Needs:
     """What each execution of this work takes that the model admits."""
     _, blocks = find_blocks(work.model)
     looped = work.activations is not None and len(work.activations.kept) != len(blocks)
-    admitted = IN_MEMORY if looped or shared_parameter(blocks) else tuple(get_args(Execution))
-    if share_keys_and_values(blocks):
-        admitted = ("resident",)
+    whole, once = looped or shared_parameter(blocks), share_keys_and_values(blocks)
+    refused = {name for name, traits in EXECUTIONS.items() if (whole and not traits.in_memory) or (once and traits.recompute)}
     parts = _Parts(work)
-    forecasts = {execution: forecast for execution, forecast in _needs(parts).items() if execution in admitted}
+    forecasts = {execution: forecast for execution, forecast in _needs(parts).items() if execution not in refused}
     if work.compared:
-        forecasts |= {name: _or_measured(parts, name, forecasts[name]) for name in forecasts if name in IN_MEMORY}
+        forecasts |= {name: _or_measured(parts, name, forecasts[name]) for name in forecasts if EXECUTIONS[name].in_memory}
     return forecasts
 
 
@@ -160,7 +159,7 @@ def _or_measured(parts: _Parts, execution: Execution, calibrated: Bytes) -> Byte
     That is all masks, a byte each, the weights as they were, and the duals that other rows are cut from.
     """
     work = parts.work
-    duals = 4 * work.prunable if work.recipe.uses_controller and execution != "offloaded" else 0
+    duals = 4 * work.prunable if work.recipe.uses_controller and EXECUTIONS[execution].states != "host" else 0
     held = {"weights": parts.weights, "statistics": parts.observed, "states": duals, "working": parts.working}
     measured = Bytes.of(held | {"preserved": (1 + parts.item) * work.prunable})
     return max(calibrated, replace(calibrated, memory=measured.memory, parts=measured.parts), key=lambda needed: needed.memory)
