@@ -18,7 +18,6 @@ from uniprune.artefacts import writer
 from uniprune.artefacts.reports import Gain, Permutation
 from uniprune.checkpoints.checkpoint import Files
 from uniprune.checkpoints.layout import keys_of, names_of
-from uniprune.checkpoints.origin import resolve
 from uniprune.common import distributed
 from uniprune.common.pictures import showing
 from uniprune.common.progress import Progress, silent
@@ -33,7 +32,7 @@ from uniprune.models.channels.heads import find_heads
 from uniprune.models.channels.hidden import find_hidden
 from uniprune.models.channels.stream import find_stream
 from uniprune.models.channels.trial import TOKENS
-from uniprune.models.loading import Loaded, Source
+from uniprune.models.loading import Source, resolved
 from uniprune.models.matrices import find_blocks
 from uniprune.models.replay import Replay
 from uniprune.reporting import model_card
@@ -76,7 +75,7 @@ def permute(
     if not isinstance(pattern, NM):
         raise InputError(f"{pattern}: the order of channels matters to N:M patterns only; use --sparsity 2:4")
     recipe = recipe.replace(controller="none")
-    origin = source.origin if isinstance(source, Loaded) else resolve(source)
+    origin = resolved(source).origin
     if origin and origin.quantised:
         raise InputError(
             f"model {origin} is quantised ({origin.quantised}): channels in another order would have other blocks and scales; "

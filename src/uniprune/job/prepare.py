@@ -19,8 +19,7 @@ from torch import nn
 from uniprune.artefacts import writer
 from uniprune.artefacts.binding import Binding
 from uniprune.artefacts.reports import ModelFacts
-from uniprune.checkpoints.origin import Origin, called, resolve, stored_dtype
-from uniprune.checkpoints.protocol import Checkpoint
+from uniprune.checkpoints.origin import Origin, called, stored_dtype
 from uniprune.checkpoints.tokenizer import load_tokenizer
 from uniprune.common import distributed, pictures
 from uniprune.common.progress import Progress, silent, with_notes
@@ -42,11 +41,11 @@ from uniprune.models.loading import (
     dtype_name,
     fast_dtype,
     load_weights,
+    model_of,
     native_dtype,
-    origin_of,
     parse_device,
     parse_dtype,
-    skeleton,
+    resolved,
     warn_of_emulation,
 )
 from uniprune.models.matrices import Matrices, check_decoder, choose_matrices, find_matrices
@@ -74,15 +73,6 @@ class Prospect:
     matrices: Matrices
     device: torch.device
 
-    @property
-    def origin(self) -> Origin | None:
-        return origin_of(self.given)
-
-    @property
-    def checkpoint(self) -> Checkpoint | None:
-        """What can be hashed before the model is loaded: None if it is yet to be read from a file in another format."""
-        return self.given.checkpoint if isinstance(self.given, Loaded) else self.given.files
-
     def work(self, windows: int, length: int) -> memory.Work:
         """What memory and time depend on, with so many windows of ``length`` tokens."""
         if isinstance(self.given, Loaded):
@@ -96,7 +86,7 @@ class Prospect:
 def prospect_of(given: Loaded | Origin, recipe: Recipe, options: RunOptions) -> Prospect:
     """Raises InputError for a device that is not there, and for a model that has nothing to prune, or not in this way."""
     device = use_device(options, given)
-    model = given.model if isinstance(given, Loaded) else skeleton(given)
+    model = model_of(given)
     check_predicts(recipe, model)
     return Prospect(given, recipe, model, choose_matrices(model, recipe.include, recipe.exclude), device)
 
@@ -174,9 +164,9 @@ def prepare(
     prospect, aim, disk = _checked(source, recipe, output, options, scores)
     given, target = prospect.given, output or scores
     with ExitStack() as meanwhile:  # files are hashed by other threads; after an error they are told to stop
-        digests = meanwhile.enter_context(prospect.checkpoint.digesting(prospect.matrices)) if prospect.checkpoint else None
+        digests = meanwhile.enter_context(given.checkpoint.digesting(prospect.matrices)) if given.checkpoint else None
         tokenizer = given.tokenizer if isinstance(given, Loaded) else load_tokenizer(given)
-        windows = windows_of(recipe, prospect.model, prospect.origin, tokenizer)
+        windows = windows_of(recipe, prospect.model, given.origin, tokenizer)
         distributed.check_alike(recipe.record() | {"text": windows.sha256})  # which may lie in another folder on each machine
         if options.save_tokens is not None and windows.prompts is None:
             check_savable(windows, options.save_tokens, _kept_tokens(options))
@@ -216,14 +206,14 @@ def _checked(
     """All that can be told before any text or weight is read: the model without weights, the aim, and the output's bytes."""
     target = output or scores
     check_execution(recipe, "resident")
-    given = source if isinstance(source, Loaded) else resolve(source)
+    given = resolved(source)
     if isinstance(given, Loaded):
         _check_loaded(given, recipe, options)
         if target is not None:
             check_uncompiled(given.model)
         if output is not None and (given.origin is None or not given.origin.files):
             check_writable(given.model)
-    _check_outputs(recipe, origin_of(given), options, output, scores)
+    _check_outputs(recipe, given.origin, options, output, scores)
     prospect = prospect_of(given, recipe, options)
     warn_of_idle(recipe)
     aim = aim_of(recipe, prospect.matrices, given)
@@ -277,7 +267,8 @@ def _output_bytes(prospect: Prospect, to_folder: bool) -> int:
         weights = (
             sum(parameter.numel() for parameter in parameters) * (parse_dtype(prospect.recipe.dtype) or torch.float32).itemsize
         )
-    return masks + (writer.checkpoint_bytes(prospect.origin, weights) if prospect.origin else weights)
+    origin = prospect.given.origin
+    return masks + (writer.checkpoint_bytes(origin, weights) if origin else weights)
 
 
 def _check_images(windows: Windows, execution: Execution) -> None:
