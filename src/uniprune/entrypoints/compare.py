@@ -28,6 +28,7 @@ from uniprune.evaluation import reproduce
 from uniprune.evaluation.model import EvaluatedModel, Questions
 from uniprune.evaluation.protocols import followed_protocols
 from uniprune.evaluation.request import NEW_TOKENS
+from uniprune.job.destination import ToTable
 from uniprune.job.inference import inferring
 from uniprune.job.options import EXECUTIONS, RunOptions
 from uniprune.job.prepare import Job, prepare
@@ -155,7 +156,7 @@ def _protocol(request: ComparisonRequest, job: Job, questions: Questions) -> Com
 def _job(source: Source, candidates: Sequence[Candidate], output: Path, device: str | None, progress: Progress) -> Job:
     """The model and the calibration samples, for the candidate that takes most memory."""
     hungriest = max(candidates, key=lambda candidate: (candidate.recipe.cost.state_bytes, candidate.recipe.refine))
-    job = prepare(source, hungriest.recipe, None, RunOptions(device=device), progress=progress, table=output)
+    job = prepare(source, hungriest.recipe, ToTable(output), RunOptions(device=device), progress)
     if not EXECUTIONS[job.execution].in_memory:
         raise InputError(f"compare needs the whole model in memory, and {job.loaded} does not fit; take a smaller model")
     for candidate in candidates:

@@ -23,9 +23,11 @@ from uniprune.common.pictures import showing
 from uniprune.common.progress import Progress, silent
 from uniprune.common.provenance import Stopwatch, versions
 from uniprune.errors import InputError, UniPruneError
+from uniprune.job.destination import ToCheckpoint
 from uniprune.job.inference import inferring
 from uniprune.job.options import RunOptions
-from uniprune.job.prepare import Job, prepare, progress_of, use_device
+from uniprune.job.prepare import Job, prepare, progress_of
+from uniprune.job.prospect import use_device
 from uniprune.job.recipe import Recipe, check_recipe
 from uniprune.models.channels.folding import Channels, fold, folding, reorder
 from uniprune.models.channels.heads import find_heads
@@ -87,7 +89,7 @@ def permute(
     options = RunOptions.of(device=device, max_memory=max_memory, overwrite=overwrite)
     with distributed.joined(use_device(options, source)):
         with watch("prepare"):
-            job = prepare(source, recipe, output, options, progress=progress)
+            job = prepare(source, recipe, ToCheckpoint(output), options, progress)
             found = find(job, pattern)
         if not found:
             raise InputError(f"{source}: it has no channels that could be proved to go in any order")

@@ -18,6 +18,7 @@ from uniprune.common.progress import Progress, silent
 from uniprune.experts import files as expert_files
 from uniprune.experts.criteria import best, by_weights, observe, of_experts
 from uniprune.experts.structure import ExpertReduction, reduction_of
+from uniprune.job.destination import ToCheckpoint
 from uniprune.job.options import RunOptions
 from uniprune.job.prepare import Job, prepare
 from uniprune.job.recipe import Recipe
@@ -122,7 +123,7 @@ def prepared(source: Source, recipe: Recipe, output: Path, options: RunOptions, 
     matrices = find_matrices(model)
     reduction = reduction_of(recipe.experts, model, matrices)
     inner = recipe.model_copy(update={"include": alike(of_experts(matrices))})
-    return Removal(prepare(source, inner, output, options, progress=progress), recipe, reduction)
+    return Removal(prepare(source, inner, ToCheckpoint(output), options, progress), recipe, reduction)
 
 
 def alike(matrices: Matrices) -> tuple[str, ...]:
