@@ -43,6 +43,14 @@ def test_the_dense_model_is_the_same_and_the_pattern_keeps_more(folder, tmp_path
     assert {file.name for file in folder.iterdir()} | {"pruning.json", "README.md"} == {file.name for file in out.iterdir()}
 
 
+def test_no_disk_is_asked_for_masks(folder, tmp_path, monkeypatch):
+    """None are written."""
+    asked = []
+    monkeypatch.setattr("uniprune.storage.files.check_disk_space", lambda path, size, held=0: asked.append(size))
+    uniprune.permute(str(folder), RECIPE, tmp_path / "out")
+    assert set(asked) == {sum(file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors"))}
+
+
 def test_its_output_is_pruned_like_any_model_and_has_masks_of_its_own(folder, tmp_path):
     uniprune.permute(str(folder), RECIPE, tmp_path / "permuted")
     scores, masks = tmp_path / "scores.safetensors", tmp_path / "masks.safetensors"

@@ -89,7 +89,7 @@ def permute(
     options = RunOptions.of(device=device, max_memory=max_memory, overwrite=overwrite)
     with distributed.joined(use_device(options, source)):
         with watch("prepare"):
-            job = prepare(source, recipe, ToCheckpoint(output), options, progress)
+            job = prepare(source, recipe, ToCheckpoint(output, masks=False), options, progress)
             found = find(job, pattern)
         if not found:
             raise InputError(f"{source}: it has no channels that could be proved to go in any order")

@@ -123,7 +123,7 @@ def prepared(source: Source, recipe: Recipe, output: Path, options: RunOptions, 
     matrices = find_matrices(model)
     reduction = reduction_of(recipe.experts, model, matrices)
     inner = recipe.model_copy(update={"include": alike(of_experts(matrices))})
-    return Removal(prepare(source, inner, ToCheckpoint(output), options, progress), recipe, reduction)
+    return Removal(prepare(source, inner, ToCheckpoint(output, masks=False), options, progress), recipe, reduction)
 
 
 def alike(matrices: Matrices) -> tuple[str, ...]:

@@ -84,9 +84,10 @@ class ToScores(Destination):
 
 @dataclass(frozen=True)
 class ToCheckpoint(Destination):
-    """``path``: an output folder, with the checkpoint and its masks."""
+    """``path``: an output folder. masks: whether it has those of the checkpoint as well."""
 
     path: Path
+    masks: bool = True
 
     def check_loaded(self, loaded: Loaded) -> None:
         check_uncompiled(loaded.model)
@@ -102,7 +103,7 @@ class ToCheckpoint(Destination):
 
     def bytes(self, prospect: Prospect) -> int:
         parameters = list(prospect.model.parameters())
-        masks = 0 if prospect.recipe.experts is not None else sum(matrix.size for matrix in prospect.matrices.values()) // 8
+        masks = sum(matrix.size for matrix in prospect.matrices.values()) // 8 if self.masks else 0
         weights = sum(parameter.nbytes for parameter in parameters)
         if not isinstance(prospect.given, Loaded):
             dtype = parse_dtype(prospect.recipe.dtype) or torch.float32
