@@ -311,7 +311,7 @@ def test_what_cannot_be_shown_is_refused_before_the_weights_are_read(source, row
     monkeypatch.setattr("uniprune.job.prepare.load_weights", None)
 
     def refused(reason, data=rows, **settings):
-        options = {"save_tokens": settings.pop("save_tokens", None)}
+        options = {name: settings.pop(name) for name in ("save_tokens", "execution") if name in settings}
         with pytest.raises(InputError, match=reason):
             uniprune.prune(source, recipe(data, **settings), tmp_path / "out", **options)
 
@@ -328,8 +328,7 @@ def test_what_cannot_be_shown_is_refused_before_the_weights_are_read(source, row
         r"line 2: its image cannot be read \(it is int, not the name", data=changed(rows, tmp_path, image=3, text="a house")
     )
     refused(r'line 2: no fields "image" and "text"', data=changed(rows, tmp_path, text="a house"))
-    monkeypatch.setattr("uniprune.job.prepare.choose", lambda *_: "streamed")
-    refused("images go through the whole model in memory; raise --max-memory")
+    refused("images go through the whole model in memory; raise --max-memory", execution="streamed")
 
 
 def test_a_text_model_reads_the_text_of_such_rows(folder, rows, tmp_path, capsys, monkeypatch):
