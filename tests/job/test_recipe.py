@@ -23,6 +23,22 @@ def test_it_is_parsed_once(monkeypatch):
     assert (recipe.cost, recipe.step_tokens(32), recipe.step_tokens(128)) == (MirrorDescent.cost, 64, 128)
 
 
+@pytest.mark.parametrize(
+    ("settings", "some"),
+    [
+        ({}, 8192),
+        ({"tuning": {"vocabulary": 100}}, 100),
+        ({"tuning": {"labels": 0.5}}, 50_000),
+        ({"controller": "fisher"}, 50_000),
+        ({"controller": "none"}, 50_000),
+    ],
+    ids=str,
+)
+def test_how_many_logits_a_step_has(settings, some):
+    assert Recipe(**settings).logits(50_000) == some
+    assert Recipe(**settings).logits(50) == 50
+
+
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda recipe: pickle.loads(pickle.dumps(recipe))])
 def test_copies_are_parsed_alike(copied):
     recipe = Recipe(sparsity=NM(2, 4), controller=Signs(batch_tokens=64), metric="ria")

@@ -204,6 +204,10 @@ class Recipe(Settings):
         """Tokens of a step of the controller on windows of ``length``."""
         return max(length, self._controller.step_tokens(length)) if self._controller else length
 
+    def logits(self, vocabulary: int) -> int:
+        """Of a vocabulary of so many tokens, how many a step of the controller computes logits of; without one, all."""
+        return self._controller.logits(vocabulary) if self._controller else vocabulary
+
     def steps_within(self, length: int) -> int | None:
         """How many steps of the controller were asked for, on windows of ``length``; None: each window once."""
         if self.budget_tokens is None:

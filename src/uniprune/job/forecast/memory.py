@@ -305,7 +305,8 @@ class _Parts:
     @property
     def logits(self) -> int:
         """Logits of one piece of a window: of the whole vocabulary at the start, of what the loss looks at in a step."""
-        whole, some = output_embeddings(self.work.model).weight.shape[0], _vocabulary(self.work)
+        whole: int = output_embeddings(self.work.model).weight.shape[0]
+        some = self.work.recipe.logits(whole)
         start = START_LOGIT * at_once(whole) * whole if self.work.recipe.uses_controller else 0
         return max(start, LOGIT * at_once(some) * some)
 
@@ -375,13 +376,6 @@ class _Parts:
 def _pinned(size: int) -> int:
     """The elements that PyTorch allocates for a pinned tensor of this many: the next power of two."""
     return 1 << (size - 1).bit_length()
-
-
-def _vocabulary(work: Work) -> int:
-    """How many tokens of the vocabulary a step computes logits of."""
-    size: int = output_embeddings(work.model).weight.shape[0]
-    controller = work.recipe.parsed_controller()
-    return controller.logits(size) if controller else size
 
 
 def _most_of_a_block(matrices: Matrices, sizes: Mapping[str, int]) -> int:
