@@ -26,8 +26,8 @@ from uniprune.data import text
 from uniprune.data.windows import Windows, save_windows
 from uniprune.errors import InputError
 from uniprune.job import prepare as job
+from uniprune.job.forecast.prospect import use_device
 from uniprune.job.options import RunOptions
-from uniprune.job.prospect import use_device
 from uniprune.models.matrices import find_matrices
 from uniprune.saliency.calibration import Calibration
 from uniprune.saliency.metrics import Wanda

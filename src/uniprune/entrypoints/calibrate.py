@@ -14,10 +14,10 @@ from uniprune.controller.controllers import any_sparsity
 from uniprune.errors import InputError
 from uniprune.job.destination import ToScores
 from uniprune.job.finished import check_tokens_kept, leave, same_run
+from uniprune.job.forecast.prospect import use_device
 from uniprune.job.inference import inferring
 from uniprune.job.options import RunOptions
 from uniprune.job.prepare import prepare, progress_of
-from uniprune.job.prospect import use_device
 from uniprune.job.recipe import Recipe, check_recipe
 from uniprune.job.scoring import fitting, scored
 from uniprune.models.loading import Source

@@ -24,10 +24,10 @@ from uniprune.common.progress import Progress, silent
 from uniprune.common.provenance import Stopwatch, versions
 from uniprune.errors import InputError, UniPruneError
 from uniprune.job.destination import ToCheckpoint
+from uniprune.job.forecast.prospect import use_device
 from uniprune.job.inference import inferring
 from uniprune.job.options import RunOptions
 from uniprune.job.prepare import Job, prepare, progress_of
-from uniprune.job.prospect import use_device
 from uniprune.job.recipe import Recipe, check_recipe
 from uniprune.models.channels.folding import Channels, fold, folding, reorder
 from uniprune.models.channels.heads import find_heads

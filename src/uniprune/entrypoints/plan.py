@@ -12,9 +12,9 @@ from uniprune.experts import removal
 from uniprune.job.aim import aim_of
 from uniprune.job.forecast import estimate
 from uniprune.job.forecast.memory import needs
+from uniprune.job.forecast.prospect import prospect_of
 from uniprune.job.options import Execution, RunOptions
 from uniprune.job.prepare import execution_of
-from uniprune.job.prospect import prospect_of
 from uniprune.job.recipe import Recipe, check_recipe
 from uniprune.job.samples import shape_of_windows
 from uniprune.models.loading import load

@@ -20,10 +20,10 @@ from uniprune.experts import removal
 from uniprune.job.aim import Aim
 from uniprune.job.destination import IN_PLACE, ToCheckpoint
 from uniprune.job.finished import check_tokens_kept, leave, same_run
+from uniprune.job.forecast.prospect import use_device
 from uniprune.job.inference import inferring
 from uniprune.job.options import RunOptions
 from uniprune.job.prepare import Job, prepare, progress_of
-from uniprune.job.prospect import use_device
 from uniprune.job.recipe import Recipe, check_recipe
 from uniprune.job.scoring import scored
 from uniprune.models import masking

@@ -13,8 +13,8 @@ from uniprune.artefacts import writer
 from uniprune.checkpoints.origin import Origin
 from uniprune.data.sources import files_of
 from uniprune.errors import InputError
+from uniprune.job.forecast.prospect import Prospect
 from uniprune.job.options import RunOptions
-from uniprune.job.prospect import Prospect
 from uniprune.job.recipe import Recipe
 from uniprune.models.checks import check_uncompiled, check_writable
 from uniprune.models.loading import Loaded, parse_dtype

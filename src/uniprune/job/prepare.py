@@ -25,8 +25,8 @@ from uniprune.job.aim import Aim, aim_of
 from uniprune.job.destination import Destination
 from uniprune.job.execution import check_execution, choose, choose_for_loaded, warn_of_traffic
 from uniprune.job.forecast import memory
+from uniprune.job.forecast.prospect import Prospect, prospect_of
 from uniprune.job.options import EXECUTIONS, Execution, RunOptions, saved_as
-from uniprune.job.prospect import Prospect, prospect_of
 from uniprune.job.recipe import Recipe
 from uniprune.job.samples import generated, windows_of
 from uniprune.models import blocks
