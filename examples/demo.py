@@ -45,7 +45,7 @@ def main() -> None:
     result.write(OUT / "result.json")
 
     console.print("pruning by Wanda alone, for comparison ...")
-    uniprune.prune_in_place(loaded, recipe.model_copy(update={"controller": "none"}))
+    uniprune.prune_in_place(loaded, recipe.replace(controller="none"))
     wanda = uniprune.evaluate(loaded, **TEXT).model_copy(update={"model": "Wanda alone"})
     wanda.write(OUT / "wanda.json")
 

@@ -25,7 +25,7 @@ tokens = folder / "windows.safetensors"
 report = uniprune.prune(model, recipe, folder / "pruned", save_tokens=tokens, overwrite=True)
 print("windows", report.calibration.sha256)
 
-again = recipe.model_copy(update={"text": str(tokens), "windows": None, "length": None})
+again = recipe.replace(text=str(tokens), windows=None, length=None)
 same = uniprune.prune(model, again, folder / "again", overwrite=True)
 print("again  ", same.calibration.sha256)
 print("the same masks:", report.masks_sha256 == same.masks_sha256)

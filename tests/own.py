@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 
 from uniprune.controller.mirror_descent import MirrorDescent
-from uniprune.controller.protocol import ControllerRecord, Cost
+from uniprune.controller.protocol import Controller, ControllerRecord, Cost
 from uniprune.saliency.calibration import one_shot
 from uniprune.saliency.statistics import Gram, SquaredNorm, Statistic
 from uniprune.sparsity.patterns.protocol import BasePattern
@@ -112,20 +112,15 @@ class Signs(MirrorDescent):
 
 
 @dataclass(frozen=True)
-class Halved:
+class Halved(Controller):
     """The local metric of the first half of the windows: a controller without any descent."""
 
     cost: ClassVar = Cost(flops_per_token=1)
     in_memory: ClassVar = False
-    one_process: ClassVar = True
-    comparable: ClassVar = False
+    images: ClassVar = True  # one_shot is shown them
     share: float = 0.5
 
-    def step_tokens(self, length):
-        return length
-
     def calibrate(self, calibration, metric, targets, steps=None, seed=0):
-
         steps = steps or max(1, int(len(calibration.windows) * self.share))
         local = one_shot(replace(calibration, windows=calibration.windows[:steps]), metric)
         tokens = steps * calibration.windows.shape[1]

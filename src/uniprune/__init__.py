@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOME = {
+    "controller.fisher": ("Fisher",),
     "controller.mirror_descent": ("MirrorDescent",),
     "controller.protocol": ("Controller", "ControllerRecord", "Cost"),
     "controller.unipruning": ("UniPruning",),
@@ -46,6 +47,7 @@ _HOME = {
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
 
 if TYPE_CHECKING:
+    from uniprune.controller.fisher import Fisher
     from uniprune.controller.mirror_descent import MirrorDescent
     from uniprune.controller.protocol import Controller, ControllerRecord, Cost
     from uniprune.controller.unipruning import UniPruning
@@ -82,6 +84,7 @@ __all__ = [
     "Controller",
     "ControllerRecord",
     "Cost",
+    "Fisher",
     "InputError",
     "KeepZeros",
     "Loaded",

@@ -73,7 +73,7 @@ def edit(path, **changes):
 
 
 @pytest.mark.parametrize("write", [whole_and_sharded, sharded_then_whole, by_name], ids=lambda write: write.__name__)
-def test_the_weights_are_those_of_the_file_that_transformers_loads(write, tmp_path, recipe, caplog, monkeypatch):
+def test_the_weights_are_those_of_the_file_that_transformers_loads(write, tmp_path, recipe, caplog):
     source, alone = tmp_path / "model", tmp_path / "alone"
     write(source)
     llama(0).save_pretrained(alone)
@@ -82,8 +82,7 @@ def test_the_weights_are_those_of_the_file_that_transformers_loads(write, tmp_pa
         uniprune.prune(source, recipe, tmp_path / "out")
     assert caplog.text.count("has both model.safetensors and") == (write is not by_name)
     uniprune.prune(alone, recipe, tmp_path / "alone-out")
-    monkeypatch.setattr("uniprune.job.prepare.choose", lambda *_: "streamed")
-    uniprune.prune(source, recipe, tmp_path / "streamed")
+    uniprune.prune(source, recipe, tmp_path / "streamed", execution="streamed")
     expected = load_file(tmp_path / "alone-out" / WHOLE)
     for out in ("out", "streamed"):
         (file,) = (tmp_path / out).glob("*.safetensors")  # no shards, and no index to any
@@ -122,9 +121,9 @@ def test_headers_are_read_once(folder, tmp_path, monkeypatch):
 
     monkeypatch.setattr(safetensors_index, "_entries", counted)
     small = {"windows": 4, "length": 32, "text": "builtin"}
-    for number, streamed in enumerate((False, True)):
-        monkeypatch.setattr("uniprune.job.prepare.choose", lambda *_, streamed=streamed: "streamed" if streamed else "resident")
-        uniprune.prune(folder, Recipe(sparsity="2:4", controller="none", **small), tmp_path / f"out-{number}")
+    for execution in ("resident", "streamed"):
+        recipe = Recipe(sparsity="2:4", controller="none", **small)
+        uniprune.prune(folder, recipe, tmp_path / execution, execution=execution)
         shards = [shard for shard in read if shard.parent == folder]
         assert sorted(shards) == sorted(folder.glob("*.safetensors"))
         read.clear()

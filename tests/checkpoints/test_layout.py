@@ -141,8 +141,7 @@ def test_any_arrangement_is_pruned_where_it_lies(source, tmp_path, monkeypatch):
         assert torch.equal(tensor, expected[name]), name
     # Every other way to the same files and masks.
     uniprune.apply(source, file, tmp_path / "applied")
-    monkeypatch.setattr("uniprune.job.prepare.choose", lambda *_: "streamed")
-    uniprune.prune(source, recipe, tmp_path / "streamed")
+    uniprune.prune(source, recipe, tmp_path / "streamed", execution="streamed")
     assert same_files(tmp_path / "applied", out)
     assert same_files(tmp_path / "streamed", out)
     assert mask_tools.verify(file, source, out)["checked"] == ["file", "pattern", "model", "pruned"]

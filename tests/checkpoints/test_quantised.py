@@ -147,12 +147,11 @@ def test_perplexity_is_that_of_the_dequantised_model_under_the_masks(source, pru
     assert found.closeness.kl != 0
 
 
-def test_streamed_is_resident_and_applied_masks_give_the_same_bytes(source, pruned, text, tmp_path, monkeypatch):
+def test_streamed_is_resident_and_applied_masks_give_the_same_bytes(source, pruned, text, tmp_path):
     recipe = Recipe(sparsity="2:4", controller="none", text=text, dtype="bfloat16")
-    monkeypatch.setattr("uniprune.job.prepare.choose", lambda *_: "streamed")
-    uniprune.prune(source, recipe, tmp_path / "streamed")
+    uniprune.prune(source, recipe, tmp_path / "streamed", execution="streamed")
     assert same_files(tmp_path / "streamed", pruned)
-    uniprune.calibrate(source, recipe, tmp_path / "scores.safetensors")
+    uniprune.calibrate(source, recipe, tmp_path / "scores.safetensors", execution="streamed")
     uniprune.mask(tmp_path / "scores.safetensors", "2:4", tmp_path / "masks.safetensors")
     report = uniprune.apply(source, tmp_path / "masks.safetensors", tmp_path / "applied")
     assert same_files(tmp_path / "applied", pruned)

@@ -26,6 +26,7 @@ from uniprune.data import text
 from uniprune.data.windows import Windows, save_windows
 from uniprune.errors import InputError
 from uniprune.job import prepare as job
+from uniprune.job.forecast.prospect import use_device
 from uniprune.job.options import RunOptions
 from uniprune.models.matrices import find_matrices
 from uniprune.saliency.calibration import Calibration
@@ -376,4 +377,4 @@ def test_a_process_that_has_no_memory_says_so_itself(monkeypatch):
 def test_a_model_in_memory_is_where_it_is(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", None)  # would change the caller's
-    assert job.use_device(RunOptions(), Loaded(tiny_model(), None)) == CPU
+    assert use_device(RunOptions(), Loaded(tiny_model(), None)) == CPU

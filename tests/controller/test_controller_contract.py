@@ -31,7 +31,7 @@ from uniprune.storage import runs
 OTHERS = {
     "feedback": {"step_size": 0.05, "batch_tokens": 32, "focus": False},
     "fisher": {"batch_tokens": 32},
-    "unipruning": {"learning_rate": 1e-3},
+    "unipruning": {"learning_rate": 1e-3, "batch_tokens": 32},
 }
 OWN = [Signs(step_size=0.05, batch_tokens=32), Halved(share=0.25)]
 ALL_CONTROLLERS = [*(kind(**OTHERS.get(name, {})) for name, kind in CONTROLLERS.items()), *OWN]
@@ -198,7 +198,10 @@ def test_names_and_aliases():
     [
         ({"controller": "magic"}, r"controller = 'magic': it is unknown; use one of none, feedback, fisher, unipruning"),
         ({"controller": MirrorDescent}, r"MirrorDescent is a class; give an object of it"),
-        ({"controller": Wanda()}, r"it has no cost, in_memory, one_process, comparable, step_tokens, calibrate"),
+        (
+            {"controller": Wanda()},
+            r"it has no cost, in_memory, one_process, comparable, images, holds_out, step_tokens, logits, calibrate",
+        ),
         ({"controller": Signs(), "tuning": {"step_size": 1}}, r"tuning \(--set\) is for a controller that is given by name"),
         ({"controller": Halved(), "sequential": True}, "--sequential and --controller Halved exclude each other"),
         ({"tuning": {"batch_tokens": 1.5}}, r"tuning \(--set\): batch_tokens = 1.5: Input should be a valid integer"),

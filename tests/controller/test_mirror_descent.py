@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from urllib.parse import unquote
 
 import pytest
@@ -21,7 +21,7 @@ from uniprune.controller.descent.position import Position
 from uniprune.controller.descent.teacher import TeacherCache
 from uniprune.controller.descent.token_weighting import TokenWeighting, weighted
 from uniprune.controller.descent.update import confidence, dither, from_ue5m3, noise_of, to_ue5m3
-from uniprune.controller.mirror_descent import MirrorDescent
+from uniprune.controller.mirror_descent import BOUNDS, MirrorDescent
 from uniprune.controller.passes.resident import Resident
 from uniprune.controller.passes.streamed import Streamed
 from uniprune.controller.start import sensitivities
@@ -559,6 +559,27 @@ def test_float16_takes_tokens_whose_inputs_are_0():
     assert half.isfinite().all()
     assert torch.allclose(half[5:].float(), full[5:], rtol=0.01, atol=1e-3)
     assert not (half[:4].T @ x[:4].half()).any()  # they have no part in the gradient of the weights
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"step_size": -0.1}, r"step_size = -0.1 is not a finite number >= 0"),
+        ({"evenness": math.inf}, r"evenness = inf is not a finite number >= 0"),
+        ({"labels": 1.5}, r"labels = 1.5 is not in \[0, 1\]"),
+        ({"power": 0.0}, r"power = 0.0 is not a finite number > 0"),
+        *(({name: 0}, rf"{name} = 0 is not at least 1") for name in ("vocabulary", "batch_tokens", "held_out", "checks")),
+    ],
+    ids=lambda each: str(each),
+)
+def test_settings_have_bounds(changes, message):
+    with pytest.raises(InputError, match=f"feedback: {message}"):
+        MirrorDescent(**changes)
+
+
+def test_every_number_has_a_bound():
+    numbers = {field.name for field in fields(MirrorDescent) if field.type in ("int", "float")}
+    assert numbers == BOUNDS.keys()
 
 
 @pytest.mark.parametrize("name", ["mean_decay", "rms_decay"])

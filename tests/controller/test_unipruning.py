@@ -64,7 +64,7 @@ def test_the_copy_learns_as_torchs_adam(family):
 def test_a_descent_by_hand(family, target):
     """Start, schedule, Adam, prox, refreshed statistics and moving average, on a clone."""
     model, windows = tiny_model(family), tokens()
-    settings = UniPruning(learning_rate=1e-3, warmup=0.5, nm_weight=500.0)
+    settings = UniPruning(learning_rate=1e-3, warmup=0.5, nm_weight=500.0, batch_tokens=16)
     rates = [1e-3 * share for share in (1 / 3, 2 / 3, 1, 1, 2 / 3, 1 / 3)]
     nm_weight = 500.0 if isinstance(target, NM) else None
     matrices = find_matrices(model)
@@ -124,7 +124,7 @@ def test_the_model_is_untouched(family, dtype):
     matrices, windows = find_matrices(model), tokens()
     before = {name: p.clone() for name, p in model.named_parameters()}
     logits = model(input_ids=windows[:1]).logits
-    settings = UniPruning(learning_rate=0.1)
+    settings = UniPruning(learning_rate=0.1, batch_tokens=16)
     settings.calibrate(Calibration(model, matrices, windows), Wanda(), [NM(2, 4)])
     with pytest.raises(KeyboardInterrupt):
         settings.calibrate(Calibration(model, matrices, windows, progress=Breaks()), Wanda(), [NM(2, 4)])
@@ -136,7 +136,7 @@ def test_the_model_is_untouched(family, dtype):
 
 def test_gradients_of_a_trainable_model_stay_out_of_it():
     model = tiny_model().requires_grad_(True)
-    UniPruning().calibrate(Calibration(model, find_matrices(model), tokens(2)), Wanda(), [ROW])
+    UniPruning(batch_tokens=16).calibrate(Calibration(model, find_matrices(model), tokens(2)), Wanda(), [ROW])
     assert all(p.grad is None for p in model.parameters())
 
 
@@ -168,7 +168,9 @@ def test_the_prox_pulls_towards_the_pattern():
 @pytest.mark.parametrize("metric", [Wanda(), StochRIA(), Magnitude()])
 def test_masks_can_be_cut_from_it(metric):
     model = tiny_model()
-    gamma, _ = UniPruning().calibrate(Calibration(model, find_matrices(model), tokens()), metric, [NM(2, 4), ROW])
+    gamma, _ = UniPruning(batch_tokens=16).calibrate(
+        Calibration(model, find_matrices(model), tokens()), metric, [NM(2, 4), ROW]
+    )
     for scores in gamma.values():
         assert scores.dtype == torch.float32
         assert bool(torch.isfinite(scores).all())
@@ -196,7 +198,7 @@ def test_learning_lowers_the_loss_and_moves_the_saliency():
 def test_same_seed_same_saliency():
     model = tiny_model()
     matrices = find_matrices(model)
-    settings, targets = UniPruning(nm_weight=1e4, learning_rate=1e-3), [NM(2, 4), ROW, NM(1, 4)]
+    settings, targets = UniPruning(nm_weight=1e4, learning_rate=1e-3, batch_tokens=16), [NM(2, 4), ROW, NM(1, 4)]
     calibration = Calibration(model, matrices, tokens())
     runs = [settings.calibrate(calibration, Wanda(), targets, 4, seed) for seed in (3, 3, 5)]
     (first, record), (again, same_record), (other, _) = runs
@@ -209,9 +211,9 @@ def test_what_cannot_work_is_refused():
     model = tiny_model()
     matrices = find_matrices(model)
     with pytest.raises(InputError, match="not divisible by 3"):
-        UniPruning().calibrate(Calibration(model, matrices, tokens(2)), Wanda(), [NM(1, 3)])
+        UniPruning(batch_tokens=16).calibrate(Calibration(model, matrices, tokens(2)), Wanda(), [NM(1, 3)])
     with pytest.raises(UniPruneError, match="step 1: the loss is nan"):
-        UniPruning(learning_rate=1e30).calibrate(Calibration(model, matrices, tokens(3)), Magnitude(), [ROW])
+        UniPruning(learning_rate=1e30, batch_tokens=16).calibrate(Calibration(model, matrices, tokens(3)), Magnitude(), [ROW])
 
 
 @pytest.mark.parametrize(
@@ -222,9 +224,19 @@ def test_what_cannot_work_is_refused():
         ({"warmup": 2.0}, "warmup = 2.0"),
         ({"alpha": 2e5}, "alpha \\* rho \\* kappa = 2 is"),
         ({"kappa": 0.0}, "kappa = 0 is"),
-        ({"batch_windows": 0}, "batch_windows = 0"),
+        ({"batch_tokens": 0}, "batch_tokens = 0"),
     ],
 )
 def test_settings_are_checked(changes, message):
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError, match=f"unipruning: .*{message}"):
         UniPruning(**changes)
+
+
+@pytest.mark.parametrize(("length", "windows"), [(16, 4), (40, 1), (64, 1), (96, 1)])
+def test_a_step_has_as_many_windows_as_fit_and_one_at_least(length, windows):
+    settings, model = UniPruning(batch_tokens=64), tiny_model()
+    assert settings.step_tokens(length) == windows * length
+    _, record = settings.calibrate(Calibration(model, find_matrices(model), tokens(4, length)), Magnitude(), [ROW])
+    assert (record.steps, record.tokens) == (4 // windows, 4 * length)
+    assert UniPruning().step_tokens(512) == 512
+    assert UniPruning().step_tokens(2048) == 2048

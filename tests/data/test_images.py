@@ -16,6 +16,7 @@ from transformers import (
 
 import uniprune
 from command import run
+from own import Halved
 from pictures import gemma3, llava, write_model, write_rows
 from uniprune import Loaded, Recipe
 from uniprune.artefacts.masks import MasksFile
@@ -139,6 +140,22 @@ def test_the_controllers_divergence_is_that_of_the_tokens_that_count(source, row
         patch.setattr(loop.Loss, "kl", lambda *given: seen.append(kl(*given)) or seen[-1])
         report = uniprune.prune_in_place(loaded, asked)
     assert report.controller.held_out_loss[0] == pytest.approx(seen[0] / int(counts))
+
+
+def test_a_controller_of_ones_own_sees_them_if_it_declares_that(source, rows, tmp_path):
+    """The metric on all windows, images included, is the metric alone."""
+    own, alone = (
+        uniprune.prune(source, recipe(rows, controller=controller), tmp_path / type(controller).__name__)
+        for controller in (Halved(share=1.0), "none")
+    )
+    assert own.calibration.images == COUNT
+    assert own.masks_sha256 == alone.masks_sha256
+
+    class Unsighted(Halved):
+        images = False
+
+    with pytest.raises(InputError, match="--controller Unsighted reads text alone; leave it out"):
+        uniprune.prune(source, recipe(rows, controller=Unsighted()), tmp_path / "out")
 
 
 def test_a_model_that_was_loaded_reads_images_by_its_own_processor(source, rows):
@@ -294,7 +311,7 @@ def test_what_cannot_be_shown_is_refused_before_the_weights_are_read(source, row
     monkeypatch.setattr("uniprune.job.prepare.load_weights", None)
 
     def refused(reason, data=rows, **settings):
-        options = {"save_tokens": settings.pop("save_tokens", None)}
+        options = {name: settings.pop(name) for name in ("save_tokens", "execution") if name in settings}
         with pytest.raises(InputError, match=reason):
             uniprune.prune(source, recipe(data, **settings), tmp_path / "out", **options)
 
@@ -311,8 +328,7 @@ def test_what_cannot_be_shown_is_refused_before_the_weights_are_read(source, row
         r"line 2: its image cannot be read \(it is int, not the name", data=changed(rows, tmp_path, image=3, text="a house")
     )
     refused(r'line 2: no fields "image" and "text"', data=changed(rows, tmp_path, text="a house"))
-    monkeypatch.setattr("uniprune.job.prepare.choose", lambda *_: "streamed")
-    refused("images go through the whole model in memory; raise --max-memory")
+    refused("images go through the whole model in memory; raise --max-memory", execution="streamed")
 
 
 def test_a_text_model_reads_the_text_of_such_rows(folder, rows, tmp_path, capsys, monkeypatch):

@@ -1,7 +1,6 @@
 """Valid checkpoints that few people have: they are pruned as others are, or refused with the reason."""
 
 import json
-from unittest import mock
 
 import pytest
 import torch
@@ -31,10 +30,8 @@ def tokens(tmp_path_factory):
 
 
 def pruned(model, tokens, folder, way="resident", **settings):
-    with mock.patch("uniprune.job.prepare.choose", return_value=way):
-        return uniprune.prune(
-            model, Recipe(**{"sparsity": "2:4", "steps": 2, "text": tokens} | settings), folder, overwrite=True
-        )
+    recipe = Recipe(**{"sparsity": "2:4", "steps": 2, "text": tokens} | settings)
+    return uniprune.prune(model, recipe, folder, execution=way, overwrite=True)
 
 
 def masks(folder):

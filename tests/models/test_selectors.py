@@ -31,9 +31,8 @@ def tokens(tmp_path_factory):
 
 
 def prune(model, tokens, folder, way="resident", **settings):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("uniprune.job.prepare.choose", lambda *_: way)
-        return uniprune.prune(model, Recipe(**{"sparsity": 0.5, "steps": 2, "text": tokens} | settings), folder, overwrite=True)
+    recipe = Recipe(**{"sparsity": 0.5, "steps": 2, "text": tokens} | settings)
+    return uniprune.prune(model, recipe, folder, execution=way, overwrite=True)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -127,8 +126,7 @@ def test_a_resumed_descent_reports_the_same(way, monkeypatch, tokens, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         prune(tmp_path / "model", tokens, tmp_path / "out", way, steps=3)
     monkeypatch.setattr(Descent, "step", step)
-    monkeypatch.setattr("uniprune.job.prepare.choose", lambda *_: way)
     recipe = Recipe(sparsity=0.5, steps=3, text=tokens)
-    report = uniprune.prune(tmp_path / "model", recipe, tmp_path / "out", resume=True)
+    report = uniprune.prune(tmp_path / "model", recipe, tmp_path / "out", execution=way, resume=True)
     assert report.controller == expected.controller
     assert same_files(tmp_path / "out", tmp_path / "whole")

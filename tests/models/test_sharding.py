@@ -14,14 +14,11 @@ import processes
 import uniprune
 from conftest import VOCABULARY, Stopped, Stops, tiny_model
 from uniprune import Recipe
-from uniprune.checkpoints.origin import Origin, resolve
+from uniprune.checkpoints.origin import resolve
 from uniprune.common import distributed
 from uniprune.controller.descent.loss import Loss
 from uniprune.controller.passes.streamed import Streamed
 from uniprune.controller.straight_through import StraightThrough
-from uniprune.job.execution import choose
-from uniprune.job.forecast.memory import Bytes, Work, needs
-from uniprune.job.options import RunOptions
 from uniprune.models import loading
 from uniprune.models.matrices import find_blocks, find_matrices
 from uniprune.models.replay import Replay
@@ -210,45 +207,3 @@ def test_a_process_without_windows_runs_all_blocks(folders):
             for batch in passes.in_batches(mine, 1024):
                 loss.kl(*passes.infer(batch), batch)
             assert entered == up
-
-
-NEEDS = {"resident": Bytes(1000), "recomputed": Bytes(700), "sharded": Bytes(364), "streamed": Bytes(100)}
-CHOICES = [
-    (1000, "resident", "resident"),
-    (999, "recomputed", "recomputed"),
-    (699, "streamed", "sharded"),
-    (363, "streamed", "streamed"),
-]
-
-
-@pytest.mark.parametrize(("limit", "alone", "together"), CHOICES)
-def test_the_choice(monkeypatch, tmp_path, limit, alone, together):
-    origin, options = Origin("m", tmp_path), RunOptions(max_memory=limit)
-    monkeypatch.setattr(Origin, "files", True)
-    assert choose(origin, {name: one for name, one in NEEDS.items() if name != "sharded"}, options, CPU) == alone
-    monkeypatch.setattr(distributed, "count", lambda: 2)
-    monkeypatch.setattr(distributed, "total_of", lambda value: 2 * value)
-    assert choose(origin, NEEDS, options, CPU) == together
-
-
-def test_processes_choose_by_the_one_with_least_memory(monkeypatch, tmp_path):
-    monkeypatch.setattr(Origin, "files", True)
-    monkeypatch.setattr(distributed, "count", lambda: 2)
-    other = iter([False, False, True])  # the whole model does not fit there, a half does
-    monkeypatch.setattr(distributed, "total_of", lambda value: value + next(other))
-    assert choose(Origin("m", tmp_path), NEEDS, RunOptions(max_memory=2000), CPU) == "sharded"
-
-
-def test_what_two_processes_need(monkeypatch):
-    """Each has half of the states; where the blocks are shared, half of those, the block that runs and the one to come."""
-    model = tiny_model()
-    work = Work(model, find_matrices(model), Recipe(sparsity="2:4"), torch.float32, torch.float32, 32)
-    alone = needs(work)
-    monkeypatch.setattr(distributed, "count", lambda: 2)
-    together = needs(work)
-    assert together["recomputed"].disk == alone["recomputed"].disk // 2
-    assert together["streamed"].written == alone["streamed"].written // 2
-    blocks = [sum(p.nbytes for p in block.parameters()) for block in find_blocks(model)[1]]
-    more = together["sharded"].memory - together["streamed"].memory
-    assert more == pytest.approx(sum(blocks) / 2 + 2 * max(blocks), rel=1e-3)
-    assert alone.keys() == together.keys() - {"sharded"}

@@ -23,8 +23,8 @@ from torch import Tensor
 from uniprune.artefacts import archive, archive_codec
 from uniprune.checkpoints.checkpoint import Files
 from uniprune.checkpoints.companion_files import companions
-from uniprune.checkpoints.origin import Origin
-from uniprune.checkpoints.protocol import Checkpoint, Stored
+from uniprune.checkpoints.origin import ModelSource, Origin
+from uniprune.checkpoints.protocol import Stored
 from uniprune.common.formatting import spell_size
 from uniprune.common.matrix_names import kind_of
 from uniprune.errors import InputError
@@ -86,7 +86,8 @@ class Estimate:
     """
 
     def __init__(self, source: Loaded | Origin, matrices: Matrices, pattern: Pattern) -> None:
-        checkpoint = _checkpoint(source)
+        checkpoint = source.checkpoint
+        assert checkpoint is not None
         if not estimable(source):
             raise InputError(
                 f"model {source} is quantised: what its archive would take is not estimated; give --sparsity in place of --size"
@@ -202,25 +203,15 @@ class Sample:
         return np.where(mask.T if self._transposed else mask, self._bits, 0).ravel()
 
 
-def estimable(source: Loaded | Origin) -> bool:
+def estimable(source: ModelSource) -> bool:
     """Whether archives can be estimated: not of codes, several of which are a word, and whose scales samples do not have."""
-    origin = source.origin if isinstance(source, Loaded) else source
-    return origin is None or not origin.quantised
-
-
-def _checkpoint(source: Loaded | Origin) -> Checkpoint:
-    """The checkpoint that pruning a model writes."""
-    if isinstance(source, Loaded):
-        return source.checkpoint
-    assert source.files is not None
-    return source.files
+    return source.origin is None or not source.origin.quantised
 
 
 def _companions(source: Loaded | Origin) -> Iterator[bytes]:
     """The files beside the weights of the checkpoint that pruning a model writes."""
-    origin = source if isinstance(source, Origin) else source.origin
-    if origin is not None and origin.files:
-        yield from (file.read_bytes() for file in companions(origin.files))
+    if source.origin is not None and source.origin.files:
+        yield from (file.read_bytes() for file in companions(source.origin.files))
         return
     assert isinstance(source, Loaded)
     with tempfile.TemporaryDirectory() as name:

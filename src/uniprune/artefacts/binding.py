@@ -6,9 +6,9 @@ import hashlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from uniprune.checkpoints.origin import Origin
+from uniprune.checkpoints.origin import ModelSource
 from uniprune.errors import MismatchError
-from uniprune.models.loading import DTYPES, Loaded, origin_of
+from uniprune.models.loading import DTYPES
 from uniprune.storage.dtypes import BY_DTYPE
 from uniprune.storage.record import Count, Facts
 
@@ -60,14 +60,13 @@ class Binding(Facts):
                 )
 
     def check_digests(
-        self, found: Mapping[str, str], what: object, model: Loaded | Origin, remedy: str = "give that model"
+        self, found: Mapping[str, str], what: object, model: ModelSource, remedy: str = "give that model"
     ) -> None:
         """Raises MismatchError unless a model's weights are those that ``what`` was made for. found: some of its digests.
 
         Weights of a GGUF file have the type that they were read in; the error then says which one it has to be.
         """
-        origin = origin_of(model)
-        of_gguf = origin is not None and not origin.files
+        of_gguf = model.origin is not None and not model.origin.files
         for name, digest in found.items():
             if digest == self.digests[name]:
                 continue

@@ -42,7 +42,7 @@ class ModelFacts(Facts):
     def of(cls, source: Loaded | Origin, fingerprint: str) -> ModelFacts:
         """A model as it was found, or as it is in memory."""
         facts: dict[str, Any] = {"quantised": str(source.quantised) if source.quantised else None}
-        origin = source if isinstance(source, Origin) else source.origin
+        origin = source.origin
         if isinstance(source, Loaded):
             facts["dtype"] = dtype_name(dtype_of(source.model))
         if origin and origin.repository:

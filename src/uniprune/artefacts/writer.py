@@ -61,7 +61,7 @@ def write_checkpoint(
     it was read, from any thread; what it raises ends the writing. So a checkpoint is read once and written once.
     Raises UniPruneError if a mask has not the shape of its matrix.
     """
-    origin = source if isinstance(source, Origin) else source.origin
+    origin = source.origin
     if origin is not None and origin.files:
         files = origin.files
         _copy_companions(files, folder)

@@ -11,13 +11,14 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from uniprune.checkpoints import gguf_files, hub
 from uniprune.checkpoints.checkpoint import INDEX, PACKED, WHOLE, Files
 from uniprune.checkpoints.hub import Address
+from uniprune.checkpoints.protocol import Checkpoint
 from uniprune.checkpoints.quantised.formats import Quantised
 from uniprune.common import formatting
 from uniprune.errors import InputError
@@ -37,6 +38,20 @@ MODULE = re.compile(r"\w[\w.-]*")  # a folder right inside the model's
 TEMPLATES = "additional_chat_templates/*.jinja"  # chat templates with a name, in a folder of their own
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 SHOWN = 5  # names in a message
+
+
+class ModelSource(Protocol):
+    """A model as functions are given it: by its files alone (``Origin``), or in memory (``models.loading.Loaded``)."""
+
+    @property
+    def origin(self) -> Origin | None:
+        """The files that it comes from, if any."""
+        ...
+
+    @property
+    def checkpoint(self) -> Checkpoint | None:
+        """Its weights as they are stored, or would be; None if they are yet to be read from a file in another format."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -80,6 +95,14 @@ class Origin:
     def files(self) -> Files | None:
         """Its safetensors files, whose headers are read once; None for other formats."""
         return None if self.gguf else Files(self.folder)
+
+    @property
+    def origin(self) -> Origin:
+        return self
+
+    @property
+    def checkpoint(self) -> Files | None:
+        return self.files
 
     @property
     def quantised(self) -> Quantised | None:

@@ -20,7 +20,7 @@ CONTROLLERS: dict[str, type[Controller]] = {
     "fisher": Fisher,
     "unipruning": UniPruning,
 }
-ALIASES = {"paper": "unipruning"}
+ALIASES = {"paper": "unipruning"}  # what recipes and tables of earlier versions say
 NONE = "none"  # the local metric alone
 
 
@@ -59,7 +59,8 @@ def record(controller: Controller | None) -> dict[str, Any]:
 
 def check(controller: Any) -> None:
     """Raises InputError, with the reason, unless an object can be the controller of a run."""
-    members = ("cost", "in_memory", "one_process", "comparable", "step_tokens", "calibrate")
+    declared = ("cost", "in_memory", "one_process", "comparable", "images", "holds_out")
+    members = (*declared, "step_tokens", "logits", "calibrate")
     fields.check_object(controller, "controller", members)
 
 

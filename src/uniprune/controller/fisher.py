@@ -11,11 +11,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from uniprune.controller.bounds import COUNT, check_bounds
 from uniprune.controller.passes.opening import open_passes
-from uniprune.controller.protocol import ControllerRecord, Cost
+from uniprune.controller.protocol import Controller, ControllerRecord, Cost
 from uniprune.controller.schedule import in_steps, step_windows
 from uniprune.controller.start import sensitivities, warn_without_gradient
-from uniprune.errors import InputError
 from uniprune.models.matrices import Matrices
 from uniprune.saliency.calibration import Calibration, LocalSaliency
 from uniprune.saliency.metrics import Metric
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Fisher:
+class Fisher(Controller):
     """The local score times the RMS of the loss's gradient at a weight's output, and no descent.
 
     With Wanda as the local metric, the square of a score is the squared weight times the diagonal of the Fisher information, if
@@ -48,8 +48,7 @@ class Fisher:
     batch_tokens: int = 1024
 
     def __post_init__(self) -> None:
-        if self.batch_tokens < 1:
-            raise InputError("fisher: batch_tokens must be above 0")
+        check_bounds("fisher", self, {"batch_tokens": COUNT})
 
     def step_tokens(self, length: int) -> int:
         """Tokens of one batch of windows of ``length``."""

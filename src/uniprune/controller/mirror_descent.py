@@ -27,16 +27,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
+from uniprune.controller.bounds import COUNT, DECAY, FRACTION, NOT_NEGATIVE, POSITIVE, check_bounds
 from uniprune.controller.descent import loop
 from uniprune.controller.descent.token_weighting import TINY
 from uniprune.controller.descent.update import Step, noise_of, updated
-from uniprune.controller.protocol import ControllerRecord, Cost
+from uniprune.controller.protocol import Controller, ControllerRecord, Cost
 from uniprune.controller.schedule import step_windows
 from uniprune.errors import InputError
 from uniprune.saliency.calibration import Calibration
@@ -44,6 +45,19 @@ from uniprune.saliency.metrics import Metric
 from uniprune.sparsity.patterns.protocol import Pattern
 from uniprune.storage.runs import OLDER
 from uniprune.storage.stash import moved
+
+BOUNDS = {
+    "step_size": NOT_NEGATIVE,
+    "mean_decay": DECAY,
+    "rms_decay": DECAY,
+    "power": POSITIVE,
+    "labels": FRACTION,
+    "evenness": NOT_NEGATIVE,
+    "vocabulary": COUNT,
+    "batch_tokens": COUNT,
+    "held_out": COUNT,
+    "checks": COUNT,
+}
 
 
 class State(NamedTuple):
@@ -74,7 +88,7 @@ class State(NamedTuple):
 
 
 @dataclass(frozen=True)
-class MirrorDescent:
+class MirrorDescent(Controller):
     """Settings of the controller, its pure ``init`` / ``step`` on one matrix, and :meth:`calibrate`, which descends on all.
 
     step_size: of the dual, in units of the matrix's mean dual; falls linearly to 0. mean_decay, rms_decay: of the running mean
@@ -102,6 +116,8 @@ class MirrorDescent:
     in_memory: ClassVar[bool] = False
     one_process: ClassVar[bool] = False
     comparable: ClassVar[bool] = True
+    images: ClassVar[bool] = True
+    holds_out: ClassVar[bool] = True
 
     step_size: float = 0.0045
     mean_decay: float = 0.9
@@ -117,24 +133,17 @@ class MirrorDescent:
     checks: int = 4
 
     def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            fits, allowed = value < math.inf, "a number >= 0"
-            if name == "labels":
-                fits, allowed = value <= 1, "in [0, 1]"
-            elif name.endswith("_decay"):
-                fits, allowed = value < 1, "in [0, 1)"
-            if not (value >= 0 and fits):
-                raise InputError(f"controller: {name} = {value} is not {allowed}")
+        check_bounds("feedback", self, BOUNDS)
         if self.mean_decay and self.mean_decay**2 >= self.rms_decay:  # nothing bounds the mean in units of the RMS
-            raise InputError(
-                f"controller: rms_decay = {self.rms_decay} is not above mean_decay ** 2 = {self.mean_decay**2:.4g}"
-            )
-        if self.power == 0 or min(self.batch_tokens, self.held_out, self.checks, self.vocabulary) < 1:
-            raise InputError("controller: power, batch_tokens, held_out, checks and vocabulary must be above 0")
+            raise InputError(f"feedback: rms_decay = {self.rms_decay} is not above mean_decay ** 2 = {self.mean_decay**2:.4g}")
 
     def step_tokens(self, length: int) -> int:
         """Tokens of a step on windows of ``length``."""
         return step_windows(self.batch_tokens, length) * length
+
+    def logits(self, vocabulary: int) -> int:
+        """The most frequent tokens of the text, but all where labels count."""
+        return vocabulary if self.labels else min(vocabulary, self.vocabulary)
 
     def calibrate(
         self,

@@ -47,20 +47,30 @@ LOCAL = Cost(flops_per_token=2)  # of the local metric alone: one forward pass
 class Controller(Protocol):
     """Corrects a local metric by what pruning does to the model; a frozen dataclass, whose fields are its settings.
 
-    cost: see :class:`Cost`. in_memory: whether it needs the whole model in memory; else the blocks may be there one
-    at a time (``calibration.residency``). one_process: whether it runs in one process only; else several may share the windows
-    (``common.distributed``). comparable: whether its scores are on one scale, so that one budget may compare those of
-    different matrices; then that is the default scope.
+    A subclass has the defaults below, which ask the least of it, and declares what differs. cost: see :class:`Cost`, without
+    default. in_memory: whether it needs the whole model, and what it keeps of it, in the memory of the device that computes;
+    else blocks may be there one at a time (``calibration.residency``), and states elsewhere (``calibration.offload``).
+    one_process: whether it runs in one process only; else several may share the windows (``common.distributed``). comparable:
+    whether its scores are on one scale, so that one budget may compare those of different matrices; then that is the default
+    scope. images: whether what it computes is shown the images that go with windows (``models.blocks.last_hidden`` is), and
+    leaves their place-holders out of its loss; else it is given text alone. holds_out: whether it needs a window more than
+    those that it calibrates on.
     """
 
     cost: ClassVar[Cost]
-    in_memory: ClassVar[bool]
-    one_process: ClassVar[bool]
-    comparable: ClassVar[bool]
+    in_memory: ClassVar[bool] = True
+    one_process: ClassVar[bool] = True
+    comparable: ClassVar[bool] = False
+    images: ClassVar[bool] = False
+    holds_out: ClassVar[bool] = False
 
     def step_tokens(self, length: int) -> int:
-        """Tokens of one step on windows of ``length``."""
-        ...
+        """Tokens of one step on windows of ``length``; by default one window's."""
+        return length
+
+    def logits(self, vocabulary: int) -> int:
+        """Of a vocabulary of so many tokens, how many it computes logits of in a step; by default all."""
+        return vocabulary
 
     def calibrate(
         self,

@@ -41,9 +41,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from uniprune.controller.protocol import ControllerRecord, Cost
+from uniprune.controller.bounds import COUNT, FRACTION, NOT_NEGATIVE, check_bounds
+from uniprune.controller.protocol import Controller, ControllerRecord, Cost
 from uniprune.controller.prox import prox_nm, soft_threshold
-from uniprune.controller.schedule import shuffled_rounds
+from uniprune.controller.schedule import in_steps, shuffled_rounds, step_windows
 from uniprune.controller.start import warn_without_gradient
 from uniprune.errors import InputError, UniPruneError
 from uniprune.models.blocks import device_of, rerouted, text_alone
@@ -58,20 +59,25 @@ from uniprune.sparsity.patterns.protocol import Pattern
 
 logger = logging.getLogger(__name__)
 
+BOUNDS = {
+    "learning_rate": NOT_NEGATIVE,
+    "warmup": FRACTION,
+    "lam": NOT_NEGATIVE,
+    "nm_weight": NOT_NEGATIVE,
+    "batch_tokens": COUNT,
+}
+
 
 @dataclass(frozen=True)
-class UniPruning:
+class UniPruning(Controller):
     """Settings of the published controller, its pure ``init`` / ``step`` on one matrix, and :meth:`calibrate`.
 
     learning_rate: of Adam at its peak, after a linear warm-up over the fraction ``warmup`` of the steps and before a linear
     decay to 0. rho: the coupling of Gamma to S. lam: lambda, the threshold, in units of the local metric. nm_weight: lambda2,
-    for N:M targets; others have none. alpha: the step of V. kappa: the scale of Gamma. batch_windows: windows per step.
+    for N:M targets; others have none. alpha: the step of V. kappa: the scale of Gamma. batch_tokens: tokens of a step.
     """
 
     cost: ClassVar[Cost] = Cost(flops_per_token=6, state_bytes=20)  # copy, gradient, two moments and V, float32
-    in_memory: ClassVar[bool] = True
-    one_process: ClassVar[bool] = True
-    comparable: ClassVar[bool] = False
 
     learning_rate: float = 1e-4
     warmup: float = 0.1
@@ -80,23 +86,17 @@ class UniPruning:
     nm_weight: float = 1e-3
     alpha: float = 5e3
     kappa: float = 1.0
-    batch_windows: int = 1
+    batch_tokens: int = 512
 
     def __post_init__(self) -> None:
-        for name in ("learning_rate", "lam", "nm_weight"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise InputError(f"unipruning: {name} = {getattr(self, name)} is not a finite number >= 0")
-        if not 0 <= self.warmup <= 1:
-            raise InputError(f"unipruning: warmup = {self.warmup} is not in [0, 1]; it is a fraction of the steps")
+        check_bounds("unipruning", self, BOUNDS)
         if not (self.kappa > 0 and 0 < self.alpha * self.rho * self.kappa <= 1):
             rate = self.alpha * self.rho * self.kappa
             raise InputError(f"unipruning: alpha * rho * kappa = {rate:g} is not in (0, 1]; beyond 1 the saliency overshoots")
-        if self.batch_windows < 1:
-            raise InputError(f"unipruning: batch_windows = {self.batch_windows} is not at least 1")
 
     def step_tokens(self, length: int) -> int:
         """Tokens of a step on windows of ``length``."""
-        return self.batch_windows * length
+        return step_windows(self.batch_tokens, length) * length
 
     def init(self, local: Tensor) -> Tensor:
         """The first V ``[out, in]``, float32. local: scores ``[out, in]`` >= 0, which are the first Gamma."""
@@ -134,7 +134,7 @@ class UniPruning:
         matrices = calibration.matrices
         for target in targets:
             check_fit(((name, matrix.shape) for name, matrix in matrices.items()), target)
-        todo = torch.split(calibration.windows, self.batch_windows)
+        todo = in_steps(calibration.windows, self.batch_tokens)
         steps = steps or len(todo)
         order = shuffled_rounds(targets, seed)
         local = one_shot(calibration, metric)

@@ -12,10 +12,12 @@ from uniprune.common.progress import Progress, silent
 from uniprune.common.provenance import versions
 from uniprune.controller.controllers import any_sparsity
 from uniprune.errors import InputError
+from uniprune.job.destination import ToScores
 from uniprune.job.finished import check_tokens_kept, leave, same_run
+from uniprune.job.forecast.prospect import use_device
 from uniprune.job.inference import inferring
 from uniprune.job.options import RunOptions
-from uniprune.job.prepare import prepare, progress_of, use_device
+from uniprune.job.prepare import prepare, progress_of
 from uniprune.job.recipe import Recipe, check_recipe
 from uniprune.job.scoring import fitting, scored
 from uniprune.models.loading import Source
@@ -52,7 +54,7 @@ def calibrate(
             check_tokens_kept(asked, output)
             return facts
         files.check_output_file(output, asked.overwrite)
-        job = prepare(source, recipe, None, asked, scores=output, progress=progress)
+        job = prepare(source, recipe, ToScores(output), asked, progress)
         pattern = job.aim.pattern
         targets = [pattern] if pattern else fitting(any_sparsity(), job.shapes)
         with progress_of(output, asked, job.identity(recipe, command="calibrate")) as run:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from uniprune.artefacts.masks import digest
-from uniprune.checkpoints.origin import Origin, resolve
+from uniprune.checkpoints.origin import Origin
 from uniprune.common.progress import Progress, silent
 from uniprune.common.provenance import Stopwatch, sparsity
 from uniprune.comparison import harness
@@ -28,10 +28,11 @@ from uniprune.evaluation import reproduce
 from uniprune.evaluation.model import AskedQuestions, EvaluatedModel, Questions
 from uniprune.evaluation.protocols import followed_protocols
 from uniprune.evaluation.request import NEW_TOKENS
+from uniprune.job.destination import ToTable
 from uniprune.job.inference import inferring
-from uniprune.job.options import IN_MEMORY, RunOptions
+from uniprune.job.options import EXECUTIONS, RunOptions
 from uniprune.job.prepare import Job, prepare
-from uniprune.models.loading import Loaded, Source, skeleton
+from uniprune.models.loading import Loaded, Source, model_of, resolved
 from uniprune.models.matrices import choose_matrices
 from uniprune.reporting.comparison import latex, markdown
 from uniprune.sparsity import bits
@@ -84,11 +85,11 @@ def compare(
     earlier = _earlier(output, resume)
     _check_same(output, earlier, {"settings": wanted.protocol})
     subject = EvaluatedModel(source)
-    origin = source.origin if isinstance(source, Loaded) else resolve(source)
-    files.check_output_folder(output, overwrite or resume, origin.path if origin else None, **there)
+    given = resolved(source)
+    files.check_output_folder(output, overwrite or resume, given.origin.path if given.origin else None, **there)
     questions = _questions(wanted, subject)
     _warn_of_idle(wanted, candidates)
-    candidates = _fitted(candidates, wanted, source if isinstance(source, Loaded) else origin)  # type: ignore[arg-type]
+    candidates = _fitted(candidates, wanted, given)
     job = _job(source, candidates, output, device, progress)
     protocol = _protocol(wanted, job, questions.questions)
     _check_same(output, earlier, protocol.model_dump(mode="json"))
@@ -146,8 +147,7 @@ def _warn_of_idle(request: ComparisonRequest, candidates: Sequence[Candidate]) -
 
 def _fitted(candidates: list[Candidate], request: ComparisonRequest, source: Loaded | Origin) -> list[Candidate]:
     """The candidates, now that it is known which matrices they are for."""
-    model = source.model if isinstance(source, Loaded) else skeleton(source)
-    return fitted(candidates, choose_matrices(model, request.include, request.exclude), source)
+    return fitted(candidates, choose_matrices(model_of(source), request.include, request.exclude), source)
 
 
 def _protocol(request: ComparisonRequest, job: Job, questions: Questions) -> ComparisonProtocol:
@@ -164,8 +164,8 @@ def _protocol(request: ComparisonRequest, job: Job, questions: Questions) -> Com
 def _job(source: Source, candidates: Sequence[Candidate], output: Path, device: str | None, progress: Progress) -> Job:
     """The model and the calibration samples, for the candidate that takes most memory."""
     hungriest = max(candidates, key=lambda candidate: (candidate.recipe.cost.state_bytes, candidate.recipe.refine))
-    job = prepare(source, hungriest.recipe, None, RunOptions(device=device), progress=progress, table=output)
-    if job.execution not in IN_MEMORY:
+    job = prepare(source, hungriest.recipe, ToTable(output), RunOptions(device=device), progress)
+    if not EXECUTIONS[job.execution].in_memory:
         raise InputError(f"compare needs the whole model in memory, and {job.loaded} does not fit; take a smaller model")
     for candidate in candidates:
         if job.windows.pictures is not None:

@@ -18,22 +18,23 @@ from uniprune.artefacts import writer
 from uniprune.artefacts.reports import Gain, Permutation
 from uniprune.checkpoints.checkpoint import Files
 from uniprune.checkpoints.layout import keys_of, names_of
-from uniprune.checkpoints.origin import resolve
 from uniprune.common import distributed
 from uniprune.common.pictures import showing
 from uniprune.common.progress import Progress, silent
 from uniprune.common.provenance import Stopwatch, versions
 from uniprune.errors import InputError, UniPruneError
+from uniprune.job.destination import ToCheckpoint
+from uniprune.job.forecast.prospect import use_device
 from uniprune.job.inference import inferring
 from uniprune.job.options import RunOptions
-from uniprune.job.prepare import Job, prepare, progress_of, use_device
+from uniprune.job.prepare import Job, prepare, progress_of
 from uniprune.job.recipe import Recipe, check_recipe
 from uniprune.models.channels.folding import Channels, fold, folding, reorder
 from uniprune.models.channels.heads import find_heads
 from uniprune.models.channels.hidden import find_hidden
 from uniprune.models.channels.stream import find_stream
 from uniprune.models.channels.trial import TOKENS
-from uniprune.models.loading import Loaded, Source
+from uniprune.models.loading import Source, resolved
 from uniprune.models.matrices import find_blocks
 from uniprune.models.replay import Replay
 from uniprune.reporting import model_card
@@ -75,8 +76,8 @@ def permute(
     pattern = recipe.pattern()
     if not isinstance(pattern, NM):
         raise InputError(f"{pattern}: the order of channels matters to N:M patterns only; use --sparsity 2:4")
-    recipe = recipe.model_copy(update={"controller": "none"})
-    origin = source.origin if isinstance(source, Loaded) else resolve(source)
+    recipe = recipe.replace(controller="none")
+    origin = resolved(source).origin
     if origin and origin.quantised:
         raise InputError(
             f"model {origin} is quantised ({origin.quantised}): channels in another order would have other blocks and scales; "
@@ -88,7 +89,7 @@ def permute(
     options = RunOptions.of(device=device, max_memory=max_memory, overwrite=overwrite)
     with distributed.joined(use_device(options, source)):
         with watch("prepare"):
-            job = prepare(source, recipe, output, options, progress=progress, masks=False)
+            job = prepare(source, recipe, ToCheckpoint(output, masks=False), options, progress)
             found = find(job, pattern)
         if not found:
             raise InputError(f"{source}: it has no channels that could be proved to go in any order")

@@ -12,8 +12,9 @@ from uniprune.experts import removal
 from uniprune.job.aim import aim_of
 from uniprune.job.forecast import estimate
 from uniprune.job.forecast.memory import needs
+from uniprune.job.forecast.prospect import prospect_of
 from uniprune.job.options import Execution, RunOptions
-from uniprune.job.prepare import execution_of, prospect_of
+from uniprune.job.prepare import execution_of
 from uniprune.job.recipe import Recipe, check_recipe
 from uniprune.job.samples import shape_of_windows
 from uniprune.models.loading import load
@@ -51,9 +52,10 @@ def plan(
             raise
         chosen = "none"
     weights = load(origin, recipe.dtype, "cpu") if to_load else origin
-    refused = recipe.unsupported == "refuse"
+    budget = recipe.sparsity is not None or recipe.size is not None
+    refused = budget and recipe.unsupported == "refuse"
     if refused:  # here they are shown
-        recipe = recipe.model_copy(update={"unsupported": "dense"})
+        recipe = recipe.replace(unsupported="dense")
     aim = aim_of(recipe, prospect.matrices, weights)
     made = estimate.make_plan(origin, work, aim.pattern, aim.unsupported, windows * length, needed, chosen, refused)
     if aim.budget:

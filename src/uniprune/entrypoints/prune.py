@@ -18,10 +18,12 @@ from uniprune.common.provenance import Stopwatch, sha256, versions
 from uniprune.errors import InputError, UniPruneError
 from uniprune.experts import removal
 from uniprune.job.aim import Aim
+from uniprune.job.destination import IN_PLACE, ToCheckpoint
 from uniprune.job.finished import check_tokens_kept, leave, same_run
+from uniprune.job.forecast.prospect import use_device
 from uniprune.job.inference import inferring
 from uniprune.job.options import RunOptions
-from uniprune.job.prepare import Job, prepare, progress_of, use_device
+from uniprune.job.prepare import Job, prepare, progress_of
 from uniprune.job.recipe import Recipe, check_recipe
 from uniprune.job.scoring import scored
 from uniprune.models import masking
@@ -66,7 +68,7 @@ def prune(
         if recipe.experts is not None:
             return _without_experts(source, recipe, output, asked, progress)
         with watch("prepare"):
-            job = prepare(source, recipe, output, asked, progress=progress)
+            job = prepare(source, recipe, ToCheckpoint(output), asked, progress)
         with progress_of(output, asked, job.identity(recipe, command="prune")) as run:
             created = _create_masks(job, recipe, job.calibration(progress, run), watch)
             if not distributed.rank():
@@ -101,7 +103,7 @@ def prune_in_place(loaded: Loaded, recipe: Recipe, *, save_tokens: Path | None =
     watch, options = Stopwatch(), RunOptions.of(save_tokens=save_tokens)
     with distributed.joined(use_device(options, loaded)):
         with watch("prepare"):
-            job = prepare(loaded, recipe, None, options, progress=progress)
+            job = prepare(loaded, recipe, IN_PLACE, options, progress)
         created = _create_masks(job, recipe, job.calibration(progress), watch)
         with watch("mask"):
             kept = dict(created.masks)

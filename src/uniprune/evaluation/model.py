@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 from uniprune.artefacts.mask_tools import CheckedMasks
 from uniprune.checkpoints.configuration import UNBOUNDED, check_context, check_vocabulary, context, reads_images
-from uniprune.checkpoints.origin import resolve
 from uniprune.checkpoints.tokenizer import load_processor, load_tokenizer
 from uniprune.common.pictures import showing
 from uniprune.common.progress import Progress
@@ -34,9 +33,9 @@ from uniprune.models.loading import (
     fast_dtype,
     load_weights,
     native_dtype,
-    origin_of,
     parse_device,
     parse_dtype,
+    resolved,
     skeleton,
     warn_of_emulation,
 )
@@ -80,7 +79,7 @@ class EvaluatedModel:
 
     def __init__(self, source: Source, masks: str | None = None) -> None:
         self._masks = file = None if masks is None else CheckedMasks(path_of(masks))
-        self._source = source if isinstance(source, Loaded) else resolve(source)
+        self._source = resolved(source)
         if isinstance(self._source, Loaded):
             model, self.tokenizer = self._source.model, self._source.tokenizer
         else:
@@ -148,7 +147,7 @@ class EvaluatedModel:
             raise InputError("--stride and --bos are for text alone; leave them out, or take the text alone: --field text")
         if asked.length is not None:
             check_context(self._config, asked.length)
-        processing = images.ImageProcessing(load_processor(origin_of(self._source), self.tokenizer), self._config)
+        processing = images.ImageProcessing(load_processor(self._source.origin, self.tokenizer), self._config)
         source = Text(text, asked.field, asked.split)
         return images.load(source, processing, "evaluation", asked.length, asked.windows, most=self.context)
 

@@ -12,17 +12,17 @@ from torch import nn
 from uniprune.artefacts.reports import ExpertCounts, ExpertLayer
 from uniprune.checkpoints.checkpoint import Files, checkpoint_of
 from uniprune.checkpoints.companion_files import copy_companions, copy_terms
-from uniprune.checkpoints.origin import resolve
 from uniprune.common.matrix_names import pattern_of
 from uniprune.common.progress import Progress, silent
 from uniprune.experts import files as expert_files
 from uniprune.experts.criteria import best, by_weights, observe, of_experts
 from uniprune.experts.structure import ExpertReduction, reduction_of
+from uniprune.job.destination import ToCheckpoint
 from uniprune.job.options import RunOptions
 from uniprune.job.prepare import Job, prepare
 from uniprune.job.recipe import Recipe
 from uniprune.job.scoring import scored
-from uniprune.models.loading import Loaded, Source, skeleton
+from uniprune.models.loading import Source, model_of, resolved
 from uniprune.models.matrices import Matrices, find_matrices
 from uniprune.saliency.metrics import REAP
 from uniprune.saliency.record import ScoringRecord
@@ -67,7 +67,7 @@ class Removal:
         if not isinstance(self.recipe.parsed_metric(), REAP):
             target = Unstructured(fraction, default_scope(self.recipe.comparable))
             saliency, record = scored(calibration, self.recipe, [target])
-            blind = self.recipe.parsed_metric().statistic is None and not self.recipe.corrected
+            blind = self.recipe.parsed_metric().statistic is None and not self.recipe.uses_controller
             scores = by_weights(saliency, calibration.matrices, None if blind else seen)
         layers = {
             layer: ExpertLayer(
@@ -119,11 +119,11 @@ def planned(fraction: float, model: nn.Module, matrices: Matrices) -> tuple[Matr
 def prepared(source: Source, recipe: Recipe, output: Path, options: RunOptions, progress: Progress = silent) -> Removal:
     """Checks what is asked for, the cheap things first, and loads what it takes. Raises InputError if it cannot be done."""
     assert recipe.experts is not None
-    model = source.model if isinstance(source, Loaded) else skeleton(resolve(source))
+    model = model_of(resolved(source))
     matrices = find_matrices(model)
     reduction = reduction_of(recipe.experts, model, matrices)
     inner = recipe.model_copy(update={"include": alike(of_experts(matrices))})
-    return Removal(prepare(source, inner, output, options, progress=progress, masks=False), recipe, reduction)
+    return Removal(prepare(source, inner, ToCheckpoint(output, masks=False), options, progress), recipe, reduction)
 
 
 def alike(matrices: Matrices) -> tuple[str, ...]:

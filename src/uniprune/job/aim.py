@@ -11,7 +11,7 @@ from uniprune.artefacts import archive_size
 from uniprune.checkpoints.origin import Origin
 from uniprune.common import formatting
 from uniprune.job.recipe import Recipe
-from uniprune.models.loading import Loaded, dtype_name, origin_of, parse_dtype
+from uniprune.models.loading import Loaded, dtype_name, parse_dtype
 from uniprune.models.matrices import Matrices
 from uniprune.sparsity.hardware import fitted
 from uniprune.sparsity.patterns.protocol import Pattern, Saliency
@@ -38,20 +38,19 @@ class Aim:
         return replace(self, sparsity=sparsity, pattern=self.budget.at(sparsity))
 
 
-def aim_of(recipe: Recipe, matrices: Matrices, source: Loaded | Origin | None) -> Aim:
+def aim_of(recipe: Recipe, matrices: Matrices, source: Loaded | Origin) -> Aim:
     """The pattern that a recipe asks for; and its size budget, if it has one and ``source`` has weights that can be read."""
-    origin = origin_of(source)
 
     def at(sparsity: float | None) -> Pattern:
-        pattern, _ = _pattern_of(recipe, matrices, origin, sparsity)
+        pattern, _ = _pattern_of(recipe, matrices, source.origin, sparsity)
         assert pattern is not None
         return pattern
 
     budget = None
-    if recipe.size is not None and source is not None and (isinstance(source, Loaded) or source.files):
+    if recipe.size is not None and source.checkpoint is not None:
         budget = archive_size.budget(formatting.parse_size(recipe.size), source, matrices, at, at(None))
     sparsity = budget.sparsity() if budget else None
-    return Aim(*_pattern_of(recipe, matrices, origin, sparsity), budget, sparsity)
+    return Aim(*_pattern_of(recipe, matrices, source.origin, sparsity), budget, sparsity)
 
 
 def _pattern_of(

@@ -12,7 +12,7 @@ from uniprune.common import distributed, formatting
 from uniprune.controller import controllers
 from uniprune.errors import InputError
 from uniprune.job.forecast import machine, memory
-from uniprune.job.options import IN_MEMORY, Execution, RunOptions
+from uniprune.job.options import EXECUTIONS, Execution, RunOptions, saved_as
 from uniprune.job.recipe import Recipe
 from uniprune.job.samples import check_can_generate, self_generated
 from uniprune.models.loading import Loaded
@@ -42,11 +42,13 @@ def choose(
     limit = options.max_memory or machine.free_memory(device)
     if asked is not None and asked not in needs:
         raise InputError(f"--execution {asked} is not to be had here: {UNSUITABLE[asked]}; {' or '.join(needs)} is")
-    able = {name: needed for name, needed in needs.items() if asked in (None, name) and (origin.files or name in IN_MEMORY)}
+    able = {
+        name: needed for name, needed in needs.items() if asked in (None, name) and (origin.files or EXECUTIONS[name].in_memory)
+    }
     begun = (runs.identity_of(output) or {}).get("execution") if options.resume and output is not None else None
     if begun in needs:
-        same = IN_MEMORY if begun == "resident" else (begun,)
-        return _fitting({name: needed for name, needed in able.items() if name in same}, limit) or asked or begun
+        same = {name: needed for name, needed in able.items() if saved_as(name) == begun}
+        return _fitting(same, limit) or asked or begun
     if (fastest := _fitting(able, limit)) is not None:
         return fastest
     takes = ", ".join(f"{formatting.size(needed.memory)} {name}" for name, needed in needs.items() if asked in (None, name))
@@ -66,7 +68,7 @@ def choose_for_loaded(loaded: Loaded, work: memory.Work, options: RunOptions) ->
     for and is not one of a model in memory.
     """
     limit = options.max_memory or machine.free_memory(work.device) + memory.PROCESS + work.parameters * work.dtype.itemsize
-    in_memory = {execution: needed for execution, needed in memory.needs(work).items() if execution in IN_MEMORY}
+    in_memory = {name: needed for name, needed in memory.needs(work).items() if EXECUTIONS[name].in_memory}
     if options.execution is not None and options.execution not in in_memory:
         raise InputError(
             f"--execution {options.execution} is not for a model that is in memory; one of {', '.join(in_memory)} is"
@@ -74,9 +76,10 @@ def choose_for_loaded(loaded: Loaded, work: memory.Work, options: RunOptions) ->
     return options.execution or _fitting(in_memory, limit) or "resident"
 
 
-def check_execution(recipe: Recipe, execution: str) -> None:
+def check_execution(recipe: Recipe, execution: Execution) -> None:
     """Raises InputError if the recipe's controller, or text that the model is to generate, rules out this execution."""
-    check_can_generate(self_generated(recipe), execution in IN_MEMORY)
+    traits = EXECUTIONS[execution]
+    check_can_generate(self_generated(recipe), traits.in_memory)
     controller = recipe.parsed_controller()
     if controller is None:
         return
@@ -84,7 +87,7 @@ def check_execution(recipe: Recipe, execution: str) -> None:
     others = "use another controller, or --controller none"
     if controller.one_process and distributed.count() > 1:
         raise InputError(f"--controller {name} runs in one process; start it without torchrun, or {others}")
-    if controller.in_memory and execution not in ("resident", "recomputed"):
+    if controller.in_memory and not (traits.in_memory and traits.states == "device"):
         raise InputError(f"--controller {name} needs the whole model in memory; raise --max-memory, or {others}")
 
 
@@ -99,11 +102,11 @@ def _everywhere(condition: bool) -> bool:
     return distributed.total_of(float(condition)) == distributed.count()
 
 
-def warn_of_traffic(work: memory.Work, execution: str, needed: memory.Bytes) -> None:
+def warn_of_traffic(work: memory.Work, execution: Execution, needed: memory.Bytes) -> None:
     """Warns if small steps will read and write the states more often than larger steps would."""
     moved = needed.read + needed.written
     small = work.recipe.step_tokens(work.length) < memory.LARGE_STEP
-    if execution in ("sharded", "streamed") and work.recipe.corrected and small and moved > TRAFFIC:
+    if EXECUTIONS[execution].states == "disk" and work.recipe.uses_controller and small and moved > TRAFFIC:
         logger.warning(
             "each step of the controller reads %s from the disk and writes %s, however many tokens it has; larger "
             "steps are fewer: --set batch_tokens=%d",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal, TypedDict
+from typing import Annotated, ClassVar, Literal, NamedTuple, TypedDict
 
 from pydantic import BeforeValidator, Field
 
@@ -11,7 +11,36 @@ from uniprune.common.formatting import parse_size
 from uniprune.common.options import Flag, Options
 
 Execution = Literal["resident", "recomputed", "offloaded", "sharded", "streamed"]
-IN_MEMORY: tuple[Execution, ...] = ("resident", "recomputed", "offloaded")
+
+
+class Traits(NamedTuple):
+    """How an execution runs a model.
+
+    in_memory: whether the whole model is in the memory of the device that computes, else blocks come and go. recompute: whether
+    a step of the controller computes a block's activations again. states: where what the controller keeps of each weight lies:
+    in that memory, in the host's beside a GPU's, or on disk.
+    """
+
+    in_memory: bool
+    recompute: bool
+    states: Literal["device", "host", "disk"]
+
+
+EXECUTIONS: dict[Execution, Traits] = {
+    "resident": Traits(in_memory=True, recompute=False, states="device"),
+    "recomputed": Traits(in_memory=True, recompute=True, states="device"),
+    "offloaded": Traits(in_memory=True, recompute=True, states="host"),
+    "sharded": Traits(in_memory=False, recompute=True, states="disk"),
+    "streamed": Traits(in_memory=False, recompute=True, states="disk"),
+}
+"""From the fastest to the slowest."""
+
+
+def saved_as(execution: Execution) -> Execution:
+    """The name in an interrupted run: where the model is in memory progress is the same, so that each goes on with it."""
+    return "resident" if EXECUTIONS[execution].in_memory else execution
+
+
 Size = BeforeValidator(lambda value: parse_size(value) if isinstance(value, str) else value)
 
 

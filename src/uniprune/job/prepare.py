@@ -1,7 +1,7 @@
 """What a run needs before it starts: checked input, the matrices and what they are to lose, the windows, the loaded model.
 
-The cheap checks come first and the weights last. What is known before any text or weight is read is an :class:`Prospect`: that
-is all of what ``plan`` tells. How the model is executed is chosen in ``execution``.
+The cheap checks come first and the weights last. What is known before any text or weight is read is a ``Prospect``, what is
+written a ``Destination``. How the model is executed is chosen in ``execution``.
 """
 
 from __future__ import annotations
@@ -13,92 +13,41 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
-from uniprune.artefacts import writer
 from uniprune.artefacts.binding import Binding
 from uniprune.artefacts.reports import ModelFacts
-from uniprune.checkpoints.origin import Origin, called, resolve, stored_dtype
-from uniprune.checkpoints.protocol import Checkpoint
+from uniprune.checkpoints.origin import Origin, called
 from uniprune.checkpoints.tokenizer import load_tokenizer
 from uniprune.common import distributed, pictures
 from uniprune.common.progress import Progress, silent, with_notes
-from uniprune.data.sources import files_of
 from uniprune.data.windows import Windows, check_savable, save_windows
 from uniprune.errors import InputError
 from uniprune.job.aim import Aim, aim_of
+from uniprune.job.destination import Destination
 from uniprune.job.execution import check_execution, choose, choose_for_loaded, warn_of_traffic
 from uniprune.job.forecast import memory
-from uniprune.job.options import IN_MEMORY, Execution, RunOptions
+from uniprune.job.forecast.prospect import Prospect, prospect_of
+from uniprune.job.options import EXECUTIONS, Execution, RunOptions, saved_as
 from uniprune.job.recipe import Recipe
 from uniprune.job.samples import generated, windows_of
 from uniprune.models import blocks
-from uniprune.models.checks import check_finite, check_loaded, check_uncompiled, check_writable
+from uniprune.models.checks import check_finite, check_loaded
 from uniprune.models.loading import (
     Loaded,
     Source,
     check_one_device,
     dtype_name,
-    fast_dtype,
     load_weights,
-    native_dtype,
-    origin_of,
-    parse_device,
-    parse_dtype,
-    skeleton,
+    resolved,
     warn_of_emulation,
 )
-from uniprune.models.matrices import Matrices, check_decoder, choose_matrices, find_matrices
+from uniprune.models.matrices import Matrices, find_matrices
 from uniprune.models.residency.sharding import open_sharded
 from uniprune.models.residency.streaming import Streamer, attached, open_streamed
 from uniprune.saliency.calibration import OUTPUTS, SWEEP, Calibration
 from uniprune.sparsity.hardware import check_prunes
-from uniprune.storage import files, runs
-from uniprune.storage.files import check_output_file
+from uniprune.storage import runs
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Prospect:
-    """What is known of a run before a weight or a text is read.
-
-    given: the model that the caller has loaded, or the files of one that is yet to be. model: that model, or a skeleton of it.
-    matrices: those to prune. device: where it computes.
-    """
-
-    given: Loaded | Origin
-    recipe: Recipe
-    model: nn.Module
-    matrices: Matrices
-    device: torch.device
-
-    @property
-    def origin(self) -> Origin | None:
-        return origin_of(self.given)
-
-    @property
-    def checkpoint(self) -> Checkpoint | None:
-        """What can be hashed before the model is loaded: None if it is yet to be read from a file in another format."""
-        return self.given.checkpoint if isinstance(self.given, Loaded) else self.given.files
-
-    def work(self, windows: int, length: int) -> memory.Work:
-        """What memory and time depend on, with so many windows of ``length`` tokens."""
-        if isinstance(self.given, Loaded):
-            dtype, device = blocks.dtype_of(self.model), blocks.device_of(self.model)
-            return memory.Work(self.model, self.matrices, self.recipe, dtype, dtype, length, device, windows)
-        stored = stored_dtype(self.given, self.matrices)
-        dtype = parse_dtype(self.recipe.dtype) or fast_dtype(stored or native_dtype(self.given), self.device)
-        return memory.Work(self.model, self.matrices, self.recipe, dtype, stored, length, self.device, windows)
-
-
-def prospect_of(given: Loaded | Origin, recipe: Recipe, options: RunOptions) -> Prospect:
-    """Raises InputError for a device that is not there, and for a model that has nothing to prune, or not in this way."""
-    device = use_device(options, given)
-    model = given.model if isinstance(given, Loaded) else skeleton(given)
-    check_predicts(recipe, model)
-    return Prospect(given, recipe, model, choose_matrices(model, recipe.include, recipe.exclude), device)
 
 
 def execution_of(
@@ -132,6 +81,7 @@ class Job:
 
     def calibration(self, progress: Progress, run: runs.Run | None = None) -> Calibration:
         """What the job calibrates on. run: where its progress is kept."""
+        traits = EXECUTIONS[self.execution]
         return Calibration(
             self.loaded.model,
             self.matrices,
@@ -139,8 +89,8 @@ class Job:
             self.loaded.residency,
             run,
             with_notes(progress),
-            recompute=self.execution in ("recomputed", "offloaded"),
-            offload=self.execution == "offloaded",
+            recompute=traits.in_memory and traits.recompute,
+            offload=traits.states == "host",
         )
 
     def identity(self, recipe: Recipe, **more: Any) -> dict[str, Any]:
@@ -149,49 +99,35 @@ class Job:
             "recipe": recipe.record(),
             "model": self.binding.base,
             "tokens": self.windows.sha256,
-            "execution": "resident" if self.execution in IN_MEMORY else self.execution,  # those have the same states
+            "execution": saved_as(self.execution),
             "dtype": dtype_name(blocks.dtype_of(self.loaded.model)),
         }
         return settings | {"processes": distributed.count()} | more
 
 
-def prepare(
-    source: Source,
-    recipe: Recipe,
-    output: Path | None,
-    options: RunOptions,
-    scores: Path | None = None,
-    progress: Progress = silent,
-    table: Path | None = None,
-    masks: bool = True,
-) -> Job:
+def prepare(source: Source, recipe: Recipe, destination: Destination, options: RunOptions, progress: Progress = silent) -> Job:
     """Checks the cheap things first and loads the weights last; samples that the model itself writes come after them.
 
-    output: an output folder, or None; scores: a scores file instead, whose name its writer checks. table: a
-    folder that another writes, for which masks are measured one after the other, and where the run keeps its progress. masks:
-    whether an output folder will have any.
     Raises InputError for anything that cannot be done as it is asked for.
     """
-    prospect, aim, disk = _checked(source, recipe, output, options, scores, masks)
-    given, target = prospect.given, output or scores
+    prospect, aim, disk = _checked(source, recipe, destination, options)
+    given = prospect.given
     with ExitStack() as meanwhile:  # files are hashed by other threads; after an error they are told to stop
-        digests = meanwhile.enter_context(prospect.checkpoint.digesting(prospect.matrices)) if prospect.checkpoint else None
+        digests = meanwhile.enter_context(given.checkpoint.digesting(prospect.matrices)) if given.checkpoint else None
         tokenizer = given.tokenizer if isinstance(given, Loaded) else load_tokenizer(given)
-        windows = windows_of(recipe, prospect.model, prospect.origin, tokenizer)
+        windows = windows_of(recipe, prospect.model, given.origin, tokenizer)
         distributed.check_alike(recipe.record() | {"text": windows.sha256})  # which may lie in another folder on each machine
         if options.save_tokens is not None and windows.prompts is None:
             check_savable(windows, options.save_tokens, _kept_tokens(options))
-        work = replace(prospect.work(*windows.tokens.shape), compared=table is not None)
+        work = replace(prospect.work(*windows.tokens.shape), compared=destination.compared)
         if isinstance(given, Loaded):
             warn_of_emulation(given.model)
             loaded, matrices, execution = given, prospect.matrices, choose_for_loaded(given, work, options)
         else:
             needs = memory.needs(work)
-            execution = execution_of(given, work, needs, options, target)
+            execution = execution_of(given, work, needs, options, destination.path)
             _check_images(windows, execution)
-            if place := target or table:  # each process has files of its own beside the output
-                needed = (disk if target else 0) + distributed.count() * needs[execution].disk
-                files.check_disk_space(place, needed, runs.held(place))
+            destination.check_space(disk + distributed.count() * needs[execution].disk)  # each process has files of its own
             loaded = _load(given, tokenizer, work, execution)
             matrices = _found_in(loaded, recipe)
         if windows.prompts is not None:
@@ -211,28 +147,21 @@ def prepare(
         return Job(loaded, matrices, windows, binding, aim, execution)
 
 
-def _checked(
-    source: Source, recipe: Recipe, output: Path | None, options: RunOptions, scores: Path | None, masks: bool
-) -> tuple[Prospect, Aim, int]:
+def _checked(source: Source, recipe: Recipe, destination: Destination, options: RunOptions) -> tuple[Prospect, Aim, int]:
     """All that can be told before any text or weight is read: the model without weights, the aim, and the output's bytes."""
-    target = output or scores
     check_execution(recipe, "resident")
-    given = source if isinstance(source, Loaded) else resolve(source)
+    given = resolved(source)
     if isinstance(given, Loaded):
         _check_loaded(given, recipe, options)
-        if target is not None:
-            check_uncompiled(given.model)
-        if output is not None and (given.origin is None or not given.origin.files):
-            check_writable(given.model)
-    _check_outputs(recipe, origin_of(given), options, output, scores)
+        destination.check_loaded(given)
+    destination.check(recipe, given.origin, options)
     prospect = prospect_of(given, recipe, options)
     warn_of_idle(recipe)
     aim = aim_of(recipe, prospect.matrices, given)
     if aim.pattern:
         check_prunes(aim.pattern, aim.unsupported, {name: matrix.shape for name, matrix in prospect.matrices.items()})
-    disk = _output_bytes(prospect, masks, to_folder=output is not None)
-    if target is not None:
-        files.check_disk_space(target, disk, runs.held(target))
+    disk = destination.bytes(prospect)
+    destination.check_space(disk)
     return prospect, aim, disk
 
 
@@ -240,55 +169,20 @@ def _check_loaded(loaded: Loaded, recipe: Recipe, options: RunOptions) -> None:
     """Raises InputError for a model in memory that cannot be run as the recipe and the options ask for it."""
     check_one_device(loaded.model)
     loaded.check(recipe.dtype, options.device)
-    if recipe.parsed_controller() is not None and next(loaded.model.parameters()).is_inference():
+    if recipe.uses_controller and next(loaded.model.parameters()).is_inference():
         raise InputError(
             "the model was made in torch.inference_mode and cannot be differentiated; make it outside, or give its folder"
         )
 
 
-def _check_outputs(
-    recipe: Recipe, origin: Origin | None, options: RunOptions, output: Path | None, scores: Path | None
-) -> None:
-    """Raises InputError if a file or folder that the run writes may not be written, or is one that it reads."""
-    texts = files_of(recipe.text)
-    save_tokens = options.save_tokens
-    model = origin.path if origin else None
-    if save_tokens is not None and scores is not None and save_tokens.resolve() == scores.resolve():
-        raise InputError(f"output {scores} cannot hold both scores and tokens; give --save-tokens another name")
-    if save_tokens is not None and output is not None and save_tokens.resolve().is_relative_to(output.resolve()):
-        raise InputError(f"--save-tokens {save_tokens} lies in the output folder, which is made anew; give it another place")
-    for file in (save_tokens, scores):
-        if file is not None:
-            # A token file of an interrupted run is compared later on; a scores file was checked by its writer.
-            replaceable = options.overwrite or options.resume or file is scores
-            check_output_file(file, replaceable, *texts, *([model] if model else []))
-    if output is not None:
-        files.check_output_folder(output, options.overwrite, model, texts)
-
-
-def _output_bytes(prospect: Prospect, masks: bool, to_folder: bool) -> int:
-    """The disk space that the output takes: a checkpoint's and its masks', if it has any, or a scores file's."""
-    prunable = sum(matrix.size for matrix in prospect.matrices.values())
-    if not to_folder:
-        return 4 * prunable
-    parameters = list(prospect.model.parameters())
-    if isinstance(prospect.given, Loaded):
-        weights = sum(parameter.nbytes for parameter in parameters)
-    else:
-        weights = (
-            sum(parameter.numel() for parameter in parameters) * (parse_dtype(prospect.recipe.dtype) or torch.float32).itemsize
-        )
-    return (prunable // 8 if masks else 0) + (writer.checkpoint_bytes(prospect.origin, weights) if prospect.origin else weights)
-
-
 def _check_images(windows: Windows, execution: Execution) -> None:
-    if windows.pictures and execution not in IN_MEMORY:
+    if windows.pictures and not EXECUTIONS[execution].in_memory:
         raise InputError("images go through the whole model in memory; raise --max-memory, or take the text: --field text")
 
 
 def _load(origin: Origin, tokenizer: Any, work: memory.Work, execution: Execution) -> Loaded:
     """The model for an execution: in memory as a whole, or block by block."""
-    if execution in IN_MEMORY:
+    if EXECUTIONS[execution].in_memory:
         return Loaded(load_weights(origin, work.dtype, work.device), tokenizer, origin)
     return (open_sharded if execution == "sharded" else open_streamed)(origin, tokenizer, work.dtype, work.device)
 
@@ -312,14 +206,8 @@ def _kept_tokens(options: RunOptions) -> bool:
 
 def warn_of_idle(recipe: Recipe) -> None:
     """Warns if there are settings for the steps of a controller, but no controller runs."""
-    if not recipe.corrected and (recipe.steps or recipe.budget_tokens):
+    if not recipe.uses_controller and (recipe.steps or recipe.budget_tokens):
         logger.warning("--steps and --budget-tokens change nothing: they are of a controller, and none runs")
-
-
-def check_predicts(recipe: Recipe, model: nn.Module) -> None:
-    """Raises InputError if a controller is to run on an encoder, which does not predict the next token."""
-    if recipe.corrected:
-        check_decoder(model, "prune it by the local metric: --controller none")
 
 
 @contextmanager
@@ -341,13 +229,3 @@ def progress_of(output: Path, options: RunOptions, identity: dict[str, Any]) -> 
         with runs.process_run(runs.folder_of(output), f"rank-{distributed.rank()}") as run:
             yield run
         distributed.barrier()
-
-
-def use_device(options: RunOptions, source: Source | Origin) -> torch.device:
-    """The device to compute on, from now on PyTorch's current one: of a model in memory its own, under ``torchrun`` the
-    process's."""
-    device = blocks.device_of(source.model) if isinstance(source, Loaded) else parse_device(options.device)
-    if device.type == "cuda":
-        device = torch.device("cuda", distributed.local_rank() if device.index is None else device.index)
-        torch.cuda.set_device(device)  # Triton's and cuSPARSELt's kernels use the current one
-    return device

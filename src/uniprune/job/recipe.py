@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pydantic import ValidationError
+from pydantic import PrivateAttr, ValidationError
 
 from uniprune.common import fields
 from uniprune.common.formatting import parse_size
@@ -27,6 +28,9 @@ from uniprune.sparsity.patterns.ruled import Rule, Ruled
 from uniprune.sparsity.patterns.unstructured import Unstructured
 from uniprune.sparsity.structure import settings as settings_of
 from uniprune.storage import recipe_file
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 def check_recipe(recipe: object) -> None:
@@ -56,6 +60,9 @@ class Recipe(Settings):
     Raises InputError that names the setting at fault, also for settings that do not go together.
     """
 
+    _metric: Metric = PrivateAttr()
+    _controller: Controller | None = PrivateAttr()
+
     def __init__(self, **settings: Any) -> None:
         if "refine" in settings:  # and nobody's no to sequential is overridden
             settings = {"sequential": Method.of(refine=settings["refine"]).refine} | settings
@@ -63,16 +70,14 @@ class Recipe(Settings):
             super().__init__(**_in_words(_without_type(self.named(settings))))
         except ValidationError as error:
             raise InputError(fault(error, type(self))) from None
-        metrics.check(self.parsed_metric())
-        if (controller := self.parsed_controller()) is not None:
-            controllers.check(controller)
+        self._parse()
         if self.tuning and not isinstance(self.controller, str | None):
             raise InputError("tuning (--set) is for a controller that is given by name; set the fields of the object instead")
         if self.refine and not self.sequential:
             raise InputError("--refine works block after block, but sequential is set to false; leave one of them out")
-        if self.sequential and self.corrected:
+        if self.sequential and self.uses_controller:
             flag = "--refine" if self.refine else "--sequential"
-            name = controllers.name_of(controller)
+            name = controllers.name_of(self._controller)
             raise InputError(f"{flag} and --controller {name} exclude each other; use one of them")
         parse(self.hardware)
         sources.parse(self.text)
@@ -88,6 +93,17 @@ class Recipe(Settings):
             if self.sequential and not pattern.local:
                 raise InputError(f"--sequential cuts block after block, but {pattern} needs all scores; use another --scope")
 
+    def _parse(self) -> None:
+        """Makes metric and controller of their spelling, once. Raises InputError for what is neither."""
+        self._metric = metrics.parse(self.metric, self.seed) if isinstance(self.metric, str) else self.metric
+        metrics.check(self._metric)
+        name = self.controller
+        if name is None:
+            name = "none" if self.sequential or isinstance(self._metric, metrics.REAP) else "feedback"
+        self._controller = controllers.parse(name, self.tuning) if isinstance(name, str) else name
+        if self._controller is not None:
+            controllers.check(self._controller)
+
     @classmethod
     def load(cls, path: Path, **overrides: Any) -> Recipe:
         """A recipe from a YAML file; ``overrides`` win over what the file says."""
@@ -98,8 +114,7 @@ class Recipe(Settings):
 
     def _check_experts(self) -> None:
         """Raises InputError for settings that do not go with whole experts, or go with nothing else."""
-        metric = self.parsed_metric()
-        if isinstance(metric, metrics.REAP) and (self.experts is None or self.corrected):
+        if isinstance(self._metric, metrics.REAP) and (self.experts is None or self.uses_controller):
             raise InputError("--metric reap scores whole experts by themselves; give it with --experts and --controller none")
         if self.experts is None:
             return
@@ -124,9 +139,19 @@ class Recipe(Settings):
         else:
             raise InputError(f"--size {self.size} and --sparsity {self.sparsity} are two budgets; drop --sparsity, or --size")
 
+    def replace(self, **changes: Any) -> Recipe:
+        """The recipe with other settings. Raises InputError as a new one does."""
+        return type(self)(**self.given() | changes)
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """As pydantic's, which checks nothing; :meth:`replace` does."""
+        copy = super().model_copy(update=update, deep=deep)
+        copy._parse()
+        return copy
+
     def at(self, sparsity: float) -> Recipe:
         """The recipe with a sparsity in place of the size."""
-        return Recipe(**dict(self) | {"size": None, "sparsity": f"{sparsity:g}"})
+        return self.replace(size=None, sparsity=f"{sparsity:g}")
 
     @property
     def lowest(self) -> float:
@@ -158,32 +183,30 @@ class Recipe(Settings):
 
     def parsed_controller(self) -> Controller | None:
         """The controller with its settings; None where the metric is all."""
-        if self.controller is None:
-            alone = self.sequential or isinstance(self.parsed_metric(), metrics.REAP)
-            return controllers.parse("none" if alone else "feedback", self.tuning)
-        return controllers.parse(self.controller, self.tuning) if isinstance(self.controller, str) else self.controller
+        return self._controller
 
     @property
-    def corrected(self) -> bool:
+    def uses_controller(self) -> bool:
         """Whether a controller runs."""
-        return self.parsed_controller() is not None
+        return self._controller is not None
 
     @property
     def comparable(self) -> bool:
         """Whether the scores of all matrices will be on one scale."""
-        controller = self.parsed_controller()
-        return controller is not None and controller.comparable
+        return self._controller is not None and self._controller.comparable
 
     @property
     def cost(self) -> Cost:
         """What the calibration takes."""
-        controller = self.parsed_controller()
-        return controller.cost if controller else LOCAL
+        return self._controller.cost if self._controller else LOCAL
 
     def step_tokens(self, length: int) -> int:
         """Tokens of a step of the controller on windows of ``length``."""
-        controller = self.parsed_controller()
-        return max(length, controller.step_tokens(length)) if controller else length
+        return max(length, self._controller.step_tokens(length)) if self._controller else length
+
+    def logits(self, vocabulary: int) -> int:
+        """Of a vocabulary of so many tokens, how many a step of the controller computes logits of; without one, all."""
+        return self._controller.logits(vocabulary) if self._controller else vocabulary
 
     def steps_within(self, length: int) -> int | None:
         """How many steps of the controller were asked for, on windows of ``length``; None: each window once."""
@@ -193,7 +216,7 @@ class Recipe(Settings):
         return min(self.steps or within, within)
 
     def parsed_metric(self) -> Metric:
-        return metrics.parse(self.metric, self.seed) if isinstance(self.metric, str) else self.metric
+        return self._metric
 
     def record(self) -> dict[str, Any]:
         """The settings as JSON data, defaults included; ``Recipe(**record)`` is the same recipe, and recipes that are the same
@@ -207,8 +230,8 @@ class Recipe(Settings):
             sparsity: Any = spelling.canonical(self.sparsity)
         else:
             sparsity = None if self.sparsity is None else fields.record(self.sparsity)
-        controller = controllers.record(self.parsed_controller())
-        settings = {"sparsity": sparsity, "metric": metrics.record(self.parsed_metric()), **plain, **controller}
+        controller = controllers.record(self._controller)
+        settings = {"sparsity": sparsity, "metric": metrics.record(self._metric), **plain, **controller}
         return {name: settings[name] for name in type(self).model_fields if name in settings}
 
 

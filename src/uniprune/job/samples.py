@@ -21,7 +21,6 @@ from uniprune.checkpoints.tokenizer import load_processor
 from uniprune.common import distributed
 from uniprune.common.progress import Progress, silent
 from uniprune.controller import controllers
-from uniprune.controller.mirror_descent import MirrorDescent
 from uniprune.data import sources
 from uniprune.data.bos import Encoder, bos_of, tokenizer_of
 from uniprune.data.images import windows as images
@@ -49,8 +48,8 @@ def windows_of(recipe: Recipe, model: nn.Module, origin: Origin | None, tokenize
     model: may be a skeleton. Raises InputError if they are too few for the processes and for those that a controller holds out.
     """
     windows = _image_windows(recipe, model, origin, tokenizer) or calibration_windows(recipe, tokenizer, model)
-    holds_out = bool(getattr(recipe.parsed_controller(), "held_out", 0))
-    distributed.check_windows(len(windows.tokens), held_out=int(holds_out))
+    controller = recipe.parsed_controller()
+    distributed.check_windows(len(windows.tokens), held_out=int(controller is not None and controller.holds_out))
     return windows
 
 
@@ -93,7 +92,7 @@ def check_takes_images(recipe: Recipe) -> None:
     controller = recipe.parsed_controller()
     if recipe.sequential:
         raise InputError(f"--sequential and --refine read text alone; leave them out, {TEXT_ALONE}")
-    if not (controller is None or isinstance(controller, MirrorDescent)):
+    if controller is not None and not controller.images:
         raise InputError(f"--controller {controllers.name_of(controller)} reads text alone; leave it out, {TEXT_ALONE}")
 
 

@@ -75,6 +75,15 @@ class Loaded:
         return checkpoint_of(self.model)
 
 
+Source = str | Path | Loaded
+"""A model as public functions take it."""
+
+
+def resolved(source: Source | Origin) -> Loaded | Origin:
+    """A model in memory as it is, and of any other its files; raises as ``resolve``."""
+    return source if isinstance(source, Loaded) else resolve(source)
+
+
 def parse_dtype(name: str | None) -> torch.dtype | None:
     """A dtype by its name, or None for the checkpoint's own."""
     if name is None or name == "auto":
@@ -121,11 +130,6 @@ def is_sharded(model: nn.Module) -> bool:
     """Whether this process has parts of weights alone (FSDP)."""
     wrapped = any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules())
     return wrapped or any(hasattr(parameter, "to_local") for parameter in model.parameters())
-
-
-def origin_of(given: Loaded | Origin | None) -> Origin | None:
-    """The files that a model comes from, if any."""
-    return given.origin if isinstance(given, Loaded) else given
 
 
 def check_one_device(model: nn.Module) -> None:
@@ -180,6 +184,11 @@ def skeleton(origin: Origin) -> nn.Module:
         gguf_files.check(origin.path, model)
     bind(model, origin.files)
     return model
+
+
+def model_of(source: Loaded | Origin) -> nn.Module:
+    """The model in memory, or the skeleton of one that is yet to be loaded; raises as :func:`skeleton`."""
+    return source.model if isinstance(source, Loaded) else skeleton(source)
 
 
 def on_meta(config: Any, files: Files | None = None) -> nn.Module:
@@ -369,6 +378,3 @@ def _guarded(origin: Origin, load: Callable[[], Any]) -> Any:
         if "ignore_mismatched_sizes" in str(error) and origin.files:
             origin.files.layout(skeleton(origin))  # whose error says which sizes
         raise InputError(f"model {origin} cannot be loaded: {type(error).__name__}: {first_line(error)}"[:500]) from error
-
-
-Source = str | Path | Loaded

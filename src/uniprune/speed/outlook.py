@@ -15,7 +15,7 @@ from uniprune.artefacts.reports import Pruning, Realised
 from uniprune.checkpoints.origin import Origin, stored_dtype
 from uniprune.models.blocks import dtype_of
 from uniprune.models.experts import Slice
-from uniprune.models.loading import Loaded, dtype_name, skeleton
+from uniprune.models.loading import Loaded, dtype_name, model_of
 from uniprune.models.matrices import find_matrices
 from uniprune.sparsity.patterns.protocol import Shape
 from uniprune.speed import timing
@@ -53,8 +53,7 @@ def _fused(source: Loaded | Origin, names: Iterable[str]) -> set[str]:
     """Those of the pruned matrices that are parts of a layer's fused experts, which no kernel here multiplies sparsely."""
     if not any(EXPERTS in name for name in names):
         return set()
-    model = source.model if isinstance(source, Loaded) else skeleton(source)
-    return {name for name, matrix in find_matrices(model).items() if isinstance(matrix.module, Slice)}
+    return {name for name, matrix in find_matrices(model_of(source)).items() if isinstance(matrix.module, Slice)}
 
 
 def outlook(pruned: Realised, dtype: torch.dtype, device: torch.device) -> str:
@@ -107,7 +106,7 @@ def _best(rows: Sequence[Result], batch: int, sparsity: float) -> Result:
 
 def _written_dtype(source: Loaded | Origin, matrices: Iterable[str]) -> torch.dtype | None:
     """The type that a model's pruned matrices are written in, None of codes: the stored one, or that in memory."""
-    origin = source if isinstance(source, Origin) else source.origin
+    origin = source.origin
     if origin and (origin.files or origin.quantised):
         return stored_dtype(origin, matrices)
     assert isinstance(source, Loaded)

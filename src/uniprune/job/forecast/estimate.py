@@ -14,7 +14,7 @@ from uniprune.artefacts.reports import ExpertCounts
 from uniprune.checkpoints.origin import Origin
 from uniprune.common.matrix_names import kind_of
 from uniprune.job.forecast.memory import Bytes, Needs, Work
-from uniprune.job.options import Execution
+from uniprune.job.options import EXECUTIONS, Execution
 from uniprune.models.loading import dtype_name
 from uniprune.models.matrices import Matrices, left_dense
 from uniprune.sparsity.patterns.nm import spell
@@ -153,9 +153,9 @@ def _forecasts(work: Work, needed: Needs, tokens: int) -> dict[str, Forecast]:
     recipe = work.recipe
     step = recipe.step_tokens(work.length)
     steps = recipe.steps_within(work.length) or math.ceil(tokens / step)
-    worked = steps * step if recipe.corrected else tokens  # tokens that go through the model
+    worked = steps * step if recipe.uses_controller else tokens  # tokens that go through the model
     rate = _flops(work.dtype, work.device)
-    times = steps if recipe.corrected else 1
+    times = steps if recipe.uses_controller else 1
     return {
         execution: Forecast(
             memory=takes.memory,
@@ -171,14 +171,15 @@ def _forecasts(work: Work, needed: Needs, tokens: int) -> dict[str, Forecast]:
 
 def flop(work: Work, execution: Execution) -> float:
     """Floating-point operations per token of a calibration."""
-    again = FORWARD if work.recipe.corrected and execution != "resident" else 0
+    again = FORWARD if work.recipe.uses_controller and EXECUTIONS[execution].recompute else 0
     return (work.recipe.cost.flops_per_token + again) * work.active
 
 
 def seconds_moving(work: Work, execution: Execution, takes: Bytes) -> float:
     """Seconds of a step in which bytes come and go: from and to the disk, and a GPU."""
     moved = takes.read + takes.written
-    onto = (work.read_bytes + work.recipe.cost.written_bytes) * work.prunable if execution == "offloaded" else moved
+    fetched = EXECUTIONS[execution].states == "host"
+    onto = (work.read_bytes + work.recipe.cost.written_bytes) * work.prunable if fetched else moved
     return moved / DISK + (onto / BUS if work.device.type != "cpu" else 0)
 
 

@@ -19,14 +19,14 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
 
 from uniprune.common import distributed
 from uniprune.controller.descent.loop import START_TOKENS
 from uniprune.controller.passes.streamed import PART_TOKENS
-from uniprune.job.options import IN_MEMORY, Execution
+from uniprune.job.options import EXECUTIONS, Execution
 from uniprune.job.recipe import Recipe
 from uniprune.job.settings import WINDOWS
 from uniprune.models import activations
@@ -146,13 +146,12 @@ def needs(work: Work) -> Needs:
     """What each execution of this work takes that the model admits."""
     _, blocks = find_blocks(work.model)
     looped = work.activations is not None and len(work.activations.kept) != len(blocks)
-    admitted = IN_MEMORY if looped or shared_parameter(blocks) else tuple(get_args(Execution))
-    if share_keys_and_values(blocks):
-        admitted = ("resident",)
+    whole, once = looped or shared_parameter(blocks), share_keys_and_values(blocks)
+    refused = {name for name, traits in EXECUTIONS.items() if (whole and not traits.in_memory) or (once and traits.recompute)}
     parts = _Parts(work)
-    forecasts = {execution: forecast for execution, forecast in _needs(parts).items() if execution in admitted}
+    forecasts = {execution: forecast for execution, forecast in _needs(parts).items() if execution not in refused}
     if work.compared:
-        forecasts |= {name: _or_measured(parts, name, forecasts[name]) for name in forecasts if name in IN_MEMORY}
+        forecasts |= {name: _or_measured(parts, name, forecasts[name]) for name in forecasts if EXECUTIONS[name].in_memory}
     return forecasts
 
 
@@ -162,14 +161,15 @@ def _or_measured(parts: _Parts, execution: Execution, calibrated: Bytes) -> Byte
     That is all masks, a byte each, the weights as they were, and the duals that other rows are cut from.
     """
     work = parts.work
-    duals = 4 * work.prunable if work.recipe.corrected and execution != "offloaded" else 0
+    duals = 4 * work.prunable if work.recipe.uses_controller and EXECUTIONS[execution].states != "host" else 0
     held = {"weights": parts.weights, "statistics": parts.observed, "states": duals, "working": parts.working}
     measured = Bytes.of(held | {"preserved": (1 + parts.item) * work.prunable})
     return max(calibrated, replace(calibrated, memory=measured.memory, parts=measured.parts), key=lambda needed: needed.memory)
 
 
 def _needs(parts: _Parts) -> Needs:
-    work, corrected, cost, processes = parts.work, parts.work.recipe.corrected, parts.work.recipe.cost, distributed.count()
+    work, cost, processes = parts.work, parts.work.recipe.cost, distributed.count()
+    steps = work.recipe.uses_controller
     states = int(cost.state_bytes * work.prunable / processes)
     saved = int((cost.disk_bytes + cost.best_bytes) * work.prunable / processes) + parts.finals
     saved += parts.hidden if work.recipe.sequential else 0
@@ -178,9 +178,9 @@ def _needs(parts: _Parts) -> Needs:
     held = {"weights": parts.weights, "statistics": parts.observed, "states": states, "preserved": parts.preserved}
     held["masks"] = masks if processes == 1 else packed
     forecasts: Needs = {
-        "resident": Bytes.of(held | {"working": max(parts.working, parts.resident_step if corrected else 0)}, disk=saved)
+        "resident": Bytes.of(held | {"working": max(parts.working, parts.resident_step if steps else 0)}, disk=saved)
     }
-    if corrected and masks:
+    if steps and masks:
         held |= {"masks": packed, "working": max(parts.working, parts.recomputed_step)}
         forecasts["recomputed"] = Bytes.of(held, disk=saved)
         if work.device.type != "cpu":
@@ -201,7 +201,7 @@ def _streamed(parts: _Parts) -> Bytes:
     work, cost, processes = parts.work, parts.work.recipe.cost, distributed.count()
     weights = (work.parameters - parts.inside + (0 if parts.mapped else parts.block)) * parts.item
     held = {"weights": weights, "statistics": parts.observed, "preserved": parts.preserved}
-    if not work.recipe.corrected:
+    if not work.recipe.uses_controller:
         return Bytes.of(held | {"working": parts.working}, disk=parts.hidden, read=2 * parts.on_disk)
     per_weight = cost.disk_bytes, work.read_bytes, cost.written_bytes
     states, read, written = (int(size * work.prunable / processes) for size in per_weight)
@@ -314,9 +314,9 @@ class _Parts:
     @property
     def logits(self) -> int:
         """Logits of one piece of a window: of the whole vocabulary at the start, of what the loss looks at in a step."""
-        whole, settings = output_embeddings(self.work.model).weight.shape[0], self.work.recipe.parsed_controller()
-        some: int = whole if getattr(settings, "labels", 0) else min(whole, getattr(settings, "vocabulary", whole))
-        start = START_LOGIT * at_once(whole) * whole if self.work.recipe.corrected else 0
+        whole: int = output_embeddings(self.work.model).weight.shape[0]
+        some = self.work.recipe.logits(whole)
+        start = START_LOGIT * at_once(whole) * whole if self.work.recipe.uses_controller else 0
         return max(start, LOGIT * at_once(some) * some)
 
     @property
@@ -347,7 +347,7 @@ class _Parts:
     @property
     def hidden(self) -> int:
         """On disk: the hidden states between two blocks; where the controller runs, the inputs of all blocks in a step."""
-        if not self.work.recipe.corrected:
+        if not self.work.recipe.uses_controller:
             firsts = 1 / SHARE if self.work.recipe.refine else 0  # tokens that are read as the first of a text as well
             return int(2 * (1 + firsts) * self.text * self.kept.state)
         return int(self.entered * self.kept.state * (self.blocks + 3))  # of both models, and their gradient
@@ -363,7 +363,7 @@ class _Parts:
         """On disk: the dense model's final hidden states, if the controller comes to the same windows more than once."""
         recipe, length = self.work.recipe, self.work.length
         again = (recipe.steps_within(length) or 0) * recipe.step_tokens(length) > self.work.windows * length
-        return self.text * self.item * self.hidden_size if recipe.corrected and again else 0
+        return self.text * self.item * self.hidden_size if recipe.uses_controller and again else 0
 
     @property
     def text(self) -> int:
@@ -377,7 +377,7 @@ class _Parts:
         kinds: tuple[Kind | None, ...] = (wanted,)
         if recipe.refine:
             kinds = Gram, wanted
-        elif recipe.corrected:
+        elif recipe.uses_controller:
             kinds = SquaredNorm, additional(SquaredNorm, wanted)
         total = 0
         for kind in filter(None, kinds):
