@@ -11,11 +11,11 @@ from torch.nn import functional
 from conftest import VOCABULARY, tiny_model
 from small_models import MATRICES, tiny
 from uniprune.controller.controllers import any_sparsity
+from uniprune.controller.descent.dual_samples import sample_stride
 from uniprune.controller.descent.history import DescentHistory
 from uniprune.controller.descent.loop import Descent
 from uniprune.controller.descent.loop import opened as open_descent
 from uniprune.controller.descent.loss import Loss
-from uniprune.controller.descent.masks import sample_stride
 from uniprune.controller.descent.position import Position
 from uniprune.controller.descent.teacher import TeacherCache
 from uniprune.controller.descent.token_weighting import TokenWeighting
