@@ -1,5 +1,7 @@
 """Ways to run a descent on a model in memory: activations computed again give the same bits, in less memory."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -79,6 +81,21 @@ def test_masks_are_cut_once_a_step_and_wait_as_bits():
         assert len({matrices[other].block for other in masks._kept}) == 1
     assert sorted(cut) == sorted(matrices)
     assert sum(packed.nbytes for packed in masks._packed.values()) == sum(m.size for m in matrices.values()) // 8
+
+
+@pytest.mark.parametrize("kind", [Masks, partial(PackedMasks, stash=Stash())])
+def test_masks_follow_their_duals(kind):
+    """Also those that were asked for before: a check between two steps asks for the next step's, and may go back to others."""
+    model = tiny("llama", num_hidden_layers=1)
+    matrices, cut = find_matrices(model), NM(2, 4).prepare({})
+    duals = {name: torch.rand(matrix.shape) for name, matrix in matrices.items()}
+    masks = kind(NM(2, 4), cut, duals.__getitem__, matrices, CPU)
+    for _ in range(2):
+        for name, mask in masks.items():
+            assert torch.equal(mask, cut(name, duals[name]))
+        for name in matrices:
+            duals[name] = torch.rand(matrices[name].shape)
+            masks.update(name, duals[name])
 
 
 def test_a_pattern_that_fails_with_a_key_error_fails():

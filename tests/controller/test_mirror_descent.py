@@ -12,11 +12,11 @@ from torch.nn import functional
 from conftest import VOCABULARY, tiny_model
 from small_models import MATRICES, tiny
 from uniprune.controller.controllers import any_sparsity
+from uniprune.controller.descent.dual_samples import sample_stride
 from uniprune.controller.descent.history import DescentHistory
 from uniprune.controller.descent.loop import Descent
 from uniprune.controller.descent.loop import opened as open_descent
 from uniprune.controller.descent.loss import Loss
-from uniprune.controller.descent.masks import sample_stride
 from uniprune.controller.descent.position import Position
 from uniprune.controller.descent.teacher import TeacherCache
 from uniprune.controller.descent.token_weighting import TokenWeighting, weighted
@@ -28,7 +28,7 @@ from uniprune.controller.start import sensitivities
 from uniprune.controller.straight_through import StraightThrough
 from uniprune.errors import InputError
 from uniprune.models.matrices import Matrix, find_blocks, find_matrices
-from uniprune.models.replay import Replay
+from uniprune.models.replay.replay import Replay
 from uniprune.saliency.calibration import Calibration, one_shot
 from uniprune.saliency.metrics import Wanda
 from uniprune.saliency.record import Starved
@@ -507,7 +507,8 @@ def test_windows_that_judge_see_the_dense_model_once(execution, tmp_path, monkey
     passes, seen = {"in memory": Resident, "block by block": Streamed}[execution], []
     with StraightThrough(matrices) as network:
         run, blocks = Run(tmp_path), find_blocks(model)[1]
-        ways = Resident(model, blocks, network) if passes is Resident else Streamed(model, Replay(model, blocks), network)
+        replay = Replay.probed(model, blocks, ids)
+        ways = Resident(model, blocks, network) if passes is Resident else Streamed(model, replay, network)
         descent = over(settings, ways, Calibration(model, matrices, ids), metric, targets, run)
         infer = passes.infer
         monkeypatch.setattr(passes, "infer", lambda self, batch: seen.append(len(batch)) or infer(self, batch))

@@ -12,7 +12,7 @@ from small_models import EXPERTS, SMALL
 from uniprune.checkpoints.origin import resolve
 from uniprune.errors import InputError
 from uniprune.models.matrices import find_blocks
-from uniprune.models.replay import Replay
+from uniprune.models.replay.replay import Replay
 from uniprune.models.residency.streaming import open_streamed
 
 LATENT = {
@@ -65,7 +65,8 @@ def test_blocks_compute_what_those_of_the_dense_model_compute(family, tmp_path):
     dense = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
     loaded = open_streamed(resolve(folder), None, torch.float32, CPU)
     ids = torch.randint(0, SMALL["vocab_size"], (2, 24), generator=torch.Generator().manual_seed(0))
-    theirs, ours = Replay(dense, find_blocks(dense)[1]), Replay(loaded.model, find_blocks(loaded.model)[1], loaded.residency)
+    theirs = Replay.probed(dense, find_blocks(dense)[1], ids)
+    ours = Replay.probed(loaded.model, find_blocks(loaded.model)[1], ids, loaded.residency)
     flow = theirs.enter(ids)
     assert torch.equal(ours.enter(ids).hidden, flow.hidden)
     for index in range(len(theirs)):

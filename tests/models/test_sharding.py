@@ -21,7 +21,7 @@ from uniprune.controller.passes.streamed import Streamed
 from uniprune.controller.straight_through import StraightThrough
 from uniprune.models import loading
 from uniprune.models.matrices import find_blocks, find_matrices
-from uniprune.models.replay import Replay
+from uniprune.models.replay.replay import Replay
 from uniprune.models.residency.sharding import Sharder, open_sharded
 from uniprune.models.residency.streaming import attached, open_streamed
 from uniprune.storage import runs
@@ -193,8 +193,8 @@ def test_a_process_without_windows_runs_all_blocks(folders):
 
     blocks = find_blocks(loaded.model)[1]
     network = StraightThrough(attached(find_matrices(loaded.model), loaded.residency))
-    passes = Streamed(loaded.model, Replay(loaded.model, blocks, residency), network)
     ids = torch.randint(0, VOCABULARY, (2, 16))
+    passes = Streamed(loaded.model, Replay.probed(loaded.model, blocks, ids, residency), network)
     loss, up = Loss(passes.head(ids)), list(range(len(blocks)))
     with network, network.training({}, lambda name, gradient: None):
         for mine in (ids, ids[:0]):

@@ -11,7 +11,7 @@ from uniprune.models.channels.heads import find_heads
 from uniprune.models.channels.hidden import find_hidden
 from uniprune.models.channels.stream import find_stream
 from uniprune.models.matrices import find_blocks, find_matrices
-from uniprune.models.replay import Replay
+from uniprune.models.replay.replay import Replay
 
 TOKENS = torch.arange(40).reshape(2, 20)
 PROBE = TOKENS[:1, :16]
@@ -35,7 +35,7 @@ FAMILIES = {  # family: heads of values and queries for each, if values may move
 
 def found_in(model, exclude=()):
     consumers = find_matrices(model, exclude=exclude).keys()
-    replay = Replay(model, find_blocks(model)[1])
+    replay = Replay.probed(model, find_blocks(model)[1], PROBE)
     hidden = {name for channels in find_hidden(model, find_matrices(model)) for name in channels.consumers}
     heads = find_heads(model, consumers - hidden, replay, PROBE)
     return heads, find_stream(model, consumers - hidden, replay, PROBE)

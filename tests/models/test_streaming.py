@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from contextlib import contextmanager
 from unittest.mock import Mock
 
 import pytest
@@ -37,7 +38,8 @@ from uniprune.job.options import RunOptions
 from uniprune.job.prepare import progress_of
 from uniprune.models.blocks import last_hidden
 from uniprune.models.matrices import find_blocks, find_matrices
-from uniprune.models.replay import Blocks, Replay
+from uniprune.models.replay.replay import Replay
+from uniprune.models.replay.sweep import BlockSweep
 from uniprune.models.residency.streaming import attached, open_streamed
 from uniprune.saliency.calibration import Calibration, one_shot
 from uniprune.saliency.metrics import Wanda
@@ -83,7 +85,7 @@ def test_batches_go_through_the_blocks_as_through_the_model(family):
     """Of models that give their blocks the tokens, or embeddings of their own, or what the block before put out beside hidden
     states, or have other axes before the windows, too."""
     model = small(family)
-    replay = Replay(model, find_blocks(model)[1])
+    replay = Replay.probed(model, find_blocks(model)[1], tokens())
     parts = tokens().split(3)
     with torch.no_grad():
         hidden = [replay.enter(part) for part in parts]
@@ -96,7 +98,7 @@ def test_batches_go_through_the_blocks_as_through_the_model(family):
 def test_blocks_that_hand_on_two_streams_are_refused():
     model = small("reformer")
     with pytest.raises(UniPruneError, match="blocks of ReformerLayer hand on two streams"):
-        Replay(model, find_blocks(model)[1]).enter(tokens())
+        Replay.probed(model, find_blocks(model)[1], tokens())
 
 
 SHARED_KEYS = {  # keys and values of a layer that others use, in an object that all blocks are given
@@ -114,14 +116,26 @@ def test_blocks_that_use_what_others_computed_are_refused(family):
         config.text_config.kv_source_layers = [0, 0]
     model = kind_of(config).from_config(config).eval().requires_grad_(False)
     with pytest.raises(UniPruneError, match=r"depend on each other beyond their inputs.* leave out --sequential"):
-        Replay(model, find_blocks(model)[1]).enter(tokens())
+        Replay.probed(model, find_blocks(model)[1], tokens())
+
+
+def test_the_probe_loads_each_block_once():
+    model, loaded = tiny("llama"), []
+
+    @contextmanager
+    def residency(index):
+        loaded.append(index)
+        yield
+
+    Replay.probed(model, find_blocks(model)[1], tokens(), residency)
+    assert loaded == list(range(len(find_blocks(model)[1])))
 
 
 def test_a_pass_that_comes_to_a_block_twice_is_refused():
     model = tiny("llama")
     model.model.layers = Looped(model.model.layers)
     with pytest.raises(UniPruneError, match=r"a pass calls the 2 of them 4 times\); they cannot be run one by one"):
-        Replay(model, model.model.layers).enter(tokens())
+        Replay.probed(model, model.model.layers, tokens())
 
 
 @pytest.mark.parametrize("family", ["llama", *HAND_ON])
@@ -129,12 +143,12 @@ def test_blocks_go_on_where_an_earlier_process_stopped(family, tmp_path):
     model = small(family)
     blocks = find_blocks(model)[1]
     (tmp_path / "whole").mkdir()
-    expected = Blocks(Replay(model, blocks), tokens(), Stash(tmp_path / "whole"))
+    expected = BlockSweep(Replay.probed(model, blocks, tokens()), tokens(), Stash(tmp_path / "whole"))
     for index in expected:
         expected.run(index, advance=True)
         if index == 0:
             shutil.copytree(tmp_path / "whole", tmp_path / "stopped")
-    found = Blocks(Replay(model, blocks), tokens(), Stash(tmp_path / "stopped"), done=1)
+    found = BlockSweep(Replay.probed(model, blocks, tokens()), tokens(), Stash(tmp_path / "stopped"), done=1)
     for index in found:
         found.run(index, advance=True)
     assert all(torch.equal(one.hidden, other.hidden) for one, other in zip(found.flows, expected.flows, strict=True))
@@ -174,7 +188,7 @@ def check_gradients(pair, tmp_path, monkeypatch, rounding=1e-5, least=1e-12):
     monkeypatch.setattr("uniprune.controller.passes.streamed.PART_TOKENS", 64)
     blocks = find_blocks(streamed)[1]
     assert all(parameter.is_meta for parameter in blocks.parameters())
-    passes = Streamed(streamed, Replay(streamed, blocks, residency), StraightThrough(hollow), Stash(tmp_path))
+    passes = Streamed(streamed, Replay.probed(streamed, blocks, ids, residency), StraightThrough(hollow), Stash(tmp_path))
     found_kl, found = gradients(passes, ids)
     assert all(parameter.is_meta for parameter in blocks.parameters())
     assert found_kl == pytest.approx(kl, rel=rounding, abs=least)

@@ -9,7 +9,8 @@ from uniprune.errors import InputError, UniPruneError
 from uniprune.models import masking
 from uniprune.models.blocks import batches
 from uniprune.models.matrices import Matrix, find_blocks, find_matrices
-from uniprune.models.replay import Blocks, Replay
+from uniprune.models.replay.replay import Replay
+from uniprune.models.replay.sweep import BlockSweep
 from uniprune.saliency.calibration import Calibration, one_shot
 from uniprune.saliency.metrics import Magnitude, Wanda
 from uniprune.saliency.observation import observing
@@ -74,7 +75,7 @@ def test_replayed_blocks_are_the_model(family):
     model = tiny(family)
     _, blocks = find_blocks(model)
     windows = tokens(count=5, length=32, vocabulary=64)
-    runner = Blocks(Replay(model, blocks), windows)
+    runner = BlockSweep(Replay.probed(model, blocks, windows), windows)
     outputs = []
     handle = blocks[-1].register_forward_hook(lambda m, a, out: outputs.append(out[0] if isinstance(out, tuple) else out))
     with torch.no_grad():

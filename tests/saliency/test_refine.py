@@ -268,7 +268,7 @@ def test_sequential_refines_each_block_on_pruned_inputs(pattern, metric):
 
 def test_budgets_over_several_rows_are_refused(monkeypatch):
     model = tiny_model()
-    monkeypatch.setattr("uniprune.saliency.calibration.Blocks", None)  # before the model runs
+    monkeypatch.setattr("uniprune.saliency.calibration.Replay", None)  # before the model runs
     with pytest.raises(InputError, match=r"0\.5 by matrix has no budget by row; use --scope row or N:M"):
         refined(Calibration(model, find_matrices(model), tokens()), Wanda(), Unstructured(0.5, "matrix"))
     with pytest.raises(InputError, match="no budget by row"):

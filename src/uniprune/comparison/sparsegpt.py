@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from uniprune.common.progress import Progress, silent
 from uniprune.errors import InputError, UniPruneError
 from uniprune.models.matrices import Matrices, find_blocks
-from uniprune.models.replay import Blocks, Replay
+from uniprune.models.replay.replay import Replay
+from uniprune.models.replay.sweep import BlockSweep
 from uniprune.saliency.observation import observing
 from uniprune.saliency.statistics import Gram
 from uniprune.sparsity.patterns.checks import check_fit
@@ -47,19 +48,19 @@ def sparsegpt(
     Raises InputError as :func:`check` does, UniPruneError if a Hessian is not positive definite or a matrix saw no token.
     """
     check(pattern, matrices)
-    runner = Blocks(Replay(model, find_blocks(model)[1]), windows)
+    sweep = BlockSweep(Replay.probed(model, find_blocks(model)[1], windows), windows)
     masks: dict[str, Tensor] = {}
-    for index in progress(runner, "SparseGPT, block by block", len(runner)):
+    for index in progress(sweep, "SparseGPT, block by block", len(sweep)):
         here = {name: matrix for name, matrix in matrices.items() if matrix.block == index}
         with observing(here, Gram) as found:
-            runner.run(index)
+            sweep.run(index)
         for name, matrix in here.items():
             weight = matrix.weight.to(torch.float32, copy=True)
             weight[:, found[name].total.diagonal() == 0] = 0
             factor = inverse_factor(name, found[name].total, damp).float()
             masks[name] = eliminate(weight, factor, *chooser(pattern.pattern_of(name), block_size))
             matrix.weight.copy_(weight)
-        runner.run(index, advance=True)
+        sweep.run(index, advance=True)
     return masks
 
 

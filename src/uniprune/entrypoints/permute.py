@@ -36,7 +36,7 @@ from uniprune.models.channels.stream import find_stream
 from uniprune.models.channels.trial import TOKENS
 from uniprune.models.loading import Source, resolved
 from uniprune.models.matrices import find_blocks
-from uniprune.models.replay import Replay
+from uniprune.models.replay.replay import Replay
 from uniprune.reporting import model_card
 from uniprune.saliency.calibration import one_shot
 from uniprune.sparsity.channel_order import kept, search_within
@@ -139,7 +139,7 @@ def find(job: Job, pattern: NM) -> list[Channels]:
 def _between_modules(job: Job, consumers: Set[str], pattern: NM) -> list[Channels]:
     """The channels that are proved by running blocks one by one. Raises UniPruneError for a model whose blocks cannot be."""
     model, ids = job.loaded.model, job.windows.tokens[:1, :TOKENS]
-    replay = Replay(model, find_blocks(model)[1], job.loaded.residency)
+    replay = Replay.probed(model, find_blocks(model)[1], ids, job.loaded.residency)
     heads = find_heads(model, consumers, replay, ids)
     found = [channels for channels in heads if channels.size // channels.groups % pattern.m == 0]
     if (stream := find_stream(model, consumers, replay, ids)) and _all_loaded(job, stream.size):

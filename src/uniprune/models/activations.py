@@ -20,7 +20,7 @@ from uniprune.common.live import Live
 from uniprune.models.blocks import hidden_in, last_hidden, rerouted, with_hidden
 from uniprune.models.experts import FusedExperts, Slice
 from uniprune.models.matrices import Matrices, find_blocks
-from uniprune.models.replay import handed_on
+from uniprune.models.replay.calls import handed_on, split_arguments
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +112,7 @@ def _counted(model: nn.Module, experts: Sequence[FusedExperts], length: int) -> 
         def block(*args: Any, **kwargs: Any) -> Any:
             nonlocal before
             hidden = hidden_in(args, kwargs)
-            handed = {before[place] for place in handed_on(before, args, kwargs).values()}
+            handed = {before[place] for place in handed_on(before, split_arguments(args, kwargs)[1]).values()}
             states.append(hidden.nbytes + sum(tensor.nbytes for tensor in handed))
             if looks not in found:
                 hidden = hidden if hidden.requires_grad else hidden.detach().requires_grad_()

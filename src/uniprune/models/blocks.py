@@ -129,6 +129,11 @@ def hidden_of(output: Any) -> Tensor:
     return hidden
 
 
+def others_of(output: Any) -> tuple[Any, ...]:
+    """What a block puts out beside hidden states."""
+    return tuple(output[1:]) if isinstance(output, (tuple, list)) else ()
+
+
 def forked(tokens: Tensor) -> Tensor:
     """Token ids ``[length]``, and below them the same with another last one: before it a causal model sees no difference."""
     other = tokens.clone()

@@ -12,7 +12,8 @@ from uniprune.common import distributed
 from uniprune.common.progress import Progress, silent
 from uniprune.models.blocks import Residency, batches, device_of, last_hidden, resident
 from uniprune.models.matrices import Matrices, find_blocks
-from uniprune.models.replay import Blocks, Replay
+from uniprune.models.replay.replay import Replay
+from uniprune.models.replay.sweep import BlockSweep
 from uniprune.saliency.metrics import Metric
 from uniprune.saliency.observation import check_called, observing, starved, sum_and_check
 from uniprune.saliency.record import Starved
@@ -124,27 +125,28 @@ def observed(
 
 def _by_block(calibration: Calibration, kind: Kind, finish: Finish, stage: str) -> Statistics:
     matrices, device = calibration.matrices, calibration.device
-    store, runner = open_sweep(calibration, stage)
+    store, sweep = open_sweep(calibration, stage)
     with observing(matrices, kind, device) as statistics:
         for name, saved in store.items() if store is not None else ():
             statistics[name].add(saved["total"].to(device), int(saved["tokens"]))
-        for index in calibration.progress(runner, "calibrating block by block", len(runner)):
-            runner.run(index, advance=True)
+        for index in calibration.progress(sweep, "calibrating block by block", len(sweep)):
+            sweep.run(index, advance=True)
             here = {name: statistics[name] for name, matrix in matrices.items() if matrix.block == index}
             finish(matrices, here)
             if store is not None:
                 for name, statistic in here.items():
                     store[name] = {"total": statistic.total, "tokens": torch.tensor(statistic.tokens)}
-                runner.sync()
+                sweep.sync()
                 store.commit({"done": index + 1})
     return statistics
 
 
-def open_sweep(calibration: Calibration, stage: str = SWEEP) -> tuple[Store | None, Blocks]:
+def open_sweep(calibration: Calibration, stage: str = SWEEP) -> tuple[Store | None, BlockSweep]:
     """The store of a stage, with what an earlier run has saved (None without a run), and the blocks still to be run."""
-    replay = Replay(calibration.model, find_blocks(calibration.model)[1], calibration.residency)
-    mine = distributed.share(calibration.windows)
+    model, windows = calibration.model, calibration.windows
+    replay = Replay.probed(model, find_blocks(model)[1], windows, calibration.residency)
+    mine = distributed.share(windows)
     if calibration.run is None:
-        return None, Blocks(replay, mine)
+        return None, BlockSweep(replay, mine)
     store, stash = Store(calibration.run, stage), Stash(calibration.run.aside(f"{stage}-stash"), calibration.run.durable)
-    return store, Blocks(replay, mine, stash, done=store.facts.get("done", 0))
+    return store, BlockSweep(replay, mine, stash, done=store.facts.get("done", 0))

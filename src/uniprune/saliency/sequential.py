@@ -108,27 +108,27 @@ def _by_block(calibration: Calibration, pattern: Pattern, create: Create, firsts
         raise InputError("--sequential cuts block after block, but blocks of this model share weights; leave it out")
     if not pattern.local:
         raise InputError(f"--sequential cuts block after block, but {pattern} needs all scores; use --scope row or matrix")
-    store, runner = open_sweep(calibration)
+    store, sweep = open_sweep(calibration)
     run = calibration.run
-    runners = [runner]
+    sweeps = [sweep]
     if firsts is not None:
-        runners.append(runner.over(firsts, Stash(run.aside(FIRST), run.durable) if run else Stash()))
+        sweeps.append(sweep.over(firsts, Stash(run.aside(FIRST), run.durable) if run else Stash()))
     masks: dict[str, Tensor] = {}
     saved = store.facts.get("record") if store else None
     found = Starved(**saved["starved"]) if saved else None
-    for index in calibration.progress(runner, "pruning block by block", len(runner)):
+    for index in calibration.progress(sweep, "pruning block by block", len(sweep)):
         here = {name: matrix for name, matrix in matrices.items() if matrix.block == index}
-        created, more = create(here, [partial(one.run, index) for one in runners])
+        created, more = create(here, [partial(one.run, index) for one in sweeps])
         found = found + more if found and more else found or more
         with masking.applied(here, created):
-            for one in runners:
+            for one in sweeps:
                 one.run(index, advance=True)
         if store is None:
             masks |= created
         else:
             for name, mask in created.items():
                 store[name] = {"mask": bits.pack(mask)}
-            for one in runners:
+            for one in sweeps:
                 one.sync()
             store.commit({"done": index + 1, "record": {"starved": found.model_dump()} if found else {}})
     if found:  # blocks without any say nothing of how many they have

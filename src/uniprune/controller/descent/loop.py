@@ -197,8 +197,7 @@ class Descent:
         left: the fraction of the descent that is left, in (0, 1]; the step size is proportional to it. following: the target of
         the next step, if that is known.
         """
-        masks = self.position.mask_factory.create(target)
-        self.position.mask_factory.prepare_next(following)
+        masks = self.position.mask_factory.start(target, following)
         flips = FlipCount(masks, self._sampled)
         size = self.history.scale * self._rule.step_size * left
         mine = distributed.share(batch)

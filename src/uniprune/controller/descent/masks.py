@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import count
+from itertools import cycle
 
 import torch
 from torch import Tensor
 
 from uniprune.common import distributed
+from uniprune.controller.descent.dual_samples import DualSamples
 from uniprune.controller.descent.states import States
 from uniprune.models.matrices import Matrices
 from uniprune.sparsity import bits
 from uniprune.sparsity.patterns.protocol import MaskFn, Pattern
 from uniprune.storage.stash import Stash
-
-# While descending, the threshold of a budget that matrices share is found from a sample of the duals.
-SAMPLE_EVERY = 37  # every so many; more in large models, so that there are no more than
-SAMPLE_SIZE = 1 << 22  # of all matrices together, about
 
 
 @dataclass(eq=False)
@@ -53,6 +49,13 @@ class Masks(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self.matrices)
 
+    def update(self, name: str, dual: Tensor) -> None:
+        """Is told of a dual that has moved, while it is in memory."""
+        self._kept.pop(name, None)
+
+    def share(self, owners: Mapping[str, int]) -> None:
+        """Gives all masks to all processes. owners: the rank that has the dual of each matrix; here one has all of them."""
+
 
 @dataclass(eq=False)
 class PackedMasks(Masks):
@@ -75,12 +78,12 @@ class PackedMasks(Masks):
         self._put(name, bits.pack(mask))
         return mask
 
-    def create(self, name: str, dual: Tensor) -> None:
-        """Creates and packs a mask before it is asked for, while its dual is in memory."""
+    def update(self, name: str, dual: Tensor) -> None:
+        """Creates and packs the mask of a dual that has moved, so that none is read for its mask alone."""
         self._put(name, bits.pack(self.cut(name, dual).bool()))
 
     def share(self, owners: Mapping[str, int]) -> None:
-        """Gives all masks to all processes: each creates those of its own matrices and broadcasts them, packed, by block."""
+        """Each process creates the masks of its own matrices and broadcasts them, packed, by block."""
         blocks: dict[int, dict[int, list[str]]] = {}
         for name, owner in owners.items():
             blocks.setdefault(self.matrices[name].block, {}).setdefault(owner, []).append(name)
@@ -104,24 +107,13 @@ class PackedMasks(Masks):
         self._packed[name] = self.stash.put(f"{self.label}-{name}", packed)
 
 
-def sample_stride(matrices: Matrices) -> int:
-    """Every how many scores of a matrix, row after row, one is taken.
-
-    It has no factor in common with the length of any row: of 4,096 channels, a stride of 1,536 would see eight.
-    """
-    least = max(SAMPLE_EVERY, sum(matrix.size for matrix in matrices.values()) // SAMPLE_SIZE)
-    lengths = {matrix.shape[1] for matrix in matrices.values()}
-    return next(stride for stride in count(least) if all(math.gcd(stride, length) == 1 for length in lengths))
-
-
 class MaskFactory:
     """Creates the masks of all matrices for one step after another.
 
-    The threshold of a budget that matrices share is found from a sample of the duals. Packed masks of a target that needs no
-    such threshold are created during the step before, as soon as a dual has moved: then no dual is read for its mask alone.
+    Those of a target without a budget that matrices share are begun during the step before: each follows its dual.
 
-    owners: the rank that has the state of each matrix. targets: all that :meth:`create` will be asked for. device: where masks
-    are created. new: makes the masks of a step: :class:`Masks`, or :class:`PackedMasks` with a stash.
+    owners: the rank that has the state of each matrix. targets: all that masks will be asked for. device: where masks are
+    created. stash: where they lie packed; None: they are not packed.
     """
 
     def __init__(
@@ -131,65 +123,36 @@ class MaskFactory:
         owners: Mapping[str, int],
         targets: Sequence[Pattern],
         device: torch.device,
-        new: Callable[..., Masks],
+        stash: Stash | None,
     ) -> None:
-        self._states = states
-        self._matrices = matrices
-        self._owners = owners
-        self._device = device
-        self._new = new
-        self._every = sample_stride(matrices)
-        grains = {target.sample_group for target in targets if not target.local}
-        self._samples: dict[int, dict[str, Tensor]] = {grain: {} for grain in grains if grain}
-        self._next: PackedMasks | None = None
-        self._turn = 0
+        self._states, self._matrices, self._owners, self._device, self._stash = states, matrices, owners, device, stash
+        self._samples = DualSamples(states, matrices, owners, targets, device)
+        self._following: Masks | None = None  # of the next step, if they have been begun
+        self._labels = cycle(("mask-0", "mask-1"))  # of following ones: meanwhile the step has those that followed before
 
     def update(self, name: str, dual: Tensor) -> None:
         """Is told of every dual that is new or has moved."""
-        for grain, samples in self._samples.items():
-            samples[name] = self._sample(dual, grain).clone()
-        if self._next is not None:
-            self._next.create(name, dual)
+        self._samples.update(name, dual)
+        if self._following is not None:
+            self._following.update(name, dual)
 
-    def prepare_next(self, target: Pattern | None) -> None:
-        """Says the target of the next step, so that :meth:`update` can create its masks; None: it is not known."""
-        self._next = None
-        if target is not None and target.local:
-            masks = self._made_for(target)
-            if isinstance(masks, PackedMasks):
-                self._turn = 1 - self._turn
-                masks.label = f"mask-{self._turn}"
-                self._next = masks
+    def start(self, target: Pattern, following: Pattern | None) -> Masks:
+        """The masks of a step, which starts now; those of the next one are begun. following: its target, if that is known."""
+        masks = self.create(target)
+        self._following = None
+        if following is not None and following.local:
+            self._following = self._begun(following, next(self._labels))
+        return masks
 
     def create(self, target: Pattern) -> Masks:
         """The masks of the present duals."""
-        prepared = self._next
-        masks = prepared if prepared is not None and prepared.target == target else self._made_for(target)
-        if isinstance(masks, PackedMasks) and distributed.count() > 1:
+        following = self._following
+        masks = following if following is not None and following.target == target else self._begun(target, "mask")
+        if distributed.count() > 1:
             masks.share(self._owners)
         return masks
 
-    def _made_for(self, target: Pattern) -> Masks:
-        cut = target.prepare_from_sample({} if target.local else self._gather_samples(target.sample_group))
-        return self._new(target, cut, self._states.dual, self._matrices, self._device)
-
-    def _gather_samples(self, grain: int) -> Mapping[str, Tensor]:
-        """The samples of all duals, or the duals themselves if ``grain`` is 0, from all processes."""
-        if distributed.count() == 1:
-            return self._samples[grain] if grain else {name: self._states.dual(name) for name in self._matrices}
-        gathered = {}
-        for name, owner in self._owners.items():
-            if owner == distributed.rank():
-                mine = self._samples[grain][name] if grain else self._states.dual(name).to(self._device)
-            else:
-                mine = self._sample(torch.empty(self._matrices[name].shape, device="meta"), grain)
-                mine = torch.empty(mine.shape, device=self._device)
-            gathered[name] = distributed.broadcast(owner, mine)
-        return {name: gathered[name] for name in self._matrices}
-
-    def _sample(self, dual: Tensor, grain: int) -> Tensor:
-        """A sample of a dual that consists of whole runs of ``grain`` inputs; all of it if ``grain`` is 0."""
-        if not grain:
-            return dual
-        grains = dual.reshape(-1, grain) if dual.shape[1] % grain == 0 else dual
-        return grains[:: self._every]
+    def _begun(self, target: Pattern, label: str) -> Masks:
+        """The masks under a target, none of them created yet. label: of packed ones."""
+        given = target, self._samples.prepared(target), self._states.dual, self._matrices, self._device
+        return Masks(*given) if self._stash is None else PackedMasks(*given, stash=self._stash, label=label)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from uniprune.common import distributed
 from uniprune.controller.descent.history import DescentHistory
-from uniprune.controller.descent.masks import MaskFactory, Masks, PackedMasks
+from uniprune.controller.descent.masks import MaskFactory
 from uniprune.controller.descent.states import Best, InMemory, OnDisk, States, UpdateRule, UpdateState
 from uniprune.saliency.calibration import Calibration
 from uniprune.sparsity.patterns.checks import check_extremes
@@ -42,8 +41,8 @@ class Position:
         self.resumed = bool(store.facts)
         self.states = _states(rule, calibration, run, store, self.own)
         self.best = Best(store, matrices, device, self.own)
-        new_masks = _kind_of_masks(calibration, run)
-        self.mask_factory = MaskFactory(self.states, matrices, self.owners, targets, device, new_masks)
+        stash = _stash_of_masks(calibration, run)
+        self.mask_factory = MaskFactory(self.states, matrices, self.owners, targets, device, stash)
         self._extremes: dict[str, tuple[Tensor, Tensor]] = {}  # least and greatest of each dual that is still to be checked
         if self.resumed:
             for name in self.own:
@@ -83,9 +82,8 @@ def _states(rule: UpdateRule, calibration: Calibration, run: Run, store: Store, 
     return InMemory(store, rule, Pace() if calibration.run else None, home, names)
 
 
-def _kind_of_masks(calibration: Calibration, run: Run) -> Callable[..., Masks]:
-    """Masks as bits where memory is short, or processes exchange them: on disk if the model is read block by block."""
+def _stash_of_masks(calibration: Calibration, run: Run) -> Stash | None:
+    """Where masks lie packed, if memory is short or processes exchange them: on disk if the model is read block by block."""
     if calibration.streamed:
-        return partial(PackedMasks, stash=Stash(run.aside()))
-    packed = calibration.recompute or distributed.count() > 1
-    return partial(PackedMasks, stash=Stash()) if packed else Masks
+        return Stash(run.aside())
+    return Stash() if calibration.recompute or distributed.count() > 1 else None

@@ -9,7 +9,7 @@ from uniprune.controller.passes.resident import Resident
 from uniprune.controller.passes.streamed import Streamed
 from uniprune.controller.straight_through import StraightThrough
 from uniprune.models.matrices import find_blocks
-from uniprune.models.replay import Replay
+from uniprune.models.replay.replay import Replay
 from uniprune.storage.stash import Stash
 
 if TYPE_CHECKING:
@@ -22,5 +22,5 @@ def open_passes(calibration: Calibration, run: Run) -> Passes:
     network, (_, blocks) = StraightThrough(calibration.matrices), find_blocks(calibration.model)
     if not calibration.streamed:
         return Resident(calibration.model, blocks, network, calibration.recompute)
-    replay = Replay(calibration.model, blocks, calibration.residency)
+    replay = Replay.probed(calibration.model, blocks, calibration.windows, calibration.residency)
     return Streamed(calibration.model, replay, network, Stash(run.aside()))

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from uniprune.controller.straight_through import StraightThrough
 from uniprune.models.blocks import batches
 from uniprune.models.output_head import Head
-from uniprune.models.replay import Flow, Replay
+from uniprune.models.replay.calls import Flow
+from uniprune.models.replay.replay import Replay
 from uniprune.storage.stash import Stash
 
 PART_TOKENS = 1024  # tokens that go through a streamed block at once, with gradients
@@ -93,7 +94,7 @@ class Streamed:
         probe = text[:1, :8]
         with self.network.dense():
             hidden = self._replay.leave(self._replay.enter(probe).hidden, probe)
-            return Head(self._model, text, vocabulary).fit(self._model, lambda model: self._replay.around(model, probe), hidden)
+            return Head(self._model, text, vocabulary).fit(self._model, lambda model: self._replay.around(probe), hidden)
 
     def _enter(self, batch: Tensor) -> list[Flow]:
         """The first block's inputs, in parts."""

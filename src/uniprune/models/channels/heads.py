@@ -18,7 +18,7 @@ from uniprune.models.channels.folding import Channels
 from uniprune.models.channels.hidden import inputs_of, outputs_of
 from uniprune.models.channels.trial import trials
 from uniprune.models.matrices import Matrix, find_blocks, find_matrices
-from uniprune.models.replay import Replay
+from uniprune.models.replay.replay import Replay
 
 
 def find_heads(model: nn.Module, consumers: Collection[str], replay: Replay, ids: Tensor) -> list[Channels]:

@@ -16,11 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from uniprune.checkpoints.layout import names_of
+from uniprune.models.blocks import hidden_of
 from uniprune.models.channels.folding import Axis, Channels, reorder
 from uniprune.models.channels.trial import CHANGE, ROUNDING, BlockTrial, distance, trials
 from uniprune.models.linear import input_axis, is_linear
 from uniprune.models.matrices import find_blocks, find_matrices
-from uniprune.models.replay import Flow, Replay
+from uniprune.models.replay.calls import Flow
+from uniprune.models.replay.replay import Replay
 
 logger = logging.getLogger(__name__)
 TYPE_ROUNDING = {torch.bfloat16: 0.03, torch.float16: 0.01}  # relative, of what is proved on the model's own weights
@@ -136,7 +138,7 @@ def _given(trial: BlockTrial, hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]
         module.register_forward_pre_hook(noting(name), with_kwargs=True) for name, module in trial.module.named_modules()
     ]
     try:
-        return trial.call(trial.module, Flow(hidden)).hidden, given
+        return hidden_of(trial.call(trial.module, Flow(hidden))), given
     finally:
         for handle in handles:
             handle.remove()
@@ -178,7 +180,7 @@ def _outer_axes(model: nn.Module, replay: Replay, ids: Tensor, width: int) -> Ax
     inner = {id(module) for module in find_blocks(model)[1].modules()}
     handles = [module.register_forward_pre_hook(lambda module, _: called.add(id(module))) for module in model.modules()]
     try:
-        replay.around(model, ids)
+        replay.around(ids)
     finally:
         for handle in handles:
             handle.remove()
@@ -201,7 +203,7 @@ def _proved_around(model: nn.Module, replay: Replay, ids: Tensor, axes: Axes, or
     limit = TYPE_ROUNDING.get(last.dtype, 1e-3)
 
     def around(last: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        logits = replay.around(model, ids, last).logits
+        logits = replay.around(ids, last).logits
         return replay.enter(ids).hidden.float(), replay.leave(last, ids).float(), logits.float()
 
     try:

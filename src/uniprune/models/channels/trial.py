@@ -16,8 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from uniprune.models.blocks import hidden_of
 from uniprune.models.channels.folding import Channels, folding, reorder
-from uniprune.models.replay import Flow, Replay
+from uniprune.models.replay.calls import Flow
+from uniprune.models.replay.replay import Replay
 
 logger = logging.getLogger(__name__)
 TOKENS = 16  # that a module is run on
@@ -89,12 +91,11 @@ class BlockTrial(Trial):
         self.hidden = torch.randn(replay.enter(ids).hidden.shape, generator=generator)
         call = replay.call(index, ids)
         self.call = replace(call, arguments=_plain(call.arguments))
-        super().__init__(twin, lambda: [self.call(twin, Flow(self.hidden)).hidden], generator)
+        super().__init__(twin, lambda: [hidden_of(self.call(twin, Flow(self.hidden)))], generator)
 
 
 def trials(replay: Replay, ids: Tensor) -> Iterator[tuple[BlockTrial, list[int]]]:
     """A trial of each structure of blocks that occurs, and the indices of the blocks that have it."""
-    replay.enter(ids)
     alike: dict[str, list[int]] = {}
     for index, block in enumerate(replay.blocks):
         shapes = [tuple(parameter.shape) for parameter in block.parameters()]

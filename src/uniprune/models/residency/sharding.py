@@ -5,7 +5,7 @@ along its first dimension into as many pieces as there are processes; ``unshard`
 drops all but the process's own pieces. On CUDA that is NCCL's all-gather, elsewhere gloo's.
 
 Gathering is a collective operation: every process must enter the same blocks in the same order, or all of them hang. They do,
-because only the passes enter blocks (``blocks.Blocks``, ``controller.passes``), and no decision behind a pass is local to one
+because only the passes enter blocks (``replay.sweep``, ``controller.passes``), and no decision behind a pass is local to one
 process: each sweep runs all blocks, first to last or last to first, whatever windows a process has; the number of steps, the
 targets, early stops and back-offs follow from sums over all processes; a resumed run starts from the first process's saved
 state; and all processes choose this execution together (``job.execution.choose``). Weights that are needed while their block is
@@ -43,7 +43,7 @@ class Sharder(Streamer):
         mesh = init_device_mesh(device.type, (distributed.count(),))
         self._units: list[FSDPModule] = []
         for index in range(len(self._blocks)):
-            # FSDP2 gathers a module whenever it is called. Blocks are also called hollow, and many times in their turn, so
+            # FSDP2 gathers a module whenever it is called. Blocks are also bypassed, and called many times in their turn, so
             # the module is one around the block, which nobody calls.
             unit = nn.Sequential(self.fill(index))
             self._units.append(fully_shard(unit, mesh=mesh))
