@@ -5,7 +5,7 @@ import torch
 
 from small_models import tiny
 from uniprune import Recipe
-from uniprune.common.live import Live
+from uniprune.models.live import Live
 from uniprune.job.forecast.memory import FRAGMENTATION, Work, _Parts
 from uniprune.models.blocks import BATCH_TOKENS
 from uniprune.models.matrices import find_matrices

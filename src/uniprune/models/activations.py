@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from uniprune.common.live import Live
+from uniprune.models.live import Live
 from uniprune.models.blocks import hidden_in, last_hidden, rerouted, with_hidden
 from uniprune.models.experts import FusedExperts, Slice
 from uniprune.models.matrices import Matrices, find_blocks
