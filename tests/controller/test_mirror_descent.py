@@ -638,6 +638,12 @@ def test_where_no_matrix_has_a_gradient_the_masks_are_the_metrics():
     assert min(same) > 0.9  # the metric's on the windows that none is judged on
 
 
+def test_the_threshold_of_a_small_model_is_exact():
+    """It is found from all duals: a sample of a few thousand would have another sparsity than the final masks."""
+    model = tiny_model()
+    assert sample_stride(find_matrices(model)) == 1
+
+
 @pytest.mark.parametrize(
     ("blocks", "shapes"),
     [(32, [(4096, 4096)] * 4 + [(16384, 4096), (4096, 16384)]), (24, [(2048, 2048)] * 4 + [(8192, 2048)] * 2 + [(2048, 8192)])],

@@ -5,9 +5,9 @@ import torch
 
 from small_models import tiny
 from uniprune import Recipe
-from uniprune.models.live import Live
 from uniprune.job.forecast.memory import FRAGMENTATION, Work, _Parts
 from uniprune.models.blocks import BATCH_TOKENS
+from uniprune.models.live import Live
 from uniprune.models.matrices import find_matrices
 from uniprune.saliency.calibration import Calibration, one_shot
 from uniprune.saliency.metrics import Wanda

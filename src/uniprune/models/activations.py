@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from uniprune.models.live import Live
 from uniprune.models.blocks import hidden_in, last_hidden, rerouted, with_hidden
 from uniprune.models.experts import FusedExperts, Slice
+from uniprune.models.live import Live
 from uniprune.models.matrices import Matrices, find_blocks
 from uniprune.models.replay.calls import handed_on, split_arguments
 

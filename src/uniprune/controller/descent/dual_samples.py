@@ -14,8 +14,8 @@ from uniprune.controller.descent.states import States
 from uniprune.models.matrices import Matrices
 from uniprune.sparsity.patterns.protocol import MaskFn, Pattern
 
-SAMPLE_EVERY = 37  # every so many; more in large models, so that there are no more than
-SAMPLE_SIZE = 1 << 22  # of all matrices together, about
+SAMPLE_EVERY = 37  # scores, one is taken; in small models of fewer, in large ones of more, so that of all matrices together
+LEAST, MOST = 1 << 20, 1 << 22  # are taken, about
 
 
 def sample_stride(matrices: Matrices) -> int:
@@ -23,8 +23,8 @@ def sample_stride(matrices: Matrices) -> int:
 
     It has no factor in common with the length of any row: of 4,096 channels, a stride of 1,536 would see eight.
     """
-    least = max(SAMPLE_EVERY, sum(matrix.size for matrix in matrices.values()) // SAMPLE_SIZE)
-    lengths = {matrix.shape[1] for matrix in matrices.values()}
+    total, lengths = sum(matrix.size for matrix in matrices.values()), {matrix.shape[1] for matrix in matrices.values()}
+    least = max(1, min(SAMPLE_EVERY, total // LEAST), total // MOST)
     return next(stride for stride in count(least) if all(math.gcd(stride, length) == 1 for length in lengths))
 
 

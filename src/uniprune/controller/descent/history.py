@@ -24,9 +24,10 @@ class DescentHistory:
     """What a descent has done and found: beside the states, all that is saved of it, and all that the report says of it.
 
     done: steps that need not be taken any more. tokens: descended on. loss: of each step the KL in nats per token. flips: of
-    each step the share of mask bits that it changed. held_out_loss: of each check, in nats per token, the start's first; best:
-    the lowest. stale: checks since the best one that found neither improvement nor divergence. backed_off: how often the
-    descent diverged. without_gradient: matrices that no gradient has reached. starved: see ``observation.starved``.
+    each step the share of mask bits that it changed, at its threshold if matrices share one. held_out_loss: of each check, in
+    nats per token, the start's first; best: the lowest. stale: checks since the best one that found neither improvement nor
+    divergence. backed_off: how often the descent diverged. without_gradient: matrices that no gradient has reached. starved:
+    see ``observation.starved``.
     """
 
     done: int = 0

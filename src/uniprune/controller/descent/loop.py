@@ -273,7 +273,8 @@ class FlipCount:
         self._seen = 0
 
     def add(self, name: str, moved: Tensor) -> None:
-        """Counts the bits that differ between a matrix's mask and that of its dual after the step."""
+        """Counts the bits that differ between a matrix's mask and that of its dual after the step, cut at the same threshold:
+        the next one, of a budget that matrices share, is known only when all have moved."""
         if name not in self._sampled:
             return
         mask = self._masks[name]
