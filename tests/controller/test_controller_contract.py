@@ -196,6 +196,7 @@ def test_names_and_aliases():
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
+        ({"controller": "wanda"}, r"it is unknown; use one of .*; wanda is a metric: --metric wanda"),
         ({"controller": "magic"}, r"controller = 'magic': it is unknown; use one of none, feedback, fisher, unipruning"),
         ({"controller": MirrorDescent}, r"MirrorDescent is a class; give an object of it"),
         (

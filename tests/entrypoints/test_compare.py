@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from rich.table import Table
 
 import uniprune
 from command import run
@@ -16,6 +17,7 @@ from processes import Forked
 from task_rows import ROWS
 from uniprune import InputError, Loaded, MismatchError, Recipe
 from uniprune.artefacts.masks import MasksFile, digest
+from uniprune.cli.tables import comparison_table
 from uniprune.comparison import calibrations
 from uniprune.comparison.request import ComparisonRequest
 from uniprune.comparison.results import Comparison
@@ -370,6 +372,9 @@ def test_prompts_are_gone_on_with_by_every_model(folder, tmp_path):
     assert found.protocol.prompts == ["to be", "or not"]
     assert found.rows[0].written == [each.against for each in beside.generations]
     assert found.rows[1].written == [each.model for each in beside.generations]
+    assert "\n\nor not\n\n| method | sparsity | goes on |" in (tmp_path / "table" / "comparison.md").read_text()
+    titles = [str(part.title) for part in comparison_table(found) if isinstance(part, Table)]
+    assert titles[1:] == ["to be", "or not"]
     asked["new_tokens"] = 0
     found = compare(str(folder), tmp_path / "none", methods=("magnitude",), sparsities=("0.5",), **asked, **SMALL)
     assert [row.written for row in found.rows] == [[], []]

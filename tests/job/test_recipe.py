@@ -68,7 +68,16 @@ def test_what_is_replaced_is_checked():
         ({"sparsity": "0.5"}, "are two budgets"),
         ({"controller": "fisher"}, "--refine and --controller fisher exclude each other"),
         ({"seed": -1}, "seed = -1"),
-        ({"sed": 1}, "known settings"),
+        ({"sed": 1}, r"sed = 1: no such setting \(did you mean seed\?\); known settings: "),
     ):
         with pytest.raises(InputError, match=reason):
             recipe.replace(**changes)
+
+
+@pytest.mark.parametrize(
+    ("setting", "reason"), [("metrics: ria", r"no such setting \(did you mean metric\?\)"), ("seed: -1", "seed")]
+)
+def test_what_is_wrong_in_a_file_is_said_with_its_name(tmp_path, setting, reason):
+    (tmp_path / "own.yaml").write_text(setting)
+    with pytest.raises(InputError, match=rf"recipe .*own\.yaml: .*{reason}"):
+        Recipe.load(tmp_path / "own.yaml")

@@ -187,8 +187,8 @@ def sweep_tables(result: Sweep) -> list[Table]:
 
 
 def comparison_table(found: Comparison) -> list[Table | str]:
-    """The table of ``compare``, and what is to be known beside it."""
-    return [_table(comparison.grid(found)), *map(_inert, comparison.notes(found))]
+    """The table of ``compare``, what is to be known beside it, and what its models wrote."""
+    return [_table(comparison.grid(found)), *map(_inert, comparison.notes(found)), *_tables(*comparison.written(found))]
 
 
 def _plus_minus(error: float | None, unit: str = "") -> str:
@@ -199,6 +199,7 @@ def report_tables(summary: Summary) -> list[Table]:
     """A report's tables, as far as they fit a terminal."""
     subjects = summary.subjects
     return _tables(
+        *map(comparison.grid, summary.comparisons),
         models(subjects),
         *map(tradeoff, summary.tradeoffs),
         texts(subjects),
@@ -222,12 +223,15 @@ def _tables(*grids: Grid | None) -> list[Table]:
 
 
 def _table(grid: Grid) -> Table:
-    """What a narrow terminal has no room for goes on in the next line."""
+    """Without empty columns. What a narrow terminal has no room for goes on in the next line, but no word of a head does."""
     table = Table(title=_inert(grid.caption))
-    for name, numeric in grid.heads:
-        table.add_column(_inert(name), justify="right" if numeric else "left", overflow="fold")
-    for row in grid.rows:
-        table.add_row(*(_inert(cell if isinstance(cell, str) else cell[0]) for cell in row))
+    rows = [[_inert(cell if isinstance(cell, str) else cell[0]) for cell in row] for row in grid.rows]
+    shown = [index for index in range(len(grid.heads)) if any(row[index] for row in rows) or not rows]
+    for name, numeric in (grid.heads[index] for index in shown):
+        width = max(map(len, name.split()), default=0)
+        table.add_column(_inert(name), justify="right" if numeric else "left", overflow="fold", min_width=width)
+    for row in rows:
+        table.add_row(*(row[index] for index in shown))
     return table
 
 

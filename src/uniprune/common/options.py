@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
@@ -123,8 +124,11 @@ def fault(error: ValidationError, kind: type[BaseModel]) -> str:
     name, *keys = map(str, first["loc"] or [kind.__name__.lower()])
     where = spellings(name, fields[name])[0] if name in fields else name
     key = f" {keys[0]}" if keys and not keys[0].isdigit() else ""
-    known = f"; known settings: {', '.join(fields)}" if first["type"] == "extra_forbidden" else ""
-    return f"{where}{key} = {first['input']!r:.200}: {first['msg']}{known}"
+    said = first["msg"]
+    if first["type"] == "extra_forbidden":
+        meant = get_close_matches(name, fields, 1)
+        said = f"no such setting{f' (did you mean {meant[0]}?)' if meant else ''}; known settings: {', '.join(fields)}"
+    return f"{where}{key} = {first['input']!r:.200}: {said}"
 
 
 def marker(field: FieldInfo, kind: type[Kind]) -> Kind | None:

@@ -11,6 +11,7 @@ from uniprune.controller.mirror_descent import MirrorDescent
 from uniprune.controller.protocol import Controller
 from uniprune.controller.unipruning import UniPruning
 from uniprune.errors import InputError
+from uniprune.saliency.metrics import METRICS
 from uniprune.sparsity.patterns.nm import NM
 from uniprune.sparsity.patterns.protocol import Pattern
 from uniprune.sparsity.patterns.unstructured import Unstructured
@@ -35,7 +36,8 @@ def parse(name: str, tuning: Mapping[str, Any]) -> Controller | None:
         return None
     kind = CONTROLLERS.get(ALIASES.get(name, name))
     if kind is None:
-        raise InputError(f"--controller = {name!r}: it is unknown; use one of {', '.join((NONE, *CONTROLLERS))}")
+        other = f"; {name} is a metric: --metric {name}" if name in METRICS else ""
+        raise InputError(f"--controller = {name!r}: it is unknown; use one of {', '.join((NONE, *CONTROLLERS))}{other}")
     return fields.build(kind, tuning, "tuning (--set)")
 
 

@@ -56,9 +56,13 @@ def choose(
     remedy = "lower the tokens of a step" if steps else "give shorter samples (--length)"
     if not origin.files:
         remedy = "convert it: only safetensors files are read block by block"
-    raise InputError(
-        f"model {origin} needs {takes} of memory; {formatting.size(limit)} are there; raise --max-memory, or {remedy}"
-    )
+    raise InputError(f"model {origin} needs {takes} of memory; {_there(options, limit)}; raise --max-memory, or {remedy}")
+
+
+def _there(options: RunOptions, limit: int) -> str:
+    """How much memory there is."""
+    least = f"{limit} bytes" if limit < 10**6 else formatting.size(limit)  # of a number that was given without a unit
+    return f"{least} are there" if options.max_memory is None else f"--max-memory allows {least}"
 
 
 def choose_for_loaded(loaded: Loaded, work: memory.Work, options: RunOptions) -> Execution:

@@ -106,11 +106,14 @@ class Recipe(Settings):
 
     @classmethod
     def load(cls, path: Path, **overrides: Any) -> Recipe:
-        """A recipe from a YAML file; ``overrides`` win over what the file says."""
+        """A recipe from a YAML file; ``overrides`` win over what the file says. Raises InputError that names the file."""
         data, overrides = cls.named(recipe_file.read(path)), cls.named(overrides)
         if isinstance(tuning := data.get("tuning"), dict) and "tuning" in overrides:
             overrides["tuning"] = tuning | overrides["tuning"]  # setting by setting
-        return cls(**(data | overrides))
+        try:
+            return cls(**(data | overrides))
+        except InputError as error:
+            raise InputError(f"recipe {path}: {error}") from None
 
     def _check_experts(self) -> None:
         """Raises InputError for settings that do not go with whole experts, or go with nothing else."""

@@ -183,14 +183,19 @@ def best(table: Comparison) -> set[int]:
 
 
 def markdown(table: Comparison) -> str:
-    """The table and its notes as Markdown."""
+    """The table, its notes and what its models wrote as Markdown."""
     contents = grid(table)
-    bold = best(table)
-    heads = [name for name, _ in contents.heads]
-    lines = [heads, ["---:" if numeric else "---" for _, numeric in contents.heads]]
-    lines += _emphasised(contents, bold, "**{}**", lambda text: text.replace("|", r"\|"))
-    said = [contents.caption, "\n".join(f"| {' | '.join(line)} |" for line in lines), *notes(table)]
+    said = [contents.caption, _in_pipes(contents, best(table)), *notes(table)]
+    for each in written(table):
+        said += [each.caption, _in_pipes(each, set())]
     return "\n\n".join(said) + "\n"
+
+
+def _in_pipes(contents: Grid, bold: set[int]) -> str:
+    """A table as Markdown has it. bold: the rows whose numbers are emphasised."""
+    lines = [[name for name, _ in contents.heads], ["---:" if numeric else "---" for _, numeric in contents.heads]]
+    lines += _emphasised(contents, bold, "**{}**", lambda text: " ".join(text.replace("|", r"\|").splitlines()))
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def latex(table: Comparison) -> str:
@@ -229,9 +234,9 @@ def _accuracy(row: ComparisonRow, name: str) -> Cell:
 
 def _emphasised(table: Grid, bold: set[int], form: str, escape: Callable[[str], str]) -> list[list[str]]:
     """The cells as text, the perplexities of some rows in a form of their own."""
-    at = table.columns.index(PERPLEXITY)
     rows = [[escape(cell if isinstance(cell, str) else cell[0]) for cell in row] for row in table.rows]
     for index in bold:
+        at = table.columns.index(PERPLEXITY)
         rows[index][at] = form.format(rows[index][at])
     return rows
 
