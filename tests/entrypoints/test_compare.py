@@ -295,7 +295,7 @@ def test_another_table_is_not_gone_on_with(folder, tmp_path, tokenizer):
         ({"windows": 4}, "settings.windows was 8, is 4"),
         ({"seed": 1}, "settings.seed was 0, is 1"),
         ({"eval_length": 16}, "settings.eval_length was 32, is 16"),
-        ({"scope": "matrix"}, "settings.scope was None, is 'matrix'"),
+        ({"scope": "matrix"}, "settings.scope was not given, is 'matrix'"),
     ):
         with pytest.raises(InputError, match=said):
             compare(str(folder), tmp_path / "table", resume=True, **asked | changes)

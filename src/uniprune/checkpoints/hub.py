@@ -132,7 +132,7 @@ def listing(address: Address) -> list[str] | None:
 def download(address: Address, patterns: Sequence[str], ignored: Sequence[str] = ()) -> Path:
     """The files of a repository that match, which may be in the cache already: the folder of its commit.
 
-    Raises InputError that says why they cannot be had, and what to do.
+    Raises InputError that says why they cannot be downloaded, and what to do.
     """
     from huggingface_hub import snapshot_download
 

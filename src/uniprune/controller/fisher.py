@@ -1,4 +1,4 @@
-"""The controller that stops at the start: local scores times what each output is worth to the loss, and no descent."""
+"""The controller that stops at the start: local scores times the gradients at the outputs, and no descent."""
 
 from __future__ import annotations
 

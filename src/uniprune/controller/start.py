@@ -94,7 +94,7 @@ def _measured(passes: Passes, windows: Tensor, other: Kind | None, batch_tokens:
         for portion in passes.in_batches(batch[distributed.rank() :: distributed.count()], batch_tokens or windows.shape[1])
     ]
     with network.watching(seen):
-        for number, batch in enumerate(progress(portions, "finding what each output is worth", len(portions))):
+        for number, batch in enumerate(progress(portions, "measuring output gradients", len(portions))):
             passes.backward(head.next_token(passes.forward_student(batch), batch))
             if number == 0:
                 _check_called(passes, batch[:1], norms)

@@ -53,7 +53,7 @@ def calibrate(
         if asked.resume and (facts := distributed.of_first(partial(_finished, output, recipe, source))):
             check_tokens_kept(asked, output)
             return facts
-        files.check_output_file(output, asked.overwrite)
+        files.check_output_file(output, asked.overwrite, instead=files.OTHER if asked.resume else files.INSTEAD)
         job = prepare(source, recipe, ToScores(output), asked, progress)
         pattern = job.aim.pattern
         targets = [pattern] if pattern else fitting(any_sparsity(), job.shapes)

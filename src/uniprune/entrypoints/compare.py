@@ -185,14 +185,9 @@ def _check_same(output: Path, earlier: Comparison | None, protocol: Mapping[str,
     if earlier is None:
         return
     there = earlier.protocol.model_dump(mode="json", include=set(protocol))
-    differing = reproduce.differences({"protocol": there}, {"protocol": protocol})
-    said = [
-        f"{difference.what.split('.', 1)[1]} was {difference.recorded!r:.60}, is {difference.found!r:.60}"
-        for difference in differing
-    ]
-    if said:
+    if said := reproduce.in_words(reproduce.differences({"protocol": there}, {"protocol": protocol})):
         raise InputError(
-            f"output {output} is a table made otherwise: {'; '.join(said[:3])}; give another name, or --overwrite without "
+            f"output {output} is a table that was made with other settings: {said}; give another name, or --overwrite without "
             "--resume"
         )
 
@@ -304,7 +299,7 @@ class _Table:
         self.commit()
 
     def commit(self) -> None:
-        """From here on an interrupted run goes on, and is not begun anew."""
+        """From here on an interrupted run goes on instead of starting over."""
         self._run.commit("rows", {"rows": len(self.comparison.rows)})
 
     def write(self) -> None:

@@ -181,10 +181,9 @@ def _earlier(output: Path, result: Sweep) -> Sweep:
             f"output {output} cannot be resumed as a sweep ({error}); give another name, or --overwrite without --resume"
         ) from None
     before, now = (one.model_dump(include={"scores", "protocol"}) for one in (there, result))
-    differing = [change.what for change in reproduce.differences(before, now)]
-    if differing:
+    if said := reproduce.in_words(reproduce.differences(before, now)):
         raise InputError(
-            f"output {output} is a sweep made otherwise ({', '.join(differing[:3])}); give another name, or --overwrite "
-            "without --resume"
+            f"output {output} is a sweep that was made with other settings: {said}; give another name, or --overwrite without "
+            "--resume"
         )
     return result.model_copy(update={"dense": there.dense, "rows": there.rows})

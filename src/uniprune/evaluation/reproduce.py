@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +107,17 @@ def differences(recorded: Mapping[str, Any], found: Mapping[str, Any]) -> list[D
         for what, a, b in pairs
         if a != b and not (a != a and b != b)
     ]
+
+
+def in_words(differing: Sequence[Difference]) -> str:
+    """The first few differences between the settings of two tables; nothing if there are none."""
+
+    def said(value: Any) -> str:
+        return "not given" if value is None else f"{value!r:.60}"
+
+    return "; ".join(
+        f"{one.what.removeprefix('protocol.')} was {said(one.recorded)}, is {said(one.found)}" for one in differing[:3]
+    )
 
 
 def read(path: Path) -> tuple[Evaluation, EvaluationRequest]:

@@ -97,9 +97,12 @@ class ToCheckpoint(Destination):
     def _check(self, texts: Sequence[Path], model: Path | None, options: RunOptions) -> None:
         tokens = options.save_tokens
         if tokens is not None and tokens.resolve().is_relative_to(self.path.resolve()):
-            raise InputError(f"--save-tokens {tokens} lies in the output folder, which is made anew; give it another place")
+            raise InputError(
+                f"--save-tokens {tokens} lies in the output folder, which is replaced as a whole; give it another place"
+            )
         super()._check(texts, model, options)
-        files.check_output_folder(self.path, options.overwrite, model, texts)
+        instead = files.OTHER if options.resume else files.INSTEAD
+        files.check_output_folder(self.path, options.overwrite, model, texts, instead=instead)
 
     def bytes(self, prospect: Prospect) -> int:
         parameters = list(prospect.model.parameters())

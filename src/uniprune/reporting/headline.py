@@ -1,7 +1,7 @@
 """What results say in one sentence, in a few large figures, and in sentences.
 
-The verdict is for who reads no further: what was pruned, what it costs, what it saves, whether anything is faster; of clauses,
-each of which says so where nothing was measured.
+The verdict is for those who read no further: what was pruned, what it costs, what it saves, whether anything is faster; of
+clauses, each of which says so where nothing was measured.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ STYLE: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Plot:
-    """``svg``: an <svg> element without a size of its own. ``says``: what it shows, in a sentence, for who cannot see it.
+    """``svg``: an <svg> element without a size of its own. ``says``: what it shows, in a sentence, for those who cannot see it.
 
     ``data``: the numbers that are drawn.
     """

@@ -80,8 +80,8 @@ def check_seen(statistics: Statistics) -> None:
     unseen = [name for name, statistic in statistics.items() if statistic.tokens == 0]
     if unseen:
         raise InputError(
-            f"{len(unseen)} matrices saw no calibration token, e.g. {unseen[0]}: their layers are passed by, or they are "
-            "experts that nothing was sent to; leave them out (--exclude), or use more text"
+            f"{len(unseen)} matrices saw no calibration token, e.g. {unseen[0]}: their layers are skipped, or they are "
+            "experts that no token was routed to; leave them out (--exclude), or use more text"
         )
     for name, statistic in statistics.items():
         if not bool(torch.isfinite(statistic.total).all()):

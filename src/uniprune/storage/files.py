@@ -19,8 +19,9 @@ from uniprune.errors import InputError
 
 REPORT = "pruning.json"  # written last: a folder without it is incomplete
 INSTEAD = "give another name, or --overwrite"
+OTHER = f"{INSTEAD} without --resume: it is complete, and of other settings or another model"  # to one that is resumed
 JUST_MADE = 60  # seconds in which a temporary file may not be locked yet
-ROWS = "--resume keeps its rows and adds those that are missing, --overwrite begins anew; or give another name"  # of a table
+ROWS = "--resume keeps its rows and adds those that are missing, --overwrite starts over; or give another name"  # of a table
 
 
 def _umask() -> int:
@@ -210,7 +211,7 @@ def _check_replaceable(path: Path, mark: str) -> None:
 def check_disk_space(path: Path, needed: int, held: int = 0) -> None:
     """Raises InputError if the disk that ``path`` lies on has less than ``needed`` bytes free.
 
-    held: bytes on it that an interrupted run has, which the run that goes on or begins anew uses or frees.
+    held: bytes on it that an interrupted run has, which the run that goes on or starts over uses or frees.
     """
     parent = path.resolve().parent
     while not parent.exists():

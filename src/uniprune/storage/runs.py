@@ -101,7 +101,7 @@ def _refuse(output: Path, identity: Mapping[str, Any]) -> NoReturn:
 
 
 def identity_of(output: Path) -> dict[str, Any] | None:
-    """What the interrupted run of ``output`` is, None if there is none: one that committed nothing will be begun anew."""
+    """What the interrupted run of ``output`` is, None if there is none: one that committed nothing begins again."""
     path = folder_of(output) / IDENTITY
     return dict(_read(path).get("identity", {})) if path.is_file() and _committed(path.parent) else None
 
