@@ -13,6 +13,7 @@ from uniprune.common.fused import Fused, agree, available
 
 CODE = """
 import itertools
+import math
 import torch
 from triton.runtime.interpreter import GridExecutor
 from uniprune.common.fused import agree
@@ -57,6 +58,8 @@ for tokens, dtype in itertools.product((1, 5), (torch.float32, torch.bfloat16, t
     same(weighted, x, gradient, torch.rand(1100), torch.rand(7))
     same(weighted, torch.zeros_like(x), gradient, torch.rand(1100), torch.rand(7))
     same(weighted, x, torch.zeros_like(gradient), torch.rand(1100), torch.rand(7))
+gradient = torch.tensor([[1.0, math.nan], [0.5, 0.25]]).half()
+assert weighted.launcher(torch.randn(2, 64).half(), gradient, torch.rand(64), torch.rand(2))[0].isnan().any()
 """
 
 

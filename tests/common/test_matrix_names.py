@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from uniprune.common.matrix_names import block_of, kind_of, pattern_of, split
+from uniprune.common.matrix_names import block_of, expression_for, kind_of, split_at_block
 
 
 @pytest.mark.parametrize(
@@ -21,13 +21,13 @@ from uniprune.common.matrix_names import block_of, kind_of, pattern_of, split
     ],
 )
 def test_block_and_kind(name, parts, block, kind):
-    assert (split(name), block_of(name), kind_of(name)) == (parts, block, kind)
-    assert re.search(pattern_of(name), name)
+    assert (split_at_block(name), block_of(name), kind_of(name)) == (parts, block, kind)
+    assert re.search(expression_for(name), name)
 
 
 @pytest.mark.parametrize("experts", ["experts.{}.up_proj", "experts.up_proj.{}"])
 def test_a_pattern_matches_its_kind_alone(experts):
-    pattern = pattern_of(f"layers.0.{experts.format(0)}")
+    pattern = expression_for(f"layers.0.{experts.format(0)}")
     names = [f"layers.{block}.{experts.format(expert)}" for block in (0, 11) for expert in (0, 3, 27)]
     assert all(re.search(pattern, name) for name in names)
     others = [names[0].replace(*change) for change in (("up", "down"), (".", "_"), ("0", "x"), ("lay", "more.lay"))]

@@ -108,11 +108,14 @@ def test_what_cannot_be_had_says_so():
             read(name, "calibration")
 
 
-def test_one_text_alone_has_no_share(tmp_path):
-    file = tmp_path / "corpus.txt"
-    file.write_text("some text")
-    with pytest.raises(InputError, match=r"a share is for several texts, and .*corpus\.txt is one alone; leave :0\.25 out"):
-        read(f"{file}:0.25", "calibration")
+def test_one_text_alone_has_no_share(tmp_path, monkeypatch):
+    """Also one that would be the name of a Hub dataset, with a configuration."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "a.txt").write_text("some text")
+    for name in ("corpus/a.txt", "corpus", str(tmp_path / "corpus" / "a.txt")):
+        with pytest.raises(InputError, match=rf"a share is for several texts, and {name} is one alone; leave :0\.25 out"):
+            read(f"{name}:0.25", "calibration")
 
 
 def test_fields_and_splits_are_of_rows_and_data_sets(tmp_path):

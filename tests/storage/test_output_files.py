@@ -181,3 +181,37 @@ def test_what_links_in_the_input_lead_to_is_input(folder, tmp_path):
     with pytest.raises(InputError, match="would take the place of the input"):
         files.check_output_folder(store, overwrite=True, inputs=[tmp_path / "text"])
     assert weights.read_bytes() == before
+
+
+def test_an_output_is_held_until_it_is_in_its_place(tmp_path, monkeypatch):
+    """While a large folder is written to the disk, another command with the same output, or one whose name begins alike, may
+    begin and end."""
+    synced, beside = [], []
+
+    def slowly(path):
+        synced.append(path)
+        if len(synced) == 1:
+            for partial in tmp_path.glob(".partial-*"):
+                os.utime(partial, (0, 0))
+            for name in ("out", "out-2"):
+                with files.replacing(tmp_path / "elsewhere" / name):
+                    pass
+                files._remove_abandoned(tmp_path / name)
+            beside.extend(tmp_path.glob(".partial-*"))
+
+    monkeypatch.setattr(files, "sync", slowly)
+    with files.new_folder(tmp_path / "out-2") as folder:
+        (folder / "weights").write_text("all the work")
+    assert len(beside) == 1
+    assert (tmp_path / "out-2" / "weights").read_text() == "all the work"
+
+
+def test_links_in_the_input_that_are_no_files_are_in_nobodys_way(tmp_path):
+    """A link to itself, to nothing, or to a folder, in which nothing is read."""
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "loop").symlink_to("loop")
+    (model / "nothing").symlink_to("missing")
+    (model / "home").symlink_to(tmp_path)
+    files.check_output_folder(tmp_path / "out", overwrite=False, source=model)
+    files.check_output_file(tmp_path / "out.safetensors", False, model)

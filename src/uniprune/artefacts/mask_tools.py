@@ -21,7 +21,7 @@ from uniprune.artefacts.masks import MasksFacts, MasksFile, write_masks
 from uniprune.checkpoints.checkpoint import Files, checkpoint_of
 from uniprune.checkpoints.origin import Origin, resolve
 from uniprune.checkpoints.protocol import Checkpoint
-from uniprune.common.matrix_names import split
+from uniprune.common.matrix_names import split_at_block
 from uniprune.errors import InputError, MismatchError
 from uniprune.models import loading
 from uniprune.models.matrices import find_matrices
@@ -270,7 +270,7 @@ def stats(masks: str | Path) -> Record:
     matrices = {name: _statistics(mask) for name, mask in file.items()}
     blocks: dict[str, list[Record]] = {}
     for name, found in matrices.items():
-        blocks.setdefault(split(name)[0] or name, []).append(found)
+        blocks.setdefault(split_at_block(name)[0] or name, []).append(found)
     return {
         **_about(file),
         **_totals([*matrices.values()]),

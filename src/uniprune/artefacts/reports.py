@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from uniprune.checkpoints.origin import Origin, called
-from uniprune.common.matrix_names import block_of, kind_of, split
+from uniprune.common.matrix_names import block_of, kind_of, split_at_block
 from uniprune.common.provenance import sparsity
 from uniprune.data.text import TextFacts
 from uniprune.errors import InputError
@@ -80,7 +80,7 @@ def by_place(matrices: Mapping[str, tuple[float, int]]) -> dict[tuple[str, str],
     """
     totals: dict[tuple[str, str], list[float]] = {}
     for name, (removed, size) in matrices.items():
-        place = block_of(name) or OUTSIDE, kind_of(split(name)[1])
+        place = block_of(name) or OUTSIDE, kind_of(split_at_block(name)[1])
         total = totals.setdefault(place, [0.0, 0.0])
         total[0] += removed * size
         total[1] += size

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 
 
-def split(name: str) -> tuple[str, str]:
+def split_at_block(name: str) -> tuple[str, str]:
     """The name up to the block's number, and what follows: ``model.layers.7`` and ``mlp.up_proj``.
 
     The first is empty if no part is a number, and the second if the name ends with the block's.
@@ -22,7 +22,7 @@ def split(name: str) -> tuple[str, str]:
 
 def block_of(name: str) -> str:
     """The number of the block that a matrix lies in, as it is spelled; empty if the name has none."""
-    return split(name)[0].rpartition(".")[2]
+    return split_at_block(name)[0].rpartition(".")[2]
 
 
 def kind_of(name: str) -> str:
@@ -30,6 +30,6 @@ def kind_of(name: str) -> str:
     return ".".join("*" if part.isdecimal() else part for part in name.split("."))
 
 
-def pattern_of(name: str) -> str:
+def expression_for(name: str) -> str:
     """A regular expression for the names of this kind, whole."""
     return "^" + r"\.".join(r"\d+" if part == "*" else re.escape(part) for part in kind_of(name).split(".")) + "$"

@@ -63,7 +63,10 @@ def check(controller: Any) -> None:
     """Raises InputError, with the reason, unless an object can be the controller of a run."""
     declared = ("cost", "in_memory", "one_process", "comparable", "images", "holds_out")
     members = (*declared, "step_tokens", "logits", "calibrate")
-    fields.check_object(controller, "controller", members)
+    try:
+        fields.check_object(controller, "controller", members)
+    except InputError as error:
+        raise InputError(f"{error}; a subclass of uniprune.Controller has all but cost and calibrate") from None
 
 
 def any_sparsity() -> tuple[Pattern, ...]:

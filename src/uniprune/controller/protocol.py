@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Protocol
@@ -72,6 +73,7 @@ class Controller(Protocol):
         """Of a vocabulary of so many tokens, how many it computes logits of in a step; by default all."""
         return vocabulary
 
+    @abstractmethod
     def calibrate(
         self,
         calibration: Calibration,

@@ -7,6 +7,7 @@ are joined by two newlines, so that short ones are never dropped.
 
 from __future__ import annotations
 
+import os
 import pydoc_data.topics
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -160,10 +161,10 @@ def _hub_name(source: str) -> re.Match[str]:
     """The parts of a Hub dataset's name, of what is no file."""
     check_again_readable("text", source)
     found, path = HUB.fullmatch(source), Path(source)
+    file, _, share = source.rpartition(":")
+    if file and os.path.exists(path_of(file)):  # pathlib raises for long names
+        raise InputError(f"text {source!r}: a share is for several texts, and {file} is one alone; leave :{share} out")
     if found is None or suffix_of(path) in SUFFIXES or path.suffix in COMPRESSED:
-        file, _, share = source.rpartition(":")
-        if file and path_of(file).exists():
-            raise InputError(f"text {source!r}: a share is for several texts, and {file} is one alone; leave :{share} out")
         raise InputError(
             f"text {source!r} is neither one of {', '.join(NAMED)} nor an existing file or folder, "
             "nor the name of a Hub dataset, owner/name or owner/name:config"

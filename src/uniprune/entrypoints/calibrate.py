@@ -66,7 +66,7 @@ def calibrate(
                 calibration=job.windows.describe(),
                 comparable=saliency.comparable,
                 versions=versions(),
-                **record.fields,
+                **record.facts,
             )
             if not distributed.rank():
                 scores = run.folder / "scores.safetensors"

@@ -229,7 +229,7 @@ def _pruned(candidate: Candidate, subject: EvaluatedModel, questions: AskedQuest
             "resumed": method.calibration(candidate) in cache.resumed,
             "masks_digest": digest(created.masks),
             **method.recorded(candidate.recipe),
-            **created.record.fields,
+            **created.record.facts,
         }
         return _row(subject, questions, cache, facts, created.seconds)
 

@@ -185,7 +185,7 @@ def _without_experts(source: Source, recipe: Recipe, output: Path, asked: RunOpt
                     calibration=job.windows.describe(),
                     versions=versions(),
                     seconds=watch.seconds,
-                    **record.fields,
+                    **record.facts,
                 )
                 model_card.complete(folder, report, job.loaded.origin)
                 run.commit("done", {})
@@ -230,7 +230,7 @@ def _report(
         "calibration": job.windows.describe(),
         "versions": versions(),
         "seconds": watch.seconds,
-        **created.record.fields,
+        **created.record.facts,
     }
     if aim.budget and aim.sparsity is not None:
         facts["size"] = SizeBudget(bytes=aim.budget.size, sparsity=aim.sparsity)

@@ -38,7 +38,7 @@ class Recording:
         self.hidden: list[Tensor] = []  # of each window, [length, width], on the CPU
         with self, text_alone(model), torch.no_grad():
             run = model(input_ids=probe, use_cache=False)
-        self.head = Head(model).fit(model, lambda whole: run, self.hidden.pop()[None].to(device_of(model)))
+        self.head = Head(model).fit(model, lambda: run, self.hidden.pop()[None].to(device_of(model)))
 
     def __enter__(self) -> Recording:
         self._hook = self._output.register_forward_pre_hook(self._keep)
@@ -68,8 +68,8 @@ def check_same_tokens(ours: Windows, theirs: Windows, reference: str) -> None:
 def closeness(ours: Recording, theirs: Recording, windows: Windows) -> Closeness:
     """Compares what two models predicted for the same windows; ``theirs`` is the reference.
 
-    The predictions are those that perplexity counts: a window's last token predicts none, and of overlapping windows each has
-    those that no earlier one has. Raises InputError if the vocabularies differ.
+    The predictions are those that perplexity counts: a window's last token predicts none, and of overlapping windows
+    ``Windows.scored`` says which. Raises InputError if the vocabularies differ.
     """
     if ours.vocabulary != theirs.vocabulary:
         raise InputError(

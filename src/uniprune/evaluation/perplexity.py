@@ -35,7 +35,7 @@ POSITIONS = {"1-512": 512, "512-2k": 2048, "2k-8k": 8192, "8k-": 1 << 62}  # tok
 
 
 class Perplexity(PerplexityFacts):
-    """One that was measured."""
+    """A perplexity that was measured, so that it is a number."""
 
     perplexity: float
 

@@ -318,12 +318,9 @@ def unbeaten(models: Sequence[Pruned]) -> list[bool]:
 
 
 def _beats(one: Pruned, other: Pruned) -> bool:
-    if one.bytes is None or other.bytes is None:
-        smaller, as_small = one.sparsity > other.sparsity, one.sparsity == other.sparsity
-    else:
-        smaller, as_small = one.bytes < other.bytes, one.bytes == other.bytes
-    better, as_good = one.perplexity < other.perplexity, one.perplexity == other.perplexity
-    return (smaller and (better or as_good)) or (as_small and better)
+    packed = one.bytes is not None and other.bytes is not None
+    mine, theirs = ((each.perplexity, float(each.bytes or 0) if packed else -each.sparsity) for each in (one, other))
+    return mine != theirs and all(a <= b for a, b in zip(mine, theirs, strict=True))
 
 
 def marked(rows: Sequence[Row]) -> list[Row]:

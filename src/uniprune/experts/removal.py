@@ -12,7 +12,7 @@ from torch import nn
 from uniprune.artefacts.reports import ExpertCounts, ExpertLayer
 from uniprune.checkpoints.checkpoint import Files, checkpoint_of
 from uniprune.checkpoints.companion_files import copy_companions, copy_terms
-from uniprune.common.matrix_names import pattern_of
+from uniprune.common.matrix_names import expression_for
 from uniprune.common.progress import Progress, silent
 from uniprune.experts import files as expert_files
 from uniprune.experts.criteria import best, by_weights, observe, of_experts
@@ -128,4 +128,4 @@ def prepared(source: Source, recipe: Recipe, output: Path, options: RunOptions, 
 
 def alike(matrices: Matrices) -> tuple[str, ...]:
     """Regular expressions that match these matrices, and those in other blocks and of other experts at the same places."""
-    return tuple(dict.fromkeys(map(pattern_of, matrices)))
+    return tuple(dict.fromkeys(map(expression_for, matrices)))

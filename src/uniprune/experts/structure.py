@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from uniprune.checkpoints.checkpoint import Files, checkpoint_of
 from uniprune.checkpoints.configuration import text_config
 from uniprune.checkpoints.layout import Located, keys_of, on_load
-from uniprune.common.matrix_names import kind_of, split
+from uniprune.common.matrix_names import kind_of, split_at_block
 from uniprune.errors import InputError, first_line
 from uniprune.experts.criteria import best, layers_of
 from uniprune.experts.files import Selection, selected, stored
@@ -186,7 +186,7 @@ def _left_out(files: Files, located: Located, axes: Mapping[str, int]) -> frozen
 
 def _layer(key: str) -> str:
     """How the keys of a layer begin that this one is of; empty if it is of none."""
-    layer, _ = split(key)
+    layer, _ = split_at_block(key)
     return f"{layer}." if layer else ""
 
 

@@ -43,7 +43,7 @@ class Destination:
         if options.save_tokens is not None:  # that of an interrupted run is compared later on
             files.check_output_file(options.save_tokens, options.overwrite or options.resume, *_inputs(texts, model))
 
-    def bytes(self, prospect: Prospect) -> int:
+    def size_of(self, prospect: Prospect) -> int:
         """The disk space that it takes in the end."""
         return 0
 
@@ -58,7 +58,7 @@ IN_PLACE = Destination(None)
 
 @dataclass(frozen=True)
 class ToTable(Destination):
-    """``path``: a folder that another writes."""
+    """``path``: the folder of a table, which ``compare`` writes."""
 
     compared: ClassVar[bool] = True
 
@@ -78,7 +78,7 @@ class ToScores(Destination):
         super()._check(texts, model, options)
         files.check_output_file(self.path, True, *_inputs(texts, model))
 
-    def bytes(self, prospect: Prospect) -> int:
+    def size_of(self, prospect: Prospect) -> int:
         return 4 * sum(matrix.size for matrix in prospect.matrices.values())
 
 
@@ -104,7 +104,7 @@ class ToCheckpoint(Destination):
         instead = files.OTHER if options.resume else files.INSTEAD
         files.check_output_folder(self.path, options.overwrite, model, texts, instead=instead)
 
-    def bytes(self, prospect: Prospect) -> int:
+    def size_of(self, prospect: Prospect) -> int:
         parameters = list(prospect.model.parameters())
         masks = sum(matrix.size for matrix in prospect.matrices.values()) // 8 if self.masks else 0
         weights = sum(parameter.nbytes for parameter in parameters)

@@ -160,7 +160,7 @@ def _checked(source: Source, recipe: Recipe, destination: Destination, options: 
     aim = aim_of(recipe, prospect.matrices, given)
     if aim.pattern:
         check_prunes(aim.pattern, aim.unsupported, {name: matrix.shape for name, matrix in prospect.matrices.items()})
-    if disk := destination.bytes(prospect):
+    if disk := destination.size_of(prospect):
         destination.check_space(disk)
     return prospect, aim, disk
 

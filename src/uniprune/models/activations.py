@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,8 +33,8 @@ class Activations:
     """Bytes for one window of tokens.
 
     kept: for each call of a block in a pass, what autograd keeps of it. state: the hidden states between two blocks, and what
-    else the one puts out and the other is given. passing: the most that a block has of tensors
-    beside its input, without gradients.
+    else the one puts out and the other is given. passing: the most that a block has of tensors beside its input, without
+    gradients.
     """
 
     kept: tuple[int, ...]
@@ -116,12 +117,13 @@ def _counted(model: nn.Module, experts: Sequence[FusedExperts], length: int) -> 
             states.append(hidden.nbytes + sum(tensor.nbytes for tensor in handed))
             if looks not in found:
                 hidden = hidden if hidden.requires_grad else hidden.detach().requires_grad_()
-                given = ((hidden, *args[1:]), kwargs) if args else ((), kwargs | {"hidden_states": hidden})
+                run = partial(forward, hidden, *args[1:]) if args else partial(forward, hidden_states=hidden)
+                given = {name: value for name, value in kwargs.items() if name != "hidden_states"}
                 with torch.no_grad(), Live() as live:
-                    forward(*given[0], **given[1])
+                    run(**given)
                 passing.append(live.most)
                 storages.clear()
-                output = forward(*given[0], **given[1])
+                output = run(**given)
                 weights = {parameter.untyped_storage()._cdata for parameter in blocks[index].parameters()}
                 kept = sum(t.untyped_storage().nbytes() for place, t in storages.items() if place not in weights)
                 found[looks] = kept, output

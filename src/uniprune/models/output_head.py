@@ -73,14 +73,14 @@ class Head:
     def device(self) -> torch.device:
         return self._weight.device
 
-    def fit(self, model: nn.Module, run: Callable[[nn.Module], Any], hidden: Tensor) -> Head:
+    def fit(self, model: nn.Module, run: Callable[[], Any], hidden: Tensor) -> Head:
         """Finds the factor that some families put on their logits before they cap them, and what others do to hidden states.
 
-        run: the model's output for some windows; hidden: the final hidden states it came from.
+        run: gives the model's output for some windows; hidden: the final hidden states it came from.
         Raises InputError for a model whose logits are not its output head's for its final hidden states.
         """
         with text_alone(model):
-            logits: Tensor = run(model).logits.float()
+            logits: Tensor = run().logits.float()
         logits = logits if self._common is None else logits[..., self._common]
         if bool(logits.isnan().any()):  # infinity is how some models rule tokens out
             raise InputError(f"the output head of {type(model).__name__} {OVERFLOW}")

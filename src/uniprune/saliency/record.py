@@ -24,6 +24,11 @@ class Starved(Facts):
         return Starved(matrices=self.matrices + other.matrices, of=self.of + other.of, tokens_under=self.tokens_under)
 
 
+def both(one: Starved | None, other: Starved | None) -> Starved | None:
+    """Those of two parts of one model, if either has any."""
+    return one + other if one and other else one or other
+
+
 def warn_of_starved(starved: Starved | None) -> None:
     """Warns of experts that are scored by magnitude."""
     if starved is not None and starved.matrices:
@@ -77,6 +82,6 @@ class ScoringRecord(NamedTuple):
     starved: Starved | None = None
 
     @property
-    def fields(self) -> dict[str, Any]:
+    def facts(self) -> dict[str, Any]:
         """Those that there are, by the names that reports have for them."""
         return {name: value for name, value in self._asdict().items() if value is not None}

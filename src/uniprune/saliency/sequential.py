@@ -15,7 +15,7 @@ from uniprune.models.matrices import Matrices
 from uniprune.saliency.calibration import Calibration, LocalSaliency, open_sweep
 from uniprune.saliency.metrics import Metric
 from uniprune.saliency.observation import observing, starved, sum_and_check
-from uniprune.saliency.record import Starved, warn_of_starved
+from uniprune.saliency.record import Starved, both, warn_of_starved
 from uniprune.saliency.refine import check, damped, refine
 from uniprune.saliency.statistics import Gram
 from uniprune.sparsity import bits
@@ -119,7 +119,7 @@ def _by_block(calibration: Calibration, pattern: Pattern, create: Create, firsts
     for index in calibration.progress(sweep, "pruning block by block", len(sweep)):
         here = {name: matrix for name, matrix in matrices.items() if matrix.block == index}
         created, more = create(here, [partial(one.run, index) for one in sweeps])
-        found = found + more if found and more else found or more
+        found = both(found, more)
         with masking.applied(here, created):
             for one in sweeps:
                 one.run(index, advance=True)

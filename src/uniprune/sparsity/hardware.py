@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from uniprune.common.matrix_names import pattern_of
+from uniprune.common.matrix_names import expression_for
 from uniprune.errors import InputError
 from uniprune.sparsity.choices import Unsupported
 from uniprune.sparsity.patterns.mixed import Mixed
@@ -124,7 +124,7 @@ def _matches(some: Collection[str], names: Iterable[str]) -> Iterator[str]:
     """Expressions that match some of the names and no others: one for all of a kind, as experts are of one, else one each."""
     kinds: dict[str, list[str]] = {}
     for name in names:
-        kinds.setdefault(pattern_of(name), []).append(name)
+        kinds.setdefault(expression_for(name), []).append(name)
     for kind, members in kinds.items():
         inside = [name for name in members if name in some]
         yield from [kind] if 1 < len(inside) == len(members) else [f"^{re.escape(name)}$" for name in inside]

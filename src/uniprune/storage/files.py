@@ -21,6 +21,7 @@ REPORT = "pruning.json"  # written last: a folder without it is incomplete
 INSTEAD = "give another name, or --overwrite"
 OTHER = f"{INSTEAD} without --resume: it is complete, and of other settings or another model"  # to one that is resumed
 JUST_MADE = 60  # seconds in which a temporary file may not be locked yet
+ADDED = 8  # letters that tempfile adds to a prefix
 ROWS = "--resume keeps its rows and adds those that are missing, --overwrite starts over; or give another name"  # of a table
 
 
@@ -62,7 +63,8 @@ def replacing(path: Path, temporary: Path | None = None) -> Iterator[Path]:
     """A temporary path that takes the place of ``path`` when the ``with`` block ends well, and vanishes otherwise.
 
     Afterwards the file is on the disk, also after a loss of power. temporary: by default beside ``path``, under a name that no
-    other process has, and then what killed processes have left there is removed; a caller whose folder is locked may name one.
+    other process has, and then what killed processes have left there a minute ago is removed; a caller whose folder is locked
+    may name one.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     public = temporary is None
@@ -92,7 +94,7 @@ def _held(temporary: Path) -> Iterator[None]:
     handle = os.open(temporary, os.O_RDONLY)
     try:
         with suppress(OSError):  # a file system without locks
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, fcntl.LOCK_EX)  # for a moment another process may have it, to see whether anybody does
         yield
     finally:
         os.close(handle)
@@ -101,7 +103,7 @@ def _held(temporary: Path) -> Iterator[None]:
 def _remove_abandoned(path: Path) -> None:
     """Deletes what processes that were killed have left of an output at ``path``: all that nobody holds any more."""
     where = _partial(path)
-    for left in where["dir"].glob(glob.escape(where["prefix"]) + "*"):
+    for left in where["dir"].glob(f"{glob.escape(where['prefix'])}{'?' * ADDED}"):
         with suppress(OSError):  # somebody writes there, or has just finished
             handle = os.open(left, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
             try:
@@ -135,8 +137,9 @@ def check_output_file(
         raise InputError(f"output {path} would be a {suffix[1:]} file; let its name end in {suffix}")
     if path.is_dir():
         raise InputError(f"output {path} is a folder; give a file name")
+    here = path.resolve()
     for source in sources:
-        if any(path.resolve().is_relative_to(place) for place in _places(source)):
+        if any(here.is_relative_to(place) for place in _places(source)):
             raise InputError(f"output {path} is, or lies in, the input {source}; give another place")
     if path.exists() and not overwrite:
         raise InputError(f"output {path} exists; {instead}")
@@ -159,10 +162,10 @@ def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
 
 
 def _places(source: Path) -> Iterator[Path]:
-    """Where an input lies, links followed; of a folder also what the links in it lead to, as in the Hub's cache."""
+    """Where an input lies, links followed; of a folder also the files that links in it lead to, as in the Hub's cache."""
     yield source.resolve()
     if source.is_dir():
-        yield from (path.resolve() for path in source.rglob("*") if path.is_symlink())
+        yield from (path.resolve() for path in source.rglob("*") if path.is_symlink() and path.is_file())
 
 
 def check_output_folder(
@@ -237,14 +240,15 @@ def new_folder(path: Path, inside: Path | None = None, mark: str = REPORT) -> It
         _remove_abandoned(path)
     temporary = Path(tempfile.mkdtemp(**where))
     try:
-        with writing(path), _held(temporary):
-            yield temporary
-        temporary.chmod(FOLDER)
-        _check_replaceable(path, mark)
-        for written in (*temporary.rglob("*"), temporary):
-            sync(written)
-        _put_in_place(temporary, path, where)
-        sync(path.parent)
+        with _held(temporary):
+            with writing(path):
+                yield temporary
+            temporary.chmod(FOLDER)
+            _check_replaceable(path, mark)
+            for written in (*temporary.rglob("*"), temporary):
+                sync(written)
+            _put_in_place(temporary, path, where)
+            sync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

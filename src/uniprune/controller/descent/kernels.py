@@ -185,5 +185,5 @@ def weighing(x, gradients, inputs, outputs, weighed, columns, rows, BLOCK: tl.co
         gradient = tl.load(gradients + there, mask=channel < rows, other=0.0).to(tl.float32)
         product = gradient * weight
         if weighed.dtype.element_ty == tl.float16:
-            product = tl.minimum(tl.maximum(product, -LOUDEST), LOUDEST)
+            product = tl.clamp(product, -LOUDEST, LOUDEST, propagate_nan=tl.PropagateNan.ALL)
         tl.store(weighed + there, product.to(weighed.dtype.element_ty), mask=channel < rows)

@@ -91,7 +91,7 @@ class Resident:
                 raise InputError(f"block {index} {OVERFLOW}")
         with self.network.dense():
             return Head(self._model, text, vocabulary).fit(
-                self._model, lambda model: model(input_ids=probe.to(hidden.device), use_cache=False), hidden
+                self._model, lambda: self._model(input_ids=probe.to(hidden.device), use_cache=False), hidden
             )
 
     def _dense(self, batch: Tensor) -> Tensor:

@@ -94,7 +94,7 @@ class Streamed:
         probe = text[:1, :8]
         with self.network.dense():
             hidden = self._replay.leave(self._replay.enter(probe).hidden, probe)
-            return Head(self._model, text, vocabulary).fit(self._model, lambda model: self._replay.around(probe), hidden)
+            return Head(self._model, text, vocabulary).fit(self._model, lambda: self._replay.around(probe), hidden)
 
     def _enter(self, batch: Tensor) -> list[Flow]:
         """The first block's inputs, in parts."""
