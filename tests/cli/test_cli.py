@@ -39,7 +39,7 @@ FLAGS = {
     " overwrite prompt revision suite tasks",
     "compare": f"{TEXT} methods sparsity scope rule unsupported misfits metric budget-tokens steps seed include exclude dtype"
     f" {' '.join(f'eval-{name}' for name in f'{TEXT} stride'.split())} tasks limit"
-    " suite num-fewshot prompt new-tokens config device json output overwrite resume",
+    " suite num-fewshot prompt new-tokens config device json output overwrite resume revision",
     "sweep": f"{TEXT} stride device dtype json revision output overwrite resume scope sparsities sparsity",
     "pack": "json level output overwrite runtime",
     "unpack": "json output overwrite",

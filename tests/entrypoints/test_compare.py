@@ -542,3 +542,12 @@ def test_a_table_needs_room_for_its_calibrations_and_memory_for_pruned_models(fo
     compare(str(folder), tmp_path / "table", methods=("wanda",), sparsities=("2:4",), **SMALL)
     assert [path for path, _ in asked] == [tmp_path / "table"]
     assert [work.compared for work in forecasts] == [True]
+
+
+def test_the_revision_is_of_the_model(capsys, monkeypatch, folder, tmp_path):
+    """As for every other command."""
+    for model, said in ((folder, "is of a model on the Hub"), ("owner/name@v1", "name two revisions")):
+        words = ("compare", model, "--revision", "v2", "-m", "wanda", "-o", tmp_path / "table")
+        code, _, errors = run(capsys, monkeypatch, *words)
+        assert code == 2
+        assert said in errors

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from uniprune.cli.groups import Printed, Target
+from uniprune.cli.groups import Printed, Revision, Target, at
 from uniprune.cli.options import Only
 from uniprune.cli.terminal import Bars, quiet, show
 from uniprune.comparison.request import ComparisonRequest
@@ -18,6 +18,7 @@ from uniprune.job.options import TableRunOptions
 class ComparisonOptions(ComparisonRequest):
     """The settings of a table, over those of a recipe file."""
 
+    revision: str | None = Revision
     config: Path | None = Field(
         default=None,
         description="Recipe file (YAML) with any settings of a comparison, as compare writes it; options override it.",
@@ -26,11 +27,11 @@ class ComparisonOptions(ComparisonRequest):
     def request(self) -> ComparisonRequest:
         """Without the file, which has been read. Raises InputError if no model is named."""
         given = self.given()
-        file = given.pop("config", None)
+        file, revision = given.pop("config", None), given.pop("revision", None)
         request = ComparisonRequest.load(file, **given) if file else ComparisonRequest.of(**given)
         if request.model is None:
             raise InputError("the argument MODEL is missing; it can be left out only if --config names it")
-        return request
+        return request.model_copy(update={"model": at(request.model, revision)})
 
 
 def compare(
