@@ -15,7 +15,7 @@ from command import run
 from uniprune import Recipe
 from uniprune.artefacts.reports import ModelFacts, Pruning
 from uniprune.checkpoints.origin import resolve
-from uniprune.errors import InputError
+from uniprune.errors import InputError, MismatchError
 from uniprune.reporting import model_card
 from uniprune.reporting.results import read_all
 from uniprune.reporting.summary import summarise
@@ -88,6 +88,16 @@ def test_results_of_what_was_in_the_folder_before_are_refused(folder, tmp_path):
         with pytest.raises(InputError, match=r"was measured before \S+ was pruned by other masks; evaluate the folder again"):
             model_card.rewrite(out, [result])
         assert summarise(read_all([out, result])).pruned[0].reading is None
+
+
+def test_no_card_says_that_other_weights_are_pruned(folder, tmp_path):
+    """Those that training has put into the folder, say."""
+    uniprune.prune(str(folder), Recipe(sparsity="2:4", metric="magnitude", controller="none"), tmp_path / "out")
+    before = model_card.rewrite(tmp_path / "out", [])
+    shutil.copytree(folder, tmp_path / "out", dirs_exist_ok=True, ignore=shutil.ignore_patterns("README.md"))
+    with pytest.raises(MismatchError, match=r"was not pruned by .*: .* weights that it removes are not 0"):
+        model_card.rewrite(tmp_path / "out", [])
+    assert (tmp_path / "out" / "README.md").read_text() == before
 
 
 def test_a_card_says_with_what_it_was_compared(folder, tmp_path):

@@ -12,7 +12,9 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from uniprune.artefacts import mask_tools
 from uniprune.artefacts.reports import ExpertRemoval, Permutation, Pruning, read_report
+from uniprune.artefacts.writer import MASKS
 from uniprune.checkpoints.origin import CARD, Origin
 from uniprune.checkpoints.weight_files import PATTERNS
 from uniprune.common.fields import replays
@@ -70,7 +72,8 @@ def rewrite(folder: Path, results: Sequence[Path], *, overwrite: bool = False) -
     """Rewrites the card of an existing output folder with results of ``evaluate``; returns it.
 
     overwrite: also if somebody has edited the card so that its mark is gone.
-    Raises InputError if the folder is no output folder, or a result is none of this very checkpoint's.
+    Raises InputError if the folder is no output folder, or a result is none of this very checkpoint's; MismatchError if its
+    weights are no longer those that were pruned, as after training without ``KeepZeros``.
     """
     if not (folder / REPORT).is_file():
         raise InputError(f"folder {folder} has no {REPORT} of uniprune; give an output folder of prune or apply")
@@ -78,6 +81,8 @@ def rewrite(folder: Path, results: Sequence[Path], *, overwrite: bool = False) -
     path = folder / CARD
     if path.is_file() and MARK not in path.read_text(encoding="utf-8", errors="replace") and not overwrite:
         raise InputError(f"{path} was written by somebody else; give --overwrite to replace it")
+    if (folder / MASKS).is_file():
+        mask_tools.verify(folder / MASKS, pruned=folder)
     read = [reproduce.read(result)[0] for result in results]
     for result, file in zip(read, results, strict=True):
         if "\0" in result.model or result.masks or path_of(result.model).resolve() != folder.resolve():
