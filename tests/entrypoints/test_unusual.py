@@ -122,14 +122,14 @@ def test_the_loss_is_that_of_the_models_own_logits_whatever_its_head_is(tokens, 
         logits = model.cls(leaf)
         loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
         (expected,) = torch.autograd.grad(loss, leaf)
-    head = Head(model).fit(model, lambda model: model(input_ids=ids), hidden)
+    head = Head(model).fit(model, lambda: model(input_ids=ids), hidden)
     torch.testing.assert_close(head(hidden), logits.detach())
     torch.testing.assert_close(head.next_token(hidden, ids), expected)
     whole = head.next_token(hidden, ids)
     monkeypatch.setattr(output_head, "LOGITS", 3 * VOCABULARY)  # a large vocabulary: few tokens at a time
     assert [piece.stop for piece in head.pieces(7)] == [3, 6, 9]
     torch.testing.assert_close(head.next_token(hidden, ids), whole)
-    few = Head(model, ids, 8).fit(model, lambda model: model(input_ids=ids), hidden)
+    few = Head(model, ids, 8).fit(model, lambda: model(input_ids=ids), hidden)
     torch.testing.assert_close(few(hidden), logits.detach()[..., few._common])
 
 

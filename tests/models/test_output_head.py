@@ -23,7 +23,7 @@ def test_large_logits_are_capped_after_they_are_scaled(kind, largest):
     head.weight.mul_(largest / model(input_ids=ids, use_cache=False).logits.abs().max())
     logits, hidden = model(input_ids=ids, use_cache=False).logits, last_hidden(model, ids)
     assert logits.abs().max() > 8
-    fitted = Head(model).fit(model, lambda model: model(input_ids=ids, use_cache=False), hidden)
+    fitted = Head(model).fit(model, lambda: model(input_ids=ids, use_cache=False), hidden)
     torch.testing.assert_close(fitted(hidden), logits)
     assert fitted._model is None
     torch.testing.assert_close(after_backbone(model, hidden), logits)
