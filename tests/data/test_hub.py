@@ -9,7 +9,7 @@ from test_windows import Letters, letters, marked
 
 from uniprune.data import mixture
 from uniprune.data import text as text_module
-from uniprune.data.text import Text, open_text, read
+from uniprune.data.text import Text, check_there, open_text, read
 from uniprune.data.windows import load_windows
 from uniprune.errors import InputError
 
@@ -116,6 +116,13 @@ def test_one_text_alone_has_no_share(tmp_path, monkeypatch):
     for name in ("corpus/a.txt", "corpus", str(tmp_path / "corpus" / "a.txt")):
         with pytest.raises(InputError, match=rf"a share is for several texts, and {name} is one alone; leave :0\.25 out"):
             read(f"{name}:0.25", "calibration")
+
+
+def test_a_folder_of_a_dataset_s_name_hides_none_of_its_configurations(tmp_path, monkeypatch):
+    """What stands behind the colon is no share, then."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    check_there("owner/name:a-config")
 
 
 def test_fields_and_splits_are_of_rows_and_data_sets(tmp_path):

@@ -61,7 +61,10 @@ def pack(
     zstd = Zstd(level)
     _check_archive(folder, output, overwrite)
     files = _survey(folder)
-    check_disk_space(output, _packed_bytes(folder, files, zstd))
+    try:
+        check_disk_space(output, sum(file.size for file in files))
+    except InputError:  # a large folder is often packed because there is no room for another one of its size
+        check_disk_space(output, _packed_bytes(folder, files, zstd))
     with replacing(output) as temporary, temporary.open("wb") as archive:
         archive.write(bytes(HEADER.size))
         for file, chunk, raw in progress(_contents(folder, files), "pack", sum(len(file.chunks) for file in files)):
@@ -209,10 +212,7 @@ def _contents(folder: Path, files: list[ArchiveMember]) -> Iterator[tuple[Archiv
 
 
 def _packed_bytes(folder: Path, files: list[ArchiveMember], zstd: Zstd) -> int:
-    """The disk that the archive takes: no more than the files do; of many chunks, as much as some of them are packed to.
-
-    A large folder is often packed because there is no room for another one of its size.
-    """
+    """The disk that the archive takes: no more than the files do; of many chunks, as much as some of them are packed to."""
     whole = sum(file.size for file in files)
     chunks: list[tuple[Path, int, Chunk]] = []
     for file in files:

@@ -18,14 +18,13 @@ from pathlib import Path
 import torch
 
 from uniprune.data.formats import recognise
-from uniprune.data.text import NAMED, Text, TextShare
+from uniprune.data.text import NAMED, SHARED, Text, TextShare
 from uniprune.data.windows import ALL, Windows, token_file_shape
 from uniprune.errors import InputError
 from uniprune.storage.files import path_of
 
 SELF = "self"
 SPELLED = re.compile(r"(?:(?P<name>[A-Za-z][\w.-]*)=)?(?P<text>.+)")
-SHARED = re.compile(r"(?P<text>.+):(?P<share>\d+\.?\d*|\.\d+)")
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from uniprune.storage.files import check_again_readable, path_of
 from uniprune.storage.record import Count, Facts
 
 Use = Literal["calibration", "evaluation"]
+SHARED = re.compile(r"(?P<text>.+):(?P<share>\d+\.?\d*|\.\d+)")  # one of several texts, with its share of the tokens
 HUB = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?(:(?P<config>[\w.@+ -]+))?")
 SPLITS: dict[str, tuple[str, ...]] = {"calibration": ("train",), "evaluation": ("test", "validation", "dev")}
 SHARDS = 16  # of a Hub dataset, at most
@@ -161,9 +162,10 @@ def _hub_name(source: str) -> re.Match[str]:
     """The parts of a Hub dataset's name, of what is no file."""
     check_again_readable("text", source)
     found, path = HUB.fullmatch(source), Path(source)
-    file, _, share = source.rpartition(":")
-    if file and os.path.exists(path_of(file)):  # pathlib raises for long names
-        raise InputError(f"text {source!r}: a share is for several texts, and {file} is one alone; leave :{share} out")
+    if (shared := SHARED.fullmatch(source)) and os.path.exists(path_of(shared["text"])):  # pathlib raises for long names
+        raise InputError(
+            f"text {source!r}: a share is for several texts, and {shared['text']} is one alone; leave :{shared['share']} out"
+        )
     if found is None or suffix_of(path) in SUFFIXES or path.suffix in COMPRESSED:
         raise InputError(
             f"text {source!r} is neither one of {', '.join(NAMED)} nor an existing file or folder, "

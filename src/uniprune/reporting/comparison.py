@@ -11,7 +11,7 @@ from uniprune.common.significance import mcnemar
 from uniprune.comparison.results import DENSE, Comparison, ComparisonRow
 from uniprune.evaluation.protocols import sentence
 from uniprune.reporting.summary import measure
-from uniprune.reporting.tables import Cell, Grid, fraction, shown, without_empty
+from uniprune.reporting.tables import Cell, Grid, as_markdown, fraction, plain, shown, without_empty
 from uniprune.sparsity.structure import SCOPES
 
 # Settings that two tables have in common where their rows differ by the calibration samples alone.
@@ -185,17 +185,14 @@ def best(table: Comparison) -> set[int]:
 def markdown(table: Comparison) -> str:
     """The table, its notes and what its models wrote as Markdown."""
     contents = grid(table)
-    said = [contents.caption, _in_pipes(contents, best(table)), *notes(table)]
+    bold = best(table)
+    heads = [name for name, _ in contents.heads]
+    lines = [heads, ["---:" if numeric else "---" for _, numeric in contents.heads]]
+    lines += _emphasised(contents, bold, "**{}**", lambda text: text.replace("|", r"\|"))
+    said = [contents.caption, "\n".join(f"| {' | '.join(line)} |" for line in lines), *notes(table)]
     for each in written(table):
-        said += [each.caption, _in_pipes(each, set())]
+        said += [plain(each.caption), as_markdown(each)]
     return "\n\n".join(said) + "\n"
-
-
-def _in_pipes(contents: Grid, bold: set[int]) -> str:
-    """A table as Markdown has it. bold: the rows whose numbers are emphasised."""
-    lines = [[name for name, _ in contents.heads], ["---:" if numeric else "---" for _, numeric in contents.heads]]
-    lines += _emphasised(contents, bold, "**{}**", lambda text: " ".join(text.replace("|", r"\|").splitlines()))
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def latex(table: Comparison) -> str:
@@ -234,9 +231,9 @@ def _accuracy(row: ComparisonRow, name: str) -> Cell:
 
 def _emphasised(table: Grid, bold: set[int], form: str, escape: Callable[[str], str]) -> list[list[str]]:
     """The cells as text, the perplexities of some rows in a form of their own."""
+    at = table.columns.index(PERPLEXITY)
     rows = [[escape(cell if isinstance(cell, str) else cell[0]) for cell in row] for row in table.rows]
     for index in bold:
-        at = table.columns.index(PERPLEXITY)
         rows[index][at] = form.format(rows[index][at])
     return rows
 

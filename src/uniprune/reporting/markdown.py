@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from uniprune.common.formatting import NOTE
 from uniprune.reporting.headline import verdict
 from uniprune.reporting.summary import Summary
-from uniprune.reporting.tables import Grid
+from uniprune.reporting.tables import as_markdown, plain
 
 if TYPE_CHECKING:
     from uniprune.reporting.sections import Dialogue, Panel, Section
@@ -37,25 +36,10 @@ def _part(part: Panel) -> Iterator[str]:
     yield from map(plain, part.paragraphs)
     yield from map(_dialogue, part.dialogues)
     for grid in (*part.grids, *part.folded):
-        shown = table(grid) if len(grid.rows) <= LONGEST else f"{len(grid.rows)} rows, which the page and the JSON have."
+        shown = as_markdown(grid) if len(grid.rows) <= LONGEST else f"{len(grid.rows)} rows, which the page and the JSON have."
         yield f"{plain(grid.caption)}:\n\n{shown}"
 
 
 def _dialogue(facts: Dialogue) -> str:
     lines = {"prompt": facts.prompt, facts.other: facts.same + facts.against, "pruned": facts.same + facts.model}
     return "\n".join(f"- {name}: {plain(text)}" for name, text in lines.items())
-
-
-def table(grid: Grid) -> str:
-    """A table of GitHub's Markdown."""
-    heads = [name for name, _ in grid.heads]
-    rule = ["---:" if numeric else "---" for _, numeric in grid.heads]
-    rows = [[cell if isinstance(cell, str) else cell[0] for cell in row] for row in grid.rows]
-    lines = [[plain(cell) for cell in row] for row in (heads, *rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in (lines[0], rule, *lines[1:]))
-
-
-def plain(text: str) -> str:
-    """Text of others in one line, that is no markup."""
-    line = "".join(letter if letter.isprintable() else " " for letter in text)
-    return re.sub(r"([\\`*_\[\]<>|#~$&!])", r"\\\1", line)

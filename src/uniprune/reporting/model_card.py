@@ -81,14 +81,14 @@ def rewrite(folder: Path, results: Sequence[Path], *, overwrite: bool = False) -
     path = folder / CARD
     if path.is_file() and MARK not in path.read_text(encoding="utf-8", errors="replace") and not overwrite:
         raise InputError(f"{path} was written by somebody else; give --overwrite to replace it")
-    if (folder / MASKS).is_file():
-        mask_tools.verify(folder / MASKS, pruned=folder)
     read = [reproduce.read(result)[0] for result in results]
     for result, file in zip(read, results, strict=True):
         if "\0" in result.model or result.masks or path_of(result.model).resolve() != folder.resolve():
             raise InputError(f"result {file} is of {result.name}, not of {folder}")
         if isinstance(report, Pruning) and not agree(result, report):
             raise InputError(f"result {file} was measured before {folder} was pruned by other masks; evaluate the folder again")
+    if (folder / MASKS).is_file():  # last: it reads all weights
+        mask_tools.verify(folder / MASKS, pruned=folder)
     try:
         text = card(report, read, _inherited(path) or _inherited(path_of(report.model.name) / CARD), sees_images(folder))
     except (ValueError, RecursionError) as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -55,6 +56,21 @@ def as_csv(grid: Grid) -> str:
     file = io.StringIO(newline="")
     csv.writer(file).writerows(map(_saved, line) for line in lines)
     return file.getvalue()
+
+
+def as_markdown(grid: Grid) -> str:
+    """A table of GitHub's Markdown."""
+    heads = [name for name, _ in grid.heads]
+    rule = ["---:" if numeric else "---" for _, numeric in grid.heads]
+    rows = [[cell if isinstance(cell, str) else cell[0] for cell in row] for row in grid.rows]
+    lines = [[plain(cell) for cell in row] for row in (heads, *rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (lines[0], rule, *lines[1:]))
+
+
+def plain(text: str) -> str:
+    """Text of others in one line, that is no markup of Markdown's."""
+    line = "".join(letter if letter.isprintable() else " " for letter in text)
+    return re.sub(r"([\\`*_\[\]<>|#~$&!])", r"\\\1", line)
 
 
 def _saved(cell: Cell) -> str | float:

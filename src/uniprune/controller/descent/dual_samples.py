@@ -14,8 +14,8 @@ from uniprune.controller.descent.states import States
 from uniprune.models.matrices import Matrices
 from uniprune.sparsity.patterns.protocol import MaskFn, Pattern
 
-SAMPLE_EVERY = 37  # scores, one is taken; in small models of fewer, in large ones of more, so that of all matrices together
-LEAST, MOST = 1 << 20, 1 << 22  # are taken, about
+SAMPLE_EVERY = 37  # one of so many duals is taken; of fewer in small models and of more in large ones, so that there are
+LEAST, MOST = 1 << 20, 1 << 22  # at least, or all, and at most so many of all matrices together, about
 
 
 def sample_stride(matrices: Matrices) -> int:
